@@ -1,0 +1,140 @@
+"""Axis names: the one thing that every parameter carries, and what follows from it.
+
+A parameter is declared once, in its Flax module, as `declare(self, "q", inputs=("embed",), outputs=("heads",
+"head_dim"))`. Its shape, initial value, sharding, growth, muP group and tensor mapping are all read off those names.
+
+    stack     leading axes over which the parameter is repeated: ("layers",) or ()
+    inputs    axes that the operation sums over, looks up in, or (a norm scale) reads elementwise
+    outputs   axes that it produces; the same as inputs where the operation is elementwise and writes what it reads
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct, traverse_util
+
+from tele_jax.config import ModelConfig
+
+# Axes that grow with the width of the model in muP's sense; the others stay finite.
+WIDTH_AXES = frozenset({"embed", "heads", "kv_heads", "mlp"})
+
+Role = Literal["kernel", "table", "bias", "scale"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """A parameter without its values: shape, dtype and named axes."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    stack: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """One name per dimension: stack, inputs, outputs (once, where the two are the same axes)."""
+        return self.stack + _dimensions(self.inputs, self.outputs)
+
+    @property
+    def role(self) -> Role:
+        """What the parameter does: scale (elementwise on what it reads), bias (added), table (looked up), kernel."""
+        return role(self.inputs, self.outputs)
+
+    @property
+    def is_matrix_like(self) -> bool:
+        """muP: both the inputs and the outputs grow with width."""
+        return is_matrix_like(self.inputs, self.outputs)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def role(inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Role:
+    if not inputs:
+        return "bias"
+    if not outputs or inputs == outputs:
+        return "scale"
+    return "table" if inputs == ("vocab",) else "kernel"
+
+
+def is_matrix_like(inputs: tuple[str, ...], outputs: tuple[str, ...]) -> bool:
+    elementwise = role(inputs, outputs) in ("scale", "bias")
+    return not elementwise and bool(WIDTH_AXES & set(inputs)) and bool(WIDTH_AXES & set(outputs))
+
+
+def _dimensions(inputs: tuple[str, ...], outputs: tuple[str, ...]) -> tuple[str, ...]:
+    return inputs if inputs == outputs else inputs + outputs
+
+
+class Named(struct.PyTreeNode, nn.meta.AxisMetadata):
+    """A value boxed with its axis names, as Flax carries it while a module is initialised."""
+
+    value: Any
+    stack: tuple[str, ...] = struct.field(pytree_node=False, default=())
+    inputs: tuple[str, ...] = struct.field(pytree_node=False, default=())
+    outputs: tuple[str, ...] = struct.field(pytree_node=False, default=())
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> "Named":
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: Mapping[Any, Any]) -> "Named":
+        if index != 0:
+            raise ValueError(f"parameters are stacked on the leading axis, not on axis {index}")
+        return self.replace(stack=(params[nn.PARTITION_NAME], *self.stack))
+
+    def remove_axis(self, index: int, params: Mapping[Any, Any]) -> "Named":
+        del index, params
+        return self.replace(stack=self.stack[1:])
+
+    def spec(self) -> ParamSpec:
+        return ParamSpec(tuple(self.value.shape), self.value.dtype, self.stack, self.inputs, self.outputs)
+
+
+def declare(module: nn.Module, name: str, *, inputs: tuple[str, ...] = (), outputs: tuple[str, ...] = ()) -> jax.Array:
+    """Declares a parameter of a Flax module that has a `cfg: ModelConfig`, by the names of its axes alone."""
+    cfg = module.cfg
+    shape = tuple(cfg.axis_sizes[axis] for axis in _dimensions(inputs, outputs))
+
+    def init(key: jax.Array) -> Named:
+        value = _initial(cfg, key, shape, inputs, outputs)
+        return Named(value, inputs=inputs, outputs=outputs)
+
+    return module.param(name, init)
+
+
+def _initial(cfg: ModelConfig, key: jax.Array, shape, inputs, outputs) -> jax.Array:
+    dtype = jnp.dtype(cfg.param_dtype)
+    if role(inputs, outputs) == "bias":
+        return jnp.zeros(shape, dtype)
+    if role(inputs, outputs) == "scale":
+        return jnp.ones(shape, dtype)
+    # Truncated at two standard deviations, as the Tele-FLM report says; 0.87962566 is the std that is left there.
+    std = fresh_std(cfg, inputs, outputs) / 0.87962566103423978
+    return (jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.promote_types(dtype, jnp.float32)) * std).astype(dtype)
+
+
+def fresh_std(cfg: ModelConfig, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> float:
+    """Standard deviation of fresh values of a kernel or table: muP divides the variance of matrix-like ones by r."""
+    if is_matrix_like(inputs, outputs):
+        return cfg.matrix_init_std / math.sqrt(cfg.width_ratio)
+    return cfg.init_std
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested dict as one dict with dotted keys, sorted: {"layers.attn.q": leaf, ...}."""
+    return dict(sorted(traverse_util.flatten_dict(tree, sep=".").items()))
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    return traverse_util.unflatten_dict(dict(leaves), sep=".")

@@ -1,0 +1,230 @@
+"""Frozen configuration of a model, and the one way from a ConfigDict to a frozen dataclass.
+
+Everything that can be wrong with a value is said here, when the value enters; the rest of the code trusts it.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from tele_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+    """Makes the frozen dataclass `cls` from a mapping (dict or ConfigDict), nested dataclasses included.
+
+    >>> from_dict(Rope, {"theta": 5e5}, "config.model.rope")
+    Rope(theta=500000.0, ntk=None)
+
+    Raises:
+      UserError: an unknown key (with the nearest known one), a missing key, or a value of another type; the message
+        starts with the full path of the key.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    if not isinstance(values, Mapping) and not hasattr(values, "items"):
+        raise UserError(f"{where}: expected a table of {cls.__name__} fields, got {values!r}")
+    kwargs = {}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
+            raise UserError(f"{where}.{key}: unknown key of {cls.__name__}; {hint}")
+        kwargs[key] = _convert(hints[key], value, f"{where}.{key}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in kwargs:
+            raise UserError(f"{where}.{name}: missing, and {cls.__name__} has no default for it")
+    try:
+        return cls(**kwargs)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The inverse of `from_dict`: nested plain dicts and lists, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        choices = [a for a in args if a is not type(None)]
+        for choice in choices[:-1]:
+            try:
+                return _convert(choice, value, where)
+            except UserError:
+                continue
+        return _convert(choices[-1], value, where)
+    if origin is typing.Literal:
+        if value not in args:
+            raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not hasattr(value, "__iter__"):
+            raise UserError(f"{where}: expected a list, got {value!r}")
+        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not hasattr(value, "items"):
+            raise UserError(f"{where}: expected a table, got {value!r}")
+        return {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value, where)
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"{where}: expected {hint.__name__}, got {value!r}")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raises UserError for the first named field that is not above zero."""
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{name}={value} must be above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ntk:
+    """Dynamic NTK scaling of the rotary base, as TeleChat released it (FACTS section 5).
+
+    For a sequence of total length `length`: n = max(length, trained_length),
+    alpha = max(2^ceil(log2(n / original_length) + 1) - 1, 1), base = theta * alpha^p with p = d / (d - 2) for
+    `base="ntk"` and p = 1 for `base="linear"`; cos and sin are multiplied by
+    1 + attention_slope * ln(n / trained_length).
+    """
+
+    original_length: int = 4096
+    trained_length: int = 8192
+    base: typing.Literal["ntk", "linear"] = "ntk"
+    attention_slope: float = 0.1
+
+    def __post_init__(self):
+        require_positive(self, "original_length", "trained_length")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding, half-split pairs: theta is the base; ntk makes it depend on the length."""
+
+    theta: float = 10_000.0
+    ntk: Ntk | None = None
+
+    def __post_init__(self):
+        require_positive(self, "theta")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder of the Tele-FLM or TeleChat family. Sizes are counts, multipliers are dimensionless.
+
+    Raises:
+      UserError: sizes that do not fit together, each naming the field to change.
+    """
+
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    mlp_dim: int
+    vocab_size: int
+    num_kv_heads: int | None = None  # None: as many as heads
+    head_dim: int | None = 128  # None: embed_dim / num_heads, which must divide
+    padded_vocab_size: int | None = None  # rows of the embedding; None: vocab_size
+    max_seq_len: int = 4096
+    rms_eps: float = 1e-5
+    rope: Rope = Rope()
+    input_mult: float = 1.0  # on the embedding output
+    output_mult: float = 1.0  # on the logits, see logit_mult
+    mup_base_width: int | None = None
+    tie_embeddings: bool = False
+    output_biases: bool = False  # on the attention output and the mlp's down projection, nowhere else
+    embed_norm: bool = False
+    init_std: float = 0.02  # vector-like parameters, and matrix-like ones at the base width
+    matrix_init_std: float | None = None  # matrix-like ones at the base width; None: init_std
+    dtype: typing.Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of activations and matrix products
+    param_dtype: typing.Literal["bfloat16", "float32", "float64"] = "float32"
+    remat: typing.Literal["none", "full"] = "full"
+    attention: typing.Literal["auto", "reference", "xla"] = "auto"
+
+    def __post_init__(self):
+        if self.num_kv_heads is None:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.padded_vocab_size is None:
+            object.__setattr__(self, "padded_vocab_size", self.vocab_size)
+        if self.matrix_init_std is None:
+            object.__setattr__(self, "matrix_init_std", self.init_std)
+        require_positive(self, "num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size")
+        require_positive(self, "max_seq_len", "rms_eps", "input_mult", "output_mult", "init_std", "matrix_init_std")
+        if self.head_dim is None:
+            require(
+                self.embed_dim % self.num_heads == 0,
+                f"embed_dim={self.embed_dim} does not divide into num_heads={self.num_heads}; "
+                "give head_dim, or change one of the two",
+            )
+            object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
+        require(self.head_dim > 0 and self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even and above 0")
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads={self.num_heads} does not divide into num_kv_heads={self.num_kv_heads} equal groups",
+        )
+        require(
+            self.padded_vocab_size >= self.vocab_size,
+            f"padded_vocab_size={self.padded_vocab_size} is below vocab_size={self.vocab_size}",
+        )
+        if self.mup_base_width is not None:
+            require_positive(self, "mup_base_width")
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """Size of every logical axis of the parameters, by name."""
+        return {
+            "layers": self.num_layers,
+            "embed": self.embed_dim,
+            "heads": self.num_heads,
+            "kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "mlp": self.mlp_dim,
+            "vocab": self.padded_vocab_size,
+        }
+
+    @property
+    def width_ratio(self) -> float:
+        """muP's r = width / base width; 1.0 without muP."""
+        return 1.0 if self.mup_base_width is None else self.embed_dim / self.mup_base_width
+
+    @property
+    def logit_mult(self) -> float:
+        """What the logits are multiplied by: output_mult / r."""
+        return self.output_mult / self.width_ratio
+
+    def rope_length_factors(self, length: int) -> tuple[float, float]:
+        """(rotary base, factor on cos and sin) for a sequence of `length` tokens in total."""
+        ntk = self.rope.ntk
+        if ntk is None:
+            return self.rope.theta, 1.0
+        n = max(length, ntk.trained_length)
+        alpha = max(2.0 ** math.ceil(math.log2(n / ntk.original_length) + 1) - 1, 1.0)
+        power = self.head_dim / (self.head_dim - 2) if ntk.base == "ntk" else 1.0
+        return self.rope.theta * alpha**power, 1.0 + ntk.attention_slope * math.log(n / ntk.trained_length)
+
+    def replace(self, **changes: Any) -> "ModelConfig":
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)

@@ -1,0 +1,188 @@
+"""Frozen configuration of a run: the stages that `tele train` carries out in order, and what each needs.
+
+A page in configs/ returns a ConfigDict with `run`, the names of the stages in order, and one table per stage:
+
+    config.run = ("pretrain_small", "grow", "pretrain_large", "sft")
+    config.grow = dict(kind="grow", model=dict(embed_dim=160), policy="msg")
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from tele_jax.config import ModelConfig, from_dict, require, require_positive
+from tele_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One domain of text: where its files are, and how often it is drawn."""
+
+    files: tuple[str, ...]  # glob patterns
+    format: Literal["text", "jsonl", "dialogues"] = "text"
+    # text: a file is one document; jsonl: {"text": ...} a line; dialogues: {"messages": [{"role", "content"}, ...]} a line
+    rate: float = 1.0  # relative; the mixture divides by the sum
+    validation_files: tuple[str, ...] = ()  # held out, for bits per byte; none: the domain is not evaluated
+
+    def __post_init__(self):
+        require(len(self.files) > 0, "files must name at least one pattern")
+        require_positive(self, "rate")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """A mixture of domains and the tokenizer that reads it."""
+
+    tokenizer: str  # path of a SentencePiece model
+    sources: dict[str, SourceConfig]  # by domain
+    shuffle_buffer: int = 4096  # documents
+    eval_bytes: int = 200_000  # UTF-8 bytes of held-out text per domain
+
+    def __post_init__(self):
+        require(len(self.sources) > 0, "sources must name at least one domain")
+        require_positive(self, "shuffle_buffer", "eval_bytes")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW in muP groups (FACTS section 2). Learning rates are peaks, at the muP base width."""
+
+    learning_rate: float  # vector-like parameters
+    matrix_learning_rate: float | None = None  # matrix-like ones, divided by r; None: learning_rate
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # kernels and tables only
+    clip_norm: float = 1.0
+    new_warmup_steps: int = 0  # parameters born by growth warm up alone over so many steps
+
+    def __post_init__(self):
+        require_positive(self, "learning_rate", "eps", "clip_norm")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be in [0, 1)")
+        require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative")
+        require(self.new_warmup_steps >= 0, f"new_warmup_steps={self.new_warmup_steps} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate over a stage, as a factor on the peak. `warmup`, `decay` and `total` are in `unit`."""
+
+    kind: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    unit: Literal["steps", "tokens"] = "steps"
+    warmup: int = 0
+    total: int | None = None  # None: the length of the stage
+    decay: int | None = None  # wsd: length of the final decay; None: a tenth of total
+    final: float = 0.1  # factor at the end
+
+    def __post_init__(self):
+        require(self.warmup >= 0, f"warmup={self.warmup} must not be negative")
+        require(self.final >= 0, f"final={self.final} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; their product is the number of devices that the run takes."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        require_positive(self, "data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainStage:
+    """Pretraining (loss on every token) or fine-tuning (loss on the answers; what differs is in the data)."""
+
+    kind: Literal["pretrain", "sft"]
+    data: DataConfig
+    optimizer: OptimizerConfig
+    steps: int
+    batch_size: int  # sequences per step, over all devices
+    seq_len: int  # tokens
+    model: ModelConfig | None = None  # None: as the stage before left it
+    schedule: ScheduleConfig = ScheduleConfig()
+    microbatches: int = 1  # gradients are accumulated over so many parts of the batch
+    mask_start: int = 0  # step at which the masks of the growth before begin to rise
+    mask_ramp: int = 0  # steps from 0 to 1; used when the growth before was by policy msg
+    reset_optimizer: bool = False
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0  # 0: at the start and the end of the stage only
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        require_positive(self, "steps", "batch_size", "seq_len", "microbatches", "log_every", "checkpoint_every")
+        require_positive(self, "keep_checkpoints")
+        require(
+            self.batch_size % self.microbatches == 0,
+            f"batch_size={self.batch_size} does not divide into microbatches={self.microbatches}",
+        )
+        require(self.mask_start >= 0 and self.mask_ramp >= 0, "mask_start and mask_ramp must not be negative")
+        require(self.mask_start + self.mask_ramp <= self.steps, "the mask ramp ends after the last step; give more steps")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GrowStage:
+    """Growth of what the stage before left; `model` holds the fields that change."""
+
+    kind: Literal["grow"]
+    model: dict[str, Any]
+    policy: str = "exact"
+    layers: str | tuple[int, ...] = "uniform"
+    epsilon: Literal["scale", "keep"] = "scale"
+    seed: int = 0
+    optimizer_state: bool = True
+    tolerance: float = 1e-4  # largest logit difference that the receipt of a preserving policy may show
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    run: tuple[str, ...]
+    stages: dict[str, TrainStage | GrowStage]
+    mesh: MeshConfig = MeshConfig()
+
+
+def run_config(page: Mapping[str, Any]) -> RunConfig:
+    """Reads a config page (ConfigDict or dict).
+
+    Raises:
+      UserError: an unknown or missing key, a stage that is named but absent or present but not named, a first stage
+        without a model, a stage that nothing leads to.
+    """
+    page = dict(page.items())
+    names = page.pop("run", None)
+    require(bool(names), "config.run: missing; it names the stages in order, e.g. ('pretrain', 'sft')")
+    names = tuple(names)
+    require(len(set(names)) == len(names), f"config.run: a stage is named twice in {names}")
+    mesh = from_dict(MeshConfig, page.pop("mesh", {}), "config.mesh")
+    for name in names:
+        require(name in page, f"config.run names the stage {name!r}, but config.{name} is missing")
+    for key in page:
+        require(key in names, f"config.{key}: unknown key; stages have to be named in config.run = {names}")
+    stages = {name: _stage(page[name], f"config.{name}") for name in names}
+    first = stages[names[0]]
+    if isinstance(first, GrowStage):
+        raise UserError(f"config.run: the first stage, {names[0]!r}, grows, but there is nothing to grow yet")
+    require(first.model is not None, f"config.{names[0]}.model: missing; the first stage has to say which model")
+    for name in names[1:]:
+        require(
+            isinstance(stages[name], GrowStage) or stages[name].model is None,
+            f"config.{name}.model: only the first stage and growth stages set a model; this one continues with what "
+            "the stage before left",
+        )
+    return RunConfig(run=names, stages=stages, mesh=mesh)
+
+
+def _stage(table: Mapping[str, Any], where: str) -> TrainStage | GrowStage:
+    kind = table.get("kind") if hasattr(table, "get") else None
+    if kind in ("pretrain", "sft"):
+        return from_dict(TrainStage, table, where)
+    if kind == "grow":
+        return from_dict(GrowStage, table, where)
+    raise UserError(f"{where}.kind: {kind!r} is not one of 'pretrain', 'grow', 'sft'")
