@@ -1,0 +1,1 @@
+"""The `tele` command: one module a verb."""

@@ -1,0 +1,77 @@
+"""`tele VERB ...`: finds the verb, runs it, and turns its outcome into an exit code.
+
+A verb is a module of this package with HELP (one line), arguments(parser), and run(args), which prints for people and
+returns its figures as a dict, or None. They are imported only when called, so that `tele --help` is instant.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tele_jax.errors import DamageError, UserError
+
+VERBS = {
+    "train": "run the stages of a config: pretrain, grow, fine-tune",
+    "grow": "grow a checkpoint into a larger one",
+    "inspect": "show what a checkpoint holds",
+    "tokenizer": "train or inspect a tokenizer",
+    "data": "fetch text to try things on",
+    "generate": "continue a prompt",
+    "chat": "talk to a fine-tuned model",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UserError instead of printing the usage, so that a mistake is one line."""
+
+    def error(self, message: str):
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code: 0, 2 for a user's mistake, 1 for a failure."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(argv)
+    except UserError as error:
+        return _fail(error, 2)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        return _fail(f"{error.filename}: {error.strerror}", 2)
+    except DamageError as error:
+        return _fail(error, 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _main(argv: list[str]) -> int:
+    parser = Parser(prog="tele", description="Pretrain, grow, fine-tune and talk to Tele-FLM and TeleChat models.")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
+    module = None
+    for verb, text in VERBS.items():
+        sub = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False)
+        if argv[:1] == [verb]:
+            module = importlib.import_module(f"tele_jax.cli.{verb}")
+            module.arguments(sub)
+            if not any(a.dest == "json" for a in sub._actions):
+                sub.add_argument("--json", metavar="FILE", type=Path, help="write the figures to FILE as JSON")
+    args = parser.parse_args(argv)
+    figures = module.run(args)
+    if getattr(args, "json", None) is not None:
+        args.json.write_text(json.dumps(figures or {}, indent=2) + "\n")
+    return 0
+
+
+def _fail(message: object, code: int) -> int:
+    print("tele: " + " ".join(str(message).split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
