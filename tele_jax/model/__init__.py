@@ -1,0 +1,1 @@
+"""The decoder: Flax modules for shape and declaration, pure functions for the arithmetic."""

@@ -1,0 +1,242 @@
+"""The decoder as Flax modules. A parameter is declared here and nowhere else; see axes.py for what its names decide.
+
+Letters: B batch, S sequence, T cache length, D embed, N heads, K kv_heads, H head_dim, F mlp, V vocab, L layers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from tele_jax.axes import declare
+from tele_jax.config import ModelConfig
+from tele_jax.model import rope
+from tele_jax.model.attention import attend
+from tele_jax.sharding import constrain
+
+# Growth masks: axis name -> float vector over that axis, 1 on old entries and c in [0, 1] on new ones.
+Masks = Mapping[str, jax.Array]
+
+
+class Context(struct.PyTreeNode):
+    """What every layer sees alike."""
+
+    positions: jax.Array  # int32[B, S], order and slot in the cache
+    cos: jax.Array
+    sin: jax.Array
+    segment_ids: jax.Array | None  # int32[B, S]
+    embed_mask: jax.Array | None  # [D]
+    mlp_mask: jax.Array | None  # [F]
+    heads_mask: jax.Array | None  # [N]
+
+
+class Cache(struct.PyTreeNode):
+    """Keys and values of the tokens seen so far, slot = position: each [L, B, T, K, H]."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, mask: jax.Array | None) -> jax.Array:
+    """c*g*x / sqrt(sum(c x^2)/sum(c) + eps), in float32 or better; c = 1 where there is no mask."""
+    precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    scale = scale.astype(precise.dtype)
+    if mask is None:
+        mean_square = jnp.mean(precise**2, axis=-1, keepdims=True)
+    else:
+        mask = mask.astype(precise.dtype)
+        mean_square = jnp.sum(mask * precise**2, axis=-1, keepdims=True) / jnp.sum(mask)
+        scale = scale * mask
+    return (precise * jax.lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
+
+
+class Norm(nn.Module):
+    """RMSNorm over embed. `writes` names the axes it writes to, for a norm that sits in the residual stream itself."""
+
+    cfg: ModelConfig
+    writes: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        return rms_norm(x, declare(self, "scale", inputs=("embed",), outputs=self.writes), self.cfg.rms_eps, mask)
+
+
+class Attention(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cache: Cache | None, ctx: Context) -> tuple[jax.Array, Cache | None]:
+        cfg = self.cfg
+        kernel_q = declare(self, "q", inputs=("embed",), outputs=("heads", "head_dim")).astype(x.dtype)
+        kernel_k = declare(self, "k", inputs=("embed",), outputs=("kv_heads", "head_dim")).astype(x.dtype)
+        kernel_v = declare(self, "v", inputs=("embed",), outputs=("kv_heads", "head_dim")).astype(x.dtype)
+        kernel_o = declare(self, "o", inputs=("heads", "head_dim"), outputs=("embed",)).astype(x.dtype)
+        q = rope.rotate(jnp.einsum("BSD,DNH->BSNH", x, kernel_q), ctx.cos, ctx.sin)
+        k = rope.rotate(jnp.einsum("BSD,DKH->BSKH", x, kernel_k), ctx.cos, ctx.sin)
+        v = jnp.einsum("BSD,DKH->BSKH", x, kernel_v)
+        if cache is None:
+            rows = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+            y = attend(cfg.attention, q, k, v, rows, rows, ctx.segment_ids)
+        else:
+            batch = jnp.arange(x.shape[0])[:, None]
+            cache = Cache(k=cache.k.at[batch, ctx.positions].set(k), v=cache.v.at[batch, ctx.positions].set(v))
+            slots = jnp.broadcast_to(jnp.arange(cache.k.shape[1]), cache.k.shape[:2])
+            y = attend(cfg.attention, q, cache.k, cache.v, ctx.positions, slots)
+        if ctx.heads_mask is not None:
+            y = y * ctx.heads_mask.astype(y.dtype)[:, None]
+        y = jnp.einsum("BSNH,NHD->BSD", y, kernel_o)
+        if cfg.output_biases:
+            y = y + declare(self, "o_bias", outputs=("embed",)).astype(x.dtype)
+        return y, cache
+
+
+class Mlp(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        gate = jnp.einsum("BSD,DF->BSF", x, declare(self, "gate", inputs=("embed",), outputs=("mlp",)).astype(x.dtype))
+        up = jnp.einsum("BSD,DF->BSF", x, declare(self, "up", inputs=("embed",), outputs=("mlp",)).astype(x.dtype))
+        y = jax.nn.silu(gate) * up
+        if ctx.mlp_mask is not None:
+            y = y * ctx.mlp_mask.astype(y.dtype)
+        y = jnp.einsum("BSF,FD->BSD", y, declare(self, "down", inputs=("mlp",), outputs=("embed",)).astype(x.dtype))
+        if self.cfg.output_biases:
+            y = y + declare(self, "down_bias", outputs=("embed",)).astype(x.dtype)
+        return y
+
+
+class Block(nn.Module):
+    """One layer. What differs from layer to layer (its mask, its cache) comes in as `own`."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, own: tuple[jax.Array | None, Cache | None], ctx: Context):
+        layer_mask, cache = own
+        before = x
+        y, cache = Attention(self.cfg, name="attn")(Norm(self.cfg, name="attn_norm")(x, ctx.embed_mask), cache, ctx)
+        x = x + y
+        x = x + Mlp(self.cfg, name="mlp")(Norm(self.cfg, name="mlp_norm")(x, ctx.embed_mask), ctx)
+        if layer_mask is not None:
+            x = before + layer_mask.astype(x.dtype) * (x - before)
+        return constrain(x), cache
+
+
+class Embed(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        table = declare(self, "table", inputs=("vocab",), outputs=("embed",))
+        return jnp.take(table, tokens, axis=0).astype(self.cfg.dtype) * self.cfg.input_mult
+
+
+class Head(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return declare(self, "kernel", inputs=("embed",), outputs=("vocab",))
+
+
+class Decoder(nn.Module):
+    """tokens -> (final hidden state [B, S, D], cache)."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens, positions, segment_ids, masks: Masks | None, cache: Cache | None, rope_length: int):
+        cfg = self.cfg
+        masks = masks or {}
+        cos, sin = rope.tables(cfg, positions, rope_length)
+        ctx = Context(
+            positions, cos, sin, segment_ids, masks.get("embed"), masks.get("mlp"), masks.get("heads")
+        )
+        x = Embed(cfg, name="embed")(tokens)
+        if cfg.embed_norm:
+            x = Norm(cfg, writes=("embed",), name="embed_norm")(x, ctx.embed_mask)
+        block = nn.remat(Block, prevent_cse=False) if cfg.remat == "full" and cache is None else Block
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=cfg.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(cfg, name="layers")
+        x, cache = layers(constrain(x), (masks.get("layers"), cache), ctx)
+        x = Norm(cfg, name="final_norm")(x, ctx.embed_mask)
+        if not cfg.tie_embeddings and self.is_initializing():
+            Head(cfg, name="lm_head")()  # declared here; read from the tree by head_kernel
+        return x, cache
+
+
+def init_boxed(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """Fresh parameters, each boxed with its axis names (axes.Named)."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return Decoder(cfg).init(key, tokens, tokens, None, None, None, 1)["params"]
+
+
+def init(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """Fresh parameters: a nested dict of arrays of cfg.param_dtype, layers stacked on the leading axis.
+
+    >>> init(cfg, jax.random.key(0))["layers"]["attn"]["q"].shape    # layers, embed, heads, head_dim
+    (2, 8, 1, 128)
+    """
+    return nn.meta.unbox(init_boxed(cfg, key))
+
+
+def hidden(
+    cfg: ModelConfig,
+    params: Mapping[str, Any],
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    masks: Masks | None = None,
+    cache: Cache | None = None,
+    rope_length: int | None = None,
+) -> tuple[jax.Array, Cache | None]:
+    """Final hidden state [B, S, D] in cfg.dtype after the last norm, and the cache with these tokens in it.
+
+    positions, int32[B, S], default to the row index; rope_length, the length that NTK scaling goes by, to S.
+    """
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    length = tokens.shape[1] if rope_length is None else rope_length
+    return Decoder(cfg).apply({"params": params}, tokens, positions, segment_ids, masks, cache, length)
+
+
+def head_kernel(cfg: ModelConfig, params: Mapping[str, Any]) -> jax.Array:
+    """[D, V] with V = padded_vocab_size: the head's kernel, or the transposed table where the two are tied."""
+    return params["embed"]["table"].T if cfg.tie_embeddings else params["lm_head"]["kernel"]
+
+
+def logits_of(cfg: ModelConfig, params: Mapping[str, Any], x: jax.Array) -> jax.Array:
+    """Logits [..., vocab_size] of a final hidden state [..., D]; float32 or better."""
+    accumulate = jnp.promote_types(cfg.dtype, jnp.float32)
+    kernel = head_kernel(cfg, params).astype(cfg.dtype)
+    logits = jnp.einsum("...D,DV->...V", x, kernel, preferred_element_type=accumulate) * cfg.logit_mult
+    return logits[..., : cfg.vocab_size]
+
+
+def forward(
+    cfg: ModelConfig,
+    params: Mapping[str, Any],
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    masks: Masks | None = None,
+) -> jax.Array:
+    """Logits float32[B, S, V] (float64 where cfg.dtype is) of int32 tokens [B, S]; V = vocab_size, padding rows cut.
+
+    Args:
+      positions: int32[B, S] for the rotary embedding; the row index by default.
+      segment_ids: int32[B, S]; attention stays within equal ids and always looks back along the row.
+      masks: growth masks by axis name, see growth/masks.py; None for a plain model.
+    """
+    x, _ = hidden(cfg, params, tokens, positions, segment_ids, masks)
+    return logits_of(cfg, params, x)

@@ -1,0 +1,37 @@
+"""The parameters described, not allocated: what the modules declare, read by abstract evaluation."""
+
+import functools
+from typing import Any
+
+import jax
+
+from tele_jax import axes
+from tele_jax.config import ModelConfig
+from tele_jax.model import decoder
+
+
+@functools.lru_cache(maxsize=64)
+def _flat_spec(cfg: ModelConfig) -> tuple[tuple[str, axes.ParamSpec], ...]:
+    boxed = jax.eval_shape(lambda: decoder.init_boxed(cfg, jax.random.key(0)))
+    named = jax.tree.map(axes.Named.spec, boxed, is_leaf=lambda x: isinstance(x, axes.Named))
+    return tuple(axes.flatten(named).items())
+
+
+def spec(cfg: ModelConfig) -> dict[str, Any]:
+    """The parameter tree of cfg as axes.ParamSpec leaves (shape, dtype, axis names); allocates nothing."""
+    return axes.unflatten(dict(_flat_spec(cfg)))
+
+
+def flat_spec(cfg: ModelConfig) -> dict[str, axes.ParamSpec]:
+    """The same as one dict with dotted names, sorted."""
+    return dict(_flat_spec(cfg))
+
+
+def abstract_params(cfg: ModelConfig) -> dict[str, Any]:
+    """The parameter tree as jax.ShapeDtypeStruct leaves."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), spec(cfg))
+
+
+def count_params(cfg: ModelConfig) -> int:
+    """Number of parameters, padding rows of the vocabulary included."""
+    return sum(leaf.size for leaf in flat_spec(cfg).values())
