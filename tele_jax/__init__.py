@@ -1,12 +1,12 @@
 """tele_jax: pretrain, grow, fine-tune and talk to the Tele-FLM and TeleChat model series in JAX.
 
-    cfg = tele.ModelConfig(...)                  config of a model            tele_jax/config.py
-    cfg = tele.get_model("tele_flm_52b")         a published one              tele_jax/published.py
-    params = tele.init(cfg, key)                 nested dict of arrays        tele_jax/model/decoder.py
-    logits = tele.forward(cfg, params, tokens)
-    spec = tele.spec(cfg)                        shapes and axis names        tele_jax/model/spec.py
-    tele.growth                                  grow parameter trees         tele_jax/growth/
-    tele.checkpoint                              save and load                tele_jax/checkpoint/
+cfg = tele.ModelConfig(...)                  config of a model            tele_jax/config.py
+cfg = tele.get_model("tele_flm_52b")         a published one              tele_jax/published.py
+params = tele.init(cfg, key)                 nested dict of arrays        tele_jax/model/decoder.py
+logits = tele.forward(cfg, params, tokens)
+spec = tele.spec(cfg)                        shapes and axis names        tele_jax/model/spec.py
+tele.growth                                  grow parameter trees         tele_jax/growth/
+tele.checkpoint                              save and load                tele_jax/checkpoint/
 """
 
 import importlib

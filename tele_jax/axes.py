@@ -10,7 +10,7 @@ A parameter is declared once, in its Flax module, as `declare(self, "q", inputs=
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -120,7 +120,9 @@ def _initial(cfg: ModelConfig, key: jax.Array, shape, inputs, outputs) -> jax.Ar
         return jnp.ones(shape, dtype)
     # Truncated at two standard deviations, as the Tele-FLM report says; 0.87962566 is the std that is left there.
     std = fresh_std(cfg, inputs, outputs) / 0.87962566103423978
-    return (jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.promote_types(dtype, jnp.float32)) * std).astype(dtype)
+    return (jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.promote_types(dtype, jnp.float32)) * std).astype(
+        dtype
+    )
 
 
 def fresh_std(cfg: ModelConfig, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> float:
@@ -138,3 +140,25 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `flatten`."""
     return traverse_util.unflatten_dict(dict(leaves), sep=".")
+
+
+def map_param_subtrees(function: Callable[[tuple[str, ...], Any], Any], tree: Any, spec: Mapping[str, Any], other=None):
+    """Applies function(path, subtree) to every subtree that has the structure and shapes of the parameters.
+
+    `tree` is any pytree, such as an optax state; `spec` a nested dict of ParamSpec (or of anything with a shape). Other
+    leaves are passed on, or through other(leaf). path is made of field names and keys, e.g. ("0", "nu").
+    """
+    structure = jax.tree.structure(spec)
+    shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(spec)]
+
+    def is_params(node: Any) -> bool:
+        if not isinstance(node, Mapping) or jax.tree.structure(node) != structure:
+            return False
+        return [tuple(getattr(leaf, "shape", ())) for leaf in jax.tree.leaves(node)] == shapes
+
+    def visit(path, node):
+        if is_params(node):
+            return function(tuple(str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path), node)
+        return node if other is None else other(node)
+
+    return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=is_params)

@@ -49,7 +49,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     ),
     "telechat_7b": _TELECHAT
     | dict(
-        num_layers=30, num_heads=32, embed_dim=4_096, mlp_dim=12_288, vocab_size=160_256, rope=_NTK_7B, tie_embeddings=True
+        num_layers=30,
+        num_heads=32,
+        embed_dim=4_096,
+        mlp_dim=12_288,
+        vocab_size=160_256,
+        rope=_NTK_7B,
+        tie_embeddings=True,
     ),
     "telechat_12b": _TELECHAT
     | dict(

@@ -122,7 +122,9 @@ class TrainStage:
             f"batch_size={self.batch_size} does not divide into microbatches={self.microbatches}",
         )
         require(self.mask_start >= 0 and self.mask_ramp >= 0, "mask_start and mask_ramp must not be negative")
-        require(self.mask_start + self.mask_ramp <= self.steps, "the mask ramp ends after the last step; give more steps")
+        require(
+            self.mask_start + self.mask_ramp <= self.steps, "the mask ramp ends after the last step; give more steps"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

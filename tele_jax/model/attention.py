@@ -40,5 +40,7 @@ def xla(q, k, v, index, segment_ids=None) -> jax.Array:
     for start in range(0, q.shape[1], BLOCK):
         end = min(start + BLOCK, q.shape[1])
         segments = (None, None) if segment_ids is None else (segment_ids[:, start:end], segment_ids[:, :end])
-        blocks.append(reference(q[:, start:end], k[:, :end], v[:, :end], index[:, start:end], index[:, :end], *segments))
+        blocks.append(
+            reference(q[:, start:end], k[:, :end], v[:, :end], index[:, start:end], index[:, :end], *segments)
+        )
     return jnp.concatenate(blocks, axis=1)

@@ -153,9 +153,7 @@ class Decoder(nn.Module):
         cfg = self.cfg
         masks = masks or {}
         cos, sin = rope.tables(cfg, positions, rope_length)
-        ctx = Context(
-            positions, cos, sin, segment_ids, masks.get("embed"), masks.get("mlp"), masks.get("heads")
-        )
+        ctx = Context(positions, cos, sin, segment_ids, masks.get("embed"), masks.get("mlp"), masks.get("heads"))
         x = Embed(cfg, name="embed")(tokens)
         if cfg.embed_norm:
             x = Norm(cfg, writes=("embed",), name="embed_norm")(x, ctx.embed_mask)
@@ -208,6 +206,23 @@ def hidden(
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     length = tokens.shape[1] if rope_length is None else rope_length
     return Decoder(cfg).apply({"params": params}, tokens, positions, segment_ids, masks, cache, length)
+
+
+def layer_states(cfg: ModelConfig, params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+    """The residual stream before the first layer and after every layer: [L + 1, B, S, D] in cfg.dtype."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    cos, sin = rope.tables(cfg, positions, tokens.shape[1])
+    ctx = Context(positions, cos, sin, None, None, None, None)
+    x = Embed(cfg).apply({"params": params["embed"]}, tokens)
+    if cfg.embed_norm:
+        x = rms_norm(x, params["embed_norm"]["scale"], cfg.rms_eps, None)
+
+    def step(x, layer):
+        y, _ = Block(cfg).apply({"params": layer}, x, (None, None), ctx)
+        return y, y
+
+    _, after = jax.lax.scan(step, x, params["layers"])
+    return jnp.concatenate([x[None], after])
 
 
 def head_kernel(cfg: ModelConfig, params: Mapping[str, Any]) -> jax.Array:

@@ -1,0 +1,121 @@
+"""Growth of arrays in memory: parameters, optimizer state, and the way back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tele_jax.axes import ParamSpec, flatten, map_param_subtrees, unflatten
+from tele_jax.errors import UserError
+from tele_jax.growth.axis_map import AxisMap
+from tele_jax.growth.kernel import leaf_key, tile
+from tele_jax.growth.plan import LeafPlan, Plan
+
+
+def apply(plan: Plan, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The grown parameters; a pure function, so that under jit with out_shardings it grows sharded arrays in place.
+
+    Raises:
+      UserError: params are not what plan.src_cfg describes; every leaf that differs is named.
+    """
+    leaves = flatten(params)
+    check_tree(leaves, plan.src_spec)
+    return unflatten({name: _grow(plan, name, plan.leaves[name], leaves[name]) for name in leaves})
+
+
+def shrink(plan: Plan, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The left inverse of `apply`: bitwise where nothing was scaled, to one ulp elsewhere.
+
+    Raises:
+      UserError: params are not what plan.dst_cfg describes.
+    """
+    leaves = flatten(params)
+    check_tree(leaves, plan.dst_spec)
+    inverse = {axis: m.invert() for axis, m in plan.maps.items()}
+    small = {}
+    for name, spec in plan.src_spec.items():
+        leaf = plan.leaves[name]
+        back = LeafPlan(1 / leaf.coefficient, (), leaf.scaled)
+        small[name] = _evaluate(back, [inverse[a] for a in spec.axes], leaves[name], (0, 0), spec.shape)
+    return unflatten(small)
+
+
+def apply_opt(plan: Plan, opt_state: Any) -> Any:
+    """The optimizer state of the grown parameters, for any optax state.
+
+    Every subtree that has the names and shapes of the parameters is grown: theta' = a*theta makes m' = m/a and, for
+    second moments (named `nu`), v' = v/a^2; new entries are zero. Where the state keeps `born` beside `count` (see
+    train.optimizer), new units are marked as born now. Everything else is passed on as it is.
+    """
+    spec = unflatten(plan.src_spec)
+
+    def grow_moments(path: tuple[str, ...], tree: Any) -> Any:
+        power = 2 if path and path[-1] == "nu" else 1
+        moments = flatten(tree)
+        return unflatten(
+            {
+                name: _grow(plan, name, plan.leaves[name].moment(power, plan.dst_spec[name].axes), moments[name])
+                for name in moments
+            }
+        )
+
+    grown = map_param_subtrees(grow_moments, opt_state, spec)
+    return _mark_born(plan, grown)
+
+
+def _mark_born(plan: Plan, state: Any) -> Any:
+    """Sets `born` of every fresh unit to the current count, wherever a node of the state has both."""
+    fields = _fields(state)
+    if fields is None:
+        return state
+    if isinstance(state, (list, tuple)) and not hasattr(state, "_fields"):
+        return type(state)(_mark_born(plan, child) for child in state)
+    changes = {key: _mark_born(plan, child) for key, child in fields.items()}
+    if "born" in fields and "count" in fields:
+        changes["born"] = {axis: _born(plan.maps[axis], old, fields["count"]) for axis, old in fields["born"].items()}
+    return state._replace(**changes) if hasattr(state, "_fields") else {**state, **changes}
+
+
+def _born(axis_map: AxisMap, old: jax.Array, count: jax.Array) -> jax.Array:
+    inherited = jnp.asarray(old)[np.maximum(axis_map.index, 0)]
+    return jnp.where(axis_map.fresh, jnp.asarray(count, inherited.dtype), inherited)
+
+
+def _fields(state: Any) -> dict[str, Any] | None:
+    if hasattr(state, "_fields"):
+        return dict(zip(state._fields, state, strict=True))
+    if isinstance(state, Mapping):
+        return dict(state)
+    return {str(i): child for i, child in enumerate(state)} if isinstance(state, (list, tuple)) else None
+
+
+def check_tree(leaves: Mapping[str, Any], spec: Mapping[str, ParamSpec]) -> None:
+    """Raises UserError naming every leaf whose presence, shape or dtype is not as in spec."""
+    wrong = [f"{name}: missing" for name in spec if name not in leaves]
+    wrong += [f"{name}: not a parameter of this model" for name in leaves if name not in spec]
+    for name in spec.keys() & leaves.keys():
+        have, want = leaves[name], spec[name]
+        if tuple(have.shape) != want.shape or np.dtype(have.dtype) != np.dtype(want.dtype):
+            wrong.append(f"{name}: {have.dtype}{list(have.shape)}, expected {np.dtype(want.dtype)}{list(want.shape)}")
+    if wrong:
+        raise UserError("the parameters do not fit the config: " + "; ".join(sorted(wrong)))
+
+
+def _grow(plan: Plan, name: str, leaf: LeafPlan, array: Any) -> jax.Array:
+    spec = plan.dst_spec[name]
+    return _evaluate(leaf, [plan.maps[a] for a in spec.axes], array, leaf_key(plan.seed, name), spec.shape)
+
+
+def _evaluate(leaf: LeafPlan, maps: list[AxisMap], array: Any, key: tuple[int, int], shape) -> jax.Array:
+    array = jnp.asarray(array)
+
+    def read(indices):
+        out = array
+        for dimension, index in enumerate(indices):
+            if not np.array_equal(index, np.arange(array.shape[dimension])):
+                out = jnp.take(out, index, axis=dimension)
+        return out
+
+    return tile(leaf, maps, [np.arange(size) for size in shape], read, key, shape, array.dtype)

@@ -1,0 +1,169 @@
+"""AxisMap: where every index of a grown axis comes from. Pure numpy.
+
+widen("embed", 3, 5)          index [0 1 2 -1 -1], the last two new
+repeat("layers", [0, 1, 1])   index [0 1 1], the third a copy that was not there before: also new
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+NEW = -1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AxisMap:
+    """One logical axis before and after growth.
+
+    Attributes:
+      axis: its name.
+      src_size: its size before.
+      index: int64[dst_size], the source index of every destination index, or NEW.
+      fresh: bool[dst_size], true where the unit was not in the model before: NEW entries, and copies that growth
+        masks or zeroes. An entry that a source unit is split into is a copy, but not fresh.
+      scale: float64[dst_size], a factor for the leaves whose plan asks for it.
+    """
+
+    axis: str
+    src_size: int
+    index: np.ndarray
+    fresh: np.ndarray
+    scale: np.ndarray
+
+    def __post_init__(self):
+        size = len(self.index)
+        if self.fresh.shape != (size,) or self.scale.shape != (size,):
+            raise ValueError(f"{self.axis}: index, fresh and scale differ in length")
+        if size and (self.index.max() >= self.src_size or self.index.min() < NEW):
+            raise ValueError(f"{self.axis}: index outside the source axis of size {self.src_size}")
+        if not self.fresh[self.index == NEW].all():
+            raise ValueError(f"{self.axis}: a NEW entry is not marked fresh")
+
+    @property
+    def dst_size(self) -> int:
+        return len(self.index)
+
+    @property
+    def is_identity(self) -> bool:
+        """Nothing moves, nothing is new, nothing is scaled."""
+        same = self.dst_size == self.src_size and np.array_equal(self.index, np.arange(self.src_size))
+        return same and not self.fresh.any() and bool((self.scale == 1).all())
+
+    def compose(self, later: "AxisMap") -> "AxisMap":
+        """This map, then `later`: as one map from this source to the later destination."""
+        if later.src_size != self.dst_size:
+            raise ValueError(f"{self.axis}: cannot compose {self.dst_size} with a map of {later.src_size}")
+        known = later.index != NEW
+        through = np.where(known, later.index, 0)
+        return AxisMap(
+            self.axis,
+            self.src_size,
+            np.where(known, self.index[through], NEW),
+            later.fresh | (known & self.fresh[through]),
+            np.where(known, self.scale[through], 1.0) * later.scale,
+        )
+
+    def invert(self) -> "AxisMap":
+        """The left inverse: every source index from where growth kept it, the scale undone.
+
+        Raises:
+          ValueError: a source unit that the destination does not hold any more.
+        """
+        position = np.full(self.src_size, NEW)
+        for dst in range(self.dst_size - 1, -1, -1):
+            if self.index[dst] != NEW and not self.fresh[dst]:
+                position[self.index[dst]] = dst
+        if (position == NEW).any():
+            lost = np.flatnonzero(position == NEW).tolist()
+            raise ValueError(f"{self.axis}: units {lost} of the source are not in the destination")
+        return AxisMap(self.axis, self.dst_size, position, np.zeros(self.src_size, bool), 1.0 / self.scale[position])
+
+    def concatenate(self, other: "AxisMap") -> "AxisMap":
+        """Both maps side by side over the same source: the destination of this one, then that of the other."""
+        if other.src_size != self.src_size:
+            raise ValueError(f"{self.axis}: sources of size {self.src_size} and {other.src_size}")
+        pair = [(getattr(self, name), getattr(other, name)) for name in ("index", "fresh", "scale")]
+        return AxisMap(self.axis, self.src_size, *(np.concatenate(both) for both in pair))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists, runs of consecutive indices folded: [[start, length], ...], start -1 for a run of NEW."""
+        return {
+            "axis": self.axis,
+            "src_size": self.src_size,
+            "runs": [list(run) for run in self.runs()],
+            "fresh": np.flatnonzero(self.fresh & (self.index != NEW)).tolist(),
+            "scale": None if (self.scale == 1).all() else self.scale.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "AxisMap":
+        parts = [np.arange(start, start + n) if start != NEW else np.full(n, NEW) for start, n in data["runs"]]
+        index = np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
+        fresh = index == NEW
+        fresh[data["fresh"]] = True
+        scale = np.ones(len(index)) if data["scale"] is None else np.asarray(data["scale"], np.float64)
+        return cls(data["axis"], data["src_size"], index, fresh, scale)
+
+    def runs(self) -> list[tuple[int, int]]:
+        """The index as runs (start, length) of consecutive source indices; start NEW for a run of new entries."""
+        runs: list[tuple[int, int]] = []
+        for i in self.index.tolist():
+            start, length = runs[-1] if runs else (None, 0)
+            if runs and ((i == NEW and start == NEW) or (i != NEW and start != NEW and i == start + length)):
+                runs[-1] = (start, length + 1)
+            else:
+                runs.append((i, 1))
+        return runs
+
+
+def make(axis: str, src_size: int, index: Sequence[int], fresh: Sequence[bool] | None = None, scale=None) -> AxisMap:
+    """An AxisMap from lists; fresh defaults to the NEW entries, scale to ones."""
+    index = np.asarray(index, np.int64)
+    fresh = index == NEW if fresh is None else np.asarray(fresh, bool)
+    return AxisMap(
+        axis, src_size, index, fresh, np.ones(len(index)) if scale is None else np.asarray(scale, np.float64)
+    )
+
+
+def identity(axis: str, size: int) -> AxisMap:
+    return make(axis, size, np.arange(size))
+
+
+def widen(axis: str, src_size: int, dst_size: int) -> AxisMap:
+    """New entries appended at the end."""
+    return make(axis, src_size, np.concatenate([np.arange(src_size), np.full(dst_size - src_size, NEW)]))
+
+
+def repeat(axis: str, src_size: int, index: Sequence[int]) -> AxisMap:
+    """Source units in the order given; the first occurrence of each is the unit itself, later ones are fresh copies."""
+    seen: set[int] = set()
+    fresh = [i in seen or seen.add(i) for i in index]  # set.add returns None: false on the first occurrence
+    return make(axis, src_size, index, [bool(f) for f in fresh])
+
+
+def grouped_heads(src_heads: int, src_groups: int, dst_heads: int, dst_groups: int) -> tuple[AxisMap, AxisMap]:
+    """Maps for heads and kv_heads that keep every query head with the keys and values it had.
+
+    A group grows inside itself, new groups come at the end, and where the groups get smaller each is split into
+    several that hold copies of its keys and values (grouped-query attention becoming multi-head attention).
+
+    Raises:
+      ValueError: too few destination groups to hold the heads that there are.
+    """
+    src_group, dst_group = src_heads // src_groups, dst_heads // dst_groups
+    parts = -(-src_group // dst_group)  # destination groups per source group
+    if src_groups * parts > dst_groups:
+        raise ValueError(
+            f"{src_heads} heads in {src_groups} groups do not fit into {dst_heads} heads in {dst_groups} groups: groups "
+            f"of {dst_group} need at least {src_groups * parts} of them"
+        )
+    heads = np.full((dst_groups, dst_group), NEW)
+    kv_heads = np.full(dst_groups, NEW)
+    for head in range(src_heads):
+        group, within = divmod(head, src_group)
+        part, place = divmod(within, dst_group)
+        heads[group * parts + part, place] = head
+        kv_heads[group * parts + part] = group
+    return make("heads", src_heads, heads.ravel()), make("kv_heads", src_groups, kv_heads)

@@ -1,0 +1,78 @@
+"""Which layers are copied when a model gets deeper, and where the copies go: each right after its source."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tele_jax.config import ModelConfig, require
+from tele_jax.errors import UserError
+from tele_jax.model import decoder
+
+METRICS = ("cosine", "relative_l2", "angular")
+
+
+def choose(how: str | Sequence[int], src_layers: int, dst_layers: int, scores: Sequence[float] | None) -> list[int]:
+    """For every destination layer the id of its source layer, in order.
+
+    Args:
+      how: "uniform" spreads the copies evenly; "last" and "middle" take the layers at that place; "distance" takes the
+        layers that change their input least, by `scores`, and leaves out the first and the last as long as others
+        are left; or the ids themselves, where a repeated id is a copy.
+
+    Raises:
+      UserError: an unknown name, ids that lose or reorder a source layer, "distance" without scores.
+    """
+    extra = dst_layers - src_layers
+    if not isinstance(how, str):
+        ids = [int(i) for i in how]
+        require(len(ids) == dst_layers, f"layers: {len(ids)} ids given for {dst_layers} destination layers")
+        first = list(dict.fromkeys(ids))
+        require(
+            first == list(range(src_layers)),
+            f"layers: {ids} has to name each of the {src_layers} source layers, first occurrences in order",
+        )
+        return ids
+    if how == "uniform":
+        copies = [(i + 1) * extra // src_layers - i * extra // src_layers for i in range(src_layers)]
+    elif how == "last":
+        copies = _cycle(list(range(src_layers))[::-1], extra, src_layers)
+    elif how == "middle":
+        centre = (src_layers - 1) / 2
+        copies = _cycle(sorted(range(src_layers), key=lambda i: (abs(i - centre), i)), extra, src_layers)
+    elif how == "distance":
+        require(scores is not None, 'layers="distance" needs scores, one per source layer; see growth.layers.distances')
+        require(len(scores) == src_layers, f"layers: {len(scores)} scores given for {src_layers} source layers")
+        inner = range(1, src_layers - 1) if src_layers > 2 else range(src_layers)
+        copies = _cycle(sorted(inner, key=lambda i: (scores[i], i)), extra, src_layers)
+    else:
+        raise UserError(f"layers: {how!r} is not one of uniform, last, middle, distance, or a list of ids")
+    return [i for i in range(src_layers) for _ in range(1 + copies[i])]
+
+
+def _cycle(order: Sequence[int], extra: int, src_layers: int) -> list[int]:
+    copies = [0] * src_layers
+    for n in range(extra):
+        copies[order[n % len(order)]] += 1
+    return copies
+
+
+def distances(cfg: ModelConfig, params: Any, tokens: jax.Array, metric: str = "cosine") -> list[float]:
+    """How much each layer changes its input, averaged over calibration tokens int32[B, S]: one float per layer.
+
+    cosine: 1 - cos(in, out); angular: arccos(cos)/pi; relative_l2: |out - in| / |in|. The published choice of metric
+    is unknown (FACTS section 4); cosine is ours.
+    """
+    if metric not in METRICS:
+        raise UserError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
+    states = decoder.layer_states(cfg, params, tokens).astype(jnp.float32)  # [L + 1, B, S, D]
+    before, after = states[:-1], states[1:]
+    norm = lambda x: jnp.linalg.norm(x, axis=-1)  # noqa: E731
+    if metric == "relative_l2":
+        score = norm(after - before) / norm(before)
+    else:
+        cosine = jnp.sum(before * after, axis=-1) / (norm(before) * norm(after))
+        score = 1 - cosine if metric == "cosine" else jnp.arccos(jnp.clip(cosine, -1, 1)) / jnp.pi
+    return np.asarray(score.mean(axis=(1, 2)), np.float64).tolist()

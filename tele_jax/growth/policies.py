@@ -1,0 +1,164 @@
+"""Policies: from two configs to a plan. What is zero, fresh or scaled follows from the names of a leaf's axes.
+
+The residual stream is the axis `embed`: a leaf with embed among its outputs writes to it, one with embed among its
+inputs reads from it. Growth keeps the function when, on every grown axis, exactly one of the two sides is zero.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from tele_jax.axes import ParamSpec, fresh_std
+from tele_jax.config import ModelConfig
+from tele_jax.errors import UserError
+from tele_jax.growth import axis_map, layers
+from tele_jax.growth.axis_map import AxisMap
+from tele_jax.growth.plan import LeafPlan, Plan
+from tele_jax.model.spec import flat_spec
+
+# Exact growth: which side of a new unit is zero. The other side is random, so that the first step moves the zero one.
+ZERO_SIDE = {"embed": "outputs", "mlp": "inputs", "heads": "inputs"}
+
+# Fields that growth may change; any other difference is another model, not a larger one.
+_GROWN = {
+    "num_layers": "layers",
+    "embed_dim": "embed",
+    "num_heads": "heads",
+    "num_kv_heads": "kv_heads",
+    "mlp_dim": "mlp",
+}
+_FREE = {"rms_eps", "input_mult", "output_mult", "mup_base_width", "init_std", "matrix_init_std"}
+_FREE |= {"max_seq_len", "dtype", "remat", "attention"}
+
+
+def plan(
+    src_cfg: ModelConfig,
+    dst_cfg: ModelConfig,
+    *,
+    policy: str = "exact",
+    layers: str | Sequence[int] = "uniform",
+    seed: int = 0,
+    scores: Sequence[float] | None = None,
+    epsilon: str = "scale",
+) -> Plan:
+    """How a model of src_cfg becomes one of dst_cfg.
+
+    Args:
+      policy: "exact" keeps the function for any ratio without masks; "msg" (Masked Structural Growth, arXiv
+        2305.02869) keeps it behind masks that start at 0 and fills everything new with random values or copies.
+      layers: which layers are copied, see growth.layers.choose.
+      seed: of the fresh values.
+      scores: one per source layer, for layers="distance".
+      epsilon: exact growth of embed either scales the norms' epsilon by d/d' ("scale"), or keeps it as published and
+        divides what is written to the residual stream instead ("keep").
+
+    Raises:
+      UserError: an axis that would shrink, another difference between the configs than size, an unknown policy.
+
+    >>> plan(small, small.replace(embed_dim=80, mlp_dim=300)).dst_cfg.rms_eps    # from 64 embed, 1e-5
+    8e-06
+    """
+    if policy not in POLICIES:
+        raise UserError(f"policy {policy!r} is not one of {', '.join(POLICIES)}")
+    if epsilon not in ("scale", "keep"):
+        raise UserError(f"epsilon {epsilon!r} is not one of 'scale', 'keep'")
+    _check(src_cfg, dst_cfg)
+    maps = _maps(src_cfg, dst_cfg, layers, scores)
+    return POLICIES[policy](src_cfg, dst_cfg, maps, seed, epsilon)
+
+
+def _check(src: ModelConfig, dst: ModelConfig) -> None:
+    for field in dataclasses.fields(ModelConfig):
+        before, after = getattr(src, field.name), getattr(dst, field.name)
+        if field.name in _GROWN:
+            if after < before:
+                raise UserError(f"{field.name} would shrink, {before} -> {after}: growth only adds; see growth.shrink")
+        elif field.name not in _FREE and before != after:
+            raise UserError(f"{field.name} differs, {before} -> {after}: growth cannot change it")
+
+
+def _maps(src: ModelConfig, dst: ModelConfig, how: str | Sequence[int], scores) -> dict[str, AxisMap]:
+    try:
+        heads, kv_heads = axis_map.grouped_heads(src.num_heads, src.num_kv_heads, dst.num_heads, dst.num_kv_heads)
+    except ValueError as error:
+        raise UserError(f"num_kv_heads: {error}") from None
+    maps = {
+        "layers": axis_map.repeat("layers", src.num_layers, layers.choose(how, src.num_layers, dst.num_layers, scores)),
+        "heads": heads,
+        "kv_heads": kv_heads,
+    }
+    for axis, size in src.axis_sizes.items():
+        if axis not in maps:
+            maps[axis] = axis_map.widen(axis, size, dst.axis_sizes[axis])
+    return maps
+
+
+def _keep_logit_mult(src: ModelConfig, dst: ModelConfig) -> tuple[ModelConfig, float, float]:
+    """(dst as resolved, coefficient of the embedding, coefficient of the head) that keep both multipliers' effect.
+
+    An untied model folds a changed multiplier into the table or the kernel. A tied one has a single table for both,
+    so that its multipliers have to stay what they were in effect.
+    """
+    if src.tie_embeddings:
+        output_mult = src.logit_mult * dst.width_ratio
+        return dst.replace(input_mult=src.input_mult, output_mult=output_mult), 1.0, 1.0
+    return dst, src.input_mult / dst.input_mult, src.logit_mult / dst.logit_mult
+
+
+def _fill(cfg: ModelConfig, spec: ParamSpec) -> dict:
+    """Fresh values as a newly initialised model has them."""
+    if spec.role == "scale":
+        return {"fill": "constant", "value": 1.0}
+    if spec.role == "bias":
+        return {"fill": "constant", "value": 0.0}
+    return {"fill": "normal", "value": fresh_std(cfg, spec.inputs, spec.outputs)}
+
+
+def _is_writer(spec: ParamSpec) -> bool:
+    """Whether the leaf adds to the residual stream (a norm scale that sits in it only passes on)."""
+    return "embed" in spec.outputs and spec.role != "scale"
+
+
+def _multiplier(spec: ParamSpec, embedding: float, head: float) -> float:
+    """The share of a changed multiplier that is folded into this leaf."""
+    if spec.role == "table":
+        return embedding
+    return head if "vocab" in spec.outputs else 1.0
+
+
+def _exact(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int, epsilon: str) -> Plan:
+    dst, embedding, head = _keep_logit_mult(src, dst)
+    # A norm divides by the root of the mean over embed; zeros in the new channels make that mean smaller by d/d'.
+    shrinkage = math.sqrt(src.embed_dim / dst.embed_dim)
+    written = 1.0 if epsilon == "scale" else 1.0 / shrinkage
+    dst = dst.replace(rms_eps=src.rms_eps * src.embed_dim / dst.embed_dim if epsilon == "scale" else src.rms_eps)
+    leaves = {}
+    for name, spec in flat_spec(src).items():
+        coefficient = _multiplier(spec, embedding, head)
+        if spec.role == "scale":
+            zero: tuple[str, ...] = ()
+            # What a norm in the stream writes is divided like all that is written; s * (1/s) leaves it as it was.
+            coefficient = shrinkage * (written if "embed" in spec.outputs else 1.0)
+        else:
+            zero = tuple(axis for axis, side in ZERO_SIDE.items() if axis in getattr(spec, side))
+            if _is_writer(spec):
+                coefficient *= written
+                zero = spec.stack + zero  # a copied layer writes nothing at first
+        if src.tie_embeddings and spec.role == "table" and epsilon == "keep" and shrinkage != 1.0:
+            raise UserError('epsilon="keep" divides the embedding, which is also the head of a tied model; use "scale"')
+        leaves[name] = LeafPlan(coefficient, zero, (), **_fill(dst, spec))
+    return Plan(src, dst, "exact", maps, leaves, seed)
+
+
+def _msg(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int, epsilon: str) -> Plan:
+    del epsilon  # the mask weighs the norm's mean, so that epsilon means the same before and after
+    dst, embedding, head = _keep_logit_mult(src, dst)
+    dst = dst.replace(rms_eps=src.rms_eps)
+    leaves = {
+        name: LeafPlan(_multiplier(spec, embedding, head), (), (), **_fill(dst, spec))
+        for name, spec in flat_spec(src).items()
+    }
+    return Plan(src, dst, "msg", maps, leaves, seed, masked=True)
+
+
+POLICIES = {"exact": _exact, "msg": _msg}
