@@ -226,5 +226,16 @@ class ModelConfig:
         return self.rope.theta * alpha**power, 1.0 + ntk.attention_slope * math.log(n / ntk.trained_length)
 
     def replace(self, **changes: Any) -> "ModelConfig":
-        """A copy with some fields changed, validated again."""
+        """A copy with some fields changed, validated again. Multi-head attention stays so when num_heads changes alone."""
+        if "num_heads" in changes and self.num_kv_heads == self.num_heads:
+            changes = {"num_kv_heads": None, **changes}
         return dataclasses.replace(self, **changes)
+
+    def replace_from(self, changes: Mapping[str, Any], where: str) -> "ModelConfig":
+        """The same from a config table: unknown keys and wrong types raise UserError with their path."""
+        try:
+            return from_dict(ModelConfig, to_dict(self.replace(**{k: changes[k] for k in changes})), where)
+        except TypeError:
+            return from_dict(ModelConfig, {**to_dict(self), **dict(changes.items())}, where)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None

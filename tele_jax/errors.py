@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class DamageError(RuntimeError):
     """Something on disk is not what was once written there: one line, what and where. Exit code 1."""
+
+
+class FailedError(RuntimeError):
+    """The work itself failed a check, such as a growth that did not preserve: one line. Exit code 1."""

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tele_jax.errors import DamageError, UserError
+from tele_jax.errors import DamageError, FailedError, UserError
 
 VERBS = {
     "train": "run the stages of a config: pretrain, grow, fine-tune",
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         return _fail(f"{error.filename}: {error.strerror}", 2)
-    except DamageError as error:
+    except (DamageError, FailedError) as error:
         return _fail(error, 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

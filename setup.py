@@ -1,0 +1,65 @@
+"""Install: `pip install -e .[data,plots]`; `make test` and `make quickstart` do it on their own.
+
+Lower bounds are the versions the tests run with on Python 3.11, the oldest; upper bounds stop before the next release
+that may remove something. jax has no release after 0.10 for Python 3.11, while 3.12 and 3.13 take 0.12: both are tested.
+"""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "jax>=0.10.2,<0.13",
+    "flax>=0.12.8,<0.13",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "tensorstore>=0.1.86,<0.2",
+    "ml-collections>=1.1,<2",
+    "numpy>=2.2,<3",
+    "absl-py>=2.1,<3",
+    "tqdm>=4.66,<5",
+    # Writes the TensorBoard events of every run. In the core because it brings nothing that orbax does not already
+    # (numpy, packaging, protobuf), and a run whose curves are missing cannot be repaired afterwards.
+    "tensorboardX>=2.6.4,<3",
+]
+
+EXTRAS = {
+    # tensorflow-text asks for `tensorflow` by name: with tensorflow-cpu beside it, both would write the same files. The
+    # plain Linux wheel carries no CUDA libraries either. The two must be of one minor release.
+    "data": [
+        "seqio>=0.0.20,<0.1",
+        "sentencepiece>=0.2.1,<0.3",
+        "tensorflow>=2.21,<2.22",
+        "tensorflow-text>=2.21,<2.22",
+    ],
+    # jax itself names the libtpu that fits it (0.0.42.* for jax 0.10, 0.0.50.* for jax 0.12).
+    "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+    # On Linux, pip's torch brings several GB of CUDA libraries; install a CPU build of torch first to avoid them.
+    "hf": [
+        "torch>=2.13,<3",
+        "transformers>=5.20,<6",
+        "safetensors>=0.6,<1",
+        "tokenizers>=0.22,<0.24",
+    ],
+    "eval": ["lm-eval>=0.4.13,<0.5"],
+    # Not in the core: hosts of a pod draw nothing.
+    "plots": ["matplotlib>=3.9,<4"],
+    "notebooks": ["nbclient>=0.10.2,<1", "nbformat>=5.10,<6", "ipykernel>=6.29,<8", "matplotlib>=3.9,<4"],
+    "dev": [
+        "pytest>=9,<10",
+        "pytest-xdist>=3.8,<4",
+        "hypothesis>=6.140,<7",
+        # Pinned to one minor release: the next one may format or check differently, and fail a clean checkout.
+        "ruff>=0.17,<0.18",
+        "import-linter>=2.16,<3",
+    ],
+}
+
+setup(
+    name="tele_jax",
+    version="0.1.0",
+    description="Pretrain, grow, fine-tune and talk to the Tele-FLM and TeleChat language models in JAX",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["tele_jax", "tele_jax.*"]),
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["tele = tele_jax.cli.main:main"]},
+)

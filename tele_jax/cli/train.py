@@ -1,0 +1,33 @@
+"""`tele train`: run the stages of a config in order; started again, it goes on where it was."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+HELP = "run the stages of a config: pretrain, grow, fine-tune"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="a page with get_config(), as in configs/")
+    parser.add_argument("--workdir", required=True, type=Path, metavar="W", help="where the run lives")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="--config.a.b=v", help="change a value of the config, as often as wanted"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from tele_jax import report
+    from tele_jax.cli.pages import load_page
+    from tele_jax.run import run_config
+    from tele_jax.train import loop
+
+    config = run_config(load_page(args.config, args.overrides))
+    try:
+        summaries = loop.run(config, args.workdir)
+    except loop.Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(143) from None  # 128 + SIGTERM: a launcher sees that the run is not finished
+    text = report.write(args.workdir, summaries)
+    print(text)
+    return {"stages": summaries}

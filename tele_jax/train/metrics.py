@@ -1,0 +1,64 @@
+"""Figures of a stage: metrics.jsonl, one object a line, and TensorBoard events with the same names."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+# Peak dense bf16 FLOP/s of one device, by jax's device_kind: Google's published figures.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+}
+
+
+def utilisation(flops_per_second: float) -> float | None:
+    """Model FLOP utilisation over all devices, or None where the peak of the device is not known (a CPU)."""
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    return None if peak is None else flops_per_second / (peak * jax.device_count())
+
+
+class Metrics:
+    """Writes the figures of one stage; started again, it drops what was written after the step it goes on from."""
+
+    def __init__(self, directory: Path, first_step: int):
+        from tensorboardX import SummaryWriter
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / "metrics.jsonl"
+        kept = [line for line in read(self._path) if line["step"] <= first_step]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, self._path)
+        self._file = self._path.open("a", buffering=1)
+        self._events = SummaryWriter(str(directory), purge_step=first_step + 1, flush_secs=30)
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """One line, with `step`; figures that are None are left out."""
+        figures = {name: float(value) for name, value in figures.items() if value is not None}
+        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        for name, value in figures.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def read(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines

@@ -1,0 +1,105 @@
+"""AdamW as an optax chain, with muP learning-rate groups read off the axis names, and an age for every unit.
+
+Growth adds units to a model in mid-training. Adam's bias correction and a warm-up of new parameters go by how long a
+unit has been there, so the state keeps, per axis, the step at which each unit was born: a few small vectors.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tele_jax.axes import ParamSpec, flatten, unflatten
+from tele_jax.config import ModelConfig
+from tele_jax.model.spec import spec as spec_of
+from tele_jax.run import OptimizerConfig
+
+
+class AdamState(NamedTuple):
+    """count: int32 steps done. mu, nu: moments, trees like the parameters. born: int32[size] per axis name."""
+
+    count: jax.Array
+    mu: Any
+    nu: Any
+    born: dict[str, jax.Array]
+
+
+def optimizer(
+    cfg: ModelConfig, config: OptimizerConfig, factor: Callable[[jax.Array], jax.Array]
+) -> optax.GradientTransformation:
+    """Clipping by global norm, Adam, decoupled weight decay, muP groups, and the schedule `factor(step)`.
+
+    Matrix-like parameters learn with matrix_learning_rate / r, r = width / muP base width; all others with
+    learning_rate (arXiv 2304.06875). Kernels and tables decay; norm scales and biases do not.
+    """
+    spec = spec_of(cfg)
+    matrix = config.learning_rate if config.matrix_learning_rate is None else config.matrix_learning_rate
+    peaks = jax.tree.map(lambda s: matrix / cfg.width_ratio if s.is_matrix_like else config.learning_rate, spec)
+    decays = jax.tree.map(lambda s: s.role in ("kernel", "table"), spec)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        scale_by_adam(spec, config),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
+        optax.stateless(lambda updates, _: jax.tree.map(lambda u, peak: u * peak, updates, peaks)),
+        optax.scale_by_schedule(lambda step: -factor(step)),
+    )
+
+
+def scale_by_adam(spec: Mapping[str, Any], config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adam (arXiv 1412.6980) whose bias correction counts the steps of each entry since it was born.
+
+    An entry is as young as its youngest unit. 1 - beta^age and the warm-up both rise with age, so the smallest factor
+    over the axes of a leaf is the entry's: vectors, broadcast, and nothing of the size of the parameters.
+    """
+    leaves = flatten(spec)
+    sizes = {axis: size for leaf in leaves.values() for axis, size in zip(leaf.axes, leaf.shape, strict=True)}
+
+    def init(params: Any) -> AdamState:
+        zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
+        born = {axis: jnp.zeros(size, jnp.int32) for axis, size in sizes.items()}
+        return AdamState(jnp.zeros([], jnp.int32), zeros(), zeros(), born)
+
+    def update(gradients: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
+        del params
+        count = state.count + 1
+        age = {axis: (count - born).astype(jnp.float32) for axis, born in state.born.items()}
+        first = {axis: 1 - config.beta1**a for axis, a in age.items()}
+        second = {axis: 1 - config.beta2**a for axis, a in age.items()}
+        if config.new_warmup_steps:
+            # Units that were there from the start (born 0) follow the schedule's own warm-up alone.
+            new = {axis: born > 0 for axis, born in state.born.items()}
+            warm = {a: jnp.where(new[a], jnp.minimum(1.0, age[a] / config.new_warmup_steps), 1.0) for a in age}
+        mu = jax.tree.map(lambda m, g: config.beta1 * m + (1 - config.beta1) * g, state.mu, gradients)
+        nu = jax.tree.map(lambda v, g: config.beta2 * v + (1 - config.beta2) * g**2, state.nu, gradients)
+        steps = {}
+        flat_mu, flat_nu = flatten(mu), flatten(nu)
+        for name, leaf in leaves.items():
+            m = flat_mu[name] / _least(first, leaf)
+            v = flat_nu[name] / _least(second, leaf)
+            step = m / (jnp.sqrt(v) + config.eps)
+            steps[name] = (step * _least(warm, leaf) if config.new_warmup_steps else step).astype(flat_mu[name].dtype)
+        return unflatten(steps), AdamState(count, mu, nu, state.born)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _least(vectors: Mapping[str, jax.Array], leaf: ParamSpec) -> jax.Array:
+    """The smallest of the vectors of a leaf's axes, broadcast to its shape."""
+    least = jnp.float32(1.0)
+    for dimension, axis in enumerate(leaf.axes):
+        shape = [1] * len(leaf.axes)
+        shape[dimension] = -1
+        least = jnp.minimum(least, vectors[axis].reshape(shape))
+    return least
+
+
+def restart_schedule(opt_state: Any) -> Any:
+    """The same state with the schedule at step 0, for a new stage; moments and ages stay."""
+    is_schedule = lambda node: isinstance(node, optax.ScaleByScheduleState)  # noqa: E731
+    return jax.tree.map(
+        lambda node: node._replace(count=jnp.zeros_like(node.count)) if is_schedule(node) else node,
+        opt_state,
+        is_leaf=is_schedule,
+    )

@@ -1,0 +1,94 @@
+"""The training step: one pure function, compiled for a mesh."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tele_jax.axes import map_param_subtrees
+from tele_jax.config import ModelConfig
+from tele_jax.model.loss import next_token_loss
+from tele_jax.model.spec import abstract_params, spec
+from tele_jax.sharding import BATCH, batch_sharding, param_shardings, replicated
+
+Step = Callable[[Any, Any, Mapping[str, jax.Array], Any], tuple[Any, Any, dict[str, jax.Array]]]
+
+
+def state_shardings(cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[Any, Any]:
+    """(of the parameters, of the optimizer state): moments lie where their parameters lie, the rest everywhere."""
+    params = param_shardings(spec(cfg), mesh)
+    opt_state = jax.eval_shape(tx.init, abstract_params(cfg))
+    return params, map_param_subtrees(lambda path, tree: params, opt_state, spec(cfg), lambda _: replicated(mesh))
+
+
+def make_step(
+    cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, *, batch_size: int, microbatches: int = 1
+) -> Step:
+    """step(params, opt_state, batch, masks) -> (params, opt_state, {"loss", "grad_norm", "weight"}).
+
+    params and opt_state are donated. batch holds arrays [batch_size, S] as data.feed gives them; the loss is the mean
+    over the weights of the whole batch, in nats per token, however many microbatches it is computed in; gradients are
+    accumulated in float32 or better. masks (see growth.masks) may change without compiling again; None is the plain
+    model, compiled on its own.
+    """
+    params_sharding, opt_sharding = state_shardings(cfg, tx, mesh)
+    rows = batch_sharding(mesh, batch_size // microbatches)
+
+    def one(params, batch, masks):
+        loss_sum = lambda p: next_token_loss(cfg, p, batch, masks)  # noqa: E731
+        (total, weight), gradients = jax.value_and_grad(loss_sum, has_aux=True)(params)
+        return total, weight, gradients
+
+    def accumulate(params, batch, masks):
+        if microbatches == 1:
+            return one(params, batch, masks)
+        cut = NamedSharding(mesh, P(None, BATCH))
+        parts = jax.tree.map(
+            lambda x: jax.lax.with_sharding_constraint(x.reshape(microbatches, -1, *x.shape[1:]), cut), batch
+        )
+
+        def add(carry, part):
+            return jax.tree.map(lambda total, new: total + new.astype(total.dtype), carry, one(params, part, masks)), None
+
+        scalar = jnp.zeros([], jnp.promote_types(cfg.dtype, jnp.float32))
+        sums = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
+        return jax.lax.scan(add, (scalar, scalar, sums), parts)[0]
+
+    def step(params, opt_state, batch, masks):
+        total, weight, gradients = accumulate(params, batch, masks)
+        # A batch without a single counted token moves nothing instead of dividing by zero.
+        scale = 1 / jnp.maximum(weight, 1)
+        gradients = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), gradients, params)
+        updates, opt_state = tx.update(gradients, opt_state, params)
+        metrics = {"loss": total * scale, "grad_norm": optax.global_norm(gradients), "weight": weight}
+        return optax.apply_updates(params, updates), opt_state, metrics
+
+    compiled = jax.jit(
+        step,
+        in_shardings=(params_sharding, opt_sharding, rows, replicated(mesh)),
+        out_shardings=(params_sharding, opt_sharding, replicated(mesh)),
+        donate_argnums=(0, 1),
+    )
+
+    def run(params, opt_state, batch, masks=None):
+        with jax.set_mesh(mesh):
+            return compiled(params, opt_state, batch, masks)
+
+    return run
+
+
+def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
+    """A host batch on the mesh, rows over data and fsdp."""
+    return jax.device_put(dict(batch), batch_sharding(mesh, batch_size))
+
+
+def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
+    """Model FLOPs to train on one token: 6 per parameter of every kernel, and causal attention; recomputation not
+    counted (arXiv 2204.02311, appendix B, with the masked half of attention left out)."""
+    head = cfg.padded_vocab_size * cfg.embed_dim if cfg.tie_embeddings else 0
+    kernels = head + sum(leaf.size for leaf in jax.tree.leaves(spec(cfg)) if leaf.role == "kernel")
+    return 6.0 * kernels + 6.0 * cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len

@@ -1,0 +1,59 @@
+"""The package as it is installed: light to import, bounded requirements, verbs that answer."""
+
+import importlib.metadata
+import importlib.util
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from tele_jax.cli.main import VERBS, main
+
+HEAVY = {"tensorflow", "tensorflow_text", "torch", "libtpu", "seqio", "sentencepiece", "matplotlib"}
+WRITTEN = [verb for verb in VERBS if importlib.util.find_spec(f"tele_jax.cli.{verb}")]
+
+
+def python(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=120)
+
+
+def test_import_loads_no_extra():
+    done = python("-c", "import sys, tele_jax; print(*{name.partition('.')[0] for name in sys.modules})")
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert {"jax", "tele_jax"} <= loaded
+    assert not HEAVY & loaded
+
+
+def test_every_requirement_has_a_lower_and_an_upper_bound():
+    requirements = importlib.metadata.requires("tele_jax")
+    assert len(requirements) > 20
+    for requirement in requirements:
+        bounds = requirement.partition(";")[0]
+        assert re.search(r">=\d", bounds) and re.search(r"<\d", bounds), requirement
+
+
+def test_the_command_is_installed():
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="tele")
+    assert script.load() is main
+
+
+@pytest.mark.parametrize("verb", WRITTEN)
+def test_every_verb_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([verb, "--help"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: tele {verb}")
+
+
+def test_an_unknown_verb_is_one_line_and_exit_2():
+    done = python("-m", "tele_jax.cli.main", "trian")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(r"tele: .*trian.*\n", done.stderr)
+
+
+def test_eight_devices_are_simulated():
+    assert len(jax.devices("cpu")) == 8
