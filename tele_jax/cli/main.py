@@ -61,7 +61,12 @@ def _main(argv: list[str]) -> int:
             module.arguments(sub)
             if not any(a.dest == "json" for a in sub._actions):
                 sub.add_argument("--json", metavar="FILE", type=Path, help="write the figures to FILE as JSON")
-    args = parser.parse_args(argv)
+    # argparse knows no open family of flags: --config.a.b=v is taken out first.
+    overrides = [word for word in argv if word.startswith("--config.")]
+    if overrides and not getattr(module, "OVERRIDES", False):
+        raise UserError(f"{overrides[0]}: only verbs that take --config understand this")
+    args = parser.parse_args([word for word in argv if word not in overrides])
+    args.overrides = overrides
     figures = module.run(args)
     if getattr(args, "json", None) is not None:
         args.json.write_text(json.dumps(figures or {}, indent=2) + "\n")

@@ -33,7 +33,9 @@ def load_page(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     except Exception as error:
         raise UserError(f"--config {path}: the page fails: {type(error).__name__}: {error}") from error
     if not isinstance(page, ConfigDict):
-        raise UserError(f"--config {path}: get_config() returned {type(page).__name__}, not an ml_collections.ConfigDict")
+        raise UserError(
+            f"--config {path}: get_config() returned {type(page).__name__}, not an ml_collections.ConfigDict"
+        )
     for override in overrides:
         _override(page, override)
     return page

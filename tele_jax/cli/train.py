@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 HELP = "run the stages of a config: pretrain, grow, fine-tune"
+OVERRIDES = True
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="a page with get_config(), as in configs/")
     parser.add_argument("--workdir", required=True, type=Path, metavar="W", help="where the run lives")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="--config.a.b=v", help="change a value of the config, as often as wanted"
-    )
+    parser.epilog = "--config.STAGE.KEY=VALUE changes a value of the config, as often as wanted"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -46,7 +46,9 @@ def grow(
         if opt_state is not None and stage.optimizer_state:
             grow_state = lambda state: growth.apply_opt(plan, state)  # noqa: E731
             shape = jax.eval_shape(grow_state, opt_state)
-            out = map_param_subtrees(lambda path, tree: shardings, shape, spec(plan.dst_cfg), lambda _: replicated(mesh))
+            out = map_param_subtrees(
+                lambda path, tree: shardings, shape, spec(plan.dst_cfg), lambda _: replicated(mesh)
+            )
             grown_state = jax.jit(grow_state, out_shardings=out)(opt_state)
         report = growth.verify(plan, params, big, tokens)
     receipt = report.to_json() | {

@@ -128,8 +128,10 @@ def _train_stage(
             restore |= {"shardings": {"params": shardings["params"]}, "opt_state_like": None}
         loaded = checkpoint.load(previous, **restore)
         params, history = loaded.params, loaded.provenance
-        opt_state = jax.jit(tx.init, out_shardings=shardings["opt_state"])(params) if fresh_optimizer else (
-            restart_schedule(loaded.opt_state)
+        opt_state = (
+            jax.jit(tx.init, out_shardings=shardings["opt_state"])(params)
+            if fresh_optimizer
+            else (restart_schedule(loaded.opt_state))
         )
     else:
         key = jax.random.key(stage.seed)
@@ -196,7 +198,9 @@ def _train_stage(
                     # Neither saving nor evaluating counts as training time.
                     since, since_step = time.perf_counter(), done
                 if stopped and not last:
-                    raise Stopped(f"stopped at step {done} of {stage.steps} in stage {directory.name}; start again to go on")
+                    raise Stopped(
+                        f"stopped at step {done} of {stage.steps} in stage {directory.name}; start again to go on"
+                    )
         lines = metrics.read(directory / "metrics" / "metrics.jsonl")
         if not any(line["step"] == stage.steps and any(k.startswith("eval/") for k in line) for line in lines):
             evaluate(stage.steps)
@@ -315,7 +319,9 @@ def _same_config(config: RunConfig, path: Path) -> None:
         # The mesh may change: a checkpoint restores onto any.
         changed = _differences({**before, "mesh": None}, {**now, "mesh": None}, "config")
         if changed:
-            raise UserError(f"{path.parent}: was started with another config: {'; '.join(changed)}; use another --workdir")
+            raise UserError(
+                f"{path.parent}: was started with another config: {'; '.join(changed)}; use another --workdir"
+            )
         return
     _write_json(path, now)
 

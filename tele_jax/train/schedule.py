@@ -22,9 +22,13 @@ def schedule(config: ScheduleConfig, steps: int, tokens_per_step: int) -> Callab
     warmup = config.warmup / unit
     total = steps if config.total is None else config.total / unit
     decay = total / 10 if config.decay is None else config.decay / unit
-    require(warmup < total, f"schedule: warmup {config.warmup} is not below the total of {total * unit:g} {config.unit}")
+    require(
+        warmup < total, f"schedule: warmup {config.warmup} is not below the total of {total * unit:g} {config.unit}"
+    )
     if config.kind == "wsd":
-        require(warmup + decay <= total, f"schedule: warmup and decay exceed the total of {total * unit:g} {config.unit}")
+        require(
+            warmup + decay <= total, f"schedule: warmup and decay exceed the total of {total * unit:g} {config.unit}"
+        )
 
     def factor(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)

@@ -52,7 +52,9 @@ def make_step(
         )
 
         def add(carry, part):
-            return jax.tree.map(lambda total, new: total + new.astype(total.dtype), carry, one(params, part, masks)), None
+            return jax.tree.map(
+                lambda total, new: total + new.astype(total.dtype), carry, one(params, part, masks)
+            ), None
 
         scalar = jnp.zeros([], jnp.promote_types(cfg.dtype, jnp.float32))
         sums = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
