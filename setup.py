@@ -1,7 +1,7 @@
 """Install: `pip install -e .[data,plots]`; `make test` and `make quickstart` do it on their own.
 
 Lower bounds are the versions the tests run with on Python 3.11, the oldest; upper bounds stop before the next release
-that may remove something. jax has no release after 0.10 for Python 3.11, while 3.12 and 3.13 take 0.12: both are tested.
+that may remove something. jax ends at 0.10 for Python 3.11, while 3.12 and 3.13 take 0.12: both are tested.
 """
 
 from setuptools import find_packages, setup
