@@ -1,0 +1,196 @@
+"""A checkpoint opened without reading its arrays: each leaf reads just the chunks that are asked for."""
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from tele_jax.axes import unflatten
+from tele_jax.checkpoint import layout, locate, store
+from tele_jax.config import ModelConfig
+from tele_jax.errors import DamageError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LazyArray:
+    """A stored array. Indexing it with integers and slices reads a numpy array, and only the chunks it lies in.
+
+    >>> q = open_lazy(path).params["layers"]["attn"]["q"]
+    >>> q.shape, q.axes, q.chunks
+    ((80, 8192, 64, 128), ("layers", "embed", "heads", "head_dim"), (1, 4096, 64, 128))
+    >>> q[3].shape          # one layer: 2 files
+    (8192, 64, 128)
+
+    name: with the item, "params/layers.attn.q".  path: directory of its zarr3 array.
+    """
+
+    name: str
+    path: epath.Path
+    leaf: layout.Leaf
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.leaf.spec.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.leaf.spec.dtype
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """One axis name per dimension; () for state that belongs to no parameter, whose axes have no names."""
+        return self.leaf.spec.axes
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Shape of a chunk."""
+        return self.leaf.chunks
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.leaf.nbytes
+
+    @functools.cached_property
+    def tensorstore(self) -> Any:
+        """The open TensorStore, for concurrent reads."""
+        return store.open_array(self.path, self.name)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        """Reads a part, by numpy's basic indexing with steps above 0: integers, slices, one Ellipsis.
+
+        Raises:
+          IndexError: as numpy, and for any other kind of index.
+          DamageError: a chunk in that part is missing or damaged; names the leaf and the file.
+        """
+        return store.finish(self.tensorstore[basic_index(key, self.shape)].read(), self.name)
+
+    def read(self) -> np.ndarray:
+        """The whole array."""
+        return self[...]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        del copy
+        return self.read() if dtype is None else self.read().astype(dtype)
+
+    def __repr__(self) -> str:
+        return f"LazyArray({self.name}, {self.leaf}, axes={self.axes}, chunks={self.chunks})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lazy:
+    """A checkpoint whose arrays are still on disk.
+
+    params: nested dict of LazyArray.  opt_state: the same (keys are field names, dict keys and positions), or None.
+    items: all of it flat, {"params": {"layers.attn.q": LazyArray}, "opt_state": ..., "data": ...}.
+    """
+
+    path: epath.Path
+    cfg: ModelConfig
+    step: int
+    provenance: tuple[dict[str, Any], ...]
+    versions: dict[str, str]
+    items: dict[str, dict[str, LazyArray]]
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return unflatten(self.items["params"])
+
+    @property
+    def opt_state(self) -> dict[str, Any] | None:
+        return unflatten(self.items["opt_state"]) if "opt_state" in self.items else None
+
+    def data_state(self) -> bytes | None:
+        """Reads the position of the data feed."""
+        return self.items["data"]["state"].read().tobytes() if "data" in self.items else None
+
+
+def open_lazy(path: Any) -> Lazy:
+    """Opens a checkpoint and checks its structure, reading no array.
+
+    path: as locate.find_step takes it.
+
+    Raises:
+      UserError: there is no checkpoint, or it was written in a format that this version does not know.
+      DamageError: the meta document, an item, or an array's zarr.json is missing, damaged, or not what was written;
+        names every array that is.
+    """
+    step_dir = locate.find_step(path)
+    meta_file = step_dir / "meta" / layout.META_FILE
+    try:
+        text = meta_file.read_text()
+    except FileNotFoundError:
+        raise DamageError(f"{meta_file}: missing; damaged, or not a checkpoint of tele_jax") from None
+    except UnicodeDecodeError as error:
+        raise DamageError(f"{meta_file}: damaged, not text ({error})") from None
+    meta = layout.meta_from_json(text, str(meta_file))
+    items = {
+        item: {name: LazyArray(f"{item}/{name}", step_dir / item / name, leaf) for name, leaf in leaves.items()}
+        for item, leaves in meta.items.items()
+    }
+    _check_structure(step_dir, items)
+    return Lazy(step_dir, meta.cfg, meta.step, meta.provenance, meta.versions, items)
+
+
+def _check_structure(step_dir: epath.Path, items: dict[str, dict[str, LazyArray]]) -> None:
+    problems = []
+    for item, arrays in items.items():
+        if arrays and not (step_dir / item).is_dir():
+            problems.append(f"{item}: the item is missing")
+            continue
+        for array in arrays.values():
+            if problem := _zarr_problem(array):
+                problems.append(f"{array.name}: {problem}")
+    if problems:
+        raise DamageError(f"{step_dir}: damaged: " + ";\n  ".join(problems))
+
+
+def _zarr_problem(array: LazyArray) -> str | None:
+    try:
+        stored = json.loads((array.path / "zarr.json").read_text())
+    except FileNotFoundError:
+        return "zarr.json is missing"
+    except ValueError as error:  # not JSON, or not UTF-8
+        return f"zarr.json is not JSON ({error})"
+    if not isinstance(stored, dict):
+        return "zarr.json is not a table"
+    difference = layout.zarr_difference(stored, array.leaf)
+    return f"zarr.json: {difference}" if difference else None
+
+
+def basic_index(key: Any, shape: tuple[int, ...]) -> tuple[int | slice, ...]:
+    """Numpy's basic index in TensorStore's terms, where -1 is a coordinate and slices must lie inside.
+
+    >>> basic_index((-1, slice(2, 99)), (4, 8, 3))
+    (3, slice(2, 8, 1), slice(0, 3, 1))
+    """
+    keys = list(key) if isinstance(key, tuple) else [key]
+    ellipses = [i for i, part in enumerate(keys) if part is Ellipsis]
+    if len(ellipses) > 1:
+        raise IndexError("an index can only have a single ellipsis ('...')")
+    position = ellipses[0] if ellipses else len(keys)
+    explicit = len(keys) - len(ellipses)
+    if explicit > len(shape):
+        raise IndexError(f"too many indices: the array has {len(shape)} dimensions, but {explicit} were indexed")
+    keys[position : position + 1] = [slice(None)] * (len(shape) - explicit)
+    return tuple(_basic_index(part, size, axis) for axis, (part, size) in enumerate(zip(keys, shape, strict=True)))
+
+
+def _basic_index(part: Any, size: int, axis: int) -> int | slice:
+    if isinstance(part, slice):
+        start, stop, step = part.indices(size)
+        if step < 1:
+            raise IndexError(f"axis {axis}: slices of a LazyArray need a step above 0, got {step}")
+        return slice(start, max(start, stop), step)
+    if isinstance(part, (bool, np.bool_)) or not hasattr(part, "__index__"):
+        raise IndexError(f"axis {axis}: a LazyArray takes integers and slices, not {type(part).__name__}")
+    index = part.__index__()
+    if not -size <= index < size:
+        raise IndexError(f"index {index} is out of bounds for axis {axis} with size {size}")
+    return index % size

@@ -1,0 +1,106 @@
+"""From what a user names to a step directory: files are listed here, not read."""
+
+import json
+from typing import Any
+
+from etils import epath
+
+from tele_jax.errors import UserError
+
+# Any one of these tells a step directory, so that one that has lost some of them is reported as damaged.
+STEP_FILES = ("meta/meta.json", "_CHECKPOINT_METADATA", "params/_METADATA")
+INTERRUPTED = ".orbax-checkpoint-tmp"  # what Orbax calls a step directory until it is complete
+DELETED = ".deleted"  # what a step directory is renamed to before its files are removed
+_COMMIT_FILE = "commit_success.txt"  # Orbax's mark where directories cannot be renamed: object stores
+
+
+def find_step(path: Any) -> epath.Path:
+    """The step directory that `path` means: itself, or the latest step inside it.
+
+    path: one of
+      a step directory                  W/pretrain/checkpoints/100
+      a directory of steps              W/pretrain/checkpoints
+      a stage directory                 W/pretrain              -> checkpoints/<latest>
+      a work directory                  W                       -> of the last stage that has any; the order of stages
+                                                                   is "run" in W/config.json, without it there must be
+                                                                   one such stage only
+
+    Raises:
+      UserError: nothing there, or nothing complete; says what was looked for.
+    """
+    path = absolute(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such directory; expected a checkpoint or a work directory")
+    if not path.is_dir():
+        raise UserError(f"{path}: a file, but a checkpoint is a directory")
+    if path.name.endswith((INTERRUPTED, DELETED)):
+        raise UserError(f"{path}: a save that was interrupted, or a checkpoint being deleted; name a complete one")
+    if _is_step(path):
+        return path
+    for directory in (path, path / "checkpoints"):
+        if found := list_steps(directory):
+            return directory / str(found[-1])
+    if stage := _last_stage(path):
+        return stage / str(list_steps(stage)[-1])
+    names = [child.name for child in path.iterdir()]
+    interrupted = [name for name in names if name.endswith(INTERRUPTED)]
+    what = "an empty directory" if not names else "no complete checkpoint here"
+    skipped = f"; skipped interrupted saves: {', '.join(sorted(interrupted))}" if interrupted else ""
+    raise UserError(
+        f"{path}: {what}; looked for meta/meta.json, <step>/, checkpoints/<step>/, <stage>/checkpoints/<step>/{skipped}"
+    )
+
+
+def list_steps(directory: Any) -> list[int]:
+    """The steps that are complete in a directory of steps, ascending; [] where there is none, or no directory."""
+    directory = epath.Path(directory)
+    if not directory.is_dir():
+        return []
+    return sorted(int(child.name) for child in directory.iterdir() if child.name.isdecimal() and _is_step(child))
+
+
+def list_unfinished(directory: Any) -> list[epath.Path]:
+    """Directories that an interrupted save or an interrupted deletion left."""
+    children = list(epath.Path(directory).iterdir())
+    found = [child for child in children if child.name.endswith((INTERRUPTED, DELETED))]
+    if _is_object_store(directory):
+        found += [c for c in children if c.name.isdecimal() and not (c / _COMMIT_FILE).exists()]
+    return found
+
+
+def absolute(path: Any) -> epath.Path:
+    """Absolute, with ~ resolved; addresses such as gs://bucket/name are left as they are."""
+    path = epath.Path(path)
+    return path if _is_object_store(path) else path.expanduser().resolve()
+
+
+def _is_step(path: epath.Path) -> bool:
+    if _is_object_store(path) and not (path / _COMMIT_FILE).exists():
+        return False
+    return any((path / name).is_file() for name in STEP_FILES)
+
+
+def _is_object_store(path: Any) -> bool:
+    return "://" in str(path)
+
+
+def _last_stage(work: epath.Path) -> epath.Path | None:
+    """The `checkpoints` directory of the last stage of a work directory that has a complete step."""
+    order = _run_order(work)
+    if order is not None:
+        having = [name for name in order if list_steps(work / name / "checkpoints")]
+        return work / having[-1] / "checkpoints" if having else None
+    having = sorted(child.name for child in work.iterdir() if list_steps(child / "checkpoints"))
+    if len(having) > 1:
+        raise UserError(
+            f"{work}: several stages have checkpoints, and no config.json orders them; name one of {having}"
+        )
+    return work / having[0] / "checkpoints" if having else None
+
+
+def _run_order(work: epath.Path) -> list[str] | None:
+    try:
+        run = json.loads((work / "config.json").read_text())["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return [str(name) for name in run]

@@ -1,0 +1,226 @@
+"""Loading a checkpoint: compared with what is expected first, then read straight to where each part belongs."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
+
+from tele_jax import axes
+from tele_jax.axes import ParamSpec
+from tele_jax.checkpoint import layout, store
+from tele_jax.checkpoint.lazy import Lazy, LazyArray, open_lazy
+from tele_jax.config import ModelConfig, to_dict
+from tele_jax.errors import UserError
+from tele_jax.model.spec import flat_spec
+from tele_jax.sharding import param_shardings
+
+# They say how a model is computed, not which model it is: a checkpoint may be read with others.
+EXECUTION_FIELDS = frozenset({"dtype", "remat", "attention"})
+_IN_FLIGHT_BYTES = 2 * 2**30  # host memory for what has been read and is not yet on the devices
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loaded:
+    """A checkpoint in memory. opt_state and data_state are None where none was saved or asked for."""
+
+    cfg: ModelConfig
+    params: dict[str, Any]
+    opt_state: Any
+    step: int
+    provenance: tuple[dict[str, Any], ...]
+    data_state: bytes | None
+
+
+def load(
+    path: Any,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    shardings: Mapping[str, Any] | None = None,
+    opt_state_like: Any = None,
+    cfg: ModelConfig | None = None,
+    expect: Mapping[str, Any] | None = None,
+    items: Collection[str] = ("params", "opt_state", "data"),
+) -> Loaded:
+    """Reads a checkpoint onto a mesh, which need not be the one it was saved from.
+
+    path: step directory, directory of steps, stage directory or work directory; see locate.find_step.
+    mesh: parameters are cut by sharding.param_shardings. Without mesh and shardings all goes to the default device.
+    shardings: tree of NamedSharding like params, instead of mesh. Moments in the optimizer state lie like their
+      parameters, the rest of it on every device.
+    opt_state_like: the optimizer state's structure, of arrays or jax.ShapeDtypeStruct; a NamedSharding that a leaf
+      carries is followed. Without it the state comes as nested dicts (keys are field names, dict keys, positions).
+    cfg: the model that is expected; it may differ from the stored one in EXECUTION_FIELDS, and is Loaded.cfg then.
+    expect: tree of ParamSpec, where params are not those of the config.
+    items: what to read; ("params",) needs a third of the memory.
+
+    Raises:
+      UserError: no checkpoint there; another model, or other leaves, shapes or dtypes than expected, each named;
+        float64 or int64 leaves without jax_enable_x64.
+      DamageError: something is missing or not what was written; names the leaf and the file.
+    """
+    lazy = open_lazy(path)
+    _check_x64(lazy, items)
+    _check_expected(lazy, cfg, expect)
+    if shardings is None and mesh is not None:
+        specs = {name: array.leaf.spec for name, array in lazy.items["params"].items()}
+        shardings = param_shardings(axes.unflatten(specs), mesh)
+    placed = None if shardings is None else axes.flatten(shardings)
+    if placed is not None and (wrong := set(placed) ^ set(lazy.items["params"])):
+        raise UserError(f"shardings: must have the leaves of params; they differ in {', '.join(sorted(wrong))}")
+
+    like = None if opt_state_like is None else layout.named_leaves(opt_state_like)
+    wants_opt = "opt_state" in items and ("opt_state" in lazy.items or like is not None)
+    wanted = dict(lazy.items["params"]) if "params" in items else {}
+    where = {array.name: placed[name] if placed else None for name, array in wanted.items()}
+    opt_arrays: dict[str, LazyArray] = {}
+    if wants_opt:
+        opt_arrays = _opt_arrays(lazy, like)
+        for name, array in opt_arrays.items():
+            where[array.name] = _opt_sharding(name, array, (like or {}).get(name), lazy, placed)
+    arrays = [*wanted.values(), *opt_arrays.values()]
+    values = dict(_read_all(arrays, where))
+    opt_state = None
+    if wants_opt:
+        by_name = {name: values[array.name] for name, array in opt_arrays.items()}
+        opt_state = axes.unflatten(by_name) if like is None else _fill(opt_state_like, like, by_name)
+    return Loaded(
+        cfg=lazy.cfg if cfg is None else cfg,
+        params=axes.unflatten({name: values[array.name] for name, array in wanted.items()}),
+        opt_state=opt_state,
+        step=lazy.step,
+        provenance=lazy.provenance,
+        data_state=lazy.data_state() if "data" in items else None,
+    )
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any], verb: str = "stored") -> list[str]:
+    """One line for every leaf whose name, shape or dtype differs; leaves have .shape and .dtype.
+
+    >>> differences({"w": x}, {"w": y, "b": z})
+    ["b: missing, expected float32[4]", "w: stored float32[4,8], expected float32[4,16]"]
+    """
+    lines = []
+    for name in sorted({*found, *expected}):
+        have, want = (layout.describe(t[name].shape, t[name].dtype) if name in t else None for t in (found, expected))
+        if have is None:
+            lines.append(f"{name}: missing, expected {want}")
+        elif want is None:
+            lines.append(f"{name}: {verb} {have}, not expected")
+        elif have != want:
+            lines.append(f"{name}: {verb} {have}, expected {want}")
+    return lines
+
+
+def _check_x64(lazy: Lazy, items: Collection[str]) -> None:
+    for item in ("params", "opt_state"):
+        for array in lazy.items.get(item, {}).values() if item in items else ():
+            if not array.leaf.scalar and jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+                raise UserError(
+                    f"{lazy.path}: {array.name} is {array.dtype}, which JAX would cut to 32 bits; set JAX_ENABLE_X64=1"
+                )
+
+
+def _check_expected(lazy: Lazy, cfg: ModelConfig | None, expect: Mapping[str, Any] | None) -> None:
+    lines = [] if cfg is None else _config_differences(lazy.cfg, cfg)
+    if expect is None:
+        expected = flat_spec(lazy.cfg if cfg is None else cfg)
+    else:
+        expected = axes.flatten(expect)
+    lines += differences({name: array.leaf.spec for name, array in lazy.items["params"].items()}, expected)
+    if lines:
+        raise UserError(f"{lazy.path}: not a checkpoint of the model that is expected: " + ";\n  ".join(lines))
+
+
+def _config_differences(stored: ModelConfig, expected: ModelConfig) -> list[str]:
+    a, b = to_dict(stored), to_dict(expected)
+    return [
+        f"config.{name}: stored {a[name]!r}, expected {b[name]!r}"
+        for name in a
+        if a[name] != b[name] and name not in EXECUTION_FIELDS
+    ]
+
+
+def _opt_arrays(lazy: Lazy, like: Mapping[str, Any] | None) -> dict[str, LazyArray]:
+    """The arrays of the optimizer state, after a comparison with the structure they are to fill."""
+    stored = lazy.items.get("opt_state")
+    if stored is None:
+        raise UserError(f"{lazy.path}: holds no optimizer state; start with a fresh one")
+    if like is not None:
+        expected = {name: _abstract(leaf, stored.get(name)) for name, leaf in like.items()}
+        if lines := differences(stored, expected):
+            raise UserError(f"{lazy.path}: opt_state: not what is expected: " + ";\n  ".join(lines))
+    return stored
+
+
+def _abstract(leaf: Any, stored: LazyArray | None) -> Any:
+    """A leaf of the expected structure, with shape and dtype.
+
+    A Python number has no dtype of its own, and takes that of what is stored; so does the place of a stored one.
+    """
+    shape = np.shape(leaf)
+    if stored is not None and shape == () and (stored.leaf.scalar or isinstance(leaf, (bool, int, float))):
+        return ParamSpec((), stored.dtype)
+    return leaf if hasattr(leaf, "dtype") else ParamSpec(shape, np.asarray(leaf).dtype)
+
+
+def _opt_sharding(
+    name: str, array: LazyArray, like: Any, lazy: Lazy, placed: Mapping[str, Sharding] | None
+) -> Sharding | None:
+    if isinstance(asked := getattr(like, "sharding", None), NamedSharding):
+        return asked
+    if placed is None:
+        return None
+    owner = layout.matching_param(name, array.shape, lazy.items["params"])
+    if owner is not None:
+        return placed[owner]
+    return NamedSharding(next(iter(placed.values())).mesh, P())
+
+
+def _fill(tree: Any, names: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+    # named_leaves goes through the leaves in the order of the tree.
+    return jax.tree.unflatten(jax.tree.structure(tree), [values[name] for name in names])
+
+
+def _read_all(arrays: Collection[LazyArray], shardings: Mapping[str, Sharding | None]) -> Iterator[tuple[str, Any]]:
+    """Reads many arrays at once, but no more than _IN_FLIGHT_BYTES and one array at a time into host memory."""
+    pending: collections.deque[tuple[LazyArray, Callable[[], Any]]] = collections.deque()
+    in_flight = 0
+    for array in arrays:
+        while pending and in_flight + array.nbytes > _IN_FLIGHT_BYTES:
+            done, finish = pending.popleft()
+            in_flight -= done.nbytes
+            yield done.name, finish()
+        pending.append((array, _start_read(array, shardings[array.name])))
+        in_flight += array.nbytes
+    for done, finish in pending:
+        yield done.name, finish()
+
+
+def _start_read(array: LazyArray, sharding: Sharding | None) -> Callable[[], Any]:
+    """Starts to read what this process needs of an array; the result is called for the jax.Array."""
+    if sharding is None or array.leaf.scalar:
+        future = array.tensorstore.read()
+        return lambda: _on_default_device(store.finish(future, array.name), array.leaf.scalar)
+    parts: dict[tuple[tuple[int, int], ...], Any] = {}  # a part that several devices hold is read once
+    devices: dict[jax.Device, tuple[tuple[int, int], ...]] = {}
+    for device, index in sharding.addressable_devices_indices_map(array.shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, array.shape, strict=True))
+        devices[device] = bounds
+        if bounds not in parts:
+            parts[bounds] = array.tensorstore[tuple(slice(*b) for b in bounds)].read()
+
+    def finish() -> jax.Array:
+        blocks = {bounds: store.finish(future, array.name) for bounds, future in parts.items()}
+        placed = [jax.device_put(blocks[bounds], device) for device, bounds in devices.items()]
+        return jax.make_array_from_single_device_arrays(array.shape, sharding, placed)
+
+    return finish
+
+
+def _on_default_device(value: np.ndarray, scalar: bool) -> Any:
+    return value.item() if scalar else jax.device_put(value)
