@@ -1,0 +1,139 @@
+"""Nothing is overwritten, cast, padded or skipped: every difference is named before anything is read or written."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import tele_jax as tele
+from tele_jax import checkpoint
+from tele_jax.axes import ParamSpec, flatten, unflatten
+from tele_jax.errors import UserError
+from tests.checkpoint.trees import CFG, all_bfloat16, assert_same, params
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("strict") / "5"
+    checkpoint.save(path, CFG, params(), opt_state=optax.adam(1e-3).init(params()), step=5)
+    return path
+
+
+@pytest.mark.parametrize("make", [lambda p: p.mkdir(), lambda p: p.write_text("mine")], ids=["directory", "file"])
+def test_an_existing_destination_is_refused_and_left_alone(tmp_path, make):
+    make(tmp_path / "0")
+    with pytest.raises(UserError, match="exists already, and checkpoints are never overwritten"):
+        checkpoint.save(tmp_path / "0", CFG, params())
+    assert [p.name for p in tmp_path.iterdir()] == ["0"]
+
+
+def test_saving_what_the_config_does_not_describe_names_every_leaf(tmp_path):
+    tree = flatten(params())
+    del tree["final_norm.scale"]
+    tree["layers.mlp.up"] = tree["layers.mlp.up"][:, :, :20]
+    tree["lm_head.kernel"] = tree["lm_head.kernel"].astype("float16")
+    tree["extra.bias"] = np.zeros(3, np.float32)
+    with pytest.raises(UserError) as caught:
+        checkpoint.save(tmp_path / "0", CFG, unflatten(tree))
+    assert str(caught.value).split(";\n  ") == [
+        "params: not what the config describes: extra.bias: given float32[3], not expected",
+        "final_norm.scale: missing, expected float32[16]",
+        "layers.mlp.up: given float32[3,16,20], expected float32[3,16,24]",
+        "lm_head.kernel: given float16[16,40], expected float32[16,40]",
+    ]
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ({"opt_state": {"a.b": np.zeros(1)}}, "a.b: the key 'a.b' cannot be stored"),
+        ({"opt_state": {"a": {"": np.zeros(1)}}}, "cannot be stored: it is empty"),
+        ({"opt_state": {"name": "adam"}}, "opt_state: name: str cannot be stored"),
+        ({"opt_state": {"key": jax.random.key(0)}}, "opt_state: key: a typed PRNG key"),
+        ({"provenance": [{"when": object()}]}, "provenance: every entry must be a dict of JSON values"),
+        ({"provenance": [{"loss": float("nan")}]}, "provenance: every entry must be a dict of JSON values"),
+    ],
+    ids=["dotted key", "empty key", "string", "PRNG key", "object", "nan"],
+)
+def test_what_cannot_be_stored_is_named_and_nothing_written(tmp_path, what, message):
+    with pytest.raises(UserError, match=message):
+        checkpoint.save(tmp_path / "0", CFG, params(), **what)
+    assert not any(tmp_path.iterdir())
+
+
+def test_another_model_is_refused_with_fields_and_leaves(saved):
+    expected = CFG.replace(mlp_dim=32, rope=tele.Rope(1e4), output_biases=True)
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(saved, cfg=expected)
+    assert str(caught.value).split(";\n  ") == [
+        f"{saved}: not a checkpoint of the model that is expected: config.mlp_dim: stored 24, expected 32",
+        "config.rope: stored {'theta': 500000.0, 'ntk': None}, expected {'theta': 10000.0, 'ntk': None}",
+        "config.output_biases: stored False, expected True",
+        "layers.attn.o_bias: missing, expected float32[3,16]",
+        "layers.mlp.down: stored float32[3,24,16], expected float32[3,32,16]",
+        "layers.mlp.down_bias: missing, expected float32[3,16]",
+        "layers.mlp.gate: stored float32[3,16,24], expected float32[3,16,32]",
+        "layers.mlp.up: stored float32[3,16,24], expected float32[3,16,32]",
+    ]
+
+
+def test_a_config_may_differ_in_how_the_model_is_computed(saved):
+    expected = CFG.replace(dtype="float32", remat="none", attention="reference")
+    loaded = checkpoint.load(saved, cfg=expected)
+    assert loaded.cfg == expected
+    assert_same(loaded.params, params())
+
+
+def test_another_dtype_is_refused_not_cast(saved):
+    with pytest.raises(UserError, match=r"lm_head.kernel: stored float32\[16,40\], expected bfloat16\[16,40\]"):
+        checkpoint.load(saved, cfg=CFG.replace(param_dtype="bfloat16"))
+
+
+def test_expect_takes_the_place_of_the_config(tmp_path):
+    tree = {"a": {"b": np.ones((2, 3), np.float32)}}
+    spec = {"a": {"b": ParamSpec((2, 3), np.dtype("float32"))}}
+    checkpoint.save(tmp_path / "0", CFG, tree, spec=spec)
+    assert_same(checkpoint.load(tmp_path / "0", expect=spec).params, tree)
+    with pytest.raises(UserError, match=r"a.b: stored float32\[2,3\], not expected"):
+        checkpoint.load(tmp_path / "0")
+    with pytest.raises(UserError, match=r"a.b: stored float32\[2,3\], expected float32\[2,4\]"):
+        checkpoint.load(tmp_path / "0", expect={"a": {"b": ParamSpec((2, 4), np.dtype("float32"))}})
+
+
+def test_another_optimizer_is_refused_with_its_leaves(saved):
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(saved, opt_state_like=optax.sgd(1e-3, momentum=0.9).init(params()))
+    lines = str(caught.value).split(";\n  ")
+    assert lines[0] == f"{saved}: opt_state: not what is expected: 0.count: stored int32[], not expected"
+    assert "0.mu.final_norm.scale: stored float32[16], not expected" in lines
+    assert "0.trace.final_norm.scale: missing, expected float32[16]" in lines
+    assert len(lines) == 3 * len(flatten(params())) + 1
+
+
+def test_a_moment_of_another_dtype_is_refused(saved):
+    like = optax.adam(1e-3).init(all_bfloat16(params()))
+    with pytest.raises(UserError, match=r"0.mu.lm_head.kernel: stored float32\[16,40\], expected bfloat16\[16,40\]"):
+        checkpoint.load(saved, opt_state_like=like)
+
+
+def test_an_optimizer_state_that_was_not_saved_is_said(tmp_path):
+    checkpoint.save(tmp_path / "0", CFG, params())
+    with pytest.raises(UserError, match="holds no optimizer state"):
+        checkpoint.load(tmp_path / "0", opt_state_like=optax.adam(1e-3).init(params()))
+
+
+def test_shardings_of_another_tree_are_refused(saved):
+    sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("x",)), jax.sharding.PartitionSpec())
+    shardings = jax.tree.map(lambda _: sharding, params())
+    del shardings["lm_head"]
+    with pytest.raises(UserError, match=r"shardings: .* differ in lm_head.kernel"):
+        checkpoint.load(saved, shardings=shardings)
+
+
+def test_float64_is_not_cut_to_float32(tmp_path):
+    spec = {"w": ParamSpec((3,), np.dtype("float64"))}
+    checkpoint.save(tmp_path / "0", CFG, {"w": np.arange(3.0)}, spec=spec)
+    with pytest.raises(UserError, match="params/w is float64, which JAX would cut to 32 bits; set JAX_ENABLE_X64=1"):
+        checkpoint.load(tmp_path / "0", expect=spec)
+    assert_same(checkpoint.open_lazy(tmp_path / "0").params["w"].read(), np.arange(3.0))
