@@ -37,7 +37,7 @@ def shrink(plan: Plan, params: Mapping[str, Any]) -> dict[str, Any]:
     small = {}
     for name, spec in plan.src_spec.items():
         leaf = plan.leaves[name]
-        back = LeafPlan(1 / leaf.coefficient, (), leaf.scaled)
+        back = LeafPlan(1 / leaf.coefficient, (), leaf.scaled, leaf.shared)
         small[name] = _evaluate(back, [inverse[a] for a in spec.axes], leaves[name], (0, 0), spec.shape)
     return unflatten(small)
 
@@ -52,11 +52,11 @@ def apply_opt(plan: Plan, opt_state: Any) -> Any:
     spec = unflatten(plan.src_spec)
 
     def grow_moments(path: tuple[str, ...], tree: Any) -> Any:
-        power = 2 if path and path[-1] == "nu" else 1
+        power = -2 if path and path[-1] == "nu" else -1
         moments = flatten(tree)
         return unflatten(
             {
-                name: _grow(plan, name, plan.leaves[name].moment(power, plan.dst_spec[name].axes), moments[name])
+                name: _grow(plan, name, plan.leaves[name].moment(plan.dst_spec[name].axes), moments[name], power)
                 for name in moments
             }
         )
@@ -103,12 +103,12 @@ def check_tree(leaves: Mapping[str, Any], spec: Mapping[str, ParamSpec]) -> None
         raise UserError("the parameters do not fit the config: " + "; ".join(sorted(wrong)))
 
 
-def _grow(plan: Plan, name: str, leaf: LeafPlan, array: Any) -> jax.Array:
+def _grow(plan: Plan, name: str, leaf: LeafPlan, array: Any, power: int = 1) -> jax.Array:
     spec = plan.dst_spec[name]
-    return _evaluate(leaf, [plan.maps[a] for a in spec.axes], array, leaf_key(plan.seed, name), spec.shape)
+    return _evaluate(leaf, [plan.maps[a] for a in spec.axes], array, leaf_key(plan.seed, name), spec.shape, power)
 
 
-def _evaluate(leaf: LeafPlan, maps: list[AxisMap], array: Any, key: tuple[int, int], shape) -> jax.Array:
+def _evaluate(leaf: LeafPlan, maps: list[AxisMap], array: Any, key: tuple[int, int], shape, power=1) -> jax.Array:
     array = jnp.asarray(array)
 
     def read(indices):
@@ -118,4 +118,4 @@ def _evaluate(leaf: LeafPlan, maps: list[AxisMap], array: Any, key: tuple[int, i
                 out = jnp.take(out, index, axis=dimension)
         return out
 
-    return tile(leaf, maps, [np.arange(size) for size in shape], read, key, shape, array.dtype)
+    return tile(leaf, maps, [np.arange(size) for size in shape], read, key, shape, array.dtype, power)

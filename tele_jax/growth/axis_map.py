@@ -23,7 +23,8 @@ class AxisMap:
       index: int64[dst_size], the source index of every destination index, or NEW.
       fresh: bool[dst_size], true where the unit was not in the model before: NEW entries, and copies that growth
         masks or zeroes. An entry that a source unit is split into is a copy, but not fresh.
-      scale: float64[dst_size], a factor for the leaves whose plan asks for it.
+      scale: float64[dst_size], the factor on what produces the unit, for leaves whose plan asks for it.
+      share: float64[dst_size], the factor on what reads the unit; with copies, scale * share adds up to 1 over them.
     """
 
     axis: str
@@ -31,11 +32,12 @@ class AxisMap:
     index: np.ndarray
     fresh: np.ndarray
     scale: np.ndarray
+    share: np.ndarray
 
     def __post_init__(self):
         size = len(self.index)
-        if self.fresh.shape != (size,) or self.scale.shape != (size,):
-            raise ValueError(f"{self.axis}: index, fresh and scale differ in length")
+        if {self.fresh.shape, self.scale.shape, self.share.shape} != {(size,)}:
+            raise ValueError(f"{self.axis}: index, fresh, scale and share differ in length")
         if size and (self.index.max() >= self.src_size or self.index.min() < NEW):
             raise ValueError(f"{self.axis}: index outside the source axis of size {self.src_size}")
         if not self.fresh[self.index == NEW].all():
@@ -49,7 +51,7 @@ class AxisMap:
     def is_identity(self) -> bool:
         """Nothing moves, nothing is new, nothing is scaled."""
         same = self.dst_size == self.src_size and np.array_equal(self.index, np.arange(self.src_size))
-        return same and not self.fresh.any() and bool((self.scale == 1).all())
+        return same and not self.fresh.any() and bool((self.scale == 1).all() and (self.share == 1).all())
 
     def compose(self, later: "AxisMap") -> "AxisMap":
         """This map, then `later`: as one map from this source to the later destination."""
@@ -63,6 +65,7 @@ class AxisMap:
             np.where(known, self.index[through], NEW),
             later.fresh | (known & self.fresh[through]),
             np.where(known, self.scale[through], 1.0) * later.scale,
+            np.where(known, self.share[through], 1.0) * later.share,
         )
 
     def invert(self) -> "AxisMap":
@@ -78,13 +81,14 @@ class AxisMap:
         if (position == NEW).any():
             lost = np.flatnonzero(position == NEW).tolist()
             raise ValueError(f"{self.axis}: units {lost} of the source are not in the destination")
-        return AxisMap(self.axis, self.dst_size, position, np.zeros(self.src_size, bool), 1.0 / self.scale[position])
+        fresh = np.zeros(self.src_size, bool)
+        return AxisMap(self.axis, self.dst_size, position, fresh, 1 / self.scale[position], 1 / self.share[position])
 
     def concatenate(self, other: "AxisMap") -> "AxisMap":
         """Both maps side by side over the same source: the destination of this one, then that of the other."""
         if other.src_size != self.src_size:
             raise ValueError(f"{self.axis}: sources of size {self.src_size} and {other.src_size}")
-        pair = [(getattr(self, name), getattr(other, name)) for name in ("index", "fresh", "scale")]
+        pair = [(getattr(self, name), getattr(other, name)) for name in ("index", "fresh", "scale", "share")]
         return AxisMap(self.axis, self.src_size, *(np.concatenate(both) for both in pair))
 
     def to_json(self) -> dict[str, Any]:
@@ -95,6 +99,7 @@ class AxisMap:
             "runs": [list(run) for run in self.runs()],
             "fresh": np.flatnonzero(self.fresh & (self.index != NEW)).tolist(),
             "scale": None if (self.scale == 1).all() else self.scale.tolist(),
+            "share": None if (self.share == 1).all() else self.share.tolist(),
         }
 
     @classmethod
@@ -103,8 +108,7 @@ class AxisMap:
         index = np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
         fresh = index == NEW
         fresh[data["fresh"]] = True
-        scale = np.ones(len(index)) if data["scale"] is None else np.asarray(data["scale"], np.float64)
-        return cls(data["axis"], data["src_size"], index, fresh, scale)
+        return make(data["axis"], data["src_size"], index, fresh, data["scale"], data["share"])
 
     def runs(self) -> list[tuple[int, int]]:
         """The index as runs (start, length) of consecutive source indices; start NEW for a run of new entries."""
@@ -118,13 +122,19 @@ class AxisMap:
         return runs
 
 
-def make(axis: str, src_size: int, index: Sequence[int], fresh: Sequence[bool] | None = None, scale=None) -> AxisMap:
-    """An AxisMap from lists; fresh defaults to the NEW entries, scale to ones."""
+def make(
+    axis: str,
+    src_size: int,
+    index: Sequence[int],
+    fresh: Sequence[bool] | None = None,
+    scale: Sequence[float] | None = None,
+    share: Sequence[float] | None = None,
+) -> AxisMap:
+    """An AxisMap from lists; fresh defaults to the NEW entries, scale and share to ones."""
     index = np.asarray(index, np.int64)
     fresh = index == NEW if fresh is None else np.asarray(fresh, bool)
-    return AxisMap(
-        axis, src_size, index, fresh, np.ones(len(index)) if scale is None else np.asarray(scale, np.float64)
-    )
+    factors = [np.ones(len(index)) if f is None else np.asarray(f, np.float64) for f in (scale, share)]
+    return AxisMap(axis, src_size, index, fresh, *factors)
 
 
 def identity(axis: str, size: int) -> AxisMap:
@@ -141,6 +151,18 @@ def repeat(axis: str, src_size: int, index: Sequence[int]) -> AxisMap:
     seen: set[int] = set()
     fresh = [i in seen or seen.add(i) for i in index]  # set.add returns None: false on the first occurrence
     return make(axis, src_size, index, [bool(f) for f in fresh])
+
+
+def copies(axis: str, src_size: int, index: Sequence[int], *, keep_norm: bool = False) -> AxisMap:
+    """Units split into copies that together do what the unit did: nothing is fresh.
+
+    Readers take 1/n of each of n copies. With keep_norm, where a norm's mean of squares runs over the axis, copies are
+    scaled by t = sqrt(dst/(src n)) and readers take 1/(n t), so that the mean is unchanged for any numbers of copies.
+    """
+    index = np.asarray(index, np.int64)
+    n = np.bincount(index, minlength=src_size)[index]
+    scale = np.sqrt(len(index) / (src_size * n)) if keep_norm else np.ones(len(index))
+    return make(axis, src_size, index, np.zeros(len(index), bool), scale, 1 / (n * scale))
 
 
 def grouped_heads(src_heads: int, src_groups: int, dst_heads: int, dst_groups: int) -> tuple[AxisMap, AxisMap]:

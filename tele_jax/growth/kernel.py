@@ -31,6 +31,7 @@ def tile(
     key: tuple[int, int],
     shape: Sequence[int],
     dtype,
+    power: int = 1,
 ) -> jax.Array:
     """The entries of a grown leaf at the destination indices `where`, one int array per dimension.
 
@@ -39,11 +40,12 @@ def tile(
       read: read(source indices, one array per dimension) -> that rectangle of the source leaf.
       key: of the fresh values, see `leaf_key`.
       shape: of the whole destination leaf.
+      power: of the factors: 1 for parameters; -1 and -2 for first and second moments, since a*theta has gradient g/a.
     """
     known = [m.index[w] != NEW for m, w in zip(maps, where, strict=True)]
     fresh = [m.fresh[w] for m, w in zip(maps, where, strict=True)]
     source = read([np.where(k, m.index[w], 0) for m, w, k in zip(maps, where, known, strict=True)])
-    value = _scaled(leaf, maps, where, source)
+    value = _scaled(leaf, maps, where, source, power)
     if not all(k.all() for k in known):
         value = jnp.where(_outer(known, np.logical_and), value, _filled(leaf, where, key, shape, dtype))
     zeroed = [f if m.axis in leaf.zero else np.zeros_like(f) for m, f in zip(maps, fresh, strict=True)]
@@ -52,14 +54,15 @@ def tile(
     return value.astype(dtype)
 
 
-def _scaled(leaf: LeafPlan, maps, where, source: jax.Array) -> jax.Array:
-    if leaf.coefficient == 1 and not leaf.scaled:
+def _scaled(leaf: LeafPlan, maps, where, source: jax.Array, power: int) -> jax.Array:
+    if leaf.moves_exactly:
         return source
     precise = jnp.promote_types(source.dtype, jnp.float32)
-    factor = jnp.asarray(leaf.coefficient, precise)
+    factor = jnp.asarray(float(leaf.coefficient) ** power, precise)
     for dimension, (m, w) in enumerate(zip(maps, where, strict=True)):
-        if m.axis in leaf.scaled:
-            factor = factor * _along(jnp.asarray(m.scale[w], precise), dimension, len(where))
+        along = leaf.factors(m)
+        if along is not None:
+            factor = factor * _along(jnp.asarray(along[w] ** power, precise), dimension, len(where))
     return (source.astype(precise) * factor).astype(source.dtype)
 
 

@@ -23,19 +23,31 @@ class LeafPlan:
     """What happens to one leaf.
 
     An entry whose axes all come from the source is `coefficient` times the source entry (times the scales of the axes
-    in `scaled`), unless one of the axes in `zero` is fresh there: then it is 0. Every other entry is 0 if one of the
+    in `scaled` and the shares of those in `shared`), unless one of the axes in `zero` is fresh there: then it is 0. Every other entry is 0 if one of the
     axes in `zero` is fresh, else filled: normal with standard deviation `value`, or the constant `value`.
     """
 
     coefficient: float = 1.0
     zero: tuple[str, ...] = ()
     scaled: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     fill: Fill = "constant"
     value: float = 0.0
 
-    def moment(self, power: int, axes: tuple[str, ...]) -> "LeafPlan":
-        """The plan of an optimizer moment of this order: theta' = a*theta makes m' = m/a^power; new entries are 0."""
-        return LeafPlan(self.coefficient**-power, axes, self.scaled)
+    @property
+    def moves_exactly(self) -> bool:
+        """Whether source entries arrive as they were."""
+        return self.coefficient == 1 and not self.scaled and not self.shared
+
+    def factors(self, axis_map: AxisMap) -> np.ndarray | None:
+        """float64[dst_size], the factors along one axis; None where there are none."""
+        scale = axis_map.scale if axis_map.axis in self.scaled else None
+        share = axis_map.share if axis_map.axis in self.shared else None
+        return scale if share is None else share if scale is None else scale * share
+
+    def moment(self, axes: tuple[str, ...]) -> "LeafPlan":
+        """The plan of an optimizer moment: copied or scaled like the leaf, but every new entry is 0."""
+        return LeafPlan(self.coefficient, axes, self.scaled, self.shared)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,6 +62,7 @@ class Plan:
     seed: int = 0
     masked: bool = False  # new structures have to start behind masks at 0
     preserving: bool = True  # the function is unchanged (behind masks at 0, where masked)
+    lively: bool = True  # everything new can learn, each unit in its own way
     notes: tuple[str, ...] = ()
 
     @property
@@ -73,6 +86,7 @@ class Plan:
             "seed": self.seed,
             "masked": self.masked,
             "preserving": self.preserving,
+            "lively": self.lively,
             "notes": list(self.notes),
             "maps": {axis: m.to_json() for axis, m in sorted(self.maps.items())},
             "leaves": {name: dataclasses.asdict(leaf) for name, leaf in sorted(self.leaves.items())},
@@ -89,6 +103,7 @@ class Plan:
                 seed=data["seed"],
                 masked=data["masked"],
                 preserving=data["preserving"],
+                lively=data["lively"],
                 notes=tuple(data["notes"]),
                 maps={axis: AxisMap.from_json(m) for axis, m in data["maps"].items()},
                 leaves={
@@ -120,7 +135,7 @@ class Plan:
             known *= int(is_known.sum())
             not_zero *= int(is_kept.sum())
             both *= int((is_known & is_kept).sum())
-        moved = "copied" if leaf.coefficient == 1 and not leaf.scaled else "scaled"
+        moved = "copied" if leaf.moves_exactly else "scaled"
         filled = "zero" if leaf.fill == "constant" and leaf.value == 0 else "fresh"
         counts = dict.fromkeys(("copied", "scaled", "zero", "fresh"), 0)
         counts[moved] += both

@@ -45,7 +45,10 @@ def plan(
 
     Args:
       policy: "exact" keeps the function for any ratio without masks; "msg" (Masked Structural Growth, arXiv
-        2305.02869) keeps it behind masks that start at 0 and fills everything new with random values or copies.
+        2305.02869) keeps it behind masks that start at 0 and fills everything new with random values or copies;
+        "copy" splits every unit into copies (Net2Net, HyperCloning) and keeps the function, but copies stay copies;
+        "stack" repeats the whole stack of layers (G_stack, arXiv 2405.15319) and "random" starts everything new at
+        random: both change the function, and are here to compare with.
       layers: which layers are copied, see growth.layers.choose.
       seed: of the fresh values.
       scores: one per source layer, for layers="distance".
@@ -146,7 +149,7 @@ def _exact(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: i
                 zero = spec.stack + zero  # a copied layer writes nothing at first
         if src.tie_embeddings and spec.role == "table" and epsilon == "keep" and shrinkage != 1.0:
             raise UserError('epsilon="keep" divides the embedding, which is also the head of a tied model; use "scale"')
-        leaves[name] = LeafPlan(coefficient, zero, (), **_fill(dst, spec))
+        leaves[name] = LeafPlan(coefficient, zero, **_fill(dst, spec))
     return Plan(src, dst, "exact", maps, leaves, seed)
 
 
@@ -155,10 +158,57 @@ def _msg(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int
     dst, embedding, head = _keep_logit_mult(src, dst)
     dst = dst.replace(rms_eps=src.rms_eps)
     leaves = {
-        name: LeafPlan(_multiplier(spec, embedding, head), (), (), **_fill(dst, spec))
-        for name, spec in flat_spec(src).items()
+        name: LeafPlan(_multiplier(spec, embedding, head), **_fill(dst, spec)) for name, spec in flat_spec(src).items()
     }
     return Plan(src, dst, "msg", maps, leaves, seed, masked=True)
 
 
-POLICIES = {"exact": _exact, "msg": _msg}
+def _random(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int, epsilon: str) -> Plan:
+    base = _msg(src, dst, maps | {"layers": axis_map.widen("layers", src.num_layers, dst.num_layers)}, seed, epsilon)
+    note = "everything new is random and takes part at once: the function changes"
+    return dataclasses.replace(base, policy="random", masked=False, preserving=False, notes=(note,))
+
+
+def _stack(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int, epsilon: str) -> Plan:
+    stacked = [i % src.num_layers for i in range(dst.num_layers)]
+    base = _exact(src, dst, maps | {"layers": axis_map.repeat("layers", src.num_layers, stacked)}, seed, epsilon)
+    leaves = {
+        name: dataclasses.replace(leaf, zero=tuple(axis for axis in leaf.zero if axis != "layers"))
+        for name, leaf in base.leaves.items()
+    }
+    deeper = dst.num_layers > src.num_layers
+    notes = ("the stack of layers is repeated and takes part at once: the function changes",) if deeper else ()
+    return dataclasses.replace(base, policy="stack", leaves=leaves, preserving=not deeper, notes=notes)
+
+
+def _copy(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int, epsilon: str) -> Plan:
+    del epsilon  # copies keep the mean of squares, so that epsilon means the same before and after
+    dst, embedding, head = _keep_logit_mult(src, dst)
+    dst = dst.replace(rms_eps=src.rms_eps)
+    if src.num_kv_heads != src.num_heads or dst.num_kv_heads != dst.num_heads:
+        raise UserError("policy copy: grouped queries are not supported; use exact or msg")
+    if src.tie_embeddings and dst.embed_dim % src.embed_dim:
+        raise UserError("policy copy: a tied embedding can be copied by an integer ratio only; use exact or msg")
+    for axis in ("embed", "mlp", "heads"):
+        index = [i % maps[axis].src_size for i in range(maps[axis].dst_size)]
+        maps[axis] = axis_map.copies(axis, maps[axis].src_size, index, keep_norm=axis == "embed")
+    maps["kv_heads"] = dataclasses.replace(maps["heads"], axis="kv_heads")
+    leaves = {}
+    for name, spec in flat_spec(src).items():
+        elementwise = spec.role == "scale"
+        leaves[name] = LeafPlan(
+            _multiplier(spec, embedding, head),
+            spec.stack if _is_writer(spec) else (),
+            # A norm passes copies on with the scale that they came with; keys and values are not split but repeated.
+            () if elementwise else tuple(axis for axis in spec.outputs if axis in ("embed", "mlp")),
+            () if elementwise else tuple(axis for axis in spec.inputs if axis in ("embed", "mlp", "heads")),
+            **_fill(dst, spec),
+        )
+    if src.tie_embeddings and dst.embed_dim > src.embed_dim:
+        # The tied head reads n copies with the same weights that write them: the sum is n times as large.
+        dst = dst.replace(output_mult=dst.output_mult * src.embed_dim / dst.embed_dim)
+    note = "copies get equal gradients and stay copies, unless something else tells them apart"
+    return Plan(src, dst, "copy", maps, leaves, seed, lively=False, notes=(note,))
+
+
+POLICIES = {"exact": _exact, "msg": _msg, "copy": _copy, "stack": _stack, "random": _random}
