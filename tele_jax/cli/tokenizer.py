@@ -1,0 +1,118 @@
+"""`tele tokenizer train` and `tele tokenizer inspect`."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tele_jax.data import sources, vocabulary_training
+from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
+from tele_jax.errors import UserError
+
+HELP = "train or inspect a tokenizer"
+
+# Tokens per UTF-8 byte over the Tele-FLM report's weighting of domains (arXiv 2404.16645; FACTS section 2).
+PUBLISHED = {"Tele-FLM, 80,000": 0.261, "GPT-4": 0.291, "Llama-3": 0.251, "Llama-2": 0.356}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=type(parser))
+    train = actions.add_parser("train", help="train a SentencePiece BPE with the published options and special ids")
+    train.add_argument("--preset", required=True, choices=vocabulary_training.PRESETS, help="whose special ids")
+    train.add_argument("--vocab-size", required=True, type=int, metavar="N", help="ids, special ones included")
+    train.add_argument("--out", required=True, type=Path, metavar="FILE", help="the model file to write")
+    train.add_argument("--force", action="store_true", help="replace a different file that is there already")
+    train.add_argument(
+        "--input-bytes", type=int, default=100_000_000, metavar="N", help="sample at most about so much (100000000)"
+    )
+    train.add_argument("--seed", type=int, default=0, help="of the sample (0)")
+    train.add_argument(
+        "--character-coverage", type=float, metavar="X", help="1.0 as published, lowered where they do not fit"
+    )
+    train.add_argument("inputs", nargs="+", metavar="INPUT", help="UTF-8 text or .jsonl files; patterns, ** too")
+    inspect = actions.add_parser("inspect", help="special ids, size, and tokens per byte on texts")
+    inspect.add_argument("file", metavar="FILE", help="a SentencePiece model")
+    inspect.add_argument(
+        "--input-bytes", type=int, default=10_000_000, metavar="N", help="sample so much of every INPUT (10000000)"
+    )
+    inspect.add_argument("inputs", nargs="*", metavar="INPUT", help="UTF-8 text or .jsonl files; one line per INPUT")
+    for action in (train, inspect):
+        action.add_argument(
+            "--json", metavar="FILE", type=Path, default=argparse.SUPPRESS, help="write the figures to FILE as JSON"
+        )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Raises UserError for a bad input, before anything is written."""
+    if args.input_bytes <= 0:
+        raise UserError(f"--input-bytes {args.input_bytes}: must be above 0")
+    return train(args) if args.action == "train" else inspect(args)
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    start = time.monotonic()
+    texts = list(vocabulary_training.sample_texts(args.inputs, max_bytes=args.input_bytes, seed=args.seed))
+    print(f"training {args.preset}, {args.vocab_size:,} ids, on {len(texts):,} pieces of text ...", file=sys.stderr)
+    trained = vocabulary_training.train_vocabulary(
+        texts, preset=args.preset, vocab_size=args.vocab_size, character_coverage=args.character_coverage
+    )
+    vocabulary = vocabulary_training.write_vocabulary(trained, args.out, preset=args.preset, force=args.force)
+    figures = {
+        "file": str(args.out),
+        "preset": args.preset,
+        "vocab_size": vocabulary.vocab_size,
+        "sha256": vocabulary.sha256,
+        "input_bytes": trained.num_bytes,
+        "character_coverage": trained.character_coverage,
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    print(f"{args.out}: {vocabulary.vocab_size:,} ids from {trained.num_bytes:,} bytes, {figures['seconds']} s")
+    if trained.character_coverage < 1:
+        print(
+            f"character coverage {trained.character_coverage:.6f} instead of the published 1.0: so many ids do not "
+            "hold all characters and enough merges; rare characters are spelled in bytes"
+        )
+    return figures
+
+
+def inspect(args: argparse.Namespace) -> dict[str, Any]:
+    vocabulary = load_vocabulary(args.file)
+    presets = [name for name in vocabulary_training.PRESETS if not vocabulary_training.misplaced(vocabulary, name)]
+    special = {"unk": vocabulary.unk_id, "bos": vocabulary.bos_id, "eos": vocabulary.eos_id, "pad": vocabulary.pad_id}
+    for name in ("user", "bot", "end", "system"):
+        try:
+            special[name] = vocabulary.id_of(f"<_{name}>")
+        except UserError:
+            special[name] = -1
+    figures = {
+        "file": args.file,
+        "sha256": vocabulary.sha256,
+        "vocab_size": vocabulary.vocab_size,
+        "special_ids_of": presets,
+        "special": special,
+        "inputs": [_measure(vocabulary, pattern, args.input_bytes) for pattern in args.inputs],
+        "published_tokens_per_byte": PUBLISHED,
+    }
+    print(f"{args.file}: {vocabulary.vocab_size:,} ids, sha256 {vocabulary.sha256}")
+    print(f"special ids as in the preset: {', '.join(presets) or 'none of ours'}")
+    for name, i in special.items():
+        print(f"  {name:8}{i:>6}  {vocabulary.tokenizer.id_to_piece(i)}" if i >= 0 else f"  {name:8}  none")
+    rows = [(row["input"], f"{row['bytes']:,}", f"{row['tokens_per_byte']:.3f}") for row in figures["inputs"]]
+    rows += [(name, "published", f"{value:.3f}") for name, value in PUBLISHED.items()]
+    width = max(len(row[0]) for row in rows)
+    print(f"\n{'input':{width}}  {'bytes':>14}  tokens per byte")
+    for name, size, ratio in rows:
+        print(f"{name:{width}}  {size:>14}  {ratio:>15}")
+    print("published figures: weighted over the domains of that report, another text than yours")
+    return figures
+
+
+def _measure(vocabulary: Vocabulary, pattern: str, max_bytes: int) -> dict[str, Any]:
+    num_bytes = num_tokens = 0
+    for text in vocabulary_training.sample_texts([pattern], max_bytes=max_bytes, seed=0):
+        num_bytes += len(text.encode())
+        num_tokens += len(vocabulary.encode(text))
+    files = len(sources.expand([pattern], "INPUT"))
+    ratio = num_tokens / num_bytes
+    return {"input": pattern, "files": files, "bytes": num_bytes, "tokens": num_tokens, "tokens_per_byte": ratio}

@@ -1,0 +1,65 @@
+"""Imports of what the extra `[data]` installs, on use: the core of tele_jax works without them, and stays quick."""
+
+import contextlib
+import importlib
+import os
+import sys
+import tempfile
+import types
+from collections.abc import Iterator
+
+from tele_jax.errors import UserError
+
+_CHATTER = (b"I0000", b"W0000", b"WARNING: All log messages before absl::InitializeLog()")
+
+
+def need(module: str) -> types.ModuleType:
+    """Imports `module`, one of those that `pip install tele_jax[data]` brings.
+
+    TensorFlow (which seqio imports) is kept off accelerators, since those belong to JAX, and kept quiet.
+
+    Raises:
+      UserError: the package is not installed.
+    """
+    loud = module.split(".")[0] in ("tensorflow", "tensorflow_text", "seqio") and "tensorflow" not in sys.modules
+    try:
+        if not loud:
+            return importlib.import_module(module)
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        with _without_chatter():
+            tensorflow = importlib.import_module("tensorflow")
+            imported = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{module} needs the package {error.name!r}, which is not installed: pip install tele_jax[data]"
+        ) from None
+    for kind in ("GPU", "TPU"):
+        # Too late when the caller has used TensorFlow's devices before; then they are the caller's choice.
+        with contextlib.suppress(RuntimeError, ValueError):
+            tensorflow.config.set_visible_devices([], kind)
+    return imported
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Holds standard error back, and passes on at the end what is not start-up chatter of TensorFlow's C++ parts.
+
+    Those parts write to the file descriptor, and before their log levels are read: nothing milder silences them.
+    """
+    try:
+        real = os.dup(2)
+    except OSError:  # no standard error at all
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(real, 2)
+            os.close(real)
+            held.seek(0)
+            for line in held:
+                if not line.startswith(_CHATTER):
+                    with contextlib.suppress(OSError):
+                        os.write(2, line)
