@@ -113,7 +113,7 @@ class Manager:
         """The last step that is complete on disk; None where there is none."""
         return (locate.list_steps(self.directory) or [None])[-1]
 
-    def load(self, step: int | None = None, **how: Any) -> "read.Loaded":
+    def load(self, step: int | None = None, **how: Any) -> read.Loaded:
         """Loads a step, by default the latest, with the keywords of `load`; waits for a running save first."""
         self.wait()
         return read.load(self.directory if step is None else self.directory / str(step), **how)

@@ -66,31 +66,24 @@ def load(
     lazy = open_lazy(path)
     _check_x64(lazy, items)
     _check_expected(lazy, cfg, expect)
-    if shardings is None and mesh is not None:
-        specs = {name: array.leaf.spec for name, array in lazy.items["params"].items()}
-        shardings = param_shardings(axes.unflatten(specs), mesh)
-    placed = None if shardings is None else axes.flatten(shardings)
-    if placed is not None and (wrong := set(placed) ^ set(lazy.items["params"])):
-        raise UserError(f"shardings: must have the leaves of params; they differ in {', '.join(sorted(wrong))}")
-
+    placed = _place_params(lazy, mesh, shardings)
     like = None if opt_state_like is None else layout.named_leaves(opt_state_like)
-    wants_opt = "opt_state" in items and ("opt_state" in lazy.items or like is not None)
-    wanted = dict(lazy.items["params"]) if "params" in items else {}
-    where = {array.name: placed[name] if placed else None for name, array in wanted.items()}
-    opt_arrays: dict[str, LazyArray] = {}
-    if wants_opt:
-        opt_arrays = _opt_arrays(lazy, like)
-        for name, array in opt_arrays.items():
-            where[array.name] = _opt_sharding(name, array, (like or {}).get(name), lazy, placed)
-    arrays = [*wanted.values(), *opt_arrays.values()]
-    values = dict(_read_all(arrays, where))
-    opt_state = None
-    if wants_opt:
-        by_name = {name: values[array.name] for name, array in opt_arrays.items()}
-        opt_state = axes.unflatten(by_name) if like is None else _fill(opt_state_like, like, by_name)
+    arrays = {"params": lazy.items["params"]} if "params" in items else {}
+    if "opt_state" in items and ("opt_state" in lazy.items or like is not None):
+        arrays["opt_state"] = _opt_arrays(lazy, like)
+    where = {
+        array.name: _place(name, array, (like or {}).get(name) if item == "opt_state" else None, lazy, placed)
+        for item, named in arrays.items()
+        for name, array in named.items()
+    }
+    values = dict(_read_all([array for named in arrays.values() for array in named.values()], where))
+    trees = {item: {name: values[array.name] for name, array in named.items()} for item, named in arrays.items()}
+    opt_state = trees.get("opt_state")
+    if opt_state is not None:
+        opt_state = axes.unflatten(opt_state) if like is None else _fill(opt_state_like, like, opt_state)
     return Loaded(
         cfg=lazy.cfg if cfg is None else cfg,
-        params=axes.unflatten({name: values[array.name] for name, array in wanted.items()}),
+        params=axes.unflatten(trees.get("params", {})),
         opt_state=opt_state,
         step=lazy.step,
         provenance=lazy.provenance,
@@ -168,17 +161,31 @@ def _abstract(leaf: Any, stored: LazyArray | None) -> Any:
     return leaf if hasattr(leaf, "dtype") else ParamSpec(shape, np.asarray(leaf).dtype)
 
 
-def _opt_sharding(
+def _place_params(
+    lazy: Lazy, mesh: jax.sharding.Mesh | None, shardings: Mapping[str, Any] | None
+) -> dict[str, Sharding] | None:
+    """The sharding of every parameter by name, or None for the default device."""
+    if shardings is None and mesh is None:
+        return None
+    if shardings is None:
+        specs = {name: array.leaf.spec for name, array in lazy.items["params"].items()}
+        shardings = param_shardings(axes.unflatten(specs), mesh)
+    placed = axes.flatten(shardings)
+    if wrong := set(placed) ^ set(lazy.items["params"]):
+        raise UserError(f"shardings: must have the leaves of params; they differ in {', '.join(sorted(wrong))}")
+    return placed
+
+
+def _place(
     name: str, array: LazyArray, like: Any, lazy: Lazy, placed: Mapping[str, Sharding] | None
 ) -> Sharding | None:
+    """Where a leaf goes: where `like` is, else where the parameter is that it is or belongs to, else everywhere."""
     if isinstance(asked := getattr(like, "sharding", None), NamedSharding):
         return asked
     if placed is None:
         return None
     owner = layout.matching_param(name, array.shape, lazy.items["params"])
-    if owner is not None:
-        return placed[owner]
-    return NamedSharding(next(iter(placed.values())).mesh, P())
+    return placed[owner] if owner is not None else NamedSharding(next(iter(placed.values())).mesh, P())
 
 
 def _fill(tree: Any, names: Mapping[str, Any], values: Mapping[str, Any]) -> Any:

@@ -115,6 +115,13 @@ def test_a_failed_write_names_the_checkpoint(tmp_path, monkeypatch):
         assert_same(manager.load(1).params, params())
 
 
+def test_it_may_be_closed_twice(tmp_path):
+    with checkpoint.Manager(tmp_path) as manager:
+        manager.save(1, CFG, params())
+        manager.close()
+    assert names(tmp_path) == ["1"]
+
+
 def test_keep_must_be_above_zero(tmp_path):
     with pytest.raises(UserError, match="keep=0 must be above 0"):
         checkpoint.Manager(tmp_path, keep=0)

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 import tele_jax as tele
 from tele_jax import checkpoint
 from tele_jax.axes import ParamSpec, flatten
+from tele_jax.checkpoint import read
 from tele_jax.run import MeshConfig
 from tele_jax.sharding import make_mesh, param_shardings
 from tests.checkpoint.trees import CFG, all_bfloat16, assert_same, params
@@ -176,6 +177,16 @@ def test_meshes_may_differ(tmp_path, saved_on):
             assert leaf.sharding.is_equivalent_to(wanted[name], leaf.ndim), name
         assert loaded.opt_state[0].count.sharding.is_fully_replicated
         assert len(loaded.opt_state[0].count.sharding.device_set) == 8
+
+
+def test_little_host_memory_is_enough(tmp_path, monkeypatch):
+    """One array at a time, where even one is above what may be in flight."""
+    tree = params(SHARDED_CFG)
+    checkpoint.save(tmp_path / "0", SHARDED_CFG, tree, opt_state={"mu": tree})
+    monkeypatch.setattr(read, "_IN_FLIGHT_BYTES", 1)
+    loaded = checkpoint.load(tmp_path / "0", make_mesh(MESHES[2]))
+    assert_same(loaded.params, tree)
+    assert_same(loaded.opt_state["mu"], tree)
 
 
 def test_shardings_are_followed(tmp_path):

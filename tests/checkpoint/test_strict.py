@@ -27,6 +27,16 @@ def test_an_existing_destination_is_refused_and_left_alone(tmp_path, make):
     assert [p.name for p in tmp_path.iterdir()] == ["0"]
 
 
+def test_what_a_killed_save_left_is_no_obstacle_and_does_not_get_in(tmp_path):
+    left = tmp_path / "0.orbax-checkpoint-tmp" / "params" / "old.leaf"
+    left.mkdir(parents=True)
+    (left / "zarr.json").write_text("{}")
+    checkpoint.save(tmp_path / "0", CFG, params())
+    assert_same(checkpoint.load(tmp_path / "0").params, params())
+    assert [p.name for p in tmp_path.iterdir()] == ["0"]
+    assert not (tmp_path / "0" / "params" / "old.leaf").exists()
+
+
 def test_saving_what_the_config_does_not_describe_names_every_leaf(tmp_path):
     tree = flatten(params())
     del tree["final_norm.scale"]
