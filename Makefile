@@ -14,6 +14,9 @@ QUICKSTART_FLAGS ?=
 EXTRAS := data,plots,dev
 PY := $(VENV)/bin/python
 TELE := JAX_PLATFORMS=cpu $(VENV)/bin/tele
+# Where configs/quickstart.py looks for them; QUICKSTART_DIR holds only the run.
+TEXT := runs/quickstart/text
+TOKENIZER := runs/quickstart/tokenizer.model
 
 .PHONY: test check quickstart install
 
@@ -26,10 +29,10 @@ check: install
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 
 quickstart: install
-	$(TELE) data fetch quickstart --out $(QUICKSTART_DIR)/text
-	$(TELE) tokenizer train --config configs/quickstart.py --out $(QUICKSTART_DIR)/tokenizer
+	$(TELE) data fetch quickstart --out $(TEXT)
+	$(TELE) tokenizer train --preset tele_flm --vocab-size 4096 --out $(TOKENIZER) '$(TEXT)/*/train.jsonl'
 	$(TELE) train --config configs/quickstart.py --workdir $(QUICKSTART_DIR) $(QUICKSTART_FLAGS)
-	$(TELE) chat $(QUICKSTART_DIR) --prompt "画蛇添足是什么意思？"
+	$(TELE) chat $(QUICKSTART_DIR) --tokenizer $(TOKENIZER) --prompt "画蛇添足是什么意思？"
 
 # ---- installation ----------------------------------------------------------------------------------------------------
 
