@@ -1,0 +1,170 @@
+"""Talking to a fine-tuned model: a conversation and its history, tokens to text as they come, the tokenizer's place."""
+
+import codecs
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tele_jax.checkpoint import locate
+from tele_jax.config import ModelConfig, require
+from tele_jax.data import dialogue
+from tele_jax.data.vocabulary import Vocabulary
+from tele_jax.errors import UserError
+from tele_jax.generate import check_seed, generate, prepare, sampling
+
+# How TeleChat draws where it does not take the likeliest token (FACTS section 5; the 12B has a penalty of 1.01).
+RELEASED_SAMPLING = {"temperature": 0.3, "top_k": 5, "top_p": 0.85, "repetition_penalty": 1.03}
+TOKENIZER_FILE = "tokenizer.model"
+MAX_NEW_TOKENS = 1024  # not published: ours, an answer of about two pages
+
+
+class Chat:
+    """A conversation. Each reply is drawn after the whole history, as far as the model's context holds it.
+
+    >>> chat = Chat(cfg, params, vocabulary, system="Answer in one word.")
+    >>> chat.reply("What is the capital of France?")
+    'Paris'
+    >>> chat.messages[-1]
+    {'role': 'assistant', 'content': 'Paris'}
+
+    What does not fit beside max_new_tokens in cfg.max_seq_len is trimmed as released: the oldest turns go, then the
+    left end of the question. `messages` keeps all of it.
+
+    Attributes:
+      messages: {"role", "content"} of the system message, if any, and of every exchange.
+      prompt_tokens: what the last reply was drawn after.
+      reply_tokens: of the last reply, `<_end>` not included.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        params: Mapping[str, Any],
+        vocabulary: Vocabulary,
+        *,
+        system: str | None = None,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        **options: Any,
+    ):
+        """Prepares the model; with the options as they are the likeliest token is always taken.
+
+        max_new_tokens: longest reply; by default 1,024, or half of cfg.max_seq_len where that is less.
+        seed: the n-th reply is drawn with seed + n.
+        options: temperature, top_k, top_p and repetition_penalty as in generate.sampling; see RELEASED_SAMPLING.
+
+        Raises:
+          UserError: an option out of its range; a vocabulary without dialogue markers, or larger than the model's.
+        """
+        sampling(**options)
+        check_seed(seed)
+        check_vocabulary(cfg, vocabulary)
+        if max_new_tokens is None:
+            max_new_tokens = min(MAX_NEW_TOKENS, cfg.max_seq_len // 2)
+        require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
+        self._max_prompt = cfg.max_seq_len - max_new_tokens
+        require(
+            self._max_prompt >= 4,
+            f"max_new_tokens={max_new_tokens} leaves {max(self._max_prompt, 0)} of the model's max_seq_len="
+            f"{cfg.max_seq_len} tokens to the question; give less",
+        )
+        # A model that goes on with <_user> has finished its answer just as well.
+        stop_ids = {vocabulary.end_id, vocabulary.user_id, vocabulary.bot_id, vocabulary.eos_id} - {-1}
+        self._options = dict(max_new_tokens=max_new_tokens, stop_ids=sorted(stop_ids), **options)
+        self._cfg, self._params, self._vocabulary = cfg, prepare(cfg, params), vocabulary
+        self._seed, self._replies = seed, 0
+        self.messages: list[dict[str, str]] = []
+        self.prompt_tokens: list[int] = []
+        self.reply_tokens: list[int] = []
+        self.reset(system)
+
+    def reset(self, system: str | None = None) -> None:
+        """Forgets the conversation; the next one has this system message, or none."""
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def reply(self, question: str, on_text: Callable[[str], None] | None = None) -> str:
+        """Answers, and takes question and answer into the history, unless the answer is empty or interrupted.
+
+        on_text: called after every token with the text that is certain now and was not before, which may be none;
+          together the texts are the answer.
+
+        Raises:
+          UserError: the question is empty.
+        """
+        require(bool(question), "the question is empty")
+        asked = [*self.messages, {"role": "user", "content": question}]
+        prompt = dialogue.render_prompt(asked, self._vocabulary, self._max_prompt)
+        text = TextStream(self._vocabulary)
+        parts: list[str] = []
+
+        def hear(part: str) -> None:
+            parts.append(part)
+            if on_text is not None:
+                on_text(part)
+
+        (tokens,) = generate(
+            self._cfg,
+            self._params,
+            [prompt],
+            seed=(self._seed + self._replies) % 2**32,
+            on_token=lambda _, token: hear(text.add(token)),
+            **self._options,
+        )
+        if rest := text.end():
+            hear(rest)
+        self.prompt_tokens, self.reply_tokens = prompt, tokens
+        self._replies += 1
+        answer = "".join(parts)
+        if answer:
+            self.messages = [*asked, {"role": "assistant", "content": answer}]
+        return answer
+
+
+class TextStream:
+    """Tokens to text one by one. A character made of several byte tokens comes out whole, when its last byte is there.
+
+    >>> stream = TextStream(vocabulary)
+    >>> [stream.add(token) for token in (0xE4 + 123, 0xB8 + 123, 0xAD + 123)]     # bytes start at id 123 here
+    ['', '', '中']
+    """
+
+    def __init__(self, vocabulary: Vocabulary):
+        self._bytes = vocabulary.piece_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        """The text that is certain now and was not before. Control tokens, and ids beyond the vocabulary, have none."""
+        return self._decoder.decode(self._bytes[token] if token < len(self._bytes) else b"")
+
+    def end(self) -> str:
+        """What is left: U+FFFD where the last character was never completed, otherwise nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+def check_vocabulary(cfg: ModelConfig, vocabulary: Vocabulary) -> None:
+    """Raises UserError where the vocabulary has ids that the model does not have."""
+    require(
+        vocabulary.vocab_size <= cfg.vocab_size,
+        f"tokenizer {vocabulary.path}: it has {vocabulary.vocab_size} ids, but the model's vocab_size is "
+        f"{cfg.vocab_size}; name the tokenizer that the model was trained with by --tokenizer",
+    )
+
+
+def find_tokenizer(ckpt_path: str | os.PathLike, explicit: str | os.PathLike | None = None) -> str:
+    """Path of the tokenizer of a checkpoint: the one named explicitly, or tokenizer.model in or above its directory.
+
+    ckpt_path: as checkpoint.load takes it. Looked into are the step directory, and those above it up to the work
+      directory: W/pretrain/checkpoints/100, W/pretrain/checkpoints, W/pretrain, W.
+
+    Raises:
+      UserError: there is no checkpoint, or nowhere a tokenizer.
+    """
+    if explicit is not None:
+        return str(explicit)
+    step = locate.find_step(ckpt_path)
+    for directory in (step, *list(step.parents)[:3]):
+        if (directory / TOKENIZER_FILE).is_file():
+            return str(directory / TOKENIZER_FILE)
+        if (directory / "config.json").is_file():
+            break  # the work directory
+    raise UserError(f"{step}: no {TOKENIZER_FILE} in or above it, up to {directory}; name one with --tokenizer FILE")

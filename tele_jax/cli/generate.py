@@ -1,0 +1,170 @@
+"""tele generate CKPT --prompt TEXT: continues one prompt on the terminal as it is made, or several as a batch."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from tele_jax.errors import UserError
+
+HELP = "continue a prompt"
+MAX_NEW_TOKENS = 128
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt", action="append", required=True, metavar="TEXT", help="given several times: continued as a batch"
+    )
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="default 128, or what the context leaves beside the prompt"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Prints the continuations, without the prompts, and returns them with their counts and times."""
+    from tele_jax.chat import TextStream
+    from tele_jax.generate import generate
+
+    cfg, params, vocabulary = load_model(args)
+    prompts = [vocabulary.encode(utf8(text, "--prompt")) for text in args.prompt]
+    streams = [TextStream(vocabulary) for _ in prompts]
+    texts = ["" for _ in prompts]
+    clock = Clock(len(prompts))
+
+    def show(row: int, text: str) -> None:
+        texts[row] += text
+        if len(prompts) == 1:
+            emit(text)
+
+    def on_token(row: int, token: int) -> None:
+        clock.tick()
+        show(row, streams[row].add(token))
+
+    outputs = generate(
+        cfg,
+        params,
+        prompts,
+        max_new_tokens=args.max_new_tokens or _default_length(cfg, max(map(len, prompts))),
+        stop_ids=sorted({vocabulary.eos_id, *_end_ids(vocabulary)} - {-1}),
+        seed=args.seed,
+        on_token=on_token,
+        **sampling_options(args),
+    )
+    for row, stream in enumerate(streams):
+        show(row, stream.end())
+    if len(prompts) == 1:
+        emit("\n")
+    else:
+        for row, (prompt, text) in enumerate(zip(args.prompt, texts, strict=True)):
+            emit(f"--- {row + 1}: {' '.join(prompt.split())[:70]}\n{text}\n")
+    speed = clock.figures()
+    report(speed)
+    rows = zip(args.prompt, texts, prompts, outputs, strict=True)
+    return speed | {
+        "continuations": [
+            {"prompt": prompt, "text": text, "prompt_tokens": len(ids), "new_tokens": len(output)}
+            for prompt, text, ids, output in rows
+        ]
+    }
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What generate and chat share: the checkpoint, and how tokens are drawn."""
+    released = "temperature 0.3, top-k 5, top-p 0.85, repetition penalty 1.03, each unless given"
+    parser.add_argument("ckpt", metavar="CKPT", help="a step, stage or work directory; of several steps, the latest")
+    parser.add_argument("--tokenizer", metavar="FILE", help="default: tokenizer.model in or above the checkpoint")
+    parser.add_argument("--sample", action="store_true", help=f"draw as TeleChat does: {released}")
+    parser.add_argument("--temperature", type=float, metavar="T", help="default 0: always the likeliest token")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest; default: all")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that sum to P; default: all")
+    parser.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: avoid repeats; default 1")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws; default 0")
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keywords for generate.sampling; with --sample the released ones, each replaced by the flag of its name."""
+    from tele_jax.chat import RELEASED_SAMPLING
+
+    given = {name: getattr(args, name) for name in RELEASED_SAMPLING if getattr(args, name) is not None}
+    return (RELEASED_SAMPLING if args.sample else {}) | given
+
+
+def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """(cfg, params, vocabulary) of a command line; what is quick to find wrong is looked at first."""
+    from tele_jax import checkpoint
+    from tele_jax.chat import check_vocabulary, find_tokenizer
+    from tele_jax.data.vocabulary import load_vocabulary
+    from tele_jax.generate import check_seed, sampling
+
+    sampling(**sampling_options(args))
+    check_seed(args.seed)
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
+    vocabulary = load_vocabulary(find_tokenizer(args.ckpt, args.tokenizer))
+    lazy = checkpoint.open_lazy(args.ckpt)
+    check_vocabulary(lazy.cfg, vocabulary)
+    loaded = checkpoint.load(args.ckpt, items=("params",))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?", and goes on
+    return loaded.cfg, loaded.params, vocabulary
+
+
+def utf8(text: str, where: str) -> str:
+    """The text itself; UserError where it is empty, or came in as bytes that are not UTF-8."""
+    if not text:
+        raise UserError(f"{where} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: not UTF-8 at character {error.start}") from None
+    return text
+
+
+def emit(text: str) -> None:
+    """Prints at once, without a line end."""
+    if text:
+        print(text, end="", flush=True)
+
+
+class Clock:
+    """Times of the tokens of one call of generate."""
+
+    def __init__(self, rows: int = 1):
+        self._rows = rows
+        self._begin = time.perf_counter()
+        self._times: list[float] = []
+
+    def tick(self) -> None:
+        """Counts a token."""
+        self._times.append(time.perf_counter())
+
+    def figures(self) -> dict[str, Any]:
+        """Count and speed. Before the first token lies the prompt, and on a first call the compilation."""
+        times, later = self._times, len(self._times) - self._rows
+        return {
+            "new_tokens": len(times),
+            "seconds_to_first_token": times[0] - self._begin if times else None,
+            "tokens_per_second": later / (times[-1] - times[0]) if later > 0 else None,
+        }
+
+
+def report(figures: dict[str, Any]) -> None:
+    """One line about the speed on standard error, if that is a terminal."""
+    if sys.stderr.isatty() and figures["tokens_per_second"]:
+        print(f"{figures['new_tokens']} tokens, {figures['tokens_per_second']:.1f} tokens/s", file=sys.stderr)
+
+
+def _default_length(cfg: Any, prompt: int) -> int:
+    room = cfg.max_seq_len - prompt
+    fits = room >= MAX_NEW_TOKENS or room < 1 or cfg.rope.ntk is not None  # below 1: the prompt alone is refused
+    return MAX_NEW_TOKENS if fits else room
+
+
+def _end_ids(vocabulary: Any) -> Sequence[int]:
+    """The id of <_end>, which a fine-tuned model ends with; a base model's vocabulary may not have it."""
+    try:
+        return (vocabulary.end_id,)
+    except UserError:
+        return ()

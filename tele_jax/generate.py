@@ -1,0 +1,329 @@
+"""Generation with a KV cache: prompts go in chunk by chunk, then one token per row and step on the device.
+
+A row's token at position p lies in slot p of the cache, prompts start at 0 and are padded on the right. What is padding
+now is overwritten before any query looks so far: shapes are rounded up (few compilations), results are not touched.
+"""
+
+import collections
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from tele_jax.axes import flatten, unflatten
+from tele_jax.config import ModelConfig, require
+from tele_jax.model import decoder
+from tele_jax.model.spec import flat_spec
+
+# Tokens of a prompt that go through the model at once. Attention scores against the cache take
+# 4 * rows * heads * CHUNK * cache length bytes: 256 MB for a row of 8,192 slots and 32 heads.
+CHUNK = 256
+MIN_BUCKET = 16
+
+
+class Sampling(struct.PyTreeNode):
+    """How the next token is drawn; a field that is None is not applied. Made by `sampling`."""
+
+    temperature: jax.Array | None = None  # None: greedy
+    top_p: jax.Array | None = None
+    repetition_penalty: jax.Array | None = None
+    top_k: int | None = struct.field(pytree_node=False, default=None)
+
+
+class State(struct.PyTreeNode):
+    """Rows in the making. Of tokens[b], the first lengths[b] are prompt and continuation."""
+
+    tokens: jax.Array  # int32[B, T]
+    lengths: jax.Array  # int32[B]
+    token: jax.Array  # int32[B], drawn last; of a row that is done, without meaning
+    done: jax.Array  # bool[B], a stop id was drawn
+    step: jax.Array  # int32[], tokens drawn so far
+    keys: jax.Array  # random keys [B], one per row
+    seen: jax.Array | None  # bool[B, V]: occurs in prompt or continuation; None without repetition penalty
+
+
+def generate(
+    cfg: ModelConfig,
+    params: Mapping[str, Any],
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop_ids: Sequence[int] = (),
+    seed: int = 0,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Continues each prompt until a stop id or max_new_tokens.
+
+    >>> generate(cfg, params, [[5, 6, 7], [8]], max_new_tokens=3)
+    [[17, 4, 17], [9, 9, 2]]
+
+    Args:
+      prompts: token ids, one list per row, of any lengths above 0.
+      max_new_tokens: for every row. Prompt and new tokens together are the total length that NTK scaling goes by, and
+        must not exceed cfg.max_seq_len where the model has no NTK scaling.
+      temperature, top_k, top_p, repetition_penalty: see `sampling`; by default the likeliest token is taken.
+      stop_ids: end a row; they are not part of its output.
+      seed: a row's draws depend on (seed, its index in prompts) and on nothing in the other rows.
+      on_token: called as on_token(row, token) for every token as soon as it is there.
+
+    Returns:
+      The new tokens of every row, without prompt and stop id.
+
+    Raises:
+      UserError: no prompt, an empty one, an id that is not in the vocabulary, a total length or a sampling option out
+        of its range.
+    """
+    how = sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
+    prompts = [_ids(cfg, prompt, f"prompts[{row}]") for row, prompt in enumerate(prompts)]
+    stop_ids = _ids(cfg, stop_ids, "stop_ids")
+    _check(cfg, prompts, max_new_tokens)
+    check_seed(seed)
+    params = prepare(cfg, params)
+    # With NTK scaling rows of different totals may need different rotary tables: those do not share a batch.
+    groups = collections.defaultdict(list)
+    for row, prompt in enumerate(prompts):
+        groups[_rope_length(cfg, len(prompt) + max_new_tokens)].append(row)
+    results: list[list[int]] = [[] for _ in prompts]
+    for rope_length, rows in groups.items():
+        emit = None if on_token is None else lambda i, token, rows=rows: on_token(rows[i], token)
+        batch = [prompts[row] for row in rows]
+        keys = _row_keys(seed, np.array(rows))
+        outputs = _generate_batch(cfg, params, batch, keys, how, stop_ids, max_new_tokens, rope_length, emit)
+        for row, output in zip(rows, outputs, strict=True):
+            results[row] = output
+    return results
+
+
+def sampling(
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+) -> Sampling:
+    """How to draw, checked. Applied in this order to the logits of a row:
+
+    repetition_penalty: above 0; the logits of tokens that occurred (prompt included) are divided by it where positive
+      and multiplied where negative (CTRL, arXiv 1909.05858); 1 does nothing.
+    temperature: at least 0; divides the logits; 0 takes the largest.
+    top_k: at least 1; only the k largest stay.
+    top_p: in (0, 1]; of those, only the largest stay, up to and with the one that brings their probability to p.
+    """
+    require(math.isfinite(temperature) and temperature >= 0, f"temperature={temperature} must be 0 (greedy) or above")
+    require(top_k is None or top_k >= 1, f"top_k={top_k} must be at least 1")
+    require(top_p is None or 0 < top_p <= 1, f"top_p={top_p} must be in (0, 1]")
+    require(
+        math.isfinite(repetition_penalty) and repetition_penalty > 0,
+        f"repetition_penalty={repetition_penalty} must be above 0; 1 does nothing",
+    )
+    # Devices flush what is smaller to 0, and 0 / 0 is no number; in the limit the largest is taken anyway.
+    greedy = temperature < np.finfo(np.float32).tiny
+    return Sampling(
+        temperature=None if greedy else np.float32(temperature),
+        top_p=None if greedy or top_p is None or top_p == 1 else np.float32(top_p),
+        repetition_penalty=None if repetition_penalty == 1 else np.float32(repetition_penalty),
+        top_k=None if greedy else top_k,
+    )
+
+
+def draw(logits: jax.Array, seen: jax.Array | None, keys: jax.Array, how: Sampling) -> jax.Array:
+    """The next token of every row, int32[B], for logits [B, V], seen bool[B, V] and random keys [B]."""
+    if how.repetition_penalty is not None:
+        penalized = jnp.where(logits > 0, logits / how.repetition_penalty, logits * how.repetition_penalty)
+        logits = jnp.where(seen, penalized, logits)
+    if how.temperature is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    # The maximum is taken off first so that a small temperature cannot overflow it.
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / how.temperature
+    categorical = jax.vmap(jax.random.categorical)
+    if how.top_k is None and how.top_p is None:
+        return categorical(keys, logits).astype(jnp.int32)
+    largest = logits.shape[-1] if how.top_k is None else min(how.top_k, logits.shape[-1])
+    values, ids = jax.lax.top_k(logits, largest)
+    if how.top_p is not None:
+        probabilities = jax.nn.softmax(values, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        values = jnp.where(before < how.top_p, values, -jnp.inf)
+    return jnp.take_along_axis(ids, categorical(keys, values)[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def prepare(cfg: ModelConfig, params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """params with every leaf in the dtype the decoder uses it in, so that a step does not cast all of them again.
+
+    Norm scales are used in float32 and stay; the rest goes to cfg.dtype. Changes no result; returns params itself
+    where there is nothing to cast. `generate` does this: call it only to do it once for many calls.
+    """
+    spec, leaves = flat_spec(cfg), flatten(params)
+    dtype = jnp.dtype(cfg.dtype)
+    cast = [name for name, leaf in leaves.items() if spec[name].role != "scale" and leaf.dtype != dtype]
+    if not cast:
+        return params
+    return unflatten(leaves | _cast({name: leaves[name] for name in cast}, dtype))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(leaves, dtype):
+    return {name: leaf.astype(dtype) for name, leaf in leaves.items()}
+
+
+def _generate_batch(cfg, params, prompts, keys, how, stop_ids, max_new_tokens, rope_length, emit):
+    longest = max(len(prompt) for prompt in prompts)
+    slots = _bucket(longest + max_new_tokens, cfg.max_seq_len)
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), slots), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    stop_ids = np.array(stop_ids, np.int32)
+
+    cache, last = _empty(cfg, len(prompts), slots)
+    chunk = min(CHUNK, _bucket(longest, slots))
+    for start in range(0, longest, chunk):
+        piece = np.zeros((len(prompts), chunk), np.int32)
+        piece[:, : slots - start] = tokens[:, start : start + chunk]
+        cache, last = _prefill(cfg, rope_length, params, cache, last, piece, np.int32(start), lengths)
+    state = _begin(cfg, params, last, tokens, lengths, keys, how, stop_ids)
+    if emit is None:
+        state, _ = _decode(cfg, rope_length, params, cache, state, how, stop_ids, np.int32(max_new_tokens))
+    else:
+        # The next step is under way while the host reads this one; after the end a step does nothing.
+        for step in range(1, max_new_tokens + 1):
+            following, cache = _decode(
+                cfg, rope_length, params, cache, state, how, stop_ids, np.int32(min(step + 1, max_new_tokens))
+            )
+            token, done = jax.device_get((state.token, state.done))
+            for row in np.flatnonzero(~done):
+                emit(int(row), int(token[row]))
+            state = following
+            if done.all():
+                break
+    tokens, ends = jax.device_get((state.tokens, state.lengths))
+    return [tokens[row, begin:end].tolist() for row, (begin, end) in enumerate(zip(lengths, ends, strict=True))]
+
+
+def _empty(cfg: ModelConfig, batch: int, slots: int) -> tuple[decoder.Cache, jax.Array]:
+    """An empty cache, and room for the final hidden state [B, D] of the last token of every prompt."""
+    shape = (cfg.num_layers, batch, slots, cfg.num_kv_heads, cfg.head_dim)
+    dtype = jnp.dtype(cfg.dtype)
+    return decoder.Cache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype)), jnp.zeros((batch, cfg.embed_dim), dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _prefill(cfg, rope_length, params, cache, last, piece, start, lengths):
+    """Takes tokens [B, C] at positions start, start + 1, ... into the cache; keeps what stands at lengths - 1."""
+    positions = jnp.broadcast_to(start + jnp.arange(piece.shape[1], dtype=jnp.int32), piece.shape)
+    x, cache = decoder.hidden(cfg, params, piece, positions, cache=cache, rope_length=rope_length)
+    is_last = positions == lengths[:, None] - 1
+    found = jnp.take_along_axis(x, jnp.argmax(is_last, axis=1)[:, None, None], axis=1)[:, 0]
+    return cache, jnp.where(is_last.any(axis=1)[:, None], found, last)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _begin(cfg, params, last, tokens, lengths, keys, how, stop_ids):
+    """The state after the first draw."""
+    batch, slots = tokens.shape
+    seen = None
+    if how.repetition_penalty is not None:
+        # Padding goes to an index beyond the vocabulary, which scatter drops.
+        ids = jnp.where(jnp.arange(slots) < lengths[:, None], tokens, cfg.vocab_size)
+        seen = jnp.zeros((batch, cfg.vocab_size), bool).at[jnp.arange(batch)[:, None], ids].set(True)
+    state = State(
+        tokens=tokens,
+        lengths=lengths,
+        token=jnp.zeros(batch, jnp.int32),
+        done=jnp.zeros(batch, bool),
+        step=jnp.int32(0),
+        keys=keys,
+        seen=seen,
+    )
+    return _append(cfg, params, last, state, how, stop_ids)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _decode(cfg, rope_length, params, cache, state, how, stop_ids, until):
+    """Runs the model on the last tokens and draws the next, until so many are drawn or every row is done."""
+
+    def step(carry):
+        state, cache = carry
+        positions = jnp.maximum(state.lengths - 1, 0)[:, None]
+        tokens = jnp.take_along_axis(state.tokens, positions, axis=1)
+        x, cache = decoder.hidden(cfg, params, tokens, positions, cache=cache, rope_length=rope_length)
+        return _append(cfg, params, x[:, 0], state, how, stop_ids), cache
+
+    def going(carry):
+        state, _ = carry
+        return (state.step < until) & ~state.done.all()
+
+    return jax.lax.while_loop(going, step, (state, cache))
+
+
+def _append(cfg, params, x, state: State, how: Sampling, stop_ids) -> State:
+    """Draws a token for every row from its final hidden state [B, D], and appends it unless the row is done."""
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.step)
+    token = draw(decoder.logits_of(cfg, params, x), state.seen, keys, how)
+    done = state.done | jnp.isin(token, stop_ids)
+    rows = jnp.arange(token.shape[0])
+    slot = jnp.where(done, state.tokens.shape[1], state.lengths)  # beyond the end: dropped
+    return State(
+        tokens=state.tokens.at[rows, slot].set(token),
+        lengths=state.lengths + ~done,
+        token=token,
+        done=done,
+        step=state.step + 1,
+        keys=state.keys,
+        seen=None if state.seen is None else state.seen.at[rows, token].set(True),
+    )
+
+
+def _row_keys(seed: int, rows: np.ndarray) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), rows)
+
+
+def _bucket(length: int, limit: int) -> int:
+    """The next power of two, but not above limit unless length is."""
+    return max(length, min(max(MIN_BUCKET, 1 << (length - 1).bit_length()), limit))
+
+
+def _rope_length(cfg: ModelConfig, total: int) -> int:
+    """A length with the same rotary factors as total, the same for as many totals as possible: fewer compilations."""
+    ntk = cfg.rope.ntk
+    if ntk is None:
+        return 1
+    octave = ntk.original_length * 2 ** math.ceil(math.log2(total / ntk.original_length))
+    for length in (ntk.trained_length, octave):
+        if length == int(length) and cfg.rope_length_factors(int(length)) == cfg.rope_length_factors(total):
+            return int(length)
+    return total
+
+
+def _ids(cfg: ModelConfig, ids: Sequence[int], what: str) -> list[int]:
+    ids = [int(i) for i in ids]
+    for i in ids:
+        require(0 <= i < cfg.vocab_size, f"{what}: id {i} is not in the vocabulary of {cfg.vocab_size} tokens")
+    return ids
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError unless 0 <= seed < 2^32, what every kind of random key takes."""
+    require(0 <= seed < 2**32, f"seed={seed} must be in [0, 2^32)")
+
+
+def _check(cfg: ModelConfig, prompts: list[list[int]], max_new_tokens: int) -> None:
+    require(len(prompts) > 0, "prompts is empty; give at least one")
+    require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
+    for row, prompt in enumerate(prompts):
+        require(len(prompt) > 0, f"prompts[{row}] has no tokens; a continuation needs at least one")
+        total = len(prompt) + max_new_tokens
+        require(
+            cfg.rope.ntk is not None or total <= cfg.max_seq_len,
+            f"prompts[{row}]: {len(prompt)} tokens and max_new_tokens={max_new_tokens} are {total} together, but the "
+            f"model's max_seq_len is {cfg.max_seq_len}; shorten the prompt or max_new_tokens",
+        )

@@ -1,0 +1,238 @@
+"""tele generate and tele chat: what they print and return, over a pipe as well, and how they fail."""
+
+import io
+import json
+
+import pytest
+
+from tele_jax import checkpoint
+from tele_jax.chat import TextStream
+from tele_jax.cli.main import main
+from tele_jax.data import dialogue
+from tele_jax.data.vocabulary import load_vocabulary
+from tele_jax.generate import generate
+from tests.test_chat import model, tokenizer_bytes, work_directory
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return work_directory(tmp_path_factory.mktemp("run") / "W")
+
+
+@pytest.fixture
+def vocabulary(work):
+    return load_vocabulary(work / "tokenizer.model")
+
+
+def tele(capsys, *arguments, code=0):
+    """Runs the command and returns what it printed; where it fails, its one line."""
+    capsys.readouterr()
+    assert main(list(map(str, arguments))) == code
+    printed = capsys.readouterr()
+    if code == 0:
+        return printed.out
+    assert printed.err.startswith("tele: ") and printed.err.count("\n") == 1
+    return printed.err
+
+
+def spoken(vocabulary, tokens):
+    stream = TextStream(vocabulary)
+    return "".join([*map(stream.add, tokens), stream.end()])
+
+
+def test_one_prompt_is_continued(work, vocabulary, capsys, tmp_path):
+    printed = tele(
+        capsys, "generate", work, "--prompt", "The 蛇", "--max-new-tokens", 7, "--json", tmp_path / "figures.json"
+    )
+    ids = vocabulary.encode("The 蛇")
+    (tokens,) = generate(*model(), [ids], max_new_tokens=7, stop_ids=[vocabulary.end_id])
+    assert printed == spoken(vocabulary, tokens) + "\n"
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["continuations"] == [
+        {"prompt": "The 蛇", "text": printed[:-1], "prompt_tokens": len(ids), "new_tokens": len(tokens)}
+    ]
+    assert figures["new_tokens"] == len(tokens)
+    assert figures["tokens_per_second"] > 0 and figures["seconds_to_first_token"] > 0
+
+
+def test_several_prompts_are_continued_as_a_batch_with_the_options(work, vocabulary, capsys):
+    prompts = ["The cat", "画\n蛇"]
+    options = dict(temperature=0.9, top_k=7, top_p=0.9, repetition_penalty=1.1, seed=4)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    printed = tele(
+        capsys, "generate", work, "--prompt", prompts[0], "--prompt", prompts[1], "--max-new-tokens", 5, *flags
+    )
+    outputs = generate(
+        *model(),
+        [vocabulary.encode(prompt) for prompt in prompts],
+        max_new_tokens=5,
+        stop_ids=[vocabulary.end_id],
+        **options,
+    )
+    texts = [spoken(vocabulary, output) for output in outputs]
+    assert printed == f"--- 1: The cat\n{texts[0]}\n--- 2: 画 蛇\n{texts[1]}\n"
+
+
+def test_without_a_length_the_context_is_filled(work, capsys, tmp_path):
+    tele(capsys, "generate", work, "--prompt", "The cat", "--json", tmp_path / "figures.json")
+    (figures,) = json.loads((tmp_path / "figures.json").read_text())["continuations"]
+    assert figures["prompt_tokens"] + figures["new_tokens"] == 64
+
+
+def test_sampling_as_released_and_with_one_flag_changed(work, vocabulary, capsys):
+    common = ("generate", work, "--prompt", "The", "--max-new-tokens", 5)
+    released = dict(temperature=0.3, top_k=5, top_p=0.85, repetition_penalty=1.03)
+    for flags, options in (
+        (["--sample"], released),
+        (["--sample", "--temperature=2"], released | {"temperature": 2.0}),
+    ):
+        (tokens,) = generate(
+            *model(), [vocabulary.encode("The")], max_new_tokens=5, stop_ids=[vocabulary.end_id], **options
+        )
+        assert tele(capsys, *common, *flags) == spoken(vocabulary, tokens) + "\n"
+
+
+def test_one_message_is_answered(work, vocabulary, capsys, tmp_path):
+    printed = tele(
+        *(capsys, "chat", work, "--message", "The cat?", "--system", "Be brief."),
+        *("--max-new-tokens", 6, "--json", tmp_path / "figures.json"),
+    )
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The cat?"}]
+    prompt = dialogue.render_prompt(asked, vocabulary)
+    stop_ids = [vocabulary.end_id, vocabulary.user_id, vocabulary.bot_id]
+    (tokens,) = generate(*model(), [prompt], max_new_tokens=6, stop_ids=stop_ids)
+    assert printed == spoken(vocabulary, tokens) + "\n"
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["messages"] == [*asked, {"role": "assistant", "content": printed[:-1]}]
+    assert figures["replies"][0]["new_tokens"] == len(tokens)
+    assert figures["replies"][0]["prompt_tokens"] == len(prompt)
+
+
+def converse(monkeypatch, capsys, work, text, *flags):
+    """(printed, complaints) of a conversation over a pipe."""
+    stdin = io.TextIOWrapper(io.BytesIO(text if isinstance(text, bytes) else text.encode()), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", stdin)
+    code = main(["chat", str(work), "--max-new-tokens", "6", *map(str, flags)])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_a_conversation_over_a_pipe(work, monkeypatch, capsys, tmp_path):
+    saved, figures = tmp_path / "dialogues.jsonl", tmp_path / "figures.json"
+    lines = [
+        "Hello",
+        "",
+        "More?",
+        f"/save {saved}",
+        "/reset",
+        "Hello",
+        "/system Be brief.",
+        " /help is not a command here",
+        f"/save {saved}",
+        "/nonsense",
+        f"/save {tmp_path / 'no' / 'such' / 'directory'}",
+        "/quit",
+        "never asked",
+    ]
+    code, printed, complaints = converse(monkeypatch, capsys, work, "\n".join(lines), "--json", figures)
+    assert code == 0
+    answers = printed.split("\n")
+    first, second = map(json.loads, saved.read_text().splitlines())
+    for conversation in (first, second):
+        dialogue.check(conversation["messages"])
+    assert [m["content"] for m in first["messages"] if m["role"] == "user"] == ["Hello", "More?"]
+    assert [m["content"] for m in second["messages"]][:2] == ["Be brief.", "/help is not a command here"]
+    assert printed.startswith(first["messages"][1]["content"] + "\n" + first["messages"][3]["content"] + "\n")
+    assert answers.count(first["messages"][1]["content"]) >= 2  # after /reset the same question, the same answer
+    assert complaints.splitlines() == [
+        "tele: /nonsense: no such command; /help lists them, and a space before it sends the line as it is",
+        f"tele: {tmp_path / 'no' / 'such' / 'directory'}: No such file or directory",
+    ]
+    written = json.loads(figures.read_text())
+    assert len(written["replies"]) == 4
+    assert written["messages"] == second["messages"]
+
+
+def test_the_commands_are_listed(work, monkeypatch, capsys):
+    code, printed, complaints = converse(monkeypatch, capsys, work, "/help")
+    assert (code, complaints) == (0, "")
+    assert [line.split()[0] for line in printed.splitlines()[:5]] == ["/reset", "/system", "/save", "/help", "/quit"]
+
+
+def test_nothing_on_standard_input(work, monkeypatch, capsys):
+    assert converse(monkeypatch, capsys, work, "") == (0, "", "")
+
+
+def test_a_pipe_that_is_not_utf8(work, monkeypatch, capsys):
+    assert converse(monkeypatch, capsys, work, b"caf\xe9\n") == (2, "", "tele: standard input is not UTF-8\n")
+
+
+GENERATE, CHAT = ["generate", "--prompt", "The"], ["chat", "--message", "The"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate"], "--prompt"),
+        (["generate", "--prompt", ""], "--prompt is empty"),
+        (["generate", "--prompt", "\udcff"], "--prompt: not UTF-8"),
+        (["generate", "--prompt", "cat " * 40], "max_seq_len is 64"),
+        ([*GENERATE, "--temperature", "-1"], "temperature=-1.0 must be 0 (greedy) or above"),
+        ([*GENERATE, "--temperature", "nan"], "temperature=nan"),
+        ([*GENERATE, "--temperature", "warm"], "--temperature: invalid float value: 'warm'"),
+        ([*GENERATE, "--top-p", "0"], "top_p=0.0 must be in (0, 1]"),
+        ([*GENERATE, "--top-p", "1.5"], "top_p=1.5 must be in (0, 1]"),
+        ([*GENERATE, "--top-k", "0"], "top_k=0 must be at least 1"),
+        ([*GENERATE, "--repetition-penalty", "0"], "repetition_penalty=0.0 must be above 0"),
+        ([*GENERATE, "--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
+        ([*GENERATE, "--max-new-tokens", "64"], "max_new_tokens=64 are 66 together"),
+        ([*GENERATE, "--seed", "-1"], "seed=-1"),
+        ([*GENERATE, "--tokenizer", "nowhere.model"], "tokenizer nowhere.model: No such file"),
+        ([*CHAT, "--temperature", "-1"], "temperature=-1.0"),
+        ([*CHAT, "--max-new-tokens", "63"], "leaves 1 of the model's max_seq_len=64"),
+        ([*CHAT, "--seed", "-1"], "seed=-1"),
+        (["chat", "--message", ""], "--message is empty"),
+        (["chat", "--message", "The", "--system", ""], "--system is empty"),
+        (["chat", "--message", "\udcff"], "--message: not UTF-8"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(work, capsys, arguments, message):
+    verb, *rest = arguments
+    assert message in tele(capsys, verb, work, *rest, code=2)
+
+
+@pytest.mark.parametrize("arguments", [GENERATE, CHAT])
+def test_no_checkpoint(tmp_path, capsys, arguments):
+    verb, *rest = arguments
+    assert "no such directory" in tele(capsys, verb, tmp_path / "nowhere", *rest, code=2)
+    assert "an empty directory" in tele(capsys, verb, tmp_path, *rest, code=2)
+
+
+@pytest.mark.parametrize("arguments", [GENERATE, CHAT])
+def test_tokenizers_that_do_not_fit(work, tmp_path, capsys, arguments):
+    verb, *rest = arguments
+    step = tmp_path / "10"
+    checkpoint.save(step, *model(vocab_size=400), step=10)
+    assert "name one with --tokenizer" in tele(capsys, verb, step, *rest, code=2)
+    (step / "tokenizer.model").write_bytes(b"not a model")
+    assert "not a SentencePiece model" in tele(capsys, verb, step, *rest, code=2)
+    (step / "tokenizer.model").write_bytes(tokenizer_bytes())
+    assert "440 ids, but the model's vocab_size is 400" in tele(capsys, verb, step, *rest, code=2)
+
+
+def test_a_damaged_checkpoint_is_no_mistake_of_the_user(tmp_path, capsys):
+    work = work_directory(tmp_path / "W")
+    step = work / "sft" / "checkpoints" / "10"
+    (step / "meta" / "meta.json").write_text("{}")
+    assert "damaged" in tele(capsys, "generate", work, "--prompt", "The", code=1)
+
+
+def test_a_vocabulary_without_dialogue_markers(work, tmp_path, capsys):
+    proto = __import__("sentencepiece.sentencepiece_model_pb2", fromlist=["ModelProto"]).ModelProto()
+    proto.ParseFromString(tokenizer_bytes())
+    for piece in proto.pieces:
+        piece.piece = {"<_user>": "<other>"}.get(piece.piece, piece.piece)
+    (tmp_path / "plain.model").write_bytes(proto.SerializeToString())
+    message = tele(capsys, "chat", work, "--message", "The", "--tokenizer", tmp_path / "plain.model", code=2)
+    assert "it has no piece '<_user>'" in message
