@@ -96,8 +96,8 @@ class Named(struct.PyTreeNode, nn.meta.AxisMetadata):
         del index, params
         return self.replace(stack=self.stack[1:])
 
-    def spec(self) -> ParamSpec:
-        return ParamSpec(tuple(self.value.shape), self.value.dtype, self.stack, self.inputs, self.outputs)
+    def spec(self, dtype: Any) -> ParamSpec:
+        return ParamSpec(tuple(self.value.shape), dtype, self.stack, self.inputs, self.outputs)
 
 
 def declare(module: nn.Module, name: str, *, inputs: tuple[str, ...] = (), outputs: tuple[str, ...] = ()) -> jax.Array:

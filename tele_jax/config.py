@@ -119,6 +119,7 @@ class Ntk:
 
     def __post_init__(self):
         require_positive(self, "original_length", "trained_length")
+        require(0 <= self.attention_slope < math.inf, f"attention_slope={self.attention_slope} must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +182,8 @@ class ModelConfig:
             )
             object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
         require(self.head_dim > 0 and self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even and above 0")
+        scaled = self.rope.ntk is not None and self.rope.ntk.base == "ntk"
+        require(not scaled or self.head_dim > 2, "head_dim=2 leaves nothing to scale by NTK; take at least 4")
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} does not divide into num_kv_heads={self.num_kv_heads} equal groups",

@@ -178,6 +178,14 @@ def run_config(page: Mapping[str, Any]) -> RunConfig:
             f"config.{name}.model: only the first stage and growth stages set a model; this one continues with what "
             "the stage before left",
         )
+    for before, name in zip(names, names[1:], strict=False):
+        masked = isinstance(stages[before], GrowStage) and stages[before].policy == "msg"
+        follows = stages[name]
+        if masked and (isinstance(follows, GrowStage) or follows.mask_ramp == 0):
+            raise UserError(
+                f"config.{name}.mask_ramp: has to be above 0: config.{before} grows by policy 'msg', whose masks rise in "
+                "the training stage that follows"
+            )
     return RunConfig(run=names, stages=stages, mesh=mesh)
 
 

@@ -10,8 +10,7 @@ import numpy as np
 
 from tele_jax.config import require
 from tele_jax.growth.plan import Plan
-
-MASKED_AXES = ("embed", "mlp", "heads", "layers")  # kv_heads need none: the heads that read new ones are masked
+from tele_jax.model.decoder import MASKED_AXES
 
 
 def vectors(plan: Plan, c: float) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ import optax
 
 from tele_jax.axes import flatten
 from tele_jax.growth.apply import check_tree, shrink
-from tele_jax.growth.masks import MASKED_AXES, vectors
+from tele_jax.growth.masks import vectors
 from tele_jax.growth.plan import Plan
 from tele_jax.model import decoder
 from tele_jax.model.loss import next_token_loss
@@ -157,7 +157,7 @@ def _dead(plan: Plan, gradients: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _locked(plan: Plan, params: Mapping[str, Any]) -> tuple[str, ...]:
     found = []
-    for axis in (*MASKED_AXES, "kv_heads"):
+    for axis in (*decoder.MASKED_AXES, "kv_heads"):
         axis_map = plan.maps[axis]
         first_seen = np.unique(axis_map.index, return_index=True)[1]
         repeated = ~np.isin(np.arange(axis_map.dst_size), first_seen)

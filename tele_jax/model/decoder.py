@@ -3,6 +3,7 @@
 Letters: B batch, S sequence, T cache length, D embed, N heads, K kv_heads, H head_dim, F mlp, V vocab, L layers.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +13,14 @@ import jax.numpy as jnp
 from flax import struct
 
 from tele_jax.axes import declare
-from tele_jax.config import ModelConfig
+from tele_jax.config import ModelConfig, require
 from tele_jax.model import rope
 from tele_jax.model.attention import attend
 from tele_jax.sharding import constrain
 
 # Growth masks: axis name -> float vector over that axis, 1 on old entries and c in [0, 1] on new ones.
 Masks = Mapping[str, jax.Array]
+MASKED_AXES = ("embed", "mlp", "heads", "layers")  # kv_heads need none: the heads that read new ones are masked
 
 
 class Context(struct.PyTreeNode):
@@ -184,8 +186,33 @@ def init(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
 
     >>> init(cfg, jax.random.key(0))["layers"]["attn"]["q"].shape    # layers, embed, heads, head_dim
     (2, 8, 1, 128)
+
+    Raises:
+      UserError: float64 parameters without jax_enable_x64.
     """
+    _require_x64(cfg)
+    return _init(cfg, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
     return nn.meta.unbox(init_boxed(cfg, key))
+
+
+def _require_x64(cfg: ModelConfig) -> None:
+    wide = "float64" in (cfg.dtype, cfg.param_dtype)
+    require(not wide or jax.config.jax_enable_x64, 'float64 needs jax.config.update("jax_enable_x64", True)')
+
+
+def _check_inputs(cfg: ModelConfig, tokens, positions, segment_ids, masks: Masks) -> None:
+    """Shapes, at trace time: what JAX would broadcast silently is refused."""
+    for name, array in (("positions", positions), ("segment_ids", segment_ids)):
+        fits = array is None or array.shape == tokens.shape
+        require(fits, f"{name}: shape {getattr(array, 'shape', None)}, but tokens have {tokens.shape}")
+    for axis, mask in masks.items():
+        require(axis in MASKED_AXES, f"masks: {axis!r} is not one of {', '.join(MASKED_AXES)}")
+        size = cfg.axis_sizes[axis]
+        require(mask.shape == (size,), f"masks: {axis} has shape {mask.shape}, but the axis has size {size}")
 
 
 def hidden(
@@ -204,6 +231,8 @@ def hidden(
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    _require_x64(cfg)
+    _check_inputs(cfg, tokens, positions, segment_ids, masks or {})
     length = tokens.shape[1] if rope_length is None else rope_length
     return Decoder(cfg).apply({"params": params}, tokens, positions, segment_ids, masks, cache, length)
 

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from tele_jax import axes
 from tele_jax.config import ModelConfig
@@ -13,7 +14,9 @@ from tele_jax.model import decoder
 @functools.lru_cache(maxsize=64)
 def _flat_spec(cfg: ModelConfig) -> tuple[tuple[str, axes.ParamSpec], ...]:
     boxed = jax.eval_shape(lambda: decoder.init_boxed(cfg, jax.random.key(0)))
-    named = jax.tree.map(axes.Named.spec, boxed, is_leaf=lambda x: isinstance(x, axes.Named))
+    # From the config: without jax_enable_x64, evaluation would say float32 for float64, and be remembered.
+    dtype = jnp.dtype(cfg.param_dtype)
+    named = jax.tree.map(lambda box: box.spec(dtype), boxed, is_leaf=lambda x: isinstance(x, axes.Named))
     return tuple(axes.flatten(named).items())
 
 

@@ -66,7 +66,7 @@ def make_step(
         scale = 1 / jnp.maximum(weight, 1)
         gradients = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), gradients, params)
         updates, opt_state = tx.update(gradients, opt_state, params)
-        metrics = {"loss": total * scale, "grad_norm": optax.global_norm(gradients), "weight": weight}
+        metrics = {"loss": total * scale, "grad_norm": optax.tree.norm(gradients), "weight": weight}
         return optax.apply_updates(params, updates), opt_state, metrics
 
     compiled = jax.jit(
