@@ -23,7 +23,6 @@ from tele_jax.model.spec import flat_spec
 # Tokens of a prompt that go through the model at once. Attention scores against the cache take
 # 4 * rows * heads * CHUNK * cache length bytes: 256 MB for a row of 8,192 slots and 32 heads.
 CHUNK = 256
-MIN_BUCKET = 16
 
 
 class Sampling(struct.PyTreeNode):
@@ -182,7 +181,7 @@ def _generate_batch(cfg, params, prompts, keys, how, stop_ids, max_new_tokens, r
     tokens = np.zeros((len(prompts), slots), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    stop_ids = np.array(stop_ids, np.int32)
+    stop_ids = np.array(stop_ids + [-1] * (_bucket(len(stop_ids)) - len(stop_ids)), np.int32)  # -1 is never drawn
 
     cache, last = _empty(cfg, len(prompts), slots)
     chunk = min(CHUNK, _bucket(longest, slots))
@@ -287,9 +286,9 @@ def _row_keys(seed: int, rows: np.ndarray) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), rows)
 
 
-def _bucket(length: int, limit: int) -> int:
-    """The next power of two, but not above limit unless length is."""
-    return max(length, min(max(MIN_BUCKET, 1 << (length - 1).bit_length()), limit))
+def _bucket(length: int, limit: int = 2**31) -> int:
+    """The next power of two, 16 at least; but not above limit unless length is."""
+    return max(length, min(max(16, 1 << (length - 1).bit_length()), limit))
 
 
 def _rope_length(cfg: ModelConfig, total: int) -> int:
