@@ -100,7 +100,7 @@ def _train_stage(
         raise UserError(f"the tokenizer has {tokenizer['size']} ids, but the model's vocab_size is {cfg.vocab_size}")
     tokens_per_step = stage.batch_size * stage.seq_len
     tx = optimizer(cfg, stage.optimizer, schedule(stage.schedule, stage.steps, tokens_per_step))
-    shardings = dict(zip(("params", "opt_state"), state_shardings(cfg, tx, mesh), strict=True))
+    shardings, opt_shardings = state_shardings(cfg, tx, mesh)
     opt_state_like = jax.eval_shape(tx.init, abstract_params(cfg))
     step_function = make_step(cfg, tx, mesh, batch_size=stage.batch_size, microbatches=stage.microbatches)
     masks = (lambda step: None) if plan is None else MaskSchedule(plan, stage.mask_start, stage.mask_ramp)
@@ -118,25 +118,22 @@ def _train_stage(
     tokens_seen, history = 0, []
     if manager.latest_step() is not None:
         loaded = manager.load(**restore)
-        params, opt_state = loaded.params, loaded.opt_state
+        params, opt_state = loaded.params, jax.device_put(loaded.opt_state, opt_shardings)
         feed.restore(loaded.data_state)
         tokens_seen, history = loaded.provenance[-1]["tokens"], loaded.provenance[:-1]
         _say(f"  goes on at step {first_step} of {stage.steps}")
-    elif previous is not None:
-        fresh_optimizer = stage.reset_optimizer or stage.kind == "sft" or not _has_opt_state(previous)
-        if fresh_optimizer:
-            restore |= {"shardings": {"params": shardings["params"]}, "opt_state_like": None}
+    elif previous is not None and _keeps_optimizer(stage, previous):
         loaded = checkpoint.load(previous, **restore)
         params, history = loaded.params, loaded.provenance
-        opt_state = (
-            jax.jit(tx.init, out_shardings=shardings["opt_state"])(params)
-            if fresh_optimizer
-            else (restart_schedule(loaded.opt_state))
-        )
+        opt_state = jax.device_put(restart_schedule(loaded.opt_state), opt_shardings)
     else:
-        key = jax.random.key(stage.seed)
-        params = jax.jit(lambda key: init(cfg, key), out_shardings=shardings["params"])(key)
-        opt_state = jax.jit(tx.init, out_shardings=shardings["opt_state"])(params)
+        if previous is not None:
+            loaded = checkpoint.load(previous, cfg=cfg, shardings=shardings, items=("params",))
+            params, history = loaded.params, loaded.provenance
+        else:
+            key = jax.random.key(stage.seed)
+            params = jax.jit(lambda key: init(cfg, key), out_shardings=shardings)(key)
+        opt_state = jax.jit(tx.init, out_shardings=opt_shardings)(params)
 
     def provenance(step: int) -> list[dict[str, Any]]:
         entry = {"stage": directory.name, "kind": stage.kind, "step": step, "tokens": tokens_seen}
@@ -225,8 +222,9 @@ def _train_summary(cfg: ModelConfig, stage: TrainStage, directory: Path, tokens:
     }
 
 
-def _has_opt_state(path: Path) -> bool:
-    return checkpoint.open_lazy(path).opt_state is not None
+def _keeps_optimizer(stage: TrainStage, previous: Path) -> bool:
+    """Whether the moments of the stage before go on: fine-tuning starts with its own, on other data and goals."""
+    return not (stage.reset_optimizer or stage.kind == "sft") and checkpoint.open_lazy(previous).opt_state is not None
 
 
 # -------------------------------------------------------------------------------------------------- a growth stage
