@@ -60,7 +60,7 @@ def old(plan):
     return {name: ~fresh(plan, spec.axes) for name, spec in plan.dst_spec.items()}
 
 
-def grow(plan, params):
+def grow(plan, params, fresh_values=normal):
     """The grown tree. Scaling is done in float32 or better and rounded once to the leaf's dtype."""
     leaves = {}
     for name, array in flatten(params).items():
@@ -79,7 +79,7 @@ def grow(plan, params):
         for dimension, m in enumerate(maps):
             new |= along(m.index == -1, dimension, value.ndim)
         if leaf.fill == "normal":
-            filling = normal(key_of(plan.seed, name), value.shape, leaf.value).astype(array.dtype)
+            filling = fresh_values(key_of(plan.seed, name), value.shape, leaf.value).astype(array.dtype)
         else:
             filling = np.full(value.shape, leaf.value, array.dtype)
         value = np.where(new, filling, value)
