@@ -39,4 +39,4 @@ class MaskSchedule:
     def __call__(self, step: int) -> dict[str, np.ndarray] | None:
         if not self.plan.masked or step >= self.start + self.ramp:
             return None
-        return vectors(self.plan, max(0.0, (step - self.start) / self.ramp)) or None
+        return vectors(self.plan, max(0, step - self.start) / max(self.ramp, 1)) or None
