@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import re
 import sys
 import tempfile
 import types
@@ -10,7 +11,8 @@ from collections.abc import Iterator
 
 from tele_jax.errors import UserError
 
-_CHATTER = (b"I0000", b"W0000", b"WARNING: All log messages before absl::InitializeLog()")
+# How its lines begin: information and warnings, and the error that there is no GPU.
+_CHATTER = re.compile(rb"[IW]0000 |E0000 .*cuInit|WARNING: All log messages before absl::InitializeLog\(\)")
 
 
 def need(module: str) -> types.ModuleType:
@@ -28,16 +30,15 @@ def need(module: str) -> types.ModuleType:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         with _without_chatter():
             tensorflow = importlib.import_module("tensorflow")
-            imported = importlib.import_module(module)
+            for kind in ("GPU", "TPU"):
+                # Too late when the caller has used TensorFlow's devices before; then they are the caller's choice.
+                with contextlib.suppress(RuntimeError, ValueError):
+                    tensorflow.config.set_visible_devices([], kind)
+            return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(
             f"{module} needs the package {error.name!r}, which is not installed: pip install tele_jax[data]"
         ) from None
-    for kind in ("GPU", "TPU"):
-        # Too late when the caller has used TensorFlow's devices before; then they are the caller's choice.
-        with contextlib.suppress(RuntimeError, ValueError):
-            tensorflow.config.set_visible_devices([], kind)
-    return imported
 
 
 @contextlib.contextmanager
@@ -60,6 +61,6 @@ def _without_chatter() -> Iterator[None]:
             os.close(real)
             held.seek(0)
             for line in held:
-                if not line.startswith(_CHATTER):
+                if not _CHATTER.match(line):
                     with contextlib.suppress(OSError):
                         os.write(2, line)

@@ -98,11 +98,12 @@ def expand(patterns: Sequence[str], where: str) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def index(name: str, patterns: Sequence[str], format: Format, *, span_bytes: int = WHOLE) -> Corpus:
+def index(where: str, name: str, patterns: Sequence[str], format: Format, *, span_bytes: int = WHOLE) -> Corpus:
     """Checks all files of a domain and finds the documents in them.
 
     Args:
-      name: of the domain, for messages.
+      where: the patterns were found, for messages: "sources.code.files".
+      name: of the domain.
       patterns: glob patterns.
       format: of every file.
       span_bytes: a document of more UTF-8 bytes is cut into spans of about so many, after a line end where there is
@@ -112,7 +113,7 @@ def index(name: str, patterns: Sequence[str], format: Format, *, span_bytes: int
       UserError: a pattern that matches nothing, a file that is empty or holds no document, that is not UTF-8 (file,
         line and byte), that is not JSON or not of this format (file and line).
     """
-    files = expand(patterns, name)
+    files = expand(patterns, where)
     spans = []
     checksum = 0
     for number, path in enumerate(files):

@@ -35,6 +35,8 @@ class Vocabulary:
       tokenizer: the sentencepiece.SentencePieceProcessor.
       vocab_size: number of ids.
       unk_id, bos_id, eos_id, pad_id: int; -1 where the model has none.
+      spells_bytes: whether it has a piece for every byte, so that nothing is unknown.
+      adds_dummy_prefix: whether it puts a space before every text. Ours do not.
     """
 
     extra_ids = 0
@@ -69,10 +71,11 @@ class Vocabulary:
         self.bos_id = self.tokenizer.bos_id()
         self.eos_id = self.tokenizer.eos_id()
         self.pad_id = self.tokenizer.pad_id()
-        space_ids = [self.tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        self._space_ids = [self.tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        self.spells_bytes = self.unk_id not in self._space_ids
+        self.adds_dummy_prefix = model.normalizer_spec.add_dummy_prefix
         # With a dummy prefix, parts encoded apart would each get one; such a model stays as lossy as it was released.
-        self._spells_space = self.unk_id not in space_ids and not model.normalizer_spec.add_dummy_prefix
-        self._space_ids = space_ids
+        self._spells_space = self.spells_bytes and not self.adds_dummy_prefix
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without BOS or EOS."""

@@ -261,7 +261,7 @@ def sample_texts(patterns: Sequence[str], *, max_bytes: int | None, seed: int) -
       UserError: as sources.index.
     """
     corpora = [
-        sources.index("INPUT", [glob.escape(path)], format_of(path), span_bytes=MAX_SENTENCE_BYTES)
+        sources.index("INPUT", path, [glob.escape(path)], format_of(path), span_bytes=MAX_SENTENCE_BYTES)
         for path in sources.expand(patterns, "INPUT")
     ]
     places = [(corpus, i) for corpus in corpora for i in range(len(corpus))]

@@ -1,0 +1,60 @@
+"""A span of a document, or a dialogue, as one training example: inputs, targets and loss weights, position by position.
+
+A document is its tokens and then the end-of-sequence token. Its inputs are its targets moved right by one, with the
+end-of-sequence token in front, which so becomes what separates documents: every token is predicted, the first too.
+A dialogue begins with its first marker instead, which is given, not predicted: inputs are tokens[:-1], targets
+tokens[1:], exactly as the released template without BOS.
+"""
+
+from typing import Literal
+
+import numpy as np
+
+from tele_jax.data import dialogue
+from tele_jax.data.sources import Corpus, Format
+from tele_jax.data.vocabulary import Vocabulary
+from tele_jax.errors import UserError
+
+Kind = Literal["pretrain", "sft"]
+COLUMNS = ("inputs", "targets", "loss_weights")  # rows of an example
+
+
+def check_format(domain: str, format: Format, kind: Kind) -> None:
+    """Raises UserError if fine-tuning is to be fed with something that has no answers."""
+    if kind == "sft" and format != "dialogues":
+        raise UserError(f"sources.{domain}: fine-tuning learns answers, so its files have to be dialogues, not {format}")
+
+
+def example(
+    corpus: Corpus, i: int, vocabulary: Vocabulary, kind: Kind, seq_len: int, *, max_bytes: int | None = None
+) -> np.ndarray:
+    """Span or dialogue `i` as int32 [3, n]: rows inputs, targets, loss_weights (0 or 1).
+
+    In pretraining a dialogue is a document like others: every token counts, the first marker included. In fine-tuning
+    n is at most seq_len, and only answers count (dialogue.py).
+
+    Args:
+      corpus: where it is.
+      i: its number.
+      vocabulary: makes the tokens.
+      kind: "pretrain" or "sft".
+      seq_len: the longest that a dialogue may be in fine-tuning.
+      max_bytes: a text that is longer is cut at a character, and does not end then. Dialogues are never cut so.
+
+    Raises:
+      UserError: the vocabulary lacks the markers of dialogues, or the file has changed.
+    """
+    if kind == "sft":
+        tokens, weights = dialogue.render(corpus.messages(i), vocabulary, max_tokens=seq_len + 1)
+        return np.array([tokens[:-1], tokens[1:], weights[1:]], np.int32)
+    ends = bool(corpus.last[i])
+    if corpus.format == "dialogues":
+        targets, _ = dialogue.render(corpus.messages(i), vocabulary)
+    else:
+        text = corpus.text(i)
+        if max_bytes is not None and corpus.num_bytes[i] > max_bytes:
+            text, ends = text.encode()[:max_bytes].decode(errors="ignore"), False
+        targets = vocabulary.encode(text)
+    if ends:
+        targets.append(vocabulary.eos_id)
+    return np.array([[vocabulary.eos_id, *targets][: len(targets)], targets, [1] * len(targets)], np.int32)

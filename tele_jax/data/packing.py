@@ -1,0 +1,113 @@
+"""Packing examples into rows of fixed length, in numpy.
+
+A row is int32 [5, S]: tokens, targets, loss_weights, segment_ids (1, 2, ... and 0 for padding), positions (from 0 in
+every segment). Two ways, one shape: both take the rows that are still open, fill them with examples, and return the
+rows that are full together with those left open, so that packing can stop after any example and go on later.
+
+`cut_rows` (pretraining): examples are laid end to end, and a row ends where it is full, inside an example or not. No
+position is wasted and every target is kept, once. The rest of a cut example starts the next row as a segment of its
+own, whose first input is the separator again.
+`fit_rows` (fine-tuning): an example stays whole; it goes where it leaves the least room, and if it fits nowhere, the
+fullest row is closed, its end padded.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+COLUMNS = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
+TOKENS, TARGETS, LOSS_WEIGHTS, SEGMENT_IDS, POSITIONS = range(5)
+
+
+def empty_rows(count: int, seq_len: int, pad_id: int) -> np.ndarray:
+    """Int32 [count, 5, seq_len] of padding."""
+    rows = np.zeros((count, 5, seq_len), np.int32)
+    rows[:, [TOKENS, TARGETS]] = pad_id
+    return rows
+
+
+def used(row: np.ndarray) -> int:
+    """Number of positions of a row that are not padding."""
+    return int(np.count_nonzero(row[SEGMENT_IDS]))
+
+
+def _append(row: np.ndarray, start: int, example: np.ndarray) -> None:
+    """Writes int32 [3, n] into the row as a new segment at `start`."""
+    stop = start + example.shape[1]
+    row[: len(example), start:stop] = example
+    row[SEGMENT_IDS, start:stop] = row[SEGMENT_IDS, start - 1] + 1 if start else 1
+    row[POSITIONS, start:stop] = np.arange(stop - start)
+
+
+def cut_rows(
+    open_rows: np.ndarray, examples: Iterable[np.ndarray], *, separator: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lays examples end to end.
+
+    Args:
+      open_rows: int32 [1, 5, S], the row to go on with.
+      examples: int32 [3, n] each.
+      separator: the first input of a segment that continues an example.
+      pad_id: fills what is open.
+
+    Returns:
+      (open_rows int32 [1, 5, S], full rows int32 [R, 5, S]).
+    """
+    row = open_rows[0].copy()
+    seq_len, start, full = row.shape[1], used(row), []
+    for example in examples:
+        taken = 0
+        while taken < example.shape[1]:
+            part = example[:, taken : taken + seq_len - start]
+            _append(row, start, part)
+            if taken:
+                row[TOKENS, start] = separator
+            taken += part.shape[1]
+            start += part.shape[1]
+            if start == seq_len:
+                full.append(row)
+                row, start = empty_rows(1, seq_len, pad_id)[0], 0
+    return row[None], _stack(full, seq_len)
+
+
+def fit_rows(open_rows: np.ndarray, examples: Iterable[np.ndarray], *, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places whole examples.
+
+    Args:
+      open_rows: int32 [K, 5, S], K rows to choose from; more of them leave less padding.
+      examples: int32 [3, n] each, n <= S.
+      pad_id: fills the rest.
+
+    Returns:
+      (open_rows int32 [K, 5, S], full rows int32 [R, 5, S]).
+    """
+    rows = list(open_rows.copy())
+    seq_len, starts, full = open_rows.shape[2], [used(row) for row in rows], []
+    for example in examples:
+        fitting = [k for k, start in enumerate(starts) if start + example.shape[1] <= seq_len]
+        if fitting:
+            k = max(fitting, key=starts.__getitem__)
+        else:
+            k = max(range(len(rows)), key=starts.__getitem__)
+            full.append(rows[k])
+            rows[k], starts[k] = empty_rows(1, seq_len, pad_id)[0], 0
+        _append(rows[k], starts[k], example)
+        starts[k] += example.shape[1]
+    return np.stack(rows), _stack(full, seq_len)
+
+
+def spread(rows: np.ndarray, distance: int) -> np.ndarray:
+    """Reorders [R, ...] so that rows which were neighbours, and may be of one document, are up to `distance` apart."""
+    stride = max(1, -(-len(rows) // distance))
+    return np.concatenate([rows[i::stride] for i in range(stride)])
+
+
+def to_batch(rows: np.ndarray) -> dict[str, np.ndarray]:
+    """[B, 5, S] as the dict of arrays [B, S] that training takes: int32, loss_weights float32."""
+    batch = {name: np.ascontiguousarray(rows[:, i]) for i, name in enumerate(COLUMNS)}
+    batch["loss_weights"] = batch["loss_weights"].astype(np.float32)
+    return batch
+
+
+def _stack(rows: Sequence[np.ndarray], seq_len: int) -> np.ndarray:
+    return np.stack(rows) if rows else np.zeros((0, 5, seq_len), np.int32)

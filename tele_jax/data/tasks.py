@@ -1,0 +1,201 @@
+"""What seqio knows about our data: Task, Mixture and FeatureConverter. The one module here that loads TensorFlow.
+
+A domain is a Task: its source gives the spans of its files, each once an epoch, in an order that is drawn anew every
+epoch; its preprocessor makes examples of them (examples.py). A Mixture draws from the domains at their rates, and it
+draws rows, not documents: each domain is packed before it is mixed, so that a rate is a share of the tokens whatever
+the lengths of the documents.
+"""
+
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tele_jax.data import examples, packing
+from tele_jax.data.extras import need
+from tele_jax.data.sources import Corpus
+from tele_jax.data.vocabulary import Vocabulary
+
+tf = need("tensorflow")
+seqio = need("seqio")
+
+seqio.SentencePieceVocabulary.register(Vocabulary)
+
+BLOCK = 16  # examples that go through numpy together
+OPEN_ROWS = 8  # for fit_rows
+
+
+class SpanSource(seqio.DataSource):
+    """The spans of a corpus as {"span": int64 []}, shuffled by a permutation that costs no memory and no buffer.
+
+    The permutation is a keyed hash of the index. Its key is drawn anew each time that the dataset is repeated, so that
+    an iterator's state holds the key and a position, not a buffer of documents.
+    """
+
+    def __init__(self, corpus: Corpus):
+        self._corpus = corpus
+        # The number of examples stays unsaid: seqio would cache a small source, and with it its first order.
+        super().__init__(splits=("train",), caching_permitted=False, performs_internal_shuffling=True)
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        return True
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        return list(self._corpus.files)
+
+    def get_dataset(
+        self, split: str = "train", shuffle: bool = True, seed: int | None = None, shard_info: Any = None, **_: Any
+    ) -> Any:
+        """One epoch; repeated, the next in another order."""
+        count = len(self._corpus)
+        numbers = tf.data.Dataset.range(count)
+        if shuffle:
+            # Domains of one mixture get one seed from seqio; they need not go in step.
+            own = None if seed is None else zlib.crc32(self._corpus.name.encode(), seed & 0xFFFFFFFF)
+            keys = tf.data.Dataset.random(seed=own, rerandomize_each_iteration=True).batch(2, drop_remainder=True)
+
+            def epoch(key: Any) -> Any:
+                key = tf.bitcast(tf.cast(key, tf.int32), tf.uint32)
+                return numbers.map(lambda i: tf.random.experimental.index_shuffle(i, key, count - 1))
+
+            numbers = keys.take(1).flat_map(epoch)
+        if shard_info is not None:
+            numbers = numbers.shard(shard_info.num_shards, shard_info.index)
+        return numbers.map(lambda i: {"span": i})
+
+
+def task(
+    corpus: Corpus,
+    vocabulary: Vocabulary,
+    *,
+    kind: examples.Kind,
+    seq_len: int,
+    report: Callable[[Exception], None] = lambda error: None,
+) -> "seqio.Task":
+    """The Task of one domain, with the int32 features inputs, targets and loss_weights (0 or 1).
+
+    Args:
+      corpus: the domain.
+      vocabulary: makes the tokens.
+      kind: whether every token is learned or the answers only.
+      seq_len: the longest that a dialogue may be.
+      report: gets what goes wrong while a document is read. TensorFlow passes on its text only.
+
+    Raises:
+      UserError: a corpus without answers for fine-tuning.
+    """
+    examples.check_format(corpus.name, corpus.format, kind)
+
+    def read(i: np.ndarray) -> np.ndarray:
+        try:
+            return examples.example(corpus, int(i), vocabulary, kind, seq_len)
+        except Exception as error:
+            report(error)
+            raise
+
+    def encode(dataset: Any) -> Any:
+        def one(element: Mapping[str, Any]) -> dict[str, Any]:
+            columns = tf.numpy_function(read, [element["span"]], tf.int32, stateful=False)
+            columns = tf.unstack(tf.ensure_shape(columns, [3, None]))
+            return dict(zip(examples.COLUMNS, columns, strict=True))
+
+        return dataset.map(one)
+
+    token = seqio.Feature(vocabulary, add_eos=False)
+    weight = seqio.Feature(seqio.PassThroughVocabulary(2), add_eos=False)
+    return seqio.Task(
+        "tele_" + re.sub(r"\W", "_", corpus.name),
+        source=SpanSource(corpus),
+        preprocessors=[encode],
+        output_features={"inputs": token, "targets": token, "loss_weights": weight},
+        shuffle_buffer_size=None,
+    )
+
+
+class RowConverter(seqio.FeatureConverter):
+    """Packs examples into rows (packing.py): the features tokens, targets, loss_weights, segment_ids, positions.
+
+    seqio's own packing cannot serve here: it takes loss weights of 0 for padding, and it has to see seq_len examples
+    before the first row.
+    """
+
+    TASK_FEATURES = {name: seqio.FeatureConverter.FeatureSpec(dtype=tf.int32) for name in examples.COLUMNS}
+    MODEL_FEATURES = {
+        "tokens": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
+        "targets": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
+        "loss_weights": seqio.FeatureConverter.FeatureSpec(dtype=tf.float32),
+    }
+    PACKING_FEATURE_DTYPES = {"segment_ids": tf.int32, "positions": tf.int32}
+
+    def __init__(self, vocabulary: Vocabulary, kind: examples.Kind):
+        """`kind` pretrain cuts examples where a row is full; sft keeps them whole."""
+        # The lengths are right by construction, and the check costs more than the packing.
+        super().__init__(pack=True, apply_length_check=False, bos_id=vocabulary.eos_id)
+        self._pad_id = max(vocabulary.pad_id, 0)
+        self._cut = kind == "pretrain"
+
+    def _convert_features(self, ds: Any, task_feature_lengths: Mapping[str, int]) -> Any:
+        seq_len = task_feature_lengths["targets"]
+
+        def step(open_rows: np.ndarray, lengths: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            parts = np.split(np.stack(columns), np.cumsum(lengths)[:-1], axis=1)
+            if self._cut:
+                left, rows = packing.cut_rows(open_rows, parts, separator=self.bos_id, pad_id=self._pad_id)
+            else:
+                left, rows = packing.fit_rows(open_rows, parts, pad_id=self._pad_id)
+            return left, packing.spread(rows, len(parts))
+
+        count = 1 if self._cut else OPEN_ROWS
+
+        def scan(open_rows: Any, block: Mapping[str, Any]) -> tuple[Any, Any]:
+            columns = [block[name].flat_values for name in examples.COLUMNS]
+            lengths = block["targets"].row_lengths()
+            left, rows = tf.numpy_function(
+                step, [open_rows, lengths, *columns], [tf.int32, tf.int32], stateful=False
+            )
+            return tf.ensure_shape(left, [count, 5, seq_len]), tf.ensure_shape(rows, [None, 5, seq_len])
+
+        def name(row: Any) -> dict[str, Any]:
+            features = dict(zip(packing.COLUMNS, tf.unstack(row), strict=True))
+            features["loss_weights"] = tf.cast(features["loss_weights"], tf.float32)
+            return features
+
+        start = packing.empty_rows(count, seq_len, self._pad_id)
+        return ds.ragged_batch(BLOCK).scan(start, scan).unbatch().map(name)
+
+    def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
+        """All rows have one length."""
+        return dict.fromkeys(packing.COLUMNS, task_feature_lengths["targets"])
+
+
+def mixture(
+    tasks: Sequence["seqio.Task"], rates: Sequence[float], *, converter: RowConverter, seq_len: int
+) -> "seqio.Mixture":
+    """The Mixture of the tasks; its dataset is endless and gives rows, a task's share of them being its rate."""
+    lengths = dict.fromkeys(examples.COLUMNS, seq_len)
+
+    def sample(datasets: Sequence[Any], rates: Sequence[float], seed: int | None) -> Any:
+        packed = [converter(dataset.repeat(), lengths) for dataset in datasets]
+        weights = [rate / sum(rates) for rate in rates]
+        return tf.data.Dataset.sample_from_datasets(packed, weights, seed)
+
+    return seqio.Mixture("tele_mixture", list(zip(tasks, rates, strict=True)), sample_fn=sample)
+
+
+def row_dataset(mixture: "seqio.Mixture", *, seed: int, batch_size: int) -> Any:
+    """Endless batches of rows as a tf.data.Dataset whose iterator can be saved and restored exactly."""
+    rows = mixture.get_dataset(
+        shuffle=True,
+        seed=seed,
+        num_epochs=1,  # of each task; `sample` repeats it, after the shuffling and before the packing
+        trim_output_features=False,
+        try_in_mem_cache=False,
+        log_mixing_proportions=False,
+    )
+    options = tf.data.Options()
+    options.deterministic = True
+    options.threading.private_threadpool_size = 4
+    return rows.batch(batch_size, drop_remainder=True).prefetch(2).with_options(options)
