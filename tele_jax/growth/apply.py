@@ -75,7 +75,7 @@ def _mark_born(plan: Plan, state: Any) -> Any:
     changes = {key: _mark_born(plan, child) for key, child in fields.items()}
     if "born" in fields and "count" in fields:
         changes["born"] = {axis: _born(plan.maps[axis], old, fields["count"]) for axis, old in fields["born"].items()}
-    return state._replace(**changes) if hasattr(state, "_fields") else {**state, **changes}
+    return state._replace(**changes) if hasattr(state, "_fields") else type(state)({**state, **changes})
 
 
 def _born(axis_map: AxisMap, old: jax.Array, count: jax.Array) -> jax.Array:

@@ -12,9 +12,10 @@ from tests.growth.strategies import without_compiling
 
 SRC = tele.ModelConfig(
     **dict(num_layers=2, embed_dim=6, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=5, vocab_size=16),
-    **dict(output_biases=True, dtype="float64", param_dtype="float64", remat="none"),
+    **dict(output_biases=True, remat="none"),
 )
-DST = SRC.replace(num_layers=3, embed_dim=11, num_heads=6, mlp_dim=8)
+LARGER = dict(num_layers=3, embed_dim=11, num_heads=6, mlp_dim=8)
+DST = SRC.replace(**LARGER)
 
 
 @pytest.fixture
@@ -87,13 +88,15 @@ def test_a_schedule_into_the_past_is_refused(plan, kwargs):
         growth.MaskSchedule(plan, **kwargs)
 
 
-def test_behind_closed_masks_it_is_the_source_and_behind_open_ones_the_plain_grown_model(x64, plan):
-    params = reference.random_params(SRC, np.random.default_rng(0), 1.0)
+def test_behind_closed_masks_it_is_the_source_and_behind_open_ones_the_plain_grown_model(x64):
+    src = SRC.replace(dtype="float64", param_dtype="float64")
+    plan = growth.plan(src, src.replace(**LARGER), policy="msg", layers=[0, 0, 1])
+    params = reference.random_params(src, np.random.default_rng(0), 1.0)
     tokens = np.random.default_rng(1).integers(0, 16, (2, 6))
     with without_compiling():
         big = growth.apply(plan, params)
     masked = jax.jit(lambda masks: tele.forward(plan.dst_cfg, big, tokens, masks=masks))
-    source, grown = reference.forward(SRC, params, tokens), reference.forward(plan.dst_cfg, big, tokens)
+    source, grown = reference.forward(src, params, tokens), reference.forward(plan.dst_cfg, big, tokens)
     np.testing.assert_allclose(masked(vectors(plan, 0.0)), source, rtol=0, atol=1e-12 * np.abs(source).max())
     np.testing.assert_allclose(masked(vectors(plan, 1.0)), grown, rtol=0, atol=1e-12 * np.abs(grown).max())
     assert np.abs(source - grown).max() > 1e-2
