@@ -16,6 +16,14 @@ from tele_jax.run import GrowStage
 from tele_jax.sharding import param_shardings, replicated
 
 
+def plan_of(src: ModelConfig, dst: ModelConfig, stage: GrowStage, *, layers=None, scores=None) -> growth.Plan:
+    """The plan that a growth stage asks for; raises UserError as growth.plan."""
+    how = stage.layers if layers is None else layers
+    return growth.plan(
+        src, dst, policy=stage.policy, layers=how, seed=stage.seed, scores=scores, epsilon=stage.epsilon
+    )
+
+
 def grow(
     cfg: ModelConfig, params: Any, opt_state: Any, stage: GrowStage, mesh: Mesh, tokens: np.ndarray, where: str
 ) -> tuple[growth.Plan, Any, Any, dict[str, Any]]:
@@ -30,15 +38,7 @@ def grow(
     scores = None
     if stage.layers == "distance":
         scores = distances(cfg, params, tokens)
-    plan = growth.plan(
-        cfg,
-        cfg.replace_from(stage.model, f"{where}.model"),
-        policy=stage.policy,
-        layers=stage.layers,
-        seed=stage.seed,
-        scores=scores,
-        epsilon=stage.epsilon,
-    )
+    plan = plan_of(cfg, cfg.replace_from(stage.model, f"{where}.model"), stage, scores=scores)
     shardings = param_shardings(spec(plan.dst_cfg), mesh)
     with jax.set_mesh(mesh):
         big = jax.jit(lambda p: growth.apply(plan, p), out_shardings=shardings)(params)
@@ -64,6 +64,7 @@ def grow(
         raise FailedError(f"{where}: the growth failed its verification and was not written: {report}")
     if report.preserving and report.max_abs > stage.tolerance:
         raise FailedError(
-            f"{where}: the logits moved by {report.max_abs:.3g}, more than tolerance={stage.tolerance:g}; nothing was written"
+            f"{where}: the logits moved by {report.max_abs:.3g}, more than tolerance={stage.tolerance:g}; "
+            "nothing was written"
         )
     return plan, big, grown_state, receipt

@@ -33,14 +33,13 @@ from tqdm import tqdm
 from tele_jax import checkpoint
 from tele_jax.config import ModelConfig, to_dict
 from tele_jax.data import feed as feeds
-from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import FailedError, UserError
 from tele_jax.eval.bpb import bits_per_byte
 from tele_jax.growth import MaskSchedule, Plan
 from tele_jax.model.decoder import init
-from tele_jax.model.spec import abstract_params, count_params
+from tele_jax.model.spec import abstract_params, count_params, spec
 from tele_jax.run import GrowStage, RunConfig, TrainStage
-from tele_jax.sharding import make_mesh
+from tele_jax.sharding import batch_sharding, make_mesh, param_shardings
 from tele_jax.train import growing, metrics
 from tele_jax.train.optimizer import optimizer, restart_schedule
 from tele_jax.train.schedule import schedule
@@ -64,8 +63,9 @@ def run(config: RunConfig, workdir: Path) -> list[dict[str, Any]]:
     mesh = make_mesh(config.mesh, jax.devices()[: config.mesh.data * config.mesh.fsdp * config.mesh.tensor])
     workdir.mkdir(parents=True, exist_ok=True)
     with _locked(workdir), _stop_signal() as stop:
+        tokenizer = _check(config, mesh)
         _same_config(config, workdir / "config.json")
-        tokenizer = _adopt_tokenizer(config, workdir)
+        _adopt_tokenizer(tokenizer, workdir)
         previous: Path | None = None
         plan: Plan | None = None
         for name in config.run:
@@ -96,8 +96,6 @@ def _train_stage(
 ) -> dict[str, Any]:
     # Model and optimizer. Their shapes come first, so that restoring writes straight into the shardings.
     cfg = stage.model if previous is None else checkpoint.open_lazy(previous).cfg
-    if tokenizer["size"] > cfg.vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer['size']} ids, but the model's vocab_size is {cfg.vocab_size}")
     tokens_per_step = stage.batch_size * stage.seq_len
     tx = optimizer(cfg, stage.optimizer, schedule(stage.schedule, stage.steps, tokens_per_step))
     shardings, opt_shardings = state_shardings(cfg, tx, mesh)
@@ -331,20 +329,49 @@ def _differences(before: Any, now: Any, where: str) -> list[str]:
     return [] if before == now else [f"{where} was {before!r}, is {now!r}"]
 
 
-def _adopt_tokenizer(config: RunConfig, workdir: Path) -> dict[str, Any]:
+def _check(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Everything that can be known to be wrong before the first step: hours of training should not end in a typo.
+
+    Returns the path, the size and the SHA-256 of the run's tokenizer.
+    """
+    cfg: ModelConfig | None = None
+    tokenizers = {}
+    for name, stage in config.stages.items():
+        if isinstance(stage, GrowStage):
+            # Layers chosen by distance need the trained model; which ones makes no difference to whether they fit.
+            how = "uniform" if stage.layers == "distance" else stage.layers
+            larger = cfg.replace_from(stage.model, f"config.{name}.model")
+            try:
+                cfg = growing.plan_of(cfg, larger, stage, layers=how).dst_cfg
+            except UserError as error:
+                raise UserError(f"config.{name}: {error}") from None
+        else:
+            cfg = stage.model or cfg
+            schedule(stage.schedule, stage.steps, stage.batch_size * stage.seq_len)
+            batch_sharding(mesh, stage.batch_size // stage.microbatches)
+            size = feeds.open_vocabulary(stage.data, stage.kind).vocab_size
+            if size > cfg.vocab_size:
+                raise UserError(
+                    f"config.{name}: the tokenizer has {size} ids, but the model's vocab_size is {cfg.vocab_size}"
+                )
+            for files in ("files", "validation_files"):
+                feeds.open_corpora(stage.data, stage.kind, stage.seq_len, files)
+            path = Path(stage.data.tokenizer)
+            tokenizers[path] = {"path": path, "size": size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        param_shardings(spec(cfg), mesh)
+    if len({tokenizer["sha256"] for tokenizer in tokenizers.values()}) > 1:
+        raise UserError(f"the stages of a run have to share one tokenizer, but name {', '.join(map(str, tokenizers))}")
+    return next(iter(tokenizers.values()))
+
+
+def _adopt_tokenizer(tokenizer: dict[str, Any], workdir: Path) -> None:
     """Copies the run's tokenizer into W, so that the checkpoints can be used without the place it came from."""
-    paths = {Path(s.data.tokenizer) for s in config.stages.values() if isinstance(s, TrainStage)}
-    digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-    if len(set(digests.values())) > 1:
-        raise UserError(f"the stages of a run have to share one tokenizer, but name {', '.join(map(str, paths))}")
-    path, digest = next(iter(digests.items()))
     copy = workdir / "tokenizer.model"
-    if copy.exists() and hashlib.sha256(copy.read_bytes()).hexdigest() != digest:
-        raise UserError(f"{path}: is another tokenizer than the one this run was started with, {copy}")
     if not copy.exists():
-        shutil.copyfile(path, copy.with_suffix(".tmp"))
+        shutil.copyfile(tokenizer["path"], copy.with_suffix(".tmp"))
         os.replace(copy.with_suffix(".tmp"), copy)
-    return {"sha256": digest, "size": load_vocabulary(path).vocab_size}
+    elif hashlib.sha256(copy.read_bytes()).hexdigest() != tokenizer["sha256"]:
+        raise UserError(f"{tokenizer['path']}: is another tokenizer than the one this run was started with, {copy}")
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -89,8 +89,10 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_size: int) -> dict[str
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
-    """Model FLOPs to train on one token: 6 per parameter of every kernel, and causal attention; recomputation not
-    counted (arXiv 2204.02311, appendix B, with the masked half of attention left out)."""
+    """Model FLOPs to train on one token: 6 per parameter of every kernel, and causal attention.
+
+    Neither recomputation nor the masked half of attention counts (arXiv 2204.02311, appendix B, has the latter).
+    """
     head = cfg.padded_vocab_size * cfg.embed_dim if cfg.tie_embeddings else 0
     kernels = head + sum(leaf.size for leaf in jax.tree.leaves(spec(cfg)) if leaf.role == "kernel")
     return 6.0 * kernels + 6.0 * cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len

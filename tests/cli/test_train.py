@@ -1,0 +1,276 @@
+"""`tele train` as a user runs it: a whole small run, kills in the middle of it, and wrong input."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tele_jax import checkpoint
+from tele_jax.axes import flatten
+from tele_jax.cli.main import main
+from tele_jax.train import metrics
+
+PAGE = """
+from pathlib import Path
+from ml_collections import ConfigDict
+
+HERE = Path(__file__).parent
+
+def get_config():
+    def data(domain, file_format):
+        source = dict(files=(str(HERE / f"{domain}.jsonl"),), validation_files=(str(HERE / f"{domain}.jsonl"),), format=file_format)
+        return dict(tokenizer=str(HERE / "tokenizer.model"), sources={domain: source}, eval_bytes=2000)
+
+    shared = dict(batch_size=2, seq_len=32, log_every=4, checkpoint_every=4, optimizer=dict(learning_rate=3e-3))
+    model = dict(num_layers=2, embed_dim=16, num_heads=2, head_dim=8, mlp_dim=24, vocab_size=600, dtype="float32", remat="none")
+    config = ConfigDict()
+    config.run = ("small", "grow", "large", "sft")
+    config.small = dict(kind="pretrain", data=data("text", "jsonl"), steps=12, model=model, **shared)
+    config.grow = dict(kind="grow", policy="msg", layers="distance", model=dict(num_layers=3, embed_dim=24, num_heads=3, mlp_dim=37))
+    config.large = dict(kind="pretrain", data=data("text", "jsonl"), steps=12, mask_ramp=6, **shared)
+    config.sft = dict(kind="sft", data=data("dialogues", "dialogues"), steps=8, **shared)
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a page, its text and its tokenizer."""
+    directory = tmp_path_factory.mktemp("run")
+    rng = random.Random(1)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(3, 8))) for _ in range(300)]
+    text = [
+        f"def {rng.choice(words)}_{i}(a):\n    return {' '.join(rng.choices(words, k=20))}  # 第{i}个\n"
+        for i in range(400)
+    ]
+    dialogues = [
+        {"messages": [{"role": "user", "content": f"{i}+1?"}, {"role": "assistant", "content": f"{i + 1}."}]}
+        for i in range(200)
+    ]
+    (directory / "text.jsonl").write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in text))
+    (directory / "dialogues.jsonl").write_text("".join(json.dumps(d) + "\n" for d in dialogues))
+    (directory / "page.py").write_text(PAGE)
+    arguments = ["tokenizer", "train", "--preset", "tele_flm", "--vocab-size", "480", "--out"]
+    assert main([*arguments, str(directory / "tokenizer.model"), str(directory / "text.jsonl")]) == 0
+    return directory
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    """The work directory of a run that nothing disturbed."""
+    workdir = place / "undisturbed"
+    assert (
+        main(
+            ["train", "--config", str(place / "page.py"), "--workdir", str(workdir), "--json", str(place / "out.json")]
+        )
+        == 0
+    )
+    return workdir
+
+
+def test_a_run_trains_grows_and_reports(place, finished, capsys):
+    stages = {s["stage"]: s for s in json.loads((place / "out.json").read_text())["stages"]}
+    assert list(stages) == ["small", "grow", "large", "sft"]
+    receipt = json.loads((finished / "grow" / "growth_receipt.json").read_text())
+    assert receipt["ok"] and receipt["max_abs"] <= 1e-4
+    before, after = stages["small"]["bits_per_byte_after"], stages["large"]["bits_per_byte_before"]
+    # Behind masks at 0 the grown model is the small one, also on text it is evaluated on.
+    assert after["text"] == pytest.approx(before["text"], abs=1e-4)
+    for name in ("small", "large", "sft"):
+        stage = stages[name]
+        domain = "dialogues" if name == "sft" else "text"
+        assert stage["bits_per_byte_after"][domain] < stage["bits_per_byte_before"][domain]
+    assert (finished / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    table = (finished / "summary.txt").read_text()
+    assert "max logit difference" in table and f"{stages['large']['parameters']:,}" in table
+    lines = metrics.read(finished / "large" / "metrics" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [4, 8, 12]
+    assert {"loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second"} <= lines[1].keys()
+    assert list((finished / "large" / "metrics").glob("events.out.tfevents.*"))
+    provenance = checkpoint.open_lazy(finished).provenance
+    assert [entry["stage"] for entry in provenance] == ["small", "grow", "large", "sft"]
+    assert provenance[-1]["step"] == 8
+
+
+def test_a_finished_run_does_nothing_again(place, finished, capsys):
+    stamp = {path: path.stat().st_mtime_ns for path in finished.rglob("checkpoints/*")}
+    assert main(["train", "--config", str(place / "page.py"), "--workdir", str(finished)]) == 0
+    assert "max logit difference" in capsys.readouterr().out
+    assert stamp == {path: path.stat().st_mtime_ns for path in finished.rglob("checkpoints/*")}
+
+
+def start(place, workdir):
+    command = [
+        sys.executable,
+        "-m",
+        "tele_jax.cli.main",
+        "train",
+        "--config",
+        str(place / "page.py"),
+        "--workdir",
+        str(workdir),
+    ]
+    environment = {**os.environ, "NPROC": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def wait_for(process, workdir, name):
+    """Until a file of the run is there; False where the run ended before."""
+    while not (workdir / name).exists():
+        if process.poll() is not None:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def test_killed_at_any_moment_it_finishes_with_the_same_parameters(place, finished):
+    workdir, rng = place / "killed", random.Random(0)
+    marks = [
+        "small/metrics/metrics.jsonl",
+        "small/checkpoints/8",
+        "grow/growth_receipt.json",
+        "large/checkpoints/4",
+        "sft/checkpoints/4",
+    ]
+    kept = {}
+    for mark in marks:
+        process = start(place, workdir)
+        assert wait_for(process, workdir, mark), process.stdout.read()
+        time.sleep(rng.random() * 0.3)
+        process.kill()
+        process.wait()
+        done = {path: path.read_bytes() for path in workdir.glob("*/summary.json")}
+        assert kept.items() <= done.items()  # what was finished stays
+        kept = done
+    process = start(place, workdir)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    got, expected = (flatten(checkpoint.load(w).params) for w in (workdir, finished))
+    for name, value in expected.items():
+        np.testing.assert_allclose(np.asarray(got[name]), np.asarray(value), rtol=0, atol=1e-5, err_msg=name)
+    for stage in ("small", "large"):
+        ours, theirs = (metrics.read(w / stage / "metrics" / "metrics.jsonl") for w in (workdir, finished))
+        steps = [[line["step"] for line in lines if "loss" in line] for lines in (ours, theirs)]
+        assert steps[0] == steps[1]  # no line lost, none twice
+
+
+def test_sigterm_saves_and_a_new_start_goes_on(place):
+    workdir = place / "stopped"
+    process = start(place, workdir)
+    assert wait_for(process, workdir, "small/checkpoints/4"), process.stdout.read()
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate()[0]
+    if process.returncode == 0:
+        pytest.fail("the run was over before the signal came; give it more steps")
+    assert process.returncode == 143, output
+    assert "start again to go on" in output
+    assert checkpoint.open_lazy(workdir).opt_state is not None
+
+
+def fails(capsys, code, *arguments):
+    """Exit code, and the one line that it says."""
+    assert main(list(arguments)) == code
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and "Traceback" not in captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("--config.small.stepz=5", "config.small.stepz: unknown key of TrainStage; did you mean 'steps'?"),
+        ("--config.smal.steps=5", "the page has no table config.smal"),
+        ("--config.small.model.num_kv_heads=3", "num_heads=2 does not divide into num_kv_heads=3"),
+        ("--config.small.model.head_dim=None", None),
+        ("--config.mesh={'fsdp': 3}", "does not divide over mesh"),
+        ("--config.small.model.vocab_size=300", "the tokenizer has 480 ids, but the model's vocab_size is 300"),
+        ("--config.grow.policy='nothing'", "policy 'nothing' is not one of exact, msg"),
+        ("--config.small.data.tokenizer='nowhere.model'", "nowhere.model"),
+    ],
+)
+def test_wrong_configs_are_refused_in_one_line(place, capsys, tmp_path, override, expected):
+    if expected is None:
+        override, expected = "--config.small.model.head_dim=7", "head_dim=7 must be even"
+    workdir = tmp_path / "w"
+    line = fails(capsys, 2, "train", "--config", str(place / "page.py"), "--workdir", str(workdir), override)
+    assert expected in line
+    assert not list(workdir.rglob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(None, "text.jsonl"), (b"", "empty"), (b'{"text": "caf\xe9"}\n', "UTF-8")],
+)
+def test_bad_text_is_refused_in_one_line(place, capsys, tmp_path, content, expected):
+    page = tmp_path / "page.py"
+    page.write_text(PAGE.replace("Path(__file__).parent", repr(place)).replace("PosixPath", "Path"))
+    file = tmp_path / "text.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    override = f"--config.small.data.sources.text.files=({str(file)!r},)"
+    assert expected in fails(capsys, 2, "train", "--config", str(page), "--workdir", str(tmp_path / "w"), override)
+
+
+def test_another_config_in_the_same_work_directory_is_refused(place, finished, capsys):
+    line = fails(
+        capsys, 2, "train", "--config", str(place / "page.py"), "--workdir", str(finished), "--config.small.steps=13"
+    )
+    assert "config.small.steps was 12, is 13" in line and "another --workdir" in line
+
+
+def test_a_damaged_checkpoint_is_named_and_left_alone(place, finished, capsys, tmp_path):
+    import shutil
+
+    workdir = tmp_path / "damaged"
+    shutil.copytree(finished, workdir)
+    (workdir / "sft" / "summary.json").unlink()
+    shutil.rmtree(workdir / "sft" / "checkpoints")
+    chunk = next(
+        path
+        for path in (workdir / "large" / "checkpoints" / "12" / "params" / "embed.table" / "c").rglob("*")
+        if path.is_file()
+    )
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 1
+    chunk.write_bytes(content)
+    line = fails(capsys, 1, "train", "--config", str(place / "page.py"), "--workdir", str(workdir))
+    assert "embed.table" in line and "damaged" in line
+    assert chunk.read_bytes() == bytes(content)
+
+
+def test_growing_from_the_command_line(place, finished, capsys, tmp_path):
+    page = tmp_path / "grow.py"
+    page.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n    return ConfigDict(dict(model=dict(embed_dim=31, num_heads=5, mlp_dim=50, num_layers=4)))\n"
+    )
+    destination = tmp_path / "big"
+    arguments = [
+        "grow",
+        str(finished / "large"),
+        str(destination),
+        "--config",
+        str(page),
+        "--opt",
+        "--layers",
+        "0,1,1,2",
+    ]
+    assert main([*arguments, "--json", str(tmp_path / "receipt.json")]) == 0
+    assert "preserves the function" in capsys.readouterr().out
+    receipt = json.loads((destination / "growth_receipt.json").read_text())
+    assert receipt["ok"] and receipt["max_rel"] < 2e-5 and receipt["layers"] == [0, 1, 1, 2]
+    loaded = checkpoint.load(destination)
+    assert loaded.cfg.embed_dim == 31 and loaded.opt_state is not None
+    assert loaded.cfg.rms_eps == pytest.approx(1e-5 * 24 / 31)
+    assert "exists already" in fails(capsys, 2, *arguments)
+    assert "never" in fails(capsys, 2, *arguments)
+    shrunk = [*arguments[:2], str(tmp_path / "small"), *arguments[3:6], "--config.model.embed_dim=8"]
+    assert "would shrink, 24 -> 8" in fails(capsys, 2, *shrunk)
+    assert not (tmp_path / "small").exists()
