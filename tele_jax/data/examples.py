@@ -22,7 +22,9 @@ COLUMNS = ("inputs", "targets", "loss_weights")  # rows of an example
 def check_format(domain: str, format: Format, kind: Kind) -> None:
     """Raises UserError if fine-tuning is to be fed with something that has no answers."""
     if kind == "sft" and format != "dialogues":
-        raise UserError(f"sources.{domain}: fine-tuning learns answers, so its files have to be dialogues, not {format}")
+        raise UserError(
+            f"sources.{domain}: fine-tuning learns answers, so its files have to be dialogues, not {format}"
+        )
 
 
 def example(

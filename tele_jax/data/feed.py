@@ -244,5 +244,7 @@ def open_corpora(
             # Rows of one document come near each other: a span is short enough to bound how many, and long enough that
             # few rows begin inside a document.
             span_bytes = max(SPAN_BYTES, SPAN_BYTES_PER_TOKEN * seq_len)
-            corpora[name] = sources.index(f"sources.{name}.{field}", name, patterns, source.format, span_bytes=span_bytes)
+            corpora[name] = sources.index(
+                f"sources.{name}.{field}", name, patterns, source.format, span_bytes=span_bytes
+            )
     return corpora

@@ -153,9 +153,7 @@ class RowConverter(seqio.FeatureConverter):
         def scan(open_rows: Any, block: Mapping[str, Any]) -> tuple[Any, Any]:
             columns = [block[name].flat_values for name in examples.COLUMNS]
             lengths = block["targets"].row_lengths()
-            left, rows = tf.numpy_function(
-                step, [open_rows, lengths, *columns], [tf.int32, tf.int32], stateful=False
-            )
+            left, rows = tf.numpy_function(step, [open_rows, lengths, *columns], [tf.int32, tf.int32], stateful=False)
             return tf.ensure_shape(left, [count, 5, seq_len]), tf.ensure_shape(rows, [None, 5, seq_len])
 
         def name(row: Any) -> dict[str, Any]:
@@ -197,5 +195,5 @@ def row_dataset(mixture: "seqio.Mixture", *, seed: int, batch_size: int) -> Any:
     )
     options = tf.data.Options()
     options.deterministic = True
-    options.threading.private_threadpool_size = 4
+    options.threading.private_threadpool_size = 2  # on top of JAX's own; one document is read at a time anyway
     return rows.batch(batch_size, drop_remainder=True).prefetch(2).with_options(options)
