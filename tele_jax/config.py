@@ -229,7 +229,7 @@ class ModelConfig:
         return self.rope.theta * alpha**power, 1.0 + ntk.attention_slope * math.log(n / ntk.trained_length)
 
     def replace(self, **changes: Any) -> "ModelConfig":
-        """A copy with some fields changed, validated again. Multi-head attention stays so when num_heads changes alone."""
+        """A copy with some fields changed, validated again; multi-head attention stays so when num_heads changes."""
         if "num_heads" in changes and self.num_kv_heads == self.num_heads:
             changes = {"num_kv_heads": None, **changes}
         return dataclasses.replace(self, **changes)

@@ -7,6 +7,7 @@ A page in configs/ returns a ConfigDict with `run`, the names of the stages in o
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -20,7 +21,8 @@ class SourceConfig:
 
     files: tuple[str, ...]  # glob patterns
     format: Literal["text", "jsonl", "dialogues"] = "text"
-    # text: a file is one document; jsonl: {"text": ...} a line; dialogues: {"messages": [{"role", "content"}, ...]} a line
+    # text: a file is one document; jsonl: {"text": ...} a line; dialogues: {"messages": [{"role", "content"}, ...]}
+    # a line
     rate: float = 1.0  # relative; the mixture divides by the sum
     validation_files: tuple[str, ...] = ()  # held out, for bits per byte; none: the domain is not evaluated
 
@@ -178,13 +180,13 @@ def run_config(page: Mapping[str, Any]) -> RunConfig:
             f"config.{name}.model: only the first stage and growth stages set a model; this one continues with what "
             "the stage before left",
         )
-    for before, name in zip(names, names[1:], strict=False):
+    for before, name in itertools.pairwise(names):
         masked = isinstance(stages[before], GrowStage) and stages[before].policy == "msg"
         follows = stages[name]
         if masked and (isinstance(follows, GrowStage) or follows.mask_ramp == 0):
             raise UserError(
-                f"config.{name}.mask_ramp: has to be above 0: config.{before} grows by policy 'msg', whose masks rise in "
-                "the training stage that follows"
+                f"config.{name}.mask_ramp: has to be above 0: config.{before} grows by policy 'msg', "
+                "whose masks rise in the training stage that follows"
             )
     return RunConfig(run=names, stages=stages, mesh=mesh)
 

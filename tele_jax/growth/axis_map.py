@@ -178,8 +178,8 @@ def grouped_heads(src_heads: int, src_groups: int, dst_heads: int, dst_groups: i
     parts = -(-src_group // dst_group)  # destination groups per source group
     if src_groups * parts > dst_groups:
         raise ValueError(
-            f"{src_heads} heads in {src_groups} groups do not fit into {dst_heads} heads in {dst_groups} groups: groups "
-            f"of {dst_group} need at least {src_groups * parts} of them"
+            f"{src_heads} heads in {src_groups} groups do not fit into {dst_heads} heads in {dst_groups} groups: "
+            f"groups of {dst_group} need at least {src_groups * parts} of them"
         )
     heads = np.full((dst_groups, dst_group), NEW)
     kv_heads = np.full(dst_groups, NEW)

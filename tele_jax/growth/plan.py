@@ -23,8 +23,9 @@ class LeafPlan:
     """What happens to one leaf.
 
     An entry whose axes all come from the source is `coefficient` times the source entry (times the scales of the axes
-    in `scaled` and the shares of those in `shared`), unless one of the axes in `zero` is fresh there: then it is 0. Every other entry is 0 if one of the
-    axes in `zero` is fresh, else filled: normal with standard deviation `value`, or the constant `value`.
+    in `scaled` and the shares of those in `shared`), unless one of the axes in `zero` is fresh there: then it is 0.
+    Every other entry is 0 if one of the axes in `zero` is fresh, else filled: normal with standard deviation `value`,
+    or the constant `value`.
     """
 
     coefficient: float = 1.0

@@ -41,7 +41,10 @@ def token_losses(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def cross_entropy(x: jax.Array, kernel: jax.Array, targets: jax.Array, mult: float, vocab_size: int) -> jax.Array:
-    """-log softmax(mult * x @ kernel)[targets] over the first vocab_size columns: [B, S] from x [B, S, D], kernel [D, V]."""
+    """-log softmax(mult * x @ kernel)[targets] over the first vocab_size columns: [B, S].
+
+    x [B, S, D], kernel [D, V], targets int32[B, S].
+    """
     return _forward(x, kernel, targets, mult, vocab_size)[0]
 
 
@@ -89,7 +92,7 @@ def _forward(x, kernel, targets, mult, vocab_size):
 
 def _backward(mult, vocab_size, residuals, gradient):
     x, kernel, targets, log_normalizer = residuals
-    outer, number, width = _chunks(kernel.shape[1])
+    _, number, _ = _chunks(kernel.shape[1])
 
     def step(x_gradient, chunk):
         logits, part, columns = _logits(x, kernel, chunk, mult, vocab_size)
