@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     for flag in ("message", "system"):
         if getattr(args, flag) is not None:
-            generate.utf8(getattr(args, flag), f"--{flag}")
+            setattr(args, flag, generate.utf8(getattr(args, flag), f"--{flag}"))
     cfg, params, vocabulary = generate.load_model(args)
     chat = Chat(
         cfg,
@@ -72,7 +72,7 @@ def _converse(chat: Any, replies: list[dict[str, Any]]) -> None:
 
 
 def _answer(chat: Any, question: str, replies: list[dict[str, Any]]) -> None:
-    generate.utf8(question, "the question")
+    question = generate.utf8(question, "the question")
     clock = generate.Clock()
 
     def show(text: str) -> None:

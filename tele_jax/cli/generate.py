@@ -27,8 +27,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from tele_jax.chat import TextStream
     from tele_jax.generate import generate
 
+    asked = [utf8(text, "--prompt") for text in args.prompt]
     cfg, params, vocabulary = load_model(args)
-    prompts = [vocabulary.encode(utf8(text, "--prompt")) for text in args.prompt]
+    prompts = [vocabulary.encode(text) for text in asked]
     streams = [TextStream(vocabulary) for _ in prompts]
     texts = ["" for _ in prompts]
     clock = Clock(len(prompts))
@@ -57,11 +58,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if len(prompts) == 1:
         emit("\n")
     else:
-        for row, (prompt, text) in enumerate(zip(args.prompt, texts, strict=True)):
+        for row, (prompt, text) in enumerate(zip(asked, texts, strict=True)):
             emit(f"--- {row + 1}: {' '.join(prompt.split())[:70]}\n{text}\n")
     speed = clock.figures()
     report(speed)
-    rows = zip(args.prompt, texts, prompts, outputs, strict=True)
+    rows = zip(asked, texts, prompts, outputs, strict=True)
     return speed | {
         "continuations": [
             {"prompt": prompt, "text": text, "prompt_tokens": len(ids), "new_tokens": len(output)}
@@ -112,14 +113,13 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def utf8(text: str, where: str) -> str:
-    """The text itself; UserError where it is empty, or came in as bytes that are not UTF-8."""
+    """The text of an argument; UserError where it is empty or not UTF-8, whatever the locale took it for."""
     if not text:
         raise UserError(f"{where} is empty")
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: not UTF-8 at character {error.start}") from None
-    return text
+        return text.encode(errors="surrogateescape").decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 at byte {error.start}") from None
 
 
 def emit(text: str) -> None:

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tele_jax import checkpoint
-from tele_jax.chat import TextStream
+from tele_jax.chat import Chat, TextStream
 from tele_jax.cli.main import main
 from tele_jax.data import dialogue
 from tele_jax.data.vocabulary import load_vocabulary
@@ -236,3 +236,18 @@ def test_a_vocabulary_without_dialogue_markers(work, tmp_path, capsys):
     (tmp_path / "plain.model").write_bytes(proto.SerializeToString())
     message = tele(capsys, "chat", work, "--message", "The", "--tokenizer", tmp_path / "plain.model", code=2)
     assert "it has no piece '<_user>'" in message
+
+
+def test_an_interrupted_answer_does_not_end_the_conversation(work, monkeypatch, capsys):
+    answer = Chat.reply
+
+    def reply(self, question, on_text):
+        if question == "long":
+            on_text("Well")
+            raise KeyboardInterrupt
+        return answer(self, question, on_text)
+
+    monkeypatch.setattr(Chat, "reply", reply)
+    code, printed, complaints = converse(monkeypatch, capsys, work, "long\nHello\n")
+    assert (code, complaints) == (0, "\n(stopped)\n")
+    assert printed.startswith("Well") and len(printed) > len("Well")
