@@ -5,6 +5,7 @@ cfg = tele.get_model("tele_flm_52b")         a published one              tele_j
 params = tele.init(cfg, key)                 nested dict of arrays        tele_jax/model/decoder.py
 logits = tele.forward(cfg, params, tokens)
 spec = tele.spec(cfg)                        shapes and axis names        tele_jax/model/spec.py
+tokens = tele.generate(cfg, params, prompts, max_new_tokens=64)           tele_jax/generate.py
 tele.growth                                  grow parameter trees         tele_jax/growth/
 tele.checkpoint                              save and load                tele_jax/checkpoint/
 """
@@ -14,6 +15,7 @@ import importlib
 from tele_jax.axes import ParamSpec
 from tele_jax.config import ModelConfig, Ntk, Rope
 from tele_jax.errors import DamageError, UserError
+from tele_jax.generate import generate
 from tele_jax.model.decoder import forward, init
 from tele_jax.model.spec import count_params, spec
 from tele_jax.published import get_model
@@ -40,6 +42,4 @@ def __getattr__(name: str):
     """Loads the heavier parts on first use, so that `import tele_jax` stays light."""
     if name in ("growth", "checkpoint"):
         return importlib.import_module(f"tele_jax.{name}")
-    if name == "generate":
-        return importlib.import_module("tele_jax.generate").generate
     raise AttributeError(f"module 'tele_jax' has no attribute {name!r}")

@@ -27,6 +27,15 @@ def test_import_loads_no_extra():
     assert not HEAVY & loaded
 
 
+def test_the_public_names_do_what_they_say():
+    # tele.generate is a function of the same name as its module, which chat imports.
+    done = python(
+        "-c",
+        "import tele_jax as tele, tele_jax.chat; print(all(callable(f) for f in [tele.generate, tele.growth.plan]))",
+    )
+    assert done.stdout.split() == ["True"], done.stderr
+
+
 def test_every_requirement_has_a_lower_and_an_upper_bound():
     requirements = importlib.metadata.requires("tele_jax")
     assert len(requirements) > 20

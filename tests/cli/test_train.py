@@ -245,6 +245,11 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(place, finished, capsys, t
     assert chunk.read_bytes() == bytes(content)
 
 
+def test_a_model_behind_masks_does_not_talk(place, finished, capsys):
+    line = fails(capsys, 2, "chat", str(finished / "grow"), "--message", "1+1?")
+    assert "masks that stand at 0.00" in line
+
+
 def test_growing_from_the_command_line(place, finished, capsys, tmp_path):
     page = tmp_path / "grow.py"
     page.write_text(
