@@ -153,12 +153,17 @@ def _train_stage(
         writer.write(step, {f"eval/bits_per_byte/{domain}": value for domain, value in figures.items()})
         _say("  " + f"step {step}: bits per byte " + ", ".join(f"{d} {v:.4f}" for d, v in figures.items()))
 
+    def evaluated(step: int) -> bool:
+        """Whether a start before this one came as far: a kill may fall between an evaluation and what follows it."""
+        lines = metrics.read(directory / "metrics" / "metrics.jsonl")
+        return any(line["step"] == step and any(k.startswith("eval/") for k in line) for line in lines)
+
     # The loop. A step is dispatched and not waited for, except where a figure is read.
     writer = metrics.Metrics(directory / "metrics", first_step)
     flops = flops_per_token(cfg, stage.seq_len) * tokens_per_step
     loss = 0.0
     try:
-        if first_step == 0:
+        if first_step == 0 and not evaluated(0):
             evaluate(0)
         with tqdm(total=stage.steps, initial=first_step, desc=directory.name, disable=not sys.stderr.isatty()) as bar:
             since, since_step, weights = time.perf_counter(), first_step, []
@@ -166,7 +171,8 @@ def _train_stage(
                 batch = put_batch(next(feed), mesh, stage.batch_size)
                 params, opt_state, figures = step_function(params, opt_state, batch, masks(step))
                 weights.append(figures["weight"])
-                done, bar.n = step + 1, step + 1
+                done = step + 1
+                bar.update()
                 last, stopped = done == stage.steps, bool(stop)
                 if done % stage.log_every == 0 or done % stage.checkpoint_every == 0 or last or stopped:
                     loss = float(figures["loss"])
@@ -196,8 +202,7 @@ def _train_stage(
                     raise Stopped(
                         f"stopped at step {done} of {stage.steps} in stage {directory.name}; start again to go on"
                     )
-        lines = metrics.read(directory / "metrics" / "metrics.jsonl")
-        if not any(line["step"] == stage.steps and any(k.startswith("eval/") for k in line) for line in lines):
+        if not evaluated(stage.steps):
             evaluate(stage.steps)
     finally:
         manager.close()
@@ -249,7 +254,8 @@ def _grow_stage(
     finally:
         manager.close()
     receipt = json.loads(receipt_file.read_text())
-    _say(f"  logits moved by {receipt['max_abs']:.3g} at most; dead units 0, locked units 0")
+    dead, locked = len(receipt["dead"]), len(receipt["locked"])
+    _say(f"  logits moved by {receipt['max_abs']:.3g} at most; dead units {dead}, locked units {locked}")
     return {
         "parameters": count_params(checkpoint.open_lazy(saved).cfg),
         "receipt": {key: receipt[key] for key in ("policy", "max_abs", "max_rel", "kl", "ok")},
