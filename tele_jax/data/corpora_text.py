@@ -132,7 +132,8 @@ def statutes(path: Path) -> Iterator[Document]:
     """The statutes of the People's Republic of China in force: each a document, and questions about their articles."""
     with sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True) as database:
         rows = database.execute(
-            "SELECT law_name, chapter, article_no, article_text FROM articles WHERE status = '现行有效' ORDER BY law_id, id"
+            "SELECT law_name, chapter, article_no, article_text FROM articles"
+            " WHERE status = '现行有效' ORDER BY law_id, id"  # those in force
         ).fetchall()
     laws: dict[str, list[tuple[str | None, str, str]]] = {}
     for law, *article in rows:

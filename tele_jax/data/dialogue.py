@@ -49,7 +49,7 @@ def check(messages: Any, *, complete: bool = True) -> None:
         if (message["role"] == "user") != (expected == "user"):
             raise UserError(f"messages[{i + skipped}].role is {message['role']!r}, but it is the turn of {expected}")
     if len(spoken) % 2 != (0 if complete else 1) or not spoken:
-        raise UserError(f"the last message has to be an {'answer' if complete else 'question'}")
+        raise UserError(f"the last message has to be {'an answer' if complete else 'a question'}")
 
 
 def render(

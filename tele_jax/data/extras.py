@@ -34,6 +34,7 @@ def need(module: str) -> types.ModuleType:
                 # Too late when the caller has used TensorFlow's devices before; then they are the caller's choice.
                 with contextlib.suppress(RuntimeError, ValueError):
                     tensorflow.config.set_visible_devices([], kind)
+            tensorflow.constant(0)  # looks for devices now, not later when nothing is held back
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(

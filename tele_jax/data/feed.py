@@ -87,12 +87,9 @@ class LiveFeed:
         Raises:
           UserError: a file has changed since the feed was made.
         """
-        try:
-            batch = next(self._holder[0])
-        except self._tf.errors.OpError:
-            if self._errors:
-                raise self._errors[0] from None
-            raise
+        batch = next(self._holder[0])
+        if self._errors:
+            raise self._errors[0]
         self._batches += 1
         return {name: tensor.numpy() for name, tensor in batch.items()}
 
@@ -206,9 +203,13 @@ def _held_out(
             if start:
                 piece[0, 0] = vocabulary.eos_id
             pieces.append(piece)
+    if not num_bytes:
+        raise UserError(
+            f"eval_bytes={max_bytes} holds no character of sources.{corpus.name}.validation_files; give more"
+        )
     pad_id = max(vocabulary.pad_id, 0)
-    open_rows, rows = packing.fit_rows(packing.empty_rows(64, seq_len, pad_id), pieces, pad_id=pad_id)
-    rows = np.concatenate([rows, [row for row in open_rows if packing.used(row)]])
+    open_rows, full_rows = packing.fit_rows(packing.empty_rows(64, seq_len, pad_id), pieces, pad_id=pad_id)
+    rows = np.stack([*full_rows, *filter(packing.used, open_rows)])
     padding = packing.empty_rows(-len(rows) % batch_size, seq_len, pad_id)
     batches = np.concatenate([rows, padding]).reshape(-1, batch_size, *rows.shape[1:])
     return HeldOut([packing.to_batch(batch) for batch in batches], num_bytes, num_tokens)
@@ -218,7 +219,8 @@ def open_vocabulary(data: DataConfig, kind: examples.Kind) -> Vocabulary:
     """The tokenizer of `data`, checked for what training needs.
 
     Raises:
-      UserError: there is none, it cannot spell every byte or has no end-of-sequence piece, or, for dialogues, no markers.
+      UserError: there is none, or it lacks pieces for the bytes, for the end of a sequence or, if there are dialogues,
+        for their markers.
     """
     vocabulary = load_vocabulary(data.tokenizer)
     if not vocabulary.spells_bytes or vocabulary.eos_id < 0:

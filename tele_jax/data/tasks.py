@@ -9,7 +9,7 @@ the lengths of the documents.
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -73,7 +73,7 @@ def task(
     *,
     kind: examples.Kind,
     seq_len: int,
-    report: Callable[[Exception], None] = lambda error: None,
+    report: Callable[[Exception], None] | None = None,
 ) -> "seqio.Task":
     """The Task of one domain, with the int32 features inputs, targets and loss_weights (0 or 1).
 
@@ -82,7 +82,8 @@ def task(
       vocabulary: makes the tokens.
       kind: whether every token is learned or the answers only.
       seq_len: the longest that a dialogue may be.
-      report: gets what goes wrong while a document is read. TensorFlow passes on its text only.
+      report: gets what goes wrong while a document is read; what the dataset gives from then on is void. None: it is
+        raised, and TensorFlow makes of it what it does, with pages of its own.
 
     Raises:
       UserError: a corpus without answers for fine-tuning.
@@ -93,8 +94,11 @@ def task(
         try:
             return examples.example(corpus, int(i), vocabulary, kind, seq_len)
         except Exception as error:
+            if report is None:
+                raise
             report(error)
-            raise
+            # Something that fills a row, so that whoever waits for one wakes up and finds the error.
+            return np.zeros((len(examples.COLUMNS), seq_len), np.int32)
 
     def encode(dataset: Any) -> Any:
         def one(element: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,13 +126,13 @@ class RowConverter(seqio.FeatureConverter):
     before the first row.
     """
 
-    TASK_FEATURES = {name: seqio.FeatureConverter.FeatureSpec(dtype=tf.int32) for name in examples.COLUMNS}
-    MODEL_FEATURES = {
+    TASK_FEATURES: ClassVar = {name: seqio.FeatureConverter.FeatureSpec(dtype=tf.int32) for name in examples.COLUMNS}
+    MODEL_FEATURES: ClassVar = {
         "tokens": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
         "targets": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
         "loss_weights": seqio.FeatureConverter.FeatureSpec(dtype=tf.float32),
     }
-    PACKING_FEATURE_DTYPES = {"segment_ids": tf.int32, "positions": tf.int32}
+    PACKING_FEATURE_DTYPES: ClassVar = {"segment_ids": tf.int32, "positions": tf.int32}
 
     def __init__(self, vocabulary: Vocabulary, kind: examples.Kind):
         """`kind` pretrain cuts examples where a row is full; sft keeps them whole."""

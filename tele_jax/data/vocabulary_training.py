@@ -20,6 +20,7 @@ DIGITS = tuple("0123456789")
 # published: these are ours.
 EMOJI = tuple("👍👎😀😐🙁😡🎉💡🔥❌")
 MAX_SENTENCE_BYTES = 100_000  # published
+MIN_COVERAGE = 0.98  # SentencePiece's
 # Inside SentencePiece a word is at most 65,535 symbols, and a text without spaces is one word.
 _MAX_SENTENCE_CHARS = 50_000
 
@@ -101,7 +102,7 @@ def train_vocabulary(
       vocab_size: number of ids, special ones and bytes included.
       character_coverage: share of all characters in the texts that get an id even if no merge needs it; the others
         are spelled in bytes. None: 1.0 as published, or, where that would leave less than half of the learned ids to
-        merges (a small vocabulary for Chinese), as much as leaves that half.
+        merges (a small vocabulary for Chinese), as much as leaves that half, but no less than 0.98.
 
     Raises:
       UserError: an unknown preset, no text, a vocab_size that is too small for the special ids or too large for the
@@ -128,7 +129,9 @@ def train_vocabulary(
     if not num_bytes:
         raise UserError("there is no text to train a vocabulary on")
     if character_coverage is None:
-        character_coverage = _coverage(characters, layout, learned // 2)
+        character_coverage = max(_coverage(characters, layout, learned // 2), MIN_COVERAGE)
+    if not MIN_COVERAGE <= character_coverage <= 1:
+        raise UserError(f"character coverage {character_coverage}: SentencePiece takes {MIN_COVERAGE} to 1")
     model = _fit(sentences, layout, vocab_size, character_coverage)
     return Trained(model, documents, num_bytes, character_coverage)
 

@@ -1,0 +1,143 @@
+"""TeleChat's template, token by token, in a vocabulary where a character is a token."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tele_jax.data.dialogue import check, render, render_prompt
+from tele_jax.errors import UserError
+
+U, B, E, S = 1, 2, 3, 4
+
+
+class Letters:
+    """`a` is 97, and so on: the expected tokens below can be read."""
+
+    user_id, bot_id, end_id, system_id = U, B, E, S
+
+    def encode(self, text):
+        return list(map(ord, text))
+
+
+LETTERS = Letters()
+
+
+def talk(*contents, system=None):
+    first = [{"role": "system", "content": system}] if system else []
+    return first + [
+        {"role": "user" if i % 2 == 0 else "assistant", "content": content} for i, content in enumerate(contents)
+    ]
+
+
+def spell(*parts):
+    return [token for part in parts for token in (map(ord, part) if isinstance(part, str) else [part])]
+
+
+def test_one_turn():
+    tokens, weights = render(talk("ab", "cd"), LETTERS)
+    assert tokens == spell(U, "ab", B, "cd", E)
+    assert weights == [0, 0, 0, 0, 1, 1, 1]
+
+
+def test_all_answers_of_all_turns_count_and_nothing_else():
+    tokens, weights = render(talk("a", "bc", "d", "e", system="sy"), LETTERS)
+    assert tokens == spell(S, "sy", U, "a", B, "bc", E, U, "d", B, "e", E)
+    assert weights == [0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1]
+
+
+def test_a_prompt_ends_where_the_answer_begins():
+    assert render_prompt(talk("a", "bc", "d", system="s"), LETTERS) == spell(S, "s", U, "a", B, "bc", E, U, "d", B)
+
+
+def test_bot_is_another_name_for_assistant():
+    assert render([talk("a")[0], {"role": "bot", "content": "b"}], LETTERS) == render(talk("a", "b"), LETTERS)
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "expected", "num_learned"),
+    [
+        (None, spell(S, "s", U, "ab", B, "c", E, U, "def", B, "gh", E), 5),
+        (16, spell(S, "s", U, "ab", B, "c", E, U, "def", B, "gh", E), 5),
+        (15, spell(S, "s", U, "def", B, "gh", E), 3),
+        (10, spell(S, "s", U, "def", B, "gh", E), 3),
+        (9, spell(S, "s", U, "ef", B, "gh", E), 3),
+        (8, spell(S, "s", U, "f", B, "gh", E), 3),
+        (7, spell(U, "ef", B, "gh", E), 3),  # no question left beside the system message: it goes
+        (5, spell(U, B, "gh", E), 3),
+        (4, spell(U, B, "gh"), 2),
+    ],
+)
+def test_a_long_dialogue_loses_old_turns_then_the_left_of_the_question(max_tokens, expected, num_learned):
+    tokens, weights = render(talk("ab", "c", "def", "gh", system="s"), LETTERS, max_tokens)
+    assert tokens == expected
+    assert sum(weights) == num_learned
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "expected"),
+    [
+        (11, spell(U, "ab", B, "c", E, U, "def", B)),
+        (10, spell(U, "def", B)),
+        (5, spell(U, "def", B)),
+        (4, spell(U, "ef", B)),
+    ],
+)
+def test_a_long_prompt_is_cut_the_same_way(max_tokens, expected):
+    assert render_prompt(talk("ab", "c", "def"), LETTERS, max_tokens) == expected
+
+
+CONTENT = st.text("xyz", min_size=1, max_size=12)
+DIALOGUE = st.tuples(st.none() | CONTENT, st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=4)).map(
+    lambda d: talk(*[part for turn in d[1] for part in turn], system=d[0])
+)
+
+
+@given(DIALOGUE, st.none() | st.integers(4, 60))
+def test_what_chat_prompts_with_is_what_training_showed(messages, max_tokens):
+    answer = LETTERS.encode(messages[-1]["content"])
+    if max_tokens is not None and max_tokens - len(answer) - 1 < 4:
+        return
+    tokens, _ = render(messages, LETTERS, max_tokens)
+    prompt = render_prompt(messages[:-1], LETTERS, None if max_tokens is None else max_tokens - len(answer) - 1)
+    assert [*prompt, *answer, E] == tokens
+
+
+@given(DIALOGUE, st.integers(4, 60))
+def test_a_limit_is_kept_and_something_is_always_learned(messages, max_tokens):
+    full, _ = render(messages, LETTERS)
+    tokens, weights = render(messages, LETTERS, max_tokens)
+    assert len(tokens) == len(weights) <= max_tokens
+    assert (tokens == full) == (len(full) <= max_tokens)
+    # A token counts if and only if the nearest marker at or before it, the token itself not counted, is <_bot>.
+    learned, inside = [], False
+    for token in tokens:
+        learned.append(int(inside and token not in (U, B)))
+        inside = token == B or (inside and token not in (U, E))
+    assert weights == learned and sum(weights) > 0
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hello", "messages is not a list"),
+        ([], "the last message has to be an answer"),
+        (talk("a"), "the last message has to be an answer"),
+        (talk(system="s"), "the last message has to be an answer"),
+        ([{"role": "user"}], r'messages\[0\] is not a table of the strings "role" and "content"'),
+        (talk("a", ""), r"messages\[1\]\.content is empty"),
+        ([{"role": "human", "content": "a"}], r"messages\[0\]\.role is 'human', not one of system, user, assistant"),
+        (talk("a", "b")[::-1], r"messages\[0\]\.role is 'assistant', but it is the turn of user"),
+        ([talk("a")[0]] * 2, r"messages\[1\]\.role is 'user', but it is the turn of assistant"),
+        ([*talk("a", "b"), *talk(system="s")], r"messages\[2\]: the system message has to come first"),
+    ],
+)
+def test_what_is_no_dialogue_is_refused(messages, message):
+    with pytest.raises(UserError, match=message):
+        check(messages)
+
+
+def test_a_prompt_has_to_end_in_a_question_and_fit():
+    with pytest.raises(UserError, match="the last message has to be a question"):
+        render_prompt(talk("a", "b"), LETTERS)
+    with pytest.raises(UserError, match="max_tokens=3: a dialogue needs at least 4"):
+        render_prompt(talk("a"), LETTERS, 3)

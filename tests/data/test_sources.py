@@ -1,0 +1,126 @@
+"""Checking and indexing text files: nothing is lost or invented, and everything bad is named."""
+
+import json
+import zlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tele_jax.data import sources
+from tele_jax.errors import UserError
+
+LINES = st.lists(st.text() | st.sampled_from(["\n", "\r\n", "中文字", "a b c\n" * 5]), min_size=1).map("".join)
+
+
+def write(path, data):
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return str(path)
+
+
+@given(text=LINES.filter(bool), span_bytes=st.integers(8, 64))
+@settings(max_examples=100)
+def test_spans_of_a_text_file_join_to_the_file(tmp_path_factory, text, span_bytes):
+    path = write(tmp_path_factory.mktemp("text") / "a.txt", text)
+    corpus = sources.index("x", "x", [path], "text", span_bytes=span_bytes)
+    spans = [corpus.text(i) for i in range(len(corpus))]
+    assert "".join(spans) == text
+    assert [len(span.encode()) for span in spans] == corpus.num_bytes.tolist()
+    assert corpus.num_bytes.max() <= span_bytes
+    assert corpus.last.tolist() == [False] * (len(spans) - 1) + [True]
+
+
+@given(texts=st.lists(LINES, min_size=1, max_size=4).filter(any), span_bytes=st.integers(8, 64))
+@settings(max_examples=100)
+def test_spans_of_json_lines_join_to_the_documents(tmp_path_factory, texts, span_bytes):
+    lines = "\n".join(json.dumps({"text": text, "more": 1}, ensure_ascii=len(text) % 2 == 0) for text in texts)
+    path = write(tmp_path_factory.mktemp("jsonl") / "a.jsonl", "\n" + lines + "\n\n")
+    corpus = sources.index("x", "x", [path], "jsonl", span_bytes=span_bytes)
+    documents, current = [], ""
+    for i in range(len(corpus)):
+        current += corpus.text(i)
+        if corpus.last[i]:
+            documents.append(current)
+            current = ""
+    assert documents == [text for text in texts if text]
+    assert corpus.num_bytes.sum() == sum(len(text.encode()) for text in texts)
+
+
+def test_a_long_document_is_cut_after_line_ends(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(200))
+    corpus = sources.index("x", "x", [write(tmp_path / "a.txt", text)], "text", span_bytes=100)
+    assert all(corpus.text(i).endswith("\n") for i in range(len(corpus)))
+    assert len(corpus) < 2 * len(text) / 100 + 1
+
+
+def test_patterns_find_every_file_once_in_order(tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    paths = [write(tmp_path / name, name) for name in ("b.txt", "a.txt", "deep/er/c.txt")]
+    found = sources.expand([f"{tmp_path}/**/*.txt", f"{tmp_path}/a.txt", f"{tmp_path}/**"], "here")
+    assert list(found) == sorted(paths)
+
+
+def test_the_checksum_is_of_all_bytes_in_order(tmp_path):
+    data = [json.dumps({"text": "x" * 100}) + "\n\n", json.dumps({"text": "y"})]
+    files = [write(tmp_path / f"{i}.jsonl", each) for i, each in enumerate(data)]
+    corpus = sources.index("x", "x", files, "jsonl", span_bytes=16)
+    assert corpus.checksum == f"{zlib.crc32(''.join(data).encode()):08x}"
+    text = "long text\n" * 50
+    corpus = sources.index("x", "x", [write(tmp_path / "a.txt", text)], "text", span_bytes=16)
+    assert corpus.checksum == f"{zlib.crc32(text.encode()):08x}"
+
+
+def test_dialogues_are_read_whole(tmp_path):
+    messages = [{"role": "user", "content": "q" * 100}, {"role": "assistant", "content": "a"}]
+    path = write(tmp_path / "d.jsonl", json.dumps({"messages": messages}) + "\n")
+    corpus = sources.index("x", "x", [path], "dialogues", span_bytes=8)
+    assert len(corpus) == 1 and corpus.messages(0) == messages and corpus.num_bytes.tolist() == [101]
+
+
+USER = {"role": "user", "content": "q"}
+
+
+@pytest.mark.parametrize(
+    ("format", "data", "message"),
+    [
+        ("text", b"", r"bad\.x: the file is empty"),
+        ("jsonl", b"", r"bad\.x: the file is empty"),
+        ("jsonl", b"\n \n", r"bad\.x: the file holds no document"),
+        ("jsonl", b'{"text": ""}\n', r"bad\.x: the file holds no document"),
+        ("text", b"fine " * 20 + b"\xe4\xb8", r"bad\.x: not UTF-8 at byte 100 \(0xe4\)"),
+        ("text", b"\x80", r"bad\.x: not UTF-8 at byte 0 \(0x80\)"),
+        ("text", b"\x80" * 100, r"bad\.x: not UTF-8 at byte 0 \(0x80\)"),
+        ("jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"bad\.x: not UTF-8 at line 2, byte 24 \(0xff\)"),
+        ("jsonl", b'{"text": "a"}\n{"text": \n', r"bad\.x: line 2 is not JSON"),
+        ("jsonl", b'["text"]\n', r'bad\.x: line 1 is not a table with the key "text"'),
+        ("jsonl", b'{"texts": "a"}\n', r'bad\.x: line 1 is not a table with the key "text"'),
+        ("jsonl", b'{"text": 7}\n', r'bad\.x: line 1: "text" is not a string'),
+        ("jsonl", b'{"text": "ab\\ud800"}\n', r"bad\.x: line 1: character 2 of the text is half a surrogate pair"),
+        ("dialogues", b'{"text": "a"}\n', r'bad\.x: line 1 is not a table with the key "messages"'),
+        (
+            "dialogues",
+            json.dumps({"messages": [USER]}).encode(),
+            r"bad\.x: line 1: the last message has to be an answer",
+        ),
+    ],
+)
+def test_a_bad_file_is_named_with_the_place(tmp_path, format, data, message):
+    write(tmp_path / "bad.x", data)
+    with pytest.raises(UserError, match=message):
+        sources.index("sources.code.files", "code", [f"{tmp_path}/*.x"], format, span_bytes=16)
+
+
+def test_a_missing_file_and_a_directory_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"sources\.code\.files: no file matches .*absent\*"):
+        sources.index("sources.code.files", "code", [f"{tmp_path}/absent*"], "text")
+    with pytest.raises(UserError, match=r"is a directory; give a pattern, e\.g\. .*/\*\.txt"):
+        sources.index("sources.code.files", "code", [str(tmp_path)], "text")
+
+
+@pytest.mark.parametrize("format", ["text", "jsonl"])
+def test_a_file_that_changed_after_the_check_is_named(tmp_path, format):
+    path = write(tmp_path / "a.x", '{"text": "中文中文中文"}')
+    corpus = sources.index("x", "x", [path], format)
+    write(tmp_path / "a.x", b"\xff" * 100)
+    with pytest.raises(UserError, match=r"a\.x: has changed"):
+        corpus.text(0)
