@@ -19,9 +19,7 @@ from tele_jax.sharding import param_shardings, replicated
 def plan_of(src: ModelConfig, dst: ModelConfig, stage: GrowStage, *, layers=None, scores=None) -> growth.Plan:
     """The plan that a growth stage asks for; raises UserError as growth.plan."""
     how = stage.layers if layers is None else layers
-    return growth.plan(
-        src, dst, policy=stage.policy, layers=how, seed=stage.seed, scores=scores, epsilon=stage.epsilon
-    )
+    return growth.plan(src, dst, policy=stage.policy, layers=how, seed=stage.seed, scores=scores, epsilon=stage.epsilon)
 
 
 def grow(

@@ -21,7 +21,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,23 +32,18 @@ from tqdm import tqdm
 from tele_jax import checkpoint
 from tele_jax.config import ModelConfig, to_dict
 from tele_jax.data import feed as feeds
-from tele_jax.errors import FailedError, UserError
-from tele_jax.eval.bpb import bits_per_byte
-from tele_jax.growth import MaskSchedule, Plan
-from tele_jax.model.decoder import init
-from tele_jax.model.spec import abstract_params, count_params, spec
+from tele_jax.errors import UserError
+from tele_jax.growth import Plan
+from tele_jax.model.spec import count_params, spec
 from tele_jax.run import GrowStage, RunConfig, TrainStage
 from tele_jax.sharding import batch_sharding, make_mesh, param_shardings
-from tele_jax.train import growing, metrics
-from tele_jax.train.optimizer import optimizer, restart_schedule
+from tele_jax.train import growing
 from tele_jax.train.schedule import schedule
-from tele_jax.train.step import flops_per_token, make_step, put_batch, state_shardings
+from tele_jax.train.stage import Stopped, Training
+
+__all__ = ["Stopped", "run"]
 
 VERIFY_ROWS, VERIFY_TOKENS = 4, 256  # of held-out text, to verify a growth on
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and has saved its state."""
 
 
 def run(config: RunConfig, workdir: Path) -> list[dict[str, Any]]:
@@ -75,159 +69,20 @@ def run(config: RunConfig, workdir: Path) -> list[dict[str, Any]]:
                 if isinstance(stage, GrowStage):
                     summary = _grow_stage(stage, directory, previous, mesh, _text_for(config, name), f"config.{name}")
                 else:
-                    summary = _train_stage(stage, directory, previous, plan, mesh, tokenizer, stop)
+                    training = Training(
+                        stage,
+                        directory,
+                        previous=previous,
+                        plan=plan,
+                        mesh=mesh,
+                        tokenizer=tokenizer["sha256"],
+                        say=_say,
+                    )
+                    summary = training.run(stop)
                 _write_json(directory / "summary.json", {"stage": name, "kind": stage.kind, **summary})
             previous = directory / "checkpoints"
             plan = _read_plan(directory) if isinstance(stage, GrowStage) else None
     return [json.loads((workdir / name / "summary.json").read_text()) for name in config.run]
-
-
-# ------------------------------------------------------------------------------------------------ a training stage
-
-
-def _train_stage(
-    stage: TrainStage,
-    directory: Path,
-    previous: Path | None,
-    plan: Plan | None,
-    mesh: jax.sharding.Mesh,
-    tokenizer: dict[str, Any],
-    stop: "list[int]",
-) -> dict[str, Any]:
-    # Model and optimizer. Their shapes come first, so that restoring writes straight into the shardings.
-    cfg = stage.model if previous is None else checkpoint.open_lazy(previous).cfg
-    tokens_per_step = stage.batch_size * stage.seq_len
-    tx = optimizer(cfg, stage.optimizer, schedule(stage.schedule, stage.steps, tokens_per_step))
-    shardings, opt_shardings = state_shardings(cfg, tx, mesh)
-    opt_state_like = jax.eval_shape(tx.init, abstract_params(cfg))
-    step_function = make_step(cfg, tx, mesh, batch_size=stage.batch_size, microbatches=stage.microbatches)
-    masks = (lambda step: None) if plan is None else MaskSchedule(plan, stage.mask_start, stage.mask_ramp)
-
-    # Data: an endless feed whose position is part of the checkpoint, and held-out rows per domain.
-    feed = feeds.LiveFeed(
-        stage.data, kind=stage.kind, seq_len=stage.seq_len, batch_size=stage.batch_size, seed=stage.seed
-    )
-    held_out = feeds.held_out(stage.data, kind=stage.kind, seq_len=stage.seq_len, batch_size=stage.batch_size)
-
-    # State: of this stage where there is some, else what the stage before left, else fresh.
-    manager = checkpoint.Manager(directory / "checkpoints", keep=stage.keep_checkpoints)
-    restore = {"cfg": cfg, "shardings": shardings, "opt_state_like": opt_state_like}
-    first_step = manager.latest_step() or 0
-    tokens_seen, history = 0, []
-    if manager.latest_step() is not None:
-        loaded = manager.load(**restore)
-        params, opt_state = loaded.params, jax.device_put(loaded.opt_state, opt_shardings)
-        feed.restore(loaded.data_state)
-        tokens_seen, history = loaded.provenance[-1]["tokens"], loaded.provenance[:-1]
-        _say(f"  goes on at step {first_step} of {stage.steps}")
-    elif previous is not None and _keeps_optimizer(stage, previous):
-        loaded = checkpoint.load(previous, **restore)
-        params, history = loaded.params, loaded.provenance
-        opt_state = jax.device_put(restart_schedule(loaded.opt_state), opt_shardings)
-    else:
-        if previous is not None:
-            loaded = checkpoint.load(previous, cfg=cfg, shardings=shardings, items=("params",))
-            params, history = loaded.params, loaded.provenance
-        else:
-            key = jax.random.key(stage.seed)
-            params = jax.jit(lambda key: init(cfg, key), out_shardings=shardings)(key)
-        opt_state = jax.jit(tx.init, out_shardings=opt_shardings)(params)
-
-    def provenance(step: int) -> list[dict[str, Any]]:
-        entry = {"stage": directory.name, "kind": stage.kind, "step": step, "tokens": tokens_seen}
-        mask = masks(step)
-        entry["mask"] = None if mask is None else float(min(vector.min() for vector in mask.values()))
-        entry["data"] = {"tokenizer": tokenizer["sha256"], "domains": sorted(stage.data.sources)}
-        return [*history, entry]
-
-    def save(step: int) -> None:
-        if not np.isfinite(loss):
-            raise FailedError(
-                f"{directory.name}: the loss is {loss} at step {step}; nothing was saved since, the last checkpoint is "
-                f"step {manager.latest_step() or 0}; lower the learning rate or look at the data"
-            )
-        manager.save(step, cfg, params, opt_state, provenance(step), feed.state())
-
-    def evaluate(step: int) -> None:
-        figures = bits_per_byte(cfg, params, held_out, mesh, masks(step))
-        writer.write(step, {f"eval/bits_per_byte/{domain}": value for domain, value in figures.items()})
-        _say("  " + f"step {step}: bits per byte " + ", ".join(f"{d} {v:.4f}" for d, v in figures.items()))
-
-    def evaluated(step: int) -> bool:
-        """Whether a start before this one came as far: a kill may fall between an evaluation and what follows it."""
-        lines = metrics.read(directory / "metrics" / "metrics.jsonl")
-        return any(line["step"] == step and any(k.startswith("eval/") for k in line) for line in lines)
-
-    # The loop. A step is dispatched and not waited for, except where a figure is read.
-    writer = metrics.Metrics(directory / "metrics", first_step)
-    flops = flops_per_token(cfg, stage.seq_len) * tokens_per_step
-    loss = 0.0
-    try:
-        if first_step == 0 and not evaluated(0):
-            evaluate(0)
-        with tqdm(total=stage.steps, initial=first_step, desc=directory.name, disable=not sys.stderr.isatty()) as bar:
-            since, since_step, weights = time.perf_counter(), first_step, []
-            for step in range(first_step, stage.steps):
-                batch = put_batch(next(feed), mesh, stage.batch_size)
-                params, opt_state, figures = step_function(params, opt_state, batch, masks(step))
-                weights.append(figures["weight"])
-                done = step + 1
-                bar.update()
-                last, stopped = done == stage.steps, bool(stop)
-                if done % stage.log_every == 0 or done % stage.checkpoint_every == 0 or last or stopped:
-                    loss = float(figures["loss"])
-                    tokens_seen += int(sum(float(w) for w in weights))
-                    seconds = (time.perf_counter() - since) / (done - since_step)
-                    line = {
-                        "loss": loss,
-                        "grad_norm": float(figures["grad_norm"]),
-                        "learning_rate": stage.optimizer.learning_rate
-                        * float(schedule(stage.schedule, stage.steps, tokens_per_step)(step)),
-                        "tokens": tokens_seen,
-                        "tokens_per_second": tokens_per_step / seconds,
-                        "mfu": metrics.utilisation(flops / seconds),
-                    }
-                    writer.write(done, line)
-                    bar.set_postfix(loss=f"{loss:.3f}")
-                    if bar.disable:
-                        _say(f"  step {done}/{stage.steps}: loss {loss:.4f}, {line['tokens_per_second']:,.0f} tokens/s")
-                    weights, since_step, since = [], done, time.perf_counter()
-                if stage.eval_every and done % stage.eval_every == 0 and not last:
-                    evaluate(done)
-                if done % stage.checkpoint_every == 0 or last or stopped:
-                    save(done)
-                    # Neither saving nor evaluating counts as training time.
-                    since, since_step = time.perf_counter(), done
-                if stopped and not last:
-                    raise Stopped(
-                        f"stopped at step {done} of {stage.steps} in stage {directory.name}; start again to go on"
-                    )
-        if not evaluated(stage.steps):
-            evaluate(stage.steps)
-    finally:
-        manager.close()
-        writer.close()
-    return _train_summary(cfg, stage, directory, tokens_seen)
-
-
-def _train_summary(cfg: ModelConfig, stage: TrainStage, directory: Path, tokens: int) -> dict[str, Any]:
-    lines = metrics.read(directory / "metrics" / "metrics.jsonl")
-    prefix = "eval/bits_per_byte/"
-    evaluations = [{k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)} for line in lines]
-    evaluations = [line for line in evaluations if line] or [{}]
-    return {
-        "parameters": count_params(cfg),
-        "steps": stage.steps,
-        "tokens": tokens,
-        "flops": flops_per_token(cfg, stage.seq_len) * stage.steps * stage.batch_size * stage.seq_len,
-        "bits_per_byte_before": evaluations[0],
-        "bits_per_byte_after": evaluations[-1],
-    }
-
-
-def _keeps_optimizer(stage: TrainStage, previous: Path) -> bool:
-    """Whether the moments of the stage before go on: fine-tuning starts with its own, on other data and goals."""
-    return not (stage.reset_optimizer or stage.kind == "sft") and checkpoint.open_lazy(previous).opt_state is not None
 
 
 # -------------------------------------------------------------------------------------------------- a growth stage

@@ -1,0 +1,213 @@
+"""One training stage: a model, a feed and an optimizer, from where the last start came to, to the last step."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from tele_jax import checkpoint
+from tele_jax.config import ModelConfig
+from tele_jax.data import feed as feeds
+from tele_jax.errors import FailedError
+from tele_jax.eval.bpb import bits_per_byte
+from tele_jax.growth import MaskSchedule, Plan
+from tele_jax.model.decoder import init
+from tele_jax.model.spec import abstract_params, count_params
+from tele_jax.run import TrainStage
+from tele_jax.train import metrics
+from tele_jax.train.optimizer import optimizer, restart_schedule
+from tele_jax.train.schedule import schedule
+from tele_jax.train.step import flops_per_token, make_step, put_batch, state_shardings
+
+EVALUATION = "eval/bits_per_byte/"
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved its state."""
+
+
+class Training:
+    """A training stage at work: the state that the step changes, and what is done with it on the way."""
+
+    def __init__(
+        self,
+        stage: TrainStage,
+        directory: Path,
+        *,
+        previous: Path | None,
+        plan: Plan | None,
+        mesh: Mesh,
+        tokenizer: str,
+        say: Callable[[str], None],
+    ):
+        """Compiles nothing yet, but restores or initialises everything.
+
+        Args:
+          directory: of the stage in the work directory.
+          previous: checkpoints of the stage before; None for the first.
+          plan: of the growth that came right before, whose masks rise in this stage.
+          tokenizer: SHA-256 of the tokenizer, for the provenance.
+          say: prints a line.
+        """
+        self.stage, self.directory, self.mesh, self.say = stage, directory, mesh, say
+        self.cfg: ModelConfig = stage.model if previous is None else checkpoint.open_lazy(previous).cfg
+        self.tokens_per_step = stage.batch_size * stage.seq_len
+        self.factor = schedule(stage.schedule, stage.steps, self.tokens_per_step)
+        self.tx = optimizer(self.cfg, stage.optimizer, self.factor)
+        self.masks = (lambda step: None) if plan is None else MaskSchedule(plan, stage.mask_start, stage.mask_ramp)
+        self.data = {"tokenizer": tokenizer, "domains": sorted(stage.data.sources)}
+        rows = {"kind": stage.kind, "seq_len": stage.seq_len, "batch_size": stage.batch_size}
+        self.feed = feeds.LiveFeed(stage.data, **rows, seed=stage.seed)
+        self.held_out = feeds.held_out(stage.data, **rows)
+        self.checkpoints = checkpoint.Manager(directory / "checkpoints", keep=stage.keep_checkpoints)
+        self.tokens, self.loss = 0, 0.0
+        self._restore(previous)
+        self.writer = metrics.Metrics(directory / "metrics", self.first_step)
+
+    def _restore(self, previous: Path | None) -> None:
+        """This stage's own state where there is some, else what the stage before left, else fresh parameters."""
+        params, opt_state = state_shardings(self.cfg, self.tx, self.mesh)
+        like = jax.eval_shape(self.tx.init, abstract_params(self.cfg))
+        fits = {"cfg": self.cfg, "shardings": params, "opt_state_like": like}
+        latest = self.checkpoints.latest_step()
+        self.first_step, self.history = latest or 0, []
+        if latest is not None:
+            loaded = self.checkpoints.load(**fits)
+            self.params, self.opt_state = loaded.params, jax.device_put(loaded.opt_state, opt_state)
+            self.feed.restore(loaded.data_state)
+            self.tokens, self.history = loaded.provenance[-1]["tokens"], loaded.provenance[:-1]
+            self.say(f"  goes on at step {latest} of {self.stage.steps}")
+            return
+        if previous is not None and self._keeps_optimizer(previous):
+            loaded = checkpoint.load(previous, **fits)
+            self.params, self.history = loaded.params, loaded.provenance
+            self.opt_state = jax.device_put(restart_schedule(loaded.opt_state), opt_state)
+            return
+        if previous is not None:
+            loaded = checkpoint.load(previous, cfg=self.cfg, shardings=params, items=("params",))
+            self.params, self.history = loaded.params, loaded.provenance
+        else:
+            fresh = jax.jit(lambda key: init(self.cfg, key), out_shardings=params)
+            self.params = fresh(jax.random.key(self.stage.seed))
+        self.opt_state = jax.jit(self.tx.init, out_shardings=opt_state)(self.params)
+
+    def _keeps_optimizer(self, previous: Path) -> bool:
+        """Whether the moments of the stage before go on: fine-tuning starts with its own, on other data and goals."""
+        fresh = self.stage.reset_optimizer or self.stage.kind == "sft"
+        return not fresh and checkpoint.open_lazy(previous).opt_state is not None
+
+    def run(self, stop: list[int]) -> dict[str, Any]:
+        """Trains to the last step and returns the stage's summary.
+
+        Raises:
+          Stopped: a signal is in `stop`; the state is saved.
+          FailedError: the loss is not finite.
+        """
+        try:
+            if self.first_step == 0 and not self._evaluated(0):
+                self._evaluate(0)
+            self._train(stop)
+            if not self._evaluated(self.stage.steps):
+                self._evaluate(self.stage.steps)
+        finally:
+            self.checkpoints.close()
+            self.writer.close()
+        return self._summary()
+
+    def _train(self, stop: list[int]) -> None:
+        stage = self.stage
+        step_function = make_step(
+            self.cfg, self.tx, self.mesh, batch_size=stage.batch_size, microbatches=stage.microbatches
+        )
+        bar = tqdm(
+            total=stage.steps, initial=self.first_step, desc=self.directory.name, disable=not sys.stderr.isatty()
+        )
+        since, since_step, weights = time.perf_counter(), self.first_step, []
+        for step in range(self.first_step, stage.steps):
+            # A step is dispatched and not waited for, except where a figure is read.
+            batch = put_batch(next(self.feed), self.mesh, stage.batch_size)
+            self.params, self.opt_state, figures = step_function(self.params, self.opt_state, batch, self.masks(step))
+            weights.append(figures["weight"])
+            done = step + 1
+            bar.update()
+            stopped, last = bool(stop), done == stage.steps
+            saves = done % stage.checkpoint_every == 0 or last or stopped
+            if done % stage.log_every == 0 or saves:
+                self.tokens += int(sum(float(weight) for weight in weights))
+                self._log(done, figures, (time.perf_counter() - since) / (done - since_step), bar)
+                weights, since_step, since = [], done, time.perf_counter()
+            if stage.eval_every and done % stage.eval_every == 0 and not last:
+                self._evaluate(done)
+            if saves:
+                self._save(done)
+                since, since_step = time.perf_counter(), done  # saving and evaluating are not training time
+            if stopped and not last:
+                where = f"step {done} of {stage.steps} in stage {self.directory.name}"
+                raise Stopped(f"stopped at {where}; start again to go on")
+        bar.close()
+
+    def _log(self, step: int, figures: dict[str, jax.Array], seconds: float, bar: tqdm) -> None:
+        """One line of figures; `seconds` per step."""
+        self.loss = float(figures["loss"])
+        flops = flops_per_token(self.cfg, self.stage.seq_len) * self.tokens_per_step
+        line = {
+            "loss": self.loss,
+            "grad_norm": float(figures["grad_norm"]),
+            "learning_rate": self.stage.optimizer.learning_rate * float(self.factor(step - 1)),
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens_per_step / seconds,
+            "mfu": metrics.utilisation(flops / seconds),
+        }
+        self.writer.write(step, line)
+        bar.set_postfix(loss=f"{self.loss:.3f}")
+        if bar.disable:
+            speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+            self.say(f"  step {step}/{self.stage.steps}: loss {self.loss:.4f}, {speed}")
+
+    def _save(self, step: int) -> None:
+        if not np.isfinite(self.loss):
+            raise FailedError(
+                f"{self.directory.name}: the loss is {self.loss} at step {step}; the last checkpoint is that of step "
+                f"{self.checkpoints.latest_step() or 0}; lower the learning rate or look at the data"
+            )
+        mask = self.masks(step)
+        entry = {"stage": self.directory.name, "kind": self.stage.kind, "step": step, "tokens": self.tokens}
+        entry["mask"] = None if mask is None else float(min(vector.min() for vector in mask.values()))
+        entry["data"] = self.data
+        self.checkpoints.save(step, self.cfg, self.params, self.opt_state, [*self.history, entry], self.feed.state())
+
+    def _evaluate(self, step: int) -> None:
+        figures = bits_per_byte(self.cfg, self.params, self.held_out, self.mesh, self.masks(step))
+        self.writer.write(step, {EVALUATION + domain: value for domain, value in figures.items()})
+        if figures:
+            self.say(f"  step {step}: bits per byte " + ", ".join(f"{d} {v:.4f}" for d, v in figures.items()))
+
+    def _evaluations(self) -> dict[int, dict[str, float]]:
+        """Bits per byte by domain, by step."""
+        found = {}
+        for line in metrics.read(self.directory / "metrics" / "metrics.jsonl"):
+            figures = {k.removeprefix(EVALUATION): v for k, v in line.items() if k.startswith(EVALUATION)}
+            if figures:
+                found[line["step"]] = figures
+        return found
+
+    def _evaluated(self, step: int) -> bool:
+        """Whether an earlier start came as far: a kill may fall between an evaluation and what follows it."""
+        return step in self._evaluations()
+
+    def _summary(self) -> dict[str, Any]:
+        evaluations = self._evaluations()
+        return {
+            "parameters": count_params(self.cfg),
+            "steps": self.stage.steps,
+            "tokens": self.tokens,
+            "flops": flops_per_token(self.cfg, self.stage.seq_len) * self.stage.steps * self.tokens_per_step,
+            "bits_per_byte_before": evaluations.get(0, {}),
+            "bits_per_byte_after": evaluations.get(self.stage.steps, {}),
+        }
