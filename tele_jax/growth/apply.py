@@ -1,6 +1,7 @@
 """Growth of arrays in memory: parameters, optimizer state, and the way back."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -49,6 +50,11 @@ def apply_opt(plan: Plan, opt_state: Any) -> Any:
     second moments (named `nu`), v' = v/a^2; new entries are zero. Where the state keeps `born` beside `count` (see
     train.optimizer), new units are marked as born now. Everything else is passed on as it is.
     """
+    return grow_state(plan, opt_state, functools.partial(_grow, plan))
+
+
+def grow_state(plan: Plan, opt_state: Any, grow: Callable[[str, LeafPlan, Any, int], Any]) -> Any:
+    """As `apply_opt`, with grow(name, plan of the moment, moment, power of the factors) in the place of the kernel."""
     spec = unflatten(plan.src_spec)
 
     def grow_moments(path: tuple[str, ...], tree: Any) -> Any:
@@ -56,7 +62,7 @@ def apply_opt(plan: Plan, opt_state: Any) -> Any:
         moments = flatten(tree)
         return unflatten(
             {
-                name: _grow(plan, name, plan.leaves[name].moment(plan.dst_spec[name].axes), moments[name], power)
+                name: grow(name, plan.leaves[name].moment(plan.dst_spec[name].axes), moments[name], power)
                 for name in moments
             }
         )
