@@ -5,6 +5,7 @@ big = growth.apply(plan, params)               the grown parameters
 opt = growth.apply_opt(plan, opt_state)        moments that belong to them
 rep = growth.verify(plan, params, big, tokens) proof: same logits, everything new can learn
 small = growth.shrink(plan, big)               the left inverse
+growth.stream(plan, src, dst)                  the same from checkpoint to checkpoint, in bounded memory
 """
 
 from tele_jax.growth.apply import apply, apply_opt, shrink
@@ -12,6 +13,7 @@ from tele_jax.growth.axis_map import AxisMap
 from tele_jax.growth.masks import MaskSchedule
 from tele_jax.growth.plan import LeafPlan, Plan
 from tele_jax.growth.policies import plan
+from tele_jax.growth.stream import Streamed, stream
 from tele_jax.growth.verify import Report, verify
 
 __all__ = [
@@ -20,9 +22,11 @@ __all__ = [
     "MaskSchedule",
     "Plan",
     "Report",
+    "Streamed",
     "apply",
     "apply_opt",
     "plan",
     "shrink",
+    "stream",
     "verify",
 ]

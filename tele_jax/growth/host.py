@@ -1,0 +1,239 @@
+"""The tile kernel in host memory: the same bits as `kernel.tile`, at the speed of copying.
+
+What is moved, zero or constant is written by numpy, straight from a chunk of the source into a chunk of the
+destination. Products and fresh values are computed by XLA, which flushes subnormal numbers where numpy does not, in
+blocks of one size, so that each of the two programs is compiled once per dtype and not once per tile.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from tele_jax.growth.axis_map import NEW, AxisMap
+from tele_jax.growth.kernel import SUM_STD, bell
+from tele_jax.growth.plan import LeafPlan
+
+BLOCK = 2**17  # entries that XLA computes at once: small enough for the cache, large enough to be worth the call
+SCRATCH_BYTES = 8 * 2**20  # at most, besides the tile itself and a chunk of the source
+_MAX_RUNS = 1024  # above, entries are gathered one by one
+
+Chunk = Callable[[tuple[int, ...]], contextlib.AbstractContextManager[np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """A stored leaf: the shape of its chunks, and chunk(index) -> the chunk, for as long as the context is open."""
+
+    chunks: tuple[int, ...]
+    chunk: Chunk
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Along:
+    """What one dimension of a tile says. live: bool[n], inside the leaf and not zeroed; kept: positions that come from
+    the source; origin: their source indices; factors: float64[n] of the leaf, or None.
+    """
+
+    live: np.ndarray
+    kept: np.ndarray
+    origin: np.ndarray
+    factors: np.ndarray | None
+
+    @classmethod
+    def of(cls, leaf: LeafPlan, axis_map: AxisMap, start: int, size: int) -> "_Along":
+        inside = slice(start, min(start + size, axis_map.dst_size))
+        live = np.zeros(size, bool)
+        index = axis_map.index[inside]
+        live[: len(index)] = ~axis_map.fresh[inside] if axis_map.axis in leaf.zero else True
+        kept = np.flatnonzero(live[: len(index)] & (index != NEW))
+        factors = leaf.factors(axis_map)
+        return cls(live, kept, index[kept], None if factors is None else factors[inside])
+
+
+def fill_tile(
+    out: np.ndarray,
+    leaf: LeafPlan,
+    maps: Sequence[AxisMap],
+    start: Sequence[int],
+    source: Source,
+    key: tuple[int, int],
+    power: int = 1,
+) -> None:
+    """Fills a rectangle of a grown leaf, whatever it held; beyond the edge of the leaf with zeros.
+
+    Args:
+      out: contiguous, of the dtype of the leaf.
+      start: the first destination index of the rectangle along every dimension.
+      maps, key, power: as for `kernel.tile`.
+
+    Raises:
+      ValueError: a leaf with fresh values has more than 2^32 rows or columns.
+    """
+    along = [_Along.of(leaf, m, s, size) for m, s, size in zip(maps, start, out.shape, strict=True)]
+    is_kept = [_mask(a.kept, len(a.live)) for a in along]
+    # In two dimensions from here on: all leading ones are rows.
+    matrix = out.reshape(-1, out.shape[-1] if out.ndim else 1)
+    rows_live, columns_live = _rows_and_columns([a.live for a in along])
+    rows_kept, columns_kept = _rows_and_columns(is_kept)
+    if not (rows_live.any() and columns_live.any()):
+        out.fill(0)
+        return
+    matrix[_at(~rows_live, np.ones_like(columns_live))] = 0
+    matrix[_at(rows_live, ~columns_live)] = 0
+    if rows_kept.any() and columns_kept.any():
+        _move(out, along, source)
+        if not leaf.moves_exactly:
+            _scale(matrix, rows_kept, columns_kept, *_factors(leaf, along, is_kept, out.dtype, power))
+        regions = [(rows_kept, columns_live & ~columns_kept), (rows_live & ~rows_kept, columns_live)]
+    else:
+        regions = [(rows_live, columns_live)]
+    for rows, columns in regions:
+        if leaf.fill == "constant":
+            matrix[_at(rows, columns)] = leaf.value
+        elif rows.any() and columns.any():
+            _fill_normal(matrix, rows, columns, leaf.value, maps, start, out.shape, key)
+
+
+def _mask(positions: np.ndarray, size: int) -> np.ndarray:
+    mask = np.zeros(size, bool)
+    mask[positions] = True
+    return mask
+
+
+def _rows_and_columns(masks: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The masks of the leading dimensions as one over rows, and that of the last."""
+    *leading, columns = masks if masks else [np.ones(1, bool)]
+    return functools.reduce(np.logical_and.outer, leading, np.ones(1, bool)).ravel(), columns
+
+
+def _select(positions: np.ndarray) -> slice | np.ndarray:
+    """Positions in ascending order, as a slice where they have no gap."""
+    if len(positions) and positions[-1] - positions[0] + 1 != len(positions):
+        return positions
+    return slice(positions[0], positions[-1] + 1) if len(positions) else slice(0, 0)
+
+
+def _at(rows: np.ndarray, columns: np.ndarray) -> tuple[Any, Any]:
+    """The index of a rectangle that two masks, or two lists of positions, cut out of a matrix."""
+    rows, columns = (_select(np.flatnonzero(x) if x.dtype == bool else x) for x in (rows, columns))
+    if isinstance(rows, slice) or isinstance(columns, slice):
+        return rows, columns
+    return np.ix_(rows, columns)
+
+
+def _move(out: np.ndarray, along: Sequence[_Along], source: Source) -> None:
+    """Copies from every chunk of the source what the tile takes from it."""
+    parts = []
+    for a, size in zip(along, source.chunks, strict=True):
+        chunk, within = np.divmod(a.origin, size)
+        parts.append([(int(c), a.kept[chunk == c], within[chunk == c]) for c in np.unique(chunk)])
+    for combination in itertools.product(*parts):
+        with source.chunk(tuple(c for c, _, _ in combination)) as values:
+            _copy(out, values, [(to, origin) for _, to, origin in combination])
+
+
+def _copy(out: np.ndarray, values: np.ndarray, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    runs = [list(_runs(to, origin)) for to, origin in pairs]
+    if math.prod(map(len, runs)) <= _MAX_RUNS:
+        for combination in itertools.product(*runs):
+            out[tuple(to for to, _ in combination)] = values[tuple(origin for _, origin in combination)]
+    elif math.prod(len(to) for to, _ in pairs) <= BLOCK:
+        out[np.ix_(*(to for to, _ in pairs))] = values[np.ix_(*(origin for _, origin in pairs))]
+    else:  # in halves: what is gathered is held twice
+        longest = max(range(len(pairs)), key=lambda d: len(pairs[d][0]))
+        middle = len(pairs[longest][0]) // 2
+        for half in (slice(None, middle), slice(middle, None)):
+            _copy(out, values, [(t[half], o[half]) if d == longest else (t, o) for d, (t, o) in enumerate(pairs)])
+
+
+def _runs(to: np.ndarray, origin: np.ndarray) -> Iterator[tuple[slice, slice]]:
+    """Where both go up by one, as slices."""
+    breaks = np.flatnonzero((np.diff(to) != 1) | (np.diff(origin) != 1)) + 1
+    for first, end in itertools.pairwise([0, *breaks.tolist(), len(to)]):
+        size = end - first
+        yield slice(to[first], to[first] + size), slice(origin[first], origin[first] + size)
+
+
+def _factors(leaf: LeafPlan, along, is_kept, dtype, power: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Factors of the kept rows and columns, multiplied in the order in which kernel.tile does it."""
+    precise = np.promote_types(dtype, np.float32)
+    rows = np.asarray(float(leaf.coefficient) ** power, precise).reshape((1,) * max(0, len(along) - 1))
+    for dimension, a in enumerate(along[:-1]):
+        if a.factors is not None:
+            shape = [-1 if d == dimension else 1 for d in range(rows.ndim)]
+            rows = rows * (a.factors[a.kept] ** power).astype(precise).reshape(shape)
+    rows = np.broadcast_to(rows, [mask.sum() for mask in is_kept[:-1]]).ravel()
+    last = along[-1] if along else None
+    if last is None or last.factors is None:
+        return rows, None
+    return rows, (last.factors[last.kept] ** power).astype(precise)
+
+
+def _blocks(rows: np.ndarray, columns: np.ndarray) -> Iterator[tuple[slice, slice]]:
+    """Cuts positions of rows and columns so that at most BLOCK entries are in each part."""
+    width = min(len(columns), BLOCK)
+    height = BLOCK // width
+    for row in range(0, len(rows), height):
+        for column in range(0, len(columns), width):
+            yield slice(row, min(row + height, len(rows))), slice(column, min(column + width, len(columns)))
+
+
+def _scale(matrix: np.ndarray, rows, columns, of_rows: np.ndarray, of_columns: np.ndarray | None) -> None:
+    rows, columns = np.flatnonzero(rows), np.flatnonzero(columns)
+    values, factors = np.zeros(BLOCK, matrix.dtype), np.zeros(BLOCK, of_rows.dtype)
+    for r, c in _blocks(rows, columns):
+        shape = (r.stop - r.start, c.stop - c.start)
+        size = math.prod(shape)
+        place = _at(rows[r], columns[c])
+        values[:size].reshape(shape)[...] = matrix[place]
+        factor = factors[:size].reshape(shape)
+        factor[...] = of_rows[r, None]
+        if of_columns is not None:
+            factor *= of_columns[c]
+        with _on_host():
+            matrix[place] = np.asarray(_product(values, factors))[:size].reshape(shape)
+
+
+def _fill_normal(matrix: np.ndarray, rows, columns, std: float, maps, start, shape, key) -> None:
+    sizes = [m.dst_size for m in maps]
+    if math.prod(sizes[:-1]) > 2**32 or sizes[-1] > 2**32:
+        raise ValueError(f"a leaf of shape {tuple(sizes)} has more than 2^32 rows or columns")
+    numbers = np.zeros(1, np.uint32)
+    for size, first, length in zip(sizes[:-1], start[:-1], shape[:-1], strict=True):
+        numbers = np.add.outer(numbers * np.uint32(size), np.arange(first, first + length, dtype=np.uint32)).ravel()
+    rows, columns = np.flatnonzero(rows), np.flatnonzero(columns)
+    of_rows, of_columns = numbers[rows], (columns + start[-1]).astype(np.uint32)
+    counters = np.zeros((2, BLOCK), np.uint32)
+    words, scale = np.array(key, np.uint32), np.float32(std / SUM_STD)
+    for r, c in _blocks(rows, columns):
+        shape = (r.stop - r.start, c.stop - c.start)
+        size = math.prod(shape)
+        counters[0, :size].reshape(shape)[...] = of_rows[r, None]
+        counters[1, :size].reshape(shape)[...] = of_columns[c]
+        with _on_host():
+            drawn = np.asarray(_normal(*words, *counters, scale, dtype=matrix.dtype))
+        matrix[_at(rows[r], columns[c])] = drawn[:size].reshape(shape)
+
+
+@contextlib.contextmanager
+def _on_host() -> Iterator[None]:
+    """On the CPU whatever else there is, and with float64 where the leaf has it."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]), jax.enable_x64(True):
+        yield
+
+
+@jax.jit
+def _product(values: jax.Array, factors: jax.Array) -> jax.Array:
+    return (values.astype(factors.dtype) * factors).astype(values.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _normal(key0, key1, rows: jax.Array, columns: jax.Array, scale, *, dtype) -> jax.Array:
+    return bell(key0, key1, rows, columns, scale).astype(dtype)

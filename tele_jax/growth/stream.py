@@ -1,0 +1,333 @@
+"""Growth from checkpoint to checkpoint: bounded memory, several threads, several processes, resumable.
+
+    stream(plan, "runs/a/checkpoints/500", "runs/b")                            parameters
+    stream(plan, src, dst, opt=True, memory_gb=4, workers=8)                    and optimizer state
+    stream(plan, src, dst, shard=(i, n))                                        in each of n processes
+
+The destination is what checkpoint.save would have written of growth.apply and growth.apply_opt, to the bit. It is made
+chunk by chunk: a chunk of the destination and the chunks of the source that it needs are all that is in memory.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tele_jax.axes import ParamSpec, flatten
+from tele_jax.checkpoint import chunks, layout, tiles
+from tele_jax.config import to_dict
+from tele_jax.errors import DamageError, UserError
+from tele_jax.growth import axis_map, host
+from tele_jax.growth.apply import grow_state
+from tele_jax.growth.axis_map import NEW, AxisMap
+from tele_jax.growth.kernel import leaf_key
+from tele_jax.growth.plan import LeafPlan, Plan
+
+if TYPE_CHECKING:  # they bring Orbax and TensorStore, which are imported by the call
+    from tele_jax.checkpoint import Lazy, LazyArray
+
+_TILES_PER_CHUNK_LIMIT = 8  # small chunks are finished together, an eighth of the largest chunk at a time
+_OVERHEAD_BYTES = 96 * 2**20  # XLA, its two programs, and the names of files, beside what is counted
+_SLOTS_PER_WORKER = 4  # chunks of the source that stay in memory for the next tiles
+_FLUSHING = 16  # files at once: the file system commits the names of many in one go
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """What a call of `stream` did. complete: the destination is there; else other shards have still to finish.
+
+    tiles: of this shard, resumed_tiles of them finished by an earlier call. bytes_written: of chunks, by this call.
+    bytes_read: of chunks of the source, some of them more than once.
+    """
+
+    complete: bool
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+    tiles: int
+    resumed_tiles: int
+    workers: int
+
+
+def stream(
+    plan: Plan,
+    src: Any,
+    dst: Any,
+    *,
+    opt: bool = False,
+    memory_gb: float = 1.0,
+    workers: int | None = None,
+    resume: bool = True,
+    shard: tuple[int, int] = (0, 1),
+    step: int | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    chunk_bytes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Streamed:
+    """Grows the checkpoint `src` into the checkpoint `dst`, which appears when it is complete.
+
+    A call that was killed, or failed, is repeated with the same arguments (memory_gb, workers and progress may differ):
+    it goes on from DST.partial/journal, and gives the same bits.
+
+    Args:
+      src: a checkpoint, as checkpoint.open_lazy takes it.
+      dst: the step directory to write; must not exist.
+      opt: grow the optimizer state as well, as growth.apply_opt does.
+      memory_gb: 10^9 bytes that may be used above what the process has already.
+      workers: threads, by default one a core; fewer where the memory does not suffice.
+      resume: go on with what an earlier call began; False removes that first.
+      shard: (i, n), the i-th part of the work, for n processes; the last to finish makes `dst` complete.
+      step: of the new checkpoint; that of src by default.
+      provenance: further fields of the entry that says how this checkpoint was made.
+      chunk_bytes: the largest chunk of the destination, layout.CHUNK_BYTES by default.
+      progress: progress(done bytes, all bytes of this shard), called in this thread after every tile.
+
+    Raises:
+      UserError: `dst` exists; src is not of plan.src_cfg (names the leaves that differ), or has no optimizer state; too
+        little memory for the largest chunk, or too little disk; what was begun belongs to another plan or source.
+      DamageError: a chunk of src is damaged (names leaf and file), or files could not be written.
+    """
+    began = time.monotonic()
+    if not 0 <= shard[0] < shard[1]:
+        raise UserError(f"shard={shard}: must be (i, n) with 0 <= i < n")
+    chunk_bytes = layout.CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+    lazy = _open(plan, src, opt)
+    jobs = _jobs(plan, lazy, opt, chunk_bytes)
+    by_name = {(job.item, job.name): job for job in jobs}
+    meta = _meta(plan, lazy, jobs, tiles.local_path(dst).name, step, provenance)
+    workers, slots = _divide_memory(jobs, memory_gb, workers)
+    tile_bytes = chunk_bytes // _TILES_PER_CHUNK_LIMIT
+    cut = [tile for job in jobs for tile in tiles.cut(job.item, job.name, job.leaf, tile_bytes, job.order)]
+    header = {
+        "plan": plan.digest,
+        "source": chunks.fingerprint(job.source for job in jobs if job.source is not None),
+        "opt": opt,
+        "step": meta.step,
+        "provenance": list(meta.provenance),
+        "chunk_bytes": chunk_bytes,
+        "number of tiles": len(cut),
+    }
+    with tiles.Unfinished(dst, header, meta, cut, shard=shard, resume=resume) as unfinished:
+        mine = _part(cut, shard)
+        resumed = [number for number in mine if number in unfinished.done]
+        left = [number for number in mine if number not in unfinished.done]
+        largest = max((job.source.leaf.chunk_bytes for job in jobs if job.source is not None), default=0)
+        cache = chunks.ChunkCache(slots, largest)
+        work = functools.partial(_write_tile, by_name, cut, cache, unfinished.path, threading.local())
+        total = sum(cut[number].nbytes for number in mine)
+        done = sum(cut[number].nbytes for number in resumed)
+        report = progress or (lambda done, total: None)
+        report(done, total)
+        try:
+            with contextlib.closing(_run(work, left, cut, unfinished.path, workers)) as finished:
+                for number in finished:
+                    unfinished.finish(number)
+                    done += cut[number].nbytes
+                    report(done, total)
+            complete = unfinished.commit()
+        except OSError as error:
+            message = f"{unfinished.dst}: could not be written ({error}); what is finished is kept for the same call"
+            raise DamageError(message) from error
+    return Streamed(
+        complete=complete,
+        seconds=time.monotonic() - began,
+        bytes_read=cache.bytes_read,
+        bytes_written=sum(cut[number].nbytes for number in left),
+        tiles=len(mine),
+        resumed_tiles=len(resumed),
+        workers=workers,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Job:
+    """One leaf of the destination. values: all of it, where it is small and computed already; then source is None."""
+
+    item: str
+    name: str
+    leaf: layout.Leaf
+    plan: LeafPlan
+    maps: list[AxisMap]
+    source: "LazyArray | None"
+    key: tuple[int, int] = (0, 0)
+    power: int = 1
+    values: np.ndarray | None = None
+
+    def order(self, chunk: tuple[int, ...]) -> Any:
+        """Sorts chunks so that those that need the same chunk of the source follow each other.
+
+        Copies of a layer are made together: along stacked axes, by the source index; new layers come last.
+        """
+        stacked = len(self.leaf.spec.stack)
+        origins = [m.index[c * size] for m, c, size in zip(self.maps, chunk, self.leaf.chunks, strict=False)][:stacked]
+        return [(o == NEW, o) for o in origins], chunk[stacked:], chunk[:stacked]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Moment:
+    """A leaf that apply_opt would grow, found in the optimizer state."""
+
+    name: str
+    plan: LeafPlan
+    source: "LazyArray"
+    power: int
+
+
+def _open(plan: Plan, src: Any, opt: bool) -> "Lazy":
+    from tele_jax.checkpoint import open_lazy, read
+
+    tiles.local_path(src)
+    lazy = open_lazy(src)
+    stored, planned = to_dict(lazy.cfg), to_dict(plan.src_cfg)
+    lines = [
+        f"config.{name}: stored {stored[name]!r}, in the plan {planned[name]!r}"
+        for name in stored
+        if stored[name] != planned[name] and name not in read.EXECUTION_FIELDS
+    ]
+    lines += read.differences({name: array.leaf.spec for name, array in lazy.items["params"].items()}, plan.src_spec)
+    if lines:
+        raise UserError(f"{lazy.path}: not a checkpoint of the model that the plan grows: " + ";\n  ".join(lines))
+    if opt and lazy.opt_state is None:
+        raise UserError(f"{lazy.path}: holds no optimizer state to grow")
+    return lazy
+
+
+def _jobs(plan: Plan, lazy: "Lazy", opt: bool, chunk_bytes: int) -> list[_Job]:
+    """Every leaf of the destination, in the order of growing: parameters, then optimizer state."""
+    jobs = []
+    for name, array in lazy.items["params"].items():
+        leaf = _stored(plan.dst_spec[name], array, chunk_bytes)
+        jobs.append(_job(plan, "params", name, leaf, plan.leaves[name], array, name))
+    if not opt:
+        return jobs
+    for name, grown in flatten(grow_state(plan, lazy.opt_state, _Moment)).items():
+        stored = lazy.items["opt_state"][name]
+        shape = plan.dst_spec[grown.name].shape if isinstance(grown, _Moment) else tuple(grown.shape)
+        owner = plan.dst_spec.get(layout.matching_param(name, shape, plan.dst_spec))
+        leaf = _stored(owner or ParamSpec(shape, stored.dtype), stored, chunk_bytes)
+        if isinstance(grown, _Moment):
+            jobs.append(_job(plan, "opt_state", name, leaf, grown.plan, grown.source, grown.name, grown.power))
+        elif grown is stored:
+            maps = [axis_map.identity(str(dimension), size) for dimension, size in enumerate(shape)]
+            jobs.append(_Job("opt_state", name, leaf, LeafPlan(), maps, stored))
+        else:
+            jobs.append(_Job("opt_state", name, leaf, LeafPlan(), [], None, values=np.asarray(grown)))
+    return jobs
+
+
+def _job(plan: Plan, item: str, name: str, leaf, leaf_plan: LeafPlan, array, parameter: str, power: int = 1) -> _Job:
+    maps = [plan.maps[axis] for axis in plan.dst_spec[parameter].axes]
+    return _Job(item, name, leaf, leaf_plan, maps, array, leaf_key(plan.seed, parameter), power)
+
+
+def _stored(spec: ParamSpec, source: "LazyArray", chunk_bytes: int) -> layout.Leaf:
+    spec = dataclasses.replace(spec, dtype=source.dtype)
+    shape = layout.chunk_shape(spec.shape, spec.dtype.itemsize, stacked=len(spec.stack), limit=chunk_bytes)
+    return layout.Leaf(spec, shape, source.leaf.scalar)
+
+
+def _meta(plan: Plan, lazy: "Lazy", jobs: list[_Job], name: str, step, provenance) -> layout.Meta:
+    entry = {"stage": name, "kind": "grow", "policy": plan.policy, "seed": plan.seed, "plan": plan.digest}
+    items: dict[str, dict[str, Any]] = {}
+    for job in jobs:
+        items.setdefault(job.item, {})[job.name] = job.leaf
+    meta = layout.Meta(
+        cfg=plan.dst_cfg,
+        step=lazy.step if step is None else int(step),
+        provenance=(*lazy.provenance, entry | dict(provenance or {})),
+        items=items,
+        versions=layout.package_versions(),
+    )
+    layout.meta_to_json(meta)  # raises before anything is written
+    return meta
+
+
+def _divide_memory(jobs: list[_Job], memory_gb: float, workers: int | None) -> tuple[int, int]:
+    """(threads, chunks of the source in memory). Every thread has a chunk of the destination and one of the source."""
+    chunk = max(job.leaf.chunk_bytes for job in jobs)
+    of_source = max(job.source.leaf.chunk_bytes for job in jobs if job.source is not None)
+    each = chunk + of_source + host.SCRATCH_BYTES
+    memory = memory_gb * 1e9 - _OVERHEAD_BYTES
+    if memory < each:
+        largest = max(jobs, key=lambda job: job.leaf.chunk_bytes + (job.source.leaf.chunk_bytes if job.source else 0))
+        raise UserError(
+            f"memory_gb={memory_gb:g} is too little for {largest.item}/{largest.name}: a chunk of it and one of its "
+            f"source need memory_gb={(each + _OVERHEAD_BYTES) / 1e9:.3f}"
+        )
+    workers = min(len(os.sched_getaffinity(0)) if workers is None else max(1, workers), int(memory // each))
+    slots = int(memory - workers * (chunk + host.SCRATCH_BYTES)) // of_source
+    return workers, min(slots, _SLOTS_PER_WORKER * workers)
+
+
+def _part(cut: list[tiles.Tile], shard: tuple[int, int]) -> list[int]:
+    """The numbers of the tiles of one shard: neighbours, for they share chunks of the source; equal bytes."""
+    index, count = shard
+    ends = np.cumsum([tile.nbytes for tile in cut])
+    owner = (ends - 1) * count // ends[-1]
+    return np.flatnonzero(owner == index).tolist()
+
+
+def _write_tile(
+    by_name: Mapping, cut: list, cache: chunks.ChunkCache, directory: Path, local: threading.local, number: int
+) -> None:
+    """Computes and writes the chunks of a tile."""
+    tile = cut[number]
+    job = by_name[tile.item, tile.name]
+    size = job.leaf.chunk_bytes
+    if not hasattr(local, "buffer") or len(local.buffer) < size:
+        local.buffer = np.empty(size, np.uint8)  # kept for the next tile: fresh memory is slow to touch
+    buffer = local.buffer[:size]
+    values = buffer[: size - layout.CRC_BYTES].view(job.leaf.spec.dtype).reshape(job.leaf.chunks)
+    for chunk, file in zip(tile.chunks, tile.files(), strict=True):
+        start = [c * n for c, n in zip(chunk, job.leaf.chunks, strict=True)]
+        if job.values is None:
+            source = host.Source(job.source.chunks, functools.partial(cache.chunk, job.source))
+            host.fill_tile(values, job.plan, job.maps, start, source, job.key, job.power)
+        else:
+            part = job.values[tuple(slice(s, s + n) for s, n in zip(start, job.leaf.chunks, strict=True))]
+            values.fill(0)
+            values[tuple(slice(n) for n in part.shape)] = part
+        chunks.write_chunk(directory / file, buffer)
+
+
+def _run(work: Callable[[int], None], numbers: list[int], cut: list, directory: Path, workers: int) -> Iterator[int]:
+    """Does the tiles, and yields the number of each when its files are on the disk."""
+    results: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
+    computing = ThreadPoolExecutor(workers, "tele_tiles")
+    flushing = ThreadPoolExecutor(_FLUSHING, "tele_flush")
+
+    def compute(number: int) -> None:
+        try:
+            work(number)
+            flushing.submit(finish, number)
+        except BaseException as error:
+            results.put(error)
+
+    def finish(number: int) -> None:
+        try:
+            for file in cut[number].files():
+                chunks.flush(directory / file)
+            results.put(number)
+        except BaseException as error:
+            results.put(error)
+
+    try:
+        for number in numbers:
+            computing.submit(compute, number)
+        for _ in numbers:
+            result = results.get()
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+    finally:
+        computing.shutdown(cancel_futures=True)
+        flushing.shutdown()
