@@ -23,6 +23,9 @@ seqio = need("seqio")
 
 seqio.SentencePieceVocabulary.register(Vocabulary)
 
+# Our functions are graph code already; to rewrite them costs time at every start.
+as_written = tf.autograph.experimental.do_not_convert
+
 BLOCK = 16  # examples that go through numpy together
 OPEN_ROWS = 8  # for fit_rows
 
@@ -59,12 +62,14 @@ class SpanSource(seqio.DataSource):
 
             def epoch(key: Any) -> Any:
                 key = tf.bitcast(tf.cast(key, tf.int32), tf.uint32)
-                return numbers.map(lambda i: tf.random.experimental.index_shuffle(i, key, count - 1))
+                return numbers.map(as_written(lambda i: tf.random.experimental.index_shuffle(i, key, count - 1)))
 
-            numbers = keys.take(1).flat_map(epoch)
+            order = keys.take(1).flat_map(as_written(epoch))
+        else:
+            order = numbers
         if shard_info is not None:
-            numbers = numbers.shard(shard_info.num_shards, shard_info.index)
-        return numbers.map(lambda i: {"span": i})
+            order = order.shard(shard_info.num_shards, shard_info.index)
+        return order.map(as_written(lambda i: {"span": i}))
 
 
 def task(
@@ -90,23 +95,28 @@ def task(
     """
     examples.check_format(corpus.name, corpus.format, kind)
 
-    def read(i: np.ndarray) -> np.ndarray:
+    def read(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         try:
-            return examples.example(corpus, int(i), vocabulary, kind, seq_len)
+            block = [examples.example(corpus, i, vocabulary, kind, seq_len) for i in numbers.tolist()]
         except Exception as error:
             if report is None:
                 raise
             report(error)
             # Something that fills a row, so that whoever waits for one wakes up and finds the error.
-            return np.zeros((len(examples.COLUMNS), seq_len), np.int32)
+            block = [np.zeros((len(examples.COLUMNS), seq_len), np.int32)]
+        return np.concatenate(block, axis=1), np.array([example.shape[1] for example in block])
 
     def encode(dataset: Any) -> Any:
-        def one(element: Mapping[str, Any]) -> dict[str, Any]:
-            columns = tf.numpy_function(read, [element["span"]], tf.int32, stateful=False)
-            columns = tf.unstack(tf.ensure_shape(columns, [3, None]))
-            return dict(zip(examples.COLUMNS, columns, strict=True))
+        # In blocks: a call from TensorFlow into Python costs more than a short document.
+        def one_block(element: Mapping[str, Any]) -> dict[str, Any]:
+            columns, lengths = tf.numpy_function(read, [element["span"]], [tf.int32, tf.int64], stateful=False)
+            columns, lengths = tf.ensure_shape(columns, [3, None]), tf.ensure_shape(lengths, [None])
+            return {
+                name: tf.RaggedTensor.from_row_lengths(column, lengths, validate=False)
+                for name, column in zip(examples.COLUMNS, tf.unstack(columns), strict=True)
+            }
 
-        return dataset.map(one)
+        return dataset.batch(BLOCK).map(as_written(one_block)).unbatch()
 
     token = seqio.Feature(vocabulary, add_eos=False)
     weight = seqio.Feature(seqio.PassThroughVocabulary(2), add_eos=False)
@@ -166,7 +176,7 @@ class RowConverter(seqio.FeatureConverter):
             return features
 
         start = packing.empty_rows(count, seq_len, self._pad_id)
-        return ds.ragged_batch(BLOCK).scan(start, scan).unbatch().map(name)
+        return ds.ragged_batch(BLOCK).scan(start, as_written(scan)).unbatch().map(as_written(name))
 
     def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
         """All rows have one length."""
