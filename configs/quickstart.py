@@ -38,9 +38,9 @@ def get_config() -> ConfigDict:
             if domain in domains  # without a download there is no Chinese
         }
 
-    pretraining = dict(tokenizer=TOKENIZER, sources=sources(RATES, "jsonl"), eval_bytes=60_000)
-    dialogues = dict(tokenizer=TOKENIZER, sources=sources({"dialogues": 1.0}, "dialogues"), eval_bytes=60_000)
-    batch = dict(batch_size=16, seq_len=256, log_every=10, checkpoint_every=50)
+    pretraining = dict(tokenizer=TOKENIZER, sources=sources(RATES, "jsonl"), eval_bytes=30_000)
+    dialogues = dict(tokenizer=TOKENIZER, sources=sources({"dialogues": 1.0}, "dialogues"), eval_bytes=20_000)
+    batch = dict(batch_size=8, seq_len=256, log_every=20, eval_every=100, checkpoint_every=50)
 
     config = ConfigDict()
     config.run = ("small", "grow_medium", "medium", "grow_large", "large", "sft")
@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
         kind="pretrain",
         model=dict(
             num_layers=4, embed_dim=64, num_heads=4, head_dim=16, mlp_dim=170,
-            vocab_size=4096, max_seq_len=256, mup_base_width=64, dtype="float32", remat="none",
+            vocab_size=4096, max_seq_len=256, mup_base_width=64, matrix_init_std=0.08, dtype="float32", remat="none",
         ),
         data=pretraining,
         steps=300,
@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
     config.large = dict(
         kind="pretrain",
         data=pretraining,
-        steps=100,
+        steps=90,
         mask_ramp=30,
         optimizer=dict(learning_rate=4e-3, new_warmup_steps=20),
         schedule=dict(kind="wsd", warmup=10, decay=40, final=0.1),
@@ -86,7 +86,7 @@ def get_config() -> ConfigDict:
     config.sft = dict(
         kind="sft",
         data=dialogues,
-        steps=60,
+        steps=50,
         optimizer=dict(learning_rate=1e-3, weight_decay=0.1),
         schedule=dict(kind="linear", warmup=5, final=0.0),
         seed=3,

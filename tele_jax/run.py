@@ -37,12 +37,11 @@ class DataConfig:
 
     tokenizer: str  # path of a SentencePiece model
     sources: dict[str, SourceConfig]  # by domain
-    shuffle_buffer: int = 4096  # documents
     eval_bytes: int = 200_000  # UTF-8 bytes of held-out text per domain
 
     def __post_init__(self):
         require(len(self.sources) > 0, "sources must name at least one domain")
-        require_positive(self, "shuffle_buffer", "eval_bytes")
+        require_positive(self, "eval_bytes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,15 +24,18 @@ HERE = Path(__file__).parent
 
 def get_config():
     def data(domain, file_format):
-        source = dict(files=(str(HERE / f"{domain}.jsonl"),), validation_files=(str(HERE / f"{domain}.jsonl"),), format=file_format)
+        files = (str(HERE / f"{domain}.jsonl"),)
+        source = dict(files=files, validation_files=files, format=file_format)
         return dict(tokenizer=str(HERE / "tokenizer.model"), sources={domain: source}, eval_bytes=2000)
 
     shared = dict(batch_size=2, seq_len=32, log_every=4, checkpoint_every=4, optimizer=dict(learning_rate=3e-3))
-    model = dict(num_layers=2, embed_dim=16, num_heads=2, head_dim=8, mlp_dim=24, vocab_size=600, dtype="float32", remat="none")
+    model = dict(num_layers=2, embed_dim=16, num_heads=2, head_dim=8, mlp_dim=24, vocab_size=600)
+    model = dict(model, dtype="float32", remat="none")
     config = ConfigDict()
     config.run = ("small", "grow", "large", "sft")
     config.small = dict(kind="pretrain", data=data("text", "jsonl"), steps=12, model=model, **shared)
-    config.grow = dict(kind="grow", policy="msg", layers="distance", model=dict(num_layers=3, embed_dim=24, num_heads=3, mlp_dim=37))
+    larger = dict(num_layers=3, embed_dim=24, num_heads=3, mlp_dim=37)
+    config.grow = dict(kind="grow", policy="msg", layers="distance", model=larger)
     config.large = dict(kind="pretrain", data=data("text", "jsonl"), steps=12, mask_ramp=6, **shared)
     config.sft = dict(kind="sft", data=data("dialogues", "dialogues"), steps=8, **shared)
     return config
@@ -254,7 +257,8 @@ def test_growing_from_the_command_line(place, finished, capsys, tmp_path):
     page = tmp_path / "grow.py"
     page.write_text(
         "from ml_collections import ConfigDict\n"
-        "def get_config():\n    return ConfigDict(dict(model=dict(embed_dim=31, num_heads=5, mlp_dim=50, num_layers=4)))\n"
+        "def get_config():\n"
+        "    return ConfigDict(dict(model=dict(embed_dim=31, num_heads=5, mlp_dim=50, num_layers=4)))\n"
     )
     destination = tmp_path / "big"
     arguments = [
