@@ -8,8 +8,10 @@ has a budget and moves terabytes, there are these.
 import collections
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import itertools
+import mmap
 import os
 import threading
 from collections.abc import Iterable, Iterator
@@ -25,6 +27,9 @@ from tele_jax.errors import DamageError
 if TYPE_CHECKING:  # it brings TensorStore
     from tele_jax.checkpoint.lazy import LazyArray
 
+_PAGE_BYTES = 4096  # what O_DIRECT asks of addresses and sizes, at most
+_DIRECT_BYTES = 2**20  # from here on a file is written past the page cache
+
 
 class ChunkCache:
     """Chunks of the source, each read and checked once while it stays among the last few. Safe for threads.
@@ -36,7 +41,7 @@ class ChunkCache:
     def __init__(self, slots: int, nbytes: int):
         """slots: at least as many as threads. nbytes: of the largest chunk file."""
         self.bytes_read = 0
-        self._buffers = [np.empty(nbytes, np.uint8) for _ in range(slots)]  # reused: fresh memory is slow to touch
+        self._buffers = [allocate(nbytes) for _ in range(slots)]  # reused: fresh memory is slow to touch
         self._entries: collections.OrderedDict[Any, _Entry] = collections.OrderedDict()  # least recently used first
         self._lock = threading.Lock()
 
@@ -134,15 +139,53 @@ def _open_chunk(array: "LazyArray", index: tuple[int, ...]) -> Iterator[BinaryIO
         raise DamageError(f"{array.name}: damaged: {file} is missing") from None
 
 
-def write_chunk(file: Path, buffer: np.ndarray) -> None:
-    """Writes uint8[n], whose last 4 bytes are replaced by the checksum of the others. Directories are made."""
-    checksum = crc32c(buffer[: -layout.CRC_BYTES])
-    buffer[-layout.CRC_BYTES :] = np.frombuffer(checksum.to_bytes(layout.CRC_BYTES, "little"), np.uint8)
+def allocate(nbytes: int) -> np.ndarray:
+    """Uninitialised uint8[n], n >= nbytes, for write_chunk: it begins and ends where a page does."""
+    memory = mmap.mmap(-1, -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
+
+
+def write_chunk(file: Path, buffer: np.ndarray, size: int) -> None:
+    """Writes the first `size` bytes of an `allocate`d buffer, the last 4 of them replaced by the checksum.
+
+    Directories are made. Large files are written past the page cache: filling it takes more time than everything else
+    here, and terabytes would drive out of it what others need.
+    """
+    checksum = crc32c(buffer[: size - layout.CRC_BYTES])
+    buffer[size - layout.CRC_BYTES : size] = np.frombuffer(checksum.to_bytes(layout.CRC_BYTES, "little"), np.uint8)
     file.parent.mkdir(parents=True, exist_ok=True)
+    if size >= _DIRECT_BYTES and hasattr(os, "O_DIRECT") and _write_directly(file, buffer, size):
+        return
     with open(file, "wb", buffering=0) as stream:
-        view = memoryview(buffer)
-        while view:
-            view = view[stream.write(view) :]
+        _write_all(stream.fileno(), buffer[:size])
+
+
+def _write_directly(file: Path, buffer: np.ndarray, size: int) -> bool:
+    """Writes whole pages, and cuts off what is too much. False where the file system cannot: then nothing counts."""
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_DIRECT, 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    try:
+        _write_all(descriptor, buffer[: -(-size // _PAGE_BYTES) * _PAGE_BYTES])
+        os.ftruncate(descriptor, size)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _write_all(descriptor: int, data: np.ndarray) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
 
 
 def flush(path: Path) -> None:

@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tele_jax.checkpoint import layout, locate
 from tele_jax.checkpoint.chunks import flush
 from tele_jax.errors import UserError
 
+FLUSHING = 16  # threads that wait for the disk: a file system commits the names of many files in one go
 _BLOCK_BYTES = 4096  # of a file system: what the last part of a file, and its directory, take at least
 
 
@@ -82,7 +84,8 @@ class Unfinished:
         self.dst = local_path(dst)
         self.partial = self.dst.with_name(self.dst.name + ".partial")
         self.path = self.partial / f"checkpoint{locate.INTERRUPTED}"
-        self._header, self._tiles, self._shard = dict(header), tiles, shard
+        self._header = json.loads(json.dumps(header))  # as it will be read
+        self._tiles, self._shard = tiles, shard
         self._journal: int | None = None
         self.complete = self.dst.exists()
         if not self.complete or not self._was_moved():
@@ -117,8 +120,8 @@ class Unfinished:
             if not self.complete and not (self.partial / "header.json").exists():
                 self.complete = self.dst.exists()  # another process was the last
             elif not self.complete and len(self._finished()) == len(self._tiles):
-                for directory, _, _ in os.walk(self.path):
-                    flush(Path(directory))
+                with ThreadPoolExecutor(FLUSHING) as pool:
+                    list(pool.map(flush, [Path(directory) for directory, _, _ in os.walk(self.path)]))
                 self._require_new()
                 os.rename(self.path, self.dst)
                 flush(self.dst.parent)
@@ -154,8 +157,8 @@ class Unfinished:
 
     def _require_new(self) -> None:
         if self.dst.exists():
-            with contextlib.suppress(OSError):
-                self.partial.rmdir()  # empty: of an earlier life that was killed at its very end
+            if not self.path.exists() and not (self.partial / "header.json").exists():
+                self._remove()  # of an earlier life that was killed at its very end
             raise UserError(f"{self.dst}: exists already, and checkpoints are never overwritten; choose another path")
 
     def _was_moved(self) -> bool:
@@ -167,13 +170,16 @@ class Unfinished:
             return json.loads((self.partial / "header.json").read_text())
         except FileNotFoundError:
             return None
+        except ValueError:
+            return {}
 
     def _require_same_header(self) -> None:
         found = self._read_header()
-        if different := [key for key, value in self._header.items() if found.get(key) != value]:
+        # The first that differs: what comes later in the header may differ because of it.
+        if different := next((key for key, value in self._header.items() if found.get(key) != value), None):
             raise UserError(
-                f"{self.partial}: was begun with another {', '.join(different)}; finish it as it was begun, or "
-                "start over with resume=False"
+                f"{self.partial}: was begun with another {different}; finish it as it was begun, or start over with "
+                "resume=False"
             )
 
     def _start_over(self) -> None:

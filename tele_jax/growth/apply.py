@@ -84,9 +84,10 @@ def _mark_born(plan: Plan, state: Any) -> Any:
     return state._replace(**changes) if hasattr(state, "_fields") else type(state)({**state, **changes})
 
 
-def _born(axis_map: AxisMap, old: jax.Array, count: jax.Array) -> jax.Array:
-    inherited = jnp.asarray(old)[np.maximum(axis_map.index, 0)]
-    return jnp.where(axis_map.fresh, jnp.asarray(count, inherited.dtype), inherited)
+def _born(axis_map: AxisMap, old: Any, count: Any) -> Any:
+    xp = jnp if isinstance(old, jax.Array) else np  # what growth.stream reads from disk needs no compiled program
+    inherited = xp.asarray(old)[np.maximum(axis_map.index, 0)]
+    return xp.where(axis_map.fresh, xp.asarray(count, inherited.dtype), inherited)
 
 
 def _fields(state: Any) -> dict[str, Any] | None:

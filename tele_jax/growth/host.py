@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tele_jax.growth.axis_map import NEW, AxisMap
@@ -22,6 +23,7 @@ from tele_jax.growth.plan import LeafPlan
 
 BLOCK = 2**17  # entries that XLA computes at once: small enough for the cache, large enough to be worth the call
 SCRATCH_BYTES = 8 * 2**20  # at most, besides the tile itself and a chunk of the source
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # of Threefry-2x32
 _MAX_RUNS = 1024  # above, entries are gathered one by one
 
 Chunk = Callable[[tuple[int, ...]], contextlib.AbstractContextManager[np.ndarray]]
@@ -236,4 +238,12 @@ def _product(values: jax.Array, factors: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _normal(key0, key1, rows: jax.Array, columns: jax.Array, scale, *, dtype) -> jax.Array:
-    return bell(key0, key1, rows, columns, scale).astype(dtype)
+    """Threefry-2x32 as in `kernel.normal`; its rounds are written out, for XLA to make one loop of them."""
+    keys = (key0, key1, key0 ^ key1 ^ jnp.uint32(0x1BD11BDA))
+    a, b = rows + keys[0], columns + keys[1]
+    for i in range(5):
+        for bits in _ROTATIONS[i % 2]:
+            a = a + b
+            b = ((b << jnp.uint32(bits)) | (b >> jnp.uint32(32 - bits))) ^ a
+        a, b = a + keys[(i + 1) % 3], b + keys[(i + 2) % 3] + jnp.uint32(i + 1)
+    return bell((a, b), scale).astype(dtype)

@@ -91,12 +91,12 @@ def normal(key: tuple[int, int], where: Sequence[np.ndarray], shape: Sequence[in
     if math.prod(shape[:-1]) > 2**32 or shape[-1] > 2**32:
         raise ValueError(f"a leaf of shape {tuple(shape)} has more than 2^32 rows or columns")
     counters = jnp.broadcast_arrays(jnp.asarray(rows)[..., None], jnp.asarray(where[-1].astype(np.uint32)))
-    return bell(jnp.uint32(key[0]), jnp.uint32(key[1]), *counters, jnp.float32(std / SUM_STD))
+    words = threefry2x32_p.bind(jnp.uint32(key[0]), jnp.uint32(key[1]), *counters)
+    return bell(words, jnp.float32(std / SUM_STD))
 
 
-def bell(key0, key1, rows: jax.Array, columns: jax.Array, scale) -> jax.Array:
-    """`normal` for counters uint32[...] that are there already; scale: float32, of the sums. Also jitted by host.py."""
-    words = threefry2x32_p.bind(key0, key1, rows, columns)
+def bell(words: Sequence[jax.Array], scale: jax.Array) -> jax.Array:
+    """float32 values from two random words uint32[...] each; scale: float32, std / SUM_STD."""
     total = sum((word & 0xFFFF) + (word >> 16) for word in words).astype(jnp.int32)
     # total - mean is a multiple of 1/2 below 2^18: exact in float32, so that the product is rounded once.
     return (total.astype(jnp.float32) - jnp.float32(_MEAN)) * scale

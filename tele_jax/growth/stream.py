@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from tele_jax.axes import ParamSpec, flatten
@@ -38,7 +39,6 @@ if TYPE_CHECKING:  # they bring Orbax and TensorStore, which are imported by the
 _TILES_PER_CHUNK_LIMIT = 8  # small chunks are finished together, an eighth of the largest chunk at a time
 _OVERHEAD_BYTES = 96 * 2**20  # XLA, its two programs, and the names of files, beside what is counted
 _SLOTS_PER_WORKER = 4  # chunks of the source that stay in memory for the next tiles
-_FLUSHING = 16  # files at once: the file system commits the names of many in one go
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def stream(
       dst: the step directory to write; must not exist.
       opt: grow the optimizer state as well, as growth.apply_opt does.
       memory_gb: 10^9 bytes that may be used above what the process has already.
-      workers: threads, by default one a core; fewer where the memory does not suffice.
+      workers: threads, by default two a core, for half of them wait for the disk; fewer where memory is short.
       resume: go on with what an earlier call began; False removes that first.
       shard: (i, n), the i-th part of the work, for n processes; the last to finish makes `dst` complete.
       step: of the new checkpoint; that of src by default.
@@ -99,51 +99,49 @@ def stream(
     began = time.monotonic()
     if not 0 <= shard[0] < shard[1]:
         raise UserError(f"shard={shard}: must be (i, n) with 0 <= i < n")
+    if jax.distributed.is_initialized():  # Orbax would wait for all processes to call this
+        raise UserError("growth.stream runs in processes of their own, each with its shard, not under jax.distributed")
     chunk_bytes = layout.CHUNK_BYTES if chunk_bytes is None else chunk_bytes
     lazy = _open(plan, src, opt)
     jobs = _jobs(plan, lazy, opt, chunk_bytes)
-    by_name = {(job.item, job.name): job for job in jobs}
     meta = _meta(plan, lazy, jobs, tiles.local_path(dst).name, step, provenance)
     workers, slots = _divide_memory(jobs, memory_gb, workers)
     tile_bytes = chunk_bytes // _TILES_PER_CHUNK_LIMIT
     cut = [tile for job in jobs for tile in tiles.cut(job.item, job.name, job.leaf, tile_bytes, job.order)]
+    sources = [job.source for job in jobs if job.source is not None]
     header = {
         "plan": plan.digest,
-        "source": chunks.fingerprint(job.source for job in jobs if job.source is not None),
-        "opt": opt,
-        "step": meta.step,
-        "provenance": list(meta.provenance),
+        "opt": bool(opt),
         "chunk_bytes": chunk_bytes,
+        "source": chunks.fingerprint(sources),
+        "step": meta.step,
+        "provenance": meta.provenance,
         "number of tiles": len(cut),
     }
-    with tiles.Unfinished(dst, header, meta, cut, shard=shard, resume=resume) as unfinished:
-        mine = _part(cut, shard)
-        resumed = [number for number in mine if number in unfinished.done]
-        left = [number for number in mine if number not in unfinished.done]
-        largest = max((job.source.leaf.chunk_bytes for job in jobs if job.source is not None), default=0)
-        cache = chunks.ChunkCache(slots, largest)
-        work = functools.partial(_write_tile, by_name, cut, cache, unfinished.path, threading.local())
-        total = sum(cut[number].nbytes for number in mine)
-        done = sum(cut[number].nbytes for number in resumed)
-        report = progress or (lambda done, total: None)
-        report(done, total)
-        try:
+    cache = chunks.ChunkCache(slots, max(source.leaf.chunk_bytes for source in sources))
+    try:
+        with tiles.Unfinished(dst, header, meta, cut, shard=shard, resume=resume) as unfinished:
+            mine = _part(cut, shard)
+            left = [number for number in mine if number not in unfinished.done]
+            done, total = (sum(cut[number].nbytes for number in numbers) for numbers in (set(mine) - set(left), mine))
+            report = progress or (lambda done, total: None)
+            report(done, total)
+            work = functools.partial(_write_tile, jobs, cut, cache, unfinished.path, threading.local())
             with contextlib.closing(_run(work, left, cut, unfinished.path, workers)) as finished:
                 for number in finished:
                     unfinished.finish(number)
                     done += cut[number].nbytes
                     report(done, total)
             complete = unfinished.commit()
-        except OSError as error:
-            message = f"{unfinished.dst}: could not be written ({error}); what is finished is kept for the same call"
-            raise DamageError(message) from error
+    except OSError as error:
+        raise DamageError(f"{dst}: could not be finished ({error}); the same call goes on from there") from error
     return Streamed(
         complete=complete,
         seconds=time.monotonic() - began,
         bytes_read=cache.bytes_read,
         bytes_written=sum(cut[number].nbytes for number in left),
         tiles=len(mine),
-        resumed_tiles=len(resumed),
+        resumed_tiles=len(mine) - len(left),
         workers=workers,
     )
 
@@ -263,7 +261,8 @@ def _divide_memory(jobs: list[_Job], memory_gb: float, workers: int | None) -> t
             f"memory_gb={memory_gb:g} is too little for {largest.item}/{largest.name}: a chunk of it and one of its "
             f"source need memory_gb={(each + _OVERHEAD_BYTES) / 1e9:.3f}"
         )
-    workers = min(len(os.sched_getaffinity(0)) if workers is None else max(1, workers), int(memory // each))
+    wanted = 2 * (os.cpu_count() or 1) if workers is None else max(1, workers)
+    workers = min(wanted, int(memory // each))
     slots = int(memory - workers * (chunk + host.SCRATCH_BYTES)) // of_source
     return workers, min(slots, _SLOTS_PER_WORKER * workers)
 
@@ -277,16 +276,15 @@ def _part(cut: list[tiles.Tile], shard: tuple[int, int]) -> list[int]:
 
 
 def _write_tile(
-    by_name: Mapping, cut: list, cache: chunks.ChunkCache, directory: Path, local: threading.local, number: int
+    jobs: list[_Job], cut: list, cache: chunks.ChunkCache, directory: Path, local: threading.local, number: int
 ) -> None:
     """Computes and writes the chunks of a tile."""
     tile = cut[number]
-    job = by_name[tile.item, tile.name]
+    job = next(job for job in jobs if (job.item, job.name) == (tile.item, tile.name))
     size = job.leaf.chunk_bytes
     if not hasattr(local, "buffer") or len(local.buffer) < size:
-        local.buffer = np.empty(size, np.uint8)  # kept for the next tile: fresh memory is slow to touch
-    buffer = local.buffer[:size]
-    values = buffer[: size - layout.CRC_BYTES].view(job.leaf.spec.dtype).reshape(job.leaf.chunks)
+        local.buffer = chunks.allocate(size)  # kept for the next tile: fresh memory is slow to touch
+    values = local.buffer[: size - layout.CRC_BYTES].view(job.leaf.spec.dtype).reshape(job.leaf.chunks)
     for chunk, file in zip(tile.chunks, tile.files(), strict=True):
         start = [c * n for c, n in zip(chunk, job.leaf.chunks, strict=True)]
         if job.values is None:
@@ -296,14 +294,14 @@ def _write_tile(
             part = job.values[tuple(slice(s, s + n) for s, n in zip(start, job.leaf.chunks, strict=True))]
             values.fill(0)
             values[tuple(slice(n) for n in part.shape)] = part
-        chunks.write_chunk(directory / file, buffer)
+        chunks.write_chunk(directory / file, local.buffer, size)
 
 
 def _run(work: Callable[[int], None], numbers: list[int], cut: list, directory: Path, workers: int) -> Iterator[int]:
     """Does the tiles, and yields the number of each when its files are on the disk."""
     results: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
     computing = ThreadPoolExecutor(workers, "tele_tiles")
-    flushing = ThreadPoolExecutor(_FLUSHING, "tele_flush")
+    flushing = ThreadPoolExecutor(tiles.FLUSHING, "tele_flush")
 
     def compute(number: int) -> None:
         try:
