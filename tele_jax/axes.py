@@ -146,19 +146,31 @@ def map_param_subtrees(function: Callable[[tuple[str, ...], Any], Any], tree: An
     """Applies function(path, subtree) to every subtree that has the structure and shapes of the parameters.
 
     `tree` is any pytree, such as an optax state; `spec` a nested dict of ParamSpec (or of anything with a shape). Other
-    leaves are passed on, or through other(leaf). path is made of field names and keys, e.g. ("0", "nu").
+    leaves are passed on, or through other(path, leaf). path is made of field names and keys, e.g. ("0", "nu"). Where a
+    subtree holds only some of the parameters (optax.masked puts an empty node in place of the others), those places
+    stay empty, whatever function returns there.
     """
+    below = lambda node: not isinstance(node, Mapping)  # noqa: E731
     structure = jax.tree.structure(spec)
     shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(spec)]
 
     def is_params(node: Any) -> bool:
-        if not isinstance(node, Mapping) or jax.tree.structure(node) != structure:
+        if not isinstance(node, Mapping) or jax.tree.structure(node, is_leaf=below) != structure:
             return False
-        return [tuple(getattr(leaf, "shape", ())) for leaf in jax.tree.leaves(node)] == shapes
+        leaves = jax.tree.leaves(node, is_leaf=below)
+        fits = [is_empty(x) or tuple(getattr(x, "shape", ())) == shape for x, shape in zip(leaves, shapes, strict=True)]
+        return all(fits) and not all(map(is_empty, leaves))
 
     def visit(path, node):
-        if is_params(node):
-            return function(tuple(str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path), node)
-        return node if other is None else other(node)
+        names = tuple(str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path)
+        if not is_params(node):
+            return node if other is None else other(names, node)
+        keep = lambda old, new: old if is_empty(old) else new  # noqa: E731
+        return jax.tree.map(keep, node, function(names, node), is_leaf=below)
 
     return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=is_params)
+
+
+def is_empty(node: Any) -> bool:
+    """A place in a tree of parameters that holds none, such as optax.MaskedNode."""
+    return not isinstance(node, Mapping) and not jax.tree.leaves(node)

@@ -36,7 +36,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") ->
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
             raise UserError(f"{where}.{key}: unknown key of {cls.__name__}; {hint}")
-        kwargs[key] = _convert(hints[key], value, f"{where}.{key}")
+        kwargs[key] = convert(hints[key], value, f"{where}.{key}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in kwargs:
@@ -52,7 +52,8 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """The value as the type `hint` asks for; raises UserError with its path where it is of another."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -62,10 +63,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         choices = [a for a in args if a is not type(None)]
         for choice in choices[:-1]:
             try:
-                return _convert(choice, value, where)
+                return convert(choice, value, where)
             except UserError:
                 continue
-        return _convert(choices[-1], value, where)
+        return convert(choices[-1], value, where)
     if origin is typing.Literal:
         if value not in args:
             raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
@@ -73,11 +74,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if isinstance(value, str) or not hasattr(value, "__iter__"):
             raise UserError(f"{where}: expected a list, got {value!r}")
-        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        return tuple(convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict:
         if not hasattr(value, "items"):
             raise UserError(f"{where}: expected a table, got {value!r}")
-        return {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+        return {str(k): convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where)
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -172,6 +173,9 @@ class ModelConfig:
             object.__setattr__(self, "padded_vocab_size", self.vocab_size)
         if self.matrix_init_std is None:
             object.__setattr__(self, "matrix_init_std", self.init_std)
+        for field in dataclasses.fields(self):
+            if field.type is float or field.name == "matrix_init_std":  # 2 means 2.0: equal configs, equal digests
+                object.__setattr__(self, field.name, float(getattr(self, field.name)))
         require_positive(self, "num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size")
         require_positive(self, "max_seq_len", "rms_eps", "input_mult", "output_mult", "init_std", "matrix_init_std")
         if self.head_dim is None:
@@ -236,9 +240,7 @@ class ModelConfig:
 
     def replace_from(self, changes: Mapping[str, Any], where: str) -> "ModelConfig":
         """The same from a config table: unknown keys and wrong types raise UserError with their path."""
-        try:
-            return from_dict(ModelConfig, to_dict(self.replace(**{k: changes[k] for k in changes})), where)
-        except TypeError:
-            return from_dict(ModelConfig, {**to_dict(self), **dict(changes.items())}, where)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+        values = to_dict(self)
+        if "num_heads" in changes and self.num_kv_heads == self.num_heads:
+            values["num_kv_heads"] = None
+        return from_dict(ModelConfig, {**values, **dict(changes.items())}, where)

@@ -1,5 +1,6 @@
 """What a finished run shows: one table, and a picture of the loss across the growths."""
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ def write(workdir: Path, summaries: Sequence[Mapping[str, Any]]) -> str:
     """Writes W/summary.txt and W/loss.png, and returns the table with the picture's path below it."""
     text = table(summaries)
     (workdir / "summary.txt").write_text(text + "\n")
+    if importlib.util.find_spec("matplotlib") is None:
+        return f"{text}\n\nno loss curve: matplotlib is missing; pip install 'tele_jax[plots]'"
     picture = workdir / "loss.png"
     plot(workdir, summaries, picture)
     return f"{text}\n\nloss curve: {picture}"
@@ -64,7 +67,7 @@ def plot(workdir: Path, summaries: Sequence[Mapping[str, Any]], path: Path) -> N
                 tokens.append((offset + seen) / 1e6)
                 losses.append(line["loss"])
             for name, value in line.items():
-                if name.startswith("eval/bits_per_byte/"):
+                if name.startswith(metrics.EVALUATION):
                     xs, ys = curves.setdefault(name.rsplit("/", 1)[1], ([], []))
                     xs.append((offset + seen) / 1e6)
                     ys.append(value)

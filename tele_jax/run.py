@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from tele_jax.config import ModelConfig, from_dict, require, require_positive
+from tele_jax.config import ModelConfig, convert, from_dict, require, require_positive
 from tele_jax.errors import UserError
 
 
@@ -78,7 +78,10 @@ class ScheduleConfig:
 
     def __post_init__(self):
         require(self.warmup >= 0, f"warmup={self.warmup} must not be negative")
-        require(self.final >= 0, f"final={self.final} must not be negative")
+        require(0 <= self.final <= 1, f"final={self.final} must be in [0, 1]")
+        for name in ("total", "decay"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name}={value} must be above 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,6 +125,13 @@ class TrainStage:
             self.batch_size % self.microbatches == 0,
             f"batch_size={self.batch_size} does not divide into microbatches={self.microbatches}",
         )
+        require(self.eval_every >= 0, f"eval_every={self.eval_every} must not be negative")
+        require(self.seed >= 0, f"seed={self.seed} must not be negative")
+        fresh = self.reset_optimizer or self.kind == "sft"
+        require(
+            not (fresh and self.optimizer.new_warmup_steps),
+            "optimizer.new_warmup_steps needs the moments of the stage before; sft and reset_optimizer start anew",
+        )
         require(self.mask_start >= 0 and self.mask_ramp >= 0, "mask_start and mask_ramp must not be negative")
         require(
             self.mask_start + self.mask_ramp <= self.steps, "the mask ramp ends after the last step; give more steps"
@@ -139,7 +149,7 @@ class GrowStage:
     epsilon: Literal["scale", "keep"] = "scale"
     seed: int = 0
     optimizer_state: bool = True
-    tolerance: float = 1e-4  # largest logit difference that the receipt of a preserving policy may show
+    tolerance: float | None = None  # largest logit difference allowed; None: what rounding explains in the dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,7 +171,9 @@ def run_config(page: Mapping[str, Any]) -> RunConfig:
     page = dict(page.items())
     names = page.pop("run", None)
     require(bool(names), "config.run: missing; it names the stages in order, e.g. ('pretrain', 'sft')")
-    names = tuple(names)
+    names = convert(tuple[str, ...], names, "config.run")
+    for name in names:
+        require(name.isidentifier(), f"config.run: {name!r} is no name for a stage: letters, digits and _ make one")
     require(len(set(names)) == len(names), f"config.run: a stage is named twice in {names}")
     mesh = from_dict(MeshConfig, page.pop("mesh", {}), "config.mesh")
     for name in names:
@@ -179,15 +191,27 @@ def run_config(page: Mapping[str, Any]) -> RunConfig:
             f"config.{name}.model: only the first stage and growth stages set a model; this one continues with what "
             "the stage before left",
         )
-    for before, name in itertools.pairwise(names):
-        masked = isinstance(stages[before], GrowStage) and stages[before].policy == "msg"
-        follows = stages[name]
-        if masked and (isinstance(follows, GrowStage) or follows.mask_ramp == 0):
-            raise UserError(
-                f"config.{name}.mask_ramp: has to be above 0: config.{before} grows by policy 'msg', "
-                "whose masks rise in the training stage that follows"
-            )
+    for before, name in itertools.pairwise((None, *names)):
+        _check_pair(before, stages.get(before), name, stages[name])
     return RunConfig(run=names, stages=stages, mesh=mesh)
+
+
+def _check_pair(before: str | None, growth: TrainStage | GrowStage | None, name: str, stage: TrainStage | GrowStage):
+    """What a stage asks for that the one before it does not give."""
+    growth = growth if isinstance(growth, GrowStage) else None
+    masked = growth is not None and growth.policy == "msg"
+    if masked and (isinstance(stage, GrowStage) or stage.mask_ramp == 0):
+        raise UserError(
+            f"config.{name}.mask_ramp: has to be above 0: config.{before} grows by policy 'msg', "
+            "whose masks rise in the training stage that follows"
+        )
+    if isinstance(stage, GrowStage):
+        return
+    if not masked and (stage.mask_start or stage.mask_ramp):
+        why = "no growth comes right before" if growth is None else f"config.{before} grows by policy {growth.policy!r}"
+        raise UserError(f"config.{name}.mask_ramp: {why}, and only growth by policy 'msg' has masks")
+    if growth is not None and not growth.optimizer_state and stage.optimizer.new_warmup_steps:
+        raise UserError(f"config.{name}.optimizer.new_warmup_steps: config.{before} grows without optimizer_state")
 
 
 def _stage(table: Mapping[str, Any], where: str) -> TrainStage | GrowStage:

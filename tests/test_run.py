@@ -72,6 +72,10 @@ def change(config, path, value):
         ("run", ("first",), r"config\.grow: unknown key"),
         ("run", ("grow", "first", "second"), r"the first stage, 'grow', grows"),
         ("first.model", None, r"config\.first\.model: missing"),
+        ("first.mask_ramp", 2, r"config\.first\.mask_ramp: no growth comes right before"),
+        ("first.schedule", dict(kind="wsd", decay=0), r"config\.first\.schedule: decay=0 must be above 0"),
+        ("run", 5, r"config\.run: expected a list, got 5"),
+        ("run", ("first", "../grow"), r"'\.\./grow' is no name for a stage"),
         ("mesh", dict(fsdp=0), r"config\.mesh: fsdp=0 must be above 0"),
     ],
 )

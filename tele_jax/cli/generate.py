@@ -98,6 +98,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     from tele_jax.chat import check_vocabulary, find_tokenizer
     from tele_jax.data.vocabulary import load_vocabulary
     from tele_jax.generate import check_seed, sampling
+    from tele_jax.growth.masks import require_unmasked
 
     sampling(**sampling_options(args))
     check_seed(args.seed)
@@ -106,12 +107,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     vocabulary = load_vocabulary(find_tokenizer(args.ckpt, args.tokenizer))
     lazy = checkpoint.open_lazy(args.ckpt)
     check_vocabulary(lazy.cfg, vocabulary)
-    mask = lazy.provenance[-1].get("mask") if lazy.provenance else None
-    if mask is not None:
-        raise UserError(
-            f"{args.ckpt}: grown behind masks that stand at {mask:.2f}; train on until they are 1 and dropped, or take "
-            "the checkpoint from before the growth"
-        )
+    require_unmasked(lazy.provenance, args.ckpt)
     loaded = checkpoint.load(args.ckpt, items=("params",))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?", and goes on

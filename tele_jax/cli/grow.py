@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--config", required=True, metavar="FILE", help="a page with a growth stage, or with a growth alone"
     )
     parser.add_argument("--stage", metavar="NAME", help="which growth stage of the page, where it has several")
-    parser.add_argument("--policy", help="instead of the page's: exact, msg")
+    parser.add_argument("--policy", help="instead of the page's: exact, msg, copy, stack, random")
     parser.add_argument(
         "--layers", help="instead of the page's: uniform, last, middle, distance, or ids such as 0,1,1,2"
     )
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from tele_jax import checkpoint
     from tele_jax.chat import find_tokenizer
     from tele_jax.cli.pages import load_page
+    from tele_jax.growth.masks import require_unmasked
     from tele_jax.run import MeshConfig
     from tele_jax.sharding import make_mesh
     from tele_jax.train import growing
@@ -41,6 +43,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.dst.exists():
         raise UserError(f"{args.dst}: exists already, and checkpoints are never overwritten; choose another DST")
     stage, where = _stage(load_page(args.config, args.overrides), args)
+    require_unmasked(checkpoint.open_lazy(args.src).provenance, args.src)
     loaded = checkpoint.load(args.src)
     if args.opt and loaded.opt_state is None:
         raise UserError(f"{args.src}: holds no optimizer state to grow; leave out --opt")
@@ -56,8 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     print(plan)
     receipt["verified_on"] = source
-    entry = {"stage": args.dst.name, "kind": "grow", "policy": plan.policy, "seed": plan.seed, "plan": plan.digest}
-    entry |= {"max_abs": receipt["max_abs"], "mask": 0.0 if plan.masked else None}
+    entry = growing.provenance_entry(args.dst.name, plan, receipt)
     checkpoint.save(
         args.dst, plan.dst_cfg, params, opt_state=opt_state, provenance=[*loaded.provenance, entry], step=loaded.step
     )
@@ -98,7 +100,7 @@ def _stage(page: Any, args: argparse.Namespace) -> tuple[Any, str]:
             values[key] = getattr(args, key)
     if args.layers is not None:
         values["layers"] = args.layers
-        if args.layers.replace(",", "").isdigit():
+        if re.fullmatch(r"\d+(,\d+)*", args.layers):
             values["layers"] = tuple(int(i) for i in args.layers.split(","))
     where = f"config.{name}" if name else "config"
     return from_dict(GrowStage, values, where), where
@@ -118,7 +120,7 @@ def _tokens(args: argparse.Namespace, cfg: Any) -> tuple[Any, str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{args.text}: not UTF-8 at byte {error.start}") from None
     ids = load_vocabulary(find_tokenizer(args.src)).encode(text)[: rows * length]
-    if len(ids) < 2:
+    if len(ids) < 3:
         raise UserError(f"{args.text}: too short to verify on, {len(ids)} tokens")
     length = min(length, len(ids))
     rows = len(ids) // length

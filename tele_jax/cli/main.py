@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main(argv)
     except UserError as error:
         return _fail(error, 2)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         return _fail(f"{error.filename}: {error.strerror}", 2)
     except (DamageError, FailedError) as error:
         return _fail(error, 1)
@@ -67,6 +67,9 @@ def _main(argv: list[str]) -> int:
         raise UserError(f"{overrides[0]}: only verbs that take --config understand this")
     args = parser.parse_args([word for word in argv if word not in overrides])
     args.overrides = overrides
+    target = getattr(args, "json", None)
+    if target is not None and not target.parent.is_dir():  # noticed now, and not after hours of work
+        raise UserError(f"--json {target}: there is no directory {target.parent}")
     figures = module.run(args)
     if getattr(args, "json", None) is not None:
         args.json.write_text(json.dumps(figures or {}, indent=2) + "\n")

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tele_jax.axes import ParamSpec, flatten, map_param_subtrees, unflatten
+from tele_jax.axes import ParamSpec, flatten, is_empty, map_param_subtrees, unflatten
 from tele_jax.errors import UserError
 from tele_jax.growth.axis_map import AxisMap
 from tele_jax.growth.kernel import leaf_key, tile
 from tele_jax.growth.plan import LeafPlan, Plan
+
+# What power of the gradient a moment of optax averages, by its name.
+_MOMENTS = {"mu": 1, "trace": 1, "acc_grads": 1, "nu": 2, "nu_max": 2, "sum_of_squares": 2}
 
 
 def apply(plan: Plan, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,7 +41,9 @@ def shrink(plan: Plan, params: Mapping[str, Any]) -> dict[str, Any]:
     small = {}
     for name, spec in plan.src_spec.items():
         leaf = plan.leaves[name]
-        back = LeafPlan(1 / leaf.coefficient, (), leaf.scaled, leaf.shared)
+        # The inverse of what growth multiplied by, rounding included, brings every entry back to one ulp.
+        factor = float(np.asarray(leaf.coefficient, jnp.promote_types(spec.dtype, jnp.float32)))
+        back = LeafPlan(1 / factor, (), leaf.scaled, leaf.shared)
         small[name] = _evaluate(back, [inverse[a] for a in spec.axes], leaves[name], (0, 0), spec.shape)
     return unflatten(small)
 
@@ -58,16 +63,25 @@ def grow_state(plan: Plan, opt_state: Any, grow: Callable[[str, LeafPlan, Any, i
     spec = unflatten(plan.src_spec)
 
     def grow_moments(path: tuple[str, ...], tree: Any) -> Any:
-        power = -2 if path and path[-1] == "nu" else -1
+        power = _MOMENTS.get(path[-1] if path else "")
+        if power is None:
+            raise UserError(f"optimizer state {'.'.join(path)}: not one of the known moments {', '.join(_MOMENTS)}")
         moments = flatten(tree)
         return unflatten(
             {
-                name: grow(name, plan.leaves[name].moment(plan.dst_spec[name].axes), moments[name], power)
-                for name in moments
+                name: moment
+                if is_empty(moment)
+                else grow(name, plan.leaves[name].moment(plan.dst_spec[name], plan.maps), moment, power)
+                for name, moment in moments.items()
             }
         )
 
-    grown = map_param_subtrees(grow_moments, opt_state, spec)
+    def keep(path: tuple[str, ...], leaf: Any) -> Any:
+        if len(getattr(leaf, "shape", ())) and "born" not in path:
+            raise UserError(f"optimizer state {'.'.join(path)}: {leaf.shape} is not of the shape of a parameter")
+        return leaf
+
+    grown = map_param_subtrees(grow_moments, opt_state, spec, keep)
     return _mark_born(plan, grown)
 
 

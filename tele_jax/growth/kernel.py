@@ -40,7 +40,7 @@ def tile(
       read: read(source indices, one array per dimension) -> that rectangle of the source leaf.
       key: of the fresh values, see `leaf_key`.
       shape: of the whole destination leaf.
-      power: of the factors: 1 for parameters; -1 and -2 for first and second moments, since a*theta has gradient g/a.
+      power: of the factors: 1, and 2 for second moments.
     """
     known = [m.index[w] != NEW for m, w in zip(maps, where, strict=True)]
     fresh = [m.fresh[w] for m, w in zip(maps, where, strict=True)]
@@ -85,12 +85,13 @@ def normal(key: tuple[int, int], where: Sequence[np.ndarray], shape: Sequence[in
     uniform values is near normal (kurtosis 2.7, cut off at 3.46 std, like a truncated normal) and, unlike a logarithm
     or an inverse error function, the same to the last bit on every platform and under every tiling.
     """
-    rows = np.zeros((1,) * (len(shape) - 1), np.uint32)
+    # jnp, not numpy: under jit only the vectors become constants of the program, not every row of the leaf.
+    rows = jnp.zeros((1,) * (len(shape) - 1), jnp.uint32)
     for dimension, (size, w) in enumerate(zip(shape[:-1], where[:-1], strict=True)):
-        rows = rows * np.uint32(size) + _along(w.astype(np.uint32), dimension, len(shape) - 1)
+        rows = rows * jnp.uint32(size) + _along(jnp.asarray(w.astype(np.uint32)), dimension, len(shape) - 1)
     if math.prod(shape[:-1]) > 2**32 or shape[-1] > 2**32:
         raise ValueError(f"a leaf of shape {tuple(shape)} has more than 2^32 rows or columns")
-    counters = jnp.broadcast_arrays(jnp.asarray(rows)[..., None], jnp.asarray(where[-1].astype(np.uint32)))
+    counters = jnp.broadcast_arrays(rows[..., None], jnp.asarray(where[-1].astype(np.uint32)))
     words = threefry2x32_p.bind(jnp.uint32(key[0]), jnp.uint32(key[1]), *counters)
     return bell(words, jnp.float32(std / SUM_STD))
 

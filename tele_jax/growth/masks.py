@@ -5,12 +5,25 @@ compiled with masks does not compile again while they move.
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from tele_jax.config import require
+from tele_jax.errors import UserError
 from tele_jax.growth.plan import Plan
 from tele_jax.model.decoder import MASKED_AXES
+
+
+def require_unmasked(provenance: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Raises UserError for a checkpoint from the middle of a mask ramp: without its masks it is another function."""
+    mask = provenance[-1].get("mask") if provenance else None
+    if mask is not None:
+        raise UserError(
+            f"{where}: grown behind masks that stand at {mask:.2f}; train on until they are 1 and dropped, or take the "
+            "checkpoint from before the growth"
+        )
 
 
 def vectors(plan: Plan, c: float) -> dict[str, np.ndarray]:

@@ -46,9 +46,16 @@ class LeafPlan:
         share = axis_map.share if axis_map.axis in self.shared else None
         return scale if share is None else share if scale is None else scale * share
 
-    def moment(self, axes: tuple[str, ...]) -> "LeafPlan":
-        """The plan of an optimizer moment: copied or scaled like the leaf, but every new entry is 0."""
-        return LeafPlan(self.coefficient, axes, self.scaled, self.shared)
+    def moment(self, spec: ParamSpec, maps: Mapping[str, AxisMap]) -> "LeafPlan":
+        """The plan of an optimizer moment, which grows like the gradient; every new entry is 0.
+
+        a*theta has gradient g/a. Of a unit split into copies, what produces it has the gradient times its share (that
+        is how much of it is read), and what reads it the gradient times its scale (that is how much of it there is).
+        """
+        copied = [axis for axis in spec.axes if (maps[axis].scale != 1).any() or (maps[axis].share != 1).any()]
+        scaled = tuple(axis for axis in copied if axis in spec.inputs)
+        shared = tuple(axis for axis in copied if axis in spec.outputs or spec.role == "scale")
+        return LeafPlan(1 / self.coefficient, spec.axes, scaled, shared)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -66,8 +66,14 @@ def plan(
     if epsilon not in ("scale", "keep"):
         raise UserError(f"epsilon {epsilon!r} is not one of 'scale', 'keep'")
     _check(src_cfg, dst_cfg)
-    maps = _maps(src_cfg, dst_cfg, layers, scores)
-    return POLICIES[policy](src_cfg, dst_cfg, maps, seed, epsilon)
+    if policy in ("stack", "random") and layers != "uniform":
+        raise UserError(f"layers={layers!r}: policy {policy} places the layers itself; leave it out")
+    made = POLICIES[policy](src_cfg, dst_cfg, _maps(src_cfg, dst_cfg, layers, scores), seed, epsilon)
+    asked, old, new = dst_cfg.rms_eps, src_cfg.rms_eps, made.dst_cfg.rms_eps
+    if math.isclose(asked, old) or math.isclose(asked, new):
+        return made
+    note = f"rms_eps={asked:g} was asked for, but is {new:g} to keep the function"
+    return dataclasses.replace(made, notes=(*made.notes, note))
 
 
 def _check(src: ModelConfig, dst: ModelConfig) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from tele_jax.axes import ParamSpec, flatten
+from tele_jax.axes import ParamSpec, flatten, unflatten
 from tele_jax.checkpoint import chunks, layout, tiles
 from tele_jax.config import to_dict
 from tele_jax.errors import DamageError, UserError
@@ -207,7 +207,9 @@ def _jobs(plan: Plan, lazy: "Lazy", opt: bool, chunk_bytes: int) -> list[_Job]:
         jobs.append(_job(plan, "params", name, leaf, plan.leaves[name], array, name))
     if not opt:
         return jobs
-    for name, grown in flatten(grow_state(plan, lazy.opt_state, _Moment)).items():
+    for name, grown in flatten(grow_state(plan, _with_gaps(lazy), _Moment)).items():
+        if name not in lazy.items["opt_state"]:
+            continue  # a gap
         stored = lazy.items["opt_state"][name]
         shape = plan.dst_spec[grown.name].shape if isinstance(grown, _Moment) else tuple(grown.shape)
         owner = plan.dst_spec.get(layout.matching_param(name, shape, plan.dst_spec))
@@ -220,6 +222,17 @@ def _jobs(plan: Plan, lazy: "Lazy", opt: bool, chunk_bytes: int) -> list[_Job]:
         else:
             jobs.append(_Job("opt_state", name, leaf, LeafPlan(), [], None, values=np.asarray(grown)))
     return jobs
+
+
+def _with_gaps(lazy: "Lazy") -> dict[str, Any]:
+    """The stored optimizer state, with an empty node for every parameter that optax.masked left out of a moment."""
+    stored, params = lazy.items["opt_state"], lazy.items["params"]
+    gaps: dict[str, Any] = {}
+    for name, array in stored.items():
+        owner = layout.matching_param(name, array.shape, params)
+        if owner is not None:
+            gaps |= {name.removesuffix(owner) + parameter: () for parameter in params}
+    return unflatten(gaps | stored)
 
 
 def _job(plan: Plan, item: str, name: str, leaf, leaf_plan: LeafPlan, array, parameter: str, power: int = 1) -> _Job:

@@ -1,5 +1,6 @@
 """Growth of a checkpoint as a stage of a run, and behind `tele grow`: plan, grow on the mesh, verify."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -45,7 +46,7 @@ def grow(
             grow_state = lambda state: growth.apply_opt(plan, state)  # noqa: E731
             shape = jax.eval_shape(grow_state, opt_state)
             out = map_param_subtrees(
-                lambda path, tree: shardings, shape, spec(plan.dst_cfg), lambda _: replicated(mesh)
+                lambda path, tree: shardings, shape, spec(plan.dst_cfg), lambda *_: replicated(mesh)
             )
             grown_state = jax.jit(grow_state, out_shardings=out)(opt_state)
         report = growth.verify(plan, params, big, tokens)
@@ -60,9 +61,15 @@ def grow(
     }
     if not report.ok:
         raise FailedError(f"{where}: the growth failed its verification and was not written: {report}")
-    if report.preserving and report.max_abs > stage.tolerance:
+    if report.preserving and stage.tolerance is not None and report.max_abs > stage.tolerance:
         raise FailedError(
             f"{where}: the logits moved by {report.max_abs:.3g}, more than tolerance={stage.tolerance:g}; "
             "nothing was written"
         )
     return plan, big, grown_state, receipt
+
+
+def provenance_entry(name: str, plan: growth.Plan, receipt: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of the growth that made it. mask: where the masks stand, None where there are none."""
+    entry = {"stage": name, "kind": "grow", "policy": plan.policy, "seed": plan.seed, "plan": plan.digest}
+    return entry | {"max_abs": receipt["max_abs"], "mask": 0.0 if plan.masked else None}

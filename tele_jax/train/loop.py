@@ -32,7 +32,7 @@ from tqdm import tqdm
 from tele_jax import checkpoint
 from tele_jax.config import ModelConfig, to_dict
 from tele_jax.data import feed as feeds
-from tele_jax.errors import UserError
+from tele_jax.errors import DamageError, UserError
 from tele_jax.growth import Plan
 from tele_jax.model.spec import count_params, spec
 from tele_jax.run import GrowStage, RunConfig, TrainStage
@@ -65,6 +65,8 @@ def run(config: RunConfig, workdir: Path) -> list[dict[str, Any]]:
         for name in config.run:
             stage, directory = config.stages[name], workdir / name
             if not (directory / "summary.json").exists():
+                if stop:
+                    raise Stopped(f"stopped before stage {name}; start again to go on")
                 _say(f"stage {name}: {stage.kind}")
                 if isinstance(stage, GrowStage):
                     summary = _grow_stage(stage, directory, previous, mesh, _text_for(config, name), f"config.{name}")
@@ -79,10 +81,11 @@ def run(config: RunConfig, workdir: Path) -> list[dict[str, Any]]:
                         say=_say,
                     )
                     summary = training.run(stop)
+                    del training  # its state must not lie beside that of the next stage
                 _write_json(directory / "summary.json", {"stage": name, "kind": stage.kind, **summary})
             previous = directory / "checkpoints"
             plan = _read_plan(directory) if isinstance(stage, GrowStage) else None
-    return [json.loads((workdir / name / "summary.json").read_text()) for name in config.run]
+    return [_read_json(workdir / name / "summary.json") for name in config.run]
 
 
 # -------------------------------------------------------------------------------------------------- a growth stage
@@ -103,12 +106,11 @@ def _grow_stage(
             )
             _write_json(directory / "plan.json", plan.to_json())
             _write_json(receipt_file, receipt)
-            entry = {"stage": directory.name, "kind": "grow", "policy": plan.policy, "seed": plan.seed}
-            entry |= {"plan": plan.digest, "max_abs": receipt["max_abs"], "mask": 0.0 if plan.masked else None}
+            entry = growing.provenance_entry(directory.name, plan, receipt)
             manager.save(0, plan.dst_cfg, params, opt_state, [*loaded.provenance, entry])
     finally:
         manager.close()
-    receipt = json.loads(receipt_file.read_text())
+    receipt = _read_json(receipt_file)
     dead, locked = len(receipt["dead"]), len(receipt["locked"])
     _say(f"  logits moved by {receipt['max_abs']:.3g} at most; dead units {dead}, locked units {locked}")
     return {
@@ -137,7 +139,7 @@ def _text_for(config: RunConfig, name: str) -> TrainStage:
 
 
 def _read_plan(directory: Path) -> Plan:
-    return Plan.from_json(json.loads((directory / "plan.json").read_text()))
+    return Plan.from_json(_read_json(directory / "plan.json"))
 
 
 # ------------------------------------------------------------------------------------------------ the work directory
@@ -168,24 +170,30 @@ def _stop_signal() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
+# What may change while a run is under way: it alters when things are written, not what is computed.
+_CADENCE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
+
+
 def _same_config(config: RunConfig, path: Path) -> None:
+    """Writes W/config.json, or compares with it: stages may be added at the end, mesh and cadence may change."""
     now = json.loads(json.dumps({"run": list(config.run), **{n: to_dict(s) for n, s in config.stages.items()}}))
     now["mesh"] = dataclasses.asdict(config.mesh)
     if path.exists():
-        before = json.loads(path.read_text())
-        # The mesh may change: a checkpoint restores onto any.
-        changed = _differences({**before, "mesh": None}, {**now, "mesh": None}, "config")
+        before = _read_json(path)
+        kept = {name: before.get(name) for name in before["run"]}
+        changed = _differences(kept, {name: now.get(name) for name in kept}, "config")
+        if now["run"][: len(kept)] != before["run"]:
+            changed.append(f"config.run was {before['run']}, is {now['run']}")
         if changed:
             raise UserError(
                 f"{path.parent}: was started with another config: {'; '.join(changed)}; use another --workdir"
             )
-        return
     _write_json(path, now)
 
 
 def _differences(before: Any, now: Any, where: str) -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted(before.keys() | now.keys())
+        keys = sorted((before.keys() | now.keys()) - set(_CADENCE))
         return [d for key in keys for d in _differences(before.get(key), now.get(key), f"{where}.{key}")]
     return [] if before == now else [f"{where} was {before!r}, is {now!r}"]
 
@@ -208,6 +216,10 @@ def _check(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
                 raise UserError(f"config.{name}: {error}") from None
         else:
             cfg = stage.model or cfg
+            if cfg.rope.ntk is None and stage.seq_len > cfg.max_seq_len:
+                raise UserError(
+                    f"config.{name}.seq_len={stage.seq_len} is above the model's max_seq_len={cfg.max_seq_len}"
+                )
             schedule(stage.schedule, stage.steps, stage.batch_size * stage.seq_len)
             batch_sharding(mesh, stage.batch_size // stage.microbatches)
             size = feeds.open_vocabulary(stage.data, stage.kind).vocab_size
@@ -241,6 +253,14 @@ def _write_json(path: Path, value: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(temporary, path)
+
+
+def _read_json(path: Path) -> Any:
+    """Raises DamageError where the file is not the JSON that was written."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DamageError(f"{path}: damaged, not JSON ({error})") from None
 
 
 def _say(line: str) -> None:

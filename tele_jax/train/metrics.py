@@ -20,10 +20,13 @@ PEAK_FLOPS = {
 }
 
 
-def utilisation(flops_per_second: float) -> float | None:
-    """Model FLOP utilisation over all devices, or None where the peak of the device is not known (a CPU)."""
+EVALUATION = "eval/bits_per_byte/"  # and the domain
+
+
+def utilisation(flops_per_second: float, devices: int) -> float | None:
+    """Model FLOP utilisation of so many devices, or None where the peak of one is not known (a CPU)."""
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    return None if peak is None else flops_per_second / (peak * jax.device_count())
+    return None if peak is None else flops_per_second / (peak * devices)
 
 
 class Metrics:

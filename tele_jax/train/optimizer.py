@@ -57,7 +57,9 @@ def scale_by_adam(spec: Mapping[str, Any], config: OptimizerConfig) -> optax.Gra
     sizes = {axis: size for leaf in leaves.values() for axis, size in zip(leaf.axes, leaf.shape, strict=True)}
 
     def init(params: Any) -> AdamState:
-        zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
+        # bfloat16 moments would stick: a step of 1 - beta2 of their value is below what they resolve.
+        wide = lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32))  # noqa: E731
+        zeros = lambda: jax.tree.map(wide, params)  # noqa: E731
         born = {axis: jnp.zeros(size, jnp.int32) for axis, size in sizes.items()}
         return AdamState(jnp.zeros([], jnp.int32), zeros(), zeros(), born)
 
@@ -71,6 +73,7 @@ def scale_by_adam(spec: Mapping[str, Any], config: OptimizerConfig) -> optax.Gra
             # Units that were there from the start (born 0) follow the schedule's own warm-up alone.
             new = {axis: born > 0 for axis, born in state.born.items()}
             warm = {a: jnp.where(new[a], jnp.minimum(1.0, age[a] / config.new_warmup_steps), 1.0) for a in age}
+        gradients = jax.tree.map(lambda m, g: g.astype(m.dtype), state.mu, gradients)
         mu = jax.tree.map(lambda m, g: config.beta1 * m + (1 - config.beta1) * g, state.mu, gradients)
         nu = jax.tree.map(lambda v, g: config.beta2 * v + (1 - config.beta2) * g**2, state.nu, gradients)
         steps = {}

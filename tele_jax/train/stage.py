@@ -25,8 +25,6 @@ from tele_jax.train.optimizer import optimizer, restart_schedule
 from tele_jax.train.schedule import schedule
 from tele_jax.train.step import flops_per_token, make_step, put_batch, state_shardings
 
-EVALUATION = "eval/bits_per_byte/"
-
 
 class Stopped(Exception):
     """The run was asked to stop, and has saved its state."""
@@ -46,7 +44,7 @@ class Training:
         tokenizer: str,
         say: Callable[[str], None],
     ):
-        """Compiles nothing yet, but restores or initialises everything.
+        """Restores or initialises everything; the step is compiled when it first runs.
 
         Args:
           directory: of the stage in the work directory.
@@ -66,7 +64,7 @@ class Training:
         self.feed = feeds.LiveFeed(stage.data, **rows, seed=stage.seed)
         self.held_out = feeds.held_out(stage.data, **rows)
         self.checkpoints = checkpoint.Manager(directory / "checkpoints", keep=stage.keep_checkpoints)
-        self.tokens, self.loss = 0, 0.0
+        self.tokens, self.loss, self.grad_norm = 0, 0.0, 0.0
         self._restore(previous)
         self.writer = metrics.Metrics(directory / "metrics", self.first_step)
 
@@ -110,12 +108,13 @@ class Training:
           FailedError: the loss is not finite.
         """
         try:
-            if self.first_step == 0 and not self._evaluated(0):
+            if self.first_step == 0 and not self._evaluated(0) and not stop:
                 self._evaluate(0)
             self._train(stop)
             if not self._evaluated(self.stage.steps):
                 self._evaluate(self.stage.steps)
         finally:
+            self.feed.close()
             self.checkpoints.close()
             self.writer.close()
         return self._summary()
@@ -142,11 +141,12 @@ class Training:
                 self.tokens += int(sum(float(weight) for weight in weights))
                 self._log(done, figures, (time.perf_counter() - since) / (done - since_step), bar)
                 weights, since_step, since = [], done, time.perf_counter()
+            paused = time.perf_counter()
             if stage.eval_every and done % stage.eval_every == 0 and not last:
                 self._evaluate(done)
             if saves:
                 self._save(done)
-                since, since_step = time.perf_counter(), done  # saving and evaluating are not training time
+            since += time.perf_counter() - paused  # saving and evaluating are not training time
             if stopped and not last:
                 where = f"step {done} of {stage.steps} in stage {self.directory.name}"
                 raise Stopped(f"stopped at {where}; start again to go on")
@@ -154,15 +154,15 @@ class Training:
 
     def _log(self, step: int, figures: dict[str, jax.Array], seconds: float, bar: tqdm) -> None:
         """One line of figures; `seconds` per step."""
-        self.loss = float(figures["loss"])
+        self.loss, self.grad_norm = float(figures["loss"]), float(figures["grad_norm"])
         flops = flops_per_token(self.cfg, self.stage.seq_len) * self.tokens_per_step
         line = {
             "loss": self.loss,
-            "grad_norm": float(figures["grad_norm"]),
+            "grad_norm": self.grad_norm,
             "learning_rate": self.stage.optimizer.learning_rate * float(self.factor(step - 1)),
             "tokens": self.tokens,
             "tokens_per_second": self.tokens_per_step / seconds,
-            "mfu": metrics.utilisation(flops / seconds),
+            "mfu": metrics.utilisation(flops / seconds, self.mesh.size),
         }
         self.writer.write(step, line)
         bar.set_postfix(loss=f"{self.loss:.3f}")
@@ -171,10 +171,11 @@ class Training:
             self.say(f"  step {step}/{self.stage.steps}: loss {self.loss:.4f}, {speed}")
 
     def _save(self, step: int) -> None:
-        if not np.isfinite(self.loss):
+        if not np.isfinite([self.loss, self.grad_norm]).all():  # either makes the parameters after this step NaN
             raise FailedError(
-                f"{self.directory.name}: the loss is {self.loss} at step {step}; the last checkpoint is that of step "
-                f"{self.checkpoints.latest_step() or 0}; lower the learning rate or look at the data"
+                f"{self.directory.name}: loss {self.loss}, gradient norm {self.grad_norm} at step {step}; the last "
+                f"checkpoint is that of step {self.checkpoints.latest_step() or 0}; lower the learning rate or look at "
+                "the data"
             )
         mask = self.masks(step)
         entry = {"stage": self.directory.name, "kind": self.stage.kind, "step": step, "tokens": self.tokens}
@@ -184,7 +185,7 @@ class Training:
 
     def _evaluate(self, step: int) -> None:
         figures = bits_per_byte(self.cfg, self.params, self.held_out, self.mesh, self.masks(step))
-        self.writer.write(step, {EVALUATION + domain: value for domain, value in figures.items()})
+        self.writer.write(step, {metrics.EVALUATION + domain: value for domain, value in figures.items()})
         if figures:
             self.say(f"  step {step}: bits per byte " + ", ".join(f"{d} {v:.4f}" for d, v in figures.items()))
 
@@ -192,7 +193,9 @@ class Training:
         """Bits per byte by domain, by step."""
         found = {}
         for line in metrics.read(self.directory / "metrics" / "metrics.jsonl"):
-            figures = {k.removeprefix(EVALUATION): v for k, v in line.items() if k.startswith(EVALUATION)}
+            figures = {
+                k.removeprefix(metrics.EVALUATION): v for k, v in line.items() if k.startswith(metrics.EVALUATION)
+            }
             if figures:
                 found[line["step"]] = figures
         return found

@@ -22,7 +22,7 @@ def state_shardings(cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Me
     """(of the parameters, of the optimizer state): moments lie where their parameters lie, the rest everywhere."""
     params = param_shardings(spec(cfg), mesh)
     opt_state = jax.eval_shape(tx.init, abstract_params(cfg))
-    return params, map_param_subtrees(lambda path, tree: params, opt_state, spec(cfg), lambda _: replicated(mesh))
+    return params, map_param_subtrees(lambda path, tree: params, opt_state, spec(cfg), lambda *_: replicated(mesh))
 
 
 def make_step(
@@ -62,8 +62,8 @@ def make_step(
 
     def step(params, opt_state, batch, masks):
         total, weight, gradients = accumulate(params, batch, masks)
-        # A batch without a single counted token moves nothing instead of dividing by zero.
-        scale = 1 / jnp.maximum(weight, 1)
+        # A batch without a single counted token has no gradient, instead of a division by zero.
+        scale = jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1), 0)
         gradients = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), gradients, params)
         updates, opt_state = tx.update(gradients, opt_state, params)
         metrics = {"loss": total * scale, "grad_norm": optax.tree.norm(gradients), "weight": weight}

@@ -191,16 +191,20 @@ def fails(capsys, code, *arguments):
         ("--config.small.stepz=5", "config.small.stepz: unknown key of TrainStage; did you mean 'steps'?"),
         ("--config.smal.steps=5", "the page has no table config.smal"),
         ("--config.small.model.num_kv_heads=3", "num_heads=2 does not divide into num_kv_heads=3"),
-        ("--config.small.model.head_dim=None", None),
+        ("--config.small.model.head_dim=7", "head_dim=7 must be even"),
+        ("--config.small.seq_len=9999", "seq_len=9999 is above the model's max_seq_len=4096"),
+        ("--config.grow.model.rope={'theta': 5e5}", "rope differs"),
+        ("--config.run=5", "config.run: expected a list, got 5"),
         ("--config.mesh={'fsdp': 3}", "does not divide over mesh"),
         ("--config.small.model.vocab_size=300", "the tokenizer has 480 ids, but the model's vocab_size is 300"),
-        ("--config.grow.policy='nothing'", "policy 'nothing' is not one of exact, msg"),
+        (
+            "--config.grow.policy='nothing'",
+            "config.grow grows by policy 'nothing', and only growth by policy 'msg' has masks",
+        ),
         ("--config.small.data.tokenizer='nowhere.model'", "nowhere.model"),
     ],
 )
 def test_wrong_configs_are_refused_in_one_line(place, capsys, tmp_path, override, expected):
-    if expected is None:
-        override, expected = "--config.small.model.head_dim=7", "head_dim=7 must be even"
     workdir = tmp_path / "w"
     line = fails(capsys, 2, "train", "--config", str(place / "page.py"), "--workdir", str(workdir), override)
     assert expected in line
@@ -279,7 +283,8 @@ def test_growing_from_the_command_line(place, finished, capsys, tmp_path):
     assert loaded.cfg.embed_dim == 31 and loaded.opt_state is not None
     assert loaded.cfg.rms_eps == pytest.approx(1e-5 * 24 / 31)
     assert "exists already" in fails(capsys, 2, *arguments)
-    assert "never" in fails(capsys, 2, *arguments)
+    behind_masks = ["grow", str(finished / "grow"), str(tmp_path / "other"), *arguments[3:]]
+    assert "masks that stand at 0.00" in fails(capsys, 2, *behind_masks)
     shrunk = [*arguments[:2], str(tmp_path / "small"), *arguments[3:6], "--config.model.embed_dim=8"]
     assert "would shrink, 24 -> 8" in fails(capsys, 2, *shrunk)
     assert not (tmp_path / "small").exists()

@@ -31,10 +31,11 @@ def random_tree(cfg, seed, dtype=np.float32):
     return jax.tree.map(lambda leaf: random_numbers(generator, leaf.shape, dtype), tele.spec(cfg))
 
 
-def random_state(cfg):
-    """Of the optimizer that training uses, in the middle of a run."""
+def random_state(cfg, tx=None):
+    """Of an optax optimizer, by default the one that training uses, in the middle of a run."""
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tele.spec(cfg))
-    state = jax.eval_shape(optimizer(cfg, OptimizerConfig(learning_rate=1e-3), lambda step: 1.0).init, abstract)
+    tx = optimizer(cfg, OptimizerConfig(learning_rate=1e-3), lambda step: 1.0) if tx is None else tx
+    state = jax.eval_shape(tx.init, abstract)
     generator = np.random.default_rng(2)
 
     def fill(leaf):

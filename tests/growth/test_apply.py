@@ -190,9 +190,6 @@ def test_growth_on_eight_devices_gives_the_bits_of_one(dtype, policy, src_mesh, 
         same_bits(big, growth.apply(plan, params))  # eagerly, on one device
 
 
-@pytest.mark.xfail(
-    reason="kernel.normal numbers the rows in numpy: 4 bytes of program per row of every leaf", strict=True
-)
 def test_growth_is_compiled_without_large_constants():
     """Fresh values come from counters made on the devices: what a program holds must not grow with the model."""
     src = tele.ModelConfig(**SMALL | dict(embed_dim=256, num_heads=8, num_kv_heads=8, head_dim=16))
@@ -235,7 +232,6 @@ def test_shrinking_undoes_growth_to_two_ulps_and_exactly_where_nothing_was_scale
     _undoes(dtype, allowed=2)
 
 
-@pytest.mark.xfail(reason="shrink multiplies by a rounded inverse: twice the error of dividing", strict=True)
 def test_shrinking_undoes_growth_to_one_ulp():
     _undoes("float32", allowed=1)
 

@@ -236,7 +236,6 @@ def test_json_gives_the_same_plan_back():
     each(check, "copy", examples=30)
 
 
-@pytest.mark.xfail(reason="ModelConfig keeps 2 where 2.0 is meant; JSON gives 2.0 back", strict=True)
 def test_json_gives_the_same_plan_back_where_a_float_was_given_as_an_int():
     plan = growth.plan(SRC.replace(output_mult=2), DST)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan

@@ -4,8 +4,10 @@ apply and apply_opt are compared with numpy in test_apply.py and test_apply_opt.
 """
 
 import contextlib
+import functools
 import json
 import math
+import operator
 import os
 import subprocess
 import sys
@@ -13,12 +15,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
+import tele_jax as tele
 from tele_jax import checkpoint, growth
 from tele_jax.errors import UserError
 from tests.checkpoint.trees import assert_same, chunk_files
-from tests.growth.checkpoints import DST, SMALL, SRC, random_tree, save, stop_half_way
+from tests.growth.checkpoints import DST, SMALL, SRC, random_state, random_tree, save, stop_half_way
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +112,20 @@ def test_other_dtypes(dtype, tmp_path, request):
     assert_same(loaded.params, params)
     assert_same(loaded.opt_state["nu"], state["nu"])
     assert loaded.opt_state["count"] == 3 and loaded.opt_state["done"] is True
+
+
+def test_a_state_that_holds_moments_of_some_leaves_only(tmp_path):
+    """optax.masked leaves no trace of the others on disk."""
+    is_norm = jax.tree.map(lambda spec: spec.role == "scale", tele.spec(SRC))
+    others = jax.tree.map(operator.not_, is_norm)
+    state = random_state(
+        SRC, optax.chain(optax.masked(optax.scale_by_adam(), is_norm), optax.masked(optax.trace(0.9), others))
+    )
+    checkpoint.save(tmp_path / "src", SRC, random_tree(SRC, 1), opt_state=state)
+    plan = growth.plan(SRC, DST, seed=3)
+    expected = jax.jit(functools.partial(growth.apply_opt, plan))(state)
+    growth.stream(plan, tmp_path / "src", tmp_path / "dst", opt=True, **SMALL)
+    assert_same(checkpoint.load(tmp_path / "dst", opt_state_like=expected).opt_state, expected)
 
 
 # ---- the checkpoint ----------------------------------------------------------------------------------------------
