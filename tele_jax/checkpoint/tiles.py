@@ -110,7 +110,7 @@ class Unfinished:
             self._require_space([tile for i, tile in enumerate(tiles) if i not in self.done])
 
     def finish(self, number: int) -> None:
-        """Notes that the files of a tile are on the disk."""
+        """Notes that the files of a tile are on the disk. The note need not be: without it they are made again."""
         os.write(self._journal, b"%010d\n" % number)
         self.done.add(number)
 
@@ -121,13 +121,20 @@ class Unfinished:
                 self.complete = self.dst.exists()  # another process was the last
             elif not self.complete and len(self._finished()) == len(self._tiles):
                 with ThreadPoolExecutor(FLUSHING) as pool:
-                    list(pool.map(flush, [Path(directory) for directory, _, _ in os.walk(self.path)]))
+                    list(pool.map(flush, self._not_flushed()))
                 self._require_new()
                 os.rename(self.path, self.dst)
                 flush(self.dst.parent)
                 self._remove()
                 self.complete = True
         return self.complete
+
+    def _not_flushed(self) -> list[Path]:
+        """All directories, and what is not a chunk: chunks are on the disk already."""
+        paths = []
+        for directory, _, files in os.walk(self.path):
+            paths += [Path(directory), *(Path(directory, name) for name in files if Path(name).suffix)]
+        return paths
 
     def close(self) -> None:
         if self._journal is not None:

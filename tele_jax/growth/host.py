@@ -22,7 +22,7 @@ from tele_jax.growth.kernel import SUM_STD, bell
 from tele_jax.growth.plan import LeafPlan
 
 BLOCK = 2**17  # entries that XLA computes at once: small enough for the cache, large enough to be worth the call
-SCRATCH_BYTES = 8 * 2**20  # at most, besides the tile itself and a chunk of the source
+SCRATCH_BYTES = 24 * 2**20  # besides the tile itself and a chunk of the source, both of 128 MiB
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # of Threefry-2x32
 _MAX_RUNS = 1024  # above, entries are gathered one by one
 
