@@ -55,6 +55,16 @@ class ParamSpec:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    def to_json(self) -> dict[str, Any]:
+        names = {"stack": list(self.stack), "inputs": list(self.inputs), "outputs": list(self.outputs)}
+        return {"shape": list(self.shape), "dtype": jnp.dtype(self.dtype).name, **names}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "ParamSpec":
+        """The inverse of to_json; other keys are passed over."""
+        names = (tuple(values[key]) for key in ("stack", "inputs", "outputs"))
+        return cls(tuple(values["shape"]), jnp.dtype(values["dtype"]), *names)
+
 
 def role(inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Role:
     if not inputs:
@@ -148,7 +158,7 @@ def map_param_subtrees(function: Callable[[tuple[str, ...], Any], Any], tree: An
     `tree` is any pytree, such as an optax state; `spec` a nested dict of ParamSpec (or of anything with a shape). Other
     leaves are passed on, or through other(path, leaf). path is made of field names and keys, e.g. ("0", "nu"). Where a
     subtree holds only some of the parameters (optax.masked puts an empty node in place of the others), those places
-    stay empty, whatever function returns there.
+    stay empty, whatever function returns there; a subtree that is whole may become one of another structure.
     """
     below = lambda node: not isinstance(node, Mapping)  # noqa: E731
     structure = jax.tree.structure(spec)
@@ -166,7 +176,9 @@ def map_param_subtrees(function: Callable[[tuple[str, ...], Any], Any], tree: An
         if not is_params(node):
             return node if other is None else other(names, node)
         keep = lambda old, new: old if is_empty(old) else new  # noqa: E731
-        return jax.tree.map(keep, node, function(names, node), is_leaf=below)
+        made = function(names, node)
+        has_gaps = any(map(is_empty, jax.tree.leaves(node, is_leaf=below)))
+        return jax.tree.map(keep, node, made, is_leaf=below) if has_gaps else made
 
     return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=is_params)
 

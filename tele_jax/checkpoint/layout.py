@@ -252,24 +252,8 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _leaf_to_json(leaf: Leaf) -> dict[str, Any]:
-    spec = leaf.spec
-    return {
-        "shape": list(spec.shape),
-        "dtype": np.dtype(spec.dtype).name,
-        "stack": list(spec.stack),
-        "inputs": list(spec.inputs),
-        "outputs": list(spec.outputs),
-        "chunks": list(leaf.chunks),
-        **({"scalar": True} if leaf.scalar else {}),
-    }
+    return {**leaf.spec.to_json(), "chunks": list(leaf.chunks), **({"scalar": True} if leaf.scalar else {})}
 
 
 def _leaf_from_json(values: Mapping[str, Any]) -> Leaf:
-    spec = ParamSpec(
-        shape=tuple(values["shape"]),
-        dtype=jnp.dtype(values["dtype"]),
-        stack=tuple(values["stack"]),
-        inputs=tuple(values["inputs"]),
-        outputs=tuple(values["outputs"]),
-    )
-    return Leaf(spec, tuple(values["chunks"]), values.get("scalar", False))
+    return Leaf(ParamSpec.from_json(values), tuple(values["chunks"]), values.get("scalar", False))

@@ -10,14 +10,17 @@ growth.stream(plan, src, dst)                  the same from checkpoint to check
 
 from tele_jax.growth.apply import apply, apply_opt, shrink
 from tele_jax.growth.axis_map import AxisMap
+from tele_jax.growth.compose import Composed, compose
 from tele_jax.growth.masks import MaskSchedule
-from tele_jax.growth.plan import LeafPlan, Plan
+from tele_jax.growth.plan import Growth, LeafPlan, Plan
 from tele_jax.growth.policies import plan
 from tele_jax.growth.stream import Streamed, stream
 from tele_jax.growth.verify import Report, verify
 
 __all__ = [
     "AxisMap",
+    "Composed",
+    "Growth",
     "LeafPlan",
     "MaskSchedule",
     "Plan",
@@ -25,6 +28,7 @@ __all__ = [
     "Streamed",
     "apply",
     "apply_opt",
+    "compose",
     "plan",
     "shrink",
     "stream",

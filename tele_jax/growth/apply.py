@@ -1,6 +1,5 @@
 """Growth of arrays in memory: parameters, optimizer state, and the way back."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,13 +11,13 @@ from tele_jax.axes import ParamSpec, flatten, is_empty, map_param_subtrees, unfl
 from tele_jax.errors import UserError
 from tele_jax.growth.axis_map import AxisMap
 from tele_jax.growth.kernel import leaf_key, tile
-from tele_jax.growth.plan import LeafPlan, Plan
+from tele_jax.growth.plan import Growth, LeafPlan, Plan
 
 # What power of the gradient a moment of optax averages, by its name.
 _MOMENTS = {"mu": 1, "trace": 1, "acc_grads": 1, "nu": 2, "nu_max": 2, "sum_of_squares": 2}
 
 
-def apply(plan: Plan, params: Mapping[str, Any]) -> dict[str, Any]:
+def apply(plan: Growth, params: Mapping[str, Any]) -> dict[str, Any]:
     """The grown parameters; a pure function, so that under jit with out_shardings it grows sharded arrays in place.
 
     Raises:
@@ -26,53 +25,80 @@ def apply(plan: Plan, params: Mapping[str, Any]) -> dict[str, Any]:
     """
     leaves = flatten(params)
     check_tree(leaves, plan.src_spec)
-    return unflatten({name: _grow(plan, name, plan.leaves[name], leaves[name]) for name in leaves})
+    for step in plan.steps:
+        leaves = {
+            name: grow_leaf(step, name, step.leaves[name], leaves[source]) for name, source in step.sources.items()
+        }
+    return unflatten(leaves)
 
 
-def shrink(plan: Plan, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The left inverse of `apply`: bitwise where nothing was scaled, to one ulp elsewhere.
+def shrink(plan: Growth, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The left inverse of `apply`: bitwise where nothing was scaled, to one ulp a step elsewhere.
 
     Raises:
-      UserError: params are not what plan.dst_cfg describes.
+      UserError: params are not what plan.dst_cfg describes; the plan drops something, which nothing brings back.
     """
     leaves = flatten(params)
     check_tree(leaves, plan.dst_spec)
-    inverse = {axis: m.invert() for axis, m in plan.maps.items()}
+    for step in reversed(plan.steps):
+        leaves = _shrink_leaves(step, leaves)
+    return unflatten(leaves)
+
+
+def _shrink_leaves(step: Plan, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        inverse = {axis: m.invert() for axis, m in step.maps.items()}
+    except ValueError as error:
+        raise UserError(f"shrink: policy {step.policy} has no inverse: {error}") from None
+    kept = {source: name for name, source in step.sources.items()}
+    if lost := step.src_spec.keys() - kept.keys():
+        raise UserError(f"shrink: policy {step.policy} has no inverse: it drops {', '.join(sorted(lost))}")
     small = {}
-    for name, spec in plan.src_spec.items():
-        leaf = plan.leaves[name]
+    for name, spec in step.src_spec.items():
+        leaf = step.leaves[kept[name]]
         # The inverse of what growth multiplied by, rounding included, brings every entry back to one ulp.
         factor = float(np.asarray(leaf.coefficient, jnp.promote_types(spec.dtype, jnp.float32)))
         back = LeafPlan(1 / factor, (), leaf.scaled, leaf.shared)
-        small[name] = _evaluate(back, [inverse[a] for a in spec.axes], leaves[name], (0, 0), spec.shape)
-    return unflatten(small)
+        small[name] = _evaluate(back, [inverse[a] for a in spec.axes], leaves[kept[name]], (0, 0), spec.shape)
+    return small
 
 
-def apply_opt(plan: Plan, opt_state: Any) -> Any:
+def apply_opt(plan: Growth, opt_state: Any) -> Any:
     """The optimizer state of the grown parameters, for any optax state.
 
     Every subtree that has the names and shapes of the parameters is grown: theta' = a*theta makes m' = m/a and, for
     second moments (named `nu`), v' = v/a^2; new entries are zero. Where the state keeps `born` beside `count` (see
     train.optimizer), new units are marked as born now. Everything else is passed on as it is.
+
+    Raises:
+      UserError: an array of the state is neither of the shape of a parameter nor a known moment (adafactor's factors).
     """
-    return grow_state(plan, opt_state, functools.partial(_grow, plan))
+    return grow_state(plan, opt_state, grow_leaf)
 
 
-def grow_state(plan: Plan, opt_state: Any, grow: Callable[[str, LeafPlan, Any, int], Any]) -> Any:
-    """As `apply_opt`, with grow(name, plan of the moment, moment, power of the factors) in the place of the kernel."""
-    spec = unflatten(plan.src_spec)
+def grow_state(plan: Growth, opt_state: Any, grow: Callable[[Plan, str, LeafPlan, Any, int], Any]) -> Any:
+    """As `apply_opt`, with grow(step, leaf name, plan of the moment, moment, power of the factors) for the kernel."""
+    for step in plan.steps:
+        opt_state = _grow_state(step, opt_state, grow)
+    return opt_state
+
+
+def _grow_state(step: Plan, opt_state: Any, grow: Callable[[Plan, str, LeafPlan, Any, int], Any]) -> Any:
+    spec = unflatten(step.src_spec)
 
     def grow_moments(path: tuple[str, ...], tree: Any) -> Any:
         power = _MOMENTS.get(path[-1] if path else "")
         if power is None:
             raise UserError(f"optimizer state {'.'.join(path)}: not one of the known moments {', '.join(_MOMENTS)}")
         moments = flatten(tree)
+        if step.tree is not None and any(map(is_empty, moments.values())):
+            raise UserError(f"optimizer state {'.'.join(path)}: holds some leaves only, and {step.policy} renames them")
         return unflatten(
             {
-                name: moment
-                if is_empty(moment)
-                else grow(name, plan.leaves[name].moment(plan.dst_spec[name], plan.maps), moment, power)
-                for name, moment in moments.items()
+                name: moments[source]
+                if is_empty(moments[source])
+                else grow(step, name, step.leaves[name].moment(step.dst_spec[name], step.maps), moments[source], power)
+                for name, source in step.sources.items()
             }
         )
 
@@ -82,7 +108,7 @@ def grow_state(plan: Plan, opt_state: Any, grow: Callable[[str, LeafPlan, Any, i
         return leaf
 
     grown = map_param_subtrees(grow_moments, opt_state, spec, keep)
-    return _mark_born(plan, grown)
+    return _mark_born(step, grown)
 
 
 def _mark_born(plan: Plan, state: Any) -> Any:
@@ -124,9 +150,10 @@ def check_tree(leaves: Mapping[str, Any], spec: Mapping[str, ParamSpec]) -> None
         raise UserError("the parameters do not fit the config: " + "; ".join(sorted(wrong)))
 
 
-def _grow(plan: Plan, name: str, leaf: LeafPlan, array: Any, power: int = 1) -> jax.Array:
-    spec = plan.dst_spec[name]
-    return _evaluate(leaf, [plan.maps[a] for a in spec.axes], array, leaf_key(plan.seed, name), spec.shape, power)
+def grow_leaf(step: Plan, name: str, leaf: LeafPlan, array: Any, power: int = 1) -> jax.Array:
+    """One leaf by one step; `name` is what it is called after it, `power` that of the factors (2 for second moments)."""
+    spec = step.dst_spec[name]
+    return _evaluate(leaf, [step.maps[a] for a in spec.axes], array, leaf_key(step.seed, name), spec.shape, power)
 
 
 def _evaluate(leaf: LeafPlan, maps: list[AxisMap], array: Any, key: tuple[int, int], shape, power=1) -> jax.Array:

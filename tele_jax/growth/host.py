@@ -103,6 +103,23 @@ def fill_tile(
             _fill_normal(matrix, rows, columns, leaf.value, maps, start, out.shape, key)
 
 
+def grown(
+    source: Source, leaf: LeafPlan, maps: Sequence[AxisMap], chunks: tuple[int, ...], key, dtype, power: int = 1
+) -> Source:
+    """What a step makes of a source, as the source of the next step: its chunks are computed when they are asked for.
+
+    Each use computes its chunk again, and holds it for as long as it is used.
+    """
+
+    @contextlib.contextmanager
+    def chunk(index: tuple[int, ...]) -> Iterator[np.ndarray]:
+        out = np.empty(chunks, dtype)
+        fill_tile(out, leaf, maps, [i * n for i, n in zip(index, chunks, strict=True)], source, key, power)
+        yield out
+
+    return Source(chunks, chunk)
+
+
 def _mask(positions: np.ndarray, size: int) -> np.ndarray:
     mask = np.zeros(size, bool)
     mask[positions] = True

@@ -1,4 +1,7 @@
-"""Plans: growth as data. One AxisMap per axis, one LeafPlan per leaf, and the destination config as resolved."""
+"""Plans: growth as data. One AxisMap per axis, one LeafPlan per leaf, and the destination config as resolved.
+
+`Plan` is one step. Several in one go are `compose.Composed`; what both can do is `Growth`.
+"""
 
 import dataclasses
 import functools
@@ -12,7 +15,8 @@ import numpy as np
 from tele_jax.axes import ParamSpec
 from tele_jax.config import ModelConfig, from_dict, to_dict
 from tele_jax.errors import UserError
-from tele_jax.growth.axis_map import NEW, AxisMap
+from tele_jax.growth import fate
+from tele_jax.growth.axis_map import AxisMap
 from tele_jax.model.spec import flat_spec
 
 Fill = Literal["normal", "constant"]
@@ -58,9 +62,90 @@ class LeafPlan:
         return LeafPlan(1 / self.coefficient, spec.axes, scaled, shared)
 
 
+class Growth:
+    """What one step and several have in common: from a tree of parameters to another, as data.
+
+    Attributes:
+      src_cfg, dst_cfg: every use of the grown tree takes its config from `dst_cfg`.
+      src_spec, dst_spec: {leaf: ParamSpec}, sorted.
+      steps: the plans of one step each, in order.
+      maps: {axis: AxisMap} from the source to the destination.
+      sources: {destination leaf: source leaf}.
+      masked: new structures have to start behind masks at 0.
+      preserving: the function is unchanged (behind masks at 0, where masked).
+      lively: everything new can learn, each unit in its own way.
+      notes: what is not preserved, and why; what else a reader should know.
+    """
+
+    src_cfg: ModelConfig
+    dst_cfg: ModelConfig
+    policy: str
+    maps: Mapping[str, AxisMap]
+    masked: bool
+    preserving: bool
+    lively: bool
+    notes: tuple[str, ...]
+    steps: "tuple[Plan, ...]"
+    src_spec: dict[str, ParamSpec]
+    dst_spec: dict[str, ParamSpec]
+    sources: Mapping[str, str]
+
+    @property
+    def grown_axes(self) -> tuple[str, ...]:
+        """Axes with fresh units."""
+        return tuple(axis for axis, axis_map in self.maps.items() if axis_map.fresh.any())
+
+    @property
+    def is_model(self) -> bool:
+        """Whether the result is the whole tree of dst_cfg, under its own names: surgery may leave less."""
+        return {n: s.shape for n, s in self.dst_spec.items()} == {
+            n: s.shape for n, s in flat_spec(self.dst_cfg).items()
+        }
+
+    def leaf_steps(self, name: str) -> "tuple[tuple[Plan, str], ...]":
+        """(step, what the leaf is called after it), in order, for a leaf of the destination."""
+        found: list[tuple[Plan, str]] = []
+        for step in reversed(self.steps):
+            found.append((step, name))
+            name = step.sources[name]
+        return tuple(reversed(found))
+
+    def moves_exactly(self, name: str) -> bool:
+        """Whether what a leaf keeps of the source arrives as it was."""
+        return all(step.leaves[leaf].moves_exactly for step, leaf in self.leaf_steps(name))
+
+    def tally(self, name: str) -> dict[str, int]:
+        """How many entries of a leaf are copied, scaled, zero and fresh; they add up to its size."""
+        return fate.tally(self, name)
+
+    def to_json(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the plan, hexadecimal: equal plans have equal digests, in every process."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Growth) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __str__(self) -> str:
+        return fate.table(self)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
-    """A growth, resolved: every use of the grown tree takes its config from `dst_cfg`."""
+class Plan(Growth):
+    """A growth in one step, resolved.
+
+    Attributes beside those of Growth:
+      leaves: {destination leaf: LeafPlan}.
+      seed: of the fresh values.
+      tree: {destination leaf: source leaf} for a result that is not the tree of dst_cfg, such as a part of it.
+      src_tree: {leaf: ParamSpec} for a source that is not the tree of src_cfg, such as what `tree` led to.
+    """
 
     src_cfg: ModelConfig
     dst_cfg: ModelConfig
@@ -68,26 +153,37 @@ class Plan:
     maps: Mapping[str, AxisMap]
     leaves: Mapping[str, LeafPlan]
     seed: int = 0
-    masked: bool = False  # new structures have to start behind masks at 0
-    preserving: bool = True  # the function is unchanged (behind masks at 0, where masked)
-    lively: bool = True  # everything new can learn, each unit in its own way
+    masked: bool = False
+    preserving: bool = True
+    lively: bool = True
     notes: tuple[str, ...] = ()
+    tree: Mapping[str, str] | None = None
+    src_tree: Mapping[str, ParamSpec] | None = None
+
+    @property
+    def steps(self) -> "tuple[Plan, ...]":
+        return (self,)
 
     @property
     def src_spec(self) -> dict[str, ParamSpec]:
-        return flat_spec(self.src_cfg)
+        return flat_spec(self.src_cfg) if self.src_tree is None else dict(sorted(self.src_tree.items()))
 
     @property
     def dst_spec(self) -> dict[str, ParamSpec]:
-        return flat_spec(self.dst_cfg)
+        if self.tree is None and self.src_tree is None:
+            return flat_spec(self.dst_cfg)
+        src = self.src_spec
+        return {name: self._grown(src[self.sources[name]]) for name in sorted(self.sources)}
+
+    def _grown(self, spec: ParamSpec) -> ParamSpec:
+        return dataclasses.replace(spec, shape=tuple(self.maps[axis].dst_size for axis in spec.axes))
 
     @property
-    def grown_axes(self) -> tuple[str, ...]:
-        """Axes with fresh units."""
-        return tuple(axis for axis, axis_map in self.maps.items() if axis_map.fresh.any())
+    def sources(self) -> Mapping[str, str]:
+        return {name: name for name in self.src_spec} if self.tree is None else self.tree
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        data = {
             "src_cfg": to_dict(self.src_cfg),
             "dst_cfg": to_dict(self.dst_cfg),
             "policy": self.policy,
@@ -99,10 +195,23 @@ class Plan:
             "maps": {axis: m.to_json() for axis, m in sorted(self.maps.items())},
             "leaves": {name: dataclasses.asdict(leaf) for name, leaf in sorted(self.leaves.items())},
         }
+        if self.tree is not None:
+            data["tree"] = dict(sorted(self.tree.items()))
+        if self.src_tree is not None:
+            data["src_tree"] = {name: spec.to_json() for name, spec in sorted(self.src_tree.items())}
+        return data
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Plan":
-        """The inverse of to_json; raises UserError where a field is missing or unknown."""
+    def from_json(cls, data: Mapping[str, Any]) -> Growth:
+        """The inverse of to_json, of a composed growth as well; raises UserError where a field is missing or unknown.
+
+        Raises:
+          UserError: a field is missing, unknown, or of another type.
+        """
+        if "steps" in data:
+            from tele_jax.growth.compose import Composed
+
+            return Composed(tuple(cls.from_json(step) for step in data["steps"]))
         try:
             return cls(
                 src_cfg=from_dict(ModelConfig, data["src_cfg"], "plan.src_cfg"),
@@ -117,67 +226,10 @@ class Plan:
                 leaves={
                     name: from_dict(LeafPlan, leaf, f"plan.leaves.{name}") for name, leaf in data["leaves"].items()
                 },
+                tree=data.get("tree"),
+                src_tree={n: ParamSpec.from_json(s) for n, s in data["src_tree"].items()}
+                if "src_tree" in data
+                else None,
             )
         except KeyError as error:
             raise UserError(f"plan: the field {error} is missing") from None
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """SHA-256 of the plan, hexadecimal: equal plans have equal digests, in every process."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Plan) and self.digest == other.digest
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-    def tally(self, name: str) -> dict[str, int]:
-        """How many entries of a leaf are copied, scaled, zero and fresh; they add up to its size."""
-        spec, leaf = self.dst_spec[name], self.leaves[name]
-        known, not_zero, both = 1, 1, 1
-        for axis in spec.axes:
-            axis_map = self.maps[axis]
-            is_known = axis_map.index != NEW
-            is_kept = ~axis_map.fresh if axis in leaf.zero else np.ones_like(is_known)
-            known *= int(is_known.sum())
-            not_zero *= int(is_kept.sum())
-            both *= int((is_known & is_kept).sum())
-        moved = "copied" if leaf.moves_exactly else "scaled"
-        filled = "zero" if leaf.fill == "constant" and leaf.value == 0 else "fresh"
-        counts = dict.fromkeys(("copied", "scaled", "zero", "fresh"), 0)
-        counts[moved] += both
-        counts["zero"] += spec.size - not_zero
-        counts[filled] += not_zero - both
-        return counts
-
-    def __str__(self) -> str:
-        rows = [("leaf", "from", "to", "copied", "scaled", "zero", "fresh")]
-        total = dict.fromkeys(("copied", "scaled", "zero", "fresh"), 0)
-        for name, spec in self.dst_spec.items():
-            tally = self.tally(name)
-            total = {kind: total[kind] + tally[kind] for kind in total}
-            shapes = ("x".join(map(str, s.shape)) for s in (self.src_spec[name], spec))
-            rows.append((name, *shapes, *(f"{tally[kind]:,}" for kind in total)))
-        source = sum(s.size for s in self.src_spec.values())
-        rows.append(("total", f"{source:,}", f"{sum(total.values()):,}", *(f"{n:,}" for n in total.values())))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        table = [
-            "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
-        axes = ", ".join(f"{m.axis} {m.src_size} -> {m.dst_size}" for m in self.maps.values() if not m.is_identity)
-        if not self.preserving:
-            promise = "does not preserve the function"
-        else:
-            promise = "preserves the function" + (", behind masks at 0" if self.masked else "")
-        changed = [
-            f"{field.name} {getattr(self.src_cfg, field.name)} -> {getattr(self.dst_cfg, field.name)}"
-            for field in dataclasses.fields(ModelConfig)
-            if field.name in ("rms_eps", "input_mult", "output_mult")
-            and getattr(self.src_cfg, field.name) != getattr(self.dst_cfg, field.name)
-        ]
-        head = [f"policy {self.policy}: {promise}", f"axes: {axes or 'none grow'}"]
-        return "\n".join([*head, *(f"config: {c}" for c in changed), *table, *(f"note: {n}" for n in self.notes)])

@@ -11,6 +11,7 @@ chunk by chunk: a chunk of the destination and the chunks of the source that it 
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import queue
 import threading
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from tele_jax.axes import ParamSpec, flatten, unflatten
+from tele_jax.axes import ParamSpec, flatten, is_empty, unflatten
 from tele_jax.checkpoint import chunks, layout, tiles
 from tele_jax.config import to_dict
 from tele_jax.errors import DamageError, UserError
@@ -31,7 +32,7 @@ from tele_jax.growth import axis_map, host
 from tele_jax.growth.apply import grow_state
 from tele_jax.growth.axis_map import NEW, AxisMap
 from tele_jax.growth.kernel import leaf_key
-from tele_jax.growth.plan import LeafPlan, Plan
+from tele_jax.growth.plan import Growth, LeafPlan, Plan
 
 if TYPE_CHECKING:  # they bring Orbax and TensorStore, which are imported by the call
     from tele_jax.checkpoint import Lazy, LazyArray
@@ -59,7 +60,7 @@ class Streamed:
 
 
 def stream(
-    plan: Plan,
+    plan: Growth,
     src: Any,
     dst: Any,
     *,
@@ -147,18 +148,40 @@ def stream(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class _Step:
+    """What one step does to a leaf. chunks: of what it makes, in memory only unless it is the last."""
+
+    plan: LeafPlan
+    maps: list[AxisMap]
+    key: tuple[int, int]
+    chunks: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Job:
     """One leaf of the destination. values: all of it, where it is small and computed already; then source is None."""
 
     item: str
     name: str
     leaf: layout.Leaf
-    plan: LeafPlan
-    maps: list[AxisMap]
+    maps: list[AxisMap]  # from the source to the destination
     source: "LazyArray | None"
-    key: tuple[int, int] = (0, 0)
+    steps: tuple[_Step, ...] = ()
     power: int = 1
     values: np.ndarray | None = None
+
+    @property
+    def bytes_between(self) -> int:
+        """Of the chunks of all steps but the last, which a thread may hold at once."""
+        return sum(math.prod(step.chunks) * self.leaf.spec.dtype.itemsize for step in self.steps[:-1])
+
+    def fill(self, values: np.ndarray, start: list[int], cache: chunks.ChunkCache) -> None:
+        """Computes the chunk of the destination that begins at `start`."""
+        source = host.Source(self.source.chunks, functools.partial(cache.chunk, self.source))
+        *before, last = self.steps
+        for step in before:
+            source = host.grown(source, step.plan, step.maps, step.chunks, step.key, values.dtype, self.power)
+        host.fill_tile(values, last.plan, last.maps, start, source, last.key, self.power)
 
     def order(self, chunk: tuple[int, ...]) -> Any:
         """Sorts chunks so that those that need the same chunk of the source follow each other.
@@ -171,16 +194,28 @@ class _Job:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Moment:
-    """A leaf that apply_opt would grow, found in the optimizer state."""
+class _Grown:
+    """A leaf after one step more: of a parameter, or a moment found in the optimizer state."""
 
+    step: Plan
     name: str
     plan: LeafPlan
-    source: "LazyArray"
-    power: int
+    source: "LazyArray | _Grown"
+    power: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.step.dst_spec[self.name].shape
+
+    @property
+    def stored(self) -> "LazyArray":
+        return self.source.stored if isinstance(self.source, _Grown) else self.source
+
+    def chain(self) -> "list[_Grown]":
+        return [*(self.source.chain() if isinstance(self.source, _Grown) else []), self]
 
 
-def _open(plan: Plan, src: Any, opt: bool) -> "Lazy":
+def _open(plan: Growth, src: Any, opt: bool) -> "Lazy":
     from tele_jax.checkpoint import open_lazy, read
 
     tiles.local_path(src)
@@ -199,29 +234,31 @@ def _open(plan: Plan, src: Any, opt: bool) -> "Lazy":
     return lazy
 
 
-def _jobs(plan: Plan, lazy: "Lazy", opt: bool, chunk_bytes: int) -> list[_Job]:
+def _jobs(plan: Growth, lazy: "Lazy", opt: bool, chunk_bytes: int) -> list[_Job]:
     """Every leaf of the destination, in the order of growing: parameters, then optimizer state."""
-    jobs = []
-    for name, array in lazy.items["params"].items():
-        leaf = _stored(plan.dst_spec[name], array, chunk_bytes)
-        jobs.append(_job(plan, "params", name, leaf, plan.leaves[name], array, name))
+    leaves: dict[str, Any] = dict(lazy.items["params"])
+    for step in plan.steps:
+        leaves = {name: _Grown(step, name, step.leaves[name], leaves[src]) for name, src in step.sources.items()}
+    jobs = [_job(plan, "params", name, grown, chunk_bytes) for name, grown in sorted(leaves.items())]
     if not opt:
         return jobs
-    for name, grown in flatten(grow_state(plan, _with_gaps(lazy), _Moment)).items():
-        if name not in lazy.items["opt_state"]:
-            continue  # a gap
-        stored = lazy.items["opt_state"][name]
-        shape = plan.dst_spec[grown.name].shape if isinstance(grown, _Moment) else tuple(grown.shape)
-        owner = plan.dst_spec.get(layout.matching_param(name, shape, plan.dst_spec))
-        leaf = _stored(owner or ParamSpec(shape, stored.dtype), stored, chunk_bytes)
-        if isinstance(grown, _Moment):
-            jobs.append(_job(plan, "opt_state", name, leaf, grown.plan, grown.source, grown.name, grown.power))
-        elif grown is stored:
-            maps = [axis_map.identity(str(dimension), size) for dimension, size in enumerate(shape)]
-            jobs.append(_Job("opt_state", name, leaf, LeafPlan(), maps, stored))
-        else:
-            jobs.append(_Job("opt_state", name, leaf, LeafPlan(), [], None, values=np.asarray(grown)))
+    for name, grown in flatten(grow_state(plan, _with_gaps(lazy), _Grown)).items():
+        if isinstance(grown, _Grown):
+            jobs.append(_job(plan, "opt_state", name, grown, chunk_bytes))
+        elif grown is lazy.items["opt_state"].get(name):
+            leaf = _stored(_owner(plan, name, grown.shape) or ParamSpec(grown.shape, grown.dtype), grown, chunk_bytes)
+            maps = [axis_map.identity(str(dimension), size) for dimension, size in enumerate(grown.shape)]
+            jobs.append(_Job("opt_state", name, leaf, maps, grown, (_Step(LeafPlan(), maps, (0, 0), leaf.chunks),)))
+        elif not is_empty(grown):
+            values = np.asarray(grown)
+            leaf = _stored(ParamSpec(values.shape, values.dtype), lazy.items["opt_state"][name], chunk_bytes)
+            jobs.append(_Job("opt_state", name, leaf, [], None, values=values))
     return jobs
+
+
+def _owner(plan: Growth, name: str, shape: tuple[int, ...]) -> ParamSpec | None:
+    """The parameter that a leaf of the optimizer state belongs to."""
+    return plan.dst_spec.get(layout.matching_param(name, shape, plan.dst_spec))
 
 
 def _with_gaps(lazy: "Lazy") -> dict[str, Any]:
@@ -235,9 +272,15 @@ def _with_gaps(lazy: "Lazy") -> dict[str, Any]:
     return unflatten(gaps | stored)
 
 
-def _job(plan: Plan, item: str, name: str, leaf, leaf_plan: LeafPlan, array, parameter: str, power: int = 1) -> _Job:
-    maps = [plan.maps[axis] for axis in plan.dst_spec[parameter].axes]
-    return _Job(item, name, leaf, leaf_plan, maps, array, leaf_key(plan.seed, parameter), power)
+def _job(plan: Growth, item: str, name: str, grown: _Grown, chunk_bytes: int) -> _Job:
+    steps = []
+    for part in grown.chain():
+        spec = part.step.dst_spec[part.name]
+        made = _stored(spec, grown.stored, chunk_bytes)
+        maps = [part.step.maps[axis] for axis in spec.axes]
+        steps.append(_Step(part.plan, maps, leaf_key(part.step.seed, part.name), made.chunks))
+    maps = [plan.maps[axis] for axis in plan.dst_spec[grown.name].axes]
+    return _Job(item, name, made, maps, grown.stored, tuple(steps), grown.power)
 
 
 def _stored(spec: ParamSpec, source: "LazyArray", chunk_bytes: int) -> layout.Leaf:
@@ -246,7 +289,7 @@ def _stored(spec: ParamSpec, source: "LazyArray", chunk_bytes: int) -> layout.Le
     return layout.Leaf(spec, shape, source.leaf.scalar)
 
 
-def _meta(plan: Plan, lazy: "Lazy", jobs: list[_Job], name: str, step, provenance) -> layout.Meta:
+def _meta(plan: Growth, lazy: "Lazy", jobs: list[_Job], name: str, step, provenance) -> layout.Meta:
     entry = {"stage": name, "kind": "grow", "policy": plan.policy, "seed": plan.seed, "plan": plan.digest}
     items: dict[str, dict[str, Any]] = {}
     for job in jobs:
@@ -266,7 +309,8 @@ def _divide_memory(jobs: list[_Job], memory_gb: float, workers: int | None) -> t
     """(threads, chunks of the source in memory). Every thread has a chunk of the destination and one of the source."""
     chunk = max(job.leaf.chunk_bytes for job in jobs)
     of_source = max(job.source.leaf.chunk_bytes for job in jobs if job.source is not None)
-    each = chunk + of_source + host.SCRATCH_BYTES
+    between = max(job.bytes_between for job in jobs)
+    each = chunk + of_source + between + host.SCRATCH_BYTES
     memory = memory_gb * 1e9 - _OVERHEAD_BYTES
     if memory < each:
         largest = max(jobs, key=lambda job: job.leaf.chunk_bytes + (job.source.leaf.chunk_bytes if job.source else 0))
@@ -276,7 +320,7 @@ def _divide_memory(jobs: list[_Job], memory_gb: float, workers: int | None) -> t
         )
     wanted = 2 * (os.cpu_count() or 1) if workers is None else max(1, workers)
     workers = min(wanted, int(memory // each))
-    slots = int(memory - workers * (chunk + host.SCRATCH_BYTES)) // of_source
+    slots = int(memory - workers * (chunk + between + host.SCRATCH_BYTES)) // of_source
     return workers, min(slots, _SLOTS_PER_WORKER * workers)
 
 
@@ -301,8 +345,7 @@ def _write_tile(
     for chunk, file in zip(tile.chunks, tile.files(), strict=True):
         start = [c * n for c, n in zip(chunk, job.leaf.chunks, strict=True)]
         if job.values is None:
-            source = host.Source(job.source.chunks, functools.partial(cache.chunk, job.source))
-            host.fill_tile(values, job.plan, job.maps, start, source, job.key, job.power)
+            job.fill(values, start, cache)
         else:
             part = job.values[tuple(slice(s, s + n) for s, n in zip(start, job.leaf.chunks, strict=True))]
             values.fill(0)
