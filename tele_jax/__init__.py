@@ -7,6 +7,7 @@ logits = tele.forward(cfg, params, tokens)
 spec = tele.spec(cfg)                        shapes and axis names        tele_jax/model/spec.py
 tokens = tele.generate(cfg, params, prompts, max_new_tokens=64)           tele_jax/generate.py
 tele.growth                                  grow parameter trees         tele_jax/growth/
+tele.surgery                                 take, drop, cut, pad, rename tele_jax/surgery.py
 tele.checkpoint                              save and load                tele_jax/checkpoint/
 """
 
@@ -35,11 +36,12 @@ __all__ = [
     "growth",
     "init",
     "spec",
+    "surgery",
 ]
 
 
 def __getattr__(name: str):
     """Loads the heavier parts on first use, so that `import tele_jax` stays light."""
-    if name in ("growth", "checkpoint"):
+    if name in ("growth", "checkpoint", "surgery"):
         return importlib.import_module(f"tele_jax.{name}")
     raise AttributeError(f"module 'tele_jax' has no attribute {name!r}")

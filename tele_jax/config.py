@@ -233,14 +233,18 @@ class ModelConfig:
         return self.rope.theta * alpha**power, 1.0 + ntk.attention_slope * math.log(n / ntk.trained_length)
 
     def replace(self, **changes: Any) -> "ModelConfig":
-        """A copy with some fields changed, validated again; multi-head attention stays so when num_heads changes."""
-        if "num_heads" in changes and self.num_kv_heads == self.num_heads:
-            changes = {"num_kv_heads": None, **changes}
-        return dataclasses.replace(self, **changes)
+        """A copy with some fields changed, validated again.
+
+        Multi-head attention stays so when num_heads changes, a vocabulary without padding when vocab_size does.
+        """
+        return dataclasses.replace(self, **{**self._follow(changes), **changes})
 
     def replace_from(self, changes: Mapping[str, Any], where: str) -> "ModelConfig":
         """The same from a config table: unknown keys and wrong types raise UserError with their path."""
-        values = to_dict(self)
-        if "num_heads" in changes and self.num_kv_heads == self.num_heads:
-            values["num_kv_heads"] = None
-        return from_dict(ModelConfig, {**values, **dict(changes.items())}, where)
+        return from_dict(ModelConfig, {**to_dict(self), **self._follow(changes), **dict(changes.items())}, where)
+
+    def _follow(self, changes: Mapping[str, Any]) -> dict[str, None]:
+        """Fields that were derived from one that changes, and are to be derived again."""
+        pairs = {"num_kv_heads": "num_heads", "padded_vocab_size": "vocab_size"}
+        same = {derived: origin for derived, origin in pairs.items() if getattr(self, derived) == getattr(self, origin)}
+        return {derived: None for derived, origin in same.items() if origin in changes}

@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from tele_jax.axes import ParamSpec
 from tele_jax.config import ModelConfig, from_dict, to_dict

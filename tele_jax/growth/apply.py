@@ -151,7 +151,7 @@ def check_tree(leaves: Mapping[str, Any], spec: Mapping[str, ParamSpec]) -> None
 
 
 def grow_leaf(step: Plan, name: str, leaf: LeafPlan, array: Any, power: int = 1) -> jax.Array:
-    """One leaf by one step; `name` is what it is called after it, `power` that of the factors (2 for second moments)."""
+    """One leaf by one step; name: of the leaf after it; power: of the factors, 2 for second moments."""
     spec = step.dst_spec[name]
     return _evaluate(leaf, [step.maps[a] for a in spec.axes], array, leaf_key(step.seed, name), spec.shape, power)
 

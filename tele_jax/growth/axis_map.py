@@ -189,3 +189,25 @@ def grouped_heads(src_heads: int, src_groups: int, dst_heads: int, dst_groups: i
         heads[group * parts + part, place] = head
         kv_heads[group * parts + part] = group
     return make("heads", src_heads, heads.ravel()), make("kv_heads", src_groups, kv_heads)
+
+
+def copied_heads(src_heads: int, src_groups: int, dst_heads: int, dst_groups: int) -> tuple[AxisMap, AxisMap]:
+    """The same with copies of heads and groups in the place of new ones: each of n copies of a head is read by 1/n.
+
+    The share of a copied group is that of its heads, on average: that is how much of the gradient of its keys and
+    values it has, exactly where all of its heads are shared alike.
+
+    Raises:
+      ValueError: as grouped_heads.
+    """
+    grown, groups = grouped_heads(src_heads, src_groups, dst_heads, dst_groups)
+    heads, kv_heads = grown.index.reshape(dst_groups, -1).copy(), groups.index.copy()
+    known = np.flatnonzero(kv_heads != NEW)
+    for group in known:
+        own = heads[group][heads[group] != NEW]
+        heads[group] = np.where(heads[group] == NEW, np.resize(own, heads.shape[1]), heads[group])
+    new = np.flatnonzero(kv_heads == NEW)
+    heads[new], kv_heads[new] = heads[np.resize(known, len(new))], kv_heads[np.resize(known, len(new))]
+    split = copies("heads", src_heads, heads.ravel())
+    share = split.share.reshape(dst_groups, -1).sum(axis=1) / (src_heads // src_groups)
+    return split, make("kv_heads", src_groups, kv_heads, share=share)

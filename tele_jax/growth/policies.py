@@ -26,6 +26,8 @@ _GROWN = {
     "num_heads": "heads",
     "num_kv_heads": "kv_heads",
     "mlp_dim": "mlp",
+    "vocab_size": "vocab",
+    "padded_vocab_size": "vocab",
 }
 _FREE = {"rms_eps", "input_mult", "output_mult", "mup_base_width", "init_std", "matrix_init_std"}
 _FREE |= {"max_seq_len", "dtype", "remat", "attention"}
@@ -69,11 +71,23 @@ def plan(
     if policy in ("stack", "random") and layers != "uniform":
         raise UserError(f"layers={layers!r}: policy {policy} places the layers itself; leave it out")
     made = POLICIES[policy](src_cfg, dst_cfg, _maps(src_cfg, dst_cfg, layers, scores), seed, epsilon)
-    asked, old, new = dst_cfg.rms_eps, src_cfg.rms_eps, made.dst_cfg.rms_eps
-    if math.isclose(asked, old) or math.isclose(asked, new):
-        return made
-    note = f"rms_eps={asked:g} was asked for, but is {new:g} to keep the function"
-    return dataclasses.replace(made, notes=(*made.notes, note))
+    return dataclasses.replace(made, notes=(*made.notes, *_notes(src_cfg, dst_cfg, made)))
+
+
+def _notes(src: ModelConfig, dst: ModelConfig, made: Plan) -> list[str]:
+    """What was asked for and is not so, and what a larger vocabulary means."""
+    notes = []
+    asked, old, new = dst.rms_eps, src.rms_eps, made.dst_cfg.rms_eps
+    if not (math.isclose(asked, old) or math.isclose(asked, new)):
+        notes.append(f"rms_eps={asked:g} was asked for, but is {new:g} to keep the function")
+    if (added := dst.vocab_size - src.vocab_size) > 0:
+        notes.append(
+            f"{added:,} new tokens: the logits of the {src.vocab_size:,} old ones stay, but the new ones take part in "
+            "the softmax"
+        )
+        if taken := min(dst.vocab_size, src.padded_vocab_size) - src.vocab_size:
+            notes.append(f"{taken:,} of the new tokens take over padding rows of the source as they are")
+    return notes
 
 
 def _check(src: ModelConfig, dst: ModelConfig) -> None:
@@ -191,14 +205,14 @@ def _copy(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: in
     del epsilon  # copies keep the mean of squares, so that epsilon means the same before and after
     dst, embedding, head = _keep_logit_mult(src, dst)
     dst = dst.replace(rms_eps=src.rms_eps)
-    if src.num_kv_heads != src.num_heads or dst.num_kv_heads != dst.num_heads:
-        raise UserError("policy copy: grouped queries are not supported; use exact or msg")
     if src.tie_embeddings and dst.embed_dim % src.embed_dim:
         raise UserError("policy copy: a tied embedding can be copied by an integer ratio only; use exact or msg")
-    for axis in ("embed", "mlp", "heads"):
+    for axis in ("embed", "mlp"):
         index = [i % maps[axis].src_size for i in range(maps[axis].dst_size)]
         maps[axis] = axis_map.copies(axis, maps[axis].src_size, index, keep_norm=axis == "embed")
-    maps["kv_heads"] = dataclasses.replace(maps["heads"], axis="kv_heads")
+    maps["heads"], maps["kv_heads"] = axis_map.copied_heads(
+        src.num_heads, src.num_kv_heads, dst.num_heads, dst.num_kv_heads
+    )
     leaves = {}
     for name, spec in flat_spec(src).items():
         elementwise = spec.role == "scale"

@@ -87,10 +87,9 @@ def layer_orders(draw, src_layers, dst_layers):
 def growths(draw, policy=None, dtype="float64"):
     """Any mixture of grown axes: each alone, several together, by any ratio, grouped queries regrouped or split.
 
-    Within what the policy can do: "copy" has no grouped queries, and ties only by an integer ratio.
+    Within what the policy can do: "copy" grows a tied embedding only by an integer ratio.
     """
-    grouped = policy != "copy"
-    group, num_kv_heads = draw(st.integers(1, 4)) if grouped else 1, draw(st.integers(1, 3))
+    group, num_kv_heads = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     vocab_size = draw(st.integers(2, 9))
     src = tele.ModelConfig(
         num_layers=draw(st.integers(1, 3)),
@@ -111,7 +110,7 @@ def growths(draw, policy=None, dtype="float64"):
         dtype=dtype,
         param_dtype=dtype,
     )
-    grown = draw(st.sets(st.sampled_from(["layers", "embed", "heads", "mlp", "multipliers"]), min_size=1))
+    grown = draw(st.sets(st.sampled_from(["layers", "embed", "heads", "mlp", "vocab", "multipliers"]), min_size=1))
     changes: dict[str, Any] = dict.fromkeys(("init_std", "matrix_init_std"), draw(st.sampled_from([0.02, 1.0, 30.0])))
     if "layers" in grown:
         changes["num_layers"] = src.num_layers + draw(st.integers(1, 4))
@@ -123,10 +122,13 @@ def growths(draw, policy=None, dtype="float64"):
     if "mlp" in grown:
         changes["mlp_dim"] = src.mlp_dim + draw(st.integers(1, 13))
     if "heads" in grown:
-        dst_group = draw(st.integers(1, 5)) if grouped else 1
+        dst_group = draw(st.integers(1, 5))
         needed = num_kv_heads * -(-group // dst_group)
         kv_heads = needed + draw(st.integers(0, 3))
         changes |= {"num_kv_heads": kv_heads, "num_heads": kv_heads * dst_group}
+    if "vocab" in grown:
+        changes["vocab_size"] = src.vocab_size + draw(st.integers(0, 5))
+        changes["padded_vocab_size"] = max(changes["vocab_size"], src.padded_vocab_size) + draw(st.integers(0, 3))
     if "multipliers" in grown:
         changes |= {"input_mult": draw(MULTIPLIERS), "output_mult": draw(MULTIPLIERS)}
         changes |= {"mup_base_width": draw(st.none() | st.integers(1, 16)), "rms_eps": draw(st.floats(1e-8, 1.0))}

@@ -308,10 +308,20 @@ def test_heads_that_would_change_their_group_are_refused():
         growth.plan(src, src.replace(num_kv_heads=3))
 
 
-def test_a_padded_vocabulary_of_another_size_is_refused_or_grown():
-    """Not supported yet; where it is, both models have to be given what the plan promises."""
-    with pytest.raises(tele.UserError, match="padded_vocab_size differs, 16 -> 24"):
-        growth.plan(SRC, SRC.replace(padded_vocab_size=24))
+def test_a_larger_vocabulary_keeps_the_old_tokens_and_says_what_it_cannot_keep():
+    src = SRC.replace(vocab_size=13, padded_vocab_size=16)
+    assert growth.plan(src, src.replace(padded_vocab_size=24)).notes == ()
+    plan = growth.plan(src, src.replace(vocab_size=20, padded_vocab_size=24))
+    first, second = plan.notes
+    assert first.startswith("7 new tokens: the logits of the 13 old ones stay") and "softmax" in first
+    assert second == "3 of the new tokens take over padding rows of the source as they are"
+    for name in ("embed.table", "lm_head.kernel"):
+        assert plan.tally(name) == {"copied": 16 * 8, "scaled": 0, "zero": 0, "fresh": 8 * 8}
+
+
+def test_a_smaller_vocabulary_is_refused():
+    with pytest.raises(tele.UserError, match="vocab_size would shrink, 16 -> 15"):
+        growth.plan(SRC, SRC.replace(vocab_size=15))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,365 @@
+"""Surgery on parameter trees, by the names of their axes: take, drop, reorder, cut, pad, rescale, rename, select.
+
+    plan = surgery.drop(cfg, "layers", [3, 7])
+    plan = surgery.cut(plan, "mlp", 1024)             every function takes a config, or a plan to go on from
+    print(plan)
+    small = growth.apply(plan, params)                all that growth does with plans: apply_opt, verify, stream, JSON
+
+A plan says whether the function is preserved, and if not, why (plan.notes). Growth that keeps the function and lets
+what is new learn is `growth.plan`.
+"""
+
+import dataclasses
+import fnmatch
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tele_jax.axes import ParamSpec, flatten
+from tele_jax.config import ModelConfig, require
+from tele_jax.errors import UserError
+from tele_jax.growth import axis_map
+from tele_jax.growth.axis_map import AxisMap
+from tele_jax.growth.compose import compose
+from tele_jax.growth.plan import Growth, LeafPlan, Plan
+from tele_jax.model.spec import flat_spec
+
+Model = ModelConfig | Growth
+
+# The config's field for the size of each axis that surgery can change.
+FIELDS = {"layers": "num_layers", "embed": "embed_dim", "heads": "num_heads", "kv_heads": "num_kv_heads"}
+FIELDS |= {"mlp": "mlp_dim", "vocab": "padded_vocab_size"}
+
+
+# ---- by axis ----------------------------------------------------------------------------------------------------------
+
+
+def take(model: Model, axis: str, ids: Sequence[int]) -> Growth:
+    """The units `ids` of an axis, in that order; what is not named is dropped.
+
+    layers may be repeated: the copies take part. heads keep the keys and values that they have, so that with grouped
+    queries they have to come in groups of one size; kv_heads takes whole groups. vocab takes tokens: the id of a token
+    becomes its place in `ids`. To repeat units of another axis so that they do what one did, use growth's policy copy.
+
+    Raises:
+      UserError: an axis that is none of those, an id that is not there, a repeated one, heads that break up groups.
+    """
+    cfg = config_of(model)
+    size = _size(cfg, axis)
+    ids = [int(i) for i in ids]
+    require(len(ids) > 0, f"take: no ids; {axis} has to keep at least one")
+    wrong = [i for i in ids if not 0 <= i < size]
+    require(not wrong, f"take: {axis} has {size} units, 0 to {size - 1}; not {', '.join(map(str, wrong[:8]))}")
+    repeats = len(set(ids)) < len(ids)
+    require(axis == "layers" or not repeats, f"take: {axis} ids repeat; see growth.plan(policy='copy')")
+    if axis in ("heads", "kv_heads"):
+        maps = _take_heads(cfg, ids) if axis == "heads" else _take_groups(cfg, ids)
+    else:
+        maps = {axis: axis_map.repeat(axis, size, ids)}
+    changes = {FIELDS[name]: m.dst_size for name, m in maps.items()}
+    if axis == "vocab":
+        changes["vocab_size"] = len(ids)
+    same_units = sorted(ids) == list(range(size))
+    keeps = same_units and (axis not in ("layers", "vocab") or ids == sorted(ids))
+    note = () if keeps else (_what_changes(axis, size, ids, same_units),)
+    return _extend(model, maps=maps, changes=changes, name="surgery", preserving=keeps, notes=note)
+
+
+def drop(model: Model, axis: str, ids: Collection[int]) -> Growth:
+    """All units of an axis but `ids`. Raises UserError as `take`."""
+    size = _size(config_of(model), axis)
+    gone = {int(i) for i in ids}
+    wrong = sorted(i for i in gone if not 0 <= i < size)
+    require(not wrong, f"drop: {axis} has {size} units, 0 to {size - 1}; not {', '.join(map(str, wrong[:8]))}")
+    return take(model, axis, [i for i in range(size) if i not in gone])
+
+
+def duplicate(model: Model, ids: Collection[int]) -> Growth:
+    """A copy of each of these layers, right after it, that takes part at once (growth.plan makes copies that do not)."""
+    size = config_of(model).num_layers
+    wrong = sorted(i for i in ids if not 0 <= i < size)
+    require(not wrong, f"duplicate: there are {size} layers, 0 to {size - 1}; not {', '.join(map(str, wrong[:8]))}")
+    return take(model, "layers", [i for i in range(size) for _ in range(1 + (i in ids))])
+
+
+def cut(model: Model, axis: str, size: int) -> Growth:
+    """The first `size` units of an axis. Of the vocabulary, rows: cutting no more than its padding changes nothing."""
+    cfg = config_of(model)
+    have = _size(cfg, axis)
+    require(0 < size <= have, f"cut: {axis} has {have} units, and cannot be cut to {size}")
+    if axis != "vocab" or size < cfg.vocab_size:
+        return take(model, axis, range(size))
+    maps = {axis: axis_map.make(axis, have, np.arange(size))}
+    return _extend(model, maps=maps, changes={"padded_vocab_size": size}, name="surgery")
+
+
+def pad(model: Model, axis: str, size: int) -> Growth:
+    """Zeros up to `size` units of layers, heads, mlp or vocab (rows): the function stays, and what is new never learns.
+
+    For sizes that have to divide over something. heads are padded by whole groups.
+
+    Raises:
+      UserError: another axis, fewer units than there are, heads that do not make whole groups.
+    """
+    cfg = config_of(model)
+    have = _size(cfg, axis)
+    require(axis in ("layers", "heads", "mlp", "vocab"), f"pad: {axis} cannot be padded; widen it with growth.plan")
+    require(size >= have, f"pad: {axis} has {have} units already, more than {size}; see surgery.cut")
+    if axis == "heads":
+        group = cfg.num_heads // cfg.num_kv_heads
+        require(size % group == 0, f"pad: {size} heads do not make whole groups of {group}")
+        groups = size // group
+        maps = {"heads": axis_map.widen("heads", have, size)}
+        maps["kv_heads"] = axis_map.widen("kv_heads", cfg.num_kv_heads, groups)
+    else:
+        maps = {axis: axis_map.widen(axis, have, size)}
+    changes = {FIELDS[name]: m.dst_size for name, m in maps.items()}
+    return _extend(model, maps=maps, changes=changes, name="surgery", lively=size == have or axis == "vocab")
+
+
+def submodel(model: Model, **ids: Sequence[int]) -> Growth:
+    """A part of a model that is a model itself: for each axis named, the units that it keeps.
+
+    >>> submodel(cfg, layers=range(0, 24, 2), heads=range(8), mlp=range(1024))
+    """
+    require(bool(ids), f"submodel: name what to keep, of {', '.join(FIELDS)}")
+    for axis, units in ids.items():
+        model = take(model, axis, units)
+    return model
+
+
+# ---- by leaf ----------------------------------------------------------------------------------------------------------
+
+
+def find(
+    model: Model,
+    path: str = "*",
+    *,
+    axis: str | None = None,
+    reads: str | None = None,
+    writes: str | None = None,
+    role: str | None = None,
+) -> tuple[str, ...]:
+    """Names of the leaves that fit all that is given.
+
+    path: a pattern with * and ?, e.g. "layers.mlp.*".  axis: one that the leaf has.  reads, writes: one of its inputs,
+    of its outputs.  role: "kernel", "table", "bias" or "scale".
+
+    >>> find(cfg, writes="embed", role="kernel")       # what adds to the residual stream
+    ('layers.attn.o', 'layers.mlp.down')
+
+    Raises:
+      UserError: nothing fits.
+    """
+
+    def fits(name: str, spec: ParamSpec) -> bool:
+        return (
+            fnmatch.fnmatchcase(name, path)
+            and (axis is None or axis in spec.axes)
+            and (reads is None or reads in spec.inputs)
+            and (writes is None or writes in spec.outputs)
+            and (role is None or role == spec.role)
+        )
+
+    spec = spec_of(model)
+    found = tuple(name for name in spec if fits(name, spec[name]))
+    asked = {"path": path, "axis": axis, "reads": reads, "writes": writes, "role": role}
+    asked = ", ".join(f"{key}={value!r}" for key, value in asked.items() if value is not None)
+    require(bool(found), f"no leaf fits {asked}; leaves: {', '.join(spec)}")
+    return found
+
+
+def select(model: Model, leaves: str | Collection[str]) -> Growth:
+    """Some leaves of the tree: names, or a pattern as `find` takes it. The result is a part of a tree, not a model."""
+    names = find(model, leaves) if isinstance(leaves, str) else tuple(leaves)
+    _require_leaves(model, names, "select")
+    note = f"keeps {len(names)} of {len(spec_of(model))} leaves: not a model"
+    return _extend(model, tree={n: n for n in names}, name="select", preserving=False, notes=(note,))
+
+
+def rename(model: Model, names: Mapping[str, str]) -> Growth:
+    """Leaves under other names, {old: new}: a tree for something that calls them so.
+
+    Raises:
+      UserError: an old name that is not there; two leaves under one name, or one inside another.
+    """
+    _require_leaves(model, names, "rename")
+    tree = {names.get(old, old): old for old in spec_of(model)}
+    require(len(tree) == len(spec_of(model)), "rename: two leaves would have one name")
+    for name in tree:
+        parts = name.split(".")
+        require(all(parts), f"rename: {name!r} has an empty part")
+        above = next((up for i in range(1, len(parts)) if (up := ".".join(parts[:i])) in tree), None)
+        require(above is None, f"rename: {name} would lie inside {above}, which is a leaf")
+    return _extend(model, tree=tree, name="rename", notes=("the leaves have other names than those of a model",))
+
+
+def rescale(model: Model, factors: Mapping[str, float]) -> Growth:
+    """Leaves multiplied by a factor each, {name or pattern: factor}; where several patterns fit, the last one counts."""
+    coefficients: dict[str, float] = {}
+    for pattern, factor in factors.items():
+        require(bool(np.isfinite(factor)) and factor != 0, f"rescale: factor {factor} of {pattern}; must not be 0")
+        coefficients |= dict.fromkeys(find(model, pattern), float(factor))
+    changed = {name: factor for name, factor in coefficients.items() if factor != 1}
+    notes = tuple(f"{name} is multiplied by {factor:g}" for name, factor in changed.items())
+    return _extend(model, coefficients=changed, name="rescale", preserving=not changed, notes=notes)
+
+
+# ---- two trees --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One leaf of two trees. what: "only in a", "only in b", "shape", "dtype", "values" or "equal".
+
+    max_abs: largest difference of an entry (nan counts as one unless both are). different: how many entries differ.
+    """
+
+    name: str
+    what: str
+    a: str = ""
+    b: str = ""
+    max_abs: float = 0.0
+    different: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Diff:
+    """What `diff` found, one entry per leaf of either tree."""
+
+    leaves: tuple[Difference, ...]
+
+    @property
+    def equal(self) -> bool:
+        """Whether both trees are the same to the bit (0.0 and -0.0 apart)."""
+        return all(leaf.what == "equal" for leaf in self.leaves)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"equal": self.equal, "leaves": [dataclasses.asdict(leaf) for leaf in self.leaves]}
+
+    def __str__(self) -> str:
+        lines = []
+        for leaf in self.leaves:
+            shapes = leaf.a if leaf.a == leaf.b else " | ".join(filter(None, (leaf.a, leaf.b)))
+            more = f"  {leaf.different:,} entries, by {leaf.max_abs:.3g} at most" if leaf.what == "values" else ""
+            lines.append(f"{leaf.name}  {shapes}  {leaf.what}{more}")
+        return "\n".join(lines)
+
+
+def diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> Diff:
+    """Compares two trees of arrays, in memory or checkpoint.open_lazy(path).params, one slice of a leaf at a time.
+
+    >>> print(diff(before, after))
+    embed.table  float32[512,64]  equal
+    layers.mlp.up  float32[2,64,172]  values  22,016 entries, by 0.00213 at most
+    """
+    a, b = flatten(a), flatten(b)
+    return Diff(tuple(_difference(name, a.get(name), b.get(name)) for name in sorted({*a, *b})))
+
+
+def _difference(name: str, a: Any, b: Any) -> Difference:
+    left, right = ("" if x is None else f"{np.dtype(x.dtype).name}[{','.join(map(str, x.shape))}]" for x in (a, b))
+    if a is None or b is None:
+        return Difference(name, "only in a" if b is None else "only in b", left, right)
+    if left != right:
+        return Difference(name, "shape" if tuple(a.shape) != tuple(b.shape) else "dtype", left, right)
+    largest, different = 0.0, 0
+    for part in range(a.shape[0]) if a.shape else (...,):
+        x, y = np.asarray(a[part]), np.asarray(b[part])
+        unequal = ~((x == y) | ((x != x) & (y != y)))
+        if unequal.any():
+            different += int(unequal.sum())
+            gap = np.abs(x[unequal].astype(np.float64) - y[unequal].astype(np.float64))
+            largest = max(largest, float(gap.max()) if not np.isnan(gap).any() else float("inf"))
+    return Difference(name, "values" if different else "equal", left, right, largest, different)
+
+
+# ---- what they share --------------------------------------------------------------------------------------------------
+
+
+def config_of(model: Model) -> ModelConfig:
+    """The config that a plan leads to, or the config itself."""
+    return model.dst_cfg if isinstance(model, Growth) else model
+
+
+def spec_of(model: Model) -> dict[str, ParamSpec]:
+    """{leaf: ParamSpec} of the tree that a plan leads to, or of a config's."""
+    return model.dst_spec if isinstance(model, Growth) else flat_spec(model)
+
+
+def _extend(
+    model: Model,
+    *,
+    name: str,
+    maps: Mapping[str, AxisMap] | None = None,
+    changes: Mapping[str, int] | None = None,
+    coefficients: Mapping[str, float] | None = None,
+    tree: Mapping[str, str] | None = None,
+    preserving: bool = True,
+    lively: bool = True,
+    notes: tuple[str, ...] = (),
+) -> Growth:
+    """The plan of one change, after the plan that `model` is, if it is one."""
+    cfg, spec = config_of(model), spec_of(model)
+    if maps and (lost := [axis for axis in maps if not any(axis in leaf.axes for leaf in spec.values())]):
+        raise UserError(f"no leaf of the tree has the axis {lost[0]}")
+    step = Plan(
+        src_cfg=cfg,
+        dst_cfg=dataclasses.replace(cfg, **(changes or {})),
+        policy=name,
+        maps={axis: axis_map.identity(axis, size) for axis, size in cfg.axis_sizes.items()} | dict(maps or {}),
+        leaves={leaf: LeafPlan((coefficients or {}).get(leaf, 1.0)) for leaf in (tree or spec)},
+        preserving=preserving,
+        lively=lively,
+        notes=notes,
+        tree=tree,
+        src_tree=spec if isinstance(model, Growth) and not model.is_model else None,
+    )
+    return compose(model, step) if isinstance(model, Growth) else step
+
+
+def _size(cfg: ModelConfig, axis: str) -> int:
+    require(axis in FIELDS, f"axis {axis!r} is not one of {', '.join(FIELDS)}")
+    return cfg.axis_sizes[axis]
+
+
+def _require_leaves(model: Model, names: Collection[str], what: str) -> None:
+    spec = spec_of(model)
+    wrong = [name for name in names if name not in spec]
+    require(not wrong, f"{what}: no leaf {', '.join(wrong)}; leaves: {', '.join(spec)}")
+    require(len(names) > 0, f"{what}: no leaf named")
+
+
+def _take_heads(cfg: ModelConfig, ids: list[int]) -> dict[str, AxisMap]:
+    group = cfg.num_heads // cfg.num_kv_heads
+    runs: list[list[int]] = []  # [group, how many heads of it follow each other]
+    for head in ids:
+        if group > 1 and runs and runs[-1][0] == head // group:
+            runs[-1][1] += 1
+        else:
+            runs.append([head // group, 1])
+    sizes = sorted({size for _, size in runs})
+    require(
+        len(sizes) == 1,
+        f"take: heads {ids} leave groups of {' and '.join(map(str, sizes))}; a model has groups of one size",
+    )
+    kv_heads = axis_map.make("kv_heads", cfg.num_kv_heads, [kv for kv, _ in runs])
+    return {"heads": axis_map.make("heads", cfg.num_heads, ids), "kv_heads": kv_heads}
+
+
+def _take_groups(cfg: ModelConfig, ids: list[int]) -> dict[str, AxisMap]:
+    group = cfg.num_heads // cfg.num_kv_heads
+    heads = [kv * group + i for kv in ids for i in range(group)]
+    kv_heads = axis_map.make("kv_heads", cfg.num_kv_heads, ids)
+    return {"heads": axis_map.make("heads", cfg.num_heads, heads), "kv_heads": kv_heads}
+
+
+def _what_changes(axis: str, size: int, ids: list[int], same_units: bool) -> str:
+    if same_units:
+        return {"layers": "layers are in another order", "vocab": "tokens have other ids"}[axis]
+    missing = size - len(set(ids))
+    parts = [f"{missing} of {size} {axis} are dropped"] if missing else []
+    if repeated := len(ids) - len(set(ids)):
+        parts.append(f"{repeated} layers are repeated")
+    return " and ".join(parts) + ": the function changes"
