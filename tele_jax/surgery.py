@@ -32,7 +32,7 @@ FIELDS = {"layers": "num_layers", "embed": "embed_dim", "heads": "num_heads", "k
 FIELDS |= {"mlp": "mlp_dim", "vocab": "padded_vocab_size"}
 
 
-# ---- by axis ----------------------------------------------------------------------------------------------------------
+# ---- by axis -----------------------------------------------------------------------------------------------------
 
 
 def take(model: Model, axis: str, ids: Sequence[int]) -> Growth:
@@ -76,7 +76,7 @@ def drop(model: Model, axis: str, ids: Collection[int]) -> Growth:
 
 
 def duplicate(model: Model, ids: Collection[int]) -> Growth:
-    """A copy of each of these layers, right after it, that takes part at once (growth.plan makes copies that do not)."""
+    """A copy of each of these layers, right after it, that takes part at once (those of growth.plan do not)."""
     size = config_of(model).num_layers
     wrong = sorted(i for i in ids if not 0 <= i < size)
     require(not wrong, f"duplicate: there are {size} layers, 0 to {size - 1}; not {', '.join(map(str, wrong[:8]))}")
@@ -129,7 +129,7 @@ def submodel(model: Model, **ids: Sequence[int]) -> Growth:
     return model
 
 
-# ---- by leaf ----------------------------------------------------------------------------------------------------------
+# ---- by leaf -----------------------------------------------------------------------------------------------------
 
 
 def find(
@@ -196,7 +196,7 @@ def rename(model: Model, names: Mapping[str, str]) -> Growth:
 
 
 def rescale(model: Model, factors: Mapping[str, float]) -> Growth:
-    """Leaves multiplied by a factor each, {name or pattern: factor}; where several patterns fit, the last one counts."""
+    """Leaves multiplied by a factor each, {name or pattern: factor}; where several patterns fit, the last counts."""
     coefficients: dict[str, float] = {}
     for pattern, factor in factors.items():
         require(bool(np.isfinite(factor)) and factor != 0, f"rescale: factor {factor} of {pattern}; must not be 0")
@@ -206,7 +206,7 @@ def rescale(model: Model, factors: Mapping[str, float]) -> Growth:
     return _extend(model, coefficients=changed, name="rescale", preserving=not changed, notes=notes)
 
 
-# ---- two trees --------------------------------------------------------------------------------------------------------
+# ---- two trees ---------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +275,7 @@ def _difference(name: str, a: Any, b: Any) -> Difference:
     return Difference(name, "values" if different else "equal", left, right, largest, different)
 
 
-# ---- what they share --------------------------------------------------------------------------------------------------
+# ---- what they share ---------------------------------------------------------------------------------------------
 
 
 def config_of(model: Model) -> ModelConfig:

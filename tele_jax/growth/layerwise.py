@@ -1,0 +1,192 @@
+"""The second level of verification: every part of the grown model does what that part of the source does.
+
+Random inputs go through the embedding, each layer, and the head, before and after, each part on its own: where all
+agree, the functions agree. It is computed here in float64 numpy, from the formulas and not by the model's own code, and
+leaves are read in blocks, so that a layer need not fit into memory.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from tele_jax.axes import ParamSpec
+from tele_jax.config import ModelConfig
+from tele_jax.growth.plan import Growth
+
+BLOCK_BYTES = 64 * 2**20  # of a leaf, as it is stored
+LENGTH = 8  # tokens of a row
+# Residual streams of these sizes: usual ones, and so small that the norm's epsilon matters.
+SCALES = (1.0, 1e-3)
+
+Tree = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Side:
+    """A model: its config, its leaves {dotted name: array or checkpoint.LazyArray}, growth masks by axis name."""
+
+    cfg: ModelConfig
+    spec: Mapping[str, ParamSpec]
+    leaves: Tree
+    masks: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def vector(self, name: str, layer: int | None = None) -> np.ndarray | None:
+        """A small leaf, float64; None where the model has none of this name."""
+        if name not in self.leaves:
+            return None
+        return np.asarray(self.leaves[name][... if layer is None else layer]).astype(np.float64)
+
+
+def parts(plan: Growth, src: Tree, dst: Tree, layers: Collection[int] | None = None) -> Iterator[tuple[str, float]]:
+    """(part, largest difference relative to the largest value of its row), from the embedding to the head.
+
+    layers: destination layers to look at; all by default.
+    """
+    rng = np.random.default_rng(0)
+    masks = {axis: np.where(m.fresh, 0.0, 1.0) for axis, m in plan.maps.items()} if plan.masked else {}
+    old = Side(plan.src_cfg, plan.src_spec, src)
+    new = Side(plan.dst_cfg, plan.dst_spec, dst, masks)
+    tokens = rng.integers(0, plan.src_cfg.vocab_size, 64)
+    known = plan.maps["embed"].index >= 0
+    yield "embed", _difference(embed(new, tokens)[:, known], _lift(plan, embed(old, tokens))[:, known])
+    count = plan.dst_cfg.num_layers
+    for layer in range(count) if layers is None else sorted(layers):
+        x = _inputs(rng, plan.src_cfg.embed_dim)
+        lifted = _with_noise(plan, _lift(plan, x), rng)
+        fresh, source = plan.maps["layers"].fresh[layer], int(plan.maps["layers"].index[layer])
+        expected = x if fresh or source < 0 else block(old, source, x)
+        made = block(new, layer, lifted)
+        yield f"layers[{layer}]", _difference(made[..., known], _lift(plan, expected)[..., known])
+    x = _inputs(rng, plan.src_cfg.embed_dim)
+    before, after = logits(old, x), logits(new, _with_noise(plan, _lift(plan, x), rng))
+    yield "head", _difference(after[..., : plan.src_cfg.vocab_size], before)
+
+
+def _inputs(rng: np.random.Generator, width: int) -> np.ndarray:
+    """float64[len(SCALES), LENGTH, width]"""
+    return rng.standard_normal((len(SCALES), LENGTH, width)) * np.array(SCALES)[:, None, None]
+
+
+def _lift(plan: Growth, x: np.ndarray) -> np.ndarray:
+    """The residual stream of the grown model where that of the source is x [..., D]; 0 in what is new."""
+    for step in plan.steps:
+        writers = [n for n, s in step.dst_spec.items() if s.stack and "embed" in s.outputs and s.role == "kernel"]
+        leaf, axis_map = step.leaves[writers[0]], step.maps["embed"]
+        factor = leaf.coefficient * (axis_map.scale if "embed" in leaf.scaled else 1.0)
+        x = np.where(axis_map.index >= 0, x[..., axis_map.index] * factor, 0.0)
+    return x
+
+
+def _with_noise(plan: Growth, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Behind masks new channels may hold anything: they do here."""
+    if not plan.masked:
+        return x
+    return np.where(plan.maps["embed"].fresh, rng.standard_normal(x.shape), x)
+
+
+def _difference(made: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, relative to the largest entry of its row; inf for what is no number."""
+    axes = tuple(range(1, made.ndim))
+    largest = np.maximum(np.abs(expected).max(axis=axes), np.finfo(np.float64).tiny)
+    difference = np.abs(made - expected).max(axis=axes) / largest
+    return float(difference.max()) if np.isfinite(difference).all() else math.inf
+
+
+# ---- the model, in formulas ------------------------------------------------------------------------------------------
+
+
+def embed(side: Side, tokens: np.ndarray) -> np.ndarray:
+    """float64[n, D]: the residual stream before the first layer, of tokens int[n]."""
+    name = next(n for n, s in side.spec.items() if s.role == "table")
+    x = np.stack([np.asarray(side.leaves[name][int(t)]).astype(np.float64) for t in tokens]) * side.cfg.input_mult
+    scale = side.vector("embed_norm.scale")
+    return x if scale is None else norm(side, x, scale)
+
+
+def block(side: Side, layer: int, x: np.ndarray) -> np.ndarray:
+    """One layer on the residual stream x float64[B, S, D]."""
+    before = x
+    x = x + attention(side, layer, norm(side, x, side.vector("layers.attn_norm.scale", layer)))
+    x = x + mlp(side, layer, norm(side, x, side.vector("layers.mlp_norm.scale", layer)))
+    return before + (x - before) * side.masks["layers"][layer] if "layers" in side.masks else x
+
+
+def norm(side: Side, x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """RMSNorm: c g x / sqrt(sum(c x^2) / sum(c) + eps)."""
+    c = side.masks.get("embed", np.ones(x.shape[-1]))
+    mean_square = (c * x**2).sum(axis=-1, keepdims=True) / c.sum()
+    return c * scale * x / np.sqrt(mean_square + side.cfg.rms_eps)
+
+
+def attention(side: Side, layer: int, x: np.ndarray) -> np.ndarray:
+    cfg = side.cfg
+    q, k, v = (linear(side, f"layers.attn.{name}", x, layer) for name in "qkv")  # [B, S, heads, H]
+    length = x.shape[1]
+    base, factor = cfg.rope_length_factors(length)
+    angles = np.arange(length)[:, None] * base ** (-np.arange(0, cfg.head_dim, 2) / cfg.head_dim)
+    cos, sin = (f(angles)[:, None, :] * factor for f in (np.cos, np.sin))
+
+    def rotate(y: np.ndarray) -> np.ndarray:
+        first, second = np.split(y, 2, axis=-1)
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+    q, k = rotate(q), rotate(k)
+    group = cfg.num_heads // cfg.num_kv_heads
+    k, v = (np.repeat(y, group, axis=2) for y in (k, v))
+    scores = np.einsum("bsnh,btnh->bnst", q, k) / math.sqrt(cfg.head_dim)
+    scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    y = np.einsum("bnst,btnh->bsnh", weights, v)
+    if "heads" in side.masks:
+        y = y * side.masks["heads"][:, None]
+    return _plus(linear(side, "layers.attn.o", y, layer), side.vector("layers.attn.o_bias", layer))
+
+
+def mlp(side: Side, layer: int, x: np.ndarray) -> np.ndarray:
+    gate, up = (linear(side, f"layers.mlp.{name}", x, layer) for name in ("gate", "up"))
+    y = gate / (1 + np.exp(-np.clip(gate, -700, None))) * up * side.masks.get("mlp", 1.0)
+    return _plus(linear(side, "layers.mlp.down", y, layer), side.vector("layers.mlp.down_bias", layer))
+
+
+def _plus(x: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    return x if bias is None else x + bias
+
+
+def linear(side: Side, name: str, x: np.ndarray, layer: int) -> np.ndarray:
+    """x [B, S, *inputs] times a kernel [*inputs, *outputs] of a layer: [B, S, *outputs], block by block of its rows."""
+    spec, array = side.spec[name], side.leaves[name]
+    shape = spec.shape[len(spec.stack) :]
+    rows, inputs = shape[0], len(spec.inputs)
+    outputs = shape[inputs:]
+    out = np.zeros((*x.shape[:2], math.prod(outputs)))
+    for part in blocks(rows, math.prod(shape[1:]) * np.dtype(spec.dtype).itemsize):
+        kernel = np.asarray(array[(layer, part)]).astype(np.float64).reshape(-1, out.shape[-1])
+        out += x[:, :, part].reshape(*x.shape[:2], -1) @ kernel
+    return out.reshape(*x.shape[:2], *outputs)
+
+
+def logits(side: Side, x: np.ndarray) -> np.ndarray:
+    """Logits [B, S, vocab_size] of the residual stream after the last layer."""
+    cfg = side.cfg
+    x = norm(side, x, side.vector("final_norm.scale"))
+    (head,) = [n for n, s in side.spec.items() if ("vocab" in s.outputs or (cfg.tie_embeddings and s.role == "table"))]
+    spec, array = side.spec[head], side.leaves[head]
+    out = np.zeros((*x.shape[:2], cfg.padded_vocab_size))
+    for part in blocks(spec.shape[0], spec.shape[1] * np.dtype(spec.dtype).itemsize):
+        kernel = np.asarray(array[part]).astype(np.float64)
+        if spec.role == "table":
+            out[..., part] = x @ kernel.T
+        else:
+            out += x[..., part] @ kernel
+    return out[..., : cfg.vocab_size] * cfg.logit_mult
+
+
+def blocks(size: int, row_bytes: int) -> Iterator[slice]:
+    """Slices of about BLOCK_BYTES that cover `size` rows."""
+    step = max(1, BLOCK_BYTES // row_bytes)
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))

@@ -1,0 +1,131 @@
+"""The first level of verification: every entry of the grown tree is what the plan says, to the bit.
+
+Kept entries equal the source's, zeros are zero, constants are the constant, fresh values have the moments that they
+should. Leaves are read in tiles, from arrays in memory or from checkpoints that do not fit there.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from tele_jax.growth import fate
+from tele_jax.growth.plan import Growth
+
+TILE_BYTES = 16 * 2**20
+_SIGMAS = 7  # how far a moment of fresh values may be from what is expected
+_KURTOSIS = 2.7  # of kernel.normal
+_LARGEST = 3.47  # the largest value of kernel.normal, in standard deviations
+
+
+@dataclasses.dataclass
+class _Moments:
+    """Of the fresh values of one step in one leaf, divided by the standard deviation that they should have."""
+
+    number: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+    largest: float = 0.0
+
+    def add(self, values: np.ndarray) -> None:
+        self.number += values.size
+        self.total += float(values.sum())
+        self.squares += float((values**2).sum())
+        self.largest = max(self.largest, float(np.abs(values).max(initial=0.0)))
+
+    def problem(self) -> str | None:
+        mean, variance = self.total / self.number, self.squares / self.number
+        if abs(mean) > _SIGMAS / math.sqrt(self.number):
+            return f"fresh values have the mean {mean:.3g} std over {self.number:,} entries, expected 0"
+        if abs(variance - 1) > _SIGMAS * math.sqrt((_KURTOSIS - 1) / self.number):
+            return f"fresh values have the variance {variance:.4g} of what is planned, over {self.number:,} entries"
+        return None if self.largest <= _LARGEST else f"a fresh value is {self.largest:.3g} std large"
+
+
+def altered(plan: Growth, src: Mapping[str, Any], dst: Mapping[str, Any]) -> dict[str, str]:
+    """{leaf: what is wrong with it} for every leaf of the grown tree that is not what the plan makes of the source.
+
+    src, dst: {dotted name: array, or checkpoint.LazyArray}.
+    """
+    found = {}
+    for name in plan.dst_spec:
+        problem = next(_problems(plan, name, src[plan.sources[name]], dst[name]), None)
+        if problem is not None:
+            found[name] = problem
+    return found
+
+
+def _problems(plan: Growth, name: str, source: Any, made: Any) -> Iterator[str]:
+    spec, steps = plan.dst_spec[name], plan.leaf_steps(name)
+    coefficients = np.cumprod([1.0, *(step.leaves[leaf].coefficient for step, leaf in reversed(steps))])
+    # A product is rounded once a step.
+    slack = 0.0 if plan.moves_exactly(name) else 2 * len(steps) * float(jnp.finfo(spec.dtype).eps)
+    moments: dict[int, _Moments] = collections.defaultdict(_Moments)
+    for where in _tiles(spec.shape, len(spec.stack), np.dtype(spec.dtype).itemsize):
+        parts = [fate.along(plan, name, dimension, part) for dimension, part in enumerate(where)]
+        kinds = fate.kinds(parts)
+        values = np.asarray(made[where]).astype(np.float64)
+        at = lambda place, where=where: f"at {[int(p + w.start) for p, w in zip(place, where, strict=True)]}"  # noqa: E731
+        if not np.isfinite(values).all():
+            yield f"{values[~np.isfinite(values)][0]} {at(np.argwhere(~np.isfinite(values))[0])}"
+        wrong = (kinds == fate.ZERO) & (values != 0)
+        if wrong.any():
+            yield f"{values[wrong][0]:.6g} {at(np.argwhere(wrong)[0])}, planned 0"
+        kept = kinds == fate.KEPT
+        if kept.any():
+            expected = _gather(source, parts) * (coefficients[-1] * _outer([part.factors[-1] for part in parts]))
+            wrong = kept & (np.abs(values - expected) > slack * np.abs(expected))
+            if wrong.any():
+                yield f"{values[wrong][0]:.9g} {at(np.argwhere(wrong)[0])}, from the source {expected[wrong][0]:.9g}"
+        for k, (step, leaf_name) in enumerate(steps):
+            filled = kinds == fate.FILLED + k
+            if not filled.any():
+                continue
+            later = len(steps) - 1 - k
+            leaf = step.leaves[leaf_name]
+            scale = (coefficients[later] * _outer([part.factors[later] for part in parts])) * leaf.value
+            scale = np.broadcast_to(scale, values.shape)[filled]
+            if leaf.fill == "normal":
+                moments[k].add(values[filled] / scale)
+            elif (np.abs(values[filled] - scale) > np.abs(scale) * float(jnp.finfo(spec.dtype).eps)).any():
+                yield f"a new entry is {values[filled][0]:.6g}, planned {leaf.value:g}"
+    yield from filter(None, (m.problem() for m in moments.values()))
+
+
+def _outer(vectors: Sequence[np.ndarray]) -> np.ndarray:
+    out = np.ones((1,) * len(vectors))
+    for dimension, vector in enumerate(vectors):
+        if not (vector == 1).all():
+            out = out * vector.reshape([-1 if d == dimension else 1 for d in range(len(vectors))])
+    return out
+
+
+def _tiles(shape: Sequence[int], stacked: int, itemsize: int) -> Iterator[tuple[slice, ...]]:
+    """Rectangles of about TILE_BYTES that cover a leaf: one index of what is stacked, cut along the first axis."""
+    lengths = [1] * stacked + list(shape[stacked:])
+    for dimension in range(stacked, len(shape)):
+        below = math.prod(lengths[dimension + 1 :]) * itemsize
+        lengths[dimension] = max(1, min(shape[dimension], TILE_BYTES // max(1, below)))
+        if lengths[dimension] > 1:
+            break
+    starts = [range(0, size, length) for size, length in zip(shape, lengths, strict=True)]
+    for corner in itertools.product(*starts):
+        yield tuple(slice(s, min(s + n, size)) for s, n, size in zip(corner, lengths, shape, strict=True))
+
+
+def _gather(array: Any, parts: Sequence[fate.Along]) -> np.ndarray:
+    """float64: the source entries at the origins of a tile; only the part of the source around them is read."""
+    if not parts:
+        return np.asarray(array).astype(np.float64)
+    box = tuple(slice(int(part.origin.min()), int(part.origin.max()) + 1) for part in parts)
+    read = np.asarray(array[box]).astype(np.float64)
+    for dimension, (part, bounds) in enumerate(zip(parts, box, strict=True)):
+        index = part.origin - bounds.start
+        if not np.array_equal(index, np.arange(read.shape[dimension])):
+            read = np.take(read, index, axis=dimension)
+    return read
