@@ -1,12 +1,12 @@
 """`tele grow`: grow a checkpoint into a larger one, verify it, and write the receipt beside it."""
 
 import argparse
-import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
-from tele_jax.errors import UserError
+from tele_jax.errors import FailedError, UserError
 
 HELP = "grow a checkpoint into a larger one"
 OVERRIDES = True
@@ -16,9 +16,7 @@ VERIFY_SHAPE = (4, 128)  # rows and tokens of random ids to verify on, where no 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", metavar="SRC", help="checkpoint, stage directory or work directory to grow")
     parser.add_argument("dst", metavar="DST", type=Path, help="where the grown checkpoint goes; must not exist")
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="a page with a growth stage, or with a growth alone"
-    )
+    parser.add_argument("--config", metavar="FILE", help="a page with a growth stage, or with a growth alone")
     parser.add_argument("--stage", metavar="NAME", help="which growth stage of the page, where it has several")
     parser.add_argument("--policy", help="instead of the page's: exact, msg, copy, stack, random")
     parser.add_argument(
@@ -27,52 +25,109 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="instead of the page's: of the fresh values")
     parser.add_argument("--opt", action="store_true", help="grow the optimizer state as well; SRC must hold one")
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to verify on; random tokens without it")
+    parser.add_argument(
+        "--memory-gb",
+        type=float,
+        default=4.0,
+        metavar="G",
+        help="10^9 bytes to work in (default 4); models that do not fit are verified part by part, without logits",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="threads that write; by default two a core")
+    parser.add_argument(
+        "--shard", default="0/1", metavar="I/N", help="the I-th of N processes that write one checkpoint together"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="DST is there already: compare it and SRC with its receipt, and verify it again",
+    )
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    import jax
-
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from tele_jax import checkpoint
     from tele_jax.chat import find_tokenizer
     from tele_jax.cli.pages import load_page
-    from tele_jax.growth.masks import require_unmasked
-    from tele_jax.run import MeshConfig
-    from tele_jax.sharding import make_mesh
-    from tele_jax.train import growing
+    from tele_jax.train import growing_stored
 
+    if args.memory_gb <= 0:
+        raise UserError(f"--memory-gb {args.memory_gb:g}: must be above 0")
+    if args.check:
+        return _check(args)
+    if args.config is None:
+        raise UserError("tele grow: --config FILE is needed; it says what to grow SRC into")
     if args.dst.exists():
         raise UserError(f"{args.dst}: exists already, and checkpoints are never overwritten; choose another DST")
     stage, where = _stage(load_page(args.config, args.overrides), args)
-    require_unmasked(checkpoint.open_lazy(args.src).provenance, args.src)
-    loaded = checkpoint.load(args.src)
-    if args.opt and loaded.opt_state is None:
-        raise UserError(f"{args.src}: holds no optimizer state to grow; leave out --opt")
-    tokens, source = _tokens(args, loaded.cfg)
-    plan, params, opt_state, receipt = growing.grow(
-        loaded.cfg,
-        loaded.params,
-        loaded.opt_state if args.opt else None,
-        stage,
-        make_mesh(MeshConfig(), jax.devices()[:1]),
-        tokens,
-        where,
-    )
-    print(plan)
-    receipt["verified_on"] = source
-    entry = growing.provenance_entry(args.dst.name, plan, receipt)
-    checkpoint.save(
-        args.dst, plan.dst_cfg, params, opt_state=opt_state, provenance=[*loaded.provenance, entry], step=loaded.step
-    )
-    (args.dst / "growth_receipt.json").write_text(json.dumps(receipt, indent=2) + "\n")
-    (args.dst / "plan.json").write_text(json.dumps(plan.to_json(), indent=2) + "\n")
+    tokens, verified_on = _tokens(args, checkpoint.open_lazy(args.src).cfg)
     try:
-        tokenizer = Path(find_tokenizer(args.src))
+        files = (Path(find_tokenizer(args.src)),)
     except UserError:
-        tokenizer = None  # a checkpoint from elsewhere may come without; chat and generate then ask for one
-    if tokenizer is not None:
-        (args.dst / "tokenizer.model").write_bytes(tokenizer.read_bytes())
-    print(f"verified on {source}: logits moved by {receipt['max_abs']:.3g} at most; wrote {args.dst}")
+        files = ()  # a checkpoint from elsewhere may come without; chat and generate then ask for one
+    request = growing_stored.Request(
+        src=args.src,
+        dst=args.dst,
+        stage=stage,
+        where=where,
+        tokens=tokens,
+        verified_on=verified_on,
+        opt=args.opt,
+        memory_gb=args.memory_gb,
+        workers=args.workers,
+        shard=_shard(args.shard),
+        files=files,
+    )
+    receipt = growing_stored.grow(request, print, _Progress())
+    if receipt is not None:
+        print(_summary(receipt, args.dst))
     return receipt
+
+
+def _check(args: argparse.Namespace) -> dict[str, Any]:
+    from tele_jax import checkpoint
+    from tele_jax.train import growing_stored
+
+    tokens, verified_on = _tokens(args, checkpoint.open_lazy(args.src).cfg)
+    report = growing_stored.recheck(args.src, args.dst, tokens, args.memory_gb)
+    print(f"{report}\nverified on {verified_on}")
+    if not report.ok:
+        raise FailedError(f"{args.dst}: is not what its receipt promises")
+    return report.to_json()
+
+
+def _summary(receipt: dict[str, Any], dst: Path) -> str:
+    name, worst = max(receipt["parts"].items(), key=lambda item: item[1])
+    if receipt["max_abs"] is None:
+        how = f"{len(receipt['parts'])} parts differ by {worst:.3g} of their output at most ({name}); the models are "
+        return f"{how}larger than --memory-gb: logits were not compared; wrote {dst}"
+    return f"verified on {receipt['verified_on']}: logits moved by {receipt['max_abs']:.3g} at most; wrote {dst}"
+
+
+class _Progress:
+    """A bar on a terminal; a line at every tenth elsewhere."""
+
+    def __init__(self):
+        self._bar, self._tenth = None, 0
+
+    def __call__(self, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if sys.stderr.isatty():
+            if self._bar is None:
+                self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="grow")
+            self._bar.update(done - self._bar.n)
+            if done == total:
+                self._bar.close()
+        elif total >= 10**9 and 10 * done // total > self._tenth:
+            self._tenth = 10 * done // total
+            print(f"  {done:,} of {total:,} bytes", flush=True)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    shard = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 0 <= shard[0] < shard[1]:
+        raise UserError(f"--shard {text}: expected I/N with I from 0 to N - 1, for example 0/4")
+    return shard
 
 
 def _stage(page: Any, args: argparse.Namespace) -> tuple[Any, str]:

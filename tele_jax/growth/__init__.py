@@ -4,18 +4,32 @@ plan = growth.plan(small_cfg, large_cfg)       what happens to every leaf; print
 big = growth.apply(plan, params)               the grown parameters
 opt = growth.apply_opt(plan, opt_state)        moments that belong to them
 rep = growth.verify(plan, params, big, tokens) proof: same logits, everything new can learn
+growth.check(plan, mesh)                       what can be known to be wrong before a byte moves
 small = growth.shrink(plan, big)               the left inverse
 growth.stream(plan, src, dst)                  the same from checkpoint to checkpoint, in bounded memory
+growth.verify_stored(plan, src, dst)           and the proof, block by block
+growth.compose(plan, other)                    two growths in one go
+growth.widen_mlp(cfg, 300), insert_layers, ...  one axis at a time, see operators.py
 """
 
 from tele_jax.growth.apply import apply, apply_opt, shrink
 from tele_jax.growth.axis_map import AxisMap
+from tele_jax.growth.check import check
 from tele_jax.growth.compose import Composed, compose
 from tele_jax.growth.masks import MaskSchedule
+from tele_jax.growth.operators import (
+    change_multipliers,
+    grow_vocab,
+    insert_layers,
+    pad_vocab,
+    widen_embed,
+    widen_heads,
+    widen_mlp,
+)
 from tele_jax.growth.plan import Growth, LeafPlan, Plan
 from tele_jax.growth.policies import plan
 from tele_jax.growth.stream import Streamed, stream
-from tele_jax.growth.verify import Report, verify
+from tele_jax.growth.verify import Report, verify, verify_stored
 
 __all__ = [
     "AxisMap",
@@ -28,9 +42,18 @@ __all__ = [
     "Streamed",
     "apply",
     "apply_opt",
+    "change_multipliers",
+    "check",
     "compose",
+    "grow_vocab",
+    "insert_layers",
+    "pad_vocab",
     "plan",
     "shrink",
     "stream",
     "verify",
+    "verify_stored",
+    "widen_embed",
+    "widen_heads",
+    "widen_mlp",
 ]

@@ -1,15 +1,18 @@
 """Which layers are copied when a model gets deeper, and where the copies go: each right after its source."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from tele_jax.axes import flatten
 from tele_jax.config import ModelConfig, require
 from tele_jax.errors import UserError
+from tele_jax.growth import layerwise
 from tele_jax.model import decoder
+from tele_jax.model.spec import flat_spec
 
 METRICS = ("cosine", "relative_l2", "angular")
 
@@ -62,17 +65,30 @@ def _cycle(order: Sequence[int], extra: int, src_layers: int) -> list[int]:
 def distances(cfg: ModelConfig, params: Any, tokens: jax.Array, metric: str = "cosine") -> list[float]:
     """How much each layer changes its input, averaged over calibration tokens int32[B, S]: one float per layer.
 
+    params: a tree of arrays, or of checkpoint.LazyArray, which is read layer by layer.
+
     cosine: 1 - cos(in, out); angular: arccos(cos)/pi; relative_l2: |out - in| / |in|. The published choice of metric
     is unknown (FACTS section 4); cosine is ours.
     """
     if metric not in METRICS:
         raise UserError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
-    states = decoder.layer_states(cfg, params, tokens).astype(jnp.float32)  # [L + 1, B, S, D]
-    before, after = states[:-1], states[1:]
-    norm = lambda x: jnp.linalg.norm(x, axis=-1)  # noqa: E731
+    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):
+        return [
+            float(np.mean(_changes(*pair, metric)))
+            for pair in itertools.pairwise(
+                np.asarray(jax.jit(decoder.layer_states, static_argnums=0)(cfg, params, tokens))
+            )
+        ]
+    # Stored on disk, and perhaps larger than memory: a block of a leaf at a time.
+    states = layerwise.states(layerwise.Side(cfg, flat_spec(cfg), flatten(params)), np.asarray(tokens))
+    return [float(np.mean(_changes(*pair, metric))) for pair in itertools.pairwise(states)]
+
+
+def _changes(before: Any, after: Any, metric: str) -> np.ndarray:
+    """float64[B, S]: how much a layer changes each token's state."""
+    before, after = (np.asarray(x).astype(np.float64) for x in (before, after))
+    norm = lambda x: np.linalg.norm(x, axis=-1)  # noqa: E731
     if metric == "relative_l2":
-        score = norm(after - before) / norm(before)
-    else:
-        cosine = jnp.sum(before * after, axis=-1) / (norm(before) * norm(after))
-        score = 1 - cosine if metric == "cosine" else jnp.arccos(jnp.clip(cosine, -1, 1)) / jnp.pi
-    return np.asarray(score.mean(axis=(1, 2)), np.float64).tolist()
+        return norm(after - before) / norm(before)
+    cosine = np.sum(before * after, axis=-1) / (norm(before) * norm(after))
+    return 1 - cosine if metric == "cosine" else np.arccos(np.clip(cosine, -1, 1)) / np.pi

@@ -8,13 +8,15 @@ leaves are read in blocks, so that a layer need not fit into memory.
 import dataclasses
 import math
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tele_jax.axes import ParamSpec
 from tele_jax.config import ModelConfig
-from tele_jax.growth.plan import Growth
+
+if TYPE_CHECKING:
+    from tele_jax.growth.plan import Growth
 
 BLOCK_BYTES = 64 * 2**20  # of a leaf, as it is stored
 LENGTH = 8  # tokens of a row
@@ -40,7 +42,7 @@ class Side:
         return np.asarray(self.leaves[name][... if layer is None else layer]).astype(np.float64)
 
 
-def parts(plan: Growth, src: Tree, dst: Tree, layers: Collection[int] | None = None) -> Iterator[tuple[str, float]]:
+def parts(plan: "Growth", src: Tree, dst: Tree, layers: Collection[int] | None = None) -> Iterator[tuple[str, float]]:
     """(part, largest difference relative to the largest value of its row), from the embedding to the head.
 
     layers: destination layers to look at; all by default.
@@ -70,7 +72,7 @@ def _inputs(rng: np.random.Generator, width: int) -> np.ndarray:
     return rng.standard_normal((len(SCALES), LENGTH, width)) * np.array(SCALES)[:, None, None]
 
 
-def _lift(plan: Growth, x: np.ndarray) -> np.ndarray:
+def _lift(plan: "Growth", x: np.ndarray) -> np.ndarray:
     """The residual stream of the grown model where that of the source is x [..., D]; 0 in what is new."""
     for step in plan.steps:
         writers = [n for n, s in step.dst_spec.items() if s.stack and "embed" in s.outputs and s.role == "kernel"]
@@ -80,7 +82,7 @@ def _lift(plan: Growth, x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _with_noise(plan: Growth, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _with_noise(plan: "Growth", x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Behind masks new channels may hold anything: they do here."""
     if not plan.masked:
         return x
@@ -93,6 +95,15 @@ def _difference(made: np.ndarray, expected: np.ndarray) -> float:
     largest = np.maximum(np.abs(expected).max(axis=axes), np.finfo(np.float64).tiny)
     difference = np.abs(made - expected).max(axis=axes) / largest
     return float(difference.max()) if np.isfinite(difference).all() else math.inf
+
+
+def states(side: Side, tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """float64[B, S, D]: the residual stream of tokens int[B, S] before the first layer, and after each."""
+    x = embed(side, tokens.ravel()).reshape(*tokens.shape, -1)
+    yield x
+    for layer in range(side.cfg.num_layers):
+        x = block(side, layer, x)
+        yield x
 
 
 # ---- the model, in formulas ------------------------------------------------------------------------------------------

@@ -1,26 +1,44 @@
-"""Growth of a checkpoint as a stage of a run, and behind `tele grow`: plan, grow on the mesh, verify."""
+"""Growth as a stage of a run: plan, grow on the mesh, verify; and what a receipt says."""
 
+import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tele_jax import growth
+from tele_jax import checkpoint, growth
 from tele_jax.axes import map_param_subtrees
+from tele_jax.checkpoint import chunks
 from tele_jax.config import ModelConfig
-from tele_jax.errors import FailedError
+from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.growth.layers import distances
 from tele_jax.model.spec import spec
 from tele_jax.run import GrowStage
 from tele_jax.sharding import param_shardings, replicated
 
+RECEIPT_FILE, PLAN_FILE = "growth_receipt.json", "plan.json"
+
 
 def plan_of(src: ModelConfig, dst: ModelConfig, stage: GrowStage, *, layers=None, scores=None) -> growth.Plan:
-    """The plan that a growth stage asks for; raises UserError as growth.plan."""
+    """The plan that a growth stage asks for; raises UserError as growth.plan and growth.check."""
     how = stage.layers if layers is None else layers
-    return growth.plan(src, dst, policy=stage.policy, layers=how, seed=stage.seed, scores=scores, epsilon=stage.epsilon)
+    made = growth.plan(src, dst, policy=stage.policy, layers=how, seed=stage.seed, scores=scores, epsilon=stage.epsilon)
+    growth.check(made)
+    return made
+
+
+def choose_plan(
+    cfg: ModelConfig, params: Any, stage: GrowStage, tokens: np.ndarray, where: str
+) -> tuple[growth.Plan, list[float] | None]:
+    """(plan, the score of every source layer where the stage chooses layers by distance); params may be lazy."""
+    larger = cfg.replace_from(stage.model, f"{where}.model")
+    plan_of(cfg, larger, stage, layers="uniform" if stage.layers == "distance" else None)  # wrong before slow
+    scores = distances(cfg, params, tokens) if stage.layers == "distance" else None
+    return plan_of(cfg, larger, stage, scores=scores), scores
 
 
 def grow(
@@ -34,10 +52,7 @@ def grow(
       UserError: the config asks for something that growth cannot do.
       FailedError: a preserving policy did not preserve, or left units that cannot learn.
     """
-    scores = None
-    if stage.layers == "distance":
-        scores = distances(cfg, params, tokens)
-    plan = plan_of(cfg, cfg.replace_from(stage.model, f"{where}.model"), stage, scores=scores)
+    plan, scores = choose_plan(cfg, params, stage, tokens, where)
     shardings = param_shardings(spec(plan.dst_cfg), mesh)
     with jax.set_mesh(mesh):
         big = jax.jit(lambda p: growth.apply(plan, p), out_shardings=shardings)(params)
@@ -50,26 +65,84 @@ def grow(
             )
             grown_state = jax.jit(grow_state, out_shardings=out)(opt_state)
         report = growth.verify(plan, params, big, tokens)
-    receipt = report.to_json() | {
+    require_ok(report, stage, where)
+    return plan, big, grown_state, receipt(plan, report, stage, scores, optimizer_state=grown_state is not None)
+
+
+def receipt(
+    plan: growth.Plan, report: growth.Report, stage: GrowStage, scores: list[float] | None, **more: Any
+) -> dict[str, Any]:
+    """What is written beside a grown checkpoint: the report, and all that says how the growth was made."""
+    data = plan.to_json()
+    return report.to_json() | {
         "seed": plan.seed,
         "layers": plan.maps["layers"].index.tolist(),
         "layer_scores": scores,
-        "src_cfg": plan.to_json()["src_cfg"],
-        "dst_cfg": plan.to_json()["dst_cfg"],
-        "optimizer_state": grown_state is not None,
+        "layer_metric": None if scores is None else "cosine",
+        "src_cfg": data["src_cfg"],
+        "dst_cfg": data["dst_cfg"],
         "absolute_tolerance": stage.tolerance,
+        "notes": list(plan.notes),
+        **more,
     }
+
+
+def require_ok(report: growth.Report, stage: GrowStage, where: str, outcome: str = "nothing was written") -> None:
+    """Raises FailedError where the report is not ok, or the logits moved by more than the stage allows."""
     if not report.ok:
-        raise FailedError(f"{where}: the growth failed its verification and was not written: {report}")
-    if report.preserving and stage.tolerance is not None and report.max_abs > stage.tolerance:
+        raise FailedError(f"{where}: the growth failed its verification; {outcome}: {report}")
+    moved = report.max_abs if report.preserving and stage.tolerance is not None else None
+    if moved is not None and moved > stage.tolerance:
         raise FailedError(
-            f"{where}: the logits moved by {report.max_abs:.3g}, more than tolerance={stage.tolerance:g}; "
-            "nothing was written"
+            f"{where}: the logits moved by {moved:.3g}, more than tolerance={stage.tolerance:g}; {outcome}"
         )
-    return plan, big, grown_state, receipt
 
 
-def provenance_entry(name: str, plan: growth.Plan, receipt: Mapping[str, Any]) -> dict[str, Any]:
+def provenance_entry(name: str, plan: growth.Plan) -> dict[str, Any]:
     """What a checkpoint says of the growth that made it. mask: where the masks stand, None where there are none."""
     entry = {"stage": name, "kind": "grow", "policy": plan.policy, "seed": plan.seed, "plan": plan.digest}
-    return entry | {"max_abs": receipt["max_abs"], "mask": 0.0 if plan.masked else None}
+    return entry | {"mask": 0.0 if plan.masked else None}
+
+
+def fingerprints(lazy: "checkpoint.Lazy") -> dict[str, str]:
+    """SHA-256 of what each item of a checkpoint holds, from the checksums of its chunks."""
+    return {
+        item: chunks.fingerprint(lazy.items[item].values()) for item in ("params", "opt_state") if item in lazy.items
+    }
+
+
+def require_receipt(directory: Path, src: "checkpoint.Lazy", dst: "checkpoint.Lazy") -> dict[str, Any]:
+    """The receipt in a directory, if it is that of the growth of `src` into `dst`; reads 4 bytes a chunk.
+
+    Raises:
+      UserError: there is none, or it is of another plan, source or destination: says which.
+    """
+    receipt, plan = (read_json(directory / name) for name in (RECEIPT_FILE, PLAN_FILE))
+    digest = growth.Plan.from_json(plan).digest
+    if receipt.get("plan") != digest:
+        raise UserError(f"{directory}: {RECEIPT_FILE} is of the plan {receipt.get('plan')}, {PLAN_FILE} is {digest}")
+    if dst.provenance[-1].get("plan") != digest:
+        raise UserError(f"{dst.path}: was made by another plan than that of {directory / RECEIPT_FILE}")
+    for lazy, which in ((src, "source"), (dst, "destination")):
+        for item, known in receipt.get(which, {}).items():
+            if item in ("params", "opt_state") and fingerprints(lazy).get(item) != known:
+                raise UserError(f"{lazy.path}: its {item} are not those of the {which} in {directory / RECEIPT_FILE}")
+    return receipt
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError where there is no such file, DamageError where it is not the JSON that was written."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing") from None
+    except ValueError as error:
+        raise DamageError(f"{path}: damaged, not JSON ({error})") from None
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Atomically: a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)

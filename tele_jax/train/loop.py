@@ -32,7 +32,7 @@ from tqdm import tqdm
 from tele_jax import checkpoint
 from tele_jax.config import ModelConfig, to_dict
 from tele_jax.data import feed as feeds
-from tele_jax.errors import DamageError, UserError
+from tele_jax.errors import UserError
 from tele_jax.growth import Plan
 from tele_jax.model.spec import count_params, spec
 from tele_jax.run import GrowStage, RunConfig, TrainStage
@@ -82,10 +82,10 @@ def run(config: RunConfig, workdir: Path) -> list[dict[str, Any]]:
                     )
                     summary = training.run(stop)
                     del training  # its state must not lie beside that of the next stage
-                _write_json(directory / "summary.json", {"stage": name, "kind": stage.kind, **summary})
+                growing.write_json(directory / "summary.json", {"stage": name, "kind": stage.kind, **summary})
             previous = directory / "checkpoints"
             plan = _read_plan(directory) if isinstance(stage, GrowStage) else None
-    return [_read_json(workdir / name / "summary.json") for name in config.run]
+    return [growing.read_json(workdir / name / "summary.json") for name in config.run]
 
 
 # -------------------------------------------------------------------------------------------------- a growth stage
@@ -95,7 +95,7 @@ def _grow_stage(
     stage: GrowStage, directory: Path, previous: Path, mesh: jax.sharding.Mesh, text: TrainStage, where: str
 ) -> dict[str, Any]:
     saved = directory / "checkpoints"
-    receipt_file = directory / "growth_receipt.json"
+    receipt_file = directory / growing.RECEIPT_FILE
     manager = checkpoint.Manager(saved, keep=1)
     try:
         if manager.latest_step() is None:
@@ -104,13 +104,18 @@ def _grow_stage(
             plan, params, opt_state, receipt = growing.grow(
                 loaded.cfg, loaded.params, loaded.opt_state, stage, mesh, tokens, where
             )
-            _write_json(directory / "plan.json", plan.to_json())
-            _write_json(receipt_file, receipt)
-            entry = growing.provenance_entry(directory.name, plan, receipt)
+            growing.write_json(directory / growing.PLAN_FILE, plan.to_json())
+            growing.write_json(receipt_file, receipt)
+            entry = growing.provenance_entry(directory.name, plan)
             manager.save(0, plan.dst_cfg, params, opt_state, [*loaded.provenance, entry])
+            manager.wait()
+        source, grown = (checkpoint.open_lazy(path) for path in (previous, saved))
+        receipt = growing.require_receipt(directory, source, grown)
+        if "destination" not in receipt:  # a kill may fall between the checkpoint and this
+            receipt["source"] = {"path": str(source.path), "step": source.step, **growing.fingerprints(source)}
+            growing.write_json(receipt_file, receipt | {"destination": growing.fingerprints(grown)})
     finally:
         manager.close()
-    receipt = _read_json(receipt_file)
     dead, locked = len(receipt["dead"]), len(receipt["locked"])
     _say(f"  logits moved by {receipt['max_abs']:.3g} at most; dead units {dead}, locked units {locked}")
     return {
@@ -139,7 +144,7 @@ def _text_for(config: RunConfig, name: str) -> TrainStage:
 
 
 def _read_plan(directory: Path) -> Plan:
-    return Plan.from_json(_read_json(directory / "plan.json"))
+    return Plan.from_json(growing.read_json(directory / growing.PLAN_FILE))
 
 
 # ------------------------------------------------------------------------------------------------ the work directory
@@ -179,7 +184,7 @@ def _same_config(config: RunConfig, path: Path) -> None:
     now = json.loads(json.dumps({"run": list(config.run), **{n: to_dict(s) for n, s in config.stages.items()}}))
     now["mesh"] = dataclasses.asdict(config.mesh)
     if path.exists():
-        before = _read_json(path)
+        before = growing.read_json(path)
         kept = {name: before.get(name) for name in before["run"]}
         changed = _differences(kept, {name: now.get(name) for name in kept}, "config")
         if now["run"][: len(kept)] != before["run"]:
@@ -188,7 +193,7 @@ def _same_config(config: RunConfig, path: Path) -> None:
             raise UserError(
                 f"{path.parent}: was started with another config: {'; '.join(changed)}; use another --workdir"
             )
-    _write_json(path, now)
+    growing.write_json(path, now)
 
 
 def _differences(before: Any, now: Any, where: str) -> list[str]:
@@ -245,22 +250,6 @@ def _adopt_tokenizer(tokenizer: dict[str, Any], workdir: Path) -> None:
         os.replace(copy.with_suffix(".tmp"), copy)
     elif hashlib.sha256(copy.read_bytes()).hexdigest() != tokenizer["sha256"]:
         raise UserError(f"{tokenizer['path']}: is another tokenizer than the one this run was started with, {copy}")
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Atomically: a kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def _read_json(path: Path) -> Any:
-    """Raises DamageError where the file is not the JSON that was written."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise DamageError(f"{path}: damaged, not JSON ({error})") from None
 
 
 def _say(line: str) -> None:
