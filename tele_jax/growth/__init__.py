@@ -8,6 +8,7 @@ growth.check(plan, mesh)                       what can be known to be wrong bef
 small = growth.shrink(plan, big)               the left inverse
 growth.stream(plan, src, dst)                  the same from checkpoint to checkpoint, in bounded memory
 growth.verify_stored(plan, src, dst)           and the proof, block by block
+growth.lazy(plan, params)                      grown leaves that are computed where they are read
 growth.compose(plan, other)                    two growths in one go
 growth.widen_mlp(cfg, 300), insert_layers, ...  one axis at a time, see operators.py
 """
@@ -16,6 +17,7 @@ from tele_jax.growth.apply import apply, apply_opt, shrink
 from tele_jax.growth.axis_map import AxisMap
 from tele_jax.growth.check import check
 from tele_jax.growth.compose import Composed, compose
+from tele_jax.growth.lazy import GrownArray, lazy
 from tele_jax.growth.masks import MaskSchedule
 from tele_jax.growth.operators import (
     change_multipliers,
@@ -34,6 +36,7 @@ from tele_jax.growth.verify import Report, verify, verify_stored
 __all__ = [
     "AxisMap",
     "Composed",
+    "GrownArray",
     "Growth",
     "LeafPlan",
     "MaskSchedule",
@@ -47,6 +50,7 @@ __all__ = [
     "compose",
     "grow_vocab",
     "insert_layers",
+    "lazy",
     "pad_vocab",
     "plan",
     "shrink",
