@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     if args.check:
         return _check(args)
     if args.config is None:
-        raise UserError("tele grow: --config FILE is needed; it says what to grow SRC into")
+        raise UserError("--config FILE is needed: it says what to grow SRC into")
     if args.dst.exists():
         raise UserError(f"{args.dst}: exists already, and checkpoints are never overwritten; choose another DST")
     stage, where = _stage(load_page(args.config, args.overrides), args)
