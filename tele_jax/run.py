@@ -159,6 +159,7 @@ class RunConfig:
     run: tuple[str, ...]
     stages: dict[str, TrainStage | GrowStage]
     mesh: MeshConfig = MeshConfig()
+    start: str | None = None  # checkpoint that the first stage starts from, such as an imported one
 
 
 def run_config(page: Mapping[str, Any]) -> RunConfig:
@@ -176,24 +177,35 @@ def run_config(page: Mapping[str, Any]) -> RunConfig:
         require(name.isidentifier(), f"config.run: {name!r} is no name for a stage: letters, digits and _ make one")
     require(len(set(names)) == len(names), f"config.run: a stage is named twice in {names}")
     mesh = from_dict(MeshConfig, page.pop("mesh", {}), "config.mesh")
+    start = convert(str | None, page.pop("start", None), "config.start")
     for name in names:
         require(name in page, f"config.run names the stage {name!r}, but config.{name} is missing")
     for key in page:
         require(key in names, f"config.{key}: unknown key; stages have to be named in config.run = {names}")
     stages = {name: _stage(page[name], f"config.{name}") for name in names}
     first = stages[names[0]]
-    if isinstance(first, GrowStage):
-        raise UserError(f"config.run: the first stage, {names[0]!r}, grows, but there is nothing to grow yet")
-    require(first.model is not None, f"config.{names[0]}.model: missing; the first stage has to say which model")
-    for name in names[1:]:
+    if start is None and isinstance(first, GrowStage):
+        raise UserError(
+            f"config.run: the first stage, {names[0]!r}, grows, but there is nothing to grow yet; config.start names a "
+            "checkpoint to start from"
+        )
+    require(
+        any(isinstance(stage, TrainStage) for stage in stages.values()),
+        "config.run: no stage trains; `tele grow` grows a checkpoint",
+    )
+    require(
+        start is not None or first.model is not None,
+        f"config.{names[0]}.model: missing; the first stage has to say which model, or config.start where to start",
+    )
+    for name in names if start is not None else names[1:]:
         require(
             isinstance(stages[name], GrowStage) or stages[name].model is None,
-            f"config.{name}.model: only the first stage and growth stages set a model; this one continues with what "
-            "the stage before left",
+            f"config.{name}.model: only growth stages, and the first stage of a run without config.start, set a model; this one "
+            "continues with what is there",
         )
     for before, name in itertools.pairwise((None, *names)):
         _check_pair(before, stages.get(before), name, stages[name])
-    return RunConfig(run=names, stages=stages, mesh=mesh)
+    return RunConfig(run=names, stages=stages, mesh=mesh, start=start)
 
 
 def _check_pair(before: str | None, growth: TrainStage | GrowStage | None, name: str, stage: TrainStage | GrowStage):

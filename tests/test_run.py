@@ -65,7 +65,7 @@ def change(config, path, value):
         ("first.microbatches", 3, r"batch_size=4 does not divide into microbatches=3"),
         ("first.data.sources.en.rate", 0, r"config\.first\.data\.sources\.en: rate=0"),
         ("first.kind", "train", r"config\.first\.kind: 'train' is not one of"),
-        ("second.model", MODEL, r"config\.second\.model: only the first stage"),
+        ("second.model", MODEL, r"config\.second\.model: only growth stages, and the first stage"),
         ("second.mask_ramp", 50, r"the mask ramp ends after the last step"),
         ("second.mask_ramp", 0, r"config\.second\.mask_ramp: .*policy 'msg'"),
         ("run", ("first", "gorw"), r"names the stage 'gorw', but config\.gorw is missing"),

@@ -34,6 +34,7 @@ from tele_jax.config import ModelConfig, to_dict
 from tele_jax.data import feed as feeds
 from tele_jax.errors import UserError
 from tele_jax.growth import Plan
+from tele_jax.growth.masks import require_unmasked
 from tele_jax.model.spec import count_params, spec
 from tele_jax.run import GrowStage, RunConfig, TrainStage
 from tele_jax.sharding import batch_sharding, make_mesh, param_shardings
@@ -60,7 +61,7 @@ def run(config: RunConfig, workdir: Path) -> list[dict[str, Any]]:
         tokenizer = _check(config, mesh)
         _same_config(config, workdir / "config.json")
         _adopt_tokenizer(tokenizer, workdir)
-        previous: Path | None = None
+        previous: Path | None = None if config.start is None else Path(config.start)
         plan: Plan | None = None
         for name in config.run:
             stage, directory = config.stages[name], workdir / name
@@ -138,9 +139,10 @@ def _verify_tokens(text: TrainStage) -> np.ndarray:
 
 
 def _text_for(config: RunConfig, name: str) -> TrainStage:
-    """The training stage before a growth stage: its text is what the growth is verified on."""
-    before = config.run[: config.run.index(name)]
-    return next(config.stages[n] for n in reversed(before) if isinstance(config.stages[n], TrainStage))
+    """The training stage before a growth stage, or else after it: its text is what the growth is verified on."""
+    place = config.run.index(name)
+    nearest = (*reversed(config.run[:place]), *config.run[place:])
+    return next(config.stages[n] for n in nearest if isinstance(config.stages[n], TrainStage))
 
 
 def _read_plan(directory: Path) -> Plan:
@@ -182,13 +184,15 @@ _CADENCE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
 def _same_config(config: RunConfig, path: Path) -> None:
     """Writes W/config.json, or compares with it: stages may be added at the end, mesh and cadence may change."""
     now = json.loads(json.dumps({"run": list(config.run), **{n: to_dict(s) for n, s in config.stages.items()}}))
-    now["mesh"] = dataclasses.asdict(config.mesh)
+    now["mesh"], now["start"] = dataclasses.asdict(config.mesh), config.start
     if path.exists():
         before = growing.read_json(path)
         kept = {name: before.get(name) for name in before["run"]}
         changed = _differences(kept, {name: now.get(name) for name in kept}, "config")
         if now["run"][: len(kept)] != before["run"]:
             changed.append(f"config.run was {before['run']}, is {now['run']}")
+        if (started := before.get("start")) != config.start:
+            changed.append(f"config.start was {started!r}, is {config.start!r}")
         if changed:
             raise UserError(
                 f"{path.parent}: was started with another config: {'; '.join(changed)}; use another --workdir"
@@ -209,6 +213,10 @@ def _check(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     Returns the path, the size and the SHA-256 of the run's tokenizer.
     """
     cfg: ModelConfig | None = None
+    if config.start is not None:
+        start = checkpoint.open_lazy(config.start)
+        require_unmasked(start.provenance, f"config.start={config.start}")
+        cfg = start.cfg
     tokenizers = {}
     for name, stage in config.stages.items():
         if isinstance(stage, GrowStage):

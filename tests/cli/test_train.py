@@ -185,6 +185,30 @@ def fails(capsys, code, *arguments):
     return lines[0]
 
 
+def test_a_run_starts_from_a_checkpoint_that_is_there(place, finished, tmp_path, capsys):
+    """Growth first, of what another run left, then training on; as with a model that was imported."""
+    page, workdir = tmp_path / "page.py", tmp_path / "w"
+    text = PAGE.replace("Path(__file__).parent", repr(place)).replace("PosixPath", "Path")
+    page.write_text(
+        text.replace('("small", "grow", "large", "sft")', '("grow", "large")')
+        .replace("    config.small =", "    small =")
+        .replace("    config.sft =", "    sft =")
+    )
+    start = f"--config.start={str(finished / 'small')!r}"
+    assert main(["train", "--config", str(page), "--workdir", str(workdir), start]) == 0
+    grown = checkpoint.open_lazy(workdir)
+    assert [entry["stage"] for entry in grown.provenance] == ["small", "grow", "large"]
+    assert grown.cfg.embed_dim == 24 and grown.opt_state is not None
+    capsys.readouterr()
+    line = fails(capsys, 2, "train", "--config", str(page), "--workdir", str(workdir))
+    assert "there is nothing to grow yet; config.start names a checkpoint" in line
+    behind_masks = f"--config.start={str(finished / 'grow')!r}"
+    line = fails(capsys, 2, "train", "--config", str(page), "--workdir", str(tmp_path / "v"), behind_masks)
+    assert "grown behind masks" in line
+    elsewhere = f"--config.start={str(tmp_path / 'nowhere')!r}"
+    assert "nowhere" in fails(capsys, 2, "train", "--config", str(page), "--workdir", str(tmp_path / "v"), elsewhere)
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
