@@ -200,8 +200,8 @@ def run_config(page: Mapping[str, Any]) -> RunConfig:
     for name in names if start is not None else names[1:]:
         require(
             isinstance(stages[name], GrowStage) or stages[name].model is None,
-            f"config.{name}.model: only growth stages, and the first stage of a run without config.start, set a model; this one "
-            "continues with what is there",
+            f"config.{name}.model: only growth stages, and the first stage of a run without config.start, set a model; "
+            "this one continues with what is there",
         )
     for before, name in itertools.pairwise((None, *names)):
         _check_pair(before, stages.get(before), name, stages[name])
