@@ -66,7 +66,14 @@ def change(config, path, value):
         ("first.data.sources.en.rate", 0, r"config\.first\.data\.sources\.en: rate=0"),
         ("first.kind", "train", r"config\.first\.kind: 'train' is not one of"),
         ("second.model", MODEL, r"config\.second\.model: only the first stage"),
-        ("second.mask_ramp", 50, r"the mask ramp ends after the last step"),
+        ("second.mask_ramp", 50, r"the mask ramp ends after the last step: at 50 steps, but the stage has 10"),
+        ("second.mask_start", 6, r"the mask ramp ends after the last step: at 11 steps, but the stage has 10"),
+        ("second.mask_order", ("embed", "mlp", "heads"), r"at 15 steps, but the stage has 10"),
+        ("second.mask_order", "embed", r"config\.second: mask_order='embed' is neither 'together' nor a list of axes"),
+        ("second.mask_order", 5, r"config\.second\.mask_order: expected a list, got 5"),
+        ("second.mask_unit", "epochs", r"config\.second\.mask_unit: 'epochs' is not one of 'steps', 'tokens'"),
+        ("second.mask_shape", "sine", r"config\.second\.mask_shape: 'sine' is not one of 'linear', 'cosine'"),
+        ("first.mask_order", ("embed",), r"config\.first\.mask_ramp: no growth comes right before"),
         ("second.mask_ramp", 0, r"config\.second\.mask_ramp: .*policy 'msg'"),
         ("run", ("first", "gorw"), r"names the stage 'gorw', but config\.gorw is missing"),
         ("run", ("first",), r"config\.grow: unknown key"),
@@ -83,6 +90,16 @@ def test_a_mistake_is_named_with_its_path(path, value, match):
     config = page()
     change(config, path, value)
     with pytest.raises(UserError, match=match):
+        run_config(config)
+
+
+def test_a_mask_ramp_in_tokens_has_to_end_within_the_tokens_of_the_stage():
+    config = page()
+    change(config, "second.mask_unit", "tokens")
+    change(config, "second.mask_ramp", 640)  # 10 steps of 4 rows of 16
+    assert run_config(config).stages["second"].mask_ramp == 640
+    change(config, "second.mask_ramp", 641)
+    with pytest.raises(UserError, match=r"config\.second: the mask ramp ends .*: at 641 tokens, but the stage has 640"):
         run_config(config)
 
 
