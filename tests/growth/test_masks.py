@@ -113,8 +113,8 @@ def test_one_axis_after_another_each_takes_the_whole_ramp(plan):
 schedules = st.builds(
     growth.MaskSchedule,
     st.just(PLAN),
-    start=st.integers(0, 300),
-    ramp=st.integers(0, 300),
+    start=st.integers(0, 99),
+    ramp=st.integers(0, 99),
     unit=st.sampled_from(["steps", "tokens"]),
     order=st.just("together") | st.permutations(AXES),
     shape=st.sampled_from(["linear", "cosine"]),
@@ -264,10 +264,9 @@ BATCH = {
 
 @pytest.fixture(scope="module")
 def grown():
-    """(plan, parameters) of the large model."""
-    plan = growth.plan(SMALL, LARGE, policy="msg", layers=[0, 0, 1])
-    with without_compiling():
-        return plan, growth.apply(plan, reference.random_params(SMALL, np.random.default_rng(0), 1.0))
+    """(plan, parameters of the large model: any will do)."""
+    params = reference.random_params(LARGE, np.random.default_rng(0), 1.0)
+    return growth.plan(SMALL, LARGE, policy="msg", layers=[0, 0, 1]), jax.tree.map(np.float32, params)
 
 
 def test_the_training_step_compiles_once_while_masks_move_and_once_more_when_they_drop(grown):
