@@ -156,10 +156,10 @@ class TrainStage:
         return self.batch_size * self.seq_len
 
     @property
-    def has_mask_fields(self) -> bool:
-        """Whether the page sets any of the mask fields."""
-        names = [f for f in dataclasses.fields(self) if f.name.startswith("mask_")]
-        return any(getattr(self, f.name) != f.default for f in names)
+    def mask_fields(self) -> list[str]:
+        """The mask fields that the page sets."""
+        fields = [f for f in dataclasses.fields(self) if f.name.startswith("mask_")]
+        return [f.name for f in fields if getattr(self, f.name) != f.default]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,9 +231,9 @@ def _check_pair(before: str | None, growth: TrainStage | GrowStage | None, name:
         )
     if isinstance(stage, GrowStage):
         return
-    if not masked and stage.has_mask_fields:
+    if not masked and stage.mask_fields:
         why = "no growth comes right before" if growth is None else f"config.{before} grows by policy {growth.policy!r}"
-        raise UserError(f"config.{name}.mask_ramp: {why}, and only growth by policy 'msg' has masks")
+        raise UserError(f"config.{name}.{stage.mask_fields[0]}: {why}, and only growth by policy 'msg' has masks")
     if growth is not None and not growth.optimizer_state and stage.optimizer.new_warmup_steps:
         raise UserError(f"config.{name}.optimizer.new_warmup_steps: config.{before} grows without optimizer_state")
 

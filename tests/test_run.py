@@ -73,7 +73,7 @@ def change(config, path, value):
         ("second.mask_order", 5, r"config\.second\.mask_order: expected a list, got 5"),
         ("second.mask_unit", "epochs", r"config\.second\.mask_unit: 'epochs' is not one of 'steps', 'tokens'"),
         ("second.mask_shape", "sine", r"config\.second\.mask_shape: 'sine' is not one of 'linear', 'cosine'"),
-        ("first.mask_order", ("embed",), r"config\.first\.mask_ramp: no growth comes right before"),
+        ("first.mask_order", ("embed",), r"config\.first\.mask_order: no growth comes right before"),
         ("second.mask_ramp", 0, r"config\.second\.mask_ramp: .*policy 'msg'"),
         ("run", ("first", "gorw"), r"names the stage 'gorw', but config\.gorw is missing"),
         ("run", ("first",), r"config\.grow: unknown key"),

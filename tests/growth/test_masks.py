@@ -214,7 +214,7 @@ def test_an_order_names_the_axes_that_this_plan_grows_and_no_others():
     plan = growth.plan(SRC, SRC.replace(mlp_dim=8, num_layers=3), policy="msg")
     masks = growth.MaskSchedule(plan, ramp=2, order=["layers", "mlp"])(3)
     assert masks["layers"].min() == 1 and masks["mlp"].min() == 0.5
-    with pytest.raises(tele.UserError, match="each once: mlp, layers$"):
+    with pytest.raises(tele.UserError, match=r"each once: mlp, layers$"):
         growth.MaskSchedule(plan, order=AXES)
 
 
