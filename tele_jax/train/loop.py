@@ -204,8 +204,8 @@ def _check(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     Returns the path, the size and the SHA-256 of the run's tokenizer.
     """
     cfg: ModelConfig | None = None
-    plan: Plan | None = None  # of the growth right before
     tokenizers = {}
+    plan: Plan | None = None  # of the growth right before
     for name, stage in config.stages.items():
         if isinstance(stage, GrowStage):
             # Layers chosen by distance need the trained model; which ones makes no difference to whether they fit.
