@@ -109,8 +109,12 @@ class TrainStage:
     model: ModelConfig | None = None  # None: as the stage before left it
     schedule: ScheduleConfig = ScheduleConfig()
     microbatches: int = 1  # gradients are accumulated over so many parts of the batch
-    mask_start: int = 0  # step at which the masks of the growth before begin to rise
-    mask_ramp: int = 0  # steps from 0 to 1; used when the growth before was by policy msg
+    # Masks of the growth before, by policy msg; see growth.MaskSchedule.
+    mask_start: int = 0  # when they begin to rise, in mask_unit
+    mask_ramp: int = 0  # from 0 to 1, in mask_unit; for each axis in turn, where mask_order names them
+    mask_unit: Literal["steps", "tokens"] = "steps"  # tokens: step * batch_size * seq_len, whatever their weights
+    mask_order: str | tuple[str, ...] = "together"  # or the axes that grow, one after another: ("embed", "mlp", ...)
+    mask_shape: Literal["linear", "cosine"] = "linear"
     reset_optimizer: bool = False
     seed: int = 0
     log_every: int = 10
@@ -133,9 +137,29 @@ class TrainStage:
             "optimizer.new_warmup_steps needs the moments of the stage before; sft and reset_optimizer start anew",
         )
         require(self.mask_start >= 0 and self.mask_ramp >= 0, "mask_start and mask_ramp must not be negative")
+        together = isinstance(self.mask_order, str)
         require(
-            self.mask_start + self.mask_ramp <= self.steps, "the mask ramp ends after the last step; give more steps"
+            not together or self.mask_order == "together",
+            f"mask_order={self.mask_order!r} is neither 'together' nor a list of axes",
         )
+        end = self.mask_start + self.mask_ramp * (1 if together else len(self.mask_order))
+        length = self.steps * (1 if self.mask_unit == "steps" else self.tokens_per_step)
+        require(
+            end <= length,
+            f"the mask ramp ends after the last step: at {end} {self.mask_unit}, but the stage has {length}; give "
+            "more steps",
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions in a batch, counted in the loss or not."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def mask_fields(self) -> list[str]:
+        """The mask fields that the page sets."""
+        fields = [f for f in dataclasses.fields(self) if f.name.startswith("mask_")]
+        return [f.name for f in fields if getattr(self, f.name) != f.default]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,9 +243,9 @@ def _check_pair(before: str | None, growth: TrainStage | GrowStage | None, name:
         )
     if isinstance(stage, GrowStage):
         return
-    if not masked and (stage.mask_start or stage.mask_ramp):
+    if not masked and stage.mask_fields:
         why = "no growth comes right before" if growth is None else f"config.{before} grows by policy {growth.policy!r}"
-        raise UserError(f"config.{name}.mask_ramp: {why}, and only growth by policy 'msg' has masks")
+        raise UserError(f"config.{name}.{stage.mask_fields[0]}: {why}, and only growth by policy 'msg' has masks")
     if growth is not None and not growth.optimizer_state and stage.optimizer.new_warmup_steps:
         raise UserError(f"config.{name}.optimizer.new_warmup_steps: config.{before} grows without optimizer_state")
 

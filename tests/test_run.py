@@ -73,6 +73,13 @@ def change(config, path, value):
         ("run", ("grow", "first", "second"), r"the first stage, 'grow', grows"),
         ("first.model", None, r"config\.first\.model: missing"),
         ("first.mask_ramp", 2, r"config\.first\.mask_ramp: no growth comes right before"),
+        ("second.mask_start", 6, r"the mask ramp ends after the last step: at 11 steps, but the stage has 10"),
+        ("second.mask_order", ("embed", "mlp", "heads"), r"at 15 steps, but the stage has 10"),
+        ("second.mask_order", "embed", r"config\.second: mask_order='embed' is neither 'together' nor a list of axes"),
+        ("second.mask_order", 5, r"config\.second\.mask_order: expected a list, got 5"),
+        ("second.mask_unit", "epochs", r"config\.second\.mask_unit: 'epochs' is not one of 'steps', 'tokens'"),
+        ("second.mask_shape", "sine", r"config\.second\.mask_shape: 'sine' is not one of 'linear', 'cosine'"),
+        ("first.mask_order", ("embed",), r"config\.first\.mask_order: no growth comes right before"),
         ("first.schedule", dict(kind="wsd", decay=0), r"config\.first\.schedule: decay=0 must be above 0"),
         ("run", 5, r"config\.run: expected a list, got 5"),
         ("run", ("first", "../grow"), r"'\.\./grow' is no name for a stage"),
@@ -83,6 +90,16 @@ def test_a_mistake_is_named_with_its_path(path, value, match):
     config = page()
     change(config, path, value)
     with pytest.raises(UserError, match=match):
+        run_config(config)
+
+
+def test_a_mask_ramp_in_tokens_has_to_end_within_the_tokens_of_the_stage():
+    config = page()
+    change(config, "second.mask_unit", "tokens")
+    change(config, "second.mask_ramp", 640)  # 10 steps of 4 rows of 16
+    assert run_config(config).stages["second"].mask_ramp == 640
+    change(config, "second.mask_ramp", 641)
+    with pytest.raises(UserError, match=r"config\.second: the mask ramp ends .*: at 641 tokens, but the stage has 640"):
         run_config(config)
 
 

@@ -40,7 +40,7 @@ from tele_jax.run import GrowStage, RunConfig, TrainStage
 from tele_jax.sharding import batch_sharding, make_mesh, param_shardings
 from tele_jax.train import growing
 from tele_jax.train.schedule import schedule
-from tele_jax.train.stage import Stopped, Training
+from tele_jax.train.stage import Stopped, Training, mask_schedule
 
 __all__ = ["Stopped", "run"]
 
@@ -218,17 +218,25 @@ def _check(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         require_unmasked(start.provenance, f"config.start={config.start}")
         cfg = start.cfg
     tokenizers = {}
+    plan: Plan | None = None  # of the growth right before
     for name, stage in config.stages.items():
         if isinstance(stage, GrowStage):
             # Layers chosen by distance need the trained model; which ones makes no difference to whether they fit.
             how = "uniform" if stage.layers == "distance" else stage.layers
             larger = cfg.replace_from(stage.model, f"config.{name}.model")
             try:
-                cfg = growing.plan_of(cfg, larger, stage, layers=how).dst_cfg
+                plan = growing.plan_of(cfg, larger, stage, layers=how)
             except UserError as error:
                 raise UserError(f"config.{name}: {error}") from None
+            cfg = plan.dst_cfg
         else:
             cfg = stage.model or cfg
+            if plan is not None:
+                try:
+                    mask_schedule(stage, plan)
+                except UserError as error:  # starts with the field, as it is called in growth.MaskSchedule
+                    raise UserError(f"config.{name}.mask_{error}") from None
+                plan = None
             if cfg.rope.ntk is None and stage.seq_len > cfg.max_seq_len:
                 raise UserError(
                     f"config.{name}.seq_len={stage.seq_len} is above the model's max_seq_len={cfg.max_seq_len}"

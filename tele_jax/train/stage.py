@@ -21,13 +21,19 @@ from tele_jax.model.decoder import init
 from tele_jax.model.spec import abstract_params, count_params
 from tele_jax.run import TrainStage
 from tele_jax.train import metrics
-from tele_jax.train.optimizer import optimizer, restart_schedule
+from tele_jax.train.optimizer import delay_births, optimizer, restart_schedule
 from tele_jax.train.schedule import schedule
 from tele_jax.train.step import flops_per_token, make_step, put_batch, state_shardings
 
 
 class Stopped(Exception):
     """The run was asked to stop, and has saved its state."""
+
+
+def mask_schedule(stage: TrainStage, plan: Plan) -> MaskSchedule:
+    """The masks of the growth right before a stage; raises UserError for an order that is not of its axes."""
+    how = {"unit": stage.mask_unit, "order": stage.mask_order, "shape": stage.mask_shape}
+    return MaskSchedule(plan, stage.mask_start, stage.mask_ramp, **how, tokens_per_step=stage.tokens_per_step)
 
 
 class Training:
@@ -55,10 +61,11 @@ class Training:
         """
         self.stage, self.directory, self.mesh, self.say = stage, directory, mesh, say
         self.cfg: ModelConfig = stage.model if previous is None else checkpoint.open_lazy(previous).cfg
-        self.tokens_per_step = stage.batch_size * stage.seq_len
+        self.tokens_per_step = stage.tokens_per_step
         self.factor = schedule(stage.schedule, stage.steps, self.tokens_per_step)
         self.tx = optimizer(self.cfg, stage.optimizer, self.factor)
-        self.masks = (lambda step: None) if plan is None else MaskSchedule(plan, stage.mask_start, stage.mask_ramp)
+        self.masks = (lambda step: None) if plan is None else mask_schedule(stage, plan)
+        self.closed_steps = {} if plan is None else self.masks.closed_steps()
         self.data = {"tokenizer": tokenizer, "domains": sorted(stage.data.sources)}
         rows = {"kind": stage.kind, "seq_len": stage.seq_len, "batch_size": stage.batch_size}
         self.feed = feeds.LiveFeed(stage.data, **rows, seed=stage.seed)
@@ -85,7 +92,8 @@ class Training:
         if previous is not None and self._keeps_optimizer(previous):
             loaded = checkpoint.load(previous, **fits)
             self.params, self.history = loaded.params, loaded.provenance
-            self.opt_state = jax.device_put(restart_schedule(loaded.opt_state), opt_state)
+            self.opt_state = delay_births(restart_schedule(loaded.opt_state), self.closed_steps)
+            self.opt_state = jax.device_put(self.opt_state, opt_state)
             return
         if previous is not None:
             loaded = checkpoint.load(previous, cfg=self.cfg, shardings=params, items=("params",))
@@ -93,7 +101,8 @@ class Training:
         else:
             fresh = jax.jit(lambda key: init(self.cfg, key), out_shardings=params)
             self.params = fresh(jax.random.key(self.stage.seed))
-        self.opt_state = jax.jit(self.tx.init, out_shardings=opt_state)(self.params)
+        start = lambda params: delay_births(self.tx.init(params), self.closed_steps)  # noqa: E731
+        self.opt_state = jax.jit(start, out_shardings=opt_state)(self.params)
 
     def _keeps_optimizer(self, previous: Path) -> bool:
         """Whether the moments of the stage before go on: fine-tuning starts with its own, on other data and goals."""
