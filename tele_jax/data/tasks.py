@@ -155,12 +155,14 @@ class RowConverter(seqio.FeatureConverter):
         seq_len = task_feature_lengths["targets"]
 
         def step(open_rows: np.ndarray, lengths: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            parts = np.split(np.stack(columns), np.cumsum(lengths)[:-1], axis=1)
             if self._cut:
-                left, rows = packing.cut_rows(open_rows, parts, separator=self.bos_id, pad_id=self._pad_id)
+                left, rows = packing.cut_rows(
+                    open_rows, np.stack(columns), lengths, separator=self.bos_id, pad_id=self._pad_id
+                )
             else:
+                parts = np.split(np.stack(columns), np.cumsum(lengths)[:-1], axis=1)
                 left, rows = packing.fit_rows(open_rows, parts, pad_id=self._pad_id)
-            return left, packing.spread(rows, len(parts))
+            return left, packing.spread(rows, len(lengths))
 
         count = 1 if self._cut else OPEN_ROWS
 
