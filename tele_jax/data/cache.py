@@ -220,7 +220,7 @@ class RowCache:
         if len(self._readers) >= OPEN_SHARDS:
             self._readers.popitem(last=False)[1].close()
         reader = self._array_record.ArrayRecordReader(
-            str(self.path / shard.file), options="readahead_buffer_size:0", file_reader_buffer_size=32_768
+            str(self.path / shard.file), options="readahead_buffer_size:0", file_reader_buffer_size=16_384
         )
         if reader.num_records() != shard.rows:
             raise RuntimeError(f"{reader.num_records()} rows instead of {shard.rows}")
