@@ -15,7 +15,9 @@ HELP = "tokenise and pack text into rows that can be read at random"
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="a page with get_config(), as in configs/data/")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the cache; not there yet")
-    parser.add_argument("--runner", default="DirectRunner", metavar="NAME", help="of Apache Beam (DirectRunner)")
+    parser.add_argument(
+        "--runner", default="DirectRunner", metavar="NAME", help="of Apache Beam (DirectRunner), or serial: no Beam"
+    )
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes of the DirectRunner (1: this one, on all cores)"
     )
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = cache_config(load_page(args.config, args.overrides))
     began = time.perf_counter()
     bar = tqdm(desc=args.out.name, unit="shard", disable=not sys.stderr.isatty())
-    said = [0.0]
+    said = [began]
 
     def progress(done: int, total: int) -> None:
         bar.total = total

@@ -28,6 +28,7 @@ from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.run import CacheConfig
 
 PLAN, LOCK = "plan.json", ".lock"
+SERIAL = "serial"
 _ERRORS = {error.__name__: error for error in (UserError, DamageError, FailedError)}
 
 
@@ -46,7 +47,7 @@ def make(
     Args:
       config: what to make.
       out: a directory that is not there yet. All workers have to see it, and the files, by the same path.
-      runner: of Beam, by name.
+      runner: of Beam, by name; or "serial": one unit after the other in this process, without Beam.
       workers: processes of the DirectRunner. With 1 everything is done in this one, tokenising on all its cores.
       options: more for Beam, as on its command line.
       progress: called now and then with the number of finished units and of all.
@@ -57,11 +58,12 @@ def make(
         usable document; a tokenizer that lacks what is needed; Beam is not installed.
       FailedError: the disk is full, or Beam fails.
     """
-    with _quiet():
-        need("apache_beam")
     need("array_record.python.array_record_module")
+    if workers != 1 and runner != "DirectRunner":
+        raise UserError(f"workers={workers} is for the DirectRunner; {runner} has options of its own, or none")
     if out.exists():
         raise UserError(f"{out}: is there already; choose another --out, or remove it")
+    run = _serial if runner == SERIAL else _pipeline(runner, workers, options)
     vocabulary = feed.open_vocabulary(config.data, config.kind)
     units = shards.plan(config)
     work = incomplete(out)
@@ -69,7 +71,9 @@ def make(
         if _begun(work, config, vocabulary, units):
             say(f"{work}: goes on where it was")
         with _watched(work, units, progress):
-            _run(units, config, work, runner, workers, options)
+            here = runner == SERIAL or (runner == "DirectRunner" and workers == 1)
+            threads = len(os.sched_getaffinity(0)) if here else 1
+            run(units, _Work(config, work, vocabulary.sha256, threads))
         manifest = _assemble(work, config, vocabulary, units)
         shutil.rmtree(work / shards.ACCOUNTS)
         (work / PLAN).unlink()
@@ -136,42 +140,45 @@ def _watched(work: Path, units: list[shards.Unit], progress: Callable[[int, int]
 class _Work:
     """What a worker does with a unit. It is pickled: the tokenizer is read anew by every process, and kept."""
 
-    def __init__(self, config: CacheConfig, work: str, threads: int):
-        self._config, self._work, self._threads = config, work, threads
+    def __init__(self, config: CacheConfig, directory: Path, tokenizer_sha256: str, threads: int):
+        self._config, self.directory, self._sha256, self._threads = config, directory, tokenizer_sha256, threads
 
     def __call__(self, unit: shards.Unit) -> None:
         vocabulary = load_vocabulary(self._config.data.tokenizer)
-        shards.write_unit(unit, self._config, vocabulary, Path(self._work), threads=self._threads)
+        if vocabulary.sha256 != self._sha256:
+            raise UserError(f"tokenizer {vocabulary.path}: has changed since this cache was begun")
+        shards.write_unit(unit, self._config, vocabulary, self.directory, threads=self._threads)
 
 
-def _run(
-    units: list[shards.Unit],
-    config: CacheConfig,
-    work: Path,
-    runner: str,
-    workers: int,
-    options: Sequence[str],
-) -> None:
-    beam = need("apache_beam")
-    options = list(options)
-    threads = len(os.sched_getaffinity(0)) if runner == "DirectRunner" and workers == 1 else 1
+def _serial(units: Sequence[shards.Unit], work: _Work) -> None:
+    for unit in units:
+        work(unit)
+
+
+def _pipeline(runner: str, workers: int, options: Sequence[str]) -> Callable[[Sequence[shards.Unit], _Work], None]:
+    """What does the work by Beam; made before anything is written, since Beam checks the options here."""
+    options = [*options, "--default_sdk_harness_log_level=ERROR"]
     if workers > 1:
         options += [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing"]
-    options.append("--default_sdk_harness_log_level=ERROR")
-    try:
-        with (
-            _quiet(),
-            beam.Pipeline(runner=runner, options=beam.options.pipeline_options.PipelineOptions(options)) as p,
-        ):
-            # Reshuffle lets every unit go to another worker.
-            _ = p | beam.Create(units) | beam.Reshuffle() | beam.Map(_Work(config, str(work), threads))
-    except (RuntimeError, ValueError, ImportError) as error:
-        raise _said(error, runner) from None
-    missing = [unit.name for unit in units if not shards.account_file(work, unit).exists()]
-    if missing:
-        raise FailedError(
-            f"{runner} finished, but {len(missing)} of {len(units)} shards are missing: {missing[0]}, ..."
-        )
+    with _quiet():
+        beam = need("apache_beam")
+        try:
+            pipeline = beam.Pipeline(runner=runner, options=beam.options.pipeline_options.PipelineOptions(options))
+        except (ValueError, ImportError, AttributeError) as error:
+            raise UserError(f"runner {runner}: {error}") from None
+
+    def run(units: Sequence[shards.Unit], work: _Work) -> None:
+        try:
+            with _quiet(), pipeline:
+                # Reshuffle lets every unit go to another worker.
+                _ = pipeline | beam.Create(units) | beam.Reshuffle() | beam.Map(work)
+        except (RuntimeError, ValueError, ImportError) as error:
+            raise _said(error, runner) from None
+        missing = [unit.name for unit in units if not shards.account_file(work.directory, unit).exists()]
+        if missing:
+            raise FailedError(f"{runner} is done, but {len(missing)} of {len(units)} shards are missing: {missing[0]}")
+
+    return run
 
 
 def _said(error: Exception, runner: str) -> Exception:

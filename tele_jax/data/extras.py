@@ -37,10 +37,9 @@ def need(module: str) -> types.ModuleType:
             tensorflow.constant(0)  # looks for devices now, not later when nothing is held back
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        extra = "data,beam" if module.startswith("apache_beam") else "data"
-        raise UserError(
-            f"{module} needs the package {error.name!r}, which is not installed: pip install 'tele_jax[{extra}]'"
-        ) from None
+        beam = module.startswith("apache_beam")
+        how = "pip install 'tele_jax[data,beam]', or --runner serial" if beam else "pip install 'tele_jax[data]'"
+        raise UserError(f"{module} needs the package {error.name!r}, which is not installed: {how}") from None
 
 
 @contextlib.contextmanager

@@ -167,12 +167,12 @@ class _Tokenizer:
 
     def __init__(self, vocabulary: Vocabulary, config: CacheConfig, threads: int):
         self.vocabulary, self._kind, self._seq_len, self._threads = vocabulary, config.kind, config.seq_len, threads
-        self._is_text = np.array([len(spelled) > 0 for spelled in vocabulary.piece_bytes])
+        self._spelled = np.array([len(spelled) for spelled in vocabulary.piece_bytes])
         self.counts = Counts()
 
     def block(self, documents: Sequence[tuple[Any, bool]]) -> tuple[np.ndarray, np.ndarray]:
         dialogues = bool(documents) and not isinstance(documents[0][0], str)
-        shortened = 0
+        whole, shortened = len("".join([sources.text_of(value) for value, _ in documents]).encode()), 0
         if dialogues and self._kind == "sft":
             rendered = [self._answers(messages) for messages, _ in documents]
             shortened = sum(cut for _, cut in rendered)
@@ -186,8 +186,8 @@ class _Tokenizer:
         self.counts += Counts(
             documents=sum(ends for _, ends in documents),
             shortened=shortened,
-            text_bytes=len("".join([sources.text_of(value) for value, _ in documents]).encode()),
-            text_tokens=int(np.count_nonzero(self._is_text[columns[1]])),
+            text_bytes=self._text_bytes(columns[1]) if shortened else whole,
+            text_tokens=int(np.count_nonzero(self._spelled[columns[1]])),
             tokens=columns.shape[1],
             learned_tokens=int(np.count_nonzero(columns[2])),
             lengths=tuple(np.bincount(np.frexp(lengths)[1] - 1, minlength=LENGTH_BINS).tolist()),
@@ -213,6 +213,12 @@ class _Tokenizer:
         targets = np.full(len(texts) + ends.sum(), self.vocabulary.eos_id, np.int32)
         targets[np.arange(len(texts)) + np.repeat(np.cumsum(ends) - ends, lengths)] = texts
         return targets, lengths + ends
+
+    def _text_bytes(self, targets: np.ndarray) -> int:
+        """UTF-8 bytes of text that the targets spell."""
+        spelled = self._spelled[targets]
+        spaces = np.count_nonzero(np.diff(spelled > 0, prepend=False) & (spelled > 0))  # before each stretch of text
+        return int(spelled.sum()) - (int(spaces) if self.vocabulary.adds_dummy_prefix else 0)
 
     def _all(self, documents: Sequence[tuple[Any, bool]]) -> tuple[np.ndarray, np.ndarray]:
         """Targets and lengths of dialogues of which every token is learned."""

@@ -40,7 +40,7 @@ def epochs(manifest: Manifest, rows: int) -> dict[str, float]:
 
 
 def tokens_per_byte(counts: Counts) -> float:
-    """Tokens that spell text, per UTF-8 byte of it, as published (FACTS section 2). For dialogues cut to fit: below."""
+    """Tokens that spell text, per UTF-8 byte of it, as published (FACTS section 2)."""
     return counts.text_tokens / counts.text_bytes
 
 
