@@ -52,14 +52,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for name, domain in manifest.domains.items()
     ]
     print(aligned([("domain", "half", "nine in ten"), *body]))
+    if args.verify:
+        _verify(cache)
     if importlib.util.find_spec("matplotlib") is None:
         print("\nno picture: matplotlib is missing; pip install 'tele_jax[plots]'")
     else:
         picture = args.plot or args.dir / "stats.png"
         stats.plot(manifest, picture)
         print(f"\npicture: {picture}")
-    if args.verify:
-        _verify(cache)
     return {
         "kind": manifest.kind,
         "seq_len": manifest.seq_len,
@@ -89,7 +89,7 @@ def _verify(cache: Any) -> None:
             print(f"DAMAGED {damaged[-1]}")
     if damaged:
         raise DamageError(f"{len(damaged)} of {total} shards are damaged; remove the cache and make it again")
-    print(f"verified: {total:,} shards hold what was written")
+    print(f"\nverified: {total:,} shards hold what was written")
 
 
 def table(manifest: "Manifest") -> str:

@@ -171,7 +171,7 @@ def _pipeline(runner: str, workers: int, options: Sequence[str]) -> Callable[[Se
         try:
             with _quiet(), pipeline:
                 # Reshuffle lets every unit go to another worker.
-                _ = pipeline | beam.Create(units) | beam.Reshuffle() | beam.Map(work)
+                _ = pipeline | beam.Create(units) | beam.Reshuffle() | "write" >> beam.Map(work)
         except (RuntimeError, ValueError, ImportError) as error:
             raise _said(error, runner) from None
         missing = [unit.name for unit in units if not shards.account_file(work.directory, unit).exists()]
@@ -182,7 +182,9 @@ def _pipeline(runner: str, workers: int, options: Sequence[str]) -> Callable[[Se
 
 
 def _said(error: Exception, runner: str) -> Exception:
-    """The error of ours inside what Beam makes of it: a RuntimeError with the traceback of the worker as its text."""
+    """The error of ours inside what Beam makes of it: the same with more text, or a RuntimeError with a traceback."""
+    if isinstance(error, tuple(_ERRORS.values())):
+        return type(error)(str(error).split(" [while running")[0])
     found = re.findall(rf"({'|'.join(_ERRORS)}): (.*?)(?: \[while running|\n|$)", str(error))
     if found:
         name, message = found[-1]

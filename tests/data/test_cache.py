@@ -14,8 +14,10 @@ from tests.data import caches
 @pytest.fixture(scope="module")
 def whole(model_file, texts, tmp_path_factory):
     directory = tmp_path_factory.mktemp("cache")
-    path = caches.write_lines(directory / "a.jsonl", [{"text": line} for line in texts[0].splitlines() if line])
-    made = caches.config(model_file, {"a": (path, "jsonl", 1), "b": (path, "jsonl", 2)}, shard_bytes=4000)
+    path = caches.write_lines(
+        directory / "a.jsonl", [{"text": line} for line in "".join(texts[:6]).splitlines() if line]
+    )
+    made = caches.config(model_file, {"a": (path, "jsonl", 1), "b": (path, "jsonl", 2)}, shard_bytes=9000)
     caches.make(made, directory / "rows")
     return directory / "rows"
 
@@ -59,9 +61,8 @@ def test_many_shards_are_read_through_few_open_files(whole, monkeypatch):
 def test_a_changed_byte_of_a_row_is_found(copy, where):
     shard = sorted(copy.glob("a/*.array_record"))[1]
     data = bytearray(shard.read_bytes())
-    # Rows begin after 64 kB of header; what lies behind them is an index, and then padding.
-    written = max(i for i, byte in enumerate(data[:-65_536]) if byte)
-    data[65_536 + int(where * (written - 65_536))] ^= 0x20
+    written = max(i for i, byte in enumerate(data[:-65_536]) if byte)  # padding follows, and in the last 64 kB an index
+    data[int(where * written)] ^= 0x20
     shard.write_bytes(data)
     with pytest.raises(DamageError, match=rf"{shard.name}: damaged"):
         read_all(copy)
@@ -98,11 +99,6 @@ def test_a_shard_that_is_cut_or_missing_is_found_before_anything_is_read(copy):
 def test_a_shard_that_holds_other_rows_is_damage(copy):
     first, second = sorted(copy.glob("a/*.array_record"))[:2]
     second.write_bytes(first.read_bytes())
-    if (
-        len(first.read_bytes())
-        != json.loads((copy / "manifest.json").read_text())["domains"]["a"]["shards"][1]["file_bytes"]
-    ):
-        pytest.fail("the two shards are to be of one size for this test")
     opened = cache.RowCache(copy)
     assert [each.file for each, problem in opened.verify() if problem] == ["a/" + second.name]
     with pytest.raises(DamageError, match=rf"{second.name}: damaged \(\d+ rows instead of \d+\)"):
@@ -120,7 +116,9 @@ def test_a_manifest_that_was_edited_or_cut_is_damage(copy):
 
 
 def test_what_is_no_cache_is_said(copy, tmp_path):
-    with pytest.raises(UserError, match="absent: not a row cache, it holds no manifest.json; make it with: tele data"):
+    with pytest.raises(
+        UserError, match=r"absent: not a row cache, it holds no manifest\.json; make it with: tele data"
+    ):
         cache.RowCache(tmp_path / "absent")
     copy.rename(tmp_path / "half.incomplete")
     with pytest.raises(UserError, match="half: not a row cache, it is not complete yet"):

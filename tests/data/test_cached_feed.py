@@ -19,9 +19,9 @@ def place(model_file, texts, tmp_path_factory):
     """A directory with the cache `rows` of two domains, and their text."""
     directory = tmp_path_factory.mktemp("feed")
     documents = [line for text in texts for line in text.splitlines() if len(line) > 20]
-    for name, part in (("en", documents[:300]), ("zh", [f"第{i}句：天地玄黄，宇宙洪荒。" for i in range(80)])):
+    for name, part in (("en", documents[:300]), ("zhonghua", [f"第{i}句：天地玄黄，宇宙洪荒。" for i in range(80)])):
         caches.write_lines(directory / f"{name}.jsonl", [{"text": line} for line in part])
-    sources = {name: (directory / f"{name}.jsonl", "jsonl", rate) for name, rate in (("en", 3), ("zh", 1))}
+    sources = {name: (directory / f"{name}.jsonl", "jsonl", rate) for name, rate in (("en", 3), ("zhonghua", 1))}
     caches.make(caches.config(model_file, sources, seq_len=32, shard_bytes=9000), directory / "rows")
     return directory
 
@@ -74,7 +74,6 @@ def test_every_document_is_seen_once_an_epoch(place, data, vocabulary):
         assert sorted(found) == list(range(rows))
         again = joined([batches[found.index(i)] for i in range(rows)])
         texts = collections.Counter(vocabulary.decode(ids) for ids in caches.documents(again, vocabulary.eos_id))
-        assert set(texts.values()) == {1} or texts == collections.Counter(lines_of(place / "en.jsonl"))
         assert texts == collections.Counter(lines_of(place / "en.jsonl"))
         orders.append(found)
     assert orders[0] != orders[1] != orders[2] != orders[0], "every epoch has an order of its own"
@@ -92,10 +91,12 @@ def test_rates_are_shares_of_the_rows(data):
     domain, _, _ = made.order.locate(index)
     assert (domain == made.order.domains.index("en")).mean() == pytest.approx(0.75, abs=1e-3)
     named = DataConfig(
-        tokenizer=data.tokenizer, cache=data.cache, sources={"zh": SourceConfig(rate=9), "en": SourceConfig(rate=1)}
+        tokenizer=data.tokenizer,
+        cache=data.cache,
+        sources={"zhonghua": SourceConfig(rate=9), "en": SourceConfig(rate=1)},
     )
     domain, _, _ = make(named).order.locate(index)
-    assert (domain == make(named).order.domains.index("zh")).mean() == pytest.approx(0.9, abs=1e-3)
+    assert (domain == make(named).order.domains.index("zhonghua")).mean() == pytest.approx(0.9, abs=1e-3)
 
 
 def test_resume_is_exact_at_any_step_and_with_another_number_of_hosts(data):
@@ -161,7 +162,7 @@ def test_to_go_to_a_step_reads_that_batch_and_nothing_else(place, step):
     benchmarks/read_rows.py has the times.
     """
     opened = Counted(place / "rows")
-    made = feed.CachedFeed(opened, {"en": 3.0, "zh": 1.0}, batch_size=8, seed=3)
+    made = feed.CachedFeed(opened, {"en": 3.0, "zhonghua": 1.0}, batch_size=8, seed=3)
     state = made.state().replace(b'"batches": 0', b'"batches": %d' % step)
     made.restore(state)
     assert sum(opened.seen) == 0, "nothing is read to get there"
@@ -171,14 +172,14 @@ def test_to_go_to_a_step_reads_that_batch_and_nothing_else(place, step):
     assert len(opened.manifest.domains["en"].shards) > 1
 
 
-def test_a_state_is_for_one_feed_only(data, place, model_file):
+def test_a_state_is_for_one_feed_only(data):
     state = make(data).state()
     for other, message in (
         (make(data, seed=4), "seed was 3, now 4"),
         (make(data, batch_size=16), "batch_size was 8, now 16"),
         (
             make(DataConfig(tokenizer=data.tokenizer, cache=data.cache, sources={"en": SourceConfig()})),
-            r"rates\.en was 3\.0, now 1\.0; rates\.zh was 1\.0, now None",
+            r"rates\.en was 3\.0, now 1\.0; rates\.zhonghua was 1\.0, now None",
         ),
     ):
         with pytest.raises(UserError, match=f"saved for another feed: {message}"):
@@ -186,19 +187,8 @@ def test_a_state_is_for_one_feed_only(data, place, model_file):
     for damaged in (b"", state[:-5], b"[1]", b"\xff\xfe"):
         with pytest.raises(DamageError, match="the saved position in the data is damaged"):
             make(data).restore(damaged)
-    pytest.importorskip("seqio")
-    live = feed.LiveFeed(
-        DataConfig(tokenizer=str(model_file), sources={"en": SourceConfig(files=(str(place / "en.jsonl"),))}),
-        kind="pretrain",
-        seq_len=32,
-        batch_size=8,
-        seed=3,
-    )
-    with pytest.raises(UserError, match="was saved for a feed from a cache"):
-        live.restore(state)
     with pytest.raises(UserError, match="was saved for a feed without a cache"):
-        make(data).restore(live.state())
-    live.close()
+        make(data).restore(b"PK a zip, as feed.LiveFeed has it")
 
 
 def test_batches_are_placed_ahead_of_time_in_another_thread(data):
@@ -216,8 +206,7 @@ def test_damage_is_raised_where_the_batch_is_asked_for(data, place, tmp_path):
     shutil.copytree(place / "rows", tmp_path / "rows")
     for shard in (tmp_path / "rows").glob("*/*.array_record"):
         content = bytearray(shard.read_bytes())
-        for i in range(65_536, len(content) - 65_536, 64):
-            content[i] ^= 1
+        content[200:-65_536:200] = bytes(byte ^ 1 for byte in content[200:-65_536:200])
         shard.write_bytes(content)
     made = make(DataConfig(tokenizer=data.tokenizer, cache=str(tmp_path / "rows")))
     with pytest.raises(DamageError, match=r"array_record: damaged \("):
@@ -243,7 +232,10 @@ def test_what_does_not_fit_a_cache_is_one_clear_line(data, place, model_file, tm
         (dict(kind="sft"), "its rows have kind=pretrain, the stage asks for kind=sft"),
         (dict(tokenizer=str(other_tokenizer(model_file, tmp_path))), r"another tokenizer than .*other\.model"),
         (dict(cache=str(tmp_path / "absent")), "not a row cache"),
-        (dict(sources={"em": SourceConfig()}), r"sources\.em: the cache .* has no such domain; did you mean 'en'"),
+        (
+            dict(sources={"zhongua": SourceConfig()}),
+            r"sources\.zhongua: the cache .* no such domain; did you mean 'zhong",
+        ),
         (
             dict(sources={"en": SourceConfig(files=("else",))}),
             r"sources\.en\.files: the cache .* was made from .*en\.js",
