@@ -17,9 +17,8 @@ HELP = "what a cache holds: sizes, shares, lengths, tokens per byte"
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", type=Path, metavar="DIR", help="what `tele data cache` wrote")
     parser.add_argument(
-        "--tokens", type=float, metavar="N", help="of a run, for the epochs it makes (2e12); default: one row per row"
+        "--tokens", type=float, metavar="N", help="of a run, for the epochs it makes; default: as many as the cache has"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the run whose shares are counted (0)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="the picture (DIR/stats.png)")
     parser.add_argument("--verify", action="store_true", help="read every shard and compare its checksum")
 
@@ -36,7 +35,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(f"{args.dir}: {manifest.kind} rows of {manifest.seq_len} tokens, {manifest.vocab_size:,} ids\n")
     print(table(manifest))
     rows = sum(cache.rows.values()) if args.tokens is None else max(1, round(args.tokens / manifest.seq_len))
-    simulated = stats.simulate(manifest, seed=args.seed)
+    simulated = stats.simulate(manifest)
     epochs = stats.epochs(manifest, rows)
     print(
         f"\nA run of {rows:,} rows, {rows * manifest.seq_len:,} tokens; shares counted in {stats.SIMULATED_ROWS:,}:\n"

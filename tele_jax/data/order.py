@@ -125,6 +125,13 @@ class Order:
             row[here] = permute(row[here], self.rows[i], _key(self.seed, self.domains[i], number))
         return domain, epoch, row
 
+    def counts(self, rows: int) -> dict[str, int]:
+        """How many of the first `rows` rows of a run are of each domain; which ones they are is not computed."""
+        by_name, weights = self._canonical
+        place, _ = mixture(np.arange(rows), weights)
+        found = np.bincount(place, minlength=len(weights))
+        return {self.domains[i]: int(found[k]) for k, i in enumerate(by_name.tolist())}
+
     def epochs(self, rows: int) -> dict[str, float]:
         """How often each domain is gone through in the first `rows` rows of a run."""
         total = math.fsum(self.rates)

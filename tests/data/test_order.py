@@ -25,8 +25,7 @@ def make(rates, rows=None, seed=0):
     "rates", [PUBLISHED, (1.0, 1.0099), (1e-9, 1.0), (1.0,), tuple(1 + 0.01 * i for i in range(40)), (3, 1e6, 7)]
 )
 def test_shares_over_a_million_rows_are_the_rates(rates):
-    domain, _ = order.mixture(np.arange(ROWS), order.integer_weights(rates))
-    share = np.bincount(domain, minlength=len(rates)) / ROWS
+    share = np.array(list(make(rates).counts(ROWS).values())) / ROWS
     wanted = np.array(rates) / sum(rates)
     assert np.abs(share - wanted).max() < 1e-3, "the 0.1% that is asked for"
     assert np.abs(share - wanted).max() <= (len(rates) + 1) / ROWS, "a row per domain is what rounding explains"
@@ -85,6 +84,7 @@ def test_permutations_look_random():
 def test_every_row_once_an_epoch_in_an_order_of_its_own():
     o = make((5, 3, 1), rows=(70, 11, 1))
     domain, epoch, row = o.locate(np.arange(2000))
+    assert o.counts(2000) == {name: (domain == i).sum() for i, name in enumerate(o.domains)}
     for i, size in enumerate(o.rows):
         rows, epochs = row[domain == i], epoch[domain == i]
         assert (epochs == np.arange(len(rows)) // size).all()
@@ -104,6 +104,7 @@ def test_the_order_of_a_page_does_not_matter():
     a = order.Order(("x", "y", "z"), (10, 20, 30), (1.0, 2.0, 4.0), 3)
     b = order.Order(("z", "x", "y"), (30, 10, 20), (4.0, 1.0, 2.0), 3)
     index = np.arange(500)
+    assert a.counts(1000) == b.counts(1000)
     named = [
         [(o.domains[d], e, r) for d, e, r in zip(*(c.tolist() for c in o.locate(index)), strict=True)] for o in (a, b)
     ]
