@@ -129,8 +129,8 @@ class Order:
         """How many of the first `rows` rows of a run are of each domain; which ones they are is not computed."""
         by_name, weights = self._canonical
         place, _ = mixture(np.arange(rows), weights)
-        found = np.bincount(place, minlength=len(weights))
-        return {self.domains[i]: int(found[k]) for k, i in enumerate(by_name.tolist())}
+        found = np.bincount(by_name[place], minlength=len(weights))
+        return dict(zip(self.domains, found.tolist(), strict=True))
 
     def epochs(self, rows: int) -> dict[str, float]:
         """How often each domain is gone through in the first `rows` rows of a run."""
