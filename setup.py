@@ -26,10 +26,14 @@ EXTRAS = {
     # plain Linux wheel carries no CUDA libraries either. The two must be of one minor release.
     "data": [
         "seqio>=0.0.20,<0.1",
-        "sentencepiece>=0.2.1,<0.3",
+        "sentencepiece>=0.2.2,<0.3",
+        "array_record>=0.8.6,<0.9",
         "tensorflow>=2.21,<2.22",
         "tensorflow-text>=2.21,<2.22",
     ],
+    # `tele data cache` on several processes or machines; --runner serial works without. Beam asks for a protobuf below
+    # 7, and sentencepiece 0.2.3 for 7 without saying so: with both, no vocabulary can be read.
+    "beam": ["apache-beam>=2.77,<3", "sentencepiece>=0.2.2,<0.2.3"],
     # jax itself names the libtpu that fits it (0.0.42.* for jax 0.10, 0.0.50.* for jax 0.12).
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     # On Linux, pip's torch brings several GB of CUDA libraries; install a CPU build of torch first to avoid them.
@@ -43,6 +47,7 @@ EXTRAS = {
     # Not in the core: hosts of a pod draw nothing.
     "plots": ["matplotlib>=3.9,<4"],
     "notebooks": ["nbclient>=0.10.2,<1", "nbformat>=5.10,<6", "ipykernel>=6.29,<8", "matplotlib>=3.9,<4"],
+    "benchmarks": ["grain>=0.2.18,<0.3"],  # the peer of benchmarks/read_rows.py
     "dev": [
         "pytest>=9,<10",
         "pytest-xdist>=3.8,<4",

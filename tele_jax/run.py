@@ -8,6 +8,7 @@ A page in configs/ returns a ConfigDict with `run`, the names of the stages in o
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from tele_jax.errors import UserError
 class SourceConfig:
     """One domain of text: where its files are, and how often it is drawn."""
 
-    files: tuple[str, ...]  # glob patterns
+    files: tuple[str, ...] = ()  # glob patterns; needed unless the rows come from a cache
     format: Literal["text", "jsonl", "dialogues"] = "text"
     # text: a file is one document; jsonl: {"text": ...} a line; dialogues: {"messages": [{"role", "content"}, ...]}
     # a line
@@ -27,21 +28,57 @@ class SourceConfig:
     validation_files: tuple[str, ...] = ()  # held out, for bits per byte; none: the domain is not evaluated
 
     def __post_init__(self):
-        require(len(self.files) > 0, "files must name at least one pattern")
         require_positive(self, "rate")
+        require(math.isfinite(self.rate), f"rate={self.rate} must be finite")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """A mixture of domains and the tokenizer that reads it."""
+    """A mixture of domains and the tokenizer that reads it.
+
+    With `cache`, rows come from there, and only validation_files are read. `sources` may then choose among the cache's
+    domains and give other rates; empty, it is all of them as the cache was made. Their `files` may be left out; where
+    they are given, they have to be those that the cache was made from.
+    """
 
     tokenizer: str  # path of a SentencePiece model
-    sources: dict[str, SourceConfig]  # by domain
+    sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)  # by domain
+    cache: str | None = None  # directory that `tele data cache` wrote; None: files are read while training goes on
     eval_bytes: int = 200_000  # UTF-8 bytes of held-out text per domain
 
     def __post_init__(self):
-        require(len(self.sources) > 0, "sources must name at least one domain")
+        require(self.cache is not None or len(self.sources) > 0, "sources must name at least one domain, or give cache")
+        for name, source in self.sources.items():
+            require(
+                self.cache is not None or len(source.files) > 0,
+                f"sources.{name}.files must name at least one pattern",
+            )
+            require(
+                name.isprintable() and name[:1] not in ("", ".") and not set(name) & set("/\\"),
+                f"sources: {name!r} is no name for a domain: it becomes a directory of a cache",
+            )
         require_positive(self, "eval_bytes")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """What `tele data cache` makes: the rows of all domains of `data`, for one length."""
+
+    data: DataConfig
+    seq_len: int  # tokens in a row
+    kind: Literal["pretrain", "sft"] = "pretrain"
+    seed: int = 0  # of the order of the documents inside a shard
+    # Text that goes into one shard of rows, in bytes. None: 65,536 * seq_len, about 16,384 rows: a shard that is read
+    # at random keeps 8 bytes a row in memory, and looks through them at every read.
+    shard_bytes: int | None = None
+
+    def __post_init__(self):
+        require_positive(self, "seq_len")
+        require(self.seed >= 0, f"seed={self.seed} must not be negative")
+        require(self.data.cache is None, "data.cache: a cache is made from files, not from another cache")
+        if self.shard_bytes is None:
+            object.__setattr__(self, "shard_bytes", 65_536 * self.seq_len)
+        require_positive(self, "shard_bytes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,6 +267,15 @@ def run_config(page: Mapping[str, Any]) -> RunConfig:
     for before, name in itertools.pairwise((None, *names)):
         _check_pair(before, stages.get(before), name, stages[name])
     return RunConfig(run=names, stages=stages, mesh=mesh, start=start)
+
+
+def cache_config(page: Mapping[str, Any]) -> CacheConfig:
+    """Reads a page for `tele data cache` (configs/data/).
+
+    Raises:
+      UserError: an unknown or missing key, or a value that cannot be.
+    """
+    return from_dict(CacheConfig, page, "config")
 
 
 def _check_pair(before: str | None, growth: TrainStage | GrowStage | None, name: str, stage: TrainStage | GrowStage):

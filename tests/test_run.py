@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 import tele_jax as tele
 from tele_jax.config import from_dict, to_dict
 from tele_jax.errors import UserError
-from tele_jax.run import GrowStage, TrainStage, run_config
+from tele_jax.run import GrowStage, TrainStage, cache_config, run_config
 
 MODEL = dict(num_layers=2, embed_dim=16, num_heads=2, head_dim=8, mlp_dim=24, vocab_size=64)
 
@@ -64,6 +64,10 @@ def change(config, path, value):
         ("first.model.dtype", "float8", r"config\.first\.model\.dtype: 'float8' is not one of"),
         ("first.microbatches", 3, r"batch_size=4 does not divide into microbatches=3"),
         ("first.data.sources.en.rate", 0, r"config\.first\.data\.sources\.en: rate=0"),
+        ("first.data.sources.en.rate", float("inf"), r"config\.first\.data\.sources\.en: rate=inf must be finite"),
+        ("first.data.sources.en.files", (), r"config\.first\.data: sources\.en\.files must name at least one pattern"),
+        ("first.data.sources", {}, r"config\.first\.data: sources must name at least one domain, or give cache"),
+        ("first.data.sources", {"a/b": dict(files=("x",))}, r"config\.first\.data: sources: 'a/b' is no name"),
         ("first.kind", "train", r"config\.first\.kind: 'train' is not one of"),
         ("second.model", MODEL, r"config\.second\.model: only growth stages, and the first stage"),
         ("second.mask_ramp", 50, r"the mask ramp ends after the last step"),
@@ -101,6 +105,33 @@ def test_a_mask_ramp_in_tokens_has_to_end_within_the_tokens_of_the_stage():
     change(config, "second.mask_ramp", 641)
     with pytest.raises(UserError, match=r"config\.second: the mask ramp ends .*: at 641 tokens, but the stage has 640"):
         run_config(config)
+
+
+def test_with_a_cache_sources_and_files_may_be_left_out():
+    config = page()
+    change(config, "first.data", dict(tokenizer="t.model", cache="rows"))
+    change(config, "second.data", dict(tokenizer="t.model", cache="rows", sources=dict(en=dict(rate=2))))
+    run = run_config(config)
+    assert run.stages["first"].data.sources == {} and run.stages["first"].data.cache == "rows"
+    assert run.stages["second"].data.sources["en"].files == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        (dict(seq_len=0), r"config: seq_len=0 must be above 0"),
+        (dict(seed=-1), r"config: seed=-1 must not be negative"),
+        (dict(kind="grow"), r"config\.kind: 'grow' is not one of 'pretrain', 'sft'"),
+        (dict(shard_bytes=0), r"config: shard_bytes=0 must be above 0"),
+        (dict(data=dict(tokenizer="t.model", cache="rows")), r"data\.cache: a cache is made from files"),
+        (dict(data=None), r"config\.data: expected a table"),
+    ],
+)
+def test_a_page_for_a_cache_is_checked(changes, match):
+    fields = dict(data=dict(tokenizer="t.model", sources=dict(en=dict(files=("*.txt",)))), seq_len=16)
+    assert cache_config(fields).shard_bytes == 16 * 65_536
+    with pytest.raises(UserError, match=match):
+        cache_config({**fields, **changes})
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ VERBS = {
     "grow": "grow a checkpoint into a larger one",
     "inspect": "show what a checkpoint holds",
     "tokenizer": "train or inspect a tokenizer",
-    "data": "fetch text to try things on",
+    "data": "fetch text, make rows of it, look at them",
     "generate": "continue a prompt",
     "chat": "talk to a fine-tuned model",
 }

@@ -133,7 +133,7 @@ def _verify_tokens(text: TrainStage) -> np.ndarray:
         rows = np.stack([part[i] for i in range(min(len(part) for part in rows)) for part in rows])
     else:
         rows = next(
-            feeds.LiveFeed(text.data, kind=text.kind, seq_len=text.seq_len, batch_size=text.batch_size, seed=text.seed)
+            feeds.open_feed(text.data, kind=text.kind, seq_len=text.seq_len, batch_size=text.batch_size, seed=text.seed)
         )["tokens"]
     return np.asarray(rows)[:VERIFY_ROWS, :VERIFY_TOKENS]
 
@@ -243,13 +243,11 @@ def _check(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
                 )
             schedule(stage.schedule, stage.steps, stage.batch_size * stage.seq_len)
             batch_sharding(mesh, stage.batch_size // stage.microbatches)
-            size = feeds.open_vocabulary(stage.data, stage.kind).vocab_size
+            size = feeds.check(stage.data, kind=stage.kind, seq_len=stage.seq_len).vocab_size
             if size > cfg.vocab_size:
                 raise UserError(
                     f"config.{name}: the tokenizer has {size} ids, but the model's vocab_size is {cfg.vocab_size}"
                 )
-            for files in ("files", "validation_files"):
-                feeds.open_corpora(stage.data, stage.kind, stage.seq_len, files)
             path = Path(stage.data.tokenizer)
             tokenizers[path] = {"path": path, "size": size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         param_shardings(spec(cfg), mesh)

@@ -1,5 +1,6 @@
 """One training stage: a model, a feed and an optimizer, from where the last start came to, to the last step."""
 
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from tele_jax.run import TrainStage
 from tele_jax.train import metrics
 from tele_jax.train.optimizer import delay_births, optimizer, restart_schedule
 from tele_jax.train.schedule import schedule
-from tele_jax.train.step import flops_per_token, make_step, put_batch, state_shardings
+from tele_jax.train.step import flops_per_token, local_rows, make_step, put_batch, state_shardings
 
 
 class Stopped(Exception):
@@ -66,9 +67,15 @@ class Training:
         self.tx = optimizer(self.cfg, stage.optimizer, self.factor)
         self.masks = (lambda step: None) if plan is None else mask_schedule(stage, plan)
         self.closed_steps = {} if plan is None else self.masks.closed_steps()
-        self.data = {"tokenizer": tokenizer, "domains": sorted(stage.data.sources)}
+        self.data = {"tokenizer": tokenizer, "domains": sorted(feeds.resolve(stage.data).sources)}
         rows = {"kind": stage.kind, "seq_len": stage.seq_len, "batch_size": stage.batch_size}
-        self.feed = feeds.LiveFeed(stage.data, **rows, seed=stage.seed)
+        self.feed = feeds.open_feed(
+            stage.data,
+            **rows,
+            seed=stage.seed,
+            rows=local_rows(mesh, stage.batch_size),
+            place=functools.partial(put_batch, mesh=mesh, batch_size=stage.batch_size),
+        )
         self.held_out = feeds.held_out(stage.data, **rows)
         self.checkpoints = checkpoint.Manager(directory / "checkpoints", keep=stage.keep_checkpoints)
         self.tokens, self.loss, self.grad_norm = 0, 0.0, 0.0
@@ -139,7 +146,7 @@ class Training:
         since, since_step, weights = time.perf_counter(), self.first_step, []
         for step in range(self.first_step, stage.steps):
             # A step is dispatched and not waited for, except where a figure is read.
-            batch = put_batch(next(self.feed), self.mesh, stage.batch_size)
+            batch = next(self.feed)  # on the mesh; from a cache it was read and put there while the last steps ran
             self.params, self.opt_state, figures = step_function(self.params, self.opt_state, batch, self.masks(step))
             weights.append(figures["weight"])
             done = step + 1

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -83,9 +84,22 @@ def make_step(
     return run
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a batch lie on this process's devices, int64, ascending. With one process: all."""
+    slices = batch_sharding(mesh, batch_size).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in slices]))
+
+
 def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
-    """A host batch on the mesh, rows over data and fsdp."""
-    return jax.device_put(dict(batch), batch_sharding(mesh, batch_size))
+    """A host batch on the mesh, rows over data and fsdp. It holds all rows, or local_rows of them."""
+    sharding = batch_sharding(mesh, batch_size)
+
+    def put(rows: np.ndarray) -> jax.Array:
+        if len(rows) == batch_size:
+            return jax.device_put(rows, sharding)
+        return jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
+
+    return {name: put(rows) for name, rows in batch.items()}
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
