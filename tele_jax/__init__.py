@@ -8,6 +8,7 @@ spec = tele.spec(cfg)                        shapes and axis names        tele_j
 tokens = tele.generate(cfg, params, prompts, max_new_tokens=64)           tele_jax/generate.py
 tele.growth                                  grow parameter trees         tele_jax/growth/
 tele.checkpoint                              save and load                tele_jax/checkpoint/
+tele.plots                                   losses, plans, receipts      tele_jax/plots.py
 """
 
 import importlib
@@ -34,12 +35,13 @@ __all__ = [
     "get_model",
     "growth",
     "init",
+    "plots",
     "spec",
 ]
 
 
 def __getattr__(name: str):
     """Loads the heavier parts on first use, so that `import tele_jax` stays light."""
-    if name in ("growth", "checkpoint"):
+    if name in ("growth", "checkpoint", "plots"):
         return importlib.import_module(f"tele_jax.{name}")
     raise AttributeError(f"module 'tele_jax' has no attribute {name!r}")
