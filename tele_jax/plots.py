@@ -11,6 +11,7 @@ figure.savefig(path), its axes are figure.axes. The extra [plots] installs what 
 """
 
 import functools
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -42,10 +43,12 @@ EXPLAINED = {
     "fresh": "fresh (random; norm scales constant)",
 }
 
+CANNOT_LEARN = {"dead": "no gradient", "locked": "equal to another unit"}
+
 METRICS = {
-    "cosine": "1 - cos(what enters, what leaves)",
-    "angular": "angle between what enters and what leaves, in half turns",
-    "relative_l2": "|what leaves - what enters| / |what enters|",
+    "cosine": "1 - cos(in, out)",
+    "angular": "angle between in and out, half turns",
+    "relative_l2": "|out - in| / |in|",
 }
 
 Curve = tuple[Sequence[float], Sequence[float]]
@@ -116,7 +119,7 @@ def plan(plan: "Plan") -> "Figure":
     """
     tallies = {name: plan.tally(name) for name in plan.dst_spec}
     total = {kind: sum(tally[kind] for tally in tallies.values()) for kind in KINDS}
-    rows = {"all leaves": total, **tallies}
+    rows = {"all parameters": total, **tallies}
     shapes = {name: " x ".join(f"{size:,}" for size in spec.shape) for name, spec in plan.dst_spec.items()}
     figure = _figure(9, 1.8 + 0.32 * len(rows))
     axes = figure.add_subplot()
@@ -127,11 +130,12 @@ def plan(plan: "Plan") -> "Figure":
         axes.barh(places, share, left=left, color=color, edgecolor="white", linewidth=0.8, label=EXPLAINED[kind])
         left += share
     for place, name, size in zip(places, rows, sizes, strict=True):
-        axes.text(101, place, f"{size:,}" + (f"  =  {shapes[name]}" if name in shapes else ""), va="center", fontsize=8)
+        shape = f" = {shapes[name]}" if " x " in shapes.get(name, "") else ""
+        axes.text(101, place, f"{size:,}{shape}", va="center", fontsize=8)
     axes.set_yticks(places, list(rows))
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, 100)
-    axes.set_xlabel("share of the entries of the grown leaf, percent (right: number of entries)")
+    axes.set_xlabel("share of the entries of each grown array, percent (right: how many entries)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS), frameon=False)
     grown = ", ".join(f"{axis} {m.src_size} -> {m.dst_size}" for axis, m in plan.maps.items() if not m.is_identity)
@@ -154,22 +158,26 @@ def layer_scores(receipt: Mapping[str, Any]) -> "Figure":
         raise UserError('plots.layer_scores: the receipt has no layer scores; only layers="distance" measures them')
     copies = np.bincount(np.asarray(layers, np.int64), minlength=len(scores)) - 1
     metric = receipt.get("layer_metric") or "cosine"
-    figure = _figure(min(9, 4 + 0.5 * len(scores)) if len(scores) < 10 else 9, 4.2)
+    figure = _figure(9, 4.2)
     axes = figure.add_subplot()
     ids = np.arange(len(scores))
-    for chosen, color, label in ((True, ORANGE, "copied: its copy stands right after it"), (False, BLUE, "not copied")):
-        where = (copies > 0) == chosen
+    ends = (len(scores) > 2) & ((ids == 0) | (ids == len(scores) - 1)) & (copies == 0)
+    for where, color, label in (
+        (copies > 0, ORANGE, "copied; the copy comes right after it"),
+        ((copies == 0) & ~ends, BLUE, "not copied"),
+        (ends, PALE, "first and last: never copied"),
+    ):
         if where.any():
             axes.bar(ids[where], np.asarray(scores)[where], color=color, label=label)
-    for i in ids[copies > 0]:
+    for i in ids[copies > (0 if len(scores) <= 24 else 1)]:  # of many layers, only where it says more than the colour
         axes.annotate(f"+{copies[i]}", (i, scores[i]), ha="center", va="bottom", fontsize="small")
     axes.margins(y=0.12)
     axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("source layer")
-    axes.set_ylabel(f"how much the layer changes its input ({metric}):\n{METRICS.get(metric, metric)}")
-    axes.set_title(f"The inner layers that change least are copied: {len(scores)} -> {len(layers)} layers")
+    axes.set_ylabel(f"change of what goes through ({metric})\n{METRICS.get(metric, '')}".rstrip())
+    axes.set_title(f"Which layers were copied: {len(scores)} -> {len(layers)}, those that change least")
     _grid(axes, "y")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -222,43 +230,40 @@ def receipts(receipts: Mapping[str, Mapping[str, Any]]) -> "Figure":
     """
     require(len(receipts) > 0, "plots.receipts: no receipt to draw; give {name: receipt}")
     for name, receipt in receipts.items():
-        missing = {"max_rel", "kl", "tolerance", "dead", "locked", "ok"} - set(receipt)
+        missing = {"max_rel", "kl", "tolerance", "dead", "locked", "preserving", "lively", "ok"} - set(receipt)
         listed = ", ".join(sorted(missing))
         require(not missing, f"plots.receipts: {name!r} is no receipt of a growth: {listed} missing")
-    figure = _figure(9, 1.9 + 0.55 * len(receipts))
-    moved, divergence, units = figure.subplots(1, 3, sharey=True)
-    places = np.arange(len(receipts))
     rows = list(receipts.values())
-    _log_dots(moved, [r["max_rel"] for r in rows], rows)
+    places = np.arange(len(rows))
+    figure = _figure(9, 1.9 + 0.55 * len(rows))
+    moved, divergence, units = figure.subplots(1, 3, sharey=True, width_ratios=(1, 0.9, 0.9))
+    _log_dots(moved, [row["max_rel"] for row in rows], rows)
+    _log_dots(divergence, [None if row["kl"] is None else abs(row["kl"]) for row in rows], rows)
+    _tolerances(moved, rows)
+    _counts(units, rows)
     moved.set_xlabel("largest logit difference,\nrelative to the largest logit")
-    for i, (place, row) in enumerate(zip(places, rows, strict=True)):
-        if row["tolerance"] is not None:
-            edge = "tolerance: what rounding explains" if i == 0 else None
-            moved.plot([row["tolerance"]] * 2, [place - 0.4, place + 0.4], color=INK, linewidth=2, label=edge)
-    _log_dots(divergence, [None if r["kl"] is None else abs(r["kl"]) for r in rows], rows)
-    divergence.set_xlabel("mean KL divergence of the\npredictions, |nats per token|")
-    for offset, kind, color in ((-0.18, "dead", INK), (0.18, "locked", PINK)):
-        counts = [None if r[kind] is None else len(r[kind]) for r in rows]
-        units.barh(places + offset, [c or 0 for c in counts], height=0.3, color=color, label=f"{kind} units")
-        for place, count in zip(places, counts, strict=True):
-            text = "not looked at" if count is None else f"{count:,} {kind}"
-            units.annotate(f" {text}", (count or 0, place + offset), va="center", fontsize=8)
-    most = max(len(r[kind] or ()) for r in rows for kind in ("dead", "locked"))
-    units.set_xlim(0, 1.9 * max(most, 1))
-    units.locator_params(axis="x", integer=True, nbins=4)
-    units.set_xlabel("new units without a gradient (dead)\nor identical to another (locked)")
-    verdicts = [f"{name}\n{'ok' if r['ok'] else 'NOT ok'}" for name, r in receipts.items()]
-    moved.set_yticks(places, verdicts)
+    divergence.set_xlabel("KL divergence of predictions,\nmean, |nats per token|")
+    units.set_xlabel("new units that cannot learn:\nno gradient, or equal to another")
+    moved.set_yticks(places, [f"{name}\n{_verdict(row)[0]}" for name, row in receipts.items()])
     moved.set_ylim(len(rows) - 0.5, -0.5)
     for axes in (moved, divergence, units):
         _grid(axes, "x")
-    figure.legend(*_merged_legend(moved, units), loc="outside lower center", ncols=5, frameon=False, fontsize="small")
+    figure.legend(*_merged_legend(moved, units), loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     figure.suptitle("Did the function stay the same, and can everything new learn?", fontsize="medium")
     return figure
 
 
+def _verdict(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """(in words, marker, colour): a policy that promises little keeps its promise easily, and that is said."""
+    if not row["ok"]:
+        return "NOT ok", "X", VERMILION
+    if not row["preserving"]:
+        return "changes the function", "s", ORANGE
+    return ("ok" if row["lively"] else "ok, but copies stay copies"), "o", GREEN
+
+
 def _log_dots(axes: "Axes", values: Sequence[float | None], rows: Sequence[Mapping[str, Any]]) -> None:
-    """A dot per row on a logarithmic axis that has room for its number; an exact 0 stands at the left edge."""
+    """A dot per row on a logarithmic axis, with its number; what has no place there (0, None) is said at the left."""
     tolerances = [row["tolerance"] for row in rows if row["tolerance"] is not None]
     positive = [v for v in values if v is not None and v > 0 and math.isfinite(v)] + tolerances
     low = 10.0 ** (math.floor(math.log10(min(positive, default=1e-8))) - 1)
@@ -266,12 +271,36 @@ def _log_dots(axes: "Axes", values: Sequence[float | None], rows: Sequence[Mappi
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     for place, (value, row) in enumerate(zip(values, rows, strict=True)):
-        number = "not looked at" if value is None else "0, exactly" if value == 0 else f"{value:.2g}"
-        shown = value if value is not None and value > 0 and math.isfinite(value) else low
-        if value is not None:
-            marker, color = ("o", GREEN) if row["ok"] else ("X", VERMILION)
-            axes.plot([shown], [place], marker, color=color, markersize=8)
-        axes.annotate(number, (shown, place), (0, 8), textcoords="offset points", ha="center", fontsize=8)
+        _, marker, color = _verdict(row)
+        if value is not None and value > 0 and math.isfinite(value):
+            axes.plot([value], [place], marker, color=color, markersize=8)
+            axes.annotate(f"{value:.2g}", (value, place), (0, 8), textcoords="offset points", ha="center", fontsize=8)
+        else:
+            said = "not looked at" if value is None else "0, exactly" if value == 0 else f"{value}"
+            axes.annotate(said, (low, place), (6, 0), textcoords="offset points", va="center", fontsize=8, color=color)
+
+
+def _tolerances(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
+    """A vertical mark in every row that promises to stay below it."""
+    promised = [(place, row["tolerance"]) for place, row in enumerate(rows) if row["preserving"] and row["tolerance"]]
+    for i, (place, tolerance) in enumerate(promised):
+        label = "tolerance: what rounding explains" if i == 0 else None
+        axes.plot([tolerance] * 2, [place - 0.4, place + 0.4], color=INK, linewidth=2, label=label)
+
+
+def _counts(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
+    """Bars of dead and locked units, each with its number."""
+    for offset, kind, color in ((-0.18, "dead", INK), (0.18, "locked", PINK)):
+        counts = [None if row[kind] is None else len(row[kind]) for row in rows]
+        places = np.arange(len(rows)) + offset
+        label = f"{kind}: {CANNOT_LEARN[kind]}"
+        axes.barh(places, [count or 0 for count in counts], height=0.3, color=color, label=label)
+        for place, count in zip(places, counts, strict=True):
+            text = "not looked at" if count is None else f"{count:,} {kind}"
+            axes.annotate(f" {text}", (count or 0, place), va="center", fontsize=8)
+    most = max(len(row[kind] or ()) for row in rows for kind in CANNOT_LEARN)
+    axes.set_xlim(0, 1.9 * max(most, 1))
+    axes.locator_params(axis="x", integer=True, nbins=4)
 
 
 def _merged_legend(moved: "Axes", units: "Axes") -> tuple[list, list]:
@@ -299,6 +328,7 @@ def _figure_class() -> type:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from PIL import Image  # matplotlib's own requirement
     except ModuleNotFoundError as error:
         raise UserError(
             f"tele.plots needs the package {error.name!r}, which is not installed: pip install 'tele_jax[plots]'"
@@ -312,10 +342,11 @@ def _figure_class() -> type:
             FigureCanvasAgg(self)
 
         def _repr_png_(self) -> bytes:
-            import io
-
+            # A palette of 256 colours looks the same, and keeps notebooks with their outputs small.
+            self.canvas.draw()
+            picture = Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB")
             buffer = io.BytesIO()
-            self.savefig(buffer, format="png")
+            picture.quantize(256).save(buffer, format="png", optimize=True)
             return buffer.getvalue()
 
     return Picture
