@@ -216,7 +216,7 @@ def mask_ramp(schedule: "MaskSchedule", steps: int | Sequence[int], *, x_label: 
     axes.set_ylabel("mask (0: as if it were not there)")
     axes.set_title("What is new enters gradually")
     _grid(axes)
-    axes.legend(fontsize="small", loc="center right")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -243,7 +243,7 @@ def receipts(receipts: Mapping[str, Mapping[str, Any]]) -> "Figure":
     _counts(units, rows)
     moved.set_xlabel("largest logit difference,\nrelative to the largest logit")
     divergence.set_xlabel("KL divergence of predictions,\nmean, |nats per token|")
-    units.set_xlabel("new units that cannot learn:\nno gradient, or equal to another")
+    units.set_xlabel("number of new units\nthat cannot learn")
     moved.set_yticks(places, [f"{name}\n{_verdict(row)[0]}" for name, row in receipts.items()])
     moved.set_ylim(len(rows) - 0.5, -0.5)
     for axes in (moved, divergence, units):
@@ -330,8 +330,9 @@ def _figure_class() -> type:
         from matplotlib.figure import Figure
         from PIL import Image  # matplotlib's own requirement
     except ModuleNotFoundError as error:
+        package = error.name.partition(".")[0]
         raise UserError(
-            f"tele.plots needs the package {error.name!r}, which is not installed: pip install 'tele_jax[plots]'"
+            f"tele.plots needs the package {package!r}, which is not installed: pip install 'tele_jax[plots]'"
         ) from None
 
     class Picture(Figure):
