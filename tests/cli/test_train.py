@@ -91,7 +91,8 @@ def test_a_run_trains_grows_and_reports(place, finished, capsys):
         stage = stages[name]
         domain = "dialogues" if name == "sft" else "text"
         assert stage["bits_per_byte_after"][domain] < stage["bits_per_byte_before"][domain]
-    assert (finished / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for picture in (finished / "loss.png", finished / "grow" / "layer_scores.png"):
+        assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     table = (finished / "summary.txt").read_text()
     assert "max logit difference" in table and f"{stages['large']['parameters']:,}" in table
     lines = metrics.read(finished / "large" / "metrics" / "metrics.jsonl")
