@@ -47,8 +47,10 @@ def _problems(step: Plan) -> Iterator[str]:
     yield from _groups(step)
     if step.preserving and not step.masked:
         yield from _zero_sides(step)
-        if step.dst_spec.keys() == flat_spec(step.dst_cfg).keys():
-            yield from _stream_rules(step)
+    if step.preserving:
+        yield from _shares(step)
+    if step.preserving and step.dst_spec.keys() == flat_spec(step.dst_cfg).keys():
+        yield from _stream_rules(step)
     if step.lively:
         yield from _dead(step)
 
@@ -75,6 +77,25 @@ def _groups(step: Plan) -> Iterator[str]:
             f"heads[{head}] is heads[{heads[head]}] of the source, but reads kv_heads[{reads[head]}] and not "
             f"[{heads[head] // src_group}]: heads have to grow inside their groups"
         )
+
+
+def _shares(step: Plan) -> Iterator[str]:
+    """Every source unit is there, and its copies together do what it did."""
+    for axis in ("embed", "mlp", "heads"):
+        m = step.maps[axis]
+        kept = m.index[~m.fresh]
+        total = np.bincount(kept, (m.scale * m.share)[~m.fresh], m.src_size)
+        wrong = np.flatnonzero(~np.isclose(total, 1, rtol=1e-12))
+        if wrong.size:
+            yield f"{axis}[{wrong[0]}] of the source counts {total[wrong[0]]:.9g} times in the result, and not once"
+        for name, spec in step.dst_spec.items():
+            leaf = step.leaves[name]
+            if spec.role == "scale":
+                continue
+            if axis in spec.outputs and (m.scale != 1).any() and axis not in leaf.scaled:
+                yield f"{name}: is not scaled along {axis}, whose copies are"
+            if axis in spec.inputs and (m.share != 1).any() and axis not in leaf.shared:
+                yield f"{name}: reads every copy along {axis} whole, and not its share"
 
 
 def _zeroed(leaf: LeafPlan, axis: str, is_copy: bool) -> bool:
@@ -117,8 +138,9 @@ def _zero_sides(step: Plan) -> Iterator[str]:
             if not (produced.silent or read.silent):
                 yield f"{axis}: new units are random on both sides ({produced}; {read}): the function changes"
     if step.maps["layers"].fresh.any():
+        is_copy = bool((step.maps["layers"].index[step.maps["layers"].fresh] != NEW).any())
         for name, spec in step.dst_spec.items():
-            if spec.stack and _writes(spec) and not _zeroed(step.leaves[name], "layers", True):
+            if spec.stack and _writes(spec) and not _zeroed(step.leaves[name], "layers", is_copy):
                 yield f"layers: {name} of new layers is not zero, and writes to the residual stream at once"
 
 
@@ -146,8 +168,9 @@ def _stream_rules(step: Plan) -> Iterator[str]:
     if isinstance(written, str):
         yield f"the writers of the residual stream differ: {written}"
         return
-    # Copies in embed carry a scale of their own, which keeps the mean of squares for any number of them.
-    d, d2 = (1, 1) if (step.maps["embed"].scale != 1).any() or _copied(step) else (src.embed_dim, dst.embed_dim)
+    # Copies in embed carry a scale of their own, which keeps the mean of squares for any number of them; masks weigh it.
+    same_mean = step.masked or (step.maps["embed"].scale != 1).any() or _copied(step)
+    d, d2 = (1, 1) if same_mean else (src.embed_dim, dst.embed_dim)
     yield from _expect("rms_eps", dst.rms_eps, src.rms_eps * written**2 * d / d2)
     for name, s in spec.items():
         if s.role == "scale":
