@@ -106,21 +106,27 @@ def verify(plan: Growth, params: Mapping[str, Any], big: Mapping[str, Any], toke
     Needs memory for both trees, two gradients and Adam's moments of the larger one.
 
     Raises:
-      UserError: a tree is not what the plan's config describes, or rows shorter than 3 tokens.
+      UserError: a tree is not what the plan's config describes, rows shorter than 3 tokens, tokens that are in only one
+        of the two vocabularies.
     """
     report = verify_stored(plan, params, big)
-    tokens = jnp.asarray(tokens)
+    tokens = np.asarray(tokens)
     # A single position has nothing to attend to, so that its queries and keys could not show that they live.
     fits = tokens.ndim == 2 and tokens.shape[1] >= 3
     require(fits, f"verify: tokens of shape {tokens.shape}; rows of at least 3 tokens are needed")
+    after_ids, before_ids = layerwise.shared_tokens(plan)
+    unknown = np.setdiff1d(tokens, before_ids)
+    require(unknown.size == 0, f"verify: the source or the result has no token {', '.join(map(str, unknown[:8]))}")
+    new_ids = np.zeros(plan.src_cfg.vocab_size, np.int32)
+    new_ids[before_ids] = after_ids
+    old_tokens, new_tokens = jnp.asarray(tokens), jnp.asarray(new_ids[tokens])
     masks = vectors(plan, 0.0) if plan.masked else None
     # On TPUs the default precision multiplies in bfloat16, whose rounding would hide what is looked for.
     with jax.default_matmul_precision("highest"):
-        before = jax.jit(decoder.forward, static_argnums=0)(plan.src_cfg, params, tokens)
-        after = jax.jit(decoder.forward, static_argnums=0)(plan.dst_cfg, big, tokens, masks=masks)
-        shared = min(plan.src_cfg.vocab_size, plan.dst_cfg.vocab_size)
-        before, after = before[..., :shared], after[..., :shared]
-        dead, locked = _liveness(plan, big, tokens)
+        before = jax.jit(decoder.forward, static_argnums=0)(plan.src_cfg, params, old_tokens)
+        after = jax.jit(decoder.forward, static_argnums=0)(plan.dst_cfg, big, new_tokens, masks=masks)
+        before, after = before[..., before_ids], after[..., after_ids]
+        dead, locked = _liveness(plan, big, new_tokens)
     max_abs = float(jnp.max(jnp.abs(after - before)))
     old, new = jax.nn.log_softmax(before), jax.nn.log_softmax(after)
     return dataclasses.replace(
@@ -131,7 +137,7 @@ def verify(plan: Growth, params: Mapping[str, Any], big: Mapping[str, Any], toke
         kl=float(jnp.mean(jnp.sum(jnp.exp(old) * (old - new), axis=-1))),
         dead=dead,
         locked=locked,
-        tokens=hashlib.sha256(np.ascontiguousarray(np.asarray(tokens, np.int32))).hexdigest(),
+        tokens=hashlib.sha256(np.ascontiguousarray(tokens, np.int32)).hexdigest(),
     )
 
 
