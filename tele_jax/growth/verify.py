@@ -116,7 +116,7 @@ def verify(plan: Growth, params: Mapping[str, Any], big: Mapping[str, Any], toke
     require(fits, f"verify: tokens of shape {tokens.shape}; rows of at least 3 tokens are needed")
     after_ids, before_ids = layerwise.shared_tokens(plan)
     unknown = np.setdiff1d(tokens, before_ids)
-    require(unknown.size == 0, f"verify: the source or the result has no token {', '.join(map(str, unknown[:8]))}")
+    require(unknown.size == 0, f"verify: tokens {', '.join(map(str, unknown[:8]))} are not in both vocabularies")
     new_ids = np.zeros(plan.src_cfg.vocab_size, np.int32)
     new_ids[before_ids] = after_ids
     old_tokens, new_tokens = jnp.asarray(tokens), jnp.asarray(new_ids[tokens])
