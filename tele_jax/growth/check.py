@@ -103,6 +103,11 @@ def _zeroed(leaf: LeafPlan, axis: str, is_copy: bool) -> bool:
     return axis in leaf.zero or (not is_copy and leaf.fill == "constant" and leaf.value == 0)
 
 
+def _is_copy(step: Plan, axis: str) -> bool:
+    """Whether fresh units hold copies of others."""
+    return bool((step.maps[axis].index[step.maps[axis].fresh] != NEW).any())
+
+
 @dataclasses.dataclass(frozen=True)
 class _Side:
     """The leaves on one side of an axis. zero: those that are 0 at its fresh units. silent: nothing passes there."""
@@ -121,7 +126,7 @@ def _sides(step: Plan, axis: str) -> tuple[_Side, _Side]:
     produces = "kv_heads" if axis == "heads" else axis
     found: list[_Side] = []
     for names, which in (("outputs", produces), ("inputs", axis)):
-        is_copy = bool((step.maps[which].index[step.maps[which].fresh] != NEW).all())
+        is_copy = _is_copy(step, which)
         leaves = [n for n, s in step.dst_spec.items() if s.role in ("kernel", "table") and which in getattr(s, names)]
         zero = [name for name in leaves if _zeroed(step.leaves[name], which, is_copy)]
         # gate and up are multiplied: one of them is enough.
@@ -138,7 +143,7 @@ def _zero_sides(step: Plan) -> Iterator[str]:
             if not (produced.silent or read.silent):
                 yield f"{axis}: new units are random on both sides ({produced}; {read}): the function changes"
     if step.maps["layers"].fresh.any():
-        is_copy = bool((step.maps["layers"].index[step.maps["layers"].fresh] != NEW).any())
+        is_copy = _is_copy(step, "layers")
         for name, spec in step.dst_spec.items():
             if spec.stack and _writes(spec) and not _zeroed(step.leaves[name], "layers", is_copy):
                 yield f"layers: {name} of new layers is not zero, and writes to the residual stream at once"
@@ -155,6 +160,25 @@ def _dead(step: Plan) -> Iterator[str]:
         scales = [n for n, s in step.dst_spec.items() if s.role == "scale" and "embed" in s.inputs]
         if scales and all(_zeroed(step.leaves[name], "embed", False) for name in scales):
             yield f"embed: every norm scale is 0 in the new channels ({', '.join(scales)}): they never learn"
+    if step.maps["layers"].fresh.any():
+        yield from _dead_layers(step)
+
+
+def _dead_layers(step: Plan) -> Iterator[str]:
+    """New layers whose writers are zero, and have nothing to read either."""
+    is_copy = _is_copy(step, "layers")
+    stacked = {name: spec for name, spec in step.dst_spec.items() if spec.stack}
+    zero = {name for name in stacked if _zeroed(step.leaves[name], "layers", is_copy)}
+    kernels = {name: spec for name, spec in stacked.items() if spec.role == "kernel"}
+    if not all(name in zero for name, spec in kernels.items() if _writes(spec)):
+        return
+    for produces, some in (("mlp", any), ("kv_heads", all)):  # gate and up are multiplied: one of them is enough
+        silent = [name for name, spec in kernels.items() if produces in spec.outputs]
+        if silent and some(name in zero for name in silent):
+            names = ", ".join(name for name in silent if name in zero)
+            yield f"layers: {names} of new layers are zero, and so are the writers: they never learn"
+    for name in sorted(name for name in zero if stacked[name].role == "scale"):
+        yield f"layers: {name} of new layers is zero, and so are the writers: they never learn"
 
 
 def _writes(spec: ParamSpec) -> bool:
@@ -182,6 +206,8 @@ def _stream_rules(step: Plan) -> Iterator[str]:
             yield from _expect(
                 f"{name}: coefficient", leaves[name].coefficient * dst.input_mult, written * src.input_mult
             )
+        elif not _writes(s) and "vocab" not in s.outputs:
+            yield from _expect(f"{name}: coefficient", leaves[name].coefficient, 1.0)
         elif "vocab" in s.outputs:
             yield from _expect(f"{name}: coefficient", leaves[name].coefficient * dst.logit_mult, src.logit_mult)
     if src.tie_embeddings:
