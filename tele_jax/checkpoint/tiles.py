@@ -264,6 +264,13 @@ class Unfinished:
             self.partial.rmdir()
 
 
+def clear(dst: Path) -> None:
+    """Removes what a process that was killed at its very end left beside the complete `dst`."""
+    partial = dst.with_name(dst.name + ".partial")
+    if dst.exists() and not any(partial.glob(f"*{locate.INTERRUPTED}")):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def local_path(path: Any) -> Path:
     """The absolute path of a directory on this machine. Raises UserError for an address such as gs://bucket/name."""
     if "://" in str(path):

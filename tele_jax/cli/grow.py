@@ -15,7 +15,7 @@ VERIFY_SHAPE = (4, 128)  # rows and tokens of random ids to verify on, where no 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", metavar="SRC", help="checkpoint, stage directory or work directory to grow")
-    parser.add_argument("dst", metavar="DST", type=Path, help="where the grown checkpoint goes; must not exist")
+    parser.add_argument("dst", metavar="DST", help="where the grown checkpoint goes; must not exist")
     parser.add_argument("--config", metavar="FILE", help="a page with a growth stage, or with a growth alone")
     parser.add_argument("--stage", metavar="NAME", help="which growth stage of the page, where it has several")
     parser.add_argument("--policy", help="instead of the page's: exact, msg, copy, stack, random")
@@ -46,9 +46,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from tele_jax import checkpoint
     from tele_jax.chat import find_tokenizer
+    from tele_jax.checkpoint.tiles import local_path
     from tele_jax.cli.pages import load_page
     from tele_jax.train import growing_stored
 
+    args.dst = local_path(args.dst)
     if args.memory_gb <= 0:
         raise UserError(f"--memory-gb {args.memory_gb:g}: must be above 0")
     if args.check:
@@ -76,6 +78,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         shard=_shard(args.shard),
         files=files,
     )
+    if stage.layers == "distance" and args.text is None:
+        print("note: layers are chosen by what they do to random tokens; --text FILE gives better scores")
     receipt = growing_stored.grow(request, print, _Progress())
     if receipt is not None:
         print(_summary(receipt, args.dst))
@@ -97,8 +101,10 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
 def _summary(receipt: dict[str, Any], dst: Path) -> str:
     name, worst = max(receipt["parts"].items(), key=lambda item: item[1])
     if receipt["max_abs"] is None:
-        how = f"{len(receipt['parts'])} parts differ by {worst:.3g} of their output at most ({name}); the models are "
-        return f"{how}larger than --memory-gb: logits were not compared; wrote {dst}"
+        how = f"verified part by part: {len(receipt['parts'])} parts differ by {worst:.3g} of their output at most ({name})"
+        asked = receipt["absolute_tolerance"]
+        untested = "" if asked is None else f", so that tolerance={asked:g} was not applied"
+        return f"{how}; logits were not compared, which needs more --memory-gb{untested}; wrote {dst}"
     return f"verified on {receipt['verified_on']}: logits moved by {receipt['max_abs']:.3g} at most; wrote {dst}"
 
 
@@ -174,7 +180,10 @@ def _tokens(args: argparse.Namespace, cfg: Any) -> tuple[Any, str]:
         text = args.text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{args.text}: not UTF-8 at byte {error.start}") from None
-    ids = load_vocabulary(find_tokenizer(args.src)).encode(text)[: rows * length]
+    vocabulary = load_vocabulary(find_tokenizer(args.src))
+    if vocabulary.vocab_size > cfg.vocab_size:
+        raise UserError(f"{args.src}: its tokenizer has {vocabulary.vocab_size} ids, its model {cfg.vocab_size}")
+    ids = vocabulary.encode(text)[: rows * length]
     if len(ids) < 3:
         raise UserError(f"{args.text}: too short to verify on, {len(ids)} tokens")
     length = min(length, len(ids))

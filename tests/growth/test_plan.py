@@ -148,7 +148,7 @@ def test_the_tally_of_every_leaf_adds_up_and_is_what_growth_makes():
 
 PRINTED = """\
 policy exact: preserves the function
-axes: layers 2 -> 3, heads 4 -> 6, embed 8 -> 12, mlp 10 -> 15
+axes: layers 2 -> 3, embed 8 -> 12, heads 4 -> 6, mlp 10 -> 15
 config: rms_eps 1e-05 -> 6.6666666666666675e-06
 config: output_mult 1.0 -> 2.0
 leaf                        from        to    copied  scaled      zero     fresh
@@ -231,7 +231,7 @@ def test_json_gives_the_same_plan_back():
         for axis, m in plan.maps.items():
             for field in ("index", "fresh", "scale", "share"):
                 np.testing.assert_array_equal(getattr(again.maps[axis], field), getattr(m, field))
-        assert str(again).splitlines()[5:] == str(plan).splitlines()[5:]
+        assert str(again) == str(plan)
 
     each(check)
     each(check, "copy", examples=30)
