@@ -36,7 +36,7 @@ from tele_jax.errors import UserError
 from tele_jax.growth import Plan
 from tele_jax.growth.masks import require_unmasked
 from tele_jax.model.spec import count_params, spec
-from tele_jax.run import GrowStage, RunConfig, TrainStage
+from tele_jax.run import GrowStage, RunConfig, TrainStage, run_config
 from tele_jax.sharding import batch_sharding, make_mesh, param_shardings
 from tele_jax.train import growing
 from tele_jax.train.schedule import schedule
@@ -183,21 +183,25 @@ _CADENCE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
 
 def _same_config(config: RunConfig, path: Path) -> None:
     """Writes W/config.json, or compares with it: stages may be added at the end, mesh and cadence may change."""
-    now = json.loads(json.dumps({"run": list(config.run), **{n: to_dict(s) for n, s in config.stages.items()}}))
-    now["mesh"], now["start"] = dataclasses.asdict(config.mesh), config.start
+    now = _as_json(config)
     if path.exists():
-        before = growing.read_json(path)
-        kept = {name: before.get(name) for name in before["run"]}
+        # Read as a page is: a field that came later has its default, which is how the run was started.
+        before = _as_json(run_config(growing.read_json(path)))
+        kept = {name: before[name] for name in before["run"]}
         changed = _differences(kept, {name: now.get(name) for name in kept}, "config")
         if now["run"][: len(kept)] != before["run"]:
             changed.append(f"config.run was {before['run']}, is {now['run']}")
-        if (started := before.get("start")) != config.start:
-            changed.append(f"config.start was {started!r}, is {config.start!r}")
+        changed += _differences(before["start"], now["start"], "config.start")
         if changed:
             raise UserError(
                 f"{path.parent}: was started with another config: {'; '.join(changed)}; use another --workdir"
             )
     growing.write_json(path, now)
+
+
+def _as_json(config: RunConfig) -> dict[str, Any]:
+    page = {"run": list(config.run), **{name: to_dict(stage) for name, stage in config.stages.items()}}
+    return json.loads(json.dumps(page | {"mesh": dataclasses.asdict(config.mesh), "start": config.start}))
 
 
 def _differences(before: Any, now: Any, where: str) -> list[str]:

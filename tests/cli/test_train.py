@@ -317,6 +317,21 @@ def test_another_config_in_the_same_work_directory_is_refused(place, finished, c
     assert "config.small.steps was 12, is 13" in line and "another --workdir" in line
 
 
+def test_a_work_directory_from_before_a_field_existed_is_taken_with_its_default(place, finished, capsys, tmp_path):
+    workdir = tmp_path / "older"
+    shutil.copytree(finished, workdir)
+    stored = json.loads((workdir / "config.json").read_text())
+    del stored["start"], stored["large"]["mask_shape"]
+    (workdir / "config.json").write_text(json.dumps(stored))
+    assert main(["train", "--config", str(place / "page.py"), "--workdir", str(workdir)]) == 0
+    line = fails(
+        capsys,
+        2,
+        *("train", "--config", str(place / "page.py"), "--workdir", str(workdir), "--config.large.mask_shape=cosine"),
+    )
+    assert "config.large.mask_shape was 'linear', is 'cosine'" in line
+
+
 def test_a_damaged_checkpoint_is_named_and_left_alone(place, finished, capsys, tmp_path):
     workdir = tmp_path / "damaged"
     shutil.copytree(finished, workdir)
