@@ -272,14 +272,17 @@ def test_a_temperature_near_zero_is_greedy():
         assert draw(logits, None, keys, sampling(temperature=temperature, top_k=2, top_p=0.9)).tolist() == [0, 1]
 
 
-def test_prepared_parameters_give_the_same_bits():
+def test_prepared_parameters_are_the_same_numbers_layer_by_layer():
     cfg, params = model("everything", dtype="bfloat16")
     ready = prepare(cfg, params)
-    tokens = np.array(PROMPTS[2:])
-    assert (tele.forward(cfg, params, tokens) == tele.forward(cfg, ready, tokens)).all()
-    assert ready["layers"]["attn"]["q"].dtype == jnp.bfloat16
+    assert len(ready["layers"]) == cfg.num_layers  # on a CPU
+    assert ready["layers"][1]["attn"]["q"].dtype == jnp.bfloat16
     assert ready["final_norm"]["scale"].dtype == jnp.float32
     assert prepare(cfg, ready) is ready
+    stacked = {**ready, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *ready["layers"])}
+    tokens = np.array(PROMPTS[2:])
+    assert (tele.forward(cfg, params, tokens) == tele.forward(cfg, stacked, tokens)).all()
+    assert generate(cfg, ready, PROMPTS, max_new_tokens=4) == generate(cfg, params, PROMPTS, max_new_tokens=4)
 
 
 def test_parameters_on_a_mesh_give_the_same_tokens():
