@@ -166,9 +166,9 @@ def draw(logits: jax.Array, seen: jax.Array | None, keys: jax.Array, how: Sampli
 def prepare(cfg: ModelConfig, params: Mapping[str, Any]) -> Mapping[str, Any]:
     """params as decoding wants them: every leaf in the dtype it is used in, and on CPUs the layers one by one.
 
-    Norm scales are used in float32 and stay; the rest goes to cfg.dtype, so that a step does not cast all of them again.
+    Norm scales are used in float32 and stay; the rest goes to cfg.dtype, so that a step does not cast all of it again.
     XLA's CPU compiler copies the slice of every stacked weight that a scan over layers hands to a matrix product, which
-    doubles the time of a step (benchmarks/decode.py); its TPU compiler reads it in place, and there layers stay stacked.
+    doubles the time of a step (docs/decode.md); its TPU compiler reads slices in place, and there layers stay stacked.
     Changes no result. `generate` does this: call it only to do it once for many calls. What it makes takes memory of
     its own; if nothing else holds params, each leaf goes as soon as it is replaced.
     """
@@ -315,9 +315,7 @@ def _decode(cfg, rope_length, params, cache, state, how, stop_ids, until):
     def step(carry):
         state, cache = carry
         positions = state.lengths[:, None] - 1
-        x, cache = decoder.hidden_cached(
-            cfg, params, state.token[:, None], positions, cache, state.slot, rope_length
-        )
+        x, cache = decoder.hidden_cached(cfg, params, state.token[:, None], positions, cache, state.slot, rope_length)
         return _append(cfg, params, x[:, 0], state, how, stop_ids), cache
 
     def going(carry):

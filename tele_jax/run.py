@@ -35,8 +35,9 @@ class SourceConfig:
 class DataConfig:
     """A mixture of domains and the tokenizer that reads it."""
 
-    tokenizer: str  # path of a SentencePiece model
+    tokenizer: str  # path of a SentencePiece model, or of a JSON file of the `tokenizers` library
     sources: dict[str, SourceConfig]  # by domain
+    template: str | None = None  # how dialogues are written, see data/templates.py; None: as the tokenizer says
     eval_bytes: int = 200_000  # UTF-8 bytes of held-out text per domain
 
     def __post_init__(self):

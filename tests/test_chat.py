@@ -255,7 +255,7 @@ def test_the_tokenizer_is_found_from_every_directory_of_a_run(tmp_path):
 def test_the_tokenizer_is_not_looked_for_above_the_work_directory(tmp_path):
     work = work_directory(tmp_path / "W")
     (work / "tokenizer.model").rename(tmp_path / "tokenizer.model")
-    with pytest.raises(tele.UserError, match=r"no tokenizer.model in or above it, up to .*W; name"):
+    with pytest.raises(tele.UserError, match=r"no tokenizer.model or tokenizer.json in or above it, up to .*W; name"):
         find_tokenizer(work)
     with pytest.raises(tele.UserError, match="nowhere: no such directory"):
         find_tokenizer(tmp_path / "nowhere")

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     except UserError:
         tokenizer = None  # a checkpoint from elsewhere may come without; chat and generate then ask for one
     if tokenizer is not None:
-        (args.dst / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+        (args.dst / tokenizer.name).write_bytes(tokenizer.read_bytes())
     print(f"verified on {source}: logits moved by {receipt['max_abs']:.3g} at most; wrote {args.dst}")
     return receipt
 

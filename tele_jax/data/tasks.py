@@ -17,11 +17,13 @@ from tele_jax.data import examples, packing
 from tele_jax.data.extras import need
 from tele_jax.data.sources import Corpus
 from tele_jax.data.vocabulary import Vocabulary
+from tele_jax.data.vocabulary_sentencepiece import SentencePieceVocabulary
 
 tf = need("tensorflow")
 seqio = need("seqio")
 
-seqio.SentencePieceVocabulary.register(Vocabulary)
+seqio.Vocabulary.register(Vocabulary)
+seqio.SentencePieceVocabulary.register(SentencePieceVocabulary)
 
 # Our functions are graph code already; to rewrite them costs time at every start.
 as_written = tf.autograph.experimental.do_not_convert

@@ -80,9 +80,7 @@ def cached(q, k, v, layer, q_index, kv_index, used) -> jax.Array:
         scores = jnp.where(visible[:, None, None], scores, lowest)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
-        result = jnp.einsum(
-            "BKGST,BKTH->BKGSH", weights.astype(q.dtype), piece(v), preferred_element_type=accumulate
-        )
+        result = jnp.einsum("BKGST,BKTH->BKGSH", weights.astype(q.dtype), piece(v), preferred_element_type=accumulate)
         return result, largest, jnp.sum(weights, axis=-1, keepdims=True)
 
     def add(i, sofar):
