@@ -50,6 +50,11 @@ def xla(q, k, v, index, segment_ids=None) -> jax.Array:
     return jnp.concatenate(blocks, axis=1)
 
 
+def indices(*values) -> tuple[jax.Array, ...]:
+    """Start indices for a dynamic slice, which all have to be of one type; with 64 bits enabled they would not be."""
+    return tuple(jnp.asarray(value, jnp.int32) for value in values)
+
+
 def cached(q, k, v, layer, q_index, kv_index, used) -> jax.Array:
     """Attention [B, S, N, H] of new tokens against one layer of a cache, block by block with a running softmax.
 
@@ -58,9 +63,8 @@ def cached(q, k, v, layer, q_index, kv_index, used) -> jax.Array:
       k, v: of all layers and slots, [L, B, K, T, H]; T at most SLOT_BLOCK, or a multiple of it.
       layer: which layer, int or int32[].
       q_index: int32[B, S], positions of the queries.
-      kv_index: int32[B, T], positions of what is in the slots. A query sees those at or before its own; it has to see
-        one in the first block.
-      used: int32[], how many slots to look at; what is above is not even read.
+      kv_index: int32[B, T], positions of what is in the slots. A query sees those at or before its own, at least one.
+      used: int32[], how many slots to look at; blocks beyond them are not even read.
     """
     batch, length, heads, head_dim = q.shape
     kv_heads, slots = k.shape[2:4]
@@ -73,7 +77,8 @@ def cached(q, k, v, layer, q_index, kv_index, used) -> jax.Array:
 
     def partial(start):
         """(unnormalized result, largest score, sum of weights) over the slots from start on."""
-        piece = lambda x: jax.lax.dynamic_slice(x, (layer, 0, 0, start, 0), (1, *x.shape[1:3], block, head_dim))[0]  # noqa: E731
+        shape = (1, batch, kv_heads, block, head_dim)
+        piece = lambda x: jax.lax.dynamic_slice(x, indices(layer, 0, 0, start, 0), shape)[0]  # noqa: E731
         index = jax.lax.dynamic_slice_in_dim(kv_index, start, block, axis=1)
         scores = jnp.einsum("BKGSH,BKTH->BKGST", grouped, piece(k), preferred_element_type=accumulate) / head_dim**0.5
         visible = index[:, None, :] <= q_index[:, :, None]
@@ -90,5 +95,7 @@ def cached(q, k, v, layer, q_index, kv_index, used) -> jax.Array:
         keep, take = jnp.exp(largest - new_largest), jnp.exp(more_largest - new_largest)
         return result * keep + more * take, new_largest, total * keep + more_total * take
 
-    result, _, total = jax.lax.fori_loop(1, (used + block - 1) // block, add, partial(0))
+    result, largest, total = partial(0)
+    if slots > block:
+        result, _, total = jax.lax.fori_loop(1, (used + block - 1) // block, add, (result, largest, total))
     return (result / total).astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)

@@ -15,7 +15,7 @@ from flax import struct
 from tele_jax.axes import declare
 from tele_jax.config import ModelConfig, require
 from tele_jax.model import rope
-from tele_jax.model.attention import attend, cached
+from tele_jax.model.attention import attend, cached, indices
 from tele_jax.sharding import constrain
 
 # Growth masks: axis name -> float vector over that axis, 1 on old entries and c in [0, 1] on new ones.
@@ -101,7 +101,7 @@ class Attention(nn.Module):
             rows = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
             y = attend(cfg.attention, q, k, v, rows, rows, ctx.segment_ids)
         else:
-            at = (layer, 0, 0, ctx.slot, 0)
+            at = indices(layer, 0, 0, ctx.slot, 0)
             cache = cache.replace(
                 k=jax.lax.dynamic_update_slice(cache.k, k.swapaxes(1, 2)[None], at),
                 v=jax.lax.dynamic_update_slice(cache.v, v.swapaxes(1, 2)[None], at),
@@ -285,7 +285,7 @@ def hidden_cached(
     _require_x64(cfg)
     _check_inputs(cfg, tokens, positions, None, {})
     ctx = _context(cfg, positions, rope_length, slot=slot)
-    cache = cache.replace(positions=jax.lax.dynamic_update_slice(cache.positions, positions, (0, slot)))
+    cache = cache.replace(positions=jax.lax.dynamic_update_slice(cache.positions, positions, indices(0, slot)))
     if isinstance(params["layers"], Mapping):
         return Decoder(cfg).apply({"params": params}, tokens, ctx, None, cache)
     carry = (constrain(_embedded(cfg, params, tokens)), cache)
