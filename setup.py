@@ -27,6 +27,7 @@ EXTRAS = {
     "data": [
         "seqio>=0.0.20,<0.1",
         "sentencepiece>=0.2.1,<0.3",
+        "tokenizers>=0.22,<0.24",  # reads the vocabulary of TeleChat-7B, and of most others
         "tensorflow>=2.21,<2.22",
         "tensorflow-text>=2.21,<2.22",
     ],

@@ -112,8 +112,10 @@ class TokenizersVocabulary(Vocabulary):
         tf = need("tensorflow")
 
         def decode(rows: np.ndarray) -> np.ndarray:
-            flat = rows.reshape(-1, rows.shape[-1])
-            return np.array([self.decode(row).encode() for row in flat], object).reshape(rows.shape[:-1])
+            texts = np.empty(rows.shape[:-1], object)
+            for row in np.ndindex(texts.shape):
+                texts[row] = self.decode(rows[row]).encode()
+            return texts
 
         text = tf.numpy_function(decode, [ids], tf.string, stateful=False)
         return tf.ensure_shape(text, tf.convert_to_tensor(ids).shape[:-1])
