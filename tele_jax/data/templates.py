@@ -117,12 +117,12 @@ def marker_ids(template: Template, vocabulary: Vocabulary) -> Markers:
       UserError: the vocabulary has no such piece.
     """
     if template.markers == "ids":
-        end = [vocabulary.end_id]
+        user, bot, end = [vocabulary.user_id], [vocabulary.bot_id], [vocabulary.end_id]
         try:
             system = None if template.system is None else [vocabulary.system_id]
         except UserError:  # said when a dialogue has one
             system = None
-        return Markers(system=system, user=[vocabulary.user_id], bot=[vocabulary.bot_id], between=end, end=end)
+        return Markers(system=system, user=user, bot=bot, between=end, end=end)
     return Markers(
         system=None if template.system is None else vocabulary.encode(template.system),
         user=vocabulary.encode(template.user),
