@@ -5,7 +5,9 @@
 A random Llama of 110 million parameters in float32. Each library has a process of its own and waits while the other one
 works; both are pinned to the same cores. The first call of each (compilation, thread pools, page faults) is not timed;
 then they take turns. What is timed is the whole call: prompt, all new tokens, result on the host. Prints JSON: tokens
-per second (medians over the turns), the ratio of every turn, and how many of the tokens are the same. Needs `[hf]`.
+per second (medians over the turns), the ratio of every turn, and how many of the tokens are the same. On a machine that
+others use as well, look at --threads 1 and the ratio of processor seconds: threads that wait for each other suffer more
+from neighbours than one that does not. Needs `[hf]`.
 """
 
 import argparse
@@ -55,14 +57,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             turns, loads = [], []
             for turn in range(args.repeats):
                 order = names if turn % 2 == 0 else names[::-1]
-                turns.append({name: children[name].ask(job)["seconds"] for name in order})
+                turns.append({name: children[name].ask(job) for name in order})
                 loads.append(os.getloadavg()[0])
-            rate = {n: batch * args.new / statistics.median(turn[n] for turn in turns) for n in names}
+            rate = {n: batch * args.new / statistics.median(turn[n]["seconds"] for turn in turns) for n in names}
+            ratios = {
+                key: [round(turn["theirs"][key] / turn["ours"][key], 3) for turn in turns]
+                for key in ("seconds", "cpu_seconds")
+            }
             result[f"batch_{batch}"] = {
                 "first_call_seconds": {name: round(first[name]["seconds"], 2) for name in names},
                 "tokens_per_second": {name: round(rate[name], 1) for name in names},
-                "ratio": round(statistics.median(turn["theirs"] / turn["ours"] for turn in turns), 3),
-                "ratio_of_every_turn": [round(turn["theirs"] / turn["ours"], 3) for turn in turns],
+                "ratio": statistics.median(ratios["seconds"]),
+                "ratio_of_every_turn": ratios["seconds"],
+                "ratio_of_cpu_seconds": statistics.median(ratios["cpu_seconds"]),
                 "same_tokens": f"{sum(same)} of {len(same)}",
                 "load_average": [round(load, 1) for load in loads],
             }
@@ -99,9 +106,10 @@ def serve(library: tuple[dict[str, Any], Any]) -> None:
     for line in sys.stdin:
         job = json.loads(line)
         prompts = np.random.default_rng(1).integers(0, SHAPE["vocab_size"], (job["batch"], job["prompt"]))
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         tokens = generate(prompts, job["new"])
-        print(json.dumps({"seconds": time.perf_counter() - begin, "tokens": tokens}), file=out, flush=True)
+        times = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
+        print(json.dumps(times | {"tokens": tokens}), file=out, flush=True)
 
 
 def ours(weights: Path) -> tuple[dict[str, Any], Any]:
