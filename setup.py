@@ -28,6 +28,7 @@ EXTRAS = {
         "seqio>=0.0.20,<0.1",
         "sentencepiece>=0.2.2,<0.3",
         "array_record>=0.8.6,<0.9",
+        "tokenizers>=0.22,<0.24",  # reads the vocabulary of TeleChat-7B, and of most others
         "tensorflow>=2.21,<2.22",
         "tensorflow-text>=2.21,<2.22",
     ],

@@ -41,9 +41,10 @@ class DataConfig:
     they are given, they have to be those that the cache was made from.
     """
 
-    tokenizer: str  # path of a SentencePiece model
+    tokenizer: str  # path of a SentencePiece model, or of a JSON file of the `tokenizers` library
     sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)  # by domain
     cache: str | None = None  # directory that `tele data cache` wrote; None: files are read while training goes on
+    template: str | None = None  # how dialogues are written, see data/templates.py; None: as the tokenizer says
     eval_bytes: int = 200_000  # UTF-8 bytes of held-out text per domain
 
     def __post_init__(self):

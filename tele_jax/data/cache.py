@@ -97,6 +97,7 @@ class Manifest:
     vocab_size: int
     pad_id: int  # fills the ends of rows
     domains: dict[str, Domain]
+    template: str | None = None  # that dialogues were written by; None: there are none
 
     def to_text(self) -> str:
         """JSON, with a checksum of what it says."""
@@ -254,7 +255,14 @@ def file_crc32(path: Path) -> int:
 
 
 def check_fits(
-    manifest: Manifest, where: str, *, kind: examples.Kind, seq_len: int, tokenizer: str, sha256: str
+    manifest: Manifest,
+    where: str,
+    *,
+    kind: examples.Kind,
+    seq_len: int,
+    tokenizer: str,
+    sha256: str,
+    template: str | None,
 ) -> None:
     """Raises UserError unless the rows are what a stage asks for.
 
@@ -263,12 +271,16 @@ def check_fits(
       where: the cache, for messages.
       kind, seq_len: of the stage.
       tokenizer, sha256: path and hash of the stage's tokenizer.
+      template: that the stage writes dialogues by; None where it does not say.
     """
     if manifest.tokenizer_sha256 != sha256:
         raise UserError(
             f"{where}: was made with another tokenizer than {tokenizer} (SHA-256 {manifest.tokenizer_sha256[:12]}, not "
             f"{sha256[:12]}); its own is {where}/{TOKENIZER}"
         )
+    if template not in (None, manifest.template):
+        made = "holds no dialogues" if manifest.template is None else f"has dialogues by template {manifest.template!r}"
+        raise UserError(f"{where}: {made}, the stage asks for template={template!r}")
     for name, wanted, found in (("kind", kind, manifest.kind), ("seq_len", seq_len, manifest.seq_len)):
         if wanted != found:
             raise UserError(f"{where}: its rows have {name}={found}, the stage asks for {name}={wanted}")

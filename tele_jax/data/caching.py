@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tele_jax.config import from_dict
-from tele_jax.data import feed, shards
+from tele_jax.data import feed, shards, templates
 from tele_jax.data.cache import FORMAT, MANIFEST, TOKENIZER, Counts, Domain, Manifest, incomplete, read_manifest
 from tele_jax.data.cached_feed import difference
 from tele_jax.data.extras import need
@@ -144,7 +144,7 @@ class _Work:
         self._config, self.directory, self._sha256, self._threads = config, directory, tokenizer_sha256, threads
 
     def __call__(self, unit: shards.Unit) -> None:
-        vocabulary = load_vocabulary(self._config.data.tokenizer)
+        vocabulary = load_vocabulary(self._config.data.tokenizer).with_template(self._config.data.template)
         if vocabulary.sha256 != self._sha256:
             raise UserError(f"tokenizer {vocabulary.path}: has changed since this cache was begun")
         shards.write_unit(unit, self._config, vocabulary, self.directory, threads=self._threads)
@@ -232,6 +232,7 @@ def _assemble(work: Path, config: CacheConfig, vocabulary: Vocabulary, units: li
             name: Domain(counts=domain["counts"], shards=tuple(domain["shards"]), source=config.data.sources[name])
             for name, domain in domains.items()
         },
+        template=templates.choose(vocabulary).name if feed.has_dialogues(config.data, config.kind) else None,
     )
     shards.replace(work / MANIFEST, manifest.to_text())
     return read_manifest(work)

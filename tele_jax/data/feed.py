@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tele_jax.data import cache, examples, packing, sources
+from tele_jax.data import cache, examples, packing, sources, templates
 from tele_jax.data.cached_feed import Batch, CachedFeed, difference
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
 from tele_jax.errors import DamageError, UserError
@@ -96,6 +96,7 @@ def check(data: DataConfig, *, kind: examples.Kind, seq_len: int) -> Vocabulary:
             seq_len=seq_len,
             tokenizer=data.tokenizer,
             sha256=vocabulary.sha256,
+            template=data.template,
         )
     open_corpora(resolve(data), kind, seq_len, "validation_files")
     return vocabulary
@@ -302,13 +303,16 @@ def open_vocabulary(data: DataConfig, kind: examples.Kind) -> Vocabulary:
       UserError: there is none, or it lacks pieces for the bytes, for the end of a sequence or, if there are dialogues,
         for their markers.
     """
-    vocabulary = load_vocabulary(data.tokenizer)
+    vocabulary = load_vocabulary(data.tokenizer).with_template(data.template)
     if not vocabulary.spells_bytes or vocabulary.eos_id < 0:
         raise UserError(f"tokenizer {data.tokenizer}: it needs pieces for the 256 bytes and for the end of a sequence")
-    if kind == "sft" or any(source.format == "dialogues" for source in data.sources.values()):
-        for marker in ("<_user>", "<_bot>", "<_end>", "<_system>"):
-            vocabulary.id_of(marker)
+    if has_dialogues(data, kind):
+        templates.marker_ids(templates.choose(vocabulary), vocabulary)
     return vocabulary
+
+
+def has_dialogues(data: DataConfig, kind: examples.Kind) -> bool:
+    return kind == "sft" or any(source.format == "dialogues" for source in data.sources.values())
 
 
 def open_corpora(

@@ -51,9 +51,7 @@ def segments(row: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> list[Segm
 def spell(ids: Sequence[int], vocabulary: Vocabulary) -> str:
     """The text of ids; pieces that stand for no text by their names, cut characters as U+FFFD, controls as escapes."""
     spelled = b"".join(
-        vocabulary.piece_bytes[i] or vocabulary.tokenizer.id_to_piece(i).encode()
-        if i < vocabulary.vocab_size
-        else f"<{i}>".encode()
+        vocabulary.piece_bytes[i] or vocabulary.piece(i).encode() if i < vocabulary.vocab_size else f"<{i}>".encode()
         for i in ids
     )
     text = spelled.decode(errors="replace")

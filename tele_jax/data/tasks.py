@@ -23,13 +23,15 @@ from tele_jax.data import examples, feed, packing
 from tele_jax.data.extras import need
 from tele_jax.data.sources import Corpus
 from tele_jax.data.vocabulary import Vocabulary
+from tele_jax.data.vocabulary_sentencepiece import SentencePieceVocabulary
 from tele_jax.errors import UserError
 from tele_jax.run import CacheConfig
 
 tf = need("tensorflow")
 seqio = need("seqio")
 
-seqio.SentencePieceVocabulary.register(Vocabulary)
+seqio.Vocabulary.register(Vocabulary)
+seqio.SentencePieceVocabulary.register(SentencePieceVocabulary)
 
 # Our functions are graph code already; to rewrite them costs time at every start.
 as_written = tf.autograph.experimental.do_not_convert

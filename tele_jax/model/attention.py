@@ -1,4 +1,5 @@
-"""Causal attention in two forms that agree: `reference`, the formula, and `xla`, which skips the masked half.
+"""Causal attention in three forms that agree: `reference`, the formula; `xla`, which skips the masked half; and
+`cached`, which reads of a cache only the slots in use.
 
 Shapes: q [B, S, N, H], k and v [B, T, K, H] with N a multiple of K: query head n reads kv head n // (N/K).
 q_index [B, S] and kv_index [B, T] (int32) order the tokens: a query sees keys with kv_index <= q_index. Segment ids
@@ -9,6 +10,9 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 128  # queries per block of the xla form; smaller skips more of the masked half, larger feeds the matrix unit
+# Slots of a cache per block of the cached form. On two CPU cores, 12 layers of 12 heads of 64, 8 rows, 1,900 slots in
+# use: 79 ms a step with 256, 160 with 512 (a block no longer stays in the L2 cache), 126 with all slots at once.
+SLOT_BLOCK = 256
 
 
 def attend(implementation: str, q, k, v, q_index, kv_index, segment_ids=None) -> jax.Array:
@@ -44,3 +48,54 @@ def xla(q, k, v, index, segment_ids=None) -> jax.Array:
             reference(q[:, start:end], k[:, :end], v[:, :end], index[:, start:end], index[:, :end], *segments)
         )
     return jnp.concatenate(blocks, axis=1)
+
+
+def indices(*values) -> tuple[jax.Array, ...]:
+    """Start indices for a dynamic slice, which all have to be of one type; with 64 bits enabled they would not be."""
+    return tuple(jnp.asarray(value, jnp.int32) for value in values)
+
+
+def cached(q, k, v, layer, q_index, kv_index, used) -> jax.Array:
+    """Attention [B, S, N, H] of new tokens against one layer of a cache, block by block with a running softmax.
+
+    Args:
+      q: [B, S, N, H].
+      k, v: of all layers and slots, [L, B, K, T, H]; T at most SLOT_BLOCK, or a multiple of it.
+      layer: which layer, int or int32[].
+      q_index: int32[B, S], positions of the queries.
+      kv_index: int32[B, T], positions of what is in the slots. A query sees those at or before its own, at least one.
+      used: int32[], how many slots to look at; blocks beyond them are not even read.
+    """
+    batch, length, heads, head_dim = q.shape
+    kv_heads, slots = k.shape[2:4]
+    block = min(SLOT_BLOCK, slots)
+    if slots % block:
+        raise ValueError(f"a cache of {slots} slots does not divide into blocks of {block}")
+    accumulate = jnp.promote_types(q.dtype, jnp.float32)
+    lowest = jnp.finfo(accumulate).min
+    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+
+    def partial(start):
+        """(unnormalized result, largest score, sum of weights) over the slots from start on."""
+        shape = (1, batch, kv_heads, block, head_dim)
+        piece = lambda x: jax.lax.dynamic_slice(x, indices(layer, 0, 0, start, 0), shape)[0]  # noqa: E731
+        index = jax.lax.dynamic_slice_in_dim(kv_index, start, block, axis=1)
+        scores = jnp.einsum("BKGSH,BKTH->BKGST", grouped, piece(k), preferred_element_type=accumulate) / head_dim**0.5
+        visible = index[:, None, :] <= q_index[:, :, None]
+        scores = jnp.where(visible[:, None, None], scores, lowest)
+        largest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        result = jnp.einsum("BKGST,BKTH->BKGSH", weights.astype(q.dtype), piece(v), preferred_element_type=accumulate)
+        return result, largest, jnp.sum(weights, axis=-1, keepdims=True)
+
+    def add(i, sofar):
+        result, largest, total = sofar
+        more, more_largest, more_total = partial(i * block)
+        new_largest = jnp.maximum(largest, more_largest)
+        keep, take = jnp.exp(largest - new_largest), jnp.exp(more_largest - new_largest)
+        return result * keep + more * take, new_largest, total * keep + more_total * take
+
+    result, largest, total = partial(0)
+    if slots > block:
+        result, _, total = jax.lax.fori_loop(1, (used + block - 1) // block, add, (result, largest, total))
+    return (result / total).astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)

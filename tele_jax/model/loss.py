@@ -34,7 +34,7 @@ def token_losses(
     cfg: ModelConfig, params: Mapping[str, Any], batch: Mapping[str, jax.Array], masks: decoder.Masks | None = None
 ) -> jax.Array:
     """Cross entropy in nats of every target, [B, S]."""
-    x, _ = decoder.hidden(cfg, params, batch["tokens"], batch.get("positions"), batch.get("segment_ids"), masks)
+    x = decoder.hidden(cfg, params, batch["tokens"], batch.get("positions"), batch.get("segment_ids"), masks)
     kernel = decoder.head_kernel(cfg, params).astype(cfg.dtype)
     return cross_entropy(x, kernel, batch["targets"], cfg.logit_mult, cfg.vocab_size)
 

@@ -3,7 +3,7 @@
 A work directory W:
 
     W/config.json                     the run, as it was started
-    W/tokenizer.model                 a copy of the tokenizer
+    W/tokenizer.model or .json        a copy of the tokenizer
     W/<stage>/checkpoints/<step>/     see checkpoint/
     W/<stage>/metrics/                metrics.jsonl and TensorBoard events
     W/<stage>/growth_receipt.json     of a growth stage, with plan.json
@@ -32,6 +32,7 @@ from tqdm import tqdm
 from tele_jax import checkpoint
 from tele_jax.config import ModelConfig, to_dict
 from tele_jax.data import feed as feeds
+from tele_jax.data.vocabulary import tokenizer_name
 from tele_jax.errors import UserError
 from tele_jax.growth import Plan
 from tele_jax.growth.masks import require_unmasked
@@ -262,7 +263,7 @@ def _check(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 def _adopt_tokenizer(tokenizer: dict[str, Any], workdir: Path) -> None:
     """Copies the run's tokenizer into W, so that the checkpoints can be used without the place it came from."""
-    copy = workdir / "tokenizer.model"
+    copy = workdir / tokenizer_name(tokenizer["path"])
     if not copy.exists():
         shutil.copyfile(tokenizer["path"], copy.with_suffix(".tmp"))
         os.replace(copy.with_suffix(".tmp"), copy)
