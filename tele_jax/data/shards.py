@@ -20,7 +20,7 @@ from tele_jax.config import from_dict
 from tele_jax.data import dialogue, examples, packing, records, sources
 from tele_jax.data.cache import LENGTH_BINS, Counts, Shard, file_crc32
 from tele_jax.data.extras import need
-from tele_jax.data.vocabulary import SPACE, Vocabulary
+from tele_jax.data.vocabulary import Vocabulary
 from tele_jax.errors import FailedError, UserError
 from tele_jax.run import CacheConfig
 
@@ -203,10 +203,7 @@ class _Tokenizer:
                 spans.append(text)
             else:
                 spans += [text[begin:end] for begin, end in sources.cut_text(text, SPAN_BYTES)]
-        ids = self.vocabulary.tokenizer.encode(spans, num_threads=self._threads, return_type="numpy")
-        for i, span in enumerate(spans):
-            if SPACE in span:  # which SentencePiece cannot tell from a space: vocabulary.py knows how
-                ids[i] = np.array(self.vocabulary.encode(span), np.int32)
+        ids = self.vocabulary.encode_batch(spans, self._threads)
         texts = np.concatenate(ids)
         lengths = np.add.reduceat(np.fromiter(map(len, ids), np.int64, len(ids)), first_span)
         ends = np.array([ends for _, ends in documents])

@@ -1,8 +1,10 @@
 """Reading a SentencePiece vocabulary."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from tele_jax.data.extras import need
 from tele_jax.data.vocabulary import MARKERS, Vocabulary
@@ -60,6 +62,13 @@ class SentencePieceVocabulary(Vocabulary):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` up to the first EOS; control pieces vanish, bytes that are not UTF-8 become U+FFFD."""
         return self.tokenizer.decode([i if i < self.vocab_size else self.unk_id for i in self._until_end(ids)])
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        ids = self.tokenizer.encode(list(texts), num_threads=threads, return_type="numpy")
+        for i, text in enumerate(texts):
+            if SPACE in text:  # which SentencePiece cannot tell from a space
+                ids[i] = np.array(self.encode(text), np.int32)
+        return ids
 
     def find(self, piece: str) -> int | None:
         """The id of a piece by its name; None where there is none."""
