@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import tele_jax as tele
 from tele_jax import checkpoint, growth, surgery
 from tele_jax.axes import flatten, unflatten
-from tele_jax.growth import axis_map, layerwise, structure
+from tele_jax.growth import layerwise, structure
 from tele_jax.growth.layers import distances
 from tele_jax.model import decoder
 from tests import reference
@@ -252,7 +252,7 @@ def test_the_sign_of_a_zero_is_a_bit_as_well():
 
 def test_another_source_is_found():
     with without_compiling():
-        plan, params, big = grown()
+        plan, _, big = grown()
         other = reference.random_params(plan.src_cfg, np.random.default_rng(1), 1.0)
         assert set(growth.verify_stored(plan, other, big).altered) == set(plan.leaves)
 
@@ -287,8 +287,10 @@ LAYERS = {"layers[0]", "layers[2]"}  # layers[1] is a copy, and writes nothing
         (lambda plan: with_leaves(plan, **{"layers.mlp.down_bias": dict(zero=("embed",))}), {"layers[1]"}),
         (lambda plan: with_leaves(plan, **{"embed.table": dict(coefficient=1.001)}), {"embed"}),
     ],
-    ids=["mlp_norm", "final_norm", "multiplier", "epsilon", "groups", "random_in_embed", "channels", "mlp_units"]
-    + ["copied_layer", "copied_bias", "input_mult"],
+    ids=(
+        "mlp_norm final_norm multiplier epsilon groups random_in_embed channels mlp_units copied_layer copied_bias "
+        "input_mult"
+    ).split(),
 )
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_a_part_that_does_something_else_is_named(mutate, parts, dtype):
