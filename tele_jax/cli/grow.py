@@ -101,7 +101,8 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
 def _summary(receipt: dict[str, Any], dst: Path) -> str:
     name, worst = max(receipt["parts"].items(), key=lambda item: item[1])
     if receipt["max_abs"] is None:
-        how = f"verified part by part: {len(receipt['parts'])} parts differ by {worst:.3g} of their output at most ({name})"
+        number = len(receipt["parts"])
+        how = f"verified part by part: {number} parts differ by {worst:.3g} of their output at most ({name})"
         asked = receipt["absolute_tolerance"]
         untested = "" if asked is None else f", so that tolerance={asked:g} was not applied"
         return f"{how}; logits were not compared, which needs more --memory-gb{untested}; wrote {dst}"

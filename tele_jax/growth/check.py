@@ -192,7 +192,7 @@ def _stream_rules(step: Plan) -> Iterator[str]:
     if isinstance(written, str):
         yield f"the writers of the residual stream differ: {written}"
         return
-    # Copies in embed carry a scale of their own, which keeps the mean of squares for any number of them; masks weigh it.
+    # Copies in embed carry a scale that keeps the mean of squares for any number of them; masks weigh it.
     same_mean = step.masked or (step.maps["embed"].scale != 1).any() or _copied(step)
     d, d2 = (1, 1) if same_mean else (src.embed_dim, dst.embed_dim)
     yield from _expect("rms_eps", dst.rms_eps, src.rms_eps * written**2 * d / d2)

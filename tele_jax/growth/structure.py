@@ -138,7 +138,8 @@ def _problems(plan: Growth, name: str, source: Any, made: Any) -> Iterator[str]:
                 continue
             wrong = filled & (np.abs(values - scale) > 2 * max(1, later) * unit * np.abs(scale))
             if wrong.any():
-                yield f"a new entry is {values[wrong][0]:.6g} {at(np.argwhere(wrong)[0])}, planned {scale[wrong][0]:.6g}"
+                place = at(np.argwhere(wrong)[0])
+                yield f"a new entry is {values[wrong][0]:.6g} {place}, planned {scale[wrong][0]:.6g}"
     yield from filter(None, (m.problem() for m in moments.values()))
 
 

@@ -167,6 +167,8 @@ def verify_stored(
         name: leaf if plan.moves_exactly(name) else structure.Unrounded(plan, name, src[plan.sources[name]], leaf)
         for name, leaf in dst.items()
     }
+    with np.errstate(all="ignore"):  # what is no number is found in `altered`
+        parts = dict(layerwise.parts(plan, src, made, layers))
     return Report(
         policy=plan.policy,
         plan=plan.digest,
@@ -174,7 +176,7 @@ def verify_stored(
         lively=plan.lively,
         altered=tuple(wrong),
         problems=tuple(f"{name}: {problem}" for name, problem in wrong.items()),
-        parts=dict(layerwise.parts(plan, src, made, layers)),
+        parts=parts,
         parts_tolerance=PARTS_TOLERANCE,
     )
 

@@ -95,10 +95,8 @@ def grow(
         if grown.provenance[-1].get("plan") != plan.digest:
             raise UserError(f"{request.unverified}: was made by another plan; remove it, or finish it as it was begun")
         if request.opt != (grown.opt_state is not None):
-            raise UserError(
-                f"{request.unverified}: was made {'without' if request.opt else 'with'} the optimizer state; remove it, "
-                "or finish it as it was begun"
-            )
+            how = "without" if request.opt else "with"
+            raise UserError(f"{request.unverified}: was made {how} --opt; remove it, or finish it as it was begun")
         tiles.clear(request.unverified)
         return _verify(request, plan, scores, lazy, grown)
 

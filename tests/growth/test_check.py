@@ -150,7 +150,7 @@ def test_new_units_random_on_both_sides(axis):
 BOTH_ZERO = {
     "mlp": ("layers.mlp.gate", "layers.mlp.up"),
     "heads": ("layers.attn.q", "layers.attn.k", "layers.attn.v"),
-    "embed": tuple(f"layers.{n}" for n in ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")) + ("lm_head.kernel",),
+    "embed": ("layers.attn.q", "layers.attn.k", "layers.attn.v", "layers.mlp.gate", "layers.mlp.up", "lm_head.kernel"),
 }
 
 
@@ -193,7 +193,7 @@ def test_a_copied_layer_that_writes_at_once(name):
     [("layers.mlp.up",), ("layers.attn.k", "layers.attn.v"), ("layers.attn_norm.scale",), ("layers.mlp_norm.scale",)],
 )
 def test_a_copied_layer_that_reads_nothing_and_writes_nothing(names):
-    message = refused(with_leaves(plan_of(), **dict.fromkeys(names, dict(zero=("layers",)))))
+    message = refused(with_leaves(plan_of(), **{name: dict(zero=("layers",)) for name in names}))
     assert message.startswith(f"plan (exact): layers: {', '.join(names)} of new layers")
     assert message.endswith("zero, and so are the writers: they never learn")
 

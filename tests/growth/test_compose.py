@@ -286,7 +286,7 @@ def test_plans_that_do_not_meet(change, message):
 
 def test_a_second_plan_made_of_the_config_that_was_asked_for_and_not_of_the_resolved_one():
     asked = SRC.replace(embed_dim=19)
-    with pytest.raises(tele.UserError, match="rms_eps 8.42"):
+    with pytest.raises(tele.UserError, match=r"rms_eps 8\.42"):
         growth.compose(growth.plan(SRC, asked), growth.plan(asked, asked.replace(mlp_dim=30)))
 
 
