@@ -67,7 +67,7 @@ def make(
     vocabulary = feed.open_vocabulary(config.data, config.kind)
     units = shards.plan(config)
     work = incomplete(out)
-    with _one_maker(work):
+    with _failing_in_one_line(work), _one_maker(work):
         if _begun(work, config, vocabulary, units):
             say(f"{work}: goes on where it was")
         with _watched(work, units, progress):
@@ -80,6 +80,16 @@ def make(
         (work / LOCK).unlink()
         os.rename(work, out)
     return manifest
+
+
+@contextlib.contextmanager
+def _failing_in_one_line(work: Path) -> Iterator[None]:
+    """A full disk, or whatever else the system says no to."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise FailedError(f"{error.filename or work}: {reason}; start again to go on") from None
 
 
 @contextlib.contextmanager

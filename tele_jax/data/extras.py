@@ -38,7 +38,7 @@ def need(module: str) -> types.ModuleType:
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
         beam = module.startswith("apache_beam")
-        how = "pip install 'tele_jax[data,beam]', or --runner serial" if beam else "pip install 'tele_jax[data]'"
+        how = "pip install tele_jax[data,beam], or --runner serial" if beam else "pip install tele_jax[data]"
         raise UserError(f"{module} needs the package {error.name!r}, which is not installed: {how}") from None
 
 

@@ -157,6 +157,24 @@ def test_a_damaged_plan_and_a_second_maker_are_refused(made, tmp_path):
         caches.make(made, tmp_path / "rows")
 
 
+def test_a_disk_that_is_full_at_the_last_file_leaves_no_cache(made, tmp_path, monkeypatch):
+    original = shards.replace
+
+    def full(path, text):
+        if path.name == "manifest.json":
+            with open("/dev/full", "w") as file:
+                file.write(text)
+        original(path, text)
+
+    monkeypatch.setattr(shards, "replace", full)
+    with pytest.raises(FailedError, match="No space left on device; start again to go on"):
+        caches.make(made, tmp_path / "rows")
+    assert not (tmp_path / "rows").exists()
+    monkeypatch.undo()
+    caches.make(made, tmp_path / "rows")
+    assert cache.RowCache(tmp_path / "rows").rows["en"] > 0
+
+
 def test_what_is_there_is_never_replaced(made, tmp_path):
     (tmp_path / "rows").mkdir()
     with pytest.raises(UserError, match="rows: is there already; choose another --out, or remove it"):
