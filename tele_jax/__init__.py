@@ -9,6 +9,7 @@ tokens = tele.generate(cfg, params, prompts, max_new_tokens=64)           tele_j
 tele.growth                                  grow parameter trees         tele_jax/growth/
 tele.surgery                                 take, drop, cut, pad, rename tele_jax/surgery.py
 tele.checkpoint                              save and load                tele_jax/checkpoint/
+tele.convert                                 released checkpoints         tele_jax/convert/
 """
 
 import importlib
@@ -29,6 +30,7 @@ __all__ = [
     "Rope",
     "UserError",
     "checkpoint",
+    "convert",
     "count_params",
     "forward",
     "generate",
@@ -42,6 +44,6 @@ __all__ = [
 
 def __getattr__(name: str):
     """Loads the heavier parts on first use, so that `import tele_jax` stays light."""
-    if name in ("growth", "checkpoint", "surgery"):
+    if name in ("growth", "checkpoint", "convert", "surgery"):
         return importlib.import_module(f"tele_jax.{name}")
     raise AttributeError(f"module 'tele_jax' has no attribute {name!r}")
