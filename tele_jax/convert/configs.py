@@ -216,7 +216,8 @@ def _read_multipliers(keys: Keys, embed: int) -> dict[str, Any]:
     stated = keys.get("mup_base_width", int, None)
     if stated is not None and stated != base:
         raise UserError(
-            f"{keys.where}: mup_base_width is {stated}, but hidden size {embed} / mup_scale_factor {scale:g} is {base:g}"
+            f"{keys.where}: mup_base_width is {stated}, but {embed} (hidden size) / {scale:g} (mup_scale_factor) is "
+            f"{base:g}"
         )
     if base != int(base) or base < 1:  # no width of a model: only the quotient counts then
         output_mult, base = output_mult / scale, embed

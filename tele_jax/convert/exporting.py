@@ -45,7 +45,7 @@ class Exported:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A rectangle of a leaf: `start` and `shape` over all its axes; read() gives its values for as long as it is open."""
+    """A rectangle of a leaf: `start` and `shape` over all its axes; read() gives its values while it is open."""
 
     leaf: str
     axes: tuple[str, ...]

@@ -23,7 +23,10 @@ from tele_jax.model.spec import flat_spec
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Row:
-    """A tensor of a release. constant: what it is full of, where it holds no leaf; beside: there only with this leaf."""
+    """A tensor of a release.
+
+    constant: what it is full of, where it holds no leaf. beside: a leaf without which it is not there either.
+    """
 
     name: str
     dimensions: tuple[tuple[str, ...], ...]

@@ -30,6 +30,7 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_BUFFERS = 512  # in one call; systems allow 1,024
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -250,6 +251,3 @@ class Files:
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
-
-
-_MAX_BUFFERS = 512  # in one call; systems allow 1,024

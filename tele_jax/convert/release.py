@@ -167,8 +167,8 @@ def _dtypes(weights: Iterable[Stored], dtype: str | None) -> dict[str, str]:
         dtype = files.DTYPES[next(iter(held))].name
         if dtype not in known:
             raise UserError(
-                f"the weights are {dtype}, which parameters of tele_jax cannot be; choose --dtype float32, which changes "
-                "no number, or --dtype bfloat16, which rounds"
+                f"the weights are {dtype}, which parameters of tele_jax cannot be; choose --dtype float32, which "
+                "changes no number, or --dtype bfloat16, which rounds"
             )
     elif dtype not in known:
         raise UserError(f"dtype {dtype!r}: not one of {', '.join(known)}")
@@ -182,8 +182,8 @@ def _cut_vocabulary(
     counted = sidecar.count_ids(travelling)
     if counted is not None and counted[0] > rows:
         raise UserError(
-            f"{path / counted[1]}: has {counted[0]:,} ids, but the embedding only {rows:,} rows: a tokenizer of another "
-            "model"
+            f"{path / counted[1]}: has {counted[0]:,} ids, but the embedding only {rows:,} rows: a tokenizer of "
+            "another model"
         )
     if vocab_size is not None:
         if not 0 < vocab_size <= rows:

@@ -1,5 +1,6 @@
 """The small files beside the weights: the tokenizer and what belongs to it. They travel along as they are found."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -28,10 +29,8 @@ def find_beside(step_dir: Path, programs: bool) -> list[Path]:
     """The same for a checkpoint of ours; a tokenizer that is not in it is looked for above it, as chat does."""
     files = find(step_dir, programs)
     if not {file.name for file in files} & set(TOKENIZERS):
-        try:
+        with contextlib.suppress(UserError):  # a checkpoint from elsewhere may come without
             files.append(Path(find_tokenizer(step_dir)))
-        except UserError:
-            pass  # a checkpoint from elsewhere may come without
     return files
 
 
