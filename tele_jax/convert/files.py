@@ -114,6 +114,8 @@ def read_header(file: Path) -> dict[str, Stored]:
         header = json.loads(text, object_pairs_hook=_no_doubles)
         header.pop("__metadata__", None)
         tensors = {name: _stored(name, file, 8 + length, entry) for name, entry in header.items()}
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamageError(f"{file}: damaged: its header is not that of a safetensors file ({error})") from None
     end = 8 + length

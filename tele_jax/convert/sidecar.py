@@ -79,7 +79,8 @@ def _count_pieces(file: Path) -> int:
         tag = varint()
         if tag & 7 != 2:  # every field of the message is a message
             raise ValueError("not a SentencePiece model")
-        position += varint()
+        length = varint()
+        position += length
         count += tag == (1 << 3 | 2)
     if position != len(data) or not count:
         raise ValueError("not a SentencePiece model")

@@ -294,9 +294,7 @@ def _52b_layer(tensors: dict[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
     get = lambda name: tensors[f"h.{i}.{name}.weight"]  # noqa: E731
     d = D // N
     fused = get("attn.c_attn")
-    q, k, v = (
-        np.stack([fused[:, p * D + j * d : p * D + (j + 1) * d] for j in range(N)], axis=1) for p in range(3)
-    )
+    q, k, v = (np.stack([fused[:, p * D + j * d : p * D + (j + 1) * d] for j in range(N)], axis=1) for p in range(3))
     return {
         "attn_norm.scale": get("ln_1"),
         "attn.q": q,
