@@ -43,6 +43,9 @@ EXTRAS = {
         "transformers>=5.20,<6",
         "safetensors>=0.6,<1",
         "tokenizers>=0.22,<0.24",
+        # transformers reads GGUF files with these (benchmarks/real_model.py).
+        "accelerate>=1.15,<2",
+        "gguf>=0.19,<0.20",
     ],
     "eval": ["lm-eval>=0.4.13,<0.5"],
     # Not in the core: hosts of a pod draw nothing.

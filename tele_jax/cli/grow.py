@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from tele_jax.chat import find_tokenizer
     from tele_jax.checkpoint.tiles import local_path
     from tele_jax.cli.pages import load_page
+    from tele_jax.cli.progress import Progress
     from tele_jax.train import growing_stored
 
     args.dst = local_path(args.dst)
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     )
     if stage.layers == "distance" and args.text is None:
         print("note: layers are chosen by what they do to random tokens; --text FILE gives better scores")
-    receipt = growing_stored.grow(request, print, _Progress())
+    receipt = growing_stored.grow(request, print, Progress("grow"))
     if receipt is not None:
         print(_summary(receipt, args.dst))
     return receipt
@@ -107,26 +107,6 @@ def _summary(receipt: dict[str, Any], dst: Path) -> str:
         untested = "" if asked is None else f", so that tolerance={asked:g} was not applied"
         return f"{how}; logits were not compared, which needs more --memory-gb{untested}; wrote {dst}"
     return f"verified on {receipt['verified_on']}: logits moved by {receipt['max_abs']:.3g} at most; wrote {dst}"
-
-
-class _Progress:
-    """A bar on a terminal; a line at every tenth elsewhere."""
-
-    def __init__(self):
-        self._bar, self._tenth = None, 0
-
-    def __call__(self, done: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if sys.stderr.isatty():
-            if self._bar is None:
-                self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="grow")
-            self._bar.update(done - self._bar.n)
-            if done == total:
-                self._bar.close()
-        elif total >= 10**9 and 10 * done // total > self._tenth:
-            self._tenth = 10 * done // total
-            print(f"  {done:,} of {total:,} bytes", flush=True)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -18,6 +18,8 @@ VERBS = {
     "train": "run the stages of a config: pretrain, grow, fine-tune",
     "grow": "grow a checkpoint into a larger one",
     "inspect": "show what a checkpoint holds",
+    "import": "read a released checkpoint",
+    "export": "write a checkpoint for other programs to read",
     "tokenizer": "train or inspect a tokenizer",
     "data": "fetch text, make rows of it, look at them",
     "generate": "continue a prompt",
