@@ -164,7 +164,7 @@ class ModelConfig:
     dtype: typing.Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of activations and matrix products
     param_dtype: typing.Literal["bfloat16", "float32", "float64"] = "float32"
     remat: typing.Literal["none", "full"] = "full"
-    attention: typing.Literal["auto", "reference", "xla"] = "auto"
+    attention: typing.Literal["auto", "reference", "xla", "splash"] = "auto"
 
     def __post_init__(self):
         if self.num_kv_heads is None:

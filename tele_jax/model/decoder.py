@@ -16,7 +16,7 @@ from tele_jax.axes import declare
 from tele_jax.config import ModelConfig, require
 from tele_jax.model import rope
 from tele_jax.model.attention import attend
-from tele_jax.sharding import constrain
+from tele_jax.sharding import constrain, lookup
 
 # Growth masks: axis name -> float vector over that axis, 1 on old entries and c in [0, 1] on new ones.
 Masks = Mapping[str, jax.Array]
@@ -134,7 +134,7 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         table = declare(self, "table", inputs=("vocab",), outputs=("embed",))
-        return jnp.take(table, tokens, axis=0).astype(self.cfg.dtype) * self.cfg.input_mult
+        return lookup(table, tokens, self.cfg.dtype) * self.cfg.input_mult
 
 
 class Head(nn.Module):
