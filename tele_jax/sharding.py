@@ -146,6 +146,21 @@ def constrain(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(BATCH, sequence))
 
 
+def whole_rows(x: jax.Array, tensor: int | None = None) -> jax.Array:
+    """Keeps what is inside a block [B, S, ...] cut over the batch, and its dimension `tensor`, if given, over tensor.
+
+    Left to itself, the compiler may keep the sequence cut, gather whole weights on every device and exchange
+    activations, above all in the backward pass, which these constraints hold for as well.
+    """
+    mesh = mesh_of_step()
+    if mesh is None or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    entries: list[Any] = [BATCH] + [None] * (x.ndim - 1)
+    if tensor is not None and x.shape[tensor] % mesh.shape["tensor"] == 0:
+        entries[tensor] = "tensor"
+    return jax.lax.with_sharding_constraint(x, P(*entries))
+
+
 def lookup(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
     """Rows of an embedding table [V, D], cut as RULES say, for tokens [B, S]: [B, S, D] in dtype, as `constrain` cuts.
 

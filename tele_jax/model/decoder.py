@@ -16,7 +16,7 @@ from tele_jax.axes import declare
 from tele_jax.config import ModelConfig, require
 from tele_jax.model import rope
 from tele_jax.model.attention import attend
-from tele_jax.sharding import constrain, lookup
+from tele_jax.sharding import constrain, lookup, whole_rows
 
 # Growth masks: axis name -> float vector over that axis, 1 on old entries and c in [0, 1] on new ones.
 Masks = Mapping[str, jax.Array]
@@ -72,6 +72,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, cache: Cache | None, ctx: Context) -> tuple[jax.Array, Cache | None]:
         cfg = self.cfg
+        x = whole_rows(x)
         kernel_q = declare(self, "q", inputs=("embed",), outputs=("heads", "head_dim")).astype(x.dtype)
         kernel_k = declare(self, "k", inputs=("embed",), outputs=("kv_heads", "head_dim")).astype(x.dtype)
         kernel_v = declare(self, "v", inputs=("embed",), outputs=("kv_heads", "head_dim")).astype(x.dtype)
@@ -89,7 +90,7 @@ class Attention(nn.Module):
             y = attend(cfg.attention, q, cache.k, cache.v, ctx.positions, slots)
         if ctx.heads_mask is not None:
             y = y * ctx.heads_mask.astype(y.dtype)[:, None]
-        y = jnp.einsum("BSNH,NHD->BSD", y, kernel_o)
+        y = constrain(jnp.einsum("BSNH,NHD->BSD", y, kernel_o))
         if cfg.output_biases:
             y = y + declare(self, "o_bias", outputs=("embed",)).astype(x.dtype)
         return y, cache
@@ -100,12 +101,14 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        x = whole_rows(x)
         gate = jnp.einsum("BSD,DF->BSF", x, declare(self, "gate", inputs=("embed",), outputs=("mlp",)).astype(x.dtype))
         up = jnp.einsum("BSD,DF->BSF", x, declare(self, "up", inputs=("embed",), outputs=("mlp",)).astype(x.dtype))
-        y = jax.nn.silu(gate) * up
+        y = jax.nn.silu(whole_rows(gate, tensor=2)) * whole_rows(up, tensor=2)
         if ctx.mlp_mask is not None:
             y = y * ctx.mlp_mask.astype(y.dtype)
-        y = jnp.einsum("BSF,FD->BSD", y, declare(self, "down", inputs=("mlp",), outputs=("embed",)).astype(x.dtype))
+        down = declare(self, "down", inputs=("mlp",), outputs=("embed",)).astype(x.dtype)
+        y = constrain(jnp.einsum("BSF,FD->BSD", y, down))
         if self.cfg.output_biases:
             y = y + declare(self, "down_bias", outputs=("embed",)).astype(x.dtype)
         return y
