@@ -29,6 +29,7 @@ class Generation:
     libtpu_name: str
     peak_flops: float
     hbm_bytes: float
+    usable_hbm_bytes: float  # of one device, as libtpu 0.0.42.1 says when a program needs more
     hbm_bandwidth: float
     link_bandwidth: float  # of one ICI link; a chip has two a dimension of its torus
     dcn_bandwidth: float  # of one chip's share of the network between slices
@@ -46,12 +47,12 @@ _DOCS = "cloud.google.com/tpu/docs"
 GENERATIONS = {
     g.name: g
     for g in (
-        Generation("v4", "v4", 275e12, 32 * GIB, 1.2e12, 50e9, 6.25e9, 3, (16, 16, 16), 2, 1, 4,
+        Generation("v4", "v4", 275e12, 32 * GIB, 30.75 * GIB, 1.2e12, 50e9, 6.25e9, 3, (16, 16, 16), 2, 1, 4,
                    f"{_DOCS}/v4; ICI: arXiv 2304.01433; DCN: jax-ml.github.io/scaling-book/tpus"),
-        Generation("v5e", "v5e", 197e12, 16 * GIB, 819e9, 50e9, 3.125e9, 2, (16, 16), 1, 1, 16, f"{_DOCS}/v5e"),
-        Generation("v5p", "v5p", 459e12, 95 * GIB, 2.765e12, 100e9, 6.25e9, 3, (16, 16, 24), 2, 1, 4, f"{_DOCS}/v5p"),
-        Generation("v6e", "v6e", 918e12, 32 * GIB, 1.638e12, 100e9, 12.5e9, 2, (16, 16), 1, 1, 16, f"{_DOCS}/v6e"),
-        Generation("tpu7x", "tpu7x", 2307e12, 192 * GIB, 7.38e12, 100e9, 12.5e9, 3, (16, 24, 24), 2, 2, 4,
+        Generation("v5e", "v5e", 197e12, 16 * GIB, 15.75 * GIB, 819e9, 50e9, 3.125e9, 2, (16, 16), 1, 1, 16, f"{_DOCS}/v5e"),
+        Generation("v5p", "v5p", 459e12, 95 * GIB, 95.74 * GIB, 2.765e12, 100e9, 6.25e9, 3, (16, 16, 24), 2, 1, 4, f"{_DOCS}/v5p"),
+        Generation("v6e", "v6e", 918e12, 32 * GIB, 31.25 * GIB, 1.638e12, 100e9, 12.5e9, 2, (16, 16), 1, 1, 16, f"{_DOCS}/v6e"),
+        Generation("tpu7x", "tpu7x", 2307e12, 192 * GIB, 94.75 * GIB, 7.38e12, 100e9, 12.5e9, 3, (16, 24, 24), 2, 2, 4,
                    f"{_DOCS}/tpu7x"),
     )
 }  # fmt: skip
