@@ -170,13 +170,18 @@ def lookup(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
     mesh = mesh_of_step()
     sizes = {} if mesh is None else dict(mesh.shape)
     fits = bool(sizes) and tokens.shape[0] % (sizes["data"] * sizes["fsdp"]) == 0
-    if not fits or tokens.shape[1] % sizes["tensor"] or table.shape[0] % sizes["tensor"] or table.shape[1] % sizes["fsdp"]:
+    if (
+        not fits
+        or tokens.shape[1] % sizes["tensor"]
+        or table.shape[0] % sizes["tensor"]
+        or table.shape[1] % sizes["fsdp"]
+    ):
         return jnp.take(table, tokens, axis=0).astype(dtype)
 
     def local(table, tokens):
         tokens = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
         rows = tokens - jax.lax.axis_index("tensor") * table.shape[0]
-        here = (0 <= rows) & (rows < table.shape[0])
+        here = (rows >= 0) & (rows < table.shape[0])
         found = jnp.take(table, jnp.where(here, rows, 0), axis=0).astype(dtype)
         x = jnp.where(here[..., None], found, 0)
         x = jax.lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True)

@@ -11,11 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from tele_jax.axes import declare
 from tele_jax.config import ModelConfig, require
 from tele_jax.model import rope
-from tele_jax.model.attention import attend
+from tele_jax.model.attention import SAVED, attend
 from tele_jax.sharding import constrain, lookup, whole_rows
 
 # Growth masks: axis name -> float vector over that axis, 1 on old entries and c in [0, 1] on new ones.
@@ -122,13 +123,34 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, own: tuple[jax.Array | None, Cache | None], ctx: Context):
         layer_mask, cache = own
-        before = x
+        before = x = checkpoint_name(x, "stream")
         y, cache = Attention(self.cfg, name="attn")(Norm(self.cfg, name="attn_norm")(x, ctx.embed_mask), cache, ctx)
         x = x + y
         x = x + Mlp(self.cfg, name="mlp")(Norm(self.cfg, name="mlp_norm")(x, ctx.embed_mask), ctx)
         if layer_mask is not None:
             x = before + layer_mask.astype(x.dtype) * (x - before)
         return constrain(x), cache
+
+
+# What a layer keeps of its forward pass for the backward pass; the rest is computed again there.
+#   full       its input
+#   attention  also what attention gave, so that its kernel need not run again
+#   offload    as attention, all of it in the host's memory
+REMAT = {
+    "full": None,
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["stream", SAVED],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+def rematerialised(cfg: ModelConfig) -> type[Block]:
+    """Block under the remat policy of cfg; "none" keeps everything."""
+    return Block if cfg.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[cfg.remat])
 
 
 class Embed(nn.Module):
@@ -162,7 +184,7 @@ class Decoder(nn.Module):
         x = Embed(cfg, name="embed")(tokens)
         if cfg.embed_norm:
             x = Norm(cfg, writes=("embed",), name="embed_norm")(x, ctx.embed_mask)
-        block = nn.remat(Block, prevent_cse=False) if cfg.remat == "full" and cache is None else Block
+        block = Block if cache is not None else rematerialised(cfg)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},

@@ -1,8 +1,8 @@
 """Ahead-of-time compilation of a step for a slice that is not there, and what was compiled before read back.
 
-    job = Job(cfg=tele.get_model("tele_flm_52b"), slice=find_slice("v5p:4x4x8"), mesh=MeshConfig(fsdp=64, tensor=2),
-              batch_size=64, seq_len=4096)
-    program = compile_job(job)     # about a minute of a core, whatever the number of layers
+job = Job(cfg=tele.get_model("tele_flm_52b"), slice=find_slice("v5p:4x4x8"), mesh=MeshConfig(fsdp=64, tensor=2),
+          batch_size=64, seq_len=4096)
+program = compile_job(job)     # about a minute of a core, whatever the number of layers
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class Job:
     batch_size: int
     seq_len: int
     microbatches: int = 1
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=1e-4))
 
     def __post_init__(self):
         axes = f"data={self.mesh.data} x fsdp={self.mesh.fsdp} x tensor={self.mesh.tensor}"

@@ -164,7 +164,9 @@ def _by_kind(collectives: Sequence[Collective]) -> dict[str, dict[str, float]]:
     for c in collectives:
         if len(c.group) < 2:
             continue
-        entry = found.setdefault(f"{c.kind} over {len(c.group)}", {"times": 0, "result_bytes": 0.0, "received_bytes": 0.0})
+        entry = found.setdefault(
+            f"{c.kind} over {len(c.group)}", {"times": 0, "result_bytes": 0.0, "received_bytes": 0.0}
+        )
         entry["times"] += c.times
         entry["result_bytes"] += c.times * c.result_bytes
         entry["received_bytes"] += c.times * received(c)
@@ -193,7 +195,8 @@ def table(figures: dict[str, Any]) -> str:
         rows += [
             ("FLOPs a device", f"{flops['matmul']:.4g} of matrix products, {flops['attention']:.3g} of attention; "
                                f"model FLOPs {flops['model']:.4g}"),
-            ("traffic", f"HBM {f['hbm_bytes'] / 1e9:,.0f} GB; results of collectives {f['collective_bytes'] / 1e9:,.0f} GB"),
+            ("traffic", f"HBM {f['hbm_bytes'] / 1e9:,.0f} GB; "
+                        f"results of collectives {f['collective_bytes'] / 1e9:,.0f} GB"),
             *((f"  {kind}", f"{c['times']:,.0f} times, {c['received_bytes'] / 1e9:,.1f} GB received")
               for kind, c in list(f["collectives"].items())[:6]),
             ("step at least", f"{seconds['step']:.3f} s: compute {seconds['compute']:.3f}, HBM {seconds['hbm']:.3f}, "

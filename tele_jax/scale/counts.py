@@ -20,10 +20,10 @@ from tele_jax.scale.hlo import Computation, Instruction, Module
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 # They stand for a value that another instruction has made, or for one that is only named.
+_NAMES = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id")
+_DONE = ("copy", "slice", "async", "all-gather", "all-reduce", "collective-permute", "send", "recv")
 _FREE = frozenset(
-    "parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id opt-barrier domain "
-    "optimization-barrier copy-done slice-done async-done async-update all-gather-done all-reduce-done "
-    "collective-permute-done send-done recv-done iota".split()
+    (*_NAMES, "opt-barrier", "optimization-barrier", "domain", "iota", "async-update", *(f"{op}-done" for op in _DONE))
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
 
@@ -216,7 +216,9 @@ class _Counter:
                 total.hbm += whole if read is None else min(read, whole)
         results = [array for array in i.shape if array.space == hlo.HBM]
         if results:
-            total.hbm += self._written(computation if inner is None else inner, i if inner is None else inner.root, results)
+            total.hbm += self._written(
+                computation if inner is None else inner, i if inner is None else inner.root, results
+            )
 
     def _read(self, inner: Computation, position: int) -> int | None:
         """Bytes of its parameter that a fused computation reads; None for all of them."""
@@ -258,7 +260,9 @@ def _read_by(i: Instruction, position: int, module: Module) -> int | None:
 
 def _branches(i: Instruction) -> list[str]:
     listed = i.attribute("branch_computations")
-    names = re.findall(r"%?([\w.\-]+)", listed) if listed else [i.called("true_computation"), i.called("false_computation")]
+    names = (
+        re.findall(r"%?([\w.\-]+)", listed) if listed else [i.called("true_computation"), i.called("false_computation")]
+    )
     return [name for name in names if name]
 
 

@@ -1,4 +1,4 @@
-"""The text of a compiled XLA program as instructions: shapes, operands, loops with their trip counts, groups of devices.
+"""The text of a compiled XLA program as instructions: shapes, operands, trip counts of loops, groups of devices.
 
     %dot.3 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 

@@ -1,7 +1,7 @@
 """TPU slices by name, their hardware figures, and their devices as libtpu describes them on a machine without any.
 
-    find_slice("v5p:8x16x16")     # or "v5p-4096", Google's name: the number of TensorCores, of chips for v5e and v6e
-    devices(slice)                # what jax.make_mesh takes; needs the extra [tpu]
+find_slice("v5p:8x16x16")     # or "v5p-4096", Google's name: the number of TensorCores, of chips for v5e and v6e
+devices(slice)                # what jax.make_mesh takes; needs the extra [tpu]
 """
 
 import dataclasses
@@ -26,7 +26,6 @@ class Generation:
     """Figures of one chip. FLOPs are bfloat16, dense. Bandwidths in bytes/s; a link's is that of one direction."""
 
     name: str
-    libtpu_name: str
     peak_flops: float
     hbm_bytes: float
     usable_hbm_bytes: float  # of one device, as libtpu 0.0.42.1 says when a program needs more
@@ -41,19 +40,18 @@ class Generation:
     source: str
 
 
-_DOCS = "cloud.google.com/tpu/docs"
 # ICI: Google gives the sum over links of both directions, e.g. 1,200 GB/s for the six links of a v5p, 100 GB/s each
-# way; v4's from its paper. DCN of v4: scaling-book, 25 GB/s a host of four. HBM: what the compiler may use is less.
+# way; v4's from arXiv 2304.01433. DCN: v4's from jax-ml.github.io/scaling-book/tpus, 25 GB/s a host of four chips.
+# HBM: what the compiler lets a program use is another figure than the nominal capacity.
 GENERATIONS = {
-    g.name: g
-    for g in (
-        Generation("v4", "v4", 275e12, 32 * GIB, 30.75 * GIB, 1.2e12, 50e9, 6.25e9, 3, (16, 16, 16), 2, 1, 4,
-                   f"{_DOCS}/v4; ICI: arXiv 2304.01433; DCN: jax-ml.github.io/scaling-book/tpus"),
-        Generation("v5e", "v5e", 197e12, 16 * GIB, 15.75 * GIB, 819e9, 50e9, 3.125e9, 2, (16, 16), 1, 1, 16, f"{_DOCS}/v5e"),
-        Generation("v5p", "v5p", 459e12, 95 * GIB, 95.74 * GIB, 2.765e12, 100e9, 6.25e9, 3, (16, 16, 24), 2, 1, 4, f"{_DOCS}/v5p"),
-        Generation("v6e", "v6e", 918e12, 32 * GIB, 31.25 * GIB, 1.638e12, 100e9, 12.5e9, 2, (16, 16), 1, 1, 16, f"{_DOCS}/v6e"),
-        Generation("tpu7x", "tpu7x", 2307e12, 192 * GIB, 94.75 * GIB, 7.38e12, 100e9, 12.5e9, 3, (16, 24, 24), 2, 2, 4,
-                   f"{_DOCS}/tpu7x"),
+    row[0]: Generation(*row[:-1], source=f"cloud.google.com/tpu/docs/{row[-1]}")
+    for row in (
+        # name    FLOP/s   HBM        usable, a device HBM B/s   link   DCN      torus and largest; cores, devices, ring
+        ("v4",    275e12,  32 * GIB,  30.75 * GIB,     1.2e12,   50e9,  6.25e9,  3, (16, 16, 16), 2, 1, 4, "v4"),
+        ("v5e",   197e12,  16 * GIB,  15.75 * GIB,     819e9,    50e9,  3.125e9, 2, (16, 16), 1, 1, 16, "v5e"),
+        ("v5p",   459e12,  95 * GIB,  95.74 * GIB,     2.765e12, 100e9, 6.25e9,  3, (16, 16, 24), 2, 1, 4, "v5p"),
+        ("v6e",   918e12,  32 * GIB,  31.25 * GIB,     1.638e12, 100e9, 12.5e9,  2, (16, 16), 1, 1, 16, "v6e"),
+        ("tpu7x", 2307e12, 192 * GIB, 94.75 * GIB,     7.38e12,  100e9, 12.5e9,  3, (16, 24, 24), 2, 2, 4, "tpu7x"),
     )
 }  # fmt: skip
 _ALIASES = {"v5": "v5p", "v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "7x": "tpu7x"}
@@ -85,7 +83,7 @@ class Slice:
 
     @property
     def rings(self) -> tuple[bool, ...]:
-        """Per dimension, whether it has wraparound links. v4 and later 3D slices have them from one cube of 4x4x4 on."""
+        """Per dimension, whether it has wraparound links. 3D slices have them from one cube of 4x4x4 on."""
         whole = all(size % self.generation.ring == 0 for size in self.shape)
         flat = self.generation.dimensions == 2
         return tuple(size % self.generation.ring == 0 if flat else whole for size in self.shape)
@@ -137,11 +135,15 @@ def _shape_of(generation: Generation, count: int, name: str) -> tuple[int, ...]:
         cubes, uneven = divmod(chips, 64)
         sides = [d for d in range(1, cubes + 1) if uneven == 0 and cubes % d == 0]
         triples = [(a, b, cubes // (a * b)) for a in sides for b in sides if cubes % (a * b) == 0]
-        found = [tuple(4 * s for s in t) for t in triples if t == tuple(sorted(t)) and 4 * t[2] <= max(generation.largest)]
+        found = [
+            tuple(4 * s for s in t) for t in triples if t == tuple(sorted(t)) and 4 * t[2] <= max(generation.largest)
+        ]
     if rest or not found:
         counts = ", ".join(str(c * generation.cores) for c in (_FLAT if generation.dimensions == 2 else _SMALL))
         more = "" if generation.dimensions == 2 else f", and multiples of {64 * generation.cores}"
-        raise UserError(f"topology {name!r}: {generation.name} comes in {counts}{more}; or give the shape, as in {KNOWN}")
+        raise UserError(
+            f"topology {name!r}: {generation.name} comes in {counts}{more}; or give the shape, as in {KNOWN}"
+        )
     return min(found, key=sum)
 
 
@@ -162,7 +164,9 @@ def require_libtpu() -> str:
     except importlib.metadata.PackageNotFoundError:
         raise UserError(f"the TPU compiler, libtpu, is not installed; {how}") from None
     if not wanted.specifier.contains(version):
-        raise UserError(f"libtpu {version} is not for jax {jax.__version__}, whose programs it cannot be read with; {how}")
+        raise UserError(
+            f"libtpu {version} is not for jax {jax.__version__}, whose programs it cannot be read with; {how}"
+        )
     return version
 
 
@@ -173,9 +177,10 @@ def devices(of: Slice) -> list[jax.Device]:
       UserError: libtpu is missing, of another version, or knows no such slice.
     """
     require_libtpu()
-    # Without these libtpu asks a metadata server that is not there, and says so at length.
+    # libtpu would ask a metadata server that is not there, and say so at length.
     for variable, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),  # the lock guards hardware, which is not used here
         ("TPU_ACCELERATOR_TYPE", "v5p-8"),
         ("TPU_WORKER_HOSTNAMES", "localhost"),
         ("TPU_LOG_DIR", "disabled"),
@@ -192,7 +197,7 @@ def devices(of: Slice) -> list[jax.Device]:
     if of.generation.cores > of.generation.devices:
         options["chip_config_name"] = "megacore"
     try:
-        name = f"{of.generation.libtpu_name}:{'x'.join(map(str, of.shape))}"
+        name = f"{of.generation.name}:{'x'.join(map(str, of.shape))}"
         found = topologies.get_topology_desc(name, "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"topology {of.name!r}: libtpu says: {error}; known are {KNOWN}") from None
