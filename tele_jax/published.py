@@ -71,6 +71,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     | dict(num_layers=64, num_heads=64, embed_dim=8_192, mlp_dim=21_824, padded_vocab_size=80_896, rope=_NTK_52B),
 }
 
+# Tokens of the stage that trained each (FACTS sections 1 and 5); the others' were not published.
+STAGE_TOKENS = {
+    "tele_flm_52b": 2.0e12,
+    "tele_flm_102b": 0.3e12,
+    "tele_flm_1t": 15.7e9,
+    "telechat_1b": 2.0e12,
+    "telechat_7b": 1.5e12,
+    "telechat_12b": 3.0e12,
+}
+
 
 def get_model(name: str) -> ModelConfig:
     """The config of a published model.

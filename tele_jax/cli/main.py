@@ -17,6 +17,7 @@ from tele_jax.errors import DamageError, FailedError, UserError
 VERBS = {
     "train": "run the stages of a config: pretrain, grow, fine-tune",
     "grow": "grow a checkpoint into a larger one",
+    "plan": "compile a training step for a TPU slice: does it fit, what does it cost",
     "inspect": "show what a checkpoint holds",
     "import": "read a released checkpoint",
     "export": "write a checkpoint for other programs to read",

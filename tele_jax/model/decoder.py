@@ -11,12 +11,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from tele_jax.axes import declare
 from tele_jax.config import ModelConfig, require
 from tele_jax.model import rope
-from tele_jax.model.attention import attend, cached, indices
-from tele_jax.sharding import constrain
+from tele_jax.model.attention import SAVED, attend, cached, indices
+from tele_jax.sharding import constrain, lookup, whole_rows
 
 # Growth masks: axis name -> float vector over that axis, 1 on old entries and c in [0, 1] on new ones.
 Masks = Mapping[str, jax.Array]
@@ -90,6 +91,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, cache: Cache | None, layer, ctx: Context) -> tuple[jax.Array, Cache | None]:
         cfg = self.cfg
+        x = whole_rows(x)
         kernel_q = declare(self, "q", inputs=("embed",), outputs=("heads", "head_dim")).astype(x.dtype)
         kernel_k = declare(self, "k", inputs=("embed",), outputs=("kv_heads", "head_dim")).astype(x.dtype)
         kernel_v = declare(self, "v", inputs=("embed",), outputs=("kv_heads", "head_dim")).astype(x.dtype)
@@ -109,7 +111,7 @@ class Attention(nn.Module):
             y = cached(q, cache.k, cache.v, layer, ctx.positions, cache.positions, ctx.slot + x.shape[1])
         if ctx.heads_mask is not None:
             y = y * ctx.heads_mask.astype(y.dtype)[:, None]
-        y = jnp.einsum("BSNH,NHD->BSD", y, kernel_o)
+        y = constrain(jnp.einsum("BSNH,NHD->BSD", y, kernel_o))
         if cfg.output_biases:
             y = y + declare(self, "o_bias", outputs=("embed",)).astype(x.dtype)
         return y, cache
@@ -120,12 +122,14 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        x = whole_rows(x)
         gate = jnp.einsum("BSD,DF->BSF", x, declare(self, "gate", inputs=("embed",), outputs=("mlp",)).astype(x.dtype))
         up = jnp.einsum("BSD,DF->BSF", x, declare(self, "up", inputs=("embed",), outputs=("mlp",)).astype(x.dtype))
-        y = jax.nn.silu(gate) * up
+        y = jax.nn.silu(whole_rows(gate, tensor=2)) * whole_rows(up, tensor=2)
         if ctx.mlp_mask is not None:
             y = y * ctx.mlp_mask.astype(y.dtype)
-        y = jnp.einsum("BSF,FD->BSD", y, declare(self, "down", inputs=("mlp",), outputs=("embed",)).astype(x.dtype))
+        down = declare(self, "down", inputs=("mlp",), outputs=("embed",)).astype(x.dtype)
+        y = constrain(jnp.einsum("BSF,FD->BSD", y, down))
         if self.cfg.output_biases:
             y = y + declare(self, "down_bias", outputs=("embed",)).astype(x.dtype)
         return y
@@ -140,7 +144,7 @@ class Block(nn.Module):
     def __call__(self, carry: tuple[jax.Array, Cache | None], own: tuple[jax.Array | None, Any], ctx: Context):
         x, cache = carry
         layer_mask, layer = own
-        before = x
+        before = x = checkpoint_name(x, "stream")
         y = Norm(self.cfg, name="attn_norm")(x, ctx.embed_mask)
         y, cache = Attention(self.cfg, name="attn")(y, cache, layer, ctx)
         x = x + y
@@ -150,13 +154,34 @@ class Block(nn.Module):
         return (constrain(x), cache), None
 
 
+# What a layer keeps of its forward pass for the backward pass; the rest is computed again there.
+#   full       its input
+#   attention  also what attention gave, so that its kernel need not run again
+#   offload    as attention, all of it in the host's memory
+REMAT = {
+    "full": None,
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["stream", SAVED],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+def rematerialised(cfg: ModelConfig) -> type[Block]:
+    """Block under the remat policy of cfg; "none" keeps everything."""
+    return Block if cfg.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[cfg.remat])
+
+
 class Embed(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         table = declare(self, "table", inputs=("vocab",), outputs=("embed",))
-        return jnp.take(table, tokens, axis=0).astype(self.cfg.dtype) * self.cfg.input_mult
+        return lookup(table, tokens, self.cfg.dtype) * self.cfg.input_mult
 
 
 class Head(nn.Module):
@@ -178,7 +203,7 @@ class Decoder(nn.Module):
         x = Embed(cfg, name="embed")(tokens)
         if cfg.embed_norm:
             x = Norm(cfg, writes=("embed",), name="embed_norm")(x, ctx.embed_mask)
-        block = nn.remat(Block, prevent_cse=False) if cfg.remat == "full" and cache is None else Block
+        block = Block if cache is not None else rematerialised(cfg)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},

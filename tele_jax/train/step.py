@@ -36,6 +36,38 @@ def make_step(
     accumulated in float32 or better. masks (see growth.masks) may change without compiling again; None is the plain
     model, compiled on its own.
     """
+    compiled = _jitted(cfg, tx, mesh, batch_size, microbatches)
+
+    def run(params, opt_state, batch, masks=None):
+        with jax.set_mesh(mesh):
+            return compiled(params, opt_state, batch, masks)
+
+    return run
+
+
+def lower_step(
+    cfg: ModelConfig,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    seq_len: int,
+    microbatches: int = 1,
+) -> jax.stages.Lowered:
+    """The same step for batches [batch_size, seq_len], ready to be compiled: nothing is allocated, and the devices of
+    the mesh need not be there.
+    """
+    params = abstract_params(cfg)
+    whole = {"tokens": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32}
+    rows = (batch_size, seq_len)
+    batch = {name: jax.ShapeDtypeStruct(rows, dtype) for name, dtype in {**whole, "loss_weights": jnp.float32}.items()}
+    with jax.set_mesh(mesh):
+        return _jitted(cfg, tx, mesh, batch_size, microbatches).lower(
+            params, jax.eval_shape(tx.init, params), batch, None
+        )
+
+
+def _jitted(cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, batch_size: int, microbatches: int):
     params_sharding, opt_sharding = state_shardings(cfg, tx, mesh)
     rows = batch_sharding(mesh, batch_size // microbatches)
 
@@ -70,18 +102,12 @@ def make_step(
         metrics = {"loss": total * scale, "grad_norm": optax.tree.norm(gradients), "weight": weight}
         return optax.apply_updates(params, updates), opt_state, metrics
 
-    compiled = jax.jit(
+    return jax.jit(
         step,
         in_shardings=(params_sharding, opt_sharding, rows, replicated(mesh)),
         out_shardings=(params_sharding, opt_sharding, replicated(mesh)),
         donate_argnums=(0, 1),
     )
-
-    def run(params, opt_state, batch, masks=None):
-        with jax.set_mesh(mesh):
-            return compiled(params, opt_state, batch, masks)
-
-    return run
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
