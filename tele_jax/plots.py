@@ -174,7 +174,7 @@ def layer_scores(receipt: Mapping[str, Any]) -> "Figure":
     axes.margins(y=0.12)
     axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("source layer")
-    axes.set_ylabel(f"change of what goes through ({metric})\n{METRICS.get(metric, '')}".rstrip())
+    axes.set_ylabel(f"change of what goes through a layer ({metric})\n{METRICS.get(metric, '')}".rstrip())
     axes.set_title(f"Which layers were copied: {len(scores)} -> {len(layers)}, those that change least")
     _grid(axes, "y")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
