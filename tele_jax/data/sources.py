@@ -190,7 +190,7 @@ def check_record(record: str, format: Format) -> Any:
     """
     try:
         value = json.loads(record)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON: {error}") from None
     key = "messages" if format == "dialogues" else "text"
     if not isinstance(value, dict) or key not in value:
