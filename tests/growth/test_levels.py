@@ -287,10 +287,19 @@ LAYERS = {"layers[0]", "layers[2]"}  # layers[1] is a copy, and writes nothing
         (lambda plan: with_leaves(plan, **{"layers.mlp.down_bias": dict(zero=("embed",))}), {"layers[1]"}),
         (lambda plan: with_leaves(plan, **{"embed.table": dict(coefficient=1.001)}), {"embed"}),
     ],
-    ids=(
-        "mlp_norm final_norm multiplier epsilon groups random_in_embed channels mlp_units copied_layer copied_bias "
-        "input_mult"
-    ).split(),
+    ids=[
+        "mlp_norm",
+        "final_norm",
+        "multiplier",
+        "epsilon",
+        "groups",
+        "random_in_embed",
+        "channels",
+        "mlp_units",
+        "copied_layer",
+        "copied_bias",
+        "input_mult",
+    ],
 )
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_a_part_that_does_something_else_is_named(mutate, parts, dtype):
