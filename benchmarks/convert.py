@@ -51,12 +51,12 @@ def measure(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
             for path in (ck, out, copy):
                 shutil.rmtree(path, ignore_errors=True)
             read_all(src)
-            run = {"import": child("convert", task="import", src=str(src), dst=str(ck), **how)}
+            run = {"import": child("convert", what="import", src=str(src), dst=str(ck), **how)}
             read_all(src)
             run["cp_seconds"] = copy_seconds(src, copy)
             shutil.rmtree(copy)
             read_all(ck)
-            run["export"] = child("convert", task="export", src=str(ck), dst=str(out), **how)
+            run["export"] = child("convert", what="export", src=str(ck), dst=str(out), **how)
             run["same_bytes"] = same_weights(src, out)
             run["load_average"] = round(os.getloadavg()[0], 2)
             runs.append(run)
@@ -115,7 +115,7 @@ def make(size: str, src: str) -> dict[str, Any]:
     return {}
 
 
-def convert(task: str, src: str, dst: str, **how: Any) -> dict[str, Any]:
+def convert(what: str, src: str, dst: str, **how: Any) -> dict[str, Any]:
     import jax
 
     from tele_jax import checkpoint
@@ -123,11 +123,11 @@ def convert(task: str, src: str, dst: str, **how: Any) -> dict[str, Any]:
     from tele_jax.convert import exporting, importing
 
     jax.devices()
-    checkpoint.open_lazy  # noqa: B018
+    checkpoint.open_lazy  # noqa: B018  brings the rest
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     began, cpu = time.perf_counter(), time.process_time()
-    if task == "import":
+    if what == "import":
         figures = importing.import_checkpoint(src, dst, **how)
     else:
         figures = exporting.export_checkpoint(src, dst, format="telechat", **how)

@@ -2,7 +2,7 @@
 
 A row is a tensor of theirs, with its dimensions in the named axes of ours (axes.py):
 
-    Row("h.{}.self_attention.key_value.weight", "kv_heads * head_dim, embed", "layers.attn.k", "layers.attn.v")
+    _row("h.{}.self_attention.key_value.weight", "kv_heads * head_dim, embed", "layers.attn.k", "layers.attn.v")
 
 A comma ends a dimension; the axes of one dimension lie row-major in it; {} stands for the layer. Where a tensor holds
 several leaves, * is the place in which they take turns: above, each head has its key, then its value. Shapes, and the
@@ -21,86 +21,87 @@ from tele_jax.convert import fold
 from tele_jax.model.spec import flat_spec
 
 
-@dataclasses.dataclass(frozen=True, init=False)
+@dataclasses.dataclass(frozen=True)
 class Row:
     """A tensor of a release.
 
-    constant: what it is full of, where it holds no leaf. beside: a leaf without which it is not there either.
+    dimensions: the axes of each. constant: what it is full of, where it holds no leaf. beside: a leaf without which it
+    is not there either.
     """
 
     name: str
     dimensions: tuple[tuple[str, ...], ...]
     leaves: tuple[str, ...]
-    constant: float | None
-    beside: str | None
+    constant: float | None = None
+    beside: str | None = None
 
-    def __init__(self, name: str, dimensions: str, *leaves: str, constant: float | None = None, beside=None):
-        parsed = tuple(tuple(part.split()) for part in dimensions.split(",")) if dimensions else ()
-        for field, value in zip(dataclasses.fields(self), (name, parsed, leaves, constant, beside), strict=True):
-            object.__setattr__(self, field.name, value)
+
+def _row(name: str, dimensions: str, *leaves: str, constant: float | None = None, beside: str | None = None) -> Row:
+    parsed = tuple(tuple(part.split()) for part in dimensions.split(",")) if dimensions else ()
+    return Row(name, parsed, leaves, constant, beside)
 
 
 _LLAMA_NORMS_AND_MLP = (
-    Row("model.layers.{}.input_layernorm.weight", "embed", "layers.attn_norm.scale"),
-    Row("model.layers.{}.post_attention_layernorm.weight", "embed", "layers.mlp_norm.scale"),
-    Row("model.layers.{}.mlp.gate_proj.weight", "mlp, embed", "layers.mlp.gate"),
-    Row("model.layers.{}.mlp.up_proj.weight", "mlp, embed", "layers.mlp.up"),
-    Row("model.layers.{}.mlp.down_proj.weight", "embed, mlp", "layers.mlp.down"),
+    _row("model.layers.{}.input_layernorm.weight", "embed", "layers.attn_norm.scale"),
+    _row("model.layers.{}.post_attention_layernorm.weight", "embed", "layers.mlp_norm.scale"),
+    _row("model.layers.{}.mlp.gate_proj.weight", "mlp, embed", "layers.mlp.gate"),
+    _row("model.layers.{}.mlp.up_proj.weight", "mlp, embed", "layers.mlp.up"),
+    _row("model.layers.{}.mlp.down_proj.weight", "embed, mlp", "layers.mlp.down"),
 )
 TELE_FLM = (
-    Row("model.embed_tokens.weight", "vocab, embed", "embed.table"),
+    _row("model.embed_tokens.weight", "vocab, embed", "embed.table"),
     *_LLAMA_NORMS_AND_MLP,
-    Row("model.layers.{}.self_attn.q_proj.weight", "heads head_dim, embed", "layers.attn.q"),
-    Row("model.layers.{}.self_attn.k_proj.weight", "kv_heads head_dim, embed", "layers.attn.k"),
-    Row("model.layers.{}.self_attn.v_proj.weight", "kv_heads head_dim, embed", "layers.attn.v"),
-    Row("model.layers.{}.self_attn.o_proj.weight", "embed, heads head_dim", "layers.attn.o"),
-    Row("model.norm.weight", "embed", "final_norm.scale"),
-    Row("lm_head.weight", "vocab, embed", "lm_head.kernel"),
+    _row("model.layers.{}.self_attn.q_proj.weight", "heads head_dim, embed", "layers.attn.q"),
+    _row("model.layers.{}.self_attn.k_proj.weight", "kv_heads head_dim, embed", "layers.attn.k"),
+    _row("model.layers.{}.self_attn.v_proj.weight", "kv_heads head_dim, embed", "layers.attn.v"),
+    _row("model.layers.{}.self_attn.o_proj.weight", "embed, heads head_dim", "layers.attn.o"),
+    _row("model.norm.weight", "embed", "final_norm.scale"),
+    _row("lm_head.weight", "vocab, embed", "lm_head.kernel"),
 )
 # Llama's attention_bias and mlp_bias put a bias on every projection; ours are on the last of each block only.
 LLAMA = (
     *TELE_FLM,
-    Row("model.layers.{}.self_attn.q_proj.bias", "heads head_dim", constant=0.0, beside="layers.attn.o_bias"),
-    Row("model.layers.{}.self_attn.k_proj.bias", "kv_heads head_dim", constant=0.0, beside="layers.attn.o_bias"),
-    Row("model.layers.{}.self_attn.v_proj.bias", "kv_heads head_dim", constant=0.0, beside="layers.attn.o_bias"),
-    Row("model.layers.{}.self_attn.o_proj.bias", "embed", "layers.attn.o_bias"),
-    Row("model.layers.{}.mlp.gate_proj.bias", "mlp", constant=0.0, beside="layers.mlp.down_bias"),
-    Row("model.layers.{}.mlp.up_proj.bias", "mlp", constant=0.0, beside="layers.mlp.down_bias"),
-    Row("model.layers.{}.mlp.down_proj.bias", "embed", "layers.mlp.down_bias"),
+    _row("model.layers.{}.self_attn.q_proj.bias", "heads head_dim", constant=0.0, beside="layers.attn.o_bias"),
+    _row("model.layers.{}.self_attn.k_proj.bias", "kv_heads head_dim", constant=0.0, beside="layers.attn.o_bias"),
+    _row("model.layers.{}.self_attn.v_proj.bias", "kv_heads head_dim", constant=0.0, beside="layers.attn.o_bias"),
+    _row("model.layers.{}.self_attn.o_proj.bias", "embed", "layers.attn.o_bias"),
+    _row("model.layers.{}.mlp.gate_proj.bias", "mlp", constant=0.0, beside="layers.mlp.down_bias"),
+    _row("model.layers.{}.mlp.up_proj.bias", "mlp", constant=0.0, beside="layers.mlp.down_bias"),
+    _row("model.layers.{}.mlp.down_proj.bias", "embed", "layers.mlp.down_bias"),
 )
 TELECHAT = (
-    Row("word_embeddings.weight", "vocab, embed", "embed.table"),
-    Row("h.{}.input_layernorm.weight", "embed", "layers.attn_norm.scale"),
-    Row("h.{}.post_attention_layernorm.weight", "embed", "layers.mlp_norm.scale"),
-    Row("h.{}.self_attention.query.weight", "heads head_dim, embed", "layers.attn.q"),
-    Row("h.{}.self_attention.key_value.weight", "kv_heads * head_dim, embed", "layers.attn.k", "layers.attn.v"),
-    Row("h.{}.self_attention.dense.weight", "embed, heads head_dim", "layers.attn.o"),
-    Row("h.{}.self_attention.dense.bias", "embed", "layers.attn.o_bias"),
-    Row("h.{}.mlp.gate_proj.weight", "mlp, embed", "layers.mlp.gate"),
-    Row("h.{}.mlp.up_proj.weight", "mlp, embed", "layers.mlp.up"),
-    Row("h.{}.mlp.down_proj.weight", "embed, mlp", "layers.mlp.down"),
-    Row("h.{}.mlp.down_proj.bias", "embed", "layers.mlp.down_bias"),
-    Row("ln_f.weight", "embed", "final_norm.scale"),
-    Row("lm_head.weight", "vocab, embed", "lm_head.kernel"),
+    _row("word_embeddings.weight", "vocab, embed", "embed.table"),
+    _row("h.{}.input_layernorm.weight", "embed", "layers.attn_norm.scale"),
+    _row("h.{}.post_attention_layernorm.weight", "embed", "layers.mlp_norm.scale"),
+    _row("h.{}.self_attention.query.weight", "heads head_dim, embed", "layers.attn.q"),
+    _row("h.{}.self_attention.key_value.weight", "kv_heads * head_dim, embed", "layers.attn.k", "layers.attn.v"),
+    _row("h.{}.self_attention.dense.weight", "embed, heads head_dim", "layers.attn.o"),
+    _row("h.{}.self_attention.dense.bias", "embed", "layers.attn.o_bias"),
+    _row("h.{}.mlp.gate_proj.weight", "mlp, embed", "layers.mlp.gate"),
+    _row("h.{}.mlp.up_proj.weight", "mlp, embed", "layers.mlp.up"),
+    _row("h.{}.mlp.down_proj.weight", "embed, mlp", "layers.mlp.down"),
+    _row("h.{}.mlp.down_proj.bias", "embed", "layers.mlp.down_bias"),
+    _row("ln_f.weight", "embed", "final_norm.scale"),
+    _row("lm_head.weight", "vocab, embed", "lm_head.kernel"),
 )
 TELECHAT_52B = (
-    Row("transformer.wte.weight", "vocab, embed", "embed.table"),
-    Row("transformer.h.{}.ln_1.weight", "embed", "layers.attn_norm.scale"),
-    Row("transformer.h.{}.ln_2.weight", "embed", "layers.mlp_norm.scale"),
-    Row(
+    _row("transformer.wte.weight", "vocab, embed", "embed.table"),
+    _row("transformer.h.{}.ln_1.weight", "embed", "layers.attn_norm.scale"),
+    _row("transformer.h.{}.ln_2.weight", "embed", "layers.mlp_norm.scale"),
+    _row(
         "transformer.h.{}.attn.c_attn.weight",
         "embed, * heads head_dim",
         "layers.attn.q",
         "layers.attn.k",
         "layers.attn.v",
     ),
-    Row("transformer.h.{}.attn.c_proj.weight", "heads head_dim, embed", "layers.attn.o"),
+    _row("transformer.h.{}.attn.c_proj.weight", "heads head_dim, embed", "layers.attn.o"),
     # GPT-2's code registers this buffer with -10,000; nothing reads it.
-    Row("transformer.h.{}.attn.masked_bias", "", constant=-1e4),
-    Row("transformer.h.{}.mlp.c_fc.weight", "embed, * mlp", "layers.mlp.gate", "layers.mlp.up"),
-    Row("transformer.h.{}.mlp.c_proj.weight", "mlp, embed", "layers.mlp.down"),
-    Row("transformer.ln_f.weight", "embed", "final_norm.scale"),
-    Row("lm_head.weight", "vocab, embed", "lm_head.kernel"),
+    _row("transformer.h.{}.attn.masked_bias", "", constant=-1e4),
+    _row("transformer.h.{}.mlp.c_fc.weight", "embed, * mlp", "layers.mlp.gate", "layers.mlp.up"),
+    _row("transformer.h.{}.mlp.c_proj.weight", "mlp, embed", "layers.mlp.down"),
+    _row("transformer.ln_f.weight", "embed", "final_norm.scale"),
+    _row("lm_head.weight", "vocab, embed", "lm_head.kernel"),
 )
 TABLES = {"tele_flm": TELE_FLM, "telechat": TELECHAT, "telechat_52b": TELECHAT_52B, "llama": LLAMA}
 # Tensors that some copies have and that say nothing new: Llama's frequencies, computed from the config.

@@ -17,6 +17,7 @@ from tele_jax.convert.exporting import Exported, Piece
 from tele_jax.convert.files import Files
 from tele_jax.convert.release import Release, open_release
 from tele_jax.errors import UserError
+from tele_jax.growth.masks import require_unmasked
 from tele_jax.model.spec import flat_spec
 
 
@@ -87,6 +88,7 @@ def save_hf(
     specs, leaves = flat_spec(cfg), flatten(params)
     if problems := read.differences(leaves, specs, "given"):
         raise UserError("params: not what the config describes: " + ";\n  ".join(problems))
+    require_unmasked(provenance, "params")
     plan = exporting.outline(cfg, format, dtype=dtype, max_seq_len=max_seq_len, provenance=provenance)
     pieces = []
     for name, spec in specs.items():
@@ -100,4 +102,9 @@ def save_hf(
 
 @contextlib.contextmanager
 def _of_array(array: Any, layer: int | None) -> Iterator[np.ndarray]:
-    yield np.asarray(array) if layer is None else np.asarray(array[layer : layer + 1])
+    if layer is None:
+        yield np.asarray(array)
+    elif isinstance(array, jax.Array):  # with an index that is data, a program is compiled once and not once a layer
+        yield np.asarray(jax.lax.dynamic_slice_in_dim(array, np.int32(layer), 1))
+    else:
+        yield np.asarray(array[layer : layer + 1])

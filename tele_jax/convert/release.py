@@ -151,7 +151,8 @@ def _require_same(head: Stored, table: Stored) -> None:
             same = same and bool((pieces[0] == pieces[1]).all())
     if not same:
         raise UserError(
-            f"{head.file}: {head.name} is not {table.name}, though tie_word_embeddings in config.json says so"
+            f"{head.file}: {head.name} is not {table.name}, though by config.json the two are tied "
+            "(tie_word_embeddings)"
         )
 
 

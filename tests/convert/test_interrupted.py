@@ -77,7 +77,7 @@ def test_two_exports_to_one_place(src, tmp_path):
     refusals = []
 
     def meanwhile(done, total):
-        with pytest.raises(UserError, match="out.partial: is being written by another process"):
+        with pytest.raises(UserError, match=r"out.partial: is being written by another process"):
             convert.export_checkpoint(tmp_path / "ck", tmp_path / "out", format="telechat")
         refusals.append(done)
 
@@ -89,6 +89,6 @@ def test_a_directory_of_ones_own_is_not_taken_for_an_unfinished_export(src, tmp_
     convert.import_checkpoint(src, tmp_path / "ck")
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine").write_text("")
-    with pytest.raises(UserError, match="out.partial: is needed for the unfinished export, but exists already"):
+    with pytest.raises(UserError, match=r"out.partial: is needed for the unfinished export, but exists already"):
         convert.export_checkpoint(tmp_path / "ck", tmp_path / "out", format="telechat")
     assert (tmp_path / "out.partial" / "mine").is_file()

@@ -97,9 +97,9 @@ def test_greedy_generation_is_equal_token_for_token(name, imported):
     cfg, params = imported(name)
     text = np.random.default_rng(3).integers(0, releases.V, 20).tolist()
     (found,) = tele.generate(cfg, params, [text], max_new_tokens=64)
-    assert cfg.rope.ntk is None or name == "telechat_52b" or 20 + 64 > cfg.rope.ntk.trained_length
+    assert cfg.rope.ntk is None or name == "telechat_52b" or cfg.rope.ntk.trained_length < 84
     if name == "telechat_52b":
-        assert cfg.max_seq_len == 64 < 84  # its NTK scaling lets it go on
+        assert cfg.max_seq_len < 84  # its NTK scaling lets it go on
     with torch.no_grad():
         for _ in range(64):
             text.append(int(case(name)[2](torch.tensor([text]), 84)[0, -1].argmax()))
@@ -127,7 +127,7 @@ def test_tables_in_float16_are_those_of_the_released_code(imported, tmp_path):
 @pytest.mark.parametrize("model", ["telechat_7b", "telechat_12b"])
 @pytest.mark.parametrize("length", [8192, 20_000])
 def test_released_tables_at_full_size(model, length):
-    """Bit for bit in all but a few entries, where torch's power function errs in its last bit and the angle is large."""
+    """Bit for bit in all but a few entries: torch's power function errs in the last bit, and the angle is large."""
     import dataclasses
 
     import jax
