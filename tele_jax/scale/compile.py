@@ -5,13 +5,15 @@ job = Job(cfg=tele.get_model("tele_flm_52b"), slice=find_slice("v5p:4x4x8"), mes
 program = compile_job(job)     # about a minute of a core, whatever the number of layers
 """
 
+import contextlib
 import dataclasses
-import functools
+import gzip
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -77,21 +79,17 @@ class Program:
     usable_bytes: int
     parameter_bytes: int
     optimizer_bytes: int
-    temporary_bytes: int  # needed beyond parameters and optimizer state, activations and gradients included
     allocated_temporary_bytes: int  # what jax's memory_analysis() gives as temp_size_in_bytes
     host_bytes: int
-    counts: Counts | None
     device_order: tuple[tuple[int, ...], ...]  # slice, x, y, z, core of the mesh's devices, in order
     compile_seconds: float
+    counts: Counts | None = None
     from_cache: bool = False
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Program":
-        counts = values["counts"] and Counts.from_json(values["counts"])
-        return cls(**{**values, "counts": counts, "device_order": tuple(map(tuple, values["device_order"]))})
+    @property
+    def temporary_bytes(self) -> int:
+        """Needed beyond parameters and optimizer state, activations and gradients included."""
+        return self.needed_bytes - self.parameter_bytes - self.optimizer_bytes
 
 
 def cache_directory() -> Path:
@@ -103,8 +101,8 @@ def cache_directory() -> Path:
 def compile_job(job: Job, cache: Path | None = None) -> Program:
     """Compiles the training step of a job for its slice, or reads what the same program gave before.
 
-    The cache goes by a hash of the program before compilation, the slice, the versions of the compiler and the source
-    of the counter. A program that does not fit is a result, not an error.
+    The cache holds the compiled programs' texts by a hash of the program before compilation, the mesh, the slice and
+    the versions of the compiler. A program that does not fit is a result, not an error.
 
     Raises:
       UserError: as make_mesh, partition_spec and topology.devices do: shapes that do not divide, libtpu missing.
@@ -114,26 +112,31 @@ def compile_job(job: Job, cache: Path | None = None) -> Program:
     lowered = lower_step(
         job.cfg, tx, mesh, batch_size=job.batch_size, seq_len=job.seq_len, microbatches=job.microbatches
     )
-    file = (cache or cache_directory()) / f"{_key(job, lowered)}.json"
-    if file.exists():
-        return dataclasses.replace(Program.from_json(json.loads(file.read_text())), from_cache=True)
-    program = _compile(job, mesh, lowered, *_state_bytes(job, tx, mesh))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(program.to_json()))
-    part.replace(file)
-    return program
+    directory = (cache or cache_directory()) / _key(job, lowered)
+    known = (directory / "program.json").exists()
+    if not known:
+        _store(directory, *_compile(job, mesh, lowered, *_state_bytes(job, tx, mesh)))
+    values = json.loads((directory / "program.json").read_text())
+    order = tuple(map(tuple, values.pop("device_order")))
+    text = directory / "program.hlo.gz"
+    counts = counting.count(hlo.parse(gzip.decompress(text.read_bytes()).decode())) if text.exists() else None
+    return Program(**values, device_order=order, counts=counts, from_cache=known)
 
 
-@functools.cache
-def _counter_source() -> bytes:
-    return b"".join(Path(module.__file__).read_bytes() for module in (hlo, counting))
+def _store(directory: Path, values: dict[str, Any], text: str | None) -> None:
+    part = directory.with_suffix(f".{os.getpid()}.part")
+    part.mkdir(parents=True, exist_ok=True)
+    if text is not None:
+        (part / "program.hlo.gz").write_bytes(gzip.compress(text.encode(), 6))
+    (part / "program.json").write_text(json.dumps(values))
+    with contextlib.suppress(FileExistsError, OSError):  # another process was faster
+        part.rename(directory)
+    shutil.rmtree(part, ignore_errors=True)
 
 
 def _key(job: Job, lowered: jax.stages.Lowered) -> str:
     versions = {"jax": jax.__version__, "libtpu": topology.require_libtpu()}
     digest = hashlib.sha256(json.dumps([job.slice.name, dataclasses.asdict(job.mesh), versions]).encode())
-    digest.update(_counter_source())
     digest.update(lowered.as_text().encode())
     return digest.hexdigest()[:32]
 
@@ -150,9 +153,16 @@ def _sharded_bytes(tree: Any, shardings: Any) -> int:
     return sum(math.prod(s.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x, s in pairs)
 
 
-def _compile(job: Job, mesh: Mesh, lowered: jax.stages.Lowered, params: int, opt: int) -> Program:
-    usable = int(job.slice.generation.usable_hbm_bytes)
-    order = tuple(tuple(int(c) for c in row) for row in topology.places(job.slice, list(mesh.devices.flat)).at)
+def _compile(
+    job: Job, mesh: Mesh, lowered: jax.stages.Lowered, params: int, opt: int
+) -> tuple[dict[str, Any], str | None]:
+    """The fields of a Program without its counts, and the text of the compiled program."""
+    values: dict[str, Any] = {
+        "usable_bytes": int(job.slice.generation.usable_hbm_bytes),
+        "parameter_bytes": params,
+        "optimizer_bytes": opt,
+        "device_order": topology.places(job.slice, list(mesh.devices.flat)).at.tolist(),
+    }
     began = time.monotonic()
     try:
         compiled = lowered.compile()
@@ -160,24 +170,19 @@ def _compile(job: Job, mesh: Mesh, lowered: jax.stages.Lowered, params: int, opt
         needed = _needed(str(error))
         if needed is None:
             raise
-        seconds = time.monotonic() - began
-        return Program(False, needed, usable, params, opt, needed - params - opt, 0, 0, None, order, seconds)
-    seconds = time.monotonic() - began
+        missing = {"fits": False, "needed_bytes": needed, "allocated_temporary_bytes": 0, "host_bytes": 0}
+        return {**values, **missing, "compile_seconds": time.monotonic() - began}, None
     memory = compiled.memory_analysis()
     needed = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
-    return Program(
-        fits=needed <= usable,
-        needed_bytes=needed,
-        usable_bytes=usable,
-        parameter_bytes=params,
-        optimizer_bytes=opt,
-        temporary_bytes=needed - params - opt,
-        allocated_temporary_bytes=memory.temp_size_in_bytes,
-        host_bytes=memory.host_temp_size_in_bytes,
-        counts=counting.count(hlo.parse(compiled.as_text())),
-        device_order=order,
-        compile_seconds=seconds,
-    )
+    values |= {
+        "fits": needed <= values["usable_bytes"],
+        "needed_bytes": needed,
+        "allocated_temporary_bytes": memory.temp_size_in_bytes,
+        "host_bytes": memory.host_temp_size_in_bytes,
+        "compile_seconds": time.monotonic() - began,
+    }
+    # The code of Pallas kernels is most of the text, and nothing is read from it.
+    return values, re.sub(r'"body":"[^"]*"', '"body":""', compiled.as_text())
 
 
 def _needed(message: str) -> int | None:

@@ -4,7 +4,6 @@ A bound, not a prediction: each resource is taken to run at its peak, and all of
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -219,10 +218,3 @@ def _gib(size: float) -> str:
 
 def _over(hbm: dict[str, Any]) -> str:
     return _gib(hbm["needed"] - hbm["usable"])
-
-
-def least_devices(program: Program, devices: int) -> int:
-    """On how many devices parameters, optimizer state and the rest would fit, if all were cut further: a power of two
-    times what there is.
-    """
-    return devices * 2 ** max(1, math.ceil(math.log2(program.needed_bytes / (0.9 * program.usable_bytes))))

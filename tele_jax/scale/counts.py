@@ -11,7 +11,6 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -33,7 +32,8 @@ class Collective:
     """One collective operation.
 
     times: how often it runs. operand_bytes, result_bytes: of one device and one time. group: positions in the mesh of
-    the devices that the first group connects. source: the operation of the model that asked for it.
+    the devices that the first group connects. source: the operation of the model that asked for it. channel: its
+    number in the program.
     """
 
     kind: str
@@ -42,6 +42,7 @@ class Collective:
     result_bytes: int
     group: tuple[int, ...]
     source: str
+    channel: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +67,6 @@ class Counts:
     def collective_bytes(self) -> float:
         """Sum of the results of all collectives, the measure by which programs are compared."""
         return sum(c.times * c.result_bytes for c in self.collectives)
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Counts":
-        collectives = tuple(Collective(**{**c, "group": tuple(c["group"])}) for c in values["collectives"])
-        return cls(**{**values, "collectives": collectives, "loops": tuple(map(tuple, values["loops"]))})
 
 
 def count(module: Module) -> Counts:
@@ -112,9 +105,16 @@ class _Sum:
         for key, collective in other.collectives.items():
             new = dataclasses.replace(collective, times=collective.times * times)
             old = self.collectives.get(own + key)
-            # One collective that overlaps with several fusions is written in each of them, under one channel.
             if old is None or old.times * old.result_bytes < new.times * new.result_bytes:
                 self.collectives[own + key] = new
+
+
+def _by_channel(collectives: Mapping[str, Collective]) -> dict[str, Collective]:
+    """Named by what they do: a collective that overlaps with several fusions is written in each of them, and is one.
+
+    Channels alone do not tell them apart: those that shard_map wrote may all have the same.
+    """
+    return {f"{c.kind}/{c.channel}/{c.source}/{c.group}/{c.operand_bytes}": c for c in collectives.values()}
 
 
 class _Counter:
@@ -145,14 +145,11 @@ class _Counter:
             return
         if i.opcode == "fusion":
             inner = self.computation(i.called("calls"))
-            total.add(dataclasses.replace(inner, hbm=0.0, host=0.0))
+            total.add(dataclasses.replace(inner, hbm=0.0, host=0.0, collectives=_by_channel(inner.collectives)))
         self._arithmetic(computation, i, total)
         kind = i.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            found = self._collective(computation, i, kind)
-            key = i.attribute("channel_id")
-            # Channels of operations that shard_map wrote may all be 1: the source tells them apart.
-            total.add(_Sum(collectives={f"{kind}/{key}/{found.source}" if key else i.name: found}))
+            total.add(_Sum(collectives={i.name: self._collective(computation, i, kind)}))
         if i.opcode not in _FREE:
             self._memory(computation, i, total)
 
@@ -181,7 +178,7 @@ class _Counter:
         group = hlo.device_groups(i)
         name = re.search(r'op_name="([^"]*)"', i.attributes)
         members = tuple(int(d) for d in group[0]) if len(group) else ()
-        return Collective(kind, 1.0, operand, result, members, name[1] if name else "")
+        return Collective(kind, 1.0, operand, result, members, name[1] if name else "", i.attribute("channel_id"))
 
     def _slices_of(self, computation: Computation, i: Instruction) -> list[Instruction]:
         found = []
