@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
 
@@ -305,14 +306,16 @@ def test_a_conversation_on_a_terminal(work, tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TERM": "dumb"}
     process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
     os.close(terminal)
-    screen = b""
+    screen, seen = b"", 0
 
     def until(text):
-        nonlocal screen
-        start = len(screen)
-        while text not in screen[start:]:
+        """What came after the last call, up to and with text."""
+        nonlocal screen, seen
+        while (found := screen.find(text, seen)) < 0:
+            assert select.select([main_end], [], [], 120)[0], screen
             screen += os.read(main_end, 4096)
-        return screen[start:].decode(errors="replace").replace("\r\n", "\n")
+        start, seen = seen, found + len(text)
+        return screen[start:seen].decode(errors="replace").replace("\r\n", "\n")
 
     def say(line):
         os.write(main_end, line.encode() + b"\n")
