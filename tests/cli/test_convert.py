@@ -26,7 +26,7 @@ def tele(capsys, *arguments, code=0):
 @pytest.fixture(scope="module")
 def src(tmp_path_factory):
     """A Tele-FLM with a real tokenizer, and more rows than that has ids."""
-    from tele_jax.data.vocabulary import Vocabulary
+    from tele_jax.data.vocabulary import load_vocabulary
 
     directory = tmp_path_factory.mktemp("cli") / "Tele-FLM-tiny"
     config, tensors = releases.tele_flm()
@@ -36,12 +36,12 @@ def src(tmp_path_factory):
     config["vocab_size"] = 512
     releases.save(directory, config, tensors, shards=2)
     (directory / "tokenizer.model").write_bytes(tokenizer_bytes())
-    assert Vocabulary(directory / "tokenizer.model").vocab_size < 512
+    assert load_vocabulary(directory / "tokenizer.model").vocab_size < 512
     return directory
 
 
 def test_import_then_generate_then_export(src, capsys, tmp_path):
-    from tele_jax.data.vocabulary import Vocabulary
+    from tele_jax.data.vocabulary import load_vocabulary
 
     ids = Vocabulary(src / "tokenizer.model").vocab_size
     printed = tele(capsys, "import", "--format", "tele_flm", src, tmp_path / "ck", "--json", tmp_path / "in.json")

@@ -382,7 +382,7 @@ def test_sources_that_cannot_be_grown(place, tmp_path, capsys):
 
 
 def test_pages_that_say_nothing_of_growth(place, tmp_path, capsys):
-    assert "--config FILE is needed; it says what to grow SRC into" in grow(
+    assert "--config FILE is needed: it says what to grow SRC into" in grow(
         place, tmp_path / "dst", page=None, code=2, capsys=capsys
     )
     (tmp_path / "page.py").write_text(PAGE.format("").replace('grow=dict(kind="grow", )', "run=('a',)"))
@@ -399,7 +399,7 @@ def test_text_that_cannot_be_verified_on(place, tmp_path, capsys):
     err = grow(place, tmp_path / "d", "--text", tmp_path / "short", code=2, capsys=capsys)
     assert "short: too short to verify on" in err
     err = grow(place, tmp_path / "d", "--text", tmp_path / "short", src="other", code=2, capsys=capsys)
-    assert "no tokenizer.model in or above it" in err
+    assert "no tokenizer.model or tokenizer.json in or above it" in err
 
 
 def test_too_little_disk(place, tmp_path, monkeypatch, capsys):
