@@ -43,7 +43,7 @@ def src(tmp_path_factory):
 def test_import_then_generate_then_export(src, capsys, tmp_path):
     from tele_jax.data.vocabulary import load_vocabulary
 
-    ids = Vocabulary(src / "tokenizer.model").vocab_size
+    ids = load_vocabulary(src / "tokenizer.model").vocab_size
     printed = tele(capsys, "import", "--format", "tele_flm", src, tmp_path / "ck", "--json", tmp_path / "in.json")
     lines = printed.splitlines()
     assert lines[0].startswith("tele_flm: 3 layers, embed 24, 6 heads of 4 (6 of keys), mlp 40, vocabulary")
