@@ -97,7 +97,7 @@ def write(
 
 
 def _convert(rows: np.ndarray, dtype: np.dtype, to: np.dtype, where: str, factor: float = 1.0) -> np.ndarray:
-    """Numbers as unsigned integers in another dtype, times a factor; rounded to nearest, once."""
+    """Numbers (as unsigned integers) in another dtype, rounded to nearest; a factor multiplies in float32 or better."""
     numbers = rows.view(dtype)
     if factor != 1.0:
         precise = np.float64 if dtype == np.float64 else np.float32
