@@ -1,13 +1,16 @@
-"""`tele data fetch`."""
+"""`tele data fetch`; `clean` and `clean-train` are in data_clean.py."""
 
 import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
+from tele_jax.cli import data_clean
 from tele_jax.data import corpora
+from tele_jax.errors import UserError
 
-HELP = "fetch text to try things on"
+HELP = "fetch text to try things on; clean text"
+OVERRIDES = True
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,10 +23,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     fetch.add_argument(
         "--json", metavar="FILE", type=Path, default=argparse.SUPPRESS, help="write the figures to FILE as JSON"
     )
+    data_clean.arguments(actions)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Raises UserError as corpora.fetch."""
+    if args.action in ("clean", "clean-train"):
+        return data_clean.run(args)
+    if args.overrides:
+        raise UserError(f"{args.overrides[0]}: tele data {args.action} takes no --config")
     fetched = corpora.fetch(
         args.name,
         args.out,

@@ -4,8 +4,8 @@ MinHash with banding: Broder 1997; Leskovec, Rajaraman and Ullman, Mining of Mas
 of Jaccard similarity s meet with probability 1 - (1 - s^rows)^bands, and stay together if their signatures agree in at
 least `threshold` of their places. Signatures are rensa's, cut to 8 bits when they travel (Li and König 2010, b-bit
 minwise hashing: agreement by chance, 1/256, is subtracted).
-SimHash: Charikar 2002, here 128 bits of the same shingles; equal in all but `simhash_bits` bits, found by the pigeonhole
-principle in one of simhash_bits + 1 blocks (Manku, Jain and Das Sarma 2007).
+SimHash: Charikar 2002, here 128 bits of the same shingles; equal in all but `simhash_bits` bits, found by the
+pigeonhole principle in one of simhash_bits + 1 blocks (Manku, Jain and Das Sarma 2007).
 """
 
 from collections.abc import Sequence

@@ -34,7 +34,7 @@ _BLANK_LINES = re.compile(r"\n{3,}")
 def normalise(document: Document, config: NormaliseConfig) -> Document:
     """One form of the same text.
 
-    Line ends become "\\n" and control characters go; of prose also: Unicode NFC, invisible characters go, exotic spaces
+    Line ends become line feeds and control characters go; of prose also: Unicode NFC, invisible characters go, exotic spaces
     become plain, no spaces at line ends, at most one blank line. White space of code is syntax: none of it is touched,
     and neither are its characters' forms (a string literal may need them).
     """

@@ -74,7 +74,7 @@ def tokens(text: str) -> np.ndarray:
     after = np.concatenate((word[1:] & ~alone[1:], [False]))
     ends = np.flatnonzero(word & (alone | ~after)) + 1
     # Polynomial hashes of all tokens from prefix sums: (P[end] - P[start]) / m^start, then mixed with the length.
-    up, down = _powers(max(12, int(len(chars)).bit_length()))
+    up, down = _powers(max(12, len(chars).bit_length()))
     with np.errstate(over="ignore"):
         prefix = np.cumsum(mix(chars.astype(np.uint64)) * up[: len(chars)])
         total = prefix[ends - 1] - np.where(starts > 0, prefix[starts - 1], np.uint64(0))
@@ -100,6 +100,6 @@ def tokens_of_characters(text: str) -> np.ndarray:
 
 def fingerprints(hashes: np.ndarray) -> np.ndarray:
     """One hash of a whole sequence, uint64 [1]."""
-    up, _ = _powers(max(12, int(len(hashes)).bit_length()))
+    up, _ = _powers(max(12, len(hashes).bit_length()))
     with np.errstate(over="ignore"):
         return mix(np.sum(hashes * up[: len(hashes)], keepdims=True) + np.uint64(len(hashes)))

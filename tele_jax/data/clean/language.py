@@ -32,7 +32,9 @@ _CODE_LINE = re.compile(
     """,
     re.X,
 )
-_STRONG_LINE = re.compile(r".*[;{}]\s*$|\s*(?:def|class)\s+\w+\s*[(:]|\s*\#\s*include\b|.*\w\(.*\)|.*[\w\]]\s*(?:=|==)\s*\S")
+_STRONG_LINE = re.compile(
+    r".*[;{}]\s*$|\s*(?:def|class)\s+\w+\s*[(:]|\s*\#\s*include\b|.*\w\(.*\)|.*[\w\]]\s*(?:=|==)\s*\S"
+)
 MIN_CODE_LINES = 0.4  # of the lines that are not blank (ours; measured in docs/clean.md)
 MIN_STRONG_LINES = 0.1
 
@@ -60,7 +62,7 @@ def identify(text: str) -> tuple[str, str, float]:
     part = text if len(text) <= MAX_CHARS else text[: MAX_CHARS // 2] + "\n" + text[len(text) // 2 :][: MAX_CHARS // 2]
     part = _UNFIT.sub(" ", part)
     _, _, found = need("pycld2").detect(part, isPlainText=True, bestEffort=True)
-    _, code, percent, _ = found[0]
+    code = found[0][1]
     kind = {"en": "en", "zh": "zh", "zh-Hant": "zh"}.get(code, "other")
     # The two Chinese scripts share characters; their shares belong together.
     share = sum(p for _, c, p, _ in found if c == code or (kind == "zh" and c in ("zh", "zh-Hant"))) / 100

@@ -50,7 +50,9 @@ class Model:
         for n in range(1, order + 1):
             tail = padded[order - n :]
             if n > 1:
-                prob *= _look_up(self.contexts[n - 2], self.context_weights[n - 2], hashing.ngrams(tail[:-1], n - 1), 1.0)
+                prob *= _look_up(
+                    self.contexts[n - 2], self.context_weights[n - 2], hashing.ngrams(tail[:-1], n - 1), 1.0
+                )
             prob += _look_up(self.grams[n - 1], self.gram_probs[n - 1], hashing.ngrams(tail, n), 0.0)
         return np.log(prob)
 
