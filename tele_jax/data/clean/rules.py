@@ -11,6 +11,7 @@ A token is a word or a Han character (hashing.tokens); Gopher's words are split 
 that would matter here.
 """
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -28,6 +29,11 @@ _BULLETS = ("•", "●", "*", "-", "·", "‣", "▪", "◦", "○", "■")
 _ELLIPSES = ("...", "…", "。。。")
 _TERMINALS = tuple(".!?\"'”’。！？…」』）)")
 _PUNCTUATION = frozenset("，。、；：？！“”‘’（）《》〈〉【】「」『』—…·～" + ",.;:?!\"'()[]{}<>-_/\\|@#$%^&*+=~`")
+
+
+@functools.cache
+def _stop_words(language: str) -> np.ndarray:
+    return np.array([hashing.tokens(word)[0] for word in STOP_WORDS[language]])
 
 
 def rules(document: Document, config: RulesConfig) -> Document | Drop:
@@ -115,8 +121,8 @@ def _words(text: str, hashes: np.ndarray, language: str, config: RuleConfig) -> 
         yield from _below("short words", mean, config.min_mean_word)
         yield from _above("long words", mean, config.max_mean_word)
     if config.min_stop_words is not None and language in STOP_WORDS:
-        wanted = np.array([hashing.tokens(word)[0] for word in STOP_WORDS[language]])
-        yield from _below("few stop words", int(np.isin(wanted, hashes).sum()), config.min_stop_words)
+        found = np.isin(_stop_words(language), hashes).sum()
+        yield from _below("few stop words", int(found), config.min_stop_words)
     if config.min_unique_tokens is not None:
         unique = len(np.unique(hashes)) / count
         # A long text uses up its vocabulary: judged on windows of at most 10,000 tokens' worth.
@@ -130,15 +136,23 @@ def _repetition(text: str, lines: list[str], hashes: np.ndarray, config: RuleCon
         yield from _above("repeated lines", len(repeated) / len(lines), config.max_duplicate_lines)
         chars = sum(map(len, repeated)) / max(len(text), 1)
         yield from _above("repeated lines", chars, config.max_duplicate_line_chars)
+    count = max(len(hashes), 1)
     for n, limit in enumerate(config.max_top_ngram, start=2):
         _, counts = np.unique(hashing.ngrams(hashes, n), return_counts=True)
-        if len(counts) and counts.max() > 1:
+        most = int(counts.max(initial=0))
+        if most > 1:
             # Share of tokens, where Gopher takes characters: the same for words of average length.
-            yield from _above(f"most frequent {n}-gram", float(counts.max()) * n / len(hashes), limit)
+            yield from _above(f"most frequent {n}-gram", most * n / count, limit)
+        # A longer n-gram is at most as frequent: most texts need no further look.
+        if most * (len(config.max_top_ngram) + 1) / count <= min(config.max_top_ngram):
+            break
     for n, limit in enumerate(config.max_duplicate_ngrams, start=5):
         grams = hashing.ngrams(hashes, n)
-        if len(grams):
-            yield from _above(f"repeated {n}-grams", float(_covered(grams, n).sum()) / len(hashes), limit)
+        share = float(_covered(grams, n).sum()) / count if len(grams) else 0.0
+        yield from _above(f"repeated {n}-grams", share, limit)
+        # What repeated longer n-grams cover, these cover too.
+        if share <= min(config.max_duplicate_ngrams):
+            break
 
 
 def _covered(grams: np.ndarray, n: int) -> np.ndarray:

@@ -51,7 +51,7 @@ def _each(function: Callable[[Document], Document | Drop], change: str | None = 
         outcomes = []
         for document in documents:
             result = function(document)
-            changed = change and isinstance(result, Document) and result.text is not document.text
+            changed = change and isinstance(result, Document) and result.text.strip() != document.text.strip()
             outcomes.append((result, {change: ""} if changed else {}))
         return outcomes
 
