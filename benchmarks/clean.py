@@ -40,9 +40,15 @@ def jaccard(a: set[int], b: set[int]) -> float:
 
 
 def page(root: Path, stages: tuple[str, ...], names: tuple[str, ...]) -> dict:
-    """A config: real sources first, so that they keep their copies. No language is declared but for real code."""
+    """A config: real sources have the lowest ranks, so that they keep their copies. No language is declared but for real code."""
     sources = {
-        name: dict(files=(str(root / f"{name}.jsonl"),), format="jsonl", domain=name, language="code" if name == "code" else None)
+        name: dict(
+            files=(str(root / f"{name}.jsonl"),),
+            format="jsonl",
+            domain=name,
+            rank=names.index(name),
+            language="code" if name == "code" else None,
+        )
         for name in names
     }
     if "extract" in stages:
@@ -52,7 +58,9 @@ def page(root: Path, stages: tuple[str, ...], names: tuple[str, ...]) -> dict:
 
 def cpu_seconds() -> float:
     """Of this process and its children so far."""
-    return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    return sum(
+        u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
 
 
 def run(config: dict, out: Path) -> tuple[dict, dict]:
@@ -62,7 +70,9 @@ def run(config: dict, out: Path) -> tuple[dict, dict]:
 
     shutil.rmtree(out, ignore_errors=True)
     start, cpu = time.monotonic(), cpu_seconds()
-    report = pipeline.clean(clean_config(config), str(out), options=["--runner=DirectRunner", "--direct_running_mode=in_memory"])
+    report = pipeline.clean(
+        clean_config(config), str(out), options=["--runner=DirectRunner", "--direct_running_mode=in_memory"]
+    )
     times = {"wall_seconds": round(time.monotonic() - start, 1), "cpu_seconds": round(cpu_seconds() - cpu, 1)}
     times["mb_per_cpu_second"] = round(report["stages"][0]["in"]["bytes"] / 1e6 / times["cpu_seconds"], 2)
     return report, times
@@ -87,7 +97,9 @@ def judge(texts: dict[str, str], kept: set[str], pairs: dict[str, str]) -> dict:
         names = ["exact" if "exact" in copy else "near"]
         if names == ["near"]:
             similarity = jaccard(grams(texts[copy]), grams(texts[original]))
-            names += ["near, similarity >= 0.8"] if similarity >= 0.8 else ["near, 0.7 to 0.8"] if similarity >= 0.7 else []
+            names += (
+                ["near, similarity >= 0.8"] if similarity >= 0.8 else ["near, 0.7 to 0.8"] if similarity >= 0.7 else []
+            )
         for name in names:
             found[name][0] += gone
             found[name][1] += 1
@@ -123,7 +135,12 @@ def judge(texts: dict[str, str], kept: set[str], pairs: dict[str, str]) -> dict:
 def datatrove(root: Path, names: tuple[str, ...], work: Path) -> tuple[set[str], dict]:
     """(URLs that stay, times) by datatrove's MinHash as published, 14 buckets of 8, in one process."""
     from datatrove.executor import LocalPipelineExecutor
-    from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
+    from datatrove.pipeline.dedup import (
+        MinhashDedupBuckets,
+        MinhashDedupCluster,
+        MinhashDedupFilter,
+        MinhashDedupSignature,
+    )
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.writers import JsonlWriter
     from datatrove.utils.typeshelper import Languages
@@ -198,7 +215,11 @@ def main() -> None:
             s["stage"]: {"in": s["in"], "out": s["out"], "dropped": {e["reason"]: e["documents"] for e in s["dropped"]}}
             for s in report["stages"]
         },
-        "planted_left": {name: f"{left[name]} of {count}" for name, count in result["documents"].items() if name not in "code en zh html broken"},
+        "planted_left": {
+            name: f"{left[name]} of {count}"
+            for name, count in result["documents"].items()
+            if name not in "code en zh html broken"
+        },
         "rejected": report["read"]["broken"]["dropped"],
         "pairs_of_which_one_stays": len(met),
         "pairs_of_which_both_stay": both,

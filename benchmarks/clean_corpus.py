@@ -112,7 +112,10 @@ def edit(text: str, rng: random.Random) -> str:
             last = match.end()
     result = "".join(parts) + text[last:]
     if rng.random() < 0.3:
-        result = rng.choice(("Reprinted from the web. All rights reserved.\n\n", "本文转载自网络，版权归作者所有。\n\n")) + result
+        result = (
+            rng.choice(("Reprinted from the web. All rights reserved.\n\n", "本文转载自网络，版权归作者所有。\n\n"))
+            + result
+        )
     if rng.random() < 0.3:
         result += rng.choice(("\n\nShare this page | Print | Contact", "\n\n上一篇 下一篇 返回首页 联系我们"))
     return result
@@ -120,7 +123,12 @@ def edit(text: str, rng: random.Random) -> str:
 
 def spam(rng: random.Random) -> str:
     """Keyword stuffing, symbols, or little said often, in English or Chinese."""
-    words = rng.choice((["cheap", "pills", "casino", "bonus", "free", "click", "here"], ["代开", "发票", "加微信", "优惠", "点击", "免费"]))
+    words = rng.choice(
+        (
+            ["cheap", "pills", "casino", "bonus", "free", "click", "here"],
+            ["代开", "发票", "加微信", "优惠", "点击", "免费"],
+        )
+    )
     kind = rng.randrange(3)
     if kind == 0:
         return " ".join(rng.choice(words) for _ in range(300))

@@ -1,8 +1,10 @@
 """`tele data clean` and `tele data clean-train`."""
 
 import argparse
+import contextlib
 import gzip
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -71,12 +73,26 @@ def clean(args: argparse.Namespace) -> dict[str, Any]:
     elif args.workers > 1:
         raise UserError("--workers: only for the DirectRunner; other runners take --beam=--num_workers=N and the like")
     start = time.monotonic()
-    report = pipeline.clean(config, args.out, options=options, say=lambda line: print(f"tele: {line}", file=sys.stderr))
+    with _without_tracebacks():
+        report = pipeline.clean(
+            config, args.out, options=options, say=lambda line: print(f"tele: {line}", file=sys.stderr)
+        )
     seconds = time.monotonic() - start
     _print(report)
     size = report["stages"][0]["in"]["bytes"]
     print(f"{args.out}: complete; {size / seconds / 1e6:.2f} MB/s, {seconds:.1f} s; look at {args.out}/report.html")
     return {**report, "seconds": seconds}
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Beam logs the traceback of what its caller is told anyway, and warns of libraries that are not needed."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ from tele_jax.axes import flatten
 from tele_jax.growth import layerwise
 from tests.growth import synthetic
 
-
 VOCAB = dict(vocab_size=512, padded_vocab_size=512)  # layers are looked at here
 
 

@@ -15,8 +15,8 @@ class Document:
     """One document.
 
     Attributes:
-      uid: file number << 40 | place in the file: unique, and in the order of the page's sources, then paths, then
-        places. "First" always means the lowest uid.
+      uid: file number << 40 | place in the file: unique, and in the order of the sources' ranks and names, then
+        paths, then places. "First" always means the lowest uid.
       text: Unicode text; of the format html and warc the page's source until it is extracted.
       source: the page's name of the source.
       domain: which output it goes to.

@@ -30,14 +30,14 @@ class Input:
 
 
 def inputs(config: CleanConfig) -> list[Input]:
-    """All files, in the order of the page's sources, then by path; a file's place in it is its number.
+    """All files, by the rank and name of their source, then by path; a file's place in it is its number.
 
     Raises:
       UserError: a pattern without files, a source without a byte, a file that two sources name.
     """
     found: list[Input] = []
     owner: dict[str, str] = {}
-    for name, source in config.sources.items():
+    for name, source in sorted(config.sources.items(), key=lambda item: (item[1].rank, item[0])):
         files = []
         for pattern in source.files:
             if "://" in pattern:

@@ -15,9 +15,7 @@ _PATTERNS = {
     "id": _NO_DIGIT_BEFORE
     + r"[1-8]\d{5}(?:18|19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}[0-9Xx]"
     + _NO_DIGIT_AFTER,
-    "card": _NO_DIGIT_BEFORE
-    + r"[2-6](?:\d{12,18}|\d{3}(?:[ -]\d{4}){3}|\d{3}[ -]\d{6}[ -]\d{5})"
-    + _NO_DIGIT_AFTER,
+    "card": _NO_DIGIT_BEFORE + r"[2-6](?:\d{12,18}|\d{3}(?:[ -]\d{4}){3}|\d{3}[ -]\d{6}[ -]\d{5})" + _NO_DIGIT_AFTER,
     "phone": r"(?<![0-9A-Za-z_.+-])(?:"
     r"(?:\+?86[ -]?)?1[3-9]\d(?:\d{8}|[ -]\d{4}[ -]\d{4})"  # Chinese mobile
     r"|(?:\+86[ -]?)?\(?0[1-9]\d{1,2}\)?[ -]\d{7,8}"  # Chinese landline with its area code set off

@@ -91,8 +91,9 @@ def train(good: Sequence[str], bad: Sequence[str], *, seed: int = 0) -> Trained:
     labels = np.concatenate([np.ones(len(good), int), np.zeros(len(bad), int)])
     order = np.random.default_rng(seed).permutation(len(labels))
     held_out, rest = order[: len(order) // 10], order[len(order) // 10 :]
-    # lbfgs is deterministic; C chosen on web text against noise, and not sensitive (ours).
-    model = linear.LogisticRegression(C=30.0, class_weight="balanced", max_iter=300).fit(matrix[rest], labels[rest])
+    # C is ours; rows of length 1 in so many columns want little regularisation, and the result hardly depends on it.
+    model = linear.LogisticRegression(C=30.0, class_weight="balanced", solver="liblinear", random_state=seed)
+    model.fit(matrix[rest], labels[rest])
     classifier = Classifier(model.coef_[0].astype(np.float32), float(model.intercept_[0]))
     called = classifier.probabilities([([*good, *bad])[i] for i in held_out]) >= 0.5
     truth = labels[held_out] == 1

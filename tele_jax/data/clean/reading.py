@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
@@ -130,21 +131,27 @@ def decode(data: bytes, encodings: tuple[str, ...]) -> str | _Bad:
     return _Bad(f"not {names}", f"byte {first.start}: {first.reason}", data)
 
 
-def _page(data: bytes, encodings: tuple[str, ...]) -> str | _Bad:
-    """An HTML page in UTF-8, in what it declares, or in what it looks like; strictly."""
+_CHARSET = re.compile(rb"""charset\s*=\s*["']?\s*([A-Za-z0-9_:.-]{2,40})""")
+_SUPERSETS = {"gb2312": "gb18030", "gbk": "gb18030", "iso-8859-1": "cp1252", "latin1": "cp1252", "us-ascii": "cp1252"}
+
+
+def _page(data: bytes, encodings: tuple[str, ...], declared: str | None = None) -> str | _Bad:
+    """An HTML page in `encodings`, or else in the one that HTTP or its head declares; strictly, and never guessed.
+
+    Names mean what the WHATWG's Encoding Standard says they do on the web: gb2312 is gb18030, latin1 is windows-1252.
+    """
     text = decode(data, encodings)
     if isinstance(text, str):
         return text
-    detect = need("resiliparse.parse.encoding").detect_encoding
-    found = detect(data, max_len=1 << 16, html5_compatible=True)
-    if found and found.lower() not in ("utf-8", "windows-1252", "latin1", "iso-8859-1"):
-        other = decode(data, (found,))
+    found = _CHARSET.search(data[:4096])
+    for name in filter(None, (declared, found and found.group(1).decode())):
+        name = _SUPERSETS.get(name.lower(), name.lower())
+        try:
+            other = decode(data, (name,))
+        except LookupError:
+            continue
         if isinstance(other, str):
             return other
-    # Every byte string is valid in the Latin encodings: there only the page's own word counts.
-    head = data[:2048].lower()
-    if b"charset=" in head and any(name in head for name in (b"windows-1252", b"iso-8859-1")):
-        return decode(data, ("cp1252",)) if b"windows-1252" in head else data.decode("latin-1")
     return text
 
 
@@ -222,7 +229,7 @@ def _warc(part: Range, config: SourceConfig) -> _Read:
             kind = (record.http_content_type or "text/html").lower()
             if not kind.startswith(("text/html", "application/xhtml", "text/plain")):
                 continue
-            text = _page(data, config.encodings)
+            text = _page(data, config.encodings, record.http_charset)
             url = record.headers.get("WARC-Target-URI")
             yield place, f"#{place}", _Record(text, url) if isinstance(text, str) else text
 

@@ -97,7 +97,9 @@ def _characters(text: str, config: RuleConfig) -> Iterator[Drop]:
 def _lines(text: str, lines: list[str], config: RuleConfig) -> Iterator[Drop]:
     count = max(len(lines), 1)
     if config.max_bullet_lines is not None:
-        yield from _above("bullet lines", sum(line.startswith(_BULLETS) for line in lines) / count, config.max_bullet_lines)
+        yield from _above(
+            "bullet lines", sum(line.startswith(_BULLETS) for line in lines) / count, config.max_bullet_lines
+        )
     if config.max_ellipsis_lines is not None:
         ends = sum(line.endswith(_ELLIPSES) for line in lines)
         yield from _above("ellipsis lines", ends / count, config.max_ellipsis_lines)

@@ -30,11 +30,12 @@ def _fraction(config: Any, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Files of one kind. Where duplicates meet, the source that the page names first keeps its copy."""
+    """Files of one kind. Where duplicates meet, the source of the lowest rank keeps its copy; among equals, by name."""
 
     files: tuple[str, ...]  # glob patterns
     format: Literal["text", "jsonl", "parquet", "html", "warc"]
     domain: str  # the output directory
+    rank: int = 0  # said by number, since a ConfigDict forgets the order of its keys
     language: Language | None = None  # None: identified; else taken as known
     text_field: str = "text"  # jsonl, parquet
     url_field: str = "url"  # jsonl, parquet; a record without it has no URL

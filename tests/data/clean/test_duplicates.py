@@ -62,9 +62,7 @@ def test_agreement_of_signatures_estimates_the_jaccard_similarity():
 def test_simhash_counts_bits_as_charikar_defines_them():
     grams = hashing.mix(np.arange(101, dtype=np.uint64))
     words64 = [[int(g) for g in grams], [int(g) for g in hashing.mix(grams + np.uint64(1))]]
-    expected = [
-        sum(1 << bit for bit in range(64) if sum((w >> bit & 1) * 2 - 1 for w in half) > 0) for half in words64
-    ]
+    expected = [sum(1 << bit for bit in range(64) if sum((w >> bit & 1) * 2 - 1 for w in half) > 0) for half in words64]
     assert [int(x) for x in duplicates.simhash(grams)] == expected
 
 
@@ -108,14 +106,22 @@ def test_recall_and_false_positives_on_a_sample():
     assert len(near) > 150
     recall = sum(len(originals) + j in found for j in near) / len(near)
     assert recall >= 0.95, recall
-    wrong = [u for u, (kept, _) in found.items() if u < len(originals) and similarity(originals[u], originals[kept]) < 0.5]
+    wrong = [
+        u for u, (kept, _) in found.items() if u < len(originals) and similarity(originals[u], originals[kept]) < 0.5
+    ]
     assert len(wrong) / len(originals) < 0.001, wrong
 
 
 def test_the_first_stays_whatever_the_order_of_arrival():
     rng = random.Random(1)
     base = words(rng, 300)
-    texts = [" ".join(words(rng, 300)), " ".join(base), edited(base, rng, 0.005), edited(base, rng, 0.005), " ".join(base)]
+    texts = [
+        " ".join(words(rng, 300)),
+        " ".join(base),
+        edited(base, rng, 0.005),
+        edited(base, rng, 0.005),
+        " ".join(base),
+    ]
     found = dropped(texts)
     assert {uid: kept for uid, (kept, _) in found.items()} == {2: 1, 3: 1, 4: 1}
     assert found[4][1] == "exact" and found[2][1] in ("minhash", "simhash")

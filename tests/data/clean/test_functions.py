@@ -72,8 +72,10 @@ def test_normalise_changes_nothing_the_second_time(text, language):
 
 
 def test_extract_takes_the_text_and_not_the_navigation():
-    page = f"<html><head><title>t</title><script>var x=1</script></head><body><nav><a href=/>Home</a><a href=/a>About us"
-    page += f"</a></nav><article><h1>River</h1><p>{ENGLISH}</p><p>{CHINESE}</p></article><footer>Imprint</footer></body>"
+    page = "<html><head><title>t</title><script>var x=1</script></head><body><nav><a href=/>Home</a><a href=/a>About us"
+    page += (
+        f"</a></nav><article><h1>River</h1><p>{ENGLISH}</p><p>{CHINESE}</p></article><footer>Imprint</footer></body>"
+    )
     text = extract.extract(document(page, html=True), settings.ExtractConfig()).text
     assert ENGLISH in text and CHINESE in text
     assert "var x" not in text and "About us" not in text and "Imprint" not in text
@@ -178,5 +180,11 @@ def test_spellings_of_a_url_are_one(url):
 
 
 def test_other_urls_stay_apart():
-    all_ = ["https://a.org/x?id=1", "https://a.org/x?id=2", "https://b.org/x?id=1", "https://a.org/y?id=1", "http://[bad"]
+    all_ = [
+        "https://a.org/x?id=1",
+        "https://a.org/x?id=2",
+        "https://b.org/x?id=1",
+        "https://a.org/y?id=1",
+        "http://[bad",
+    ]
     assert len({urls.canonical(url, settings.UrlsConfig()) for url in all_}) == len(all_)
