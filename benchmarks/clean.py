@@ -40,7 +40,7 @@ def jaccard(a: set[int], b: set[int]) -> float:
 
 
 def page(root: Path, stages: tuple[str, ...], names: tuple[str, ...]) -> dict:
-    """A config: real sources have the lowest ranks, so that they keep their copies. No language is declared but for real code."""
+    """A config: real sources have the lowest ranks and keep their copies. Only real code declares its language."""
     sources = {
         name: dict(
             files=(str(root / f"{name}.jsonl"),),

@@ -95,7 +95,7 @@ def chinese(cache: Path) -> Iterator[str]:
 def manuals(root: Path) -> Iterator[str]:
     """Text of manual pages, without their macros."""
     for path in sorted((root / "usr/share/man").rglob("*.gz")):
-        text = gzip.open(path).read().decode("utf-8", "ignore")
+        text = gzip.decompress(path.read_bytes()).decode("utf-8", "ignore")
         lines = [re.sub(r"\\f.|\\[&,/|-]", "", line) for line in text.split("\n") if not re.match(r"['.]", line)]
         if len("".join(lines)) > 400:
             yield "\n".join(lines)
@@ -171,7 +171,7 @@ def build(cache: Path, root: Path, scale: float) -> dict:
     chosen = rng.sample(pool, min(3_000, len(pool) // 4))
     exact, near = chosen[: len(chosen) // 3], chosen[len(chosen) // 3 :]
     planted = {
-        "exact": [(f"https://exact.invalid/{i}", text.upper() if i % 3 == 0 and "zh" not in url and "code" not in url else text)
+        "exact": [(f"https://exact.invalid/{i}", text.upper() if i % 3 == 0 and "en." in url else text)
                   for i, (url, text) in enumerate(exact)],
         "near": [(f"https://near.invalid/{i}", edit(text, rng)) for i, (_, text) in enumerate(near)],
         "url": [(f"{pool[i][0]}?utm_source=feed#top", text) for i, text in enumerate(held_out)],

@@ -9,4 +9,5 @@ packing.py               examples into rows of fixed length
 tasks.py                 seqio: Task, Mixture, FeatureConverter (this one needs TensorFlow)
 feed.py                  LiveFeed and held_out: batches for training and evaluation
 corpora.py               real text that every machine can get, to try things on
+clean/                   raw text to deduplicated, screened documents (Beam)
 """

@@ -8,8 +8,8 @@ import re
 import unicodedata
 
 from tele_jax.data.clean.document import Document, Drop
+from tele_jax.data.clean.libraries import need
 from tele_jax.data.clean.settings import ExtractConfig, NormaliseConfig
-from tele_jax.data.extras import need
 
 
 def extract(document: Document, config: ExtractConfig) -> Document | Drop:
@@ -34,9 +34,9 @@ _BLANK_LINES = re.compile(r"\n{3,}")
 def normalise(document: Document, config: NormaliseConfig) -> Document:
     """One form of the same text.
 
-    Line ends become line feeds and control characters go; of prose also: Unicode NFC, invisible characters go, exotic spaces
-    become plain, no spaces at line ends, at most one blank line. White space of code is syntax: none of it is touched,
-    and neither are its characters' forms (a string literal may need them).
+    Line ends become line feeds and control characters go; of prose also: Unicode NFC, invisible characters go, exotic
+    spaces become plain, no spaces at line ends, at most one blank line. White space of code is syntax: none of it is
+    touched, and neither are its characters' forms (a string literal may need them).
     """
     text = document.text.replace("\r\n", "\n").replace("\r", "\n")
     text = _CONTROLS.sub("", text)

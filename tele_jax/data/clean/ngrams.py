@@ -1,9 +1,8 @@
 """Interpolated modified Kneser-Ney n-gram models over hashed tokens: perplexity tells usual text from unusual.
 
-Chen and Goodman 1998, equations 3.13 to 3.18 of TR-10-98. Our own code, about a page of numpy: kenlm's package only reads
-models and has no wheels (its estimator is a C++ program to be built with Boost), and nltk.lm takes about a second for
-what is a millisecond here. N-grams are 64-bit hashes in sorted arrays; a collision among 10^9 of them is a matter of
-chance of 3%, and touches one n-gram.
+Chen and Goodman 1998 (TR-10-98, section 3). Our own code, about a page of numpy: kenlm's package only reads models and
+has no wheels (its estimator is a C++ program to be built with Boost), and nltk.lm counts in Python's dicts. N-grams are
+64-bit hashes in sorted arrays; among 10^9 of them two collide with a chance of 3%, which touches one n-gram.
 """
 
 import dataclasses

@@ -125,8 +125,9 @@ def html(account: dict[str, Any]) -> str:
         gone = stage["in"]["documents"] - stage["out"]["documents"]
         parts.append(
             f"<tr><td><a href='#{stage['stage']}'>{stage['stage']}</a><td class=n>{stage['in']['documents']:,}"
-            f"<td class=n>{gone:,} ({_percent(gone, stage['in']['documents'])})<td class=n>{_size(stage['out']['bytes'])}"
-            f"<td><div class=bar><i style='width:{min(share, 100):.2f}%'></i></div></tr>"
+            f"<td class=n>{gone:,} ({_percent(gone, stage['in']['documents'])})"
+            f"<td class=n>{_size(stage['out']['bytes'])}<td>"
+            f"<div class=bar><i style='width:{min(share, 100):.2f}%'></i></div></tr>"
         )
     parts.append("</table>")
     parts += [_stage(stage) for stage in stages]

@@ -276,6 +276,8 @@ class CleanConfig:
 
     def __post_init__(self):
         require(bool(self.sources), "sources: name at least one")
+        ranked = sorted(self.sources.items(), key=lambda item: (item[1].rank, item[0]))
+        object.__setattr__(self, "sources", dict(ranked))  # the order in which files are numbered, and reported
         require(bool(self.stages), "stages: name at least one")
         require(len(set(self.stages)) == len(self.stages), f"stages: one is named twice in {self.stages}")
         for name in ("quality", "perplexity", "overlap", "safety"):

@@ -1,5 +1,6 @@
 """Near duplicates against exact Jaccard similarity and Hamming distance, by Python sets and integers."""
 
+import itertools
 import random
 import sysconfig
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_prints_within_the_distance_always_meet(flips):
             row[bit // 8] ^= 1 << (bit % 8)
     edges = np.linspace(0, 16, CONFIG.simhash_bits + 2).astype(int)
     for row in payload[1:]:
-        assert any((row[a:b] == base[a:b]).all() for a, b in zip(edges, edges[1:]))
+        assert any((row[a:b] == base[a:b]).all() for a, b in itertools.pairwise(edges))
         assert duplicates._alike("simhash", base, row[None], CONFIG).all()
     far = base.copy()
     far[:4] ^= 1

@@ -17,7 +17,10 @@ ENGLISH = (
     "monks that had come to the valley with their sheep. In spring its water is cold and clear; by the end of summer "
     "children can walk across it where the stones of the bridge have fallen, and nobody remembers who built that."
 )
-CHINESE = "这条河从城北的山里流出来，经过一座老磨坊。春天河水又冷又清，到了夏末，孩子们可以在石桥倒塌的地方走过去，没有人记得桥是谁修的。"
+CHINESE = (
+    "这条河从城北的山里流出来，经过一座老磨坊。春天河水又冷又清，到了夏末，孩子们可以在石桥倒塌的地方走过去，"
+    "没有人记得桥是谁修的。"
+)
 CODE = '''
 def area(shapes):
     """Sum of areas."""
@@ -147,7 +150,7 @@ def test_repeated_ngram_share_equals_the_count_by_hand():
         ("wrong check 110105194912310021", "wrong check 110105194912310021"),
         ("card 4111 1111 1111 1111 or 4111111111111112", "card <card> or 4111111111111112"),
         ("from 8.8.8.8 and 2001:4860:4860::8888 to 192.168.0.1", "from <ip> and <ip> to 192.168.0.1"),
-        ("version 1.2.3, 2023-10-11 12:30:45, pi 3.14159265358979", "version 1.2.3, 2023-10-11 12:30:45, pi 3.14159265358979"),
+        *((t, t) for t in ("version 1.2.3, 2023-10-11 12:30:45, pi 3.14159265358979",)),
         ("x = 0x13912345678; id_13912345678", "x = 0x13912345678; id_13912345678"),
     ],
 )  # fmt: skip

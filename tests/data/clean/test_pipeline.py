@@ -239,10 +239,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(page, tmp_path):
         (dict(stages=("rules", "rules")), "named twice"),
         (dict(stages=("quality",)), "no table quality"),
         (dict(stages=("rules", "language")), "'rules' needs 'language' before it"),
-        (dict(stages=("language",), quality=dict(model="none.npz"), language=dict(keep=("english",))), "'english' is not one of"),
+        (dict(stages=("language",), language=dict(keep=("english",))), "'english' is not one of"),
         (dict(duplicates=dict(threshold=1.5)), r"config\.duplicates: threshold=1.5 must be in \[0, 1\]"),
         (dict(rules=dict(en=dict(min_words=3))), r"rules\.en\.min_words: unknown key"),
-        (dict(stages=("language", "quality"), quality=dict(model="none.npz")), "none.npz: no such file; tele data clean-train"),
+        (dict(stages=("language", "quality"), quality=dict(model="none.npz")), "no such file; tele data clean-train"),
     ],
 )  # fmt: skip
 def test_a_wrong_page_is_one_clear_line(page, tmp_path, change, message):
