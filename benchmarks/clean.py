@@ -100,9 +100,11 @@ def judge(texts: dict[str, str], kept: set[str], pairs: dict[str, str]) -> dict:
             names += (
                 ["near, similarity >= 0.8"] if similarity >= 0.8 else ["near, 0.7 to 0.8"] if similarity >= 0.7 else []
             )
+            names.append("near, " + re.match(r"https://(\w+)", original).group(1))
         for name in names:
-            found[name][0] += gone
-            found[name][1] += 1
+            count = found.setdefault(name, [0, 0])
+            count[0] += gone
+            count[1] += 1
     originals = [url for url in texts if url not in pairs]
     dropped = {url: grams(texts[url]) for url in originals if url not in kept}
     # Of every dropped document: the largest similarity to any document that stays, through an inverted index.

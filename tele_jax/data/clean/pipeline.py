@@ -109,7 +109,10 @@ def clean(
     total = sum(file.size for file in files)
     say(f"{len(files):,} files, {total:,} bytes; {len(config.stages)} stages")
     with _partial(out) as directory:
-        _run(config, files, directory, options)
+        try:
+            _run(config, files, directory, options)
+        except Exception as error:
+            raise _cause(error) from error
         figures = _read_json(directory, "figures.json")
         account = report.build(figures["tally"], config, [file.path for file in files])
         _refuse_empty(account, figures["shards"])
@@ -139,7 +142,10 @@ def _run(config: CleanConfig, files: Sequence[Input], directory: str, options: S
     ]
     # As many partitions as keep the tables of one near 32 MB: about a seventh of the text, in some 30 groups.
     partitions = max(1, sum(file.size for file in files) // (256 << 20))
-    pipeline = beam.Pipeline(options=beam.options.pipeline_options.PipelineOptions(list(options)))
+    try:
+        pipeline = beam.Pipeline(options=beam.options.pipeline_options.PipelineOptions(list(options)))
+    except (ValueError, ImportError) as error:
+        raise UserError(f"--runner or --beam: {str(error).splitlines()[0]}") from None
     batches, rejects, tally = pipeline | beam.Create(parts, reshuffle=False) | "read" >> transforms.Read(config)
     tallies = [tally]
     for name in config.stages:
@@ -168,10 +174,7 @@ def _run(config: CleanConfig, files: Sequence[Input], directory: str, options: S
         beam.pvalue.AsSingleton(shards),
         beam.pvalue.AsSingleton(kept_aside),
     )
-    try:
-        pipeline.run().wait_until_finish()
-    except Exception as error:
-        raise _cause(error) from error
+    pipeline.run().wait_until_finish()
 
 
 def _figures(tally, shards, rejects) -> dict[str, Any]:

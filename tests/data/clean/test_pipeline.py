@@ -251,6 +251,12 @@ def test_a_wrong_page_is_one_clear_line(page, tmp_path, change, message):
         clean({**page, **change}, tmp_path / "out")
 
 
+def test_a_runner_that_beam_does_not_know_is_one_clear_line(page, tmp_path):
+    with pytest.raises(UserError, match="Unexpected pipeline runner: FooRunner"):
+        clean(page, tmp_path / "out", options=("--runner=FooRunner",))
+    assert not (tmp_path / ".out.partial").exists()
+
+
 def test_the_command_trains_models_and_uses_them(tmp_path, jsonl, prose, capsys):
     spam = [{"text": f"buy cheap pills {i} with free bonus to the {i} casino and of " * 4} for i in range(40)]
     good = jsonl("good.jsonl", [{"text": text} for text in prose[:40]])
