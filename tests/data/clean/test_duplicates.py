@@ -14,6 +14,8 @@ from tele_jax.data.clean import duplicates, hashing, paragraphs
 from tele_jax.data.clean.document import Document, Drop
 from tele_jax.data.clean.settings import DuplicatesConfig, ParagraphsConfig
 
+pytest.importorskip("rensa", reason="rensa is not installed: extra [clean]")
+
 CONFIG = DuplicatesConfig()
 
 

@@ -75,6 +75,7 @@ def test_normalise_changes_nothing_the_second_time(text, language):
 
 
 def test_extract_takes_the_text_and_not_the_navigation():
+    pytest.importorskip("resiliparse", reason="resiliparse is not installed: extra [clean]")
     page = "<html><head><title>t</title><script>var x=1</script></head><body><nav><a href=/>Home</a><a href=/a>About us"
     page += (
         f"</a></nav><article><h1>River</h1><p>{ENGLISH}</p><p>{CHINESE}</p></article><footer>Imprint</footer></body>"

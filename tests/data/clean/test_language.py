@@ -9,6 +9,8 @@ from tele_jax.data.clean.document import Document, Drop
 from tele_jax.data.clean.language import identify, language, looks_like_code
 from tele_jax.data.clean.settings import LanguageConfig
 
+pytest.importorskip("pycld2", reason="pycld2 is not installed: extra [clean]")
+
 SENTENCES = {
     "en": "The council met on Tuesday to decide whether the bridge should be repaired before the winter.",
     "zh": "市议会星期二开会，决定是否在冬天以前修好那座桥。居民们希望早日通车。",

@@ -14,6 +14,8 @@ from tele_jax.data.clean.document import Document, Drop
 from tele_jax.data.clean.settings import OverlapConfig, PerplexityConfig, QualityConfig, SafetyConfig
 from tele_jax.errors import UserError
 
+pytest.importorskip("sklearn", reason="sklearn is not installed: extra [clean]")
+
 
 def document(text, language="en"):
     return Document(1, text, "s", "d", "o", language=language)

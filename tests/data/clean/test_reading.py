@@ -31,7 +31,7 @@ def texts(items):
 
 
 def zstd(data):
-    import zstandard
+    zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed: extra [clean]")
 
     half = len(data) // 2  # two frames, as parallel compressors write
     return zstandard.compress(data[:half]) + zstandard.compress(data[half:])
@@ -86,6 +86,7 @@ def warc(path):
 
 
 def test_warc_is_read_in_the_encoding_of_each_page(tmp_path):
+    pytest.importorskip("fastwarc", reason="fastwarc is not installed: extra [clean]")
     path = tmp_path / "a.warc"
     warc(path)
     items = read(path, "warc")
@@ -125,6 +126,7 @@ def test_a_damaged_or_missing_file_gives_what_was_readable_and_one_reject(tmp_pa
     assert isinstance(items[-1], Reject) and items[-1].reason == "unreadable"
     good = items[:-1]
     assert len(good) > 10 and texts(good) == [json.loads(line)["text"] for line in lines.splitlines()[: len(good)]]
+    pytest.importorskip("zstandard", reason="zstandard is not installed: extra [clean]")
     (tmp_path / "b.txt.zst").write_bytes(b"no zstd")
     (tmp_path / "c.jsonl.xz").write_bytes(b"no xz")
     for name, format in (("b.txt.zst", "text"), ("c.jsonl.xz", "jsonl"), ("missing.txt", "text")):
