@@ -34,6 +34,7 @@ EXTRAS = {
     # and the rest go with these. All have wheels for Python 3.11 to 3.13.
     "clean": [
         "apache-beam>=2.77,<3",
+        "sentencepiece>=0.2.2,<0.2.3",  # see beam
         "resiliparse>=2.0.1,<3",
         "fastwarc>=2.0.1,<3",
         "pycld2>=0.42,<0.43",
