@@ -26,15 +26,20 @@ EXTRAS = {
     # plain Linux wheel carries no CUDA libraries either. The two must be of one minor release.
     "data": [
         "seqio>=0.0.20,<0.1",
-        "sentencepiece>=0.2.1,<0.3",
+        "sentencepiece>=0.2.2,<0.3",
+        "array_record>=0.8.6,<0.9",
+        "tokenizers>=0.22,<0.24",  # reads the vocabulary of TeleChat-7B, and of most others
         "tensorflow>=2.21,<2.22",
         "tensorflow-text>=2.21,<2.22",
     ],
-    # `tele data clean`. Beam 2.77 ends at protobuf 6, pyarrow 25, pillow 12.x and python-dateutil 2.x; TensorFlow 2.21
-    # and the rest go with these. All have wheels for Python 3.11 to 3.13.
+    # `tele data cache` on several processes or machines; --runner serial works without. Beam asks for a protobuf below
+    # 7, and sentencepiece 0.2.3 for 7 without saying so: with both, no vocabulary can be read.
+    "beam": ["apache-beam>=2.77,<3", "sentencepiece>=0.2.2,<0.2.3"],
+    # `tele data clean`. Beam 2.77 ends at protobuf 6, pyarrow 25, pillow 12 and python-dateutil 2; the extras data, plots,
+    # hf, notebooks and dev go with these. All have wheels for Python 3.11 to 3.13.
     "clean": [
         "apache-beam>=2.77,<3",
-        "sentencepiece>=0.2.2,<0.2.3",  # see beam
+        "sentencepiece>=0.2.2,<0.2.3",  # as in beam
         "resiliparse>=2.0.1,<3",
         "fastwarc>=2.0.1,<3",
         "pycld2>=0.42,<0.43",
@@ -52,11 +57,15 @@ EXTRAS = {
         "transformers>=5.20,<6",
         "safetensors>=0.6,<1",
         "tokenizers>=0.22,<0.24",
+        # transformers reads GGUF files with these (benchmarks/real_model.py).
+        "accelerate>=1.15,<2",
+        "gguf>=0.19,<0.20",
     ],
     "eval": ["lm-eval>=0.4.13,<0.5"],
     # Not in the core: hosts of a pod draw nothing.
     "plots": ["matplotlib>=3.9,<4"],
     "notebooks": ["nbclient>=0.10.2,<1", "nbformat>=5.10,<6", "ipykernel>=6.29,<8", "matplotlib>=3.9,<4"],
+    "benchmarks": ["grain>=0.2.18,<0.3"],  # the peer of benchmarks/read_rows.py
     "dev": [
         "pytest>=9,<10",
         "pytest-xdist>=3.8,<4",

@@ -9,6 +9,8 @@ tokens = tele.generate(cfg, params, prompts, max_new_tokens=64)           tele_j
 tele.growth                                  grow parameter trees         tele_jax/growth/
 tele.surgery                                 take, drop, cut, pad, rename tele_jax/surgery.py
 tele.checkpoint                              save and load                tele_jax/checkpoint/
+tele.plots                                   losses, plans, receipts      tele_jax/plots.py
+tele.convert                                 released checkpoints         tele_jax/convert/
 """
 
 import importlib
@@ -29,12 +31,14 @@ __all__ = [
     "Rope",
     "UserError",
     "checkpoint",
+    "convert",
     "count_params",
     "forward",
     "generate",
     "get_model",
     "growth",
     "init",
+    "plots",
     "spec",
     "surgery",
 ]
@@ -42,6 +46,6 @@ __all__ = [
 
 def __getattr__(name: str):
     """Loads the heavier parts on first use, so that `import tele_jax` stays light."""
-    if name in ("growth", "checkpoint", "surgery"):
+    if name in ("growth", "checkpoint", "convert", "plots", "surgery"):
         return importlib.import_module(f"tele_jax.{name}")
     raise AttributeError(f"module 'tele_jax' has no attribute {name!r}")

@@ -7,14 +7,12 @@ from typing import Any
 
 from tele_jax.checkpoint import locate
 from tele_jax.config import ModelConfig, require
-from tele_jax.data import dialogue
-from tele_jax.data.vocabulary import Vocabulary
+from tele_jax.data import dialogue, templates
+from tele_jax.data.templates import Template
+from tele_jax.data.vocabulary import TOKENIZER_FILES, Vocabulary
 from tele_jax.errors import UserError
 from tele_jax.generate import check_seed, generate, prepare, sampling
 
-# How TeleChat draws where it does not take the likeliest token (FACTS section 5; the 12B has a penalty of 1.01).
-RELEASED_SAMPLING = {"temperature": 0.3, "top_k": 5, "top_p": 0.85, "repetition_penalty": 1.03}
-TOKENIZER_FILE = "tokenizer.model"
 MAX_NEW_TOKENS = 1024  # not published: ours, an answer of about two pages
 
 
@@ -32,8 +30,9 @@ class Chat:
 
     Attributes:
       messages: {"role", "content"} of the system message, if any, and of every exchange.
+      template: how the dialogue is written.
       prompt_tokens: what the last reply was drawn after.
-      reply_tokens: of the last reply, `<_end>` not included.
+      reply_tokens: of the last reply, without what ended it.
     """
 
     def __init__(
@@ -42,6 +41,7 @@ class Chat:
         params: Mapping[str, Any],
         vocabulary: Vocabulary,
         *,
+        template: Template | None = None,
         system: str | None = None,
         max_new_tokens: int | None = None,
         seed: int = 0,
@@ -49,28 +49,32 @@ class Chat:
     ):
         """Prepares the model; with the options as they are the likeliest token is always taken.
 
+        template: that of the vocabulary by default.
         max_new_tokens: longest reply; by default 1,024, or half of cfg.max_seq_len where that is less.
         seed: the n-th reply is drawn with seed + n.
-        options: temperature, top_k, top_p and repetition_penalty as in generate.sampling; see RELEASED_SAMPLING.
+        options: temperature, top_k, top_p and repetition_penalty as in generate.sampling; template.sampling has what a
+          family was released with.
 
         Raises:
-          UserError: an option out of its range; a vocabulary without dialogue markers, or larger than the model's.
+          UserError: an option out of its range; a vocabulary without the template's markers, or larger than the
+            model's; a system message where the template has no place for one.
         """
         sampling(**options)
         check_seed(seed)
         check_vocabulary(cfg, vocabulary)
+        self.template = template or templates.choose(vocabulary)
+        shortest = dialogue.shortest(vocabulary, self.template)
         if max_new_tokens is None:
             max_new_tokens = min(MAX_NEW_TOKENS, cfg.max_seq_len // 2)
         require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
         self._max_prompt = cfg.max_seq_len - max_new_tokens
         require(
-            self._max_prompt >= 4,
+            self._max_prompt >= shortest,
             f"max_new_tokens={max_new_tokens} leaves {max(self._max_prompt, 0)} of the model's max_seq_len="
-            f"{cfg.max_seq_len} tokens to the question; give less",
+            f"{cfg.max_seq_len} tokens to the question, which needs {shortest}; give less",
         )
-        # A model that goes on with <_user> has finished its answer just as well.
-        stop_ids = {vocabulary.end_id, vocabulary.user_id, vocabulary.bot_id, vocabulary.eos_id} - {-1}
-        self._options = dict(max_new_tokens=max_new_tokens, stop_ids=sorted(stop_ids), **options)
+        stop_ids = templates.stop_ids(self.template, vocabulary)
+        self._options = dict(max_new_tokens=max_new_tokens, stop_ids=stop_ids, **options)
         self._cfg, self._params, self._vocabulary = cfg, prepare(cfg, params), vocabulary
         self._seed, self._replies = seed, 0
         self.messages: list[dict[str, str]] = []
@@ -79,8 +83,17 @@ class Chat:
         self.reset(system)
 
     def reset(self, system: str | None = None) -> None:
-        """Forgets the conversation; the next one has this system message, or none."""
-        self.messages = [{"role": "system", "content": system}] if system else []
+        """Forgets the conversation; the next one has this system message, or none.
+
+        Raises:
+          UserError: the template has no place for a system message; nothing is forgotten then.
+        """
+        messages = [{"role": "system", "content": system}] if system else []
+        if messages:  # is there a place for it?
+            dialogue.render_prompt(
+                [*messages, {"role": "user", "content": "?"}], self._vocabulary, template=self.template
+            )
+        self.messages = messages
 
     def reply(self, question: str, on_text: Callable[[str], None] | None = None) -> str:
         """Answers, and takes question and answer into the history, unless the answer is empty or interrupted.
@@ -93,7 +106,7 @@ class Chat:
         """
         require(bool(question), "the question is empty")
         asked = [*self.messages, {"role": "user", "content": question}]
-        prompt = dialogue.render_prompt(asked, self._vocabulary, self._max_prompt)
+        prompt = dialogue.render_prompt(asked, self._vocabulary, self._max_prompt, self.template)
         text = TextStream(self._vocabulary)
         parts: list[str] = []
 
@@ -151,7 +164,10 @@ def check_vocabulary(cfg: ModelConfig, vocabulary: Vocabulary) -> None:
 
 
 def find_tokenizer(ckpt_path: str | os.PathLike, explicit: str | os.PathLike | None = None) -> str:
-    """Path of the tokenizer of a checkpoint: the one named explicitly, or tokenizer.model in or above its directory.
+    """Path of the tokenizer of a checkpoint: the one named explicitly, or that in or above its directory.
+
+    It is called tokenizer.model (SentencePiece) or tokenizer.json (of the `tokenizers` library). Where both lie, the
+    model is taken, from which the JSON was made.
 
     ckpt_path: as checkpoint.load takes it. Looked into are the step directory, and those above it up to the work
       directory: W/pretrain/checkpoints/100, W/pretrain/checkpoints, W/pretrain, W.
@@ -163,8 +179,11 @@ def find_tokenizer(ckpt_path: str | os.PathLike, explicit: str | os.PathLike | N
         return str(explicit)
     step = locate.find_step(ckpt_path)
     for directory in (step, *list(step.parents)[:3]):
-        if (directory / TOKENIZER_FILE).is_file():
-            return str(directory / TOKENIZER_FILE)
+        for name in TOKENIZER_FILES:
+            if (directory / name).is_file():
+                return str(directory / name)
         if (directory / "config.json").is_file():
             break  # the work directory
-    raise UserError(f"{step}: no {TOKENIZER_FILE} in or above it, up to {directory}; name one with --tokenizer FILE")
+    raise UserError(
+        f"{step}: no {' or '.join(TOKENIZER_FILES)} in or above it, up to {directory}; name one with --tokenizer FILE"
+    )

@@ -20,7 +20,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") ->
     """Makes the frozen dataclass `cls` from a mapping (dict or ConfigDict), nested dataclasses included.
 
     >>> from_dict(Rope, {"theta": 5e5}, "config.model.rope")
-    Rope(theta=500000.0, ntk=None)
+    Rope(theta=500000.0, ntk=None, tables='float32')
 
     Raises:
       UserError: an unknown key (with the nearest known one), a missing key, or a value of another type; the message
@@ -125,10 +125,14 @@ class Ntk:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding, half-split pairs: theta is the base; ntk makes it depend on the length."""
+    """Rotary position embedding, half-split pairs: theta is the base; ntk makes it depend on the length.
+
+    tables: "float16" rounds cos and sin as TeleChat's released code does, for its bits; no other code does that.
+    """
 
     theta: float = 10_000.0
     ntk: Ntk | None = None
+    tables: typing.Literal["float32", "float16"] = "float32"
 
     def __post_init__(self):
         require_positive(self, "theta")
@@ -163,8 +167,8 @@ class ModelConfig:
     matrix_init_std: float | None = None  # matrix-like ones at the base width; None: init_std
     dtype: typing.Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of activations and matrix products
     param_dtype: typing.Literal["bfloat16", "float32", "float64"] = "float32"
-    remat: typing.Literal["none", "full"] = "full"
-    attention: typing.Literal["auto", "reference", "xla"] = "auto"
+    remat: typing.Literal["none", "full", "attention", "offload"] = "full"  # see model/decoder.py, REMAT
+    attention: typing.Literal["auto", "reference", "xla", "splash"] = "auto"
 
     def __post_init__(self):
         if self.num_kv_heads is None:

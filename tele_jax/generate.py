@@ -1,10 +1,12 @@
 """Generation with a KV cache: prompts go in chunk by chunk, then one token per row and step on the device.
 
-A row's token at position p lies in slot p of the cache, prompts start at 0 and are padded on the right. What is padding
-now is overwritten before any query looks so far: shapes are rounded up (few compilations), results are not touched.
+All rows fill the slots of the cache in step. Prompts start in slot 0 and are padded on the right; the tokens drawn
+follow from the slot after the longest prompt on. Padding has no position, so no query sees it: shapes are rounded up
+(few compilations), results are not touched. On a mesh, rows lie along data and fsdp, keys and values along tensor.
 """
 
 import collections
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,15 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tele_jax.axes import flatten, unflatten
 from tele_jax.config import ModelConfig, require
 from tele_jax.model import decoder
+from tele_jax.model.attention import SLOT_BLOCK
 from tele_jax.model.spec import flat_spec
+from tele_jax.sharding import BATCH, MESH_AXES, RULES
 
-# Tokens of a prompt that go through the model at once. Attention scores against the cache take
-# 4 * rows * heads * CHUNK * cache length bytes: 256 MB for a row of 8,192 slots and 32 heads.
-CHUNK = 256
+CHUNK = 256  # tokens of a prompt that go through the model at once
 
 
 class Sampling(struct.PyTreeNode):
@@ -42,6 +46,7 @@ class State(struct.PyTreeNode):
     token: jax.Array  # int32[B], drawn last; of a row that is done, without meaning
     done: jax.Array  # bool[B], a stop id was drawn
     step: jax.Array  # int32[], tokens drawn so far
+    slot: jax.Array  # int32[], where in the cache the token drawn last goes
     keys: jax.Array  # random keys [B], one per row
     seen: jax.Array | None  # bool[B, V]: occurs in prompt or continuation; None without repetition penalty
 
@@ -66,6 +71,9 @@ def generate(
     [[17, 4, 17], [9, 9, 2]]
 
     Args:
+      params: nested dict of arrays, or what `prepare` made of it. Where they are sharded over a mesh of ours
+        (checkpoint.load(path, mesh), sharding.param_shardings), the cache is sharded over it too: rows over data and
+        fsdp, padded with rows that nobody asked for where they do not divide, and kv_heads over tensor.
       prompts: token ids, one list per row, of any lengths above 0.
       max_new_tokens: for every row. Prompt and new tokens together are the total length that NTK scaling goes by, and
         must not exceed cfg.max_seq_len where the model has no NTK scaling.
@@ -156,77 +164,130 @@ def draw(logits: jax.Array, seen: jax.Array | None, keys: jax.Array, how: Sampli
 
 
 def prepare(cfg: ModelConfig, params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """params with every leaf in the dtype the decoder uses it in, so that a step does not cast all of them again.
+    """params as decoding wants them: every leaf in the dtype it is used in, and on CPUs the layers one by one.
 
-    Norm scales are used in float32 and stay; the rest goes to cfg.dtype. Changes no result; returns params itself
-    where there is nothing to cast. `generate` does this: call it only to do it once for many calls.
+    Norm scales are used in float32 and stay; the rest goes to cfg.dtype, so that a step does not cast all of it again.
+    XLA's CPU compiler copies the slice of every stacked weight that a scan over layers hands to a matrix product, which
+    doubles the time of a step (docs/decode.md); its TPU compiler reads slices in place, and there layers stay stacked.
+    Changes no result. `generate` does this: call it only to do it once for many calls. What it makes takes memory of
+    its own; if nothing else holds params, each leaf goes as soon as it is replaced.
     """
-    spec, leaves = flat_spec(cfg), flatten(params)
-    dtype = jnp.dtype(cfg.dtype)
-    cast = [name for name, leaf in leaves.items() if spec[name].role != "scale" and leaf.dtype != dtype]
-    if not cast:
-        return params
-    return unflatten(leaves | _cast({name: leaves[name] for name in cast}, dtype))
+    if not isinstance(params["layers"], Mapping):
+        return params  # prepared before
+    spec, leaves, dtype = flat_spec(cfg), flatten(params), jnp.dtype(cfg.dtype)
+    unstack = all(_platform(leaf) == "cpu" for leaf in leaves.values())
+    del params
+    layers: list[dict[str, Any]] = [{} for _ in range(cfg.num_layers)]
+    ready: dict[str, Any] = {}
+    for name in list(leaves):
+        leaf = leaves.pop(name)
+        if spec[name].role != "scale" and leaf.dtype != dtype:
+            leaf = _cast(leaf, dtype)
+        if unstack and name.startswith("layers."):
+            for layer, own in zip(layers, _unstack(leaf), strict=True):
+                layer[name.removeprefix("layers.")] = own
+        else:
+            ready[name] = leaf
+    return unflatten(ready) | ({"layers": tuple(map(unflatten, layers))} if unstack else {})
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _cast(leaves, dtype):
-    return {name: leaf.astype(dtype) for name, leaf in leaves.items()}
+def _cast(leaf, dtype):
+    return leaf.astype(dtype)
+
+
+@jax.jit
+def _unstack(leaf):
+    return tuple(leaf)
+
+
+def _platform(leaf: Any) -> str:
+    return next(iter(leaf.devices())).platform if isinstance(leaf, jax.Array) else jax.default_backend()
+
+
+def _mesh_of(params: Mapping[str, Any]) -> Mesh | None:
+    """The mesh with our axes that the parameters are sharded over, if they are."""
+    for leaf in jax.tree.leaves(params):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            return sharding.mesh if set(MESH_AXES) <= set(sharding.mesh.axis_names) else None
+    return None
 
 
 def _generate_batch(cfg, params, prompts, keys, how, stop_ids, max_new_tokens, rope_length, emit):
-    longest = max(len(prompt) for prompt in prompts)
-    slots = _bucket(longest + max_new_tokens, cfg.max_seq_len)
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), slots), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    stop_ids = np.array(stop_ids + [-1] * (_bucket(len(stop_ids)) - len(stop_ids)), np.int32)  # -1 is never drawn
+    mesh = _mesh_of(params)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        rows = len(prompts)
+        if mesh is not None:  # every device of data x fsdp gets as many rows
+            ways = math.prod(mesh.shape[axis] for axis in BATCH)
+            prompts = [*prompts, *[[0]] * (-rows % ways)]
+            keys = keys[np.minimum(np.arange(len(prompts)), rows - 1)]
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        longest = int(lengths.max())
+        chunk = min(CHUNK, _bucket(longest))
+        slots = _slots(max(longest + max_new_tokens, -(-longest // chunk) * chunk), cfg.max_seq_len)
+        tokens = np.zeros((len(prompts), slots), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+        # -1 is never drawn
+        stop_ids = np.array(stop_ids + [-1] * (_bucket(len(stop_ids)) - len(stop_ids)), np.int32)
+        cache, last = _empty(cfg, mesh, len(prompts), slots)
+        for start in range(0, longest, chunk):
+            piece = tokens[:, start : start + chunk]
+            cache, last = _prefill(cfg, rope_length, params, cache, last, piece, np.int32(start), lengths)
+        state = _begin(cfg, params, last, tokens, lengths, np.arange(len(prompts)) >= rows, keys, how, stop_ids)
+        state = _draw_all(cfg, rope_length, params, cache, state, how, stop_ids, max_new_tokens, emit)
+        tokens, ends = jax.device_get((state.tokens, state.lengths))
+    return [tokens[row, lengths[row] : ends[row]].tolist() for row in range(rows)]
 
-    cache, last = _empty(cfg, len(prompts), slots)
-    chunk = min(CHUNK, _bucket(longest, slots))
-    for start in range(0, longest, chunk):
-        piece = np.zeros((len(prompts), chunk), np.int32)
-        piece[:, : slots - start] = tokens[:, start : start + chunk]
-        cache, last = _prefill(cfg, rope_length, params, cache, last, piece, np.int32(start), lengths)
-    state = _begin(cfg, params, last, tokens, lengths, keys, how, stop_ids)
+
+def _draw_all(cfg, rope_length, params, cache, state, how, stop_ids, max_new_tokens, emit) -> State:
+    """Decodes to the end; with emit(row, token), step by step."""
     if emit is None:
-        state, _ = _decode(cfg, rope_length, params, cache, state, how, stop_ids, np.int32(max_new_tokens))
-    else:
-        # The next step is under way while the host reads this one; after the end a step does nothing.
-        for step in range(1, max_new_tokens + 1):
-            following, cache = _decode(
-                cfg, rope_length, params, cache, state, how, stop_ids, np.int32(min(step + 1, max_new_tokens))
-            )
-            token, done = jax.device_get((state.token, state.done))
-            for row in np.flatnonzero(~done):
-                emit(int(row), int(token[row]))
-            state = following
-            if done.all():
-                break
-    tokens, ends = jax.device_get((state.tokens, state.lengths))
-    return [tokens[row, begin:end].tolist() for row, (begin, end) in enumerate(zip(lengths, ends, strict=True))]
+        return _decode(cfg, rope_length, params, cache, state, how, stop_ids, np.int32(max_new_tokens))[0]
+    # The next step is under way while the host reads this one; after the end a step does nothing.
+    for step in range(1, max_new_tokens + 1):
+        following, cache = _decode(
+            cfg, rope_length, params, cache, state, how, stop_ids, np.int32(min(step + 1, max_new_tokens))
+        )
+        token, done = jax.device_get((state.token, state.done))
+        for row in np.flatnonzero(~done):
+            emit(int(row), int(token[row]))
+        state = following
+        if done.all():
+            break
+    return state
 
 
-def _empty(cfg: ModelConfig, batch: int, slots: int) -> tuple[decoder.Cache, jax.Array]:
+def _empty(cfg: ModelConfig, mesh: Mesh | None, batch: int, slots: int) -> tuple[decoder.Cache, jax.Array]:
     """An empty cache, and room for the final hidden state [B, D] of the last token of every prompt."""
-    shape = (cfg.num_layers, batch, slots, cfg.num_kv_heads, cfg.head_dim)
-    dtype = jnp.dtype(cfg.dtype)
-    return decoder.Cache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype)), jnp.zeros((batch, cfg.embed_dim), dtype)
+
+    def make() -> tuple[decoder.Cache, jax.Array]:
+        return decoder.empty_cache(cfg, batch, slots), jnp.zeros((batch, cfg.embed_dim), cfg.dtype)
+
+    if mesh is None:
+        return make()
+    heads = RULES["kv_heads"]
+    if cfg.num_kv_heads % mesh.shape[heads]:
+        heads = None  # parameters that the caller placed by other rules than ours
+    keys = NamedSharding(mesh, P(None, BATCH, heads))
+    rows = NamedSharding(mesh, P(BATCH))
+    return jax.jit(make, out_shardings=(decoder.Cache(k=keys, v=keys, positions=rows), rows))()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _prefill(cfg, rope_length, params, cache, last, piece, start, lengths):
-    """Takes tokens [B, C] at positions start, start + 1, ... into the cache; keeps what stands at lengths - 1."""
+    """Takes tokens [B, C] of positions start, start + 1, ... into the cache; keeps what stands at lengths - 1."""
     positions = jnp.broadcast_to(start + jnp.arange(piece.shape[1], dtype=jnp.int32), piece.shape)
-    x, cache = decoder.hidden(cfg, params, piece, positions, cache=cache, rope_length=rope_length)
     is_last = positions == lengths[:, None] - 1
+    positions = jnp.where(positions < lengths[:, None], positions, decoder.NOWHERE)
+    x, cache = decoder.hidden_cached(cfg, params, piece, positions, cache, start, rope_length)
     found = jnp.take_along_axis(x, jnp.argmax(is_last, axis=1)[:, None, None], axis=1)[:, 0]
     return cache, jnp.where(is_last.any(axis=1)[:, None], found, last)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _begin(cfg, params, last, tokens, lengths, keys, how, stop_ids):
+def _begin(cfg, params, last, tokens, lengths, done, keys, how, stop_ids):
     """The state after the first draw."""
     batch, slots = tokens.shape
     seen = None
@@ -238,8 +299,9 @@ def _begin(cfg, params, last, tokens, lengths, keys, how, stop_ids):
         tokens=tokens,
         lengths=lengths,
         token=jnp.zeros(batch, jnp.int32),
-        done=jnp.zeros(batch, bool),
+        done=done,
         step=jnp.int32(0),
+        slot=jnp.max(lengths) - 1,
         keys=keys,
         seen=seen,
     )
@@ -252,9 +314,8 @@ def _decode(cfg, rope_length, params, cache, state, how, stop_ids, until):
 
     def step(carry):
         state, cache = carry
-        positions = jnp.maximum(state.lengths - 1, 0)[:, None]
-        tokens = jnp.take_along_axis(state.tokens, positions, axis=1)
-        x, cache = decoder.hidden(cfg, params, tokens, positions, cache=cache, rope_length=rope_length)
+        positions = state.lengths[:, None] - 1
+        x, cache = decoder.hidden_cached(cfg, params, state.token[:, None], positions, cache, state.slot, rope_length)
         return _append(cfg, params, x[:, 0], state, how, stop_ids), cache
 
     def going(carry):
@@ -270,13 +331,14 @@ def _append(cfg, params, x, state: State, how: Sampling, stop_ids) -> State:
     token = draw(decoder.logits_of(cfg, params, x), state.seen, keys, how)
     done = state.done | jnp.isin(token, stop_ids)
     rows = jnp.arange(token.shape[0])
-    slot = jnp.where(done, state.tokens.shape[1], state.lengths)  # beyond the end: dropped
+    end = jnp.where(done, state.tokens.shape[1], state.lengths)  # beyond the end: dropped
     return State(
-        tokens=state.tokens.at[rows, slot].set(token),
+        tokens=state.tokens.at[rows, end].set(token),
         lengths=state.lengths + ~done,
         token=token,
         done=done,
         step=state.step + 1,
+        slot=state.slot + 1,
         keys=state.keys,
         seen=None if state.seen is None else state.seen.at[rows, token].set(True),
     )
@@ -289,6 +351,12 @@ def _row_keys(seed: int, rows: np.ndarray) -> jax.Array:
 def _bucket(length: int, limit: int = 2**31) -> int:
     """The next power of two, 16 at least; but not above limit unless length is."""
     return max(length, min(max(16, 1 << (length - 1).bit_length()), limit))
+
+
+def _slots(length: int, limit: int) -> int:
+    """Slots of a cache for so many tokens: a bucket that the cached attention can cut into blocks."""
+    slots = _bucket(length, limit)
+    return slots if slots <= SLOT_BLOCK else -(-slots // SLOT_BLOCK) * SLOT_BLOCK
 
 
 def _rope_length(cfg: ModelConfig, total: int) -> int:

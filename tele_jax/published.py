@@ -4,6 +4,7 @@ A value that nobody published is marked "ours" with the reason. Numbers and thei
 """
 
 import difflib
+import math
 from typing import Any
 
 from tele_jax.config import ModelConfig, Ntk, Rope
@@ -14,6 +15,10 @@ from tele_jax.errors import UserError
 _TELE_FLM = dict(
     vocab_size=80_000, max_seq_len=4096, rms_eps=1e-5, init_std=4e-3, matrix_init_std=0.024, mup_base_width=256
 )
+# The base model was released with output_mult 0.5 and mup_scale_factor 16, its width over that of the proxy. It is the
+# same model as 1.0 / 32 at base width 256, the form of the later releases: in muP a matrix-like std or learning rate
+# at base width 512 is that at 256 divided by sqrt(2), or by 2.
+_TELE_FLM_BASE = _TELE_FLM | dict(output_mult=0.5, mup_base_width=512, matrix_init_std=0.024 / math.sqrt(2))
 # TeleChat (arXiv 2401.03804): the init std was not published; 0.02 is ours, the usual value.
 _TELECHAT = dict(max_seq_len=8192, rms_eps=1e-5, output_biases=True, init_std=0.02)
 _NTK_7B = Rope(ntk=Ntk(original_length=4096))
@@ -22,11 +27,12 @@ _NTK_12B = Rope(ntk=Ntk(original_length=8192))
 _NTK_52B = Rope(ntk=Ntk(original_length=4096, trained_length=4096, base="linear", attention_slope=0.0))
 
 PUBLISHED: dict[str, dict[str, Any]] = {
-    # The released base config has output_mult 0.5 and mup_scale_factor 16; 1.0 / 32 at base 256 is the same product
-    # and the form of the later releases. The proxy's effective multiplier is the transferred one, 1/32 * 8192/512.
-    "tele_flm_proxy": _TELE_FLM | dict(num_layers=64, num_heads=4, embed_dim=512, mlp_dim=1_344),
-    "tele_flm_52b": _TELE_FLM
+    # The proxy's effective multiplier is the transferred one, 1/32 * 8192/512.
+    "tele_flm_proxy": _TELE_FLM_BASE | dict(num_layers=64, num_heads=4, embed_dim=512, mlp_dim=1_344),
+    "tele_flm_52b": _TELE_FLM_BASE
     | dict(num_layers=64, num_heads=64, embed_dim=8_192, mlp_dim=21_824, padded_vocab_size=80_384),
+    "tele_flm_52b_instruct": _TELE_FLM
+    | dict(num_layers=64, num_heads=64, embed_dim=8_192, mlp_dim=21_824, padded_vocab_size=80_896),
     # Not released: the padded vocabulary is ours, the base model's.
     "tele_flm_102b": _TELE_FLM
     | dict(num_layers=80, num_heads=80, embed_dim=10_240, mlp_dim=27_264, padded_vocab_size=80_384),
@@ -63,6 +69,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     ),
     "telechat_52b": _TELE_FLM
     | dict(num_layers=64, num_heads=64, embed_dim=8_192, mlp_dim=21_824, padded_vocab_size=80_896, rope=_NTK_52B),
+}
+
+# Tokens of the stage that trained each (FACTS sections 1 and 5); the others' were not published.
+STAGE_TOKENS = {
+    "tele_flm_52b": 2.0e12,
+    "tele_flm_102b": 0.3e12,
+    "tele_flm_1t": 15.7e9,
+    "telechat_1b": 2.0e12,
+    "telechat_7b": 1.5e12,
+    "telechat_12b": 3.0e12,
 }
 
 

@@ -1,22 +1,38 @@
-"""What a finished run shows: one table, and a picture of the loss across the growths."""
+"""What a finished run shows: one table, and pictures of the loss across the growths and of the layers copied there."""
 
 import importlib.util
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tele_jax import plots
+from tele_jax.errors import DamageError
 from tele_jax.train import metrics
 
 
 def write(workdir: Path, summaries: Sequence[Mapping[str, Any]]) -> str:
-    """Writes W/summary.txt and W/loss.png, and returns the table with the picture's path below it."""
+    """Writes W/summary.txt, W/loss.png, and W/<stage>/layer_scores.png for every growth that chose layers by distance.
+
+    Returns the table, with the paths of the pictures below it.
+
+    Raises:
+      DamageError: a growth receipt is missing or damaged; the table is written all the same.
+    """
     text = table(summaries)
     (workdir / "summary.txt").write_text(text + "\n")
     if importlib.util.find_spec("matplotlib") is None:
-        return f"{text}\n\nno loss curve: matplotlib is missing; pip install 'tele_jax[plots]'"
-    picture = workdir / "loss.png"
-    plot(workdir, summaries, picture)
-    return f"{text}\n\nloss curve: {picture}"
+        return f"{text}\n\nno pictures: matplotlib is missing; pip install 'tele_jax[plots]'"
+    panels, growths = curves(workdir, summaries)
+    pictures = [("loss curve", workdir / "loss.png", plots.loss(panels, growths=growths, x_label="tokens, millions"))]
+    for summary in summaries:
+        receipt = _receipt(workdir / summary["stage"]) if summary["kind"] == "grow" else {}
+        if receipt.get("layer_scores") is not None:
+            picture = workdir / summary["stage"] / "layer_scores.png"
+            pictures.append((f"layers copied by {summary['stage']}", picture, plots.layer_scores(receipt)))
+    for _, path, figure in pictures:
+        figure.savefig(path, dpi=120)
+    return "\n".join([text, "", *(f"{what}: {path}" for what, path, _ in pictures)])
 
 
 def table(summaries: Sequence[Mapping[str, Any]]) -> str:
@@ -45,44 +61,41 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def plot(workdir: Path, summaries: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Held-out bits per byte over the tokens of all stages: a line per domain, a dashed line at every growth."""
-    import matplotlib
+def curves(
+    workdir: Path, summaries: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, dict[str, plots.Curve]], list[float]]:
+    """(panels, growths) for plots.loss, over millions of tokens from the start of the run.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
+    Training loss with a curve per stage, held-out bits per byte with a curve per domain.
+    """
+    training: dict[str, plots.Curve] = {}
+    held_out: dict[str, plots.Curve] = {}
     offset, growths = 0, []
-    curves: dict[str, tuple[list[float], list[float]]] = {}
     for summary in summaries:
         if summary["kind"] == "grow":
-            growths.append((offset, summary["parameters"]))
+            growths.append(offset / 1e6)
             continue
-        lines = metrics.read(workdir / summary["stage"] / "metrics" / "metrics.jsonl")
-        seen, tokens, losses = 0, [], []
-        for line in lines:
+        stage = training.setdefault(f"{summary['stage']}, {summary['parameters'] / 1e6:.2f}M", ([], []))
+        seen = 0
+        for line in metrics.read(workdir / summary["stage"] / "metrics" / "metrics.jsonl"):
             seen = line.get("tokens", seen)
-            if "loss" in line:
-                tokens.append((offset + seen) / 1e6)
-                losses.append(line["loss"])
-            for name, value in line.items():
-                if name.startswith(metrics.EVALUATION):
-                    xs, ys = curves.setdefault(name.rsplit("/", 1)[1], ([], []))
-                    xs.append((offset + seen) / 1e6)
-                    ys.append(value)
-        above.plot(tokens, losses, linewidth=1, label=f"{summary['stage']}, {summary['parameters'] / 1e6:.2f}M")
+            values = [(stage, line["loss"])] if "loss" in line else []
+            values += [
+                (held_out.setdefault(name.removeprefix(metrics.EVALUATION), ([], [])), value)
+                for name, value in line.items()
+                if name.startswith(metrics.EVALUATION)
+            ]
+            for (xs, ys), value in values:
+                xs.append((offset + seen) / 1e6)
+                ys.append(value)
         offset += summary["tokens"]
-    for domain, (xs, ys) in sorted(curves.items()):
-        below.plot(xs, ys, marker="o", markersize=3, linewidth=1, label=domain)
-    for axes in (above, below):
-        for i, (at, _) in enumerate(growths):
-            axes.axvline(at / 1e6, color="grey", linestyle="--", linewidth=1, label="growth" if i == 0 else None)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    above.set_ylabel("training loss, nats per token")
-    below.set_ylabel("held-out text, bits per byte")
-    below.set_xlabel("tokens, millions")
-    above.set_title("Loss across the growths")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    panels = {"training loss, nats per token": training, "held-out text, bits per byte": dict(sorted(held_out.items()))}
+    return {label: panel for label, panel in panels.items() if panel}, growths
+
+
+def _receipt(directory: Path) -> dict[str, Any]:
+    path = directory / "growth_receipt.json"
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError) as error:
+        raise DamageError(f"{path}: missing or damaged, no picture of its layers can be drawn ({error})") from None

@@ -8,6 +8,7 @@ A page in configs/ returns a ConfigDict with `run`, the names of the stages in o
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from tele_jax.errors import UserError
 class SourceConfig:
     """One domain of text: where its files are, and how often it is drawn."""
 
-    files: tuple[str, ...]  # glob patterns
+    files: tuple[str, ...] = ()  # glob patterns; needed unless the rows come from a cache
     format: Literal["text", "jsonl", "dialogues"] = "text"
     # text: a file is one document; jsonl: {"text": ...} a line; dialogues: {"messages": [{"role", "content"}, ...]}
     # a line
@@ -27,21 +28,58 @@ class SourceConfig:
     validation_files: tuple[str, ...] = ()  # held out, for bits per byte; none: the domain is not evaluated
 
     def __post_init__(self):
-        require(len(self.files) > 0, "files must name at least one pattern")
         require_positive(self, "rate")
+        require(math.isfinite(self.rate), f"rate={self.rate} must be finite")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """A mixture of domains and the tokenizer that reads it."""
+    """A mixture of domains and the tokenizer that reads it.
 
-    tokenizer: str  # path of a SentencePiece model
-    sources: dict[str, SourceConfig]  # by domain
+    With `cache`, rows come from there, and only validation_files are read. `sources` may then choose among the cache's
+    domains and give other rates; empty, it is all of them as the cache was made. Their `files` may be left out; where
+    they are given, they have to be those that the cache was made from.
+    """
+
+    tokenizer: str  # path of a SentencePiece model, or of a JSON file of the `tokenizers` library
+    sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)  # by domain
+    cache: str | None = None  # directory that `tele data cache` wrote; None: files are read while training goes on
+    template: str | None = None  # how dialogues are written, see data/templates.py; None: as the tokenizer says
     eval_bytes: int = 200_000  # UTF-8 bytes of held-out text per domain
 
     def __post_init__(self):
-        require(len(self.sources) > 0, "sources must name at least one domain")
+        require(self.cache is not None or len(self.sources) > 0, "sources must name at least one domain, or give cache")
+        for name, source in self.sources.items():
+            require(
+                self.cache is not None or len(source.files) > 0,
+                f"sources.{name}.files must name at least one pattern",
+            )
+            require(
+                name.isprintable() and name[:1] not in ("", ".") and not set(name) & set("/\\"),
+                f"sources: {name!r} is no name for a domain: it becomes a directory of a cache",
+            )
         require_positive(self, "eval_bytes")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """What `tele data cache` makes: the rows of all domains of `data`, for one length."""
+
+    data: DataConfig
+    seq_len: int  # tokens in a row
+    kind: Literal["pretrain", "sft"] = "pretrain"
+    seed: int = 0  # of the order of the documents inside a shard
+    # Text that goes into one shard of rows, in bytes. None: 65,536 * seq_len, about 16,384 rows: a shard that is read
+    # at random keeps 8 bytes a row in memory, and looks through them at every read.
+    shard_bytes: int | None = None
+
+    def __post_init__(self):
+        require_positive(self, "seq_len")
+        require(self.seed >= 0, f"seed={self.seed} must not be negative")
+        require(self.data.cache is None, "data.cache: a cache is made from files, not from another cache")
+        if self.shard_bytes is None:
+            object.__setattr__(self, "shard_bytes", 65_536 * self.seq_len)
+        require_positive(self, "shard_bytes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,8 +147,12 @@ class TrainStage:
     model: ModelConfig | None = None  # None: as the stage before left it
     schedule: ScheduleConfig = ScheduleConfig()
     microbatches: int = 1  # gradients are accumulated over so many parts of the batch
-    mask_start: int = 0  # step at which the masks of the growth before begin to rise
-    mask_ramp: int = 0  # steps from 0 to 1; used when the growth before was by policy msg
+    # Masks of the growth before, by policy msg; see growth.MaskSchedule.
+    mask_start: int = 0  # when they begin to rise, in mask_unit
+    mask_ramp: int = 0  # from 0 to 1, in mask_unit; for each axis in turn, where mask_order names them
+    mask_unit: Literal["steps", "tokens"] = "steps"  # tokens: step * batch_size * seq_len, whatever their weights
+    mask_order: str | tuple[str, ...] = "together"  # or the axes that grow, one after another: ("embed", "mlp", ...)
+    mask_shape: Literal["linear", "cosine"] = "linear"
     reset_optimizer: bool = False
     seed: int = 0
     log_every: int = 10
@@ -133,9 +175,29 @@ class TrainStage:
             "optimizer.new_warmup_steps needs the moments of the stage before; sft and reset_optimizer start anew",
         )
         require(self.mask_start >= 0 and self.mask_ramp >= 0, "mask_start and mask_ramp must not be negative")
+        together = isinstance(self.mask_order, str)
         require(
-            self.mask_start + self.mask_ramp <= self.steps, "the mask ramp ends after the last step; give more steps"
+            not together or self.mask_order == "together",
+            f"mask_order={self.mask_order!r} is neither 'together' nor a list of axes",
         )
+        end = self.mask_start + self.mask_ramp * (1 if together else len(self.mask_order))
+        length = self.steps * (1 if self.mask_unit == "steps" else self.tokens_per_step)
+        require(
+            end <= length,
+            f"the mask ramp ends after the last step: at {end} {self.mask_unit}, but the stage has {length}; give "
+            "more steps",
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions in a batch, counted in the loss or not."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def mask_fields(self) -> list[str]:
+        """The mask fields that the page sets."""
+        fields = [f for f in dataclasses.fields(self) if f.name.startswith("mask_")]
+        return [f.name for f in fields if getattr(self, f.name) != f.default]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,6 +221,7 @@ class RunConfig:
     run: tuple[str, ...]
     stages: dict[str, TrainStage | GrowStage]
     mesh: MeshConfig = MeshConfig()
+    start: str | None = None  # checkpoint that the first stage starts from, such as an imported one
 
 
 def run_config(page: Mapping[str, Any]) -> RunConfig:
@@ -176,24 +239,44 @@ def run_config(page: Mapping[str, Any]) -> RunConfig:
         require(name.isidentifier(), f"config.run: {name!r} is no name for a stage: letters, digits and _ make one")
     require(len(set(names)) == len(names), f"config.run: a stage is named twice in {names}")
     mesh = from_dict(MeshConfig, page.pop("mesh", {}), "config.mesh")
+    start = convert(str | None, page.pop("start", None), "config.start")
     for name in names:
         require(name in page, f"config.run names the stage {name!r}, but config.{name} is missing")
     for key in page:
         require(key in names, f"config.{key}: unknown key; stages have to be named in config.run = {names}")
     stages = {name: _stage(page[name], f"config.{name}") for name in names}
     first = stages[names[0]]
-    if isinstance(first, GrowStage):
-        raise UserError(f"config.run: the first stage, {names[0]!r}, grows, but there is nothing to grow yet")
-    require(first.model is not None, f"config.{names[0]}.model: missing; the first stage has to say which model")
-    for name in names[1:]:
+    if start is None and isinstance(first, GrowStage):
+        raise UserError(
+            f"config.run: the first stage, {names[0]!r}, grows, but there is nothing to grow yet; config.start names a "
+            "checkpoint to start from"
+        )
+    require(
+        any(isinstance(stage, TrainStage) for stage in stages.values()),
+        "config.run: no stage trains; `tele grow` grows a checkpoint",
+    )
+    require(
+        start is not None or first.model is not None,
+        f"config.{names[0]}.model: missing; the first stage has to say which model, or config.start where to start",
+    )
+    for name in names if start is not None else names[1:]:
         require(
             isinstance(stages[name], GrowStage) or stages[name].model is None,
-            f"config.{name}.model: only the first stage and growth stages set a model; this one continues with what "
-            "the stage before left",
+            f"config.{name}.model: only growth stages, and the first stage of a run without config.start, set a model; "
+            "this one continues with what is there",
         )
     for before, name in itertools.pairwise((None, *names)):
         _check_pair(before, stages.get(before), name, stages[name])
-    return RunConfig(run=names, stages=stages, mesh=mesh)
+    return RunConfig(run=names, stages=stages, mesh=mesh, start=start)
+
+
+def cache_config(page: Mapping[str, Any]) -> CacheConfig:
+    """Reads a page for `tele data cache` (configs/data/).
+
+    Raises:
+      UserError: an unknown or missing key, or a value that cannot be.
+    """
+    return from_dict(CacheConfig, page, "config")
 
 
 def _check_pair(before: str | None, growth: TrainStage | GrowStage | None, name: str, stage: TrainStage | GrowStage):
@@ -207,9 +290,9 @@ def _check_pair(before: str | None, growth: TrainStage | GrowStage | None, name:
         )
     if isinstance(stage, GrowStage):
         return
-    if not masked and (stage.mask_start or stage.mask_ramp):
+    if not masked and stage.mask_fields:
         why = "no growth comes right before" if growth is None else f"config.{before} grows by policy {growth.policy!r}"
-        raise UserError(f"config.{name}.mask_ramp: {why}, and only growth by policy 'msg' has masks")
+        raise UserError(f"config.{name}.{stage.mask_fields[0]}: {why}, and only growth by policy 'msg' has masks")
     if growth is not None and not growth.optimizer_state and stage.optimizer.new_warmup_steps:
         raise UserError(f"config.{name}.optimizer.new_warmup_steps: config.{before} grows without optimizer_state")
 

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -38,10 +40,12 @@ LARGE_BYTES = 64 * 2**20  # a leaf above this must not lie whole on every device
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp and tensor over the devices given, or all of them.
+    """A mesh with the axes data, fsdp and tensor over the devices given, or all of them, neighbours close together.
+
+    Of several TPU slices, `data` runs over the slices first: only gradients cross the slower network between them.
 
     Raises:
-      UserError: the product of the axes is not the number of devices.
+      UserError: the product of the axes is not the number of devices, or data not a multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = (config.data, config.fsdp, config.tensor)
@@ -50,7 +54,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} = {int(np.prod(shape))} devices, "
         f"but there are {len(devices)}; change config.mesh",
     )
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    require(
+        config.data % slices == 0,
+        f"mesh data={config.data}: there are {slices} slices, and only data may cross them; make data a multiple",
+    )
+    # An axis of the mesh need not be a whole axis of the torus: tensor=4 on a slice of 8x8x16 takes half of one.
+    if slices > 1:
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            (config.data // slices, *shape[1:]), (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    else:
+        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def partition_spec(name: str, leaf: ParamSpec, mesh: Mesh, rules: Rules = RULES) -> P:
@@ -105,11 +121,71 @@ def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH))
 
 
-def constrain(x: jax.Array) -> jax.Array:
-    """Keeps activations [B, ...] cut along the batch only, where a mesh is set (jax.set_mesh); a no-op elsewhere."""
+def platform() -> str:
+    """Where the program that is being traced will run: the platform of the mesh that is set, or JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def mesh_of_step() -> jax.sharding.AbstractMesh | None:
+    """The mesh that is set (jax.set_mesh), where it has our axes and more than one device; else None."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(BATCH) <= set(mesh.axis_names):
-        return x
-    if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    return mesh if not mesh.empty and set(MESH_AXES) <= set(mesh.axis_names) and mesh.size > 1 else None
+
+
+def constrain(x: jax.Array) -> jax.Array:
+    """Keeps the residual stream [B, S, D] cut over the batch, and over the sequence by `tensor`, between blocks.
+
+    Without the second cut every device of a tensor group would hold, and save for the backward pass, the same copy
+    (sequence parallelism, arXiv 2205.05198). Where no mesh is set, or the shape does not divide: a no-op.
+    """
+    mesh = mesh_of_step()
+    if mesh is None or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x  # a batch smaller than the mesh, as in generation: leave it to the compiler
-    return jax.lax.with_sharding_constraint(x, P(BATCH))
+    sequence = "tensor" if x.shape[1] % mesh.shape["tensor"] == 0 else None
+    return jax.lax.with_sharding_constraint(x, P(BATCH, sequence))
+
+
+def whole_rows(x: jax.Array, tensor: int | None = None) -> jax.Array:
+    """Keeps what is inside a block [B, S, ...] cut over the batch, and its dimension `tensor`, if given, over tensor.
+
+    Left to itself, the compiler may keep the sequence cut, gather whole weights on every device and exchange
+    activations, above all in the backward pass, which these constraints hold for as well.
+    """
+    mesh = mesh_of_step()
+    if mesh is None or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    entries: list[Any] = [BATCH] + [None] * (x.ndim - 1)
+    if tensor is not None and x.shape[tensor] % mesh.shape["tensor"] == 0:
+        entries[tensor] = "tensor"
+    return jax.lax.with_sharding_constraint(x, P(*entries))
+
+
+def lookup(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of an embedding table [V, D], cut as RULES say, for tokens [B, S]: [B, S, D] in dtype, as `constrain` cuts.
+
+    Token ids travel, not the table: each device looks up all tokens of its fsdp group in its own part of the table,
+    and the parts are exchanged. Gradients are summed over the tokens in the dtype of the table, where it lies.
+    """
+    mesh = mesh_of_step()
+    sizes = {} if mesh is None else dict(mesh.shape)
+    fits = bool(sizes) and tokens.shape[0] % (sizes["data"] * sizes["fsdp"]) == 0
+    if (
+        not fits
+        or tokens.shape[1] % sizes["tensor"]
+        or table.shape[0] % sizes["tensor"]
+        or table.shape[1] % sizes["fsdp"]
+    ):
+        return jnp.take(table, tokens, axis=0).astype(dtype)
+
+    def local(table, tokens):
+        tokens = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
+        rows = tokens - jax.lax.axis_index("tensor") * table.shape[0]
+        here = (rows >= 0) & (rows < table.shape[0])
+        found = jnp.take(table, jnp.where(here, rows, 0), axis=0).astype(dtype)
+        x = jnp.where(here[..., None], found, 0)
+        x = jax.lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True)
+        return jax.lax.all_to_all(x, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+
+    table_spec = P(RULES["vocab"], RULES["embed"])
+    return jax.shard_map(local, in_specs=(table_spec, P(BATCH)), out_specs=P(BATCH, "tensor"))(table, tokens)

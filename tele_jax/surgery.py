@@ -11,6 +11,9 @@ what is new learn is `growth.plan`.
 
 import dataclasses
 import fnmatch
+import math
+import numbers
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -40,23 +43,22 @@ def take(model: Model, axis: str, ids: Sequence[int]) -> Growth:
 
     layers may be repeated: the copies take part. heads keep the keys and values that they have, so that with grouped
     queries they have to come in groups of one size; kv_heads takes whole groups. vocab takes tokens: the id of a token
-    becomes its place in `ids`. To repeat units of another axis so that they do what one did, use growth's policy copy.
+    becomes its place in `ids`, and padding is dropped. To repeat units of another axis so that they do what one did,
+    use growth's policy copy.
 
     Raises:
       UserError: an axis that is none of those, an id that is not there, a repeated one, heads that break up groups.
     """
     cfg = config_of(model)
-    size = _size(cfg, axis)
-    ids = [int(i) for i in ids]
+    ids = _ids(cfg, axis, ids, "take")
+    size = _units(cfg, axis)
     require(len(ids) > 0, f"take: no ids; {axis} has to keep at least one")
-    wrong = [i for i in ids if not 0 <= i < size]
-    require(not wrong, f"take: {axis} has {size} units, 0 to {size - 1}; not {', '.join(map(str, wrong[:8]))}")
     repeats = len(set(ids)) < len(ids)
     require(axis == "layers" or not repeats, f"take: {axis} ids repeat; see growth.plan(policy='copy')")
     if axis in ("heads", "kv_heads"):
         maps = _take_heads(cfg, ids) if axis == "heads" else _take_groups(cfg, ids)
     else:
-        maps = {axis: axis_map.repeat(axis, size, ids)}
+        maps = {axis: axis_map.repeat(axis, cfg.axis_sizes[axis], ids)}
     changes = {FIELDS[name]: m.dst_size for name, m in maps.items()}
     if axis == "vocab":
         changes["vocab_size"] = len(ids)
@@ -68,25 +70,23 @@ def take(model: Model, axis: str, ids: Sequence[int]) -> Growth:
 
 def drop(model: Model, axis: str, ids: Collection[int]) -> Growth:
     """All units of an axis but `ids`. Raises UserError as `take`."""
-    size = _size(config_of(model), axis)
-    gone = {int(i) for i in ids}
-    wrong = sorted(i for i in gone if not 0 <= i < size)
-    require(not wrong, f"drop: {axis} has {size} units, 0 to {size - 1}; not {', '.join(map(str, wrong[:8]))}")
-    return take(model, axis, [i for i in range(size) if i not in gone])
+    cfg = config_of(model)
+    gone = set(_ids(cfg, axis, ids, "drop"))
+    return take(model, axis, [i for i in range(_units(cfg, axis)) if i not in gone])
 
 
 def duplicate(model: Model, ids: Collection[int]) -> Growth:
     """A copy of each of these layers, right after it, that takes part at once (those of growth.plan do not)."""
-    size = config_of(model).num_layers
-    wrong = sorted(i for i in ids if not 0 <= i < size)
-    require(not wrong, f"duplicate: there are {size} layers, 0 to {size - 1}; not {', '.join(map(str, wrong[:8]))}")
-    return take(model, "layers", [i for i in range(size) for _ in range(1 + (i in ids))])
+    cfg = config_of(model)
+    ids = _ids(cfg, "layers", ids, "duplicate")
+    require(len(set(ids)) == len(ids), "duplicate: layers are named twice; use take for several copies of one")
+    return take(model, "layers", [i for i in range(cfg.num_layers) for _ in range(1 + (i in ids))])
 
 
 def cut(model: Model, axis: str, size: int) -> Growth:
     """The first `size` units of an axis. Of the vocabulary, rows: cutting no more than its padding changes nothing."""
     cfg = config_of(model)
-    have = _size(cfg, axis)
+    have, size = _size(cfg, axis), _whole(size, "cut")
     require(0 < size <= have, f"cut: {axis} has {have} units, and cannot be cut to {size}")
     if axis != "vocab" or size < cfg.vocab_size:
         return take(model, axis, range(size))
@@ -103,7 +103,7 @@ def pad(model: Model, axis: str, size: int) -> Growth:
       UserError: another axis, fewer units than there are, heads that do not make whole groups.
     """
     cfg = config_of(model)
-    have = _size(cfg, axis)
+    have, size = _size(cfg, axis), _whole(size, "pad")
     require(axis in ("layers", "heads", "mlp", "vocab"), f"pad: {axis} cannot be padded; widen it with growth.plan")
     require(size >= have, f"pad: {axis} has {have} units already, more than {size}; see surgery.cut")
     if axis == "heads":
@@ -174,8 +174,10 @@ def select(model: Model, leaves: str | Collection[str]) -> Growth:
     """Some leaves of the tree: names, or a pattern as `find` takes it. The result is a part of a tree, not a model."""
     names = find(model, leaves) if isinstance(leaves, str) else tuple(leaves)
     _require_leaves(model, names, "select")
-    note = f"keeps {len(names)} of {len(spec_of(model))} leaves: not a model"
-    return _extend(model, tree={n: n for n in names}, name="select", preserving=False, notes=(note,))
+    require(len(set(names)) == len(names), "select: a leaf is named twice")
+    whole = len(names) == len(spec_of(model))
+    notes = () if whole else (f"keeps {len(names)} of {len(spec_of(model))} leaves: not a model",)
+    return _extend(model, tree={n: n for n in names}, name="select", preserving=whole, notes=notes)
 
 
 def rename(model: Model, names: Mapping[str, str]) -> Growth:
@@ -192,14 +194,20 @@ def rename(model: Model, names: Mapping[str, str]) -> Growth:
         require(all(parts), f"rename: {name!r} has an empty part")
         above = next((up for i in range(1, len(parts)) if (up := ".".join(parts[:i])) in tree), None)
         require(above is None, f"rename: {name} would lie inside {above}, which is a leaf")
-    return _extend(model, tree=tree, name="rename", notes=("the leaves have other names than those of a model",))
+    origin = model.sources if isinstance(model, Growth) else {name: name for name in tree.values()}
+    moved = sorted(n for n in tree.keys() & flat_spec(config_of(model)).keys() if origin[tree[n]] != n)
+    notes = [f"{origin[tree[name]]} takes the place of {name}: the function changes" for name in moved]
+    if tree.keys() != flat_spec(config_of(model)).keys():
+        notes.append("the leaves have other names than those of a model")
+    return _extend(model, tree=tree, name="rename", preserving=not moved, notes=tuple(notes))
 
 
 def rescale(model: Model, factors: Mapping[str, float]) -> Growth:
     """Leaves multiplied by a factor each, {name or pattern: factor}; where several patterns fit, the last counts."""
     coefficients: dict[str, float] = {}
     for pattern, factor in factors.items():
-        require(bool(np.isfinite(factor)) and factor != 0, f"rescale: factor {factor} of {pattern}; must not be 0")
+        fits = isinstance(factor, numbers.Real) and math.isfinite(factor) and factor != 0
+        require(fits, f"rescale: factor {factor!r} of {pattern}; must be a finite number other than 0")
         coefficients |= dict.fromkeys(find(model, pattern), float(factor))
     changed = {name: factor for name, factor in coefficients.items() if factor != 1}
     notes = tuple(f"{name} is multiplied by {factor:g}" for name, factor in changed.items())
@@ -302,8 +310,8 @@ def _extend(
 ) -> Growth:
     """The plan of one change, after the plan that `model` is, if it is one."""
     cfg, spec = config_of(model), spec_of(model)
-    if maps and (lost := [axis for axis in maps if not any(axis in leaf.axes for leaf in spec.values())]):
-        raise UserError(f"no leaf of the tree has the axis {lost[0]}")
+    if maps and not any(axis in leaf.axes for leaf in spec.values() for axis in maps):
+        raise UserError(f"no leaf of the tree has the axis {next(iter(maps))}")
     step = Plan(
         src_cfg=cfg,
         dst_cfg=dataclasses.replace(cfg, **(changes or {})),
@@ -322,6 +330,29 @@ def _extend(
 def _size(cfg: ModelConfig, axis: str) -> int:
     require(axis in FIELDS, f"axis {axis!r} is not one of {', '.join(FIELDS)}")
     return cfg.axis_sizes[axis]
+
+
+def _units(cfg: ModelConfig, axis: str) -> int:
+    """How many units can be named: padding rows of the vocabulary are no tokens."""
+    return cfg.vocab_size if axis == "vocab" else _size(cfg, axis)
+
+
+def _whole(number: int, what: str) -> int:
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise UserError(f"{what}: the size has to be a whole number, got {number!r}") from None
+
+
+def _ids(cfg: ModelConfig, axis: str, ids: Collection[int], what: str) -> list[int]:
+    size = _units(cfg, axis)
+    try:
+        ids = [operator.index(i) for i in ids]
+    except TypeError:
+        raise UserError(f"{what}: {axis} ids have to be a list of whole numbers, got {ids!r}") from None
+    wrong = sorted({i for i in ids if not 0 <= i < size})
+    require(not wrong, f"{what}: {axis} has {size} units, 0 to {size - 1}; not {', '.join(map(str, wrong[:8]))}")
+    return ids
 
 
 def _require_leaves(model: Model, names: Collection[str], what: str) -> None:

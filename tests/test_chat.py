@@ -13,6 +13,7 @@ import tele_jax as tele
 from tele_jax import chat, checkpoint
 from tele_jax.chat import Chat, TextStream, find_tokenizer
 from tele_jax.data import dialogue
+from tele_jax.data.templates import TEMPLATES
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.data.vocabulary_training import train_vocabulary
 from tele_jax.generate import generate
@@ -41,6 +42,14 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def vocabulary(tokenizer):
     return load_vocabulary(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def tele_flm(tmp_path_factory):
+    """A vocabulary with </s>, as the templates of text markers need."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(tokenizer_bytes("tele_flm"))
+    return load_vocabulary(path)
 
 
 @functools.cache
@@ -157,6 +166,26 @@ def test_a_long_history_loses_its_oldest_turns_and_then_the_left_of_the_question
     assert prompts[5] == [*system, vocabulary.user_id, *kept, vocabulary.bot_id]
 
 
+def test_in_a_template_of_text_markers_a_reply_ends_with_the_end_of_sequence(tele_flm, monkeypatch):
+    cat = tele_flm.encode("The cat")
+    template = TEMPLATES["telechat_52b"]
+    prompts = scripted(monkeypatch, [*cat, tele_flm.user_id, tele_flm.eos_id, *cat], [*cat, tele_flm.eos_id])
+    talk = Chat(*model(), tele_flm, template=template, max_new_tokens=6)
+    assert [talk.reply("A?"), talk.reply("<_bot>B?")] == ["The cat", "The cat"]
+    assert prompts[1] == dialogue.render_prompt(talk.messages[:-1], tele_flm, 58, template)
+
+
+def test_a_system_message_that_has_no_place_forgets_nothing(tele_flm, monkeypatch):
+    scripted(monkeypatch, tele_flm.encode("Yes"))
+    talk = Chat(*model(), tele_flm, template=TEMPLATES["tele_flm_instruct"], max_new_tokens=6)
+    talk.reply("A?")
+    with pytest.raises(tele.UserError, match="tele_flm_instruct has no place for a system message"):
+        talk.reset("S")
+    assert len(talk.messages) == 2
+    with pytest.raises(tele.UserError, match="no place for a system message"):
+        Chat(*model(), tele_flm, template=TEMPLATES["tele_flm_instruct"], max_new_tokens=6, system="S")
+
+
 def test_reset_forgets_and_sets_the_system_message(vocabulary, monkeypatch):
     scripted(monkeypatch, vocabulary.encode("Yes"))
     talk = Chat(*model(), vocabulary)
@@ -252,10 +281,18 @@ def test_the_tokenizer_is_found_from_every_directory_of_a_run(tmp_path):
     assert find_tokenizer(work, "other.model") == "other.model"
 
 
+def test_a_json_tokenizer_is_found_and_a_model_beside_it_goes_first(tmp_path):
+    work = work_directory(tmp_path / "W")
+    (work / "sft" / "tokenizer.json").write_text("{}")
+    assert find_tokenizer(work) == str(work / "sft" / "tokenizer.json")
+    (work / "sft" / "tokenizer.model").write_bytes(b"")
+    assert find_tokenizer(work) == str(work / "sft" / "tokenizer.model")
+
+
 def test_the_tokenizer_is_not_looked_for_above_the_work_directory(tmp_path):
     work = work_directory(tmp_path / "W")
     (work / "tokenizer.model").rename(tmp_path / "tokenizer.model")
-    with pytest.raises(tele.UserError, match=r"no tokenizer.model in or above it, up to .*W; name"):
+    with pytest.raises(tele.UserError, match=r"no tokenizer.model or tokenizer.json in or above it, up to .*W; name"):
         find_tokenizer(work)
     with pytest.raises(tele.UserError, match="nowhere: no such directory"):
         find_tokenizer(tmp_path / "nowhere")

@@ -1,6 +1,8 @@
 """Generation against the numpy reference and an independent sampler; no shape, batch or chunk may change a result."""
 
 import functools
+import math
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tele_jax as tele
+from tele_jax.axes import flatten
 from tele_jax.config import Ntk, Rope
 from tele_jax.generate import draw, generate, prepare, sampling
+from tele_jax.model import attention
 from tele_jax.run import MeshConfig
 from tele_jax.sharding import make_mesh, param_shardings
 from tests import reference
@@ -272,22 +276,89 @@ def test_a_temperature_near_zero_is_greedy():
         assert draw(logits, None, keys, sampling(temperature=temperature, top_k=2, top_p=0.9)).tolist() == [0, 1]
 
 
-def test_prepared_parameters_give_the_same_bits():
+def test_prepared_parameters_are_the_same_numbers_layer_by_layer():
     cfg, params = model("everything", dtype="bfloat16")
     ready = prepare(cfg, params)
-    tokens = np.array(PROMPTS[2:])
-    assert (tele.forward(cfg, params, tokens) == tele.forward(cfg, ready, tokens)).all()
-    assert ready["layers"]["attn"]["q"].dtype == jnp.bfloat16
-    assert ready["final_norm"]["scale"].dtype == jnp.float32
+    assert len(ready["layers"]) == cfg.num_layers  # on a CPU
     assert prepare(cfg, ready) is ready
+    stacked = {**ready, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *ready["layers"])}
+    for name, leaf in flatten(params).items():
+        expected = leaf if name.endswith("scale") else leaf.astype(jnp.bfloat16)
+        assert flatten(stacked)[name].dtype == expected.dtype
+        assert (flatten(stacked)[name] == expected).all()
 
 
-def test_parameters_on_a_mesh_give_the_same_tokens():
+def test_preparing_lets_go_of_what_nobody_else_holds():
+    cfg, params = model(mlp_dim=31)
+    copy = jax.tree.map(jnp.copy, params)
+    held = [weakref.ref(leaf) for leaf in jax.tree.leaves(copy["layers"])]
+    trees = [copy]
+    del copy
+    ready = prepare(cfg, trees.pop())
+    assert len(ready["layers"]) == 2 and not any(reference() for reference in held)
+
+
+@pytest.mark.parametrize("axes", [dict(tensor=2), dict(fsdp=4, tensor=2)], ids=str)
+def test_on_a_mesh_the_tokens_are_the_same_and_the_cache_is_cut(axes, monkeypatch):
     cfg, params = model("grouped_queries", padded_vocab_size=64, mlp_dim=40)
-    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    mesh = make_mesh(MeshConfig(**axes), jax.devices()[: math.prod(axes.values())])
     sharded = jax.device_put(params, param_shardings(tele.spec(cfg), mesh))
-    expected = [reference_greedy(cfg, params, prompt, 5) for prompt in PROMPTS]
+    caches = []
+
+    def spy(*args):
+        state, cache = decode(*args)
+        caches.append(cache)
+        return state, cache
+
+    decode = module._decode
+    monkeypatch.setattr(module, "_decode", spy)
+    expected = generate(cfg, params, PROMPTS, max_new_tokens=5)
     assert generate(cfg, sharded, PROMPTS, max_new_tokens=5) == expected
+    assert expected[0] == reference_greedy(cfg, params, PROMPTS[0], 5)
+    ways = axes.get("data", 1) * axes.get("fsdp", 1)
+    rows = -(-3 // ways) * ways  # three prompts, and rows that nobody asked for
+    for leaf in (caches[1].k, caches[1].v):
+        assert leaf.shape == (2, rows, 2, 32, 8)
+        assert leaf.sharding.shard_shape(leaf.shape) == (2, rows // ways, 2 // axes.get("tensor", 1), 32, 8)
+
+
+def test_on_a_mesh_rows_are_drawn_and_streamed_as_on_one_device():
+    cfg, params = model("grouped_queries", padded_vocab_size=64, mlp_dim=40)
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
+    sharded = jax.device_put(params, param_shardings(tele.spec(cfg), mesh))
+    options = dict(max_new_tokens=6, temperature=1.2, top_k=20, repetition_penalty=1.1, seed=5, stop_ids=[3, 7])
+    results = []
+    for placed in (params, sharded):
+        heard = [[], [], []]
+        outputs = generate(cfg, placed, PROMPTS, on_token=lambda row, token, to=heard: to[row].append(token), **options)
+        assert heard == outputs
+        results.append(outputs)
+    assert results[0] == results[1]
+
+
+def test_a_cache_of_several_blocks_gives_the_same_tokens(monkeypatch):
+    monkeypatch.setattr(attention, "SLOT_BLOCK", 16)
+    monkeypatch.setattr(module, "SLOT_BLOCK", 16)
+    cfg, params = model("grouped_queries", vocab_size=60, max_seq_len=63)  # programs of other blocks are not taken
+    prompts = [list(range(1, 24)), [4, 4], list(range(40, 24, -1))]
+    expected = [reference_greedy(cfg, params, prompt, 14) for prompt in prompts]
+    assert generate(cfg, params, prompts, max_new_tokens=14) == expected
+
+
+def test_beyond_8192_tokens_prompt_and_continuation_agree_with_one_pass():
+    """TeleChat-7B's rotary embedding, where the released code gives cached decoding other tables than the prompt."""
+    rope = Rope(ntk=Ntk(original_length=4096, trained_length=8192))
+    cfg, params = model(
+        num_layers=1, embed_dim=16, num_heads=1, mlp_dim=16, max_seq_len=8192, rope=rope, attention="reference"
+    )
+    assert cfg.rope_length_factors(8196) != cfg.rope_length_factors(8192)
+    prompt = np.random.default_rng(2).integers(0, 61, 8190).tolist()
+    (output,) = generate(cfg, params, [prompt], max_new_tokens=6)
+    row = np.array([prompt + output], np.int32)
+    scores = np.asarray(tele.forward(cfg, params, row))[0, len(prompt) - 1 : -1]
+    assert output == scores.argmax(axis=1).tolist()
+    top = np.sort(scores, axis=1)
+    assert (top[:, -1] - top[:, -2]).min() > 1e-3  # no tie that rounding could decide
 
 
 @pytest.mark.parametrize(

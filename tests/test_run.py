@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 import tele_jax as tele
 from tele_jax.config import from_dict, to_dict
 from tele_jax.errors import UserError
-from tele_jax.run import GrowStage, TrainStage, run_config
+from tele_jax.run import GrowStage, TrainStage, cache_config, run_config
 
 MODEL = dict(num_layers=2, embed_dim=16, num_heads=2, head_dim=8, mlp_dim=24, vocab_size=64)
 
@@ -64,8 +64,12 @@ def change(config, path, value):
         ("first.model.dtype", "float8", r"config\.first\.model\.dtype: 'float8' is not one of"),
         ("first.microbatches", 3, r"batch_size=4 does not divide into microbatches=3"),
         ("first.data.sources.en.rate", 0, r"config\.first\.data\.sources\.en: rate=0"),
+        ("first.data.sources.en.rate", float("inf"), r"config\.first\.data\.sources\.en: rate=inf must be finite"),
+        ("first.data.sources.en.files", (), r"config\.first\.data: sources\.en\.files must name at least one pattern"),
+        ("first.data.sources", {}, r"config\.first\.data: sources must name at least one domain, or give cache"),
+        ("first.data.sources", {"a/b": dict(files=("x",))}, r"config\.first\.data: sources: 'a/b' is no name"),
         ("first.kind", "train", r"config\.first\.kind: 'train' is not one of"),
-        ("second.model", MODEL, r"config\.second\.model: only the first stage"),
+        ("second.model", MODEL, r"config\.second\.model: only growth stages, and the first stage"),
         ("second.mask_ramp", 50, r"the mask ramp ends after the last step"),
         ("second.mask_ramp", 0, r"config\.second\.mask_ramp: .*policy 'msg'"),
         ("run", ("first", "gorw"), r"names the stage 'gorw', but config\.gorw is missing"),
@@ -73,6 +77,13 @@ def change(config, path, value):
         ("run", ("grow", "first", "second"), r"the first stage, 'grow', grows"),
         ("first.model", None, r"config\.first\.model: missing"),
         ("first.mask_ramp", 2, r"config\.first\.mask_ramp: no growth comes right before"),
+        ("second.mask_start", 6, r"the mask ramp ends after the last step: at 11 steps, but the stage has 10"),
+        ("second.mask_order", ("embed", "mlp", "heads"), r"at 15 steps, but the stage has 10"),
+        ("second.mask_order", "embed", r"config\.second: mask_order='embed' is neither 'together' nor a list of axes"),
+        ("second.mask_order", 5, r"config\.second\.mask_order: expected a list, got 5"),
+        ("second.mask_unit", "epochs", r"config\.second\.mask_unit: 'epochs' is not one of 'steps', 'tokens'"),
+        ("second.mask_shape", "sine", r"config\.second\.mask_shape: 'sine' is not one of 'linear', 'cosine'"),
+        ("first.mask_order", ("embed",), r"config\.first\.mask_order: no growth comes right before"),
         ("first.schedule", dict(kind="wsd", decay=0), r"config\.first\.schedule: decay=0 must be above 0"),
         ("run", 5, r"config\.run: expected a list, got 5"),
         ("run", ("first", "../grow"), r"'\.\./grow' is no name for a stage"),
@@ -84,6 +95,43 @@ def test_a_mistake_is_named_with_its_path(path, value, match):
     change(config, path, value)
     with pytest.raises(UserError, match=match):
         run_config(config)
+
+
+def test_a_mask_ramp_in_tokens_has_to_end_within_the_tokens_of_the_stage():
+    config = page()
+    change(config, "second.mask_unit", "tokens")
+    change(config, "second.mask_ramp", 640)  # 10 steps of 4 rows of 16
+    assert run_config(config).stages["second"].mask_ramp == 640
+    change(config, "second.mask_ramp", 641)
+    with pytest.raises(UserError, match=r"config\.second: the mask ramp ends .*: at 641 tokens, but the stage has 640"):
+        run_config(config)
+
+
+def test_with_a_cache_sources_and_files_may_be_left_out():
+    config = page()
+    change(config, "first.data", dict(tokenizer="t.model", cache="rows"))
+    change(config, "second.data", dict(tokenizer="t.model", cache="rows", sources=dict(en=dict(rate=2))))
+    run = run_config(config)
+    assert run.stages["first"].data.sources == {} and run.stages["first"].data.cache == "rows"
+    assert run.stages["second"].data.sources["en"].files == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        (dict(seq_len=0), r"config: seq_len=0 must be above 0"),
+        (dict(seed=-1), r"config: seed=-1 must not be negative"),
+        (dict(kind="grow"), r"config\.kind: 'grow' is not one of 'pretrain', 'sft'"),
+        (dict(shard_bytes=0), r"config: shard_bytes=0 must be above 0"),
+        (dict(data=dict(tokenizer="t.model", cache="rows")), r"data\.cache: a cache is made from files"),
+        (dict(data=None), r"config\.data: expected a table"),
+    ],
+)
+def test_a_page_for_a_cache_is_checked(changes, match):
+    fields = dict(data=dict(tokenizer="t.model", sources=dict(en=dict(files=("*.txt",)))), seq_len=16)
+    assert cache_config(fields).shard_bytes == 16 * 65_536
+    with pytest.raises(UserError, match=match):
+        cache_config({**fields, **changes})
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import fcntl
 import itertools
 import json
 import os
+import queue
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,7 +60,7 @@ def cut(
 
 
 class Unfinished:
-    """The destination of a growth, until it is complete. One process holds each shard of it.
+    """A checkpoint until it is complete. One process holds each shard of it.
 
     done: numbers of the tiles that this or another process, now or in an earlier life, has finished.
     complete: DST is there.
@@ -113,6 +114,12 @@ class Unfinished:
         """Notes that the files of a tile are on the disk. The note need not be: without it they are made again."""
         os.write(self._journal, b"%010d\n" % number)
         self.done.add(number)
+
+    def discard(self) -> None:
+        """Removes what was written: it cannot become a checkpoint. Other processes must not be at work on it."""
+        self.close()
+        if not self.complete:
+            shutil.rmtree(self.partial, ignore_errors=True)
 
     def commit(self) -> bool:
         """Turns it into DST where all tiles are finished, whoever finished them. Says whether DST is there."""
@@ -264,10 +271,56 @@ class Unfinished:
             self.partial.rmdir()
 
 
-def local_path(path: Any) -> Path:
+def clear(dst: Path) -> None:
+    """Removes what a process that was killed at its very end left beside the complete `dst`."""
+    partial = dst.with_name(dst.name + ".partial")
+    if dst.exists() and not any(partial.glob(f"*{locate.INTERRUPTED}")):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def run(
+    work: Callable[[int], None], numbers: Sequence[int], tiles: Sequence[Tile], directory: Path, workers: int
+) -> Iterator[int]:
+    """Does work(number) for tiles in so many threads, and yields the number of each when its files are on the disk.
+
+    directory: of the checkpoint in the making, Unfinished.path. What work raises is raised here.
+    """
+    results: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
+    computing = ThreadPoolExecutor(workers, "tele_tiles")
+    flushing = ThreadPoolExecutor(FLUSHING, "tele_flush")
+
+    def compute(number: int) -> None:
+        try:
+            work(number)
+            flushing.submit(finish, number)
+        except BaseException as error:
+            results.put(error)
+
+    def finish(number: int) -> None:
+        try:
+            for file in tiles[number].files():
+                flush(directory / file)
+            results.put(number)
+        except BaseException as error:
+            results.put(error)
+
+    try:
+        for number in numbers:
+            computing.submit(compute, number)
+        for _ in numbers:
+            result = results.get()
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+    finally:
+        computing.shutdown(cancel_futures=True)
+        flushing.shutdown()
+
+
+def local_path(path: Any, work: str = "growth from checkpoint to checkpoint") -> Path:
     """The absolute path of a directory on this machine. Raises UserError for an address such as gs://bucket/name."""
     if "://" in str(path):
-        raise UserError(f"{path}: growth from checkpoint to checkpoint needs a file system; copy or mount the bucket")
+        raise UserError(f"{path}: {work} needs a file system; copy or mount the bucket")
     return Path(os.fspath(locate.absolute(path)))
 
 

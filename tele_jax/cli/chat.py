@@ -35,15 +35,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for flag in ("message", "system"):
         if getattr(args, flag) is not None:
             setattr(args, flag, generate.utf8(getattr(args, flag), f"--{flag}"))
-    cfg, params, vocabulary = generate.load_model(args)
+    cfg, params, vocabulary, template = generate.load_model(args)
     chat = Chat(
         cfg,
         params,
         vocabulary,
+        template=template,
         system=args.system,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
-        **generate.sampling_options(args),
+        **generate.sampling_options(args, template),
     )
     replies: list[dict[str, Any]] = []
     if args.message is not None:

@@ -14,8 +14,6 @@ from tele_jax.data.clean.settings import clean_config
 from tele_jax.errors import UserError
 
 RUNNERS = ("DirectRunner", "DataflowRunner", "FlinkRunner", "SparkRunner", "PrismRunner")
-
-
 HELP = "clean and deduplicate text, from raw files to jsonl by domain"
 
 

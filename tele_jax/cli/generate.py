@@ -3,7 +3,6 @@
 import argparse
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from tele_jax.errors import UserError
@@ -25,11 +24,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prints the continuations, without the prompts, and returns them with their counts and times."""
     from tele_jax.chat import TextStream
+    from tele_jax.data.templates import marker_ids
     from tele_jax.generate import generate
 
     asked = [utf8(text, "--prompt") for text in args.prompt]
-    cfg, params, vocabulary = load_model(args)
+    cfg, params, vocabulary, template = load_model(args)
     prompts = [vocabulary.encode(text) for text in asked]
+    ends = {vocabulary.eos_id} - {-1}
+    if template is not None:  # a fine-tuned model may end with another one
+        ends |= set(marker_ids(template, vocabulary).end)
     streams = [TextStream(vocabulary) for _ in prompts]
     texts = ["" for _ in prompts]
     clock = Clock(len(prompts))
@@ -48,10 +51,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         params,
         prompts,
         max_new_tokens=args.max_new_tokens or _default_length(cfg, max(map(len, prompts))),
-        stop_ids=sorted({vocabulary.eos_id, *_end_ids(vocabulary)} - {-1}),
+        stop_ids=sorted(ends),
         seed=args.seed,
         on_token=on_token,
-        **sampling_options(args),
+        **sampling_options(args, template),
     )
     for row, stream in enumerate(streams):
         show(row, stream.end())
@@ -72,11 +75,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What generate and chat share: the checkpoint, and how tokens are drawn."""
-    released = "temperature 0.3, top-k 5, top-p 0.85, repetition penalty 1.03, each unless given"
+    """What generate and chat share: the checkpoint, where it is put, how dialogues are written and tokens drawn."""
+    from tele_jax.cli import meshes
+    from tele_jax.data.templates import TEMPLATES
+
     parser.add_argument("ckpt", metavar="CKPT", help="a step, stage or work directory; of several steps, the latest")
-    parser.add_argument("--tokenizer", metavar="FILE", help="default: tokenizer.model in or above the checkpoint")
-    parser.add_argument("--sample", action="store_true", help=f"draw as TeleChat does: {released}")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="default: tokenizer.model or tokenizer.json in or above the checkpoint"
+    )
+    parser.add_argument(
+        "--template",
+        choices=TEMPLATES,
+        metavar="NAME",
+        help=f"how dialogues are written: {', '.join(TEMPLATES)}; default: as the tokenizer and the checkpoint say",
+    )
+    meshes.add_argument(parser)
+    parser.add_argument(
+        "--sample",
+        action="store_true",
+        help="draw as the model family was released, TeleChat-7B with temperature 0.3, top-k 5, top-p 0.85 and "
+        "repetition penalty 1.03; a flag below replaces its value",
+    )
     parser.add_argument("--temperature", type=float, metavar="T", help="default 0: always the likeliest token")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest; default: all")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that sum to P; default: all")
@@ -84,34 +103,47 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws; default 0")
 
 
-def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Keywords for generate.sampling; with --sample the released ones, each replaced by the flag of its name."""
-    from tele_jax.chat import RELEASED_SAMPLING
+def sampling_options(args: argparse.Namespace, template: Any) -> dict[str, Any]:
+    """Keywords for generate.sampling; with --sample the template's, each replaced by the flag of its name."""
+    names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return (dict(template.sampling) if args.sample else {}) | given
 
-    given = {name: getattr(args, name) for name in RELEASED_SAMPLING if getattr(args, name) is not None}
-    return (RELEASED_SAMPLING if args.sample else {}) | given
 
+def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
+    """(cfg, params, vocabulary, template) of a command line; what is quick to find wrong is looked at first.
 
-def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """(cfg, params, vocabulary) of a command line; what is quick to find wrong is looked at first."""
+    For `tele generate` the template is None where none is needed and nothing says which it is. The parameters are
+    prepared, and with --mesh they lie on the mesh.
+    """
     from tele_jax import checkpoint
     from tele_jax.chat import check_vocabulary, find_tokenizer
+    from tele_jax.cli import meshes
+    from tele_jax.data import templates
     from tele_jax.data.vocabulary import load_vocabulary
-    from tele_jax.generate import check_seed, sampling
+    from tele_jax.generate import check_seed, prepare, sampling
     from tele_jax.growth.masks import require_unmasked
 
-    sampling(**sampling_options(args))
     check_seed(args.seed)
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
+    mesh = meshes.open_mesh(args.mesh)
     vocabulary = load_vocabulary(find_tokenizer(args.ckpt, args.tokenizer))
     lazy = checkpoint.open_lazy(args.ckpt)
     check_vocabulary(lazy.cfg, vocabulary)
+    try:
+        template = templates.choose(vocabulary, args.template, lazy.provenance)
+    except UserError as error:
+        if args.verb == "chat" or args.sample:
+            raise UserError(f"{error}: name it with --template") from None
+        template = None
+    sampling(**sampling_options(args, template))
     require_unmasked(lazy.provenance, args.ckpt)
-    loaded = checkpoint.load(args.ckpt, items=("params",))
+    # Nothing here holds what is loaded, so that it does not lie beside what is made of it.
+    params = prepare(lazy.cfg, checkpoint.load(args.ckpt, mesh, items=("params",)).params)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?", and goes on
-    return loaded.cfg, loaded.params, vocabulary
+    return lazy.cfg, params, vocabulary, template
 
 
 def utf8(text: str, where: str) -> str:
@@ -162,11 +194,3 @@ def _default_length(cfg: Any, prompt: int) -> int:
     room = cfg.max_seq_len - prompt
     fits = room >= MAX_NEW_TOKENS or room < 1 or cfg.rope.ntk is not None  # below 1: the prompt alone is refused
     return MAX_NEW_TOKENS if fits else room
-
-
-def _end_ids(vocabulary: Any) -> Sequence[int]:
-    """The id of <_end>, which a fine-tuned model ends with; a base model's vocabulary may not have it."""
-    try:
-        return (vocabulary.end_id,)
-    except UserError:
-        return ()

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ VERIFY_SHAPE = (4, 128)  # rows and tokens of random ids to verify on, where no 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", metavar="SRC", help="checkpoint, stage directory or work directory to grow")
-    parser.add_argument("dst", metavar="DST", type=Path, help="where the grown checkpoint goes; must not exist")
+    parser.add_argument("dst", metavar="DST", help="where the grown checkpoint goes; must not exist")
     parser.add_argument("--config", metavar="FILE", help="a page with a growth stage, or with a growth alone")
     parser.add_argument("--stage", metavar="NAME", help="which growth stage of the page, where it has several")
     parser.add_argument("--policy", help="instead of the page's: exact, msg, copy, stack, random")
@@ -46,15 +45,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from tele_jax import checkpoint
     from tele_jax.chat import find_tokenizer
+    from tele_jax.checkpoint.tiles import local_path
     from tele_jax.cli.pages import load_page
+    from tele_jax.cli.progress import Progress
     from tele_jax.train import growing_stored
 
+    args.dst = local_path(args.dst)
     if args.memory_gb <= 0:
         raise UserError(f"--memory-gb {args.memory_gb:g}: must be above 0")
     if args.check:
         return _check(args)
     if args.config is None:
-        raise UserError("tele grow: --config FILE is needed; it says what to grow SRC into")
+        raise UserError("--config FILE is needed: it says what to grow SRC into")
     if args.dst.exists():
         raise UserError(f"{args.dst}: exists already, and checkpoints are never overwritten; choose another DST")
     stage, where = _stage(load_page(args.config, args.overrides), args)
@@ -76,7 +78,9 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         shard=_shard(args.shard),
         files=files,
     )
-    receipt = growing_stored.grow(request, print, _Progress())
+    if stage.layers == "distance" and args.text is None:
+        print("note: layers are chosen by what they do to random tokens; --text FILE gives better scores")
+    receipt = growing_stored.grow(request, print, Progress("grow"))
     if receipt is not None:
         print(_summary(receipt, args.dst))
     return receipt
@@ -97,29 +101,12 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
 def _summary(receipt: dict[str, Any], dst: Path) -> str:
     name, worst = max(receipt["parts"].items(), key=lambda item: item[1])
     if receipt["max_abs"] is None:
-        how = f"{len(receipt['parts'])} parts differ by {worst:.3g} of their output at most ({name}); the models are "
-        return f"{how}larger than --memory-gb: logits were not compared; wrote {dst}"
+        number = len(receipt["parts"])
+        how = f"verified part by part: {number} parts differ by {worst:.3g} of their output at most ({name})"
+        asked = receipt["absolute_tolerance"]
+        untested = "" if asked is None else f", so that tolerance={asked:g} was not applied"
+        return f"{how}; logits were not compared, which needs more --memory-gb{untested}; wrote {dst}"
     return f"verified on {receipt['verified_on']}: logits moved by {receipt['max_abs']:.3g} at most; wrote {dst}"
-
-
-class _Progress:
-    """A bar on a terminal; a line at every tenth elsewhere."""
-
-    def __init__(self):
-        self._bar, self._tenth = None, 0
-
-    def __call__(self, done: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if sys.stderr.isatty():
-            if self._bar is None:
-                self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="grow")
-            self._bar.update(done - self._bar.n)
-            if done == total:
-                self._bar.close()
-        elif total >= 10**9 and 10 * done // total > self._tenth:
-            self._tenth = 10 * done // total
-            print(f"  {done:,} of {total:,} bytes", flush=True)
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -174,7 +161,10 @@ def _tokens(args: argparse.Namespace, cfg: Any) -> tuple[Any, str]:
         text = args.text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{args.text}: not UTF-8 at byte {error.start}") from None
-    ids = load_vocabulary(find_tokenizer(args.src)).encode(text)[: rows * length]
+    vocabulary = load_vocabulary(find_tokenizer(args.src))
+    if vocabulary.vocab_size > cfg.vocab_size:
+        raise UserError(f"{args.src}: its tokenizer has {vocabulary.vocab_size} ids, its model {cfg.vocab_size}")
+    ids = vocabulary.encode(text)[: rows * length]
     if len(ids) < 3:
         raise UserError(f"{args.text}: too short to verify on, {len(ids)} tokens")
     length = min(length, len(ids))

@@ -17,9 +17,12 @@ from tele_jax.errors import DamageError, FailedError, UserError
 VERBS = {
     "train": "run the stages of a config: pretrain, grow, fine-tune",
     "grow": "grow a checkpoint into a larger one",
+    "plan": "compile a training step for a TPU slice: does it fit, what does it cost",
     "inspect": "show what a checkpoint holds",
+    "import": "read a released checkpoint",
+    "export": "write a checkpoint for other programs to read",
     "tokenizer": "train or inspect a tokenizer",
-    "data": "fetch text to try things on",
+    "data": "fetch text, make rows of it, look at them",
     "generate": "continue a prompt",
     "chat": "talk to a fine-tuned model",
 }

@@ -14,16 +14,21 @@ from tele_jax.errors import UserError
 def load_page(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """The ConfigDict of a page, with overrides such as "--config.pretrain.steps=100" applied.
 
+    "page.py:7b" calls get_config("7b"), as ml_collections' flags do.
+
     Raises:
       UserError: no such file, a page that fails or has no get_config, an override of a key that the page does not set.
     """
-    file = Path(path)
+    file, arguments = Path(path), []
+    if not file.exists() and ":" in path:
+        name, _, argument = path.rpartition(":")
+        file, arguments = Path(name), [argument]
     if not file.is_file():
         raise UserError(f"--config {path}: no such file")
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("config_page", file))
     try:
         module.__spec__.loader.exec_module(module)
-        page = module.get_config()
+        page = module.get_config(*arguments)
     except UserError:
         raise
     except AttributeError as error:

@@ -32,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     train.add_argument("inputs", nargs="+", metavar="INPUT", help="UTF-8 text or .jsonl files; patterns, ** too")
     inspect = actions.add_parser("inspect", help="special ids, size, and tokens per byte on texts")
-    inspect.add_argument("file", metavar="FILE", help="a SentencePiece model")
+    inspect.add_argument("file", metavar="FILE", help="a SentencePiece model, or a JSON file of `tokenizers`")
     inspect.add_argument(
         "--input-bytes", type=int, default=10_000_000, metavar="N", help="sample so much of every INPUT (10000000)"
     )
@@ -97,7 +97,7 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
     print(f"{args.file}: {vocabulary.vocab_size:,} ids, sha256 {vocabulary.sha256}")
     print(f"special ids as in the preset: {', '.join(presets) or 'none of ours'}")
     for name, i in special.items():
-        print(f"  {name:8}{i:>6}  {vocabulary.tokenizer.id_to_piece(i)}" if i >= 0 else f"  {name:8}  none")
+        print(f"  {name:8}{i:>6}  {vocabulary.piece(i)}" if i >= 0 else f"  {name:8}  none")
     rows = [(row["input"], f"{row['bytes']:,}", f"{row['tokens_per_byte']:.3f}") for row in figures["inputs"]]
     rows += [(name, "published", f"{value:.3f}") for name, value in PUBLISHED.items()]
     width = max(len(row[0]) for row in rows)

@@ -16,7 +16,7 @@ _CHATTER = re.compile(rb"[IW]0000 |E0000 .*cuInit|WARNING: All log messages befo
 
 
 def need(module: str) -> types.ModuleType:
-    """Imports `module`, one of those that `pip install tele_jax[data]` brings.
+    """Imports `module`, one of those that `pip install tele_jax[data]` brings, or Beam (`[beam]`).
 
     TensorFlow (which seqio imports) is kept off accelerators, since those belong to JAX, and kept quiet.
 
@@ -37,9 +37,9 @@ def need(module: str) -> types.ModuleType:
             tensorflow.constant(0)  # looks for devices now, not later when nothing is held back
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"{module} needs the package {error.name!r}, which is not installed: pip install tele_jax[data]"
-        ) from None
+        beam = module.startswith("apache_beam")
+        how = "pip install tele_jax[data,beam], or --runner serial" if beam else "pip install tele_jax[data]"
+        raise UserError(f"{module} needs the package {error.name!r}, which is not installed: {how}") from None
 
 
 @contextlib.contextmanager

@@ -1,25 +1,105 @@
-"""Batches for training (`LiveFeed`) and for evaluation (`held_out`), straight from the files of a DataConfig."""
+"""Batches for training and for evaluation, from what a DataConfig names.
+
+`open_feed` gives a LiveFeed, straight from files, or a CachedFeed (cached_feed.py); `held_out` reads validation files.
+"""
 
 import dataclasses
+import difflib
 import io
 import json
 import tempfile
 import weakref
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from tele_jax.data import examples, packing, sources
+from tele_jax.data import cache, examples, packing, sources, templates
+from tele_jax.data.cached_feed import Batch, CachedFeed, difference
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
 from tele_jax.errors import DamageError, UserError
 from tele_jax.run import DataConfig
 
-Batch = dict[str, np.ndarray]
-
 SPAN_BYTES = 16_384
 SPAN_BYTES_PER_TOKEN = 32  # a span is about eight rows of English
+
+
+def open_feed(
+    data: DataConfig,
+    *,
+    kind: examples.Kind,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    rows: Sequence[int] | None = None,
+    place: Callable[[Batch], Any] = lambda batch: batch,
+) -> "LiveFeed | CachedFeed":
+    """The feed of a stage. Its batches have been through `place`, which may put them on devices.
+
+    Args:
+      data, kind, seq_len, batch_size, seed: as LiveFeed.
+      rows: which rows of every batch this process needs; None: all. A live feed gives all in every process.
+      place: is given every batch; by a cached feed ahead of time.
+
+    Raises:
+      UserError: as LiveFeed and check.
+      DamageError: as cache.RowCache.
+    """
+    if data.cache is None:
+        return LiveFeed(data, kind=kind, seq_len=seq_len, batch_size=batch_size, seed=seed, place=place)
+    check(data, kind=kind, seq_len=seq_len)
+    rates = {name: source.rate for name, source in resolve(data).sources.items()}
+    row_cache = cache.RowCache(data.cache)
+    return CachedFeed(row_cache, rates, batch_size=batch_size, seed=seed, rows=rows, place=place)
+
+
+def resolve(data: DataConfig) -> DataConfig:
+    """`data` with the sources that it leaves to its cache.
+
+    Raises:
+      UserError: the cache is missing, has no such domain, or was made from other files; DamageError: it is damaged.
+    """
+    if data.cache is None:
+        return data
+    domains = cache.read_manifest(Path(data.cache)).domains
+    for name, source in data.sources.items():
+        if name not in domains:
+            near = difflib.get_close_matches(name, domains, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(domains)}"
+            raise UserError(f"sources.{name}: the cache {data.cache} has no such domain; {hint}")
+        made_from = domains[name].source.files
+        if source.files and source.files != made_from:
+            raise UserError(
+                f"sources.{name}.files: the cache {data.cache} was made from {', '.join(made_from)}; make it again, or "
+                "leave files out"
+            )
+    return dataclasses.replace(data, sources=data.sources or {name: d.source for name, d in domains.items()})
+
+
+def check(data: DataConfig, *, kind: examples.Kind, seq_len: int) -> Vocabulary:
+    """Looks through all that `data` names, as a feed would, and returns the tokenizer.
+
+    Raises:
+      UserError: as LiveFeed, as resolve; a cache that was made for another kind, length or tokenizer.
+      DamageError: a cache is damaged, as far as can be seen without reading the rows.
+    """
+    vocabulary = open_vocabulary(data, kind)
+    if data.cache is None:
+        open_corpora(data, kind, seq_len, "files")
+    else:
+        cache.check_fits(
+            cache.RowCache(data.cache).manifest,
+            data.cache,
+            kind=kind,
+            seq_len=seq_len,
+            tokenizer=data.tokenizer,
+            sha256=vocabulary.sha256,
+            template=data.template,
+        )
+    open_corpora(resolve(data), kind, seq_len, "validation_files")
+    return vocabulary
 
 
 class LiveFeed:
@@ -33,7 +113,16 @@ class LiveFeed:
     in the middle as if nothing had happened, in another process too.
     """
 
-    def __init__(self, data: DataConfig, *, kind: examples.Kind, seq_len: int, batch_size: int, seed: int):
+    def __init__(
+        self,
+        data: DataConfig,
+        *,
+        kind: examples.Kind,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        place: Callable[[Batch], Any] = lambda batch: batch,
+    ):
         """Checks all files, and builds the pipeline.
 
         Args:
@@ -42,6 +131,7 @@ class LiveFeed:
           seq_len: tokens in a row.
           batch_size: rows in a batch.
           seed: of the orders and of the mixture.
+          place: is given every batch before it is given out.
 
         Raises:
           UserError: files that are missing, empty, not UTF-8 or not of their format (sources.index); a tokenizer that
@@ -65,6 +155,7 @@ class LiveFeed:
         # Its threads call Python. They have to be stopped while there still is an interpreter: finalize sees to that
         # at exit, and as soon as the feed is dropped.
         self._finalize = weakref.finalize(self, self._holder.clear)
+        self._place = place
         self._batches = 0
         self._identity = {
             "kind": kind,
@@ -81,8 +172,8 @@ class LiveFeed:
     def __iter__(self) -> "LiveFeed":
         return self
 
-    def __next__(self) -> Batch:
-        """The next batch.
+    def __next__(self) -> Any:
+        """The next batch, as `place` gives it.
 
         Raises:
           UserError: a file has changed since the feed was made.
@@ -91,7 +182,7 @@ class LiveFeed:
         if self._errors:
             raise self._errors[0]
         self._batches += 1
-        return {name: tensor.numpy() for name, tensor in batch.items()}
+        return self._place({name: tensor.numpy() for name, tensor in batch.items()})
 
     def close(self) -> None:
         """Stops reading ahead and frees what the feed holds; it cannot be used after."""
@@ -119,31 +210,21 @@ class LiveFeed:
           UserError: the state is of a feed of other files, rates, tokenizer, sizes or seed.
           DamageError: the bytes are not what `state` gave.
         """
+        if state[:1] == b"{":
+            raise UserError("the position in the data was saved for a feed from a cache")
         try:
             with tempfile.TemporaryDirectory() as directory, zipfile.ZipFile(io.BytesIO(state)) as archive:
                 header = json.loads(archive.read("feed.json"))
                 batches = header.pop("batches")
-                difference = _difference(header, self._identity)
-                if not difference:
+                changed = difference(header, self._identity)
+                if not changed:
                     archive.extractall(directory)
                     self._tf.train.Checkpoint(iterator=self._holder[0]).read(f"{directory}/feed").assert_consumed()
         except (zipfile.BadZipFile, zipfile.zlib.error, KeyError, ValueError, self._tf.errors.OpError) as error:
             raise DamageError(f"the saved position in the data is damaged: {error}") from None
-        if difference:
-            raise UserError(f"the position in the data was saved for another feed: {difference}")
+        if changed:
+            raise UserError(f"the position in the data was saved for another feed: {changed}")
         self._batches = batches
-
-
-def _difference(saved: dict[str, Any], current: dict[str, Any], path: str = "") -> str:
-    """What differs, by name; empty if nothing does."""
-    parts = []
-    for key in sorted({*saved, *current}):
-        old, new = saved.get(key), current.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            parts.append(_difference(old, new, f"{path}{key}."))
-        elif old != new:
-            parts.append(f"{path}{key} was {old!r}, now {new!r}")
-    return "; ".join(filter(None, parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +257,7 @@ def held_out(data: DataConfig, *, kind: examples.Kind, seq_len: int, batch_size:
       UserError: as LiveFeed.
     """
     vocabulary = open_vocabulary(data, kind)
-    corpora = open_corpora(data, kind, seq_len, "validation_files")
+    corpora = open_corpora(resolve(data), kind, seq_len, "validation_files")
     return {
         name: _held_out(corpus, vocabulary, kind, seq_len, batch_size, data.eval_bytes)
         for name, corpus in corpora.items()
@@ -222,13 +303,16 @@ def open_vocabulary(data: DataConfig, kind: examples.Kind) -> Vocabulary:
       UserError: there is none, or it lacks pieces for the bytes, for the end of a sequence or, if there are dialogues,
         for their markers.
     """
-    vocabulary = load_vocabulary(data.tokenizer)
+    vocabulary = load_vocabulary(data.tokenizer).with_template(data.template)
     if not vocabulary.spells_bytes or vocabulary.eos_id < 0:
         raise UserError(f"tokenizer {data.tokenizer}: it needs pieces for the 256 bytes and for the end of a sequence")
-    if kind == "sft" or any(source.format == "dialogues" for source in data.sources.values()):
-        for marker in ("<_user>", "<_bot>", "<_end>", "<_system>"):
-            vocabulary.id_of(marker)
+    if has_dialogues(data, kind):
+        templates.marker_ids(templates.choose(vocabulary), vocabulary)
     return vocabulary
+
+
+def has_dialogues(data: DataConfig, kind: examples.Kind) -> bool:
+    return kind == "sft" or any(source.format == "dialogues" for source in data.sources.values())
 
 
 def open_corpora(
@@ -241,8 +325,8 @@ def open_corpora(
     """
     corpora = {}
     for name, source in data.sources.items():
-        examples.check_format(name, source.format, kind)
         if patterns := getattr(source, field):
+            examples.check_format(name, source.format, kind)
             # Rows of one document come near each other: a span is short enough to bound how many, and long enough that
             # few rows begin inside a document.
             span_bytes = max(SPAN_BYTES, SPAN_BYTES_PER_TOKEN * seq_len)

@@ -40,34 +40,39 @@ def _append(row: np.ndarray, start: int, example: np.ndarray) -> None:
 
 
 def cut_rows(
-    open_rows: np.ndarray, examples: Iterable[np.ndarray], *, separator: int, pad_id: int
+    open_rows: np.ndarray, columns: np.ndarray, lengths: np.ndarray, *, separator: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lays examples end to end.
 
     Args:
       open_rows: int32 [1, 5, S], the row to go on with.
-      examples: int32 [3, n] each.
+      columns: int32 [3, N], the examples one after the other.
+      lengths: int [n], of each of them, above 0; their sum is N.
       separator: the first input of a segment that continues an example.
       pad_id: fills what is open.
 
     Returns:
       (open_rows int32 [1, 5, S], full rows int32 [R, 5, S]).
     """
-    row = open_rows[0].copy()
-    seq_len, start, full = row.shape[1], used(row), []
-    for example in examples:
-        taken = 0
-        while taken < example.shape[1]:
-            part = example[:, taken : taken + seq_len - start]
-            _append(row, start, part)
-            if taken:
-                row[TOKENS, start] = separator
-            taken += part.shape[1]
-            start += part.shape[1]
-            if start == seq_len:
-                full.append(row)
-                row, start = empty_rows(1, seq_len, pad_id)[0], 0
-    return row[None], _stack(full, seq_len)
+    seq_len, filled = open_rows.shape[2], used(open_rows[0])
+    end = filled + columns.shape[1]
+    # All rows as one line: what the open row holds, the examples, and room up to the end of a row.
+    count = end // seq_len + 1
+    line = np.ascontiguousarray(empty_rows(count, seq_len, pad_id).transpose(1, 0, 2)).reshape(5, -1)
+    line[:, :filled] = open_rows[0, :, :filled]
+    line[: len(columns), filled:end] = columns
+    # A segment begins where an example does, and where a row does.
+    rows = np.arange(seq_len * (filled > 0), end, seq_len)
+    starts = filled + np.cumsum(lengths) - lengths
+    line[TOKENS, np.setdiff1d(rows, starts)] = separator
+    begins = np.zeros(count * seq_len, np.int32)
+    begins[np.flatnonzero(line[SEGMENT_IDS, :filled] * (line[POSITIONS, :filled] == 0))] = 1
+    begins[rows] = begins[starts] = 1
+    line[SEGMENT_IDS, :end] = begins.reshape(count, seq_len).cumsum(axis=1, dtype=np.int32).ravel()[:end]
+    places = np.arange(count * seq_len, dtype=np.int32)
+    line[POSITIONS, :end] = (places - np.maximum.accumulate(places * begins))[:end]
+    packed = np.ascontiguousarray(line.reshape(5, count, seq_len).transpose(1, 0, 2))
+    return packed[-1:], packed[:-1]
 
 
 def fit_rows(open_rows: np.ndarray, examples: Iterable[np.ndarray], *, pad_id: int) -> tuple[np.ndarray, np.ndarray]:

@@ -156,7 +156,7 @@ def _scan_text(path: str, file: Any, format: Format, span_bytes: int) -> Iterato
         data = file.read(min(span_bytes, size - offset))
         last = offset + len(data) >= size
         if not last:
-            data = data[: _cut_bytes(data)]
+            data = data[: cut_bytes(data)]
         _decode(data, path, offset, line=None)
         yield (offset, len(data), 0, 0, last, len(data)), data
         offset += len(data)
@@ -169,8 +169,11 @@ def _scan_lines(path: str, file: Any, format: Format, span_bytes: int) -> Iterat
         # What comes after the first span of a line belongs to data that was given out already.
         fresh = data
         if record.strip():
-            text = _checked_text(record, format, path, line)
-            for begin, end in _cut_text(text, span_bytes if format == "jsonl" else WHOLE):
+            try:
+                text = text_of(check_record(record, format))
+            except UserError as error:
+                raise UserError(f"{path}: line {line}: {error}") from None
+            for begin, end in cut_text(text, span_bytes if format == "jsonl" else WHOLE):
                 num_bytes = len(text[begin:end].encode())
                 yield (offset, len(data), begin, end, end == len(text), num_bytes), fresh
                 fresh = b""
@@ -179,30 +182,35 @@ def _scan_lines(path: str, file: Any, format: Format, span_bytes: int) -> Iterat
         offset += len(data)
 
 
-def _checked_text(record: str, format: Format, path: str, line: int) -> str:
-    """The text of a JSON line, or for a dialogue all of its messages joined (only their size matters)."""
+def check_record(record: str, format: Format) -> Any:
+    """The text of a JSON line, or its messages if it is a dialogue.
+
+    Raises:
+      UserError: it is not of the format; says why, and leaves it to the caller to say where.
+    """
     try:
         value = json.loads(record)
-    except ValueError as error:
-        raise UserError(f"{path}: line {line} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON: {error}") from None
     key = "messages" if format == "dialogues" else "text"
     if not isinstance(value, dict) or key not in value:
-        raise UserError(f'{path}: line {line} is not a table with the key "{key}", as the format {format} asks for')
+        raise UserError(f'not a table with the key "{key}", as the format {format} asks for')
+    value = value[key]
     if format == "dialogues":
+        dialogue.check(value)
+    elif not isinstance(value, str):
+        raise UserError('"text" is not a string')
+    if "\\u" in record:  # JSON can spell half a surrogate pair, UTF-8 cannot
         try:
-            dialogue.check(value["messages"])
-        except UserError as error:
-            raise UserError(f"{path}: line {line}: {error}") from None
-        text = "".join(message["content"] for message in value["messages"])
-    else:
-        text = value["text"]
-        if not isinstance(text, str):
-            raise UserError(f'{path}: line {line}: "text" is not a string')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, UTF-8 cannot
-        raise UserError(f"{path}: line {line}: character {error.start} of the text is half a surrogate pair") from None
-    return text
+            text_of(value).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"character {error.start} of the text is half a surrogate pair") from None
+    return value
+
+
+def text_of(value: Any) -> str:
+    """The text of what check_record gives: for a dialogue all of its messages joined (only their size matters)."""
+    return value if isinstance(value, str) else "".join(message["content"] for message in value)
 
 
 def _decode(data: bytes, path: str, offset: int, line: int | None) -> str:
@@ -215,7 +223,7 @@ def _decode(data: bytes, path: str, offset: int, line: int | None) -> str:
         ) from None
 
 
-def _cut_bytes(data: bytes) -> int:
+def cut_bytes(data: bytes) -> int:
     """Where to cut `data`: after the last line end of its second half, or else before a character."""
     cut = data.rfind(b"\n", len(data) // 2) + 1
     if cut == 0:
@@ -228,7 +236,7 @@ def _cut_bytes(data: bytes) -> int:
     return cut
 
 
-def _cut_text(text: str, span_bytes: int) -> list[tuple[int, int]]:
+def cut_text(text: str, span_bytes: int) -> list[tuple[int, int]]:
     """(begin, end) of spans of about `span_bytes` that cover `text`; none for an empty text."""
     num_bytes = len(text.encode()) if len(text) * 4 > span_bytes else 0
     if num_bytes <= span_bytes:

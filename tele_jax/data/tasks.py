@@ -4,8 +4,14 @@ A domain is a Task: its source gives the spans of its files, each once an epoch,
 epoch; its preprocessor makes examples of them (examples.py). A Mixture draws from the domains at their rates, and it
 draws rows, not documents: each domain is packed before it is mixed, so that a rate is a share of the tokens whatever
 the lengths of the documents.
+
+`register` puts the domains of a page, and their mixture, into seqio's registries:
+
+    tasks.register("tele_flm", cache_config(load_page("configs/data/tele_flm.py")))
+    rows = seqio.get_mixture_or_task("tele_flm").get_dataset(split="train", seed=0, trim_output_features=False)
 """
 
+import difflib
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,15 +19,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tele_jax.data import examples, packing
+from tele_jax.data import examples, feed, packing
 from tele_jax.data.extras import need
 from tele_jax.data.sources import Corpus
 from tele_jax.data.vocabulary import Vocabulary
+from tele_jax.data.vocabulary_sentencepiece import SentencePieceVocabulary
+from tele_jax.errors import UserError
+from tele_jax.run import CacheConfig
 
 tf = need("tensorflow")
 seqio = need("seqio")
 
-seqio.SentencePieceVocabulary.register(Vocabulary)
+seqio.Vocabulary.register(Vocabulary)
+seqio.SentencePieceVocabulary.register(SentencePieceVocabulary)
 
 # Our functions are graph code already; to rewrite them costs time at every start.
 as_written = tf.autograph.experimental.do_not_convert
@@ -31,33 +41,35 @@ OPEN_ROWS = 8  # for fit_rows
 
 
 class SpanSource(seqio.DataSource):
-    """The spans of a corpus as {"span": int64 []}, shuffled by a permutation that costs no memory and no buffer.
+    """The spans of a domain as {"split", "span": int64 []}, shuffled by a permutation that costs no memory or buffer.
 
     The permutation is a keyed hash of the index. Its key is drawn anew each time that the dataset is repeated, so that
     an iterator's state holds the key and a position, not a buffer of documents.
     """
 
-    def __init__(self, corpus: Corpus):
-        self._corpus = corpus
+    def __init__(self, corpora: Mapping[str, Corpus]):
+        """`corpora` by split."""
+        self._corpora = dict(corpora)
         # The number of examples stays unsaid: seqio would cache a small source, and with it its first order.
-        super().__init__(splits=("train",), caching_permitted=False, performs_internal_shuffling=True)
+        super().__init__(splits=tuple(corpora), caching_permitted=False, performs_internal_shuffling=True)
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
         return True
 
     def list_shards(self, split: str) -> Sequence[str]:
-        return list(self._corpus.files)
+        return list(self._corpora[split].files)
 
     def get_dataset(
         self, split: str = "train", shuffle: bool = True, seed: int | None = None, shard_info: Any = None, **_: Any
     ) -> Any:
         """One epoch; repeated, the next in another order."""
-        count = len(self._corpus)
+        corpus, number = self._corpora[split], list(self._corpora).index(split)
+        count = len(corpus)
         numbers = tf.data.Dataset.range(count)
         if shuffle:
             # Domains of one mixture get one seed from seqio; they need not go in step.
-            own = None if seed is None else zlib.crc32(self._corpus.name.encode(), seed & 0xFFFFFFFF)
+            own = None if seed is None else zlib.crc32(corpus.name.encode(), seed & 0xFFFFFFFF)
             keys = tf.data.Dataset.random(seed=own, rerandomize_each_iteration=True).batch(2, drop_remainder=True)
 
             def epoch(key: Any) -> Any:
@@ -69,7 +81,7 @@ class SpanSource(seqio.DataSource):
             order = numbers
         if shard_info is not None:
             order = order.shard(shard_info.num_shards, shard_info.index)
-        return order.map(as_written(lambda i: {"span": i}))
+        return order.map(as_written(lambda i: {"split": tf.constant(number, tf.int64), "span": i}))
 
 
 def task(
@@ -78,6 +90,8 @@ def task(
     *,
     kind: examples.Kind,
     seq_len: int,
+    validation: Corpus | None = None,
+    name: str | None = None,
     report: Callable[[Exception], None] | None = None,
 ) -> "seqio.Task":
     """The Task of one domain, with the int32 features inputs, targets and loss_weights (0 or 1).
@@ -87,6 +101,8 @@ def task(
       vocabulary: makes the tokens.
       kind: whether every token is learned or the answers only.
       seq_len: the longest that a dialogue may be.
+      validation: becomes the split of this name, beside "train".
+      name: of the task; None: after the domain.
       report: gets what goes wrong while a document is read; what the dataset gives from then on is void. None: it is
         raised, and TensorFlow makes of it what it does, with pages of its own.
 
@@ -94,10 +110,12 @@ def task(
       UserError: a corpus without answers for fine-tuning.
     """
     examples.check_format(corpus.name, corpus.format, kind)
+    corpora = {"train": corpus} | ({} if validation is None else {"validation": validation})
 
-    def read(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(split: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         try:
-            block = [examples.example(corpus, i, vocabulary, kind, seq_len) for i in numbers.tolist()]
+            part = list(corpora.values())[split[0]]
+            block = [examples.example(part, i, vocabulary, kind, seq_len) for i in numbers.tolist()]
         except Exception as error:
             if report is None:
                 raise
@@ -109,7 +127,9 @@ def task(
     def encode(dataset: Any) -> Any:
         # In blocks: a call from TensorFlow into Python costs more than a short document.
         def one_block(element: Mapping[str, Any]) -> dict[str, Any]:
-            columns, lengths = tf.numpy_function(read, [element["span"]], [tf.int32, tf.int64], stateful=False)
+            columns, lengths = tf.numpy_function(
+                read, [element["split"], element["span"]], [tf.int32, tf.int64], stateful=False
+            )
             columns, lengths = tf.ensure_shape(columns, [3, None]), tf.ensure_shape(lengths, [None])
             return {
                 name: tf.RaggedTensor.from_row_lengths(column, lengths, validate=False)
@@ -121,8 +141,8 @@ def task(
     token = seqio.Feature(vocabulary, add_eos=False)
     weight = seqio.Feature(seqio.PassThroughVocabulary(2), add_eos=False)
     return seqio.Task(
-        "tele_" + re.sub(r"\W", "_", corpus.name),
-        source=SpanSource(corpus),
+        name or "tele_" + re.sub(r"\W", "_", corpus.name),
+        source=SpanSource(corpora),
         preprocessors=[encode],
         output_features={"inputs": token, "targets": token, "loss_weights": weight},
         shuffle_buffer_size=None,
@@ -155,12 +175,14 @@ class RowConverter(seqio.FeatureConverter):
         seq_len = task_feature_lengths["targets"]
 
         def step(open_rows: np.ndarray, lengths: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            parts = np.split(np.stack(columns), np.cumsum(lengths)[:-1], axis=1)
             if self._cut:
-                left, rows = packing.cut_rows(open_rows, parts, separator=self.bos_id, pad_id=self._pad_id)
+                left, rows = packing.cut_rows(
+                    open_rows, np.stack(columns), lengths, separator=self.bos_id, pad_id=self._pad_id
+                )
             else:
+                parts = np.split(np.stack(columns), np.cumsum(lengths)[:-1], axis=1)
                 left, rows = packing.fit_rows(open_rows, parts, pad_id=self._pad_id)
-            return left, packing.spread(rows, len(parts))
+            return left, packing.spread(rows, len(lengths))
 
         count = 1 if self._cut else OPEN_ROWS
 
@@ -184,7 +206,12 @@ class RowConverter(seqio.FeatureConverter):
 
 
 def mixture(
-    tasks: Sequence["seqio.Task"], rates: Sequence[float], *, converter: RowConverter, seq_len: int
+    tasks: Sequence["seqio.Task"],
+    rates: Sequence[float],
+    *,
+    converter: RowConverter,
+    seq_len: int,
+    name: str = "tele_mixture",
 ) -> "seqio.Mixture":
     """The Mixture of the tasks; its dataset is endless and gives rows, a task's share of them being its rate."""
     lengths = dict.fromkeys(examples.COLUMNS, seq_len)
@@ -194,7 +221,7 @@ def mixture(
         weights = [rate / sum(rates) for rate in rates]
         return tf.data.Dataset.sample_from_datasets(packed, weights, seed)
 
-    return seqio.Mixture("tele_mixture", list(zip(tasks, rates, strict=True)), sample_fn=sample)
+    return seqio.Mixture(name, list(zip(tasks, rates, strict=True)), sample_fn=sample)
 
 
 def row_dataset(mixture: "seqio.Mixture", *, seed: int, batch_size: int) -> Any:
@@ -211,3 +238,64 @@ def row_dataset(mixture: "seqio.Mixture", *, seed: int, batch_size: int) -> Any:
     options.deterministic = True
     options.threading.private_threadpool_size = 2  # on top of JAX's own; one document is read at a time anyway
     return rows.batch(batch_size, drop_remainder=True).prefetch(2).with_options(options)
+
+
+def register(name: str, config: CacheConfig) -> "seqio.Mixture":
+    """Registers a Task `name`.`domain` for every domain of a page, and the Mixture `name` of their rates; returns it.
+
+    Each has the splits "train" and, where the page names files for it, "validation".
+
+    Raises:
+      UserError: as feed.LiveFeed; the name is taken.
+    """
+    vocabulary = feed.open_vocabulary(config.data, config.kind)
+    train, validation = (
+        feed.open_corpora(config.data, config.kind, config.seq_len, files) for files in ("files", "validation_files")
+    )
+    rates = {_task_name(name, domain): source.rate for domain, source in config.data.sources.items()}
+    for taken in (name, *rates):
+        if taken in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
+            raise UserError(f"seqio already has a task or mixture {taken!r}; choose another name")
+    for domain, corpus in train.items():
+        own = _task_name(name, domain)
+        built = task(
+            corpus,
+            vocabulary,
+            kind=config.kind,
+            seq_len=config.seq_len,
+            validation=validation.get(domain),
+            name=own,
+        )
+        seqio.TaskRegistry.add_provider(own, built)
+    return register_mixture(name, rates, config)
+
+
+def register_mixture(name: str, rates: Mapping[str, float], config: CacheConfig) -> "seqio.Mixture":
+    """Registers the Mixture `name` of registered tasks at relative rates, packed into rows as `config` says.
+
+    Raises:
+      UserError: a task that is not registered, a rate that is not above 0.
+    """
+    known = seqio.TaskRegistry.names()
+    for own, rate in rates.items():
+        if own not in known:
+            near = difflib.get_close_matches(own, known, n=1)
+            raise UserError(
+                f"mixture {name}: seqio has no task {own!r}; "
+                + (f"did you mean {near[0]!r}?" if near else "register it")
+            )
+        if not 0 < rate < float("inf"):
+            raise UserError(f"mixture {name}: the rate {rate} of {own} must be above 0 and finite")
+    made = mixture(
+        [seqio.TaskRegistry.get(own) for own in rates],
+        list(rates.values()),
+        converter=RowConverter(feed.open_vocabulary(config.data, config.kind), config.kind),
+        seq_len=config.seq_len,
+        name=name,
+    )
+    seqio.MixtureRegistry.add_provider(name, made)
+    return made
+
+
+def _task_name(mixture_name: str, domain: str) -> str:
+    return f"{mixture_name}." + re.sub(r"\W", "_", domain)

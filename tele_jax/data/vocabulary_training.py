@@ -12,7 +12,8 @@ import numpy as np
 
 from tele_jax.data import sources
 from tele_jax.data.extras import need
-from tele_jax.data.vocabulary import SPACE, Vocabulary
+from tele_jax.data.vocabulary import Vocabulary
+from tele_jax.data.vocabulary_sentencepiece import SPACE, SentencePieceVocabulary
 from tele_jax.errors import UserError
 
 DIGITS = tuple("0123456789")
@@ -219,7 +220,7 @@ def misplaced(vocabulary: Vocabulary, preset: str) -> list[str]:
     expected += [f"<0x{byte:02X}>" for byte in range(256)]
     if vocabulary.vocab_size < len(expected):
         return [f"it has only {vocabulary.vocab_size} ids"]
-    pieces = map(vocabulary.tokenizer.id_to_piece, range(len(expected)))
+    pieces = map(vocabulary.piece, range(len(expected)))
     return [f"{name} is not at id {i}" for i, (name, piece) in enumerate(zip(expected, pieces)) if name != piece]
 
 
@@ -231,19 +232,19 @@ def write_vocabulary(trained: Trained, path: Path, *, preset: str, force: bool =
       AssertionError: a special piece is not at its id: SentencePiece does not do what it did when this was written.
     """
     if path.exists() and path.read_bytes() == trained.model:
-        return Vocabulary(path)
+        return SentencePieceVocabulary(path)
     if path.exists() and not force:
         raise UserError(f"{path}: is there already and differs; choose another name, or replace it with --force")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(trained.model)
-        wrong = misplaced(Vocabulary(temporary), preset)
+        wrong = misplaced(SentencePieceVocabulary(temporary), preset)
         assert not wrong, f"{preset}: {'; '.join(wrong[:3])}"
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return Vocabulary(path)
+    return SentencePieceVocabulary(path)
 
 
 def format_of(path: str) -> sources.Format:

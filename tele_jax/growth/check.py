@@ -47,8 +47,10 @@ def _problems(step: Plan) -> Iterator[str]:
     yield from _groups(step)
     if step.preserving and not step.masked:
         yield from _zero_sides(step)
-        if step.dst_spec.keys() == flat_spec(step.dst_cfg).keys():
-            yield from _stream_rules(step)
+    if step.preserving:
+        yield from _shares(step)
+    if step.preserving and step.dst_spec.keys() == flat_spec(step.dst_cfg).keys():
+        yield from _stream_rules(step)
     if step.lively:
         yield from _dead(step)
 
@@ -77,9 +79,33 @@ def _groups(step: Plan) -> Iterator[str]:
         )
 
 
+def _shares(step: Plan) -> Iterator[str]:
+    """Every source unit is there, and its copies together do what it did."""
+    for axis in ("embed", "mlp", "heads"):
+        m = step.maps[axis]
+        kept = m.index[~m.fresh]
+        total = np.bincount(kept, (m.scale * m.share)[~m.fresh], m.src_size)
+        wrong = np.flatnonzero(~np.isclose(total, 1, rtol=1e-12))
+        if wrong.size:
+            yield f"{axis}[{wrong[0]}] of the source counts {total[wrong[0]]:.9g} times in the result, and not once"
+        for name, spec in step.dst_spec.items():
+            leaf = step.leaves[name]
+            if spec.role == "scale":
+                continue
+            if axis in spec.outputs and (m.scale != 1).any() and axis not in leaf.scaled:
+                yield f"{name}: is not scaled along {axis}, whose copies are"
+            if axis in spec.inputs and (m.share != 1).any() and axis not in leaf.shared:
+                yield f"{name}: reads every copy along {axis} whole, and not its share"
+
+
 def _zeroed(leaf: LeafPlan, axis: str, is_copy: bool) -> bool:
     """Whether the leaf is zero at fresh units of an axis, which are copies or hold what the leaf is filled with."""
     return axis in leaf.zero or (not is_copy and leaf.fill == "constant" and leaf.value == 0)
+
+
+def _is_copy(step: Plan, axis: str) -> bool:
+    """Whether fresh units hold copies of others."""
+    return bool((step.maps[axis].index[step.maps[axis].fresh] != NEW).any())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +126,7 @@ def _sides(step: Plan, axis: str) -> tuple[_Side, _Side]:
     produces = "kv_heads" if axis == "heads" else axis
     found: list[_Side] = []
     for names, which in (("outputs", produces), ("inputs", axis)):
-        is_copy = bool((step.maps[which].index[step.maps[which].fresh] != NEW).all())
+        is_copy = _is_copy(step, which)
         leaves = [n for n, s in step.dst_spec.items() if s.role in ("kernel", "table") and which in getattr(s, names)]
         zero = [name for name in leaves if _zeroed(step.leaves[name], which, is_copy)]
         # gate and up are multiplied: one of them is enough.
@@ -117,8 +143,9 @@ def _zero_sides(step: Plan) -> Iterator[str]:
             if not (produced.silent or read.silent):
                 yield f"{axis}: new units are random on both sides ({produced}; {read}): the function changes"
     if step.maps["layers"].fresh.any():
+        is_copy = _is_copy(step, "layers")
         for name, spec in step.dst_spec.items():
-            if spec.stack and _writes(spec) and not _zeroed(step.leaves[name], "layers", True):
+            if spec.stack and _writes(spec) and not _zeroed(step.leaves[name], "layers", is_copy):
                 yield f"layers: {name} of new layers is not zero, and writes to the residual stream at once"
 
 
@@ -133,6 +160,25 @@ def _dead(step: Plan) -> Iterator[str]:
         scales = [n for n, s in step.dst_spec.items() if s.role == "scale" and "embed" in s.inputs]
         if scales and all(_zeroed(step.leaves[name], "embed", False) for name in scales):
             yield f"embed: every norm scale is 0 in the new channels ({', '.join(scales)}): they never learn"
+    if step.maps["layers"].fresh.any():
+        yield from _dead_layers(step)
+
+
+def _dead_layers(step: Plan) -> Iterator[str]:
+    """New layers whose writers are zero, and have nothing to read either."""
+    is_copy = _is_copy(step, "layers")
+    stacked = {name: spec for name, spec in step.dst_spec.items() if spec.stack}
+    zero = {name for name in stacked if _zeroed(step.leaves[name], "layers", is_copy)}
+    kernels = {name: spec for name, spec in stacked.items() if spec.role == "kernel"}
+    if not all(name in zero for name, spec in kernels.items() if _writes(spec)):
+        return
+    for produces, some in (("mlp", any), ("kv_heads", all)):  # gate and up are multiplied: one of them is enough
+        silent = [name for name, spec in kernels.items() if produces in spec.outputs]
+        if silent and some(name in zero for name in silent):
+            names = ", ".join(name for name in silent if name in zero)
+            yield f"layers: {names} of new layers are zero, and so are the writers: they never learn"
+    for name in sorted(name for name in zero if stacked[name].role == "scale"):
+        yield f"layers: {name} of new layers is zero, and so are the writers: they never learn"
 
 
 def _writes(spec: ParamSpec) -> bool:
@@ -146,8 +192,9 @@ def _stream_rules(step: Plan) -> Iterator[str]:
     if isinstance(written, str):
         yield f"the writers of the residual stream differ: {written}"
         return
-    # Copies in embed carry a scale of their own, which keeps the mean of squares for any number of them.
-    d, d2 = (1, 1) if (step.maps["embed"].scale != 1).any() or _copied(step) else (src.embed_dim, dst.embed_dim)
+    # Copies in embed carry a scale that keeps the mean of squares for any number of them; masks weigh it.
+    same_mean = step.masked or (step.maps["embed"].scale != 1).any() or _copied(step)
+    d, d2 = (1, 1) if same_mean else (src.embed_dim, dst.embed_dim)
     yield from _expect("rms_eps", dst.rms_eps, src.rms_eps * written**2 * d / d2)
     for name, s in spec.items():
         if s.role == "scale":
@@ -159,6 +206,8 @@ def _stream_rules(step: Plan) -> Iterator[str]:
             yield from _expect(
                 f"{name}: coefficient", leaves[name].coefficient * dst.input_mult, written * src.input_mult
             )
+        elif not _writes(s) and "vocab" not in s.outputs:
+            yield from _expect(f"{name}: coefficient", leaves[name].coefficient, 1.0)
         elif "vocab" in s.outputs:
             yield from _expect(f"{name}: coefficient", leaves[name].coefficient * dst.logit_mult, src.logit_mult)
     if src.tie_embeddings:

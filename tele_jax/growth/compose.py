@@ -10,6 +10,7 @@ from tele_jax.config import ModelConfig, to_dict
 from tele_jax.errors import UserError
 from tele_jax.growth.axis_map import AxisMap
 from tele_jax.growth.plan import Growth, Plan
+from tele_jax.model.decoder import MASKED_AXES
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,7 +84,7 @@ def compose(first: Growth, then: Growth) -> Growth:
 
     Raises:
       UserError: `then` does not start from what `first` leads to (the fields or leaves that differ are named); one of
-        the two needs masks and the other, which grows something too, must not have them.
+        the two needs masks and the other, which grows something too, must not have them, or copies channels unevenly.
     """
     made, taken = to_dict(first.dst_cfg), to_dict(then.src_cfg)
     lines = [f"{field} {made[field]!r} -> {taken[field]!r}" for field in made if made[field] != taken[field]]
@@ -94,10 +95,15 @@ def compose(first: Growth, then: Growth) -> Growth:
     ]
     if lines:
         raise UserError(f"compose: the second plan does not start from what the first leads to: {', '.join(lines)}")
-    parts = [part for part in (first, then) if part.grown_axes]
+    parts = [part for part in (first, then) if set(MASKED_AXES) & set(part.grown_axes)]
+    why = ""
     if len({part.masked for part in parts}) > 1:
+        why = "the new units of one start behind masks, those of the other must not"
+    elif first.masked and "embed" in first.grown_axes and (then.maps["embed"].scale != 1).any():
+        why = "masks weigh the mean of a norm, and copies in embed are scaled to keep the mean without masks"
+    if why:
         raise UserError(
-            f"compose: {first.policy} and {then.policy} cannot be done in one go: the new units of one start behind "
-            "masks, those of the other must not; train until the masks are 1, then grow again"
+            f"compose: {first.policy} and {then.policy} cannot be done in one go: {why}; "
+            "train until the masks are 1, then grow again"
         )
     return Composed((*first.steps, *then.steps))

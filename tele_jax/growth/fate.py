@@ -119,7 +119,9 @@ def table(growth: "Growth") -> str:
 
 
 def _head(growth: "Growth") -> list[str]:
-    axes = ", ".join(f"{m.axis} {m.src_size} -> {m.dst_size}" for m in growth.maps.values() if not m.is_identity)
+    # In the order of the config, which is the same for a plan that comes from JSON.
+    maps = [growth.maps[axis] for axis in growth.src_cfg.axis_sizes if axis in growth.maps]
+    axes = ", ".join(f"{m.axis} {m.src_size} -> {m.dst_size}" for m in maps if not m.is_identity)
     if not growth.preserving:
         promise = "does not preserve the function"
     else:

@@ -51,9 +51,12 @@ def parts(plan: "Growth", src: Tree, dst: Tree, layers: Collection[int] | None =
     masks = {axis: np.where(m.fresh, 0.0, 1.0) for axis, m in plan.maps.items()} if plan.masked else {}
     old = Side(plan.src_cfg, plan.src_spec, src)
     new = Side(plan.dst_cfg, plan.dst_spec, dst, masks)
-    tokens = rng.integers(0, plan.src_cfg.vocab_size, 64)
-    known = plan.maps["embed"].index >= 0
-    yield "embed", _difference(embed(new, tokens)[:, known], _lift(plan, embed(old, tokens))[:, known])
+    after_ids, before_ids = shared_tokens(plan)
+    tokens = rng.integers(0, len(after_ids), 64)
+    # New channels hold zeros, and have to; behind masks they may hold anything.
+    known = ~plan.maps["embed"].fresh if plan.masked else np.ones(plan.dst_cfg.embed_dim, bool)
+    made, expected = embed(new, after_ids[tokens]), _lift(plan, embed(old, before_ids[tokens]))
+    yield "embed", _difference(made[:, known], expected[:, known])
     count = plan.dst_cfg.num_layers
     for layer in range(count) if layers is None else sorted(layers):
         x = _inputs(rng, plan.src_cfg.embed_dim)
@@ -64,7 +67,14 @@ def parts(plan: "Growth", src: Tree, dst: Tree, layers: Collection[int] | None =
         yield f"layers[{layer}]", _difference(made[..., known], _lift(plan, expected)[..., known])
     x = _inputs(rng, plan.src_cfg.embed_dim)
     before, after = logits(old, x), logits(new, _with_noise(plan, _lift(plan, x), rng))
-    yield "head", _difference(after[..., : plan.src_cfg.vocab_size], before)
+    yield "head", _difference(after[..., after_ids], before[..., before_ids])
+
+
+def shared_tokens(plan: "Growth") -> tuple[np.ndarray, np.ndarray]:
+    """(ids in the result, ids in the source) of the tokens that both have."""
+    before = plan.maps["vocab"].index[: plan.dst_cfg.vocab_size]
+    after = np.flatnonzero((before >= 0) & (before < plan.src_cfg.vocab_size))
+    return after, before[after]
 
 
 def _inputs(rng: np.random.Generator, width: int) -> np.ndarray:
@@ -112,7 +122,13 @@ def states(side: Side, tokens: np.ndarray) -> Iterator[np.ndarray]:
 def embed(side: Side, tokens: np.ndarray) -> np.ndarray:
     """float64[n, D]: the residual stream before the first layer, of tokens int[n]."""
     name = next(n for n, s in side.spec.items() if s.role == "table")
-    x = np.stack([np.asarray(side.leaves[name][int(t)]).astype(np.float64) for t in tokens]) * side.cfg.input_mult
+    spec, array = side.spec[name], side.leaves[name]
+    x = np.empty((len(tokens), spec.shape[1]))
+    for part in blocks(spec.shape[0], spec.shape[1] * np.dtype(spec.dtype).itemsize):  # a stored row costs a chunk
+        inside = (tokens >= part.start) & (tokens < part.stop)
+        if inside.any():
+            x[inside] = np.asarray(array[part])[tokens[inside] - part.start]
+    x *= side.cfg.input_mult
     scale = side.vector("embed_norm.scale")
     return x if scale is None else norm(side, x, scale)
 

@@ -5,8 +5,9 @@ compiled with masks does not compile again while they move.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,41 +16,114 @@ from tele_jax.errors import UserError
 from tele_jax.growth.plan import Plan
 from tele_jax.model.decoder import MASKED_AXES
 
+# c over the share x in [0, 1] of an axis's ramp. cosine: half a wave, (1 - cos(pi x)) / 2, level at both ends.
+_SHAPES = {"linear": lambda x: x, "cosine": lambda x: math.sin(math.pi / 2 * x) ** 2}
+
 
 def require_unmasked(provenance: Sequence[Mapping[str, Any]], where: str) -> None:
     """Raises UserError for a checkpoint from the middle of a mask ramp: without its masks it is another function."""
     mask = provenance[-1].get("mask") if provenance else None
     if mask is not None:
+        shown = min(math.floor(mask * 100), 99) / 100  # never 1.00: they are not complete
         raise UserError(
-            f"{where}: grown behind masks that stand at {mask:.2f}; train on until they are 1 and dropped, or take the "
-            "checkpoint from before the growth"
+            f"{where}: grown behind masks that stand at {shown:.2f}; train on until they are 1 and dropped, or take "
+            "the checkpoint from before the growth"
         )
 
 
-def vectors(plan: Plan, c: float) -> dict[str, np.ndarray]:
-    """float32 vector per grown axis: 1 on old entries, c on new ones."""
-    return {
-        axis: np.where(plan.maps[axis].fresh, np.float32(c), np.float32(1))
-        for axis in MASKED_AXES
-        if plan.maps[axis].fresh.any()
-    }
+def masked_axes(plan: Plan) -> tuple[str, ...]:
+    """The grown axes that have a mask, in the order of MASKED_AXES."""
+    return tuple(axis for axis in MASKED_AXES if plan.maps[axis].fresh.any())
+
+
+def vectors(plan: Plan, c: float | Mapping[str, float]) -> dict[str, np.ndarray]:
+    """float32 vector per grown axis: 1 on old entries, c (or, of a mapping, c[axis]) on new ones.
+
+    Raises:
+      UserError: a mapping without one of the grown axes.
+
+    >>> vectors(plan, {"embed": 1.0, "mlp": 0.25})["mlp"]    # of a plan that grows both, mlp 3 -> 5
+    array([1.  , 1.  , 1.  , 0.25, 0.25], dtype=float32)
+    """
+    axes = masked_axes(plan)
+    each = c if isinstance(c, Mapping) else dict.fromkeys(axes, c)
+    missing = [axis for axis in axes if axis not in each]
+    require(not missing, f"masks: no value for {', '.join(missing)}, which the plan grows")
+    return {axis: np.where(plan.maps[axis].fresh, np.float32(each[axis]), np.float32(1)) for axis in axes}
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskSchedule:
     """masks = MaskSchedule(plan, start=100, ramp=5000)(step): 0 up to `start`, then linear to 1 over `ramp` steps.
 
-    Returns None from step start + ramp on, and for plans that need no masks: the model is the plain one then.
+    Gives {axis: float32[size]}, or None from the end of the ramp on (c would be 1 everywhere: the model is the plain
+    one then) and for plans that need no masks.
+
+    Attributes:
+      start: when c begins to rise, in `unit`; it is still 0 there.
+      ramp: how long c of one axis takes from 0 to 1, in `unit`. With an order the whole takes `ramp` for each axis,
+        as grow_time does in Masked Structural Growth (arXiv 2305.02869).
+      unit: "tokens" are step * tokens_per_step: positions, counted in the loss or not, so that c is known from the
+        step alone.
+      order: "together", or every axis that grows, once: each begins when the one before it is complete.
+      shape: "linear", or "cosine": half a wave, level at both ends.
+      tokens_per_step: batch_size * seq_len; for unit "tokens".
+
+    Raises:
+      UserError: a negative start or ramp, an order that is not the axes of the plan, tokens without tokens_per_step.
     """
 
     plan: Plan
     start: int = 0
     ramp: int = 5000
+    unit: Literal["steps", "tokens"] = "steps"
+    order: Literal["together"] | Sequence[str] = "together"
+    shape: Literal["linear", "cosine"] = "linear"
+    tokens_per_step: int | None = None
 
     def __post_init__(self):
         require(self.start >= 0 and self.ramp >= 0, f"start={self.start} and ramp={self.ramp} must not be negative")
+        require(self.unit in ("steps", "tokens"), f"unit: {self.unit!r} is not one of 'steps', 'tokens'")
+        require(self.shape in _SHAPES, f"shape: {self.shape!r} is not one of {', '.join(map(repr, _SHAPES))}")
+        counted = self.unit == "steps" or (self.tokens_per_step or 0) > 0
+        require(counted, f"unit: 'tokens' needs tokens_per_step above 0, got {self.tokens_per_step}")
+        if self.order != "together":
+            axes = masked_axes(self.plan)
+            require(
+                not isinstance(self.order, str) and sorted(self.order) == sorted(axes),
+                f"order: {self.order!r} is neither 'together' nor a list of the axes that grow behind masks, each "
+                f"once: {', '.join(axes) or 'none'}",
+            )
+            object.__setattr__(self, "order", tuple(self.order))
 
     def __call__(self, step: int) -> dict[str, np.ndarray] | None:
-        if not self.plan.masked or step >= self.start + self.ramp:
+        begins, elapsed, shape = self._begins(), int(step) * self._units_per_step, _SHAPES[self.shape]
+        if not begins or elapsed >= max(begins.values()) + self.ramp:
             return None
-        return vectors(self.plan, max(0, step - self.start) / max(self.ramp, 1)) or None
+        # All in integers up to one division: the same c in steps as in tokens.
+        share = {axis: max(0, min(elapsed - begin, self.ramp)) / max(self.ramp, 1) for axis, begin in begins.items()}
+        return vectors(self.plan, {axis: shape(x) for axis, x in share.items()})
+
+    def closed_steps(self) -> dict[str, np.ndarray]:
+        """int32[size] per axis with new units: how many steps from 0 on leave the unit's parameters without gradient.
+
+        Those in which c is 0. New kv_heads have no mask of their own, but only new heads read them: they wait for
+        these. Axes that are not masked (vocab) are left out: they learn from the first step.
+        """
+        unit = self._units_per_step
+        # c > 0 behind `begin`; a ramp of 0 drops the masks at it.
+        first = {axis: begin // unit + 1 if self.ramp else -(-begin // unit) for axis, begin in self._begins().items()}
+        if "heads" in first:
+            first["kv_heads"] = first["heads"]
+        return {axis: np.where(self.plan.maps[axis].fresh, n, 0).astype(np.int32) for axis, n in first.items()}
+
+    def _begins(self) -> dict[str, int]:
+        """When c of every masked axis begins to rise, in `unit`; empty for a plan without masks."""
+        axes = masked_axes(self.plan) if self.plan.masked else ()
+        return {
+            axis: self.start + self.ramp * (0 if self.order == "together" else self.order.index(axis)) for axis in axes
+        }
+
+    @property
+    def _units_per_step(self) -> int:
+        return 1 if self.unit == "steps" else self.tokens_per_step

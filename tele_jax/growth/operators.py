@@ -10,7 +10,7 @@ axis by `exact` and another by `copy`.
 from collections.abc import Sequence
 from typing import Any
 
-from tele_jax.config import ModelConfig
+from tele_jax.config import ModelConfig, require
 from tele_jax.growth.plan import Plan
 from tele_jax.growth.policies import plan
 
@@ -56,6 +56,7 @@ def grow_vocab(cfg: ModelConfig, vocab_size: int, padded_vocab_size: int | None 
 
 def pad_vocab(cfg: ModelConfig, multiple: int, **how: Any) -> Plan:
     """Rows of the vocabulary up to a multiple, so that they divide over a mesh; the function does not see them."""
+    require(multiple > 0, f"pad_vocab: multiple={multiple} must be above 0")
     rows = -(-cfg.padded_vocab_size // multiple) * multiple
     return plan(cfg, cfg.replace(padded_vocab_size=rows), **how)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tele_jax.axes import ParamSpec
-from tele_jax.config import ModelConfig, from_dict, to_dict
+from tele_jax.config import ModelConfig, convert, from_dict, require, to_dict
 from tele_jax.errors import UserError
 from tele_jax.growth import fate
 from tele_jax.growth.axis_map import AxisMap
@@ -203,25 +203,30 @@ class Plan(Growth):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Growth:
-        """The inverse of to_json, of a composed growth as well; raises UserError where a field is missing or unknown.
+        """The inverse of to_json, of a composed growth as well.
 
         Raises:
-          UserError: a field is missing, unknown, or of another type.
+          UserError: a field is missing, unknown, or of another type; steps that do not follow each other.
         """
+        require(isinstance(data, Mapping), f"plan: expected a table, got {type(data).__name__}")
         if "steps" in data:
-            from tele_jax.growth.compose import Composed
+            from tele_jax.growth.compose import compose
 
-            return Composed(tuple(cls.from_json(step) for step in data["steps"]))
+            steps = convert(tuple[dict[str, Any], ...], data["steps"], "plan.steps")
+            require(len(steps) > 0, "plan.steps: empty")
+            return functools.reduce(compose, map(cls.from_json, steps))
+        unknown = data.keys() - {field.name for field in dataclasses.fields(cls)}
+        require(not unknown, f"plan: unknown field {', '.join(sorted(unknown))}")
         try:
             return cls(
                 src_cfg=from_dict(ModelConfig, data["src_cfg"], "plan.src_cfg"),
                 dst_cfg=from_dict(ModelConfig, data["dst_cfg"], "plan.dst_cfg"),
-                policy=data["policy"],
-                seed=data["seed"],
-                masked=data["masked"],
-                preserving=data["preserving"],
-                lively=data["lively"],
-                notes=tuple(data["notes"]),
+                policy=convert(str, data["policy"], "plan.policy"),
+                seed=convert(int, data["seed"], "plan.seed"),
+                masked=convert(bool, data["masked"], "plan.masked"),
+                preserving=convert(bool, data["preserving"], "plan.preserving"),
+                lively=convert(bool, data["lively"], "plan.lively"),
+                notes=convert(tuple[str, ...], data["notes"], "plan.notes"),
                 maps={axis: AxisMap.from_json(m) for axis, m in data["maps"].items()},
                 leaves={
                     name: from_dict(LeafPlan, leaf, f"plan.leaves.{name}") for name, leaf in data["leaves"].items()
@@ -233,3 +238,7 @@ class Plan(Growth):
             )
         except KeyError as error:
             raise UserError(f"plan: the field {error} is missing") from None
+        except UserError:
+            raise
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise UserError(f"plan: not what to_json makes: {error}") from None

@@ -13,11 +13,9 @@ import dataclasses
 import functools
 import math
 import os
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +126,7 @@ def stream(
             report = progress or (lambda done, total: None)
             report(done, total)
             work = functools.partial(_write_tile, jobs, cut, cache, unfinished.path, threading.local())
-            with contextlib.closing(_run(work, left, cut, unfinished.path, workers)) as finished:
+            with contextlib.closing(tiles.run(work, left, cut, unfinished.path, workers)) as finished:
                 for number in finished:
                     unfinished.finish(number)
                     done += cut[number].nbytes
@@ -351,37 +349,3 @@ def _write_tile(
             values.fill(0)
             values[tuple(slice(n) for n in part.shape)] = part
         chunks.write_chunk(directory / file, local.buffer, size)
-
-
-def _run(work: Callable[[int], None], numbers: list[int], cut: list, directory: Path, workers: int) -> Iterator[int]:
-    """Does the tiles, and yields the number of each when its files are on the disk."""
-    results: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
-    computing = ThreadPoolExecutor(workers, "tele_tiles")
-    flushing = ThreadPoolExecutor(tiles.FLUSHING, "tele_flush")
-
-    def compute(number: int) -> None:
-        try:
-            work(number)
-            flushing.submit(finish, number)
-        except BaseException as error:
-            results.put(error)
-
-    def finish(number: int) -> None:
-        try:
-            for file in cut[number].files():
-                chunks.flush(directory / file)
-            results.put(number)
-        except BaseException as error:
-            results.put(error)
-
-    try:
-        for number in numbers:
-            computing.submit(compute, number)
-        for _ in numbers:
-            result = results.get()
-            if isinstance(result, BaseException):
-                raise result
-            yield result
-    finally:
-        computing.shutdown(cancel_futures=True)
-        flushing.shutdown()

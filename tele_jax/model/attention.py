@@ -1,23 +1,52 @@
-"""Causal attention in two forms that agree: `reference`, the formula, and `xla`, which skips the masked half.
+"""Causal attention in four forms that agree: `reference`, the formula; `xla`, which skips the masked half; `splash`;
+and `cached`, which reads of a cache only the slots in use.
+
+`splash` is JAX's own Pallas kernel for TPUs (jax.experimental.pallas.ops.tpu.splash_attention): scores never reach HBM,
+forward or backward. Off TPUs it runs interpreted, which is for tests.
 
 Shapes: q [B, S, N, H], k and v [B, T, K, H] with N a multiple of K: query head n reads kv head n // (N/K).
 q_index [B, S] and kv_index [B, T] (int32) order the tokens: a query sees keys with kv_index <= q_index. Segment ids
 of the same shapes, where given, must be equal as well.
 """
 
+import functools
+import warnings
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from tele_jax.sharding import BATCH, mesh_of_step, platform
 
 BLOCK = 128  # queries per block of the xla form; smaller skips more of the masked half, larger feeds the matrix unit
+# Slots of a cache per block of the cached form. On two CPU cores, 12 layers of 12 heads of 64, 8 rows, 1,900 slots in
+# use: 79 ms a step with 256, 160 with 512 (a block no longer stays in the L2 cache), 126 with all slots at once.
+SLOT_BLOCK = 256
+# Of the splash kernels, largest first. The backward kernel writes one partial gradient of q per block of keys: with
+# blocks twice as long they are half as many, at little more of the masked half.
+SPLASH_BLOCKS = (512, 256, 128)
+SPLASH_KV_BLOCKS = (1024, 512, 256, 128)
+SAVED = "attention"  # name of what the remat policy "attention" keeps: outputs, and what their gradients need of them
 
 
 def attend(implementation: str, q, k, v, q_index, kv_index, segment_ids=None) -> jax.Array:
-    """Attention [B, S, N, H] by "reference", "xla", or "auto", which takes xla as soon as there is a block to skip."""
-    # The xla form relies on row order being causal order, which holds in training but not against a cache.
+    """Attention [B, S, N, H] by "reference", "xla", "splash", or "auto".
+
+    "auto" takes splash on TPUs, where its blocks divide the rows, else xla as soon as there is a block to skip.
+    """
+    # All but the reference rely on row order being causal order, which holds in training but not against a cache.
     in_row_order = q.shape[1] == k.shape[1] and kv_index is q_index
-    if implementation == "reference" or not in_row_order or q.shape[1] <= BLOCK:
-        return reference(q, k, v, q_index, kv_index, segment_ids, segment_ids)
-    return xla(q, k, v, q_index, segment_ids)
+    if implementation == "reference" or not in_row_order:
+        return checkpoint_name(reference(q, k, v, q_index, kv_index, segment_ids, segment_ids), SAVED)
+    wanted = implementation == "splash" or (implementation == "auto" and platform() == "tpu" and q.shape[1] > BLOCK)
+    if wanted and (reason := unsuited(q, k)) is not None:
+        warnings.warn(f"attention: splash does not do {reason}; taking the xla form, which is slower", stacklevel=2)
+    elif wanted:
+        return splash(q, k, v, segment_ids, interpret=platform() != "tpu")
+    if q.shape[1] <= BLOCK:
+        return checkpoint_name(reference(q, k, v, q_index, kv_index, segment_ids, segment_ids), SAVED)
+    return checkpoint_name(xla(q, k, v, q_index, segment_ids), SAVED)
 
 
 def reference(q, k, v, q_index, kv_index, q_segments=None, kv_segments=None) -> jax.Array:
@@ -44,3 +73,109 @@ def xla(q, k, v, index, segment_ids=None) -> jax.Array:
             reference(q[:, start:end], k[:, :end], v[:, :end], index[:, start:end], index[:, :end], *segments)
         )
     return jnp.concatenate(blocks, axis=1)
+
+
+def indices(*values) -> tuple[jax.Array, ...]:
+    """Start indices for a dynamic slice, which all have to be of one type; with 64 bits enabled they would not be."""
+    return tuple(jnp.asarray(value, jnp.int32) for value in values)
+
+
+def cached(q, k, v, layer, q_index, kv_index, used) -> jax.Array:
+    """Attention [B, S, N, H] of new tokens against one layer of a cache, block by block with a running softmax.
+
+    Args:
+      q: [B, S, N, H].
+      k, v: of all layers and slots, [L, B, K, T, H]; T at most SLOT_BLOCK, or a multiple of it.
+      layer: which layer, int or int32[].
+      q_index: int32[B, S], positions of the queries.
+      kv_index: int32[B, T], positions of what is in the slots. A query sees those at or before its own, at least one.
+      used: int32[], how many slots to look at; blocks beyond them are not even read.
+    """
+    batch, length, heads, head_dim = q.shape
+    kv_heads, slots = k.shape[2:4]
+    block = min(SLOT_BLOCK, slots)
+    if slots % block:
+        raise ValueError(f"a cache of {slots} slots does not divide into blocks of {block}")
+    accumulate = jnp.promote_types(q.dtype, jnp.float32)
+    lowest = jnp.finfo(accumulate).min
+    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+
+    def partial(start):
+        """(unnormalized result, largest score, sum of weights) over the slots from start on."""
+        shape = (1, batch, kv_heads, block, head_dim)
+        piece = lambda x: jax.lax.dynamic_slice(x, indices(layer, 0, 0, start, 0), shape)[0]  # noqa: E731
+        index = jax.lax.dynamic_slice_in_dim(kv_index, start, block, axis=1)
+        scores = jnp.einsum("BKGSH,BKTH->BKGST", grouped, piece(k), preferred_element_type=accumulate) / head_dim**0.5
+        visible = index[:, None, :] <= q_index[:, :, None]
+        scores = jnp.where(visible[:, None, None], scores, lowest)
+        largest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        result = jnp.einsum("BKGST,BKTH->BKGSH", weights.astype(q.dtype), piece(v), preferred_element_type=accumulate)
+        return result, largest, jnp.sum(weights, axis=-1, keepdims=True)
+
+    def add(i, sofar):
+        result, largest, total = sofar
+        more, more_largest, more_total = partial(i * block)
+        new_largest = jnp.maximum(largest, more_largest)
+        keep, take = jnp.exp(largest - new_largest), jnp.exp(more_largest - new_largest)
+        return result * keep + more * take, new_largest, total * keep + more_total * take
+
+    result, largest, total = partial(0)
+    if slots > block:
+        result, _, total = jax.lax.fori_loop(1, (used + block - 1) // block, add, (result, largest, total))
+    return (result / total).astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def unsuited(q, k) -> str | None:
+    """What of these shapes and dtypes splash cannot do, or None."""
+    mesh = mesh_of_step()
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"{q.dtype.name}"
+    if q.shape[1] % SPLASH_BLOCKS[-1]:
+        return f"rows of {q.shape[1]} tokens (a multiple of {SPLASH_BLOCKS[-1]} would do)"
+    if mesh is None:
+        return None
+    ways, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+    if q.shape[0] % ways:
+        return f"{q.shape[0]} rows on mesh data x fsdp = {ways}"
+    if k.shape[2] % tensor:
+        return f"{k.shape[2]} kv heads on mesh tensor = {tensor}"
+    return None
+
+
+def splash(q, k, v, segment_ids=None, *, interpret: bool = False) -> jax.Array:
+    """The same by the Pallas kernels, each device on its own rows and heads; S must be a multiple of 128."""
+    local = functools.partial(_splash_local, interpret=interpret)
+    mesh = mesh_of_step()
+    if mesh is None:
+        return local(q, k, v, segment_ids)
+    heads, rows = P(BATCH, None, "tensor", None), P(BATCH, None)
+    # The kernels say nothing of which axes their results vary over, so the check is off.
+    mapped = jax.shard_map(
+        local, in_specs=(heads, heads, heads, None if segment_ids is None else rows), out_specs=heads, check_vma=False
+    )
+    return mapped(q, k, v, segment_ids)
+
+
+def _splash_local(q, k, v, segment_ids, *, interpret: bool):
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+    length, heads, head_dim = q.shape[1:]
+    block = next(size for size in SPLASH_BLOCKS if length % size == 0)
+    long_block = next(size for size in SPLASH_KV_BLOCKS if length % size == 0)
+    kernel = kernels.make_splash_mha_single_device(
+        mask=kernels.MultiHeadMask([kernels.CausalMask((length, length))] * heads),
+        block_sizes=kernels.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=long_block,
+            block_kv_dkv_compute=block,
+            use_fused_bwd_kernel=True,
+        ),
+        residual_checkpoint_name=SAVED,
+        interpret=interpret,
+    )
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q / head_dim**0.5, k, v))
+    segments = None if segment_ids is None else kernels.SegmentIds(q=segment_ids, kv=segment_ids)
+    return jnp.swapaxes(jax.vmap(kernel)(q, k, v, segments), 1, 2)

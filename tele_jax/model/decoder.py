@@ -1,6 +1,6 @@
 """The decoder as Flax modules. A parameter is declared here and nowhere else; see axes.py for what its names decide.
 
-Letters: B batch, S sequence, T cache length, D embed, N heads, K kv_heads, H head_dim, F mlp, V vocab, L layers.
+Letters: B batch, S sequence, T cache slots, D embed, N heads, K kv_heads, H head_dim, F mlp, V vocab, L layers.
 """
 
 import functools
@@ -11,12 +11,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from tele_jax.axes import declare
 from tele_jax.config import ModelConfig, require
 from tele_jax.model import rope
-from tele_jax.model.attention import attend
-from tele_jax.sharding import constrain
+from tele_jax.model.attention import SAVED, attend, cached, indices
+from tele_jax.sharding import constrain, lookup, whole_rows
 
 # Growth masks: axis name -> float vector over that axis, 1 on old entries and c in [0, 1] on new ones.
 Masks = Mapping[str, jax.Array]
@@ -26,20 +27,38 @@ MASKED_AXES = ("embed", "mlp", "heads", "layers")  # kv_heads need none: the hea
 class Context(struct.PyTreeNode):
     """What every layer sees alike."""
 
-    positions: jax.Array  # int32[B, S], order and slot in the cache
+    positions: jax.Array  # int32[B, S]
     cos: jax.Array
     sin: jax.Array
     segment_ids: jax.Array | None  # int32[B, S]
     embed_mask: jax.Array | None  # [D]
     mlp_mask: jax.Array | None  # [F]
     heads_mask: jax.Array | None  # [N]
+    slot: jax.Array | None = None  # int32[], where in the cache the first of these tokens goes
+
+
+# The position of padding, later than that of every token: no query sees it. A token at it sees everything, and what
+# it makes of that is nobody's concern.
+NOWHERE = 2**31 - 1
 
 
 class Cache(struct.PyTreeNode):
-    """Keys and values of the tokens seen so far, slot = position: each [L, B, T, K, H]."""
+    """Keys and values of the tokens seen so far, all rows in the same slots, whatever their positions.
 
-    k: jax.Array
-    v: jax.Array
+    Carried through the layers and updated in place. Slots are the last axis but one, so that those of one head are
+    read in one go.
+    """
+
+    k: jax.Array  # [L, B, K, T, H]
+    v: jax.Array  # [L, B, K, T, H]
+    positions: jax.Array  # int32[B, T], of the tokens in the slots; NOWHERE where there is none
+
+
+def empty_cache(cfg: ModelConfig, batch: int, slots: int) -> Cache:
+    """A cache of `slots` tokens per row: at most attention.SLOT_BLOCK, or a multiple of it."""
+    shape = (cfg.num_layers, batch, cfg.num_kv_heads, slots, cfg.head_dim)
+    positions = jnp.full((batch, slots), NOWHERE, jnp.int32)
+    return Cache(k=jnp.zeros(shape, cfg.dtype), v=jnp.zeros(shape, cfg.dtype), positions=positions)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, mask: jax.Array | None) -> jax.Array:
@@ -70,8 +89,9 @@ class Attention(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, cache: Cache | None, ctx: Context) -> tuple[jax.Array, Cache | None]:
+    def __call__(self, x: jax.Array, cache: Cache | None, layer, ctx: Context) -> tuple[jax.Array, Cache | None]:
         cfg = self.cfg
+        x = whole_rows(x)
         kernel_q = declare(self, "q", inputs=("embed",), outputs=("heads", "head_dim")).astype(x.dtype)
         kernel_k = declare(self, "k", inputs=("embed",), outputs=("kv_heads", "head_dim")).astype(x.dtype)
         kernel_v = declare(self, "v", inputs=("embed",), outputs=("kv_heads", "head_dim")).astype(x.dtype)
@@ -83,13 +103,15 @@ class Attention(nn.Module):
             rows = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
             y = attend(cfg.attention, q, k, v, rows, rows, ctx.segment_ids)
         else:
-            batch = jnp.arange(x.shape[0])[:, None]
-            cache = Cache(k=cache.k.at[batch, ctx.positions].set(k), v=cache.v.at[batch, ctx.positions].set(v))
-            slots = jnp.broadcast_to(jnp.arange(cache.k.shape[1]), cache.k.shape[:2])
-            y = attend(cfg.attention, q, cache.k, cache.v, ctx.positions, slots)
+            at = indices(layer, 0, 0, ctx.slot, 0)
+            cache = cache.replace(
+                k=jax.lax.dynamic_update_slice(cache.k, k.swapaxes(1, 2)[None], at),
+                v=jax.lax.dynamic_update_slice(cache.v, v.swapaxes(1, 2)[None], at),
+            )
+            y = cached(q, cache.k, cache.v, layer, ctx.positions, cache.positions, ctx.slot + x.shape[1])
         if ctx.heads_mask is not None:
             y = y * ctx.heads_mask.astype(y.dtype)[:, None]
-        y = jnp.einsum("BSNH,NHD->BSD", y, kernel_o)
+        y = constrain(jnp.einsum("BSNH,NHD->BSD", y, kernel_o))
         if cfg.output_biases:
             y = y + declare(self, "o_bias", outputs=("embed",)).astype(x.dtype)
         return y, cache
@@ -100,32 +122,57 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        x = whole_rows(x)
         gate = jnp.einsum("BSD,DF->BSF", x, declare(self, "gate", inputs=("embed",), outputs=("mlp",)).astype(x.dtype))
         up = jnp.einsum("BSD,DF->BSF", x, declare(self, "up", inputs=("embed",), outputs=("mlp",)).astype(x.dtype))
-        y = jax.nn.silu(gate) * up
+        y = jax.nn.silu(whole_rows(gate, tensor=2)) * whole_rows(up, tensor=2)
         if ctx.mlp_mask is not None:
             y = y * ctx.mlp_mask.astype(y.dtype)
-        y = jnp.einsum("BSF,FD->BSD", y, declare(self, "down", inputs=("mlp",), outputs=("embed",)).astype(x.dtype))
+        down = declare(self, "down", inputs=("mlp",), outputs=("embed",)).astype(x.dtype)
+        y = constrain(jnp.einsum("BSF,FD->BSD", y, down))
         if self.cfg.output_biases:
             y = y + declare(self, "down_bias", outputs=("embed",)).astype(x.dtype)
         return y
 
 
 class Block(nn.Module):
-    """One layer. What differs from layer to layer (its mask, its cache) comes in as `own`."""
+    """One layer. `own` is what differs from layer to layer: its mask, and with a cache its number."""
 
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, own: tuple[jax.Array | None, Cache | None], ctx: Context):
-        layer_mask, cache = own
-        before = x
-        y, cache = Attention(self.cfg, name="attn")(Norm(self.cfg, name="attn_norm")(x, ctx.embed_mask), cache, ctx)
+    def __call__(self, carry: tuple[jax.Array, Cache | None], own: tuple[jax.Array | None, Any], ctx: Context):
+        x, cache = carry
+        layer_mask, layer = own
+        before = x = checkpoint_name(x, "stream")
+        y = Norm(self.cfg, name="attn_norm")(x, ctx.embed_mask)
+        y, cache = Attention(self.cfg, name="attn")(y, cache, layer, ctx)
         x = x + y
         x = x + Mlp(self.cfg, name="mlp")(Norm(self.cfg, name="mlp_norm")(x, ctx.embed_mask), ctx)
         if layer_mask is not None:
             x = before + layer_mask.astype(x.dtype) * (x - before)
-        return constrain(x), cache
+        return (constrain(x), cache), None
+
+
+# What a layer keeps of its forward pass for the backward pass; the rest is computed again there.
+#   full       its input
+#   attention  also what attention gave, so that its kernel need not run again
+#   offload    as attention, all of it in the host's memory
+REMAT = {
+    "full": None,
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["stream", SAVED],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+def rematerialised(cfg: ModelConfig) -> type[Block]:
+    """Block under the remat policy of cfg; "none" keeps everything."""
+    return Block if cfg.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[cfg.remat])
 
 
 class Embed(nn.Module):
@@ -134,7 +181,7 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         table = declare(self, "table", inputs=("vocab",), outputs=("embed",))
-        return jnp.take(table, tokens, axis=0).astype(self.cfg.dtype) * self.cfg.input_mult
+        return lookup(table, tokens, self.cfg.dtype) * self.cfg.input_mult
 
 
 class Head(nn.Module):
@@ -151,15 +198,12 @@ class Decoder(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens, positions, segment_ids, masks: Masks | None, cache: Cache | None, rope_length: int):
+    def __call__(self, tokens, ctx: Context, layers_mask: jax.Array | None, cache: Cache | None):
         cfg = self.cfg
-        masks = masks or {}
-        cos, sin = rope.tables(cfg, positions, rope_length)
-        ctx = Context(positions, cos, sin, segment_ids, masks.get("embed"), masks.get("mlp"), masks.get("heads"))
         x = Embed(cfg, name="embed")(tokens)
         if cfg.embed_norm:
             x = Norm(cfg, writes=("embed",), name="embed_norm")(x, ctx.embed_mask)
-        block = nn.remat(Block, prevent_cse=False) if cfg.remat == "full" and cache is None else Block
+        block = Block if cache is not None else rematerialised(cfg)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -168,17 +212,24 @@ class Decoder(nn.Module):
             length=cfg.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(cfg, name="layers")
-        x, cache = layers(constrain(x), (masks.get("layers"), cache), ctx)
+        numbers = None if cache is None else jnp.arange(cfg.num_layers)
+        (x, cache), _ = layers((constrain(x), cache), (layers_mask, numbers), ctx)
         x = Norm(cfg, name="final_norm")(x, ctx.embed_mask)
         if not cfg.tie_embeddings and self.is_initializing():
             Head(cfg, name="lm_head")()  # declared here; read from the tree by head_kernel
         return x, cache
 
 
+def _context(cfg: ModelConfig, positions, length: int, segment_ids=None, masks: Masks | None = None, slot=None):
+    masks = masks or {}
+    cos, sin = rope.tables(cfg, positions, length)
+    return Context(positions, cos, sin, segment_ids, masks.get("embed"), masks.get("mlp"), masks.get("heads"), slot)
+
+
 def init_boxed(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """Fresh parameters, each boxed with its axis names (axes.Named)."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return Decoder(cfg).init(key, tokens, tokens, None, None, None, 1)["params"]
+    return Decoder(cfg).init(key, tokens, _context(cfg, tokens, 1), None, None)["params"]
 
 
 def init(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
@@ -222,32 +273,67 @@ def hidden(
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     masks: Masks | None = None,
-    cache: Cache | None = None,
     rope_length: int | None = None,
-) -> tuple[jax.Array, Cache | None]:
-    """Final hidden state [B, S, D] in cfg.dtype after the last norm, and the cache with these tokens in it.
+) -> jax.Array:
+    """Final hidden state [B, S, D] in cfg.dtype after the last norm.
 
     positions, int32[B, S], default to the row index; rope_length, the length that NTK scaling goes by, to S.
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     _require_x64(cfg)
-    _check_inputs(cfg, tokens, positions, segment_ids, masks or {})
-    length = tokens.shape[1] if rope_length is None else rope_length
-    return Decoder(cfg).apply({"params": params}, tokens, positions, segment_ids, masks, cache, length)
+    masks = masks or {}
+    _check_inputs(cfg, tokens, positions, segment_ids, masks)
+    ctx = _context(cfg, positions, tokens.shape[1] if rope_length is None else rope_length, segment_ids, masks)
+    return Decoder(cfg).apply({"params": params}, tokens, ctx, masks.get("layers"), None)[0]
+
+
+def hidden_cached(
+    cfg: ModelConfig,
+    params: Mapping[str, Any],
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: Cache,
+    slot: jax.Array,
+    rope_length: int,
+) -> tuple[jax.Array, Cache]:
+    """`hidden` of tokens that come after those in the cache, and the cache with these in it.
+
+    Args:
+      params: as everywhere, or with params["layers"] a sequence of trees, one per layer (generate.prepare).
+      tokens: int32[B, S].
+      positions: int32[B, S]; NOWHERE for padding.
+      cache: holds the tokens before; its buffers are reused where the caller donates them.
+      slot: int32[], the slot of the first of the S tokens. The last must not go beyond the cache.
+      rope_length: the length of the whole sequence that NTK scaling goes by, the same for every part of it.
+    """
+    _require_x64(cfg)
+    _check_inputs(cfg, tokens, positions, None, {})
+    ctx = _context(cfg, positions, rope_length, slot=slot)
+    cache = cache.replace(positions=jax.lax.dynamic_update_slice(cache.positions, positions, indices(0, slot)))
+    if isinstance(params["layers"], Mapping):
+        return Decoder(cfg).apply({"params": params}, tokens, ctx, None, cache)
+    carry = (constrain(_embedded(cfg, params, tokens)), cache)
+    for number, layer in enumerate(params["layers"]):
+        carry, _ = Block(cfg).apply({"params": layer}, carry, (None, number), ctx)
+    x, cache = carry
+    return rms_norm(x, params["final_norm"]["scale"], cfg.rms_eps, None), cache
+
+
+def _embedded(cfg: ModelConfig, params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+    """What the first layer is given."""
+    x = Embed(cfg).apply({"params": params["embed"]}, tokens)
+    return rms_norm(x, params["embed_norm"]["scale"], cfg.rms_eps, None) if cfg.embed_norm else x
 
 
 def layer_states(cfg: ModelConfig, params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
     """The residual stream before the first layer and after every layer: [L + 1, B, S, D] in cfg.dtype."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    cos, sin = rope.tables(cfg, positions, tokens.shape[1])
-    ctx = Context(positions, cos, sin, None, None, None, None)
-    x = Embed(cfg).apply({"params": params["embed"]}, tokens)
-    if cfg.embed_norm:
-        x = rms_norm(x, params["embed_norm"]["scale"], cfg.rms_eps, None)
+    ctx = _context(cfg, positions, tokens.shape[1])
+    x = _embedded(cfg, params, tokens)
 
     def step(x, layer):
-        y, _ = Block(cfg).apply({"params": layer}, x, (None, None), ctx)
+        (y, _), _ = Block(cfg).apply({"params": layer}, (x, None), (None, None), ctx)
         return y, y
 
     _, after = jax.lax.scan(step, x, params["layers"])
@@ -282,5 +368,5 @@ def forward(
       segment_ids: int32[B, S]; attention stays within equal ids and always looks back along the row.
       masks: growth masks by axis name, see growth/masks.py; None for a plain model.
     """
-    x, _ = hidden(cfg, params, tokens, positions, segment_ids, masks)
+    x = hidden(cfg, params, tokens, positions, segment_ids, masks)
     return logits_of(cfg, params, x)

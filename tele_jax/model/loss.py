@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from tele_jax.config import ModelConfig
 from tele_jax.model import decoder
+from tele_jax.sharding import whole_rows
 
 OUTER = 16
 CHUNK = 8192  # logits per token and chunk; 4 bytes each
@@ -34,9 +35,9 @@ def token_losses(
     cfg: ModelConfig, params: Mapping[str, Any], batch: Mapping[str, jax.Array], masks: decoder.Masks | None = None
 ) -> jax.Array:
     """Cross entropy in nats of every target, [B, S]."""
-    x, _ = decoder.hidden(cfg, params, batch["tokens"], batch.get("positions"), batch.get("segment_ids"), masks)
+    x = decoder.hidden(cfg, params, batch["tokens"], batch.get("positions"), batch.get("segment_ids"), masks)
     kernel = decoder.head_kernel(cfg, params).astype(cfg.dtype)
-    return cross_entropy(x, kernel, batch["targets"], cfg.logit_mult, cfg.vocab_size)
+    return cross_entropy(whole_rows(x), kernel, batch["targets"], cfg.logit_mult, cfg.vocab_size)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -64,7 +65,7 @@ def _logits(x, kernel, chunk, mult, vocab_size):
     part = jax.lax.dynamic_index_in_dim(kernel.reshape(-1, outer, number, width), chunk, axis=2, keepdims=False)
     columns = jnp.arange(outer)[:, None] * (number * width) + chunk * width + jnp.arange(width)
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
-    logits = jnp.einsum("BSD,Dow->BSow", x, part, preferred_element_type=accumulate) * mult
+    logits = whole_rows(jnp.einsum("BSD,Dow->BSow", x, part, preferred_element_type=accumulate), tensor=2) * mult
     if vocab_size < vocab:
         logits = jnp.where(columns < vocab_size, logits, -jnp.inf)
     return logits, part, columns
@@ -99,6 +100,7 @@ def _backward(mult, vocab_size, residuals, gradient):
         probability = jnp.exp(logits - log_normalizer[..., None, None])
         hit = columns == targets[..., None, None]
         logit_gradient = ((probability - hit) * (gradient * mult)[..., None, None]).astype(x.dtype)
+        logit_gradient = whole_rows(logit_gradient, tensor=2)
         x_gradient = x_gradient + jnp.einsum(
             "BSow,Dow->BSD", logit_gradient, part, preferred_element_type=x_gradient.dtype
         )

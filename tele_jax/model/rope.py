@@ -16,9 +16,30 @@ def tables(cfg: ModelConfig, positions: jax.Array, length: int) -> tuple[jax.Arr
     """
     dtype = jnp.promote_types(cfg.dtype, jnp.float32)
     base, factor = cfg.rope_length_factors(length)
+    if cfg.rope.tables == "float16":
+        return _released_tables(cfg.head_dim, positions, base, factor, dtype)
     inverse_frequency = base ** (-np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim)
     angles = positions[..., None].astype(dtype) * jnp.asarray(inverse_frequency, dtype)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def _released_tables(head_dim: int, positions: jax.Array, base: float, factor: float, dtype) -> tuple:
+    """As TeleChat's code computes them: float32 throughout, rounded to float16 before and after the factor."""
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    power = np.power(np.float64(np.float32(base)), exponent.astype(np.float64)).astype(np.float32)
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(np.float32(1) / power)
+    rounded = (_to_float16(_to_float16(f(angles)) * np.float32(factor)) for f in (jnp.cos, jnp.sin))
+    return tuple(table.astype(dtype) for table in rounded)
+
+
+def _to_float16(x: jax.Array) -> jax.Array:
+    """float32, |x| < 65504, rounded to the nearest number that float16 has.
+
+    XLA may leave out a conversion to float16 and back; reduce_precision stays, but has no subnormal numbers, which in
+    float16 are the multiples of 2^-24 below 2^-14.
+    """
+    subnormal = jnp.round(x * 2.0**24) * 2.0**-24
+    return jnp.where(jnp.abs(x) < 2.0**-14, subnormal, jax.lax.reduce_precision(x, 5, 10))
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -11,12 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tele_jax import checkpoint, growth
-from tele_jax.axes import map_param_subtrees
+from tele_jax.axes import flatten, map_param_subtrees
 from tele_jax.checkpoint import chunks
 from tele_jax.config import ModelConfig
 from tele_jax.errors import DamageError, FailedError, UserError
+from tele_jax.growth.apply import check_tree
 from tele_jax.growth.layers import distances
-from tele_jax.model.spec import spec
+from tele_jax.model.spec import flat_spec, spec
 from tele_jax.run import GrowStage
 from tele_jax.sharding import param_shardings, replicated
 
@@ -37,6 +38,7 @@ def choose_plan(
     """(plan, the score of every source layer where the stage chooses layers by distance); params may be lazy."""
     larger = cfg.replace_from(stage.model, f"{where}.model")
     plan_of(cfg, larger, stage, layers="uniform" if stage.layers == "distance" else None)  # wrong before slow
+    check_tree(flatten(params), flat_spec(cfg))
     scores = distances(cfg, params, tokens) if stage.layers == "distance" else None
     return plan_of(cfg, larger, stage, scores=scores), scores
 
@@ -121,7 +123,7 @@ def require_receipt(directory: Path, src: "checkpoint.Lazy", dst: "checkpoint.La
     digest = growth.Plan.from_json(plan).digest
     if receipt.get("plan") != digest:
         raise UserError(f"{directory}: {RECEIPT_FILE} is of the plan {receipt.get('plan')}, {PLAN_FILE} is {digest}")
-    if dst.provenance[-1].get("plan") != digest:
+    if not dst.provenance or dst.provenance[-1].get("plan") != digest:
         raise UserError(f"{dst.path}: was made by another plan than that of {directory / RECEIPT_FILE}")
     for lazy, which in ((src, "source"), (dst, "destination")):
         for item, known in receipt.get(which, {}).items():

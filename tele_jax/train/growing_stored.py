@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from tele_jax import checkpoint, growth
+from tele_jax.checkpoint import tiles
 from tele_jax.config import ModelConfig
 from tele_jax.errors import UserError
 from tele_jax.run import GrowStage
@@ -93,6 +94,10 @@ def grow(
         grown = checkpoint.open_lazy(request.unverified)
         if grown.provenance[-1].get("plan") != plan.digest:
             raise UserError(f"{request.unverified}: was made by another plan; remove it, or finish it as it was begun")
+        if request.opt != (grown.opt_state is not None):
+            how = "without" if request.opt else "with"
+            raise UserError(f"{request.unverified}: was made {how} --opt; remove it, or finish it as it was begun")
+        tiles.clear(request.unverified)
         return _verify(request, plan, scores, lazy, grown)
 
 

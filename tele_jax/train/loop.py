@@ -3,7 +3,7 @@
 A work directory W:
 
     W/config.json                     the run, as it was started
-    W/tokenizer.model                 a copy of the tokenizer
+    W/tokenizer.model or .json        a copy of the tokenizer
     W/<stage>/checkpoints/<step>/     see checkpoint/
     W/<stage>/metrics/                metrics.jsonl and TensorBoard events
     W/<stage>/growth_receipt.json     of a growth stage, with plan.json
@@ -32,14 +32,16 @@ from tqdm import tqdm
 from tele_jax import checkpoint
 from tele_jax.config import ModelConfig, to_dict
 from tele_jax.data import feed as feeds
+from tele_jax.data.vocabulary import tokenizer_name
 from tele_jax.errors import UserError
 from tele_jax.growth import Plan
+from tele_jax.growth.masks import require_unmasked
 from tele_jax.model.spec import count_params, spec
-from tele_jax.run import GrowStage, RunConfig, TrainStage
+from tele_jax.run import GrowStage, RunConfig, TrainStage, run_config
 from tele_jax.sharding import batch_sharding, make_mesh, param_shardings
 from tele_jax.train import growing
 from tele_jax.train.schedule import schedule
-from tele_jax.train.stage import Stopped, Training
+from tele_jax.train.stage import Stopped, Training, mask_schedule
 
 __all__ = ["Stopped", "run"]
 
@@ -60,7 +62,7 @@ def run(config: RunConfig, workdir: Path) -> list[dict[str, Any]]:
         tokenizer = _check(config, mesh)
         _same_config(config, workdir / "config.json")
         _adopt_tokenizer(tokenizer, workdir)
-        previous: Path | None = None
+        previous: Path | None = None if config.start is None else Path(config.start)
         plan: Plan | None = None
         for name in config.run:
             stage, directory = config.stages[name], workdir / name
@@ -132,15 +134,16 @@ def _verify_tokens(text: TrainStage) -> np.ndarray:
         rows = np.stack([part[i] for i in range(min(len(part) for part in rows)) for part in rows])
     else:
         rows = next(
-            feeds.LiveFeed(text.data, kind=text.kind, seq_len=text.seq_len, batch_size=text.batch_size, seed=text.seed)
+            feeds.open_feed(text.data, kind=text.kind, seq_len=text.seq_len, batch_size=text.batch_size, seed=text.seed)
         )["tokens"]
     return np.asarray(rows)[:VERIFY_ROWS, :VERIFY_TOKENS]
 
 
 def _text_for(config: RunConfig, name: str) -> TrainStage:
-    """The training stage before a growth stage: its text is what the growth is verified on."""
-    before = config.run[: config.run.index(name)]
-    return next(config.stages[n] for n in reversed(before) if isinstance(config.stages[n], TrainStage))
+    """The training stage before a growth stage, or else after it: its text is what the growth is verified on."""
+    place = config.run.index(name)
+    nearest = (*reversed(config.run[:place]), *config.run[place:])
+    return next(config.stages[n] for n in nearest if isinstance(config.stages[n], TrainStage))
 
 
 def _read_plan(directory: Path) -> Plan:
@@ -181,19 +184,25 @@ _CADENCE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
 
 def _same_config(config: RunConfig, path: Path) -> None:
     """Writes W/config.json, or compares with it: stages may be added at the end, mesh and cadence may change."""
-    now = json.loads(json.dumps({"run": list(config.run), **{n: to_dict(s) for n, s in config.stages.items()}}))
-    now["mesh"] = dataclasses.asdict(config.mesh)
+    now = _as_json(config)
     if path.exists():
-        before = growing.read_json(path)
-        kept = {name: before.get(name) for name in before["run"]}
+        # Read as a page is: a field that came later has its default, which is how the run was started.
+        before = _as_json(run_config(growing.read_json(path)))
+        kept = {name: before[name] for name in before["run"]}
         changed = _differences(kept, {name: now.get(name) for name in kept}, "config")
         if now["run"][: len(kept)] != before["run"]:
             changed.append(f"config.run was {before['run']}, is {now['run']}")
+        changed += _differences(before["start"], now["start"], "config.start")
         if changed:
             raise UserError(
                 f"{path.parent}: was started with another config: {'; '.join(changed)}; use another --workdir"
             )
     growing.write_json(path, now)
+
+
+def _as_json(config: RunConfig) -> dict[str, Any]:
+    page = {"run": list(config.run), **{name: to_dict(stage) for name, stage in config.stages.items()}}
+    return json.loads(json.dumps(page | {"mesh": dataclasses.asdict(config.mesh), "start": config.start}))
 
 
 def _differences(before: Any, now: Any, where: str) -> list[str]:
@@ -209,31 +218,41 @@ def _check(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     Returns the path, the size and the SHA-256 of the run's tokenizer.
     """
     cfg: ModelConfig | None = None
+    if config.start is not None:
+        start = checkpoint.open_lazy(config.start)
+        require_unmasked(start.provenance, f"config.start={config.start}")
+        cfg = start.cfg
     tokenizers = {}
+    plan: Plan | None = None  # of the growth right before
     for name, stage in config.stages.items():
         if isinstance(stage, GrowStage):
             # Layers chosen by distance need the trained model; which ones makes no difference to whether they fit.
             how = "uniform" if stage.layers == "distance" else stage.layers
             larger = cfg.replace_from(stage.model, f"config.{name}.model")
             try:
-                cfg = growing.plan_of(cfg, larger, stage, layers=how).dst_cfg
+                plan = growing.plan_of(cfg, larger, stage, layers=how)
             except UserError as error:
                 raise UserError(f"config.{name}: {error}") from None
+            cfg = plan.dst_cfg
         else:
             cfg = stage.model or cfg
+            if plan is not None:
+                try:
+                    mask_schedule(stage, plan)
+                except UserError as error:  # starts with the field, as it is called in growth.MaskSchedule
+                    raise UserError(f"config.{name}.mask_{error}") from None
+                plan = None
             if cfg.rope.ntk is None and stage.seq_len > cfg.max_seq_len:
                 raise UserError(
                     f"config.{name}.seq_len={stage.seq_len} is above the model's max_seq_len={cfg.max_seq_len}"
                 )
             schedule(stage.schedule, stage.steps, stage.batch_size * stage.seq_len)
             batch_sharding(mesh, stage.batch_size // stage.microbatches)
-            size = feeds.open_vocabulary(stage.data, stage.kind).vocab_size
+            size = feeds.check(stage.data, kind=stage.kind, seq_len=stage.seq_len).vocab_size
             if size > cfg.vocab_size:
                 raise UserError(
                     f"config.{name}: the tokenizer has {size} ids, but the model's vocab_size is {cfg.vocab_size}"
                 )
-            for files in ("files", "validation_files"):
-                feeds.open_corpora(stage.data, stage.kind, stage.seq_len, files)
             path = Path(stage.data.tokenizer)
             tokenizers[path] = {"path": path, "size": size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         param_shardings(spec(cfg), mesh)
@@ -244,7 +263,7 @@ def _check(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 def _adopt_tokenizer(tokenizer: dict[str, Any], workdir: Path) -> None:
     """Copies the run's tokenizer into W, so that the checkpoints can be used without the place it came from."""
-    copy = workdir / "tokenizer.model"
+    copy = workdir / tokenizer_name(tokenizer["path"])
     if not copy.exists():
         shutil.copyfile(tokenizer["path"], copy.with_suffix(".tmp"))
         os.replace(copy.with_suffix(".tmp"), copy)

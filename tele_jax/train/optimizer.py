@@ -18,7 +18,10 @@ from tele_jax.run import OptimizerConfig
 
 
 class AdamState(NamedTuple):
-    """count: int32 steps done. mu, nu: moments, trees like the parameters. born: int32[size] per axis name."""
+    """count: int32 steps done. mu, nu: moments, trees like the parameters. born: int32[size] per axis name.
+
+    A unit behind a closed mask is born when the mask begins to rise, in a later step: see `delay_births`.
+    """
 
     count: jax.Array
     mu: Any
@@ -66,7 +69,8 @@ def scale_by_adam(spec: Mapping[str, Any], config: OptimizerConfig) -> optax.Gra
     def update(gradients: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
         del params
         count = state.count + 1
-        age = {axis: (count - born).astype(jnp.float32) for axis, born in state.born.items()}
+        # A unit that is not born yet has no gradient: any age above 0 gives it a step of 0.
+        age = {axis: jnp.maximum(count - born, 1).astype(jnp.float32) for axis, born in state.born.items()}
         first = {axis: 1 - config.beta1**a for axis, a in age.items()}
         second = {axis: 1 - config.beta2**a for axis, a in age.items()}
         if config.new_warmup_steps:
@@ -96,6 +100,22 @@ def _least(vectors: Mapping[str, jax.Array], leaf: ParamSpec) -> jax.Array:
         shape[dimension] = -1
         least = jnp.minimum(least, vectors[axis].reshape(shape))
     return least
+
+
+def delay_births(opt_state: Any, steps: Mapping[str, Any]) -> Any:
+    """The same state with units born `steps` later, int32[size] by axis name: MaskSchedule.closed_steps().
+
+    Behind a closed mask the gradient is 0. If a unit aged there, its bias correction would be over before its first
+    gradient comes (with beta2 0.999, steps up to 6.6 times as large as they should be), and so would its warm-up.
+    """
+    is_adam = lambda node: isinstance(node, AdamState)  # noqa: E731
+
+    def later(node: Any) -> Any:
+        if not is_adam(node):
+            return node
+        return node._replace(born={axis: born + steps.get(axis, 0) for axis, born in node.born.items()})
+
+    return jax.tree.map(later, opt_state, is_leaf=is_adam)
 
 
 def restart_schedule(opt_state: Any) -> Any:

@@ -1,5 +1,6 @@
 """One training stage: a model, a feed and an optimizer, from where the last start came to, to the last step."""
 
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -21,13 +22,19 @@ from tele_jax.model.decoder import init
 from tele_jax.model.spec import abstract_params, count_params
 from tele_jax.run import TrainStage
 from tele_jax.train import metrics
-from tele_jax.train.optimizer import optimizer, restart_schedule
+from tele_jax.train.optimizer import delay_births, optimizer, restart_schedule
 from tele_jax.train.schedule import schedule
-from tele_jax.train.step import flops_per_token, make_step, put_batch, state_shardings
+from tele_jax.train.step import flops_per_token, local_rows, make_step, put_batch, state_shardings
 
 
 class Stopped(Exception):
     """The run was asked to stop, and has saved its state."""
+
+
+def mask_schedule(stage: TrainStage, plan: Plan) -> MaskSchedule:
+    """The masks of the growth right before a stage; raises UserError for an order that is not of its axes."""
+    how = {"unit": stage.mask_unit, "order": stage.mask_order, "shape": stage.mask_shape}
+    return MaskSchedule(plan, stage.mask_start, stage.mask_ramp, **how, tokens_per_step=stage.tokens_per_step)
 
 
 class Training:
@@ -55,13 +62,20 @@ class Training:
         """
         self.stage, self.directory, self.mesh, self.say = stage, directory, mesh, say
         self.cfg: ModelConfig = stage.model if previous is None else checkpoint.open_lazy(previous).cfg
-        self.tokens_per_step = stage.batch_size * stage.seq_len
+        self.tokens_per_step = stage.tokens_per_step
         self.factor = schedule(stage.schedule, stage.steps, self.tokens_per_step)
         self.tx = optimizer(self.cfg, stage.optimizer, self.factor)
-        self.masks = (lambda step: None) if plan is None else MaskSchedule(plan, stage.mask_start, stage.mask_ramp)
-        self.data = {"tokenizer": tokenizer, "domains": sorted(stage.data.sources)}
+        self.masks = (lambda step: None) if plan is None else mask_schedule(stage, plan)
+        self.closed_steps = {} if plan is None else self.masks.closed_steps()
+        self.data = {"tokenizer": tokenizer, "domains": sorted(feeds.resolve(stage.data).sources)}
         rows = {"kind": stage.kind, "seq_len": stage.seq_len, "batch_size": stage.batch_size}
-        self.feed = feeds.LiveFeed(stage.data, **rows, seed=stage.seed)
+        self.feed = feeds.open_feed(
+            stage.data,
+            **rows,
+            seed=stage.seed,
+            rows=local_rows(mesh, stage.batch_size),
+            place=functools.partial(put_batch, mesh=mesh, batch_size=stage.batch_size),
+        )
         self.held_out = feeds.held_out(stage.data, **rows)
         self.checkpoints = checkpoint.Manager(directory / "checkpoints", keep=stage.keep_checkpoints)
         self.tokens, self.loss, self.grad_norm = 0, 0.0, 0.0
@@ -85,7 +99,8 @@ class Training:
         if previous is not None and self._keeps_optimizer(previous):
             loaded = checkpoint.load(previous, **fits)
             self.params, self.history = loaded.params, loaded.provenance
-            self.opt_state = jax.device_put(restart_schedule(loaded.opt_state), opt_state)
+            self.opt_state = delay_births(restart_schedule(loaded.opt_state), self.closed_steps)
+            self.opt_state = jax.device_put(self.opt_state, opt_state)
             return
         if previous is not None:
             loaded = checkpoint.load(previous, cfg=self.cfg, shardings=params, items=("params",))
@@ -93,7 +108,8 @@ class Training:
         else:
             fresh = jax.jit(lambda key: init(self.cfg, key), out_shardings=params)
             self.params = fresh(jax.random.key(self.stage.seed))
-        self.opt_state = jax.jit(self.tx.init, out_shardings=opt_state)(self.params)
+        start = lambda params: delay_births(self.tx.init(params), self.closed_steps)  # noqa: E731
+        self.opt_state = jax.jit(start, out_shardings=opt_state)(self.params)
 
     def _keeps_optimizer(self, previous: Path) -> bool:
         """Whether the moments of the stage before go on: fine-tuning starts with its own, on other data and goals."""
@@ -130,7 +146,7 @@ class Training:
         since, since_step, weights = time.perf_counter(), self.first_step, []
         for step in range(self.first_step, stage.steps):
             # A step is dispatched and not waited for, except where a figure is read.
-            batch = put_batch(next(self.feed), self.mesh, stage.batch_size)
+            batch = next(self.feed)  # on the mesh; from a cache it was read and put there while the last steps ran
             self.params, self.opt_state, figures = step_function(self.params, self.opt_state, batch, self.masks(step))
             weights.append(figures["weight"])
             done = step + 1

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -35,6 +36,38 @@ def make_step(
     accumulated in float32 or better. masks (see growth.masks) may change without compiling again; None is the plain
     model, compiled on its own.
     """
+    compiled = _jitted(cfg, tx, mesh, batch_size, microbatches)
+
+    def run(params, opt_state, batch, masks=None):
+        with jax.set_mesh(mesh):
+            return compiled(params, opt_state, batch, masks)
+
+    return run
+
+
+def lower_step(
+    cfg: ModelConfig,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    seq_len: int,
+    microbatches: int = 1,
+) -> jax.stages.Lowered:
+    """The same step for batches [batch_size, seq_len], ready to be compiled: nothing is allocated, and the devices of
+    the mesh need not be there.
+    """
+    params = abstract_params(cfg)
+    whole = {"tokens": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32}
+    rows = (batch_size, seq_len)
+    batch = {name: jax.ShapeDtypeStruct(rows, dtype) for name, dtype in {**whole, "loss_weights": jnp.float32}.items()}
+    with jax.set_mesh(mesh):
+        return _jitted(cfg, tx, mesh, batch_size, microbatches).lower(
+            params, jax.eval_shape(tx.init, params), batch, None
+        )
+
+
+def _jitted(cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, batch_size: int, microbatches: int):
     params_sharding, opt_sharding = state_shardings(cfg, tx, mesh)
     rows = batch_sharding(mesh, batch_size // microbatches)
 
@@ -69,23 +102,30 @@ def make_step(
         metrics = {"loss": total * scale, "grad_norm": optax.tree.norm(gradients), "weight": weight}
         return optax.apply_updates(params, updates), opt_state, metrics
 
-    compiled = jax.jit(
+    return jax.jit(
         step,
         in_shardings=(params_sharding, opt_sharding, rows, replicated(mesh)),
         out_shardings=(params_sharding, opt_sharding, replicated(mesh)),
         donate_argnums=(0, 1),
     )
 
-    def run(params, opt_state, batch, masks=None):
-        with jax.set_mesh(mesh):
-            return compiled(params, opt_state, batch, masks)
 
-    return run
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a batch lie on this process's devices, int64, ascending. With one process: all."""
+    slices = batch_sharding(mesh, batch_size).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in slices]))
 
 
 def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
-    """A host batch on the mesh, rows over data and fsdp."""
-    return jax.device_put(dict(batch), batch_sharding(mesh, batch_size))
+    """A host batch on the mesh, rows over data and fsdp. It holds all rows, or local_rows of them."""
+    sharding = batch_sharding(mesh, batch_size)
+
+    def put(rows: np.ndarray) -> jax.Array:
+        if len(rows) == batch_size:
+            return jax.device_put(rows, sharding)
+        return jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
+
+    return {name: put(rows) for name, rows in batch.items()}
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:

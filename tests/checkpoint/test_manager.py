@@ -64,10 +64,11 @@ def test_arrays_may_be_donated_at_once(tmp_path):
 
 
 def test_the_loop_goes_on_while_files_are_written(tmp_path, monkeypatch):
-    may_write = threading.Event()
+    began, may_write = threading.Event(), threading.Event()
     write = manager_module.write._write
 
     async def held(value, info):
+        began.set()
         assert may_write.wait(60)
         await write(value, info)
 
@@ -75,6 +76,7 @@ def test_the_loop_goes_on_while_files_are_written(tmp_path, monkeypatch):
     with checkpoint.Manager(tmp_path) as manager:
         manager.save(1, CFG, params())
         assert manager.latest_step() is None
+        assert began.wait(60)  # its directory is there
         with pytest.raises(UserError, match="skipped interrupted saves"):
             checkpoint.load(tmp_path)
         may_write.set()

@@ -78,7 +78,8 @@ def test_another_model_is_refused_with_fields_and_leaves(saved):
         checkpoint.load(saved, cfg=expected)
     assert str(caught.value).split(";\n  ") == [
         f"{saved}: not a checkpoint of the model that is expected: config.mlp_dim: stored 24, expected 32",
-        "config.rope: stored {'theta': 500000.0, 'ntk': None}, expected {'theta': 10000.0, 'ntk': None}",
+        "config.rope: stored {'theta': 500000.0, 'ntk': None, 'tables': 'float32'}, "
+        "expected {'theta': 10000.0, 'ntk': None, 'tables': 'float32'}",
         "config.output_biases: stored False, expected True",
         "layers.attn.o_bias: missing, expected float32[3,16]",
         "layers.mlp.down: stored float32[3,24,16], expected float32[3,32,16]",

@@ -2,6 +2,11 @@
 
 import io
 import json
+import os
+import pty
+import select
+import subprocess
+import sys
 
 import pytest
 
@@ -9,14 +14,21 @@ from tele_jax import checkpoint
 from tele_jax.chat import Chat, TextStream
 from tele_jax.cli.main import main
 from tele_jax.data import dialogue
+from tele_jax.data.templates import TEMPLATES
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.generate import generate
+from tests.data.test_vocabulary_tokenizers import byte_level
 from tests.test_chat import model, tokenizer_bytes, work_directory
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     return work_directory(tmp_path_factory.mktemp("run") / "W")
+
+
+@pytest.fixture
+def texts():
+    return ["The cat sat on the mat. ", "画蛇添足是什么意思？"] * 20
 
 
 @pytest.fixture
@@ -108,6 +120,30 @@ def test_one_message_is_answered(work, vocabulary, capsys, tmp_path):
     assert figures["replies"][0]["prompt_tokens"] == len(prompt)
 
 
+def test_a_template_by_name_and_how_its_family_draws(tmp_path, capsys):
+    work = work_directory(tmp_path / "W")
+    (work / "tokenizer.model").write_bytes(tokenizer_bytes("tele_flm"))
+    vocabulary = load_vocabulary(work / "tokenizer.model")
+    template = TEMPLATES["telechat_52b"]
+    printed = tele(
+        *(capsys, "chat", work, "--template", "telechat_52b", "--sample", "--top-k", 9, "--system", "Be brief."),
+        *("--message", "The cat?", "--max-new-tokens", 6),
+    )
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The cat?"}]
+    prompt = dialogue.render_prompt(asked, vocabulary, template=template)
+    options = dict(template.sampling) | {"top_k": 9}
+    (tokens,) = generate(*model(), [prompt], max_new_tokens=6, stop_ids=[vocabulary.eos_id], **options)
+    assert options["repetition_penalty"] == 1.02
+    assert printed == spoken(vocabulary, tokens) + "\n"
+
+
+def test_on_a_mesh_the_same_is_said(tmp_path, capsys):
+    cfg, params = model(vocab_size=440)
+    work = work_directory(tmp_path / "W", cfg, params)
+    ask = (capsys, "generate", work, "--prompt", "The cat", "--prompt", "画", "--max-new-tokens", 5)
+    assert tele(*ask, "--mesh", "data=2,tensor=2") == tele(*ask)
+
+
 def converse(monkeypatch, capsys, work, text, *flags):
     """(printed, complaints) of a conversation over a pipe."""
     stdin = io.TextIOWrapper(io.BytesIO(text if isinstance(text, bytes) else text.encode()), encoding="utf-8")
@@ -188,6 +224,15 @@ GENERATE, CHAT = ["generate", "--prompt", "The"], ["chat", "--message", "The"]
         ([*GENERATE, "--max-new-tokens", "64"], "max_new_tokens=64 are 66 together"),
         ([*GENERATE, "--seed", "-1"], "seed=-1"),
         ([*GENERATE, "--tokenizer", "nowhere.model"], "tokenizer nowhere.model: No such file"),
+        ([*GENERATE, "--mesh", "tensor=16"], "--mesh tensor=16: takes 16 devices, but there are 8"),
+        ([*GENERATE, "--mesh", "tensor=4"], "kv_heads=2 does not divide over mesh tensor=4"),
+        ([*GENERATE, "--mesh", "tensor"], "--mesh tensor: 'tensor' is not understood; axes are data, fsdp, tensor"),
+        ([*GENERATE, "--mesh", "tensor=2,tensor=2"], "'tensor=2' is not understood"),
+        ([*GENERATE, "--mesh", "tensor=0"], "--mesh tensor=0: tensor=0 must be above 0"),
+        ([*GENERATE, "--mesh", "pipeline=2"], "'pipeline=2' is not understood"),
+        ([*CHAT, "--template", "vicuna"], "--template: invalid choice: 'vicuna'"),
+        ([*CHAT, "--template", "tele_flm_instruct"], "it has no piece '</s>'"),
+        ([*CHAT, "--template", "telechat_7b", "--system", "S"], "has no place for a system message"),
         ([*CHAT, "--temperature", "-1"], "temperature=-1.0"),
         ([*CHAT, "--max-new-tokens", "63"], "leaves 1 of the model's max_seq_len=64"),
         ([*CHAT, "--seed", "-1"], "seed=-1"),
@@ -234,8 +279,70 @@ def test_a_vocabulary_without_dialogue_markers(work, tmp_path, capsys):
     for piece in proto.pieces:
         piece.piece = {"<_user>": "<other>"}.get(piece.piece, piece.piece)
     (tmp_path / "plain.model").write_bytes(proto.SerializeToString())
-    message = tele(capsys, "chat", work, "--message", "The", "--tokenizer", tmp_path / "plain.model", code=2)
-    assert "it has no piece '<_user>'" in message
+    plain = ("--tokenizer", tmp_path / "plain.model")
+    message = tele(capsys, "chat", work, "--message", "The", *plain, code=2)
+    assert "it has no piece '<_user>'" in message and "name it with --template" in message
+    assert "name it with --template" in tele(capsys, "generate", work, "--prompt", "The", "--sample", *plain, code=2)
+    tele(capsys, "generate", work, "--prompt", "The", "--max-new-tokens", 2, *plain)  # a base model needs no template
+
+
+def test_a_json_tokenizer_serves_as_well(tmp_path, texts, capsys):
+    work = work_directory(tmp_path / "W", *model(vocab_size=700))
+    (work / "tokenizer.model").unlink()
+    (work / "tokenizer.json").write_text(json.dumps(byte_level(texts, 400)))
+    vocabulary = load_vocabulary(work / "tokenizer.json")
+    printed = tele(capsys, "generate", work, "--prompt", "The 蛇", "--max-new-tokens", 7)
+    (tokens,) = generate(*model(vocab_size=700), [vocabulary.encode("The 蛇")], max_new_tokens=7, stop_ids=[2])
+    assert printed == spoken(vocabulary, tokens) + "\n"
+    tele(capsys, "chat", work, "--template", "telechat_52b", "--message", "The", "--max-new-tokens", 2)
+    assert "no piece '<_user>'" in tele(capsys, "chat", work, "--message", "The", code=2)
+
+
+def test_a_conversation_on_a_terminal(work, tmp_path):
+    """A real one: what is typed is echoed, answers stream, mistakes are told, and Ctrl-D ends it."""
+    saved = tmp_path / "dialogues.jsonl"
+    main_end, terminal = pty.openpty()
+    command = [sys.executable, "-m", "tele_jax.cli.main", "chat", str(work), "--max-new-tokens", "6"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TERM": "dumb"}
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
+    os.close(terminal)
+    screen, seen = b"", 0
+
+    def until(text):
+        """What came after the last call, up to and with text."""
+        nonlocal screen, seen
+        while (found := screen.find(text, seen)) < 0:
+            assert select.select([main_end], [], [], 120)[0], screen
+            screen += os.read(main_end, 4096)
+        start, seen = seen, found + len(text)
+        return screen[start:seen].decode(errors="replace").replace("\r\n", "\n")
+
+    def say(line):
+        os.write(main_end, line.encode() + b"\n")
+
+    try:
+        assert "/help lists the commands." in until(b"> ")
+        say("The cat?")
+        until(b"tokens/s")
+        until(b"> ")
+        say("/nonsense")
+        assert "tele: /nonsense: no such command" in until(b"> ")
+        say("/system Be brief.")
+        until(b"> ")
+        say("画蛇")
+        until(b"tokens/s")
+        until(b"> ")
+        say(f"/save {saved}")
+        until(b"> ")
+        os.write(main_end, b"\x04")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        os.close(main_end)
+    (conversation,) = map(json.loads, saved.read_text().splitlines())
+    dialogue.check(conversation["messages"])
+    assert [m["content"] for m in conversation["messages"]][:2] == ["Be brief.", "画蛇"]
+    assert conversation["messages"][2]["content"].encode() in screen.replace(b"\r\n", b"\n")
 
 
 def test_an_interrupted_answer_does_not_end_the_conversation(work, monkeypatch, capsys):

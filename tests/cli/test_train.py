@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -89,7 +91,8 @@ def test_a_run_trains_grows_and_reports(place, finished, capsys):
         stage = stages[name]
         domain = "dialogues" if name == "sft" else "text"
         assert stage["bits_per_byte_after"][domain] < stage["bits_per_byte_before"][domain]
-    assert (finished / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for picture in (finished / "loss.png", finished / "grow" / "layer_scores.png"):
+        assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     table = (finished / "summary.txt").read_text()
     assert "max logit difference" in table and f"{stages['large']['parameters']:,}" in table
     lines = metrics.read(finished / "large" / "metrics" / "metrics.jsonl")
@@ -176,6 +179,50 @@ def test_sigterm_saves_and_a_new_start_goes_on(place):
     assert checkpoint.open_lazy(workdir).opt_state is not None
 
 
+MASKS_IN_TURN = [
+    "--config.large.mask_unit='tokens'",  # 64 a step
+    "--config.large.mask_start=100",
+    "--config.large.mask_ramp=130",
+    "--config.large.mask_order=('mlp','layers','embed','heads')",
+    "--config.large.optimizer.new_warmup_steps=3",
+]
+
+
+def test_stopped_while_masks_rise_one_after_another_it_goes_on_exactly(place, finished, capsys, tmp_path):
+    workdir = tmp_path / "in_turn"
+    for stage in ("small", "grow"):  # as they are there
+        shutil.copytree(finished / stage, workdir / stage)
+    page = tmp_path / "page.py"
+    text = PAGE.replace("Path(__file__).parent", repr(place)).replace("PosixPath", "Path")
+    page.write_text(text.replace("return config", "config.run = config.run[:3]\n    del config.sft\n    return config"))
+    arguments = ["train", "--config", str(page), "--workdir", str(workdir), *MASKS_IN_TURN]
+    assert main(arguments) == 0
+    large, copy = workdir / "large", tmp_path / "undisturbed"
+    shutil.copytree(large, copy)
+    # What a kill after step 8 leaves: its checkpoint, behind masks of which the last has begun to rise.
+    shutil.rmtree(large / "checkpoints" / "12")
+    (large / "summary.json").unlink()
+    assert checkpoint.open_lazy(large).step == 8
+    provenance = checkpoint.open_lazy(large).provenance
+    assert provenance[-1]["mask"] == pytest.approx((8 * 64 - 100 - 3 * 130) / 130)
+    assert "masks that stand at 0.16" in fails(capsys, 2, "generate", str(large), "--prompt", "def")
+    assert main(arguments) == 0
+    resumed, undisturbed = checkpoint.load(large), checkpoint.load(copy)
+    assert resumed.step == undisturbed.step == 12 and resumed.provenance[-1]["mask"] is None
+    for ours, theirs in ((resumed.params, undisturbed.params), (resumed.opt_state, undisturbed.opt_state)):
+        for got, expected in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+            np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+    # Growth came after 12 steps of the small model; the masks leave these axes 2, 4, 6 and 8 steps without gradient.
+    born = {path.split("born.")[1]: b for path, b in flatten(resumed.opt_state).items() if "born." in path}
+    assert {axis: int(np.asarray(b).max()) for axis, b in born.items()} == {
+        **{"mlp": 14, "layers": 16, "embed": 18, "heads": 20, "kv_heads": 20},
+        **{"vocab": 0, "head_dim": 0},
+    }
+    lines = [metrics.read(d / "metrics" / "metrics.jsonl") for d in (large, copy)]
+    figures = [[(x["step"], x.get("loss"), x.get("eval/bits_per_byte/text")) for x in each] for each in lines]
+    assert figures[0] == figures[1]
+
+
 def fails(capsys, code, *arguments):
     """Exit code, and the one line that it says."""
     assert main(list(arguments)) == code
@@ -183,6 +230,30 @@ def fails(capsys, code, *arguments):
     lines = captured.err.strip().splitlines()
     assert len(lines) == 1 and "Traceback" not in captured.err
     return lines[0]
+
+
+def test_a_run_starts_from_a_checkpoint_that_is_there(place, finished, tmp_path, capsys):
+    """Growth first, of what another run left, then training on; as with a model that was imported."""
+    page, workdir = tmp_path / "page.py", tmp_path / "w"
+    text = PAGE.replace("Path(__file__).parent", repr(place)).replace("PosixPath", "Path")
+    page.write_text(
+        text.replace('("small", "grow", "large", "sft")', '("grow", "large")')
+        .replace("    config.small =", "    small =")
+        .replace("    config.sft =", "    sft =")
+    )
+    start = f"--config.start={str(finished / 'small')!r}"
+    assert main(["train", "--config", str(page), "--workdir", str(workdir), start]) == 0
+    grown = checkpoint.open_lazy(workdir)
+    assert [entry["stage"] for entry in grown.provenance] == ["small", "grow", "large"]
+    assert grown.cfg.embed_dim == 24 and grown.opt_state is not None
+    capsys.readouterr()
+    line = fails(capsys, 2, "train", "--config", str(page), "--workdir", str(workdir))
+    assert "there is nothing to grow yet; config.start names a checkpoint" in line
+    behind_masks = f"--config.start={str(finished / 'grow')!r}"
+    line = fails(capsys, 2, "train", "--config", str(page), "--workdir", str(tmp_path / "v"), behind_masks)
+    assert "grown behind masks" in line
+    elsewhere = f"--config.start={str(tmp_path / 'nowhere')!r}"
+    assert "nowhere" in fails(capsys, 2, "train", "--config", str(page), "--workdir", str(tmp_path / "v"), elsewhere)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +271,20 @@ def fails(capsys, code, *arguments):
         (
             "--config.grow.policy='nothing'",
             "config.grow grows by policy 'nothing', and only growth by policy 'msg' has masks",
+        ),
+        (
+            "--config.large.mask_order=('mlp','vocab')",
+            "config.large.mask_order: ('mlp', 'vocab') is neither 'together' nor a list of the axes that grow behind "
+            "masks, each once: embed, mlp, heads, layers",
+        ),
+        ("--config.large.mask_order='mlp'", "mask_order='mlp' is neither 'together' nor a list of axes"),
+        (
+            "--config.large.mask_unit='hours'",
+            "config.large.mask_unit: 'hours' is not one of 'steps', 'tokens'",
+        ),
+        (
+            "--config.large.mask_order=('mlp','layers','embed','heads')",
+            "config.large: the mask ramp ends after the last step: at 24 steps, but the stage has 12",
         ),
         ("--config.small.data.tokenizer='nowhere.model'", "nowhere.model"),
     ],
@@ -232,9 +317,22 @@ def test_another_config_in_the_same_work_directory_is_refused(place, finished, c
     assert "config.small.steps was 12, is 13" in line and "another --workdir" in line
 
 
-def test_a_damaged_checkpoint_is_named_and_left_alone(place, finished, capsys, tmp_path):
-    import shutil
+def test_a_work_directory_from_before_a_field_existed_is_taken_with_its_default(place, finished, capsys, tmp_path):
+    workdir = tmp_path / "older"
+    shutil.copytree(finished, workdir)
+    stored = json.loads((workdir / "config.json").read_text())
+    del stored["start"], stored["large"]["mask_shape"]
+    (workdir / "config.json").write_text(json.dumps(stored))
+    assert main(["train", "--config", str(place / "page.py"), "--workdir", str(workdir)]) == 0
+    line = fails(
+        capsys,
+        2,
+        *("train", "--config", str(place / "page.py"), "--workdir", str(workdir), "--config.large.mask_shape=cosine"),
+    )
+    assert "config.large.mask_shape was 'linear', is 'cosine'" in line
 
+
+def test_a_damaged_checkpoint_is_named_and_left_alone(place, finished, capsys, tmp_path):
     workdir = tmp_path / "damaged"
     shutil.copytree(finished, workdir)
     (workdir / "sft" / "summary.json").unlink()

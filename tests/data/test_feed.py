@@ -241,6 +241,9 @@ def test_a_state_is_for_one_feed_only(counted, tmp_path):
     for damaged in (b"", state[:200], b"x" * 500):
         with pytest.raises(DamageError, match="the saved position in the data is damaged"):
             live.restore(damaged)
+    with pytest.raises(UserError, match="was saved for a feed from a cache"):
+        live.restore(b'{"batches": 1, "feed": "cache"}')
+    assert state[:2] == b"PK", "by which a CachedFeed knows it"
     write_lines(tmp_path / "a.jsonl", [{"text": "1:7"}, {"text": "2:8"}])
     with pytest.raises(UserError, match=r"sources\.a\.checksum was"):
         make().restore(state)

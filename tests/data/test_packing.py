@@ -40,9 +40,15 @@ def segments(rows):
     return found
 
 
+def cut(open_rows, examples):
+    columns = np.concatenate([np.zeros((3, 0), np.int32), *examples], axis=1)
+    lengths = np.array([example.shape[1] for example in examples], np.int64)
+    return packing.cut_rows(open_rows, columns, lengths, separator=SEPARATOR, pad_id=PAD)
+
+
 @given(examples(40))
-def test_cutting_keeps_every_target_in_order_without_padding(examples):
-    left, rows = packing.cut_rows(packing.empty_rows(1, SEQ_LEN, PAD), examples, separator=SEPARATOR, pad_id=PAD)
+def test_cutting_keeps_every_target_and_its_weight_in_order_without_padding(examples):
+    left, rows = cut(packing.empty_rows(1, SEQ_LEN, PAD), examples)
     assert all(packing.used(row) == SEQ_LEN for row in rows) and packing.used(left[0]) < SEQ_LEN
     found = segments([*rows, *left])
     expected = np.concatenate([np.zeros((3, 0), int), *examples], axis=1)
@@ -59,9 +65,9 @@ def test_cutting_keeps_every_target_in_order_without_padding(examples):
 @given(examples(40), st.integers(0, 25))
 def test_cutting_can_stop_and_go_on(examples, at):
     start = packing.empty_rows(1, SEQ_LEN, PAD)
-    left, rows = packing.cut_rows(start, examples, separator=SEPARATOR, pad_id=PAD)
-    half, first = packing.cut_rows(start, examples[:at], separator=SEPARATOR, pad_id=PAD)
-    rest, second = packing.cut_rows(half, examples[at:], separator=SEPARATOR, pad_id=PAD)
+    left, rows = cut(start, examples)
+    half, first = cut(start, examples[:at])
+    rest, second = cut(half, examples[at:])
     assert (np.concatenate([first, second]) == rows).all() and (rest == left).all()
     assert (start == packing.empty_rows(1, SEQ_LEN, PAD)).all()
 

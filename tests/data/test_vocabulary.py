@@ -9,7 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tele_jax.data import extras, vocabulary_training
-from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
+from tele_jax.data.vocabulary import load_vocabulary
+from tele_jax.data.vocabulary_sentencepiece import SentencePieceVocabulary
 from tele_jax.errors import UserError
 
 # From FACTS sections 2 and 5, not from the code.
@@ -97,7 +98,7 @@ def test_markers_in_text_are_text_even_where_the_file_would_match_them(vocabular
     model = model_pb2.ModelProto.FromString(model_file.read_bytes())
     model.pieces[26].type = model_pb2.ModelProto.SentencePiece.USER_DEFINED
     (tmp_path / "visible.model").write_bytes(model.SerializeToString())
-    for each in (vocabulary, Vocabulary(tmp_path / "visible.model")):
+    for each in (vocabulary, load_vocabulary(tmp_path / "visible.model")):
         assert each.bot_id == 26
         assert 26 not in each.encode("say <_bot> and you are the bot")
         assert each.decode(each.encode("<_bot>")) == "<_bot>"
@@ -163,8 +164,8 @@ def test_a_file_that_is_no_vocabulary_is_named(vocabulary, tmp_path):
 
 def test_a_missing_package_names_the_extra(monkeypatch, model_file):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(UserError, match=r"sentencepiece.*pip install tele_jax\[data\]"):
-        Vocabulary(model_file)
+    with pytest.raises(UserError, match=r"sentencepiece.*pip install 'tele_jax\[data\]'"):
+        SentencePieceVocabulary(model_file)
 
 
 def test_a_dialogue_needs_no_tensorflow(model_file):

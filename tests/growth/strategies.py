@@ -20,7 +20,11 @@ import tele_jax as tele
 from tele_jax.axes import ParamSpec
 from tests.growth import oracle
 
-GROWTH = {name: importlib.import_module(f"tele_jax.growth.{name}") for name in ("apply", "kernel", "plan", "policies")}
+GROWTH = {
+    name: importlib.import_module(f"tele_jax.growth.{name}")
+    for name in ("apply", "check", "kernel", "plan", "policies")
+}
+SURGERY = importlib.import_module("tele_jax.surgery")
 FLAT_SPEC = importlib.import_module("tele_jax.model.spec").flat_spec
 
 
@@ -51,8 +55,8 @@ def without_compiling():
         patch.setattr(GROWTH["apply"], "jnp", np)
         patch.setattr(GROWTH["kernel"], "jnp", np)
         patch.setattr(GROWTH["kernel"], "normal", _normal)
-        patch.setattr(GROWTH["plan"], "flat_spec", flat_spec)
-        patch.setattr(GROWTH["policies"], "flat_spec", flat_spec)
+        for module in (GROWTH["check"], GROWTH["plan"], GROWTH["policies"], SURGERY):
+            patch.setattr(module, "flat_spec", flat_spec)
         yield
 
 
@@ -84,14 +88,11 @@ def layer_orders(draw, src_layers, dst_layers):
 
 
 @st.composite
-def growths(draw, policy=None, dtype="float64"):
-    """Any mixture of grown axes: each alone, several together, by any ratio, grouped queries regrouped or split.
-
-    Within what the policy can do: "copy" grows a tied embedding only by an integer ratio.
-    """
+def sources(draw, dtype="float64"):
+    """A small model with any options."""
     group, num_kv_heads = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     vocab_size = draw(st.integers(2, 9))
-    src = tele.ModelConfig(
+    return tele.ModelConfig(
         num_layers=draw(st.integers(1, 3)),
         embed_dim=draw(st.integers(1, 13)),
         num_heads=group * num_kv_heads,
@@ -110,6 +111,16 @@ def growths(draw, policy=None, dtype="float64"):
         dtype=dtype,
         param_dtype=dtype,
     )
+
+
+@st.composite
+def growths(draw, policy=None, dtype="float64", src=None):
+    """Any mixture of grown axes: each alone, several together, by any ratio, grouped queries regrouped or split.
+
+    Of `src`, or of any model. Within what the policy can do: "copy" grows a tied embedding only by an integer ratio.
+    """
+    src = draw(sources(dtype)) if src is None else src
+    num_kv_heads, group = src.num_kv_heads, src.num_heads // src.num_kv_heads
     grown = draw(st.sets(st.sampled_from(["layers", "embed", "heads", "mlp", "vocab", "multipliers"]), min_size=1))
     changes: dict[str, Any] = dict.fromkeys(("init_std", "matrix_init_std"), draw(st.sampled_from([0.02, 1.0, 30.0])))
     if "layers" in grown:

@@ -13,7 +13,7 @@ from tele_jax.errors import UserError
 from tests import reference
 
 NAMES = [
-    *("tele_flm_proxy", "tele_flm_52b", "tele_flm_102b", "tele_flm_1t"),
+    *("tele_flm_proxy", "tele_flm_52b", "tele_flm_52b_instruct", "tele_flm_102b", "tele_flm_1t"),
     *("telechat_1b", "telechat_3b", "telechat_7b", "telechat_12b", "telechat_52b"),
 ]
 
@@ -63,6 +63,7 @@ PUBLISHED_SIZES = {
     "telechat_7b": (30, 4_096, 32, 128, 12_288),
     "telechat_12b": (38, 5_120, 32, 160, 12_288),
     "telechat_52b": (64, 8_192, 64, 128, 21_824),
+    "tele_flm_52b_instruct": (64, 8_192, 64, 128, 21_824),
 }
 
 

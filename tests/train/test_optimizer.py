@@ -11,7 +11,7 @@ from tele_jax import growth
 from tele_jax.axes import flatten
 from tele_jax.errors import UserError
 from tele_jax.run import OptimizerConfig, ScheduleConfig
-from tele_jax.train.optimizer import AdamState, optimizer, restart_schedule
+from tele_jax.train.optimizer import AdamState, delay_births, optimizer, restart_schedule
 from tele_jax.train.schedule import schedule
 
 CFG = tele.ModelConfig(
@@ -106,6 +106,39 @@ def test_new_units_warm_up_alone():
         updates, state = tx.update(gradients, state, big)
         sizes.append(float(jnp.abs(updates["layers"]["mlp"]["up"][:, :, 12:]).mean()))
     np.testing.assert_allclose(sizes, [0.25, 0.5, 0.75, 1.0, 1.0], rtol=1e-3)
+
+
+def test_units_behind_closed_masks_are_born_when_their_mask_begins_to_rise():
+    """Axis after axis: bias correction (beta2 0.999) and warm-up count from the first gradient of each entry."""
+    config = OptimizerConfig(learning_rate=1.0, beta2=0.999, clip_norm=1e9, new_warmup_steps=4)
+    plan = growth.plan(CFG, CFG.replace(mlp_dim=15, num_layers=3), policy="msg", layers="last")
+    small, big = (jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), tele.spec(cfg)) for cfg in (CFG, plan.dst_cfg))
+    state = jax.jit(optimizer(CFG, config, constant).init)(small)
+    state = tuple(s._replace(count=s.count + 30) if isinstance(s, AdamState) else s for s in state)
+    state = jax.jit(lambda s: growth.apply_opt(plan, s))(state)  # after 30 steps, the moments at 0
+    schedule = growth.MaskSchedule(plan, start=11, ramp=3, order=("mlp", "layers"))
+    state = delay_births(state, schedule.closed_steps())
+    assert adam_state(state).born["mlp"].tolist() == [0] * 12 + [42] * 3
+    assert adam_state(state).born["layers"].tolist() == [0, 0, 45]
+    assert adam_state(state).born["embed"].tolist() == [0] * 8
+    update, gradients = jax.jit(optimizer(plan.dst_cfg, config, constant).update), gradients_like(big, 5)
+    mlp, layers, both = [], [], []
+    for step in range(20):
+        masks = schedule(step) or {"mlp": np.ones(15), "layers": np.ones(3)}
+        opened = (masks["layers"] > 0)[:, None, None] & (masks["mlp"] > 0)
+        g = gradients["layers"]["mlp"]["up"] * opened
+        now = {**gradients, "layers": {**gradients["layers"], "mlp": {**gradients["layers"]["mlp"], "up": g}}}
+        updates, state = update(now, state, big)
+        up = np.abs(np.asarray(updates["layers"]["mlp"]["up"]))
+        assert np.isfinite(up).all()
+        mlp.append(up[:2, :, 12:])
+        layers.append(up[2, :, :12])
+        both.append(up[2, :, 12:])
+    # A constant gradient makes every step of Adam that counts right from its first one as large as the learning rate.
+    warm_up = [0.25, 0.5, 0.75]
+    for sizes, closed in ((mlp, 12), (layers, 15), (both, 15)):
+        for size, expected in zip(sizes, [0.0] * closed + warm_up + [1.0] * 20, strict=False):
+            np.testing.assert_allclose(size, expected, rtol=1e-3)
 
 
 def test_a_new_stage_restarts_the_schedule_but_not_the_moments():

@@ -1,0 +1,65 @@
+"""Tele-FLM 52B -> 102B -> 1T: three stages of pretraining with two growths between them (arXiv 2407.02783).
+
+    tele train --config configs/tele_flm_series.py --workdir W --config.pretrain_52b.data.cache=CACHE ...
+
+Published: the sizes and tokens of every stage (2.0T, 0.3T, 15.7B), growth by Masked Structural Growth in width and
+depth with layers chosen by distance, the multipliers. Growth takes place on the checkpoint: where a slice holds one
+stage but not the next, run the stages one by one and grow with `tele grow` (the growth tables here serve it: --stage
+grow_102b).
+Ours: learning rates after growth (1.5e-4 and 1.0e-4 at the start, each a little below the stage before, as FLM-101B's
+stages had them, arXiv 2309.03852), the short new warm-up, the ramp of the masks (a few hundred steps: the last stage
+has 2,852), the metric of the distance, and what configs/tele_flm_52b.py says.
+"""
+
+from ml_collections import ConfigDict
+
+from tele_jax.config import to_dict
+from tele_jax.published import get_model
+
+BATCH, LENGTH = 1_344, 4_096  # published for 52B; ours for the others
+TOKENS = BATCH * LENGTH
+SIZES = ("num_layers", "num_heads", "num_kv_heads", "embed_dim", "mlp_dim", "padded_vocab_size")
+MULTIPLIERS = ("input_mult", "output_mult", "mup_base_width")
+
+
+def get_config() -> ConfigDict:
+    data = dict(tokenizer="tokenizer.model", cache="CACHE")
+    batch = dict(batch_size=BATCH, seq_len=LENGTH, checkpoint_every=500)
+
+    def growth(name: str) -> dict:
+        larger = get_model(name)
+        model = {field: getattr(larger, field) for field in (*SIZES, *MULTIPLIERS)}
+        return dict(kind="grow", policy="msg", layers="distance", model=model)
+
+    def pretraining(tokens: float, learning_rate: float, ramp: int) -> dict:
+        # The matrix-like rate at base width 256 is 32 times that of 52B's width, at every width.
+        rates = dict(learning_rate=learning_rate, matrix_learning_rate=32 * learning_rate)
+        return dict(
+            kind="pretrain",
+            data=data,
+            steps=round(tokens / TOKENS),
+            optimizer=dict(**rates, beta1=0.9, beta2=0.95, weight_decay=0.0, clip_norm=1.0, new_warmup_steps=ramp),
+            schedule=dict(kind="cosine", warmup=200, final=0.1),
+            mask_ramp=ramp,
+            **batch,
+        )
+
+    config = ConfigDict()
+    config.run = ("pretrain_52b", "grow_102b", "pretrain_102b", "grow_1t", "pretrain_1t")
+    config.mesh = dict(data=1, fsdp=1, tensor=1)
+    config.pretrain_52b = dict(
+        kind="pretrain",
+        model=to_dict(get_model("tele_flm_52b")),
+        data=data,
+        steps=round(2.0e12 / TOKENS),
+        optimizer=dict(
+            learning_rate=1.5e-4, matrix_learning_rate=4.8e-3, beta1=0.9, beta2=0.95, weight_decay=0.0, clip_norm=1.0
+        ),
+        schedule=dict(kind="cosine", unit="tokens", warmup=2_000 * TOKENS, total=2_500_000_000_000, final=0.1),
+        **batch,
+    )
+    config.grow_102b = growth("tele_flm_102b")
+    config.pretrain_102b = pretraining(0.3e12, 1.5e-4, ramp=1_000)
+    config.grow_1t = growth("tele_flm_1t")
+    config.pretrain_1t = pretraining(15.7e9, 1.0e-4, ramp=500)
+    return config

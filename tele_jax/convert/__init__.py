@@ -1,0 +1,38 @@
+"""Released checkpoints in and out: Tele-FLM, TeleChat, TeleChat-52B and Llama, as directories of safetensors.
+
+    cfg, params = convert.load_hf(directory)                                 memory.py
+    convert.save_hf(directory, cfg, params, format="llama")                  memory.py
+    convert.import_checkpoint(directory, step_dir)                           importing.py: streamed, bounded memory
+    convert.export_checkpoint(step_dir, directory, format="llama")           exporting.py: the same
+    convert.tensors(cfg, "telechat")                                         families.py: what an export would write
+
+One table per family (families.py) says which tensor of theirs holds which leaf of ours, in named axes; configs.py
+translates config.json. Both serve import and export.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tele_jax.convert.exporting import export_checkpoint
+    from tele_jax.convert.families import tensors
+    from tele_jax.convert.importing import import_checkpoint
+    from tele_jax.convert.memory import load_hf, save_hf
+
+FORMATS = ("tele_flm", "telechat", "telechat_52b", "llama")
+
+_HOMES = {
+    "export_checkpoint": "exporting",
+    "import_checkpoint": "importing",
+    "load_hf": "memory",
+    "save_hf": "memory",
+    "tensors": "families",
+}
+
+__all__ = ["FORMATS", "export_checkpoint", "import_checkpoint", "load_hf", "save_hf", "tensors"]
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"tele_jax.convert.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'tele_jax.convert' has no attribute {name!r}")

@@ -1,0 +1,353 @@
+"""config.json of a release <-> ModelConfig. Keys and their meaning: FACTS section 6, docs/convert.md."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from tele_jax.config import ModelConfig, Ntk, Rope
+from tele_jax.convert import FORMATS, fold
+from tele_jax.errors import UserError
+
+_REQUIRED = object()
+# Tele-FLM's init std is no key of its configs: as in published.py, 0.024 for matrices at muP base width 256.
+_TELE_FLM_STD = 4e-3
+_TELE_FLM_MATRIX_STD_AT_256 = 0.024
+# L0 of TeleChat's rotary rule is no key either (newer copies have base_seqlen): the code of the tied 7B family, which
+# has this vocabulary, says 4096, that of the 12B 8192.
+_VOCAB_7B = 160_256
+_TOKEN_IDS = ("unk_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+_RELEASED_TOKEN_IDS = {
+    "tele_flm": {"bos_token_id": 1, "eos_token_id": 2},
+    "telechat": {"unk_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3},
+}
+# What a config of ours has that no config.json of theirs says.
+UNSAID = ("vocab_size", "init_std", "matrix_init_std", "dtype", "param_dtype", "remat", "attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """The keys of a config.json. where: for messages, the path of the file."""
+
+    values: Mapping[str, Any]
+    where: str
+
+    def get(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
+        """A value of a type; `null` counts as absent. Raises UserError."""
+        value = self.values.get(name)
+        if value is None:
+            if default is _REQUIRED:
+                raise UserError(f"{self.where}: {name} is missing")
+            return default
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise UserError(f"{self.where}: {name} is {value!r}, expected {kind.__name__}")
+        return value
+
+    def expect(self, **allowed: Any) -> None:
+        """Raises UserError where a key is there and has another value: the model would be another function."""
+        for name, value in allowed.items():
+            if self.values.get(name) not in (None, value):
+                found, known = json.dumps(self.values[name]), json.dumps(value)
+                raise UserError(f"{self.where}: {name} is {found}, but tele_jax has only {known}")
+
+
+def read_json(path: Path) -> Keys:
+    """The config.json of a directory. Raises UserError."""
+    file = path / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{file}: missing; a released checkpoint is a directory with config.json and its weights"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: not a table")
+    return Keys(values, str(file))
+
+
+def detect(keys: Keys) -> str:
+    """The format that a config.json is of. Raises UserError for an unknown architecture."""
+    model_type = keys.get("model_type", str)
+    if model_type.lower() == "teleflm":
+        return "tele_flm"
+    if model_type == "telechat":
+        return "telechat_52b" if "n_embd" in keys.values else "telechat"
+    if model_type == "llama":
+        return "llama"
+    raise UserError(
+        f"{keys.where}: unknown architecture {model_type!r}; known are TeleFLM, telechat and llama (formats "
+        f"{', '.join(FORMATS)})"
+    )
+
+
+def read(keys: Keys, format: str) -> ModelConfig:
+    """The model that a config.json describes; all rows of its vocabulary count as tokens.
+
+    Raises:
+      UserError: a key is missing, of another type, or says what tele_jax cannot do.
+    """
+    if keys.values.get("quantization_config") is not None:
+        raise UserError(f"{keys.where}: quantized weights (quantization_config); tele_jax reads plain ones only")
+    fields = {"tele_flm": _read_tele_flm, "telechat": _read_telechat, "telechat_52b": _read_52b, "llama": _read_llama}
+    try:
+        return ModelConfig(**fields[format](keys))
+    except UserError as error:
+        message = str(error)
+        raise error if message.startswith(keys.where) else UserError(f"{keys.where}: {message}") from None
+
+
+def write(cfg: ModelConfig, format: str, dtype: Any, release: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The config.json of a model that is as the format has it (fold.fold).
+
+    dtype: of the weights. release: {"format", "config"} of the release that the model was imported from. Where it is of
+    this format, its config is returned as it was if the model is still the one it describes, else the base whose other
+    keys are kept; of another format only the ids of special tokens are taken.
+    """
+    writers = {
+        "tele_flm": _write_tele_flm,
+        "telechat": _write_telechat,
+        "telechat_52b": _write_52b,
+        "llama": _write_llama,
+    }
+    name = jnp.dtype(dtype).name
+    source = {} if release is None else release["config"]
+    if release is None or release["format"] != format:
+        ids = {key: source[key] for key in _TOKEN_IDS if key in source}
+        return {**writers[format](cfg), **_RELEASED_TOKEN_IDS.get(format, {}), **ids, "torch_dtype": name}
+    spelled = {key: name for key in ("torch_dtype", "dtype") if key in source}
+    return {**source, **({} if _describes(source, cfg, format) else writers[format](cfg)), **spelled}
+
+
+def _describes(source: Mapping[str, Any], cfg: ModelConfig, format: str) -> bool:
+    was = read(Keys(source, "config.json"), format)
+    unsaid = {key: getattr(cfg, key) for key in UNSAID}
+    rope = dataclasses.replace(was.rope, tables=cfg.rope.tables)
+    return was.replace(padded_vocab_size=was.padded_vocab_size, rope=rope, **unsaid) == cfg
+
+
+# ---- Llama and Tele-FLM ------------------------------------------------------------------------------------------
+
+
+def _read_llama(keys: Keys) -> dict[str, Any]:
+    keys.expect(hidden_act="silu", partial_rotary_factor=1.0, sliding_window=None)
+    embed, heads = keys.get("hidden_size", int), keys.get("num_attention_heads", int)
+    biases = keys.get("attention_bias", bool, False), keys.get("mlp_bias", bool, False)
+    if biases[0] != biases[1]:
+        raise UserError(
+            f"{keys.where}: attention_bias is {biases[0]} and mlp_bias is {biases[1]}; tele_jax has both or none"
+        )
+    std = keys.get("initializer_range", float, 0.02)
+    return dict(
+        num_layers=keys.get("num_hidden_layers", int),
+        embed_dim=embed,
+        num_heads=heads,
+        num_kv_heads=keys.get("num_key_value_heads", int, heads),
+        head_dim=keys.get("head_dim", int, None),
+        mlp_dim=keys.get("intermediate_size", int),
+        vocab_size=keys.get("vocab_size", int),
+        max_seq_len=keys.get("max_position_embeddings", int, 2048),
+        rms_eps=keys.get("rms_norm_eps", float, 1e-6),
+        rope=Rope(theta=_read_theta(keys)),
+        tie_embeddings=keys.get("tie_word_embeddings", bool, False),
+        output_biases=biases[0],
+        init_std=std,
+    )
+
+
+def _read_theta(keys: Keys) -> float:
+    """transformers wrote rope_theta and rope_scaling up to version 4, rope_parameters from 5 on."""
+    parameters = keys.get("rope_parameters", dict, None) or keys.get("rope_scaling", dict, None) or {}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default":
+        raise UserError(f"{keys.where}: rotary scaling {kind!r} of Llama is none that tele_jax has")
+    theta = parameters.get("rope_theta")
+    return float(theta) if theta is not None else keys.get("rope_theta", float, 10_000.0)
+
+
+def _write_llama(cfg: ModelConfig) -> dict[str, Any]:
+    theta = fold.constant_theta(cfg, "llama")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": cfg.embed_dim,
+        "intermediate_size": cfg.mlp_dim,
+        "num_hidden_layers": cfg.num_layers,
+        "num_attention_heads": cfg.num_heads,
+        "num_key_value_heads": cfg.num_kv_heads,
+        "head_dim": cfg.head_dim,
+        "vocab_size": cfg.padded_vocab_size,
+        "max_position_embeddings": cfg.max_seq_len,
+        "rms_norm_eps": cfg.rms_eps,
+        "rope_theta": theta,
+        "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "attention_bias": cfg.output_biases,
+        "mlp_bias": cfg.output_biases,
+        "hidden_act": "silu",
+        "initializer_range": cfg.init_std,
+        "use_cache": True,
+    }
+
+
+def _read_tele_flm(keys: Keys) -> dict[str, Any]:
+    keys.expect(attention_bias=False, mlp_bias=False)
+    fields = _read_llama(keys)
+    return fields | _read_multipliers(keys, fields["embed_dim"])
+
+
+def _read_multipliers(keys: Keys, embed: int) -> dict[str, Any]:
+    """output_mult / mup_scale_factor multiplies the logits; the factor is the width over muP's base width."""
+    if not keys.get("use_mup", bool, False):
+        return {"init_std": _TELE_FLM_STD, "matrix_init_std": _TELE_FLM_MATRIX_STD_AT_256 / math.sqrt(embed / 256)}
+    scale = keys.get("mup_scale_factor", float)
+    output_mult = keys.get("output_mult", float)
+    if not scale > 0:
+        raise UserError(f"{keys.where}: mup_scale_factor is {scale}, must be above 0")
+    base = embed / scale
+    stated = keys.get("mup_base_width", int, None)
+    if stated is not None and stated != base:
+        raise UserError(
+            f"{keys.where}: mup_base_width is {stated}, but {embed} (hidden size) / {scale:g} (mup_scale_factor) is "
+            f"{base:g}"
+        )
+    if base != int(base) or base < 1:  # no width of a model: only the quotient counts then
+        output_mult, base = output_mult / scale, embed
+    return {
+        "input_mult": keys.get("input_mult", float),
+        "output_mult": output_mult,
+        "mup_base_width": int(base),
+        "init_std": _TELE_FLM_STD,
+        "matrix_init_std": _TELE_FLM_MATRIX_STD_AT_256 * math.sqrt(256 / base),
+    }
+
+
+def _write_multipliers(cfg: ModelConfig) -> dict[str, Any]:
+    return {
+        "use_mup": True,
+        "input_mult": cfg.input_mult,
+        "output_mult": cfg.output_mult,
+        "mup_scale_factor": cfg.width_ratio,
+    }
+
+
+def _write_tele_flm(cfg: ModelConfig) -> dict[str, Any]:
+    keys = _write_llama(cfg)
+    for key in ("head_dim", "rope_scaling", "rope_parameters", "mlp_bias", "initializer_range"):
+        del keys[key]  # none of the released configs'
+    return {
+        **keys,
+        "architectures": ["TeleFLMForCausalLM"],
+        "model_type": "TeleFLM",
+        **_write_multipliers(cfg),
+    }
+
+
+# ---- TeleChat ----------------------------------------------------------------------------------------------------
+
+
+def _read_telechat(keys: Keys) -> dict[str, Any]:
+    keys.expect(embed_layernorm=False, logn=False, apply_residual_connection_post_layernorm=False, semi_causal=False)
+    heads = keys.get("n_head", int)
+    tied = keys.get("tie_word_embeddings", bool, True)
+    vocab = keys.get("vocab_size", int)
+    trained = keys.get("training_seqlen", int)
+    original = keys.get("base_seqlen", int, _original_length(tied, vocab))
+    return dict(
+        num_layers=keys.get("n_layer", int),
+        embed_dim=keys.get("hidden_size", int),
+        num_heads=heads,
+        num_kv_heads=keys.get("num_key_value_heads", int, heads),
+        head_dim=None,
+        mlp_dim=keys.get("ffn_hidden_size", int),
+        vocab_size=vocab,
+        max_seq_len=keys.get("seq_length", int, trained),
+        rms_eps=keys.get("layer_norm_epsilon", float, 1e-5),
+        rope=Rope(ntk=Ntk(original_length=original, trained_length=trained)),
+        tie_embeddings=tied,
+        output_biases=True,
+        init_std=keys.get("initializer_range", float, 0.02),
+    )
+
+
+def _original_length(tied: bool, vocab: int) -> int:
+    return 4096 if tied or vocab == _VOCAB_7B else 8192
+
+
+def _write_telechat(cfg: ModelConfig) -> dict[str, Any]:
+    ntk = cfg.rope.ntk
+    keys = {
+        "architectures": ["TelechatForCausalLM"],
+        "model_type": "telechat",
+        "hidden_size": cfg.embed_dim,
+        "n_layer": cfg.num_layers,
+        "n_head": cfg.num_heads,
+        "ffn_hidden_size": cfg.mlp_dim,
+        "vocab_size": cfg.padded_vocab_size,
+        "layer_norm_epsilon": cfg.rms_eps,
+        "training_seqlen": ntk.trained_length,
+        "seq_length": cfg.max_seq_len,
+        "embed_layernorm": False,
+        "logn": False,
+        "apply_residual_connection_post_layernorm": False,
+        "flash_attn": True,
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "initializer_range": cfg.init_std,
+    }
+    if cfg.num_kv_heads != cfg.num_heads:
+        keys["num_key_value_heads"] = cfg.num_kv_heads
+    if ntk.original_length != _original_length(cfg.tie_embeddings, cfg.padded_vocab_size):
+        keys["base_seqlen"] = ntk.original_length
+    return keys
+
+
+# ---- TeleChat-52B ------------------------------------------------------------------------------------------------
+
+
+def _read_52b(keys: Keys) -> dict[str, Any]:
+    keys.expect(relative_encoding="rotary", use_RMSNorm=True, add_bias_linear=False, tie_word_embeddings=False)
+    embed = keys.get("n_embd", int)
+    return dict(
+        num_layers=keys.get("n_layer", int),
+        embed_dim=embed,
+        num_heads=keys.get("n_head", int),
+        head_dim=None,
+        mlp_dim=keys.get("n_inner", int),
+        vocab_size=keys.get("vocab_size", int),
+        max_seq_len=keys.get("n_positions", int, 4096),
+        rms_eps=keys.get("layer_norm_epsilon", float, 1e-5),
+        rope=Rope(theta=keys.get("rotary_theta", float, 10_000.0), ntk=fold.NTK_52B),
+        **_read_multipliers(keys, embed),
+    )
+
+
+def _write_52b(cfg: ModelConfig) -> dict[str, Any]:
+    ntk = cfg.rope.ntk
+    keys = {
+        "model_type": "telechat",
+        "n_embd": cfg.embed_dim,
+        "n_inner": cfg.mlp_dim,
+        "n_layer": cfg.num_layers,
+        "n_head": cfg.num_heads,
+        "n_positions": cfg.max_seq_len,
+        "vocab_size": cfg.padded_vocab_size,
+        "layer_norm_epsilon": cfg.rms_eps,
+        "rotary_theta": cfg.rope.theta if ntk == fold.NTK_52B else fold.constant_theta(cfg, "telechat_52b"),
+        "relative_encoding": "rotary",
+        "use_RMSNorm": True,
+        "add_bias_linear": False,
+        **_write_multipliers(cfg),
+    }
+    if cfg.mup_base_width is not None:
+        keys["mup_base_width"] = cfg.mup_base_width
+    return keys

@@ -1,0 +1,323 @@
+"""From a checkpoint of ours, or from arrays, to a release: every chunk is read once, and goes where it belongs.
+
+The files are made in full size under DST.partial, filled piece by piece, and renamed to DST when all is on the disk.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import itertools
+import json
+import os
+import queue
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from tele_jax.checkpoint import chunks, layout, tiles
+from tele_jax.config import ModelConfig
+from tele_jax.convert import FORMATS, configs, families, fold, region, sidecar
+from tele_jax.convert.families import Part, Tensor
+from tele_jax.convert.files import DTYPES, Files, Stored, create, split
+from tele_jax.errors import DamageError, UserError
+
+SHARD_GB = 5.0  # of numbers in a file, as transformers cuts them
+_BLOCK_BYTES = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What an export wrote. shards: files of weights. notes: one line each, for the user."""
+
+    cfg: ModelConfig
+    seconds: float
+    tensors: int
+    bytes_written: int
+    shards: list[str]
+    notes: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A rectangle of a leaf: `start` and `shape` over all its axes; read() gives its values while it is open."""
+
+    leaf: str
+    axes: tuple[str, ...]
+    stacked: int
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    read: Callable[[], contextlib.AbstractContextManager[np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """What an export will write; nothing is read or written for it. document: of config.json."""
+
+    folded: fold.Folded
+    tensors: list[Tensor]
+    document: dict[str, Any]
+    notes: list[str]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def outline(
+    cfg: ModelConfig,
+    format: str,
+    *,
+    dtype: str | None = None,
+    max_seq_len: int | None = None,
+    provenance: Sequence[Mapping[str, Any]] = (),
+) -> Outline:
+    """Translates config and tensor list.
+
+    Args:
+      dtype: of the file: bfloat16, float16, float32 or float64; by default that of the parameters.
+      max_seq_len: the context that the config promises; by default the model's.
+      provenance: of the checkpoint; where it was imported from the same format, keys and names are those of then.
+
+    Raises:
+      UserError: the format cannot express the model exactly.
+    """
+    if format not in FORMATS:
+        raise UserError(f"format {format!r}: not one of {', '.join(FORMATS)}")
+    names = [known.name for known in DTYPES.values()]
+    if dtype is not None and dtype not in names:
+        raise UserError(f"dtype {dtype!r}: not one of {', '.join(names)}")
+    if max_seq_len is not None:
+        cfg = cfg.replace(max_seq_len=max_seq_len)
+    folded = fold.fold(cfg, format)
+    target = jnp.dtype(cfg.param_dtype if dtype is None else dtype)
+    if not folded.is_exact and dtype is None and target.itemsize < 4:
+        factors = ", ".join(f"{leaf} by {factor:g}" for leaf, factor in folded.factors.items())
+        raise UserError(
+            f"format {format}: has no multipliers, and multiplying {factors} would round in {target.name}; "
+            f"--dtype float32 keeps them, --dtype {target.name} rounds to nearest"
+        )
+    release = next((entry for entry in reversed(provenance) if entry.get("kind") == "import"), None)
+    known = release if release is not None and release["format"] == format else {}
+    constants = known.get("constants", {})
+    tensors = [
+        dataclasses.replace(tensor, constant=constants.get(tensor.name, tensor.constant))
+        for tensor in families.expected(folded.cfg, format, target, _prefix(known, folded.cfg))
+    ]
+    return Outline(folded, tensors, configs.write(folded.cfg, format, target, release), _notes(cfg, folded, format))
+
+
+def _prefix(known: Mapping[str, Any], cfg: ModelConfig) -> str | None:
+    """Of telechat's names: as imported, as long as the embedding is tied, or not, as it was then."""
+    if not known or configs.read(configs.Keys(known["config"], "config.json"), known["format"]).tie_embeddings != (
+        cfg.tie_embeddings
+    ):
+        return None
+    return known.get("prefix", "")
+
+
+def _notes(cfg: ModelConfig, folded: fold.Folded, format: str) -> list[str]:
+    notes = [f"folded: {leaf} is multiplied by {factor:g}" for leaf, factor in folded.factors.items()]
+    if folded.cfg.padded_vocab_size < cfg.padded_vocab_size:
+        notes.append(f"left out: rows {cfg.vocab_size:,} to {cfg.padded_vocab_size - 1:,} of the vocabulary, padding")
+    if cfg.rope.ntk is not None and format in ("llama", "tele_flm"):
+        notes.append(
+            f"rotary base {cfg.rope_length_factors(1)[0]:,.1f}, exact up to {cfg.max_seq_len:,} tokens; beyond "
+            f"{cfg.rope.ntk.trained_length:,} this model changes it, which {format} cannot"
+        )
+    return notes
+
+
+def export_checkpoint(
+    src: Any,
+    dst: Any,
+    *,
+    format: str,
+    dtype: str | None = None,
+    max_seq_len: int | None = None,
+    shard_gb: float = SHARD_GB,
+    memory_gb: float = 1.0,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Exported:
+    """Writes a checkpoint of ours as a directory that is like a release; it appears when it is complete.
+
+    Args:
+      src: a checkpoint, as checkpoint.open_lazy takes it.
+      dst: the directory to write; must not exist.
+      format, dtype, max_seq_len: as `outline` takes them.
+      shard_gb: 10^9 bytes of numbers in a file, at most, unless a tensor has more.
+      memory_gb: 10^9 bytes that may be used above what the process has already.
+      workers: threads, by default as many as cores; fewer where memory is short.
+      progress: progress(done bytes, all bytes), called in this thread.
+
+    Raises:
+      UserError: `dst` exists; the format cannot express the model; src is in the middle of a growth behind masks.
+      DamageError: a chunk of src is damaged, or has numbers that are not finite, or become so in dtype.
+    """
+    from tele_jax.checkpoint import open_lazy
+    from tele_jax.growth.masks import require_unmasked
+
+    tiles.local_path(src, "an export")
+    lazy = open_lazy(src)
+    require_unmasked(lazy.provenance, str(src))
+    plan = outline(lazy.cfg, format, dtype=dtype, max_seq_len=max_seq_len, provenance=lazy.provenance)
+    arrays = lazy.items["params"]
+    largest = max(array.leaf.chunk_bytes for array in arrays.values())
+    threads = _threads(largest, memory_gb, workers)
+    buffers: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+    for _ in range(threads):
+        buffers.put(chunks.allocate(largest))
+    pieces = [piece for array in arrays.values() for piece in _chunks_of(array, buffers)]
+    beside = sidecar.find_beside(Path(os.fspath(lazy.path)), programs=_comes_from(lazy.provenance, format))
+    return write(dst, plan, pieces, beside, shard_gb=shard_gb, workers=threads, progress=progress)
+
+
+def _comes_from(provenance: Sequence[Mapping[str, Any]], format: str) -> bool:
+    return any(entry.get("kind") == "import" and entry.get("format") == format for entry in provenance)
+
+
+def _threads(largest: int, memory_gb: float, workers: int | None) -> int:
+    each = largest + 2 * region.SCRATCH_BYTES
+    if memory_gb * 1e9 < each:
+        raise UserError(f"memory_gb={memory_gb:g} is too little for the largest chunk: it needs {each / 1e9:.3f}")
+    return min((os.cpu_count() or 1) if workers is None else max(1, workers), int(memory_gb * 1e9 // each))
+
+
+def _chunks_of(array: Any, buffers: queue.SimpleQueue) -> Iterator[Piece]:
+    leaf, spec = array.leaf, array.leaf.spec
+    for index in itertools.product(*map(range, leaf.grid)):
+        start = tuple(i * n for i, n in zip(index, leaf.chunks, strict=True))
+        shape = tuple(min(n, whole - s) for n, whole, s in zip(leaf.chunks, spec.shape, start, strict=True))
+
+        @contextlib.contextmanager
+        def read(index=index, shape=shape) -> Iterator[np.ndarray]:
+            buffer = buffers.get()
+            try:
+                chunks.read_chunk(array, index, buffer)
+                values = buffer[: leaf.chunk_bytes - layout.CRC_BYTES].view(spec.dtype).reshape(leaf.chunks)
+                yield values[tuple(slice(n) for n in shape)]
+            finally:
+                buffers.put(buffer)
+
+        yield Piece(array.name.removeprefix("params/"), spec.axes, len(spec.stack), start, shape, read)
+
+
+def write(
+    dst: Any,
+    plan: Outline,
+    pieces: Sequence[Piece],
+    beside: Sequence[Path],
+    *,
+    shard_gb: float,
+    workers: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Exported:
+    """Writes the directory: weights, config.json and the files beside. Raises as export_checkpoint."""
+    began = time.monotonic()
+    if not shard_gb > 0:
+        raise UserError(f"shard_gb={shard_gb:g} must be above 0")
+    target = tiles.local_path(dst, "an export")
+    shards = split(plan.tensors, int(shard_gb * 1e9))
+    report = progress or (lambda done, total: None)
+    with _unfinished(target, plan.nbytes) as directory:
+        stored = create(directory, shards)
+        with Files(os.O_RDWR) as files, ThreadPoolExecutor(workers, "tele_export") as pool:
+            _write_constants(files, stored, plan.tensors)
+            places = {(part.leaf, part.layer): (part, stored[t.name]) for t in plan.tensors for part in t.parts}
+            jobs = {pool.submit(_write_piece, files, piece, places, plan.folded): piece for piece in pieces}
+            sizes = {job: np.prod(piece.shape, dtype=float) for job, piece in jobs.items()}
+            done, total = 0.0, sum(sizes.values())
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+                    done += sizes[job]
+                    report(int(plan.nbytes * done / total), plan.nbytes)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        (directory / "config.json").write_text(json.dumps(plan.document, indent=2) + "\n")
+        sidecar.copy(beside, directory)
+    return Exported(
+        cfg=plan.folded.cfg,
+        seconds=time.monotonic() - began,
+        tensors=len(plan.tensors),
+        bytes_written=plan.nbytes,
+        shards=list(shards),
+        notes=plan.notes,
+    )
+
+
+def _write_piece(
+    files: Files, piece: Piece, places: Mapping[tuple[str, int | None], tuple[Part, Stored]], folded: fold.Folded
+) -> None:
+    axes, start = piece.axes[piece.stacked :], piece.start[piece.stacked :]
+    # Rows of the vocabulary that are padding end here.
+    shape = [
+        min(n, folded.cfg.axis_sizes[a] - s) for a, s, n in zip(axes, start, piece.shape[piece.stacked :], strict=True)
+    ]
+    if min(shape) <= 0:
+        return
+    with piece.read() as values:
+        layers = range(piece.start[0], piece.start[0] + piece.shape[0]) if piece.stacked else [None]
+        for i, layer in enumerate(layers):
+            part, stored = places[piece.leaf, layer]
+            inside = (values[i] if piece.stacked else values)[tuple(slice(n) for n in shape)]
+            where = piece.leaf if layer is None else f"{piece.leaf} of layer {layer}"
+            region.write(files, stored, part, axes, start, inside, folded.factors.get(piece.leaf, 1.0), where)
+
+
+def _write_constants(files: Files, stored: Mapping[str, Stored], tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        if tensor.parts or tensor.constant == 0.0:
+            continue  # a file begins as zeros
+        values = np.full((1, max(1, int(np.prod(tensor.shape)))), tensor.constant, np.float64).astype(tensor.dtype)
+        files.write(stored[tensor.name].file, np.array([stored[tensor.name].offset]), values.view(np.uint8))
+
+
+@contextlib.contextmanager
+def _unfinished(dst: Path, nbytes: int) -> Iterator[Path]:
+    """DST.partial, which becomes DST when the work in it is done and on the disk; removed when it fails.
+
+    What an export that was killed left is removed first; what one that is alive is writing is refused.
+    """
+    if dst.exists():
+        raise UserError(f"{dst}: exists already, and is not overwritten; choose another path")
+    partial = dst.with_name(dst.name + ".partial")
+    lock_file = partial / ".export"
+    if partial.exists() and not lock_file.is_file():
+        raise UserError(f"{partial}: is needed for the unfinished export, but exists already")
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{partial}: is being written by another process") from None
+        for child in partial.iterdir():
+            if child != lock_file:
+                child.unlink()
+        free = shutil.disk_usage(partial).free
+        if free < nbytes + 1024 * _BLOCK_BYTES:
+            shutil.rmtree(partial)
+            raise UserError(f"{dst}: {nbytes:,} bytes are to be written, but the disk has only {free:,} free")
+        try:
+            yield partial
+            for file in partial.iterdir():
+                chunks.flush(file)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        lock_file.unlink()
+        chunks.flush(partial)
+        os.rename(partial, dst)
+        chunks.flush(dst.parent)
+    except OSError as error:
+        raise DamageError(f"{dst}: could not be written ({error})") from error
+    finally:
+        os.close(lock)

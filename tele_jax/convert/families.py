@@ -1,0 +1,196 @@
+"""Which tensor of a release holds which leaves of ours: one table per family, read in both directions.
+
+A row is a tensor of theirs, with its dimensions in the named axes of ours (axes.py):
+
+    _row("h.{}.self_attention.key_value.weight", "kv_heads * head_dim, embed", "layers.attn.k", "layers.attn.v")
+
+A comma ends a dimension; the axes of one dimension lie row-major in it; {} stands for the layer. Where a tensor holds
+several leaves, * is the place in which they take turns: above, each head has its key, then its value. Shapes, and the
+axes of the leaves, come from model/spec.py.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from tele_jax.axes import ParamSpec
+from tele_jax.config import ModelConfig
+from tele_jax.convert import fold
+from tele_jax.model.spec import flat_spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A tensor of a release.
+
+    dimensions: the axes of each. constant: what it is full of, where it holds no leaf. beside: a leaf without which it
+    is not there either.
+    """
+
+    name: str
+    dimensions: tuple[tuple[str, ...], ...]
+    leaves: tuple[str, ...]
+    constant: float | None = None
+    beside: str | None = None
+
+
+def _row(name: str, dimensions: str, *leaves: str, constant: float | None = None, beside: str | None = None) -> Row:
+    parsed = tuple(tuple(part.split()) for part in dimensions.split(",")) if dimensions else ()
+    return Row(name, parsed, leaves, constant, beside)
+
+
+_LLAMA_NORMS_AND_MLP = (
+    _row("model.layers.{}.input_layernorm.weight", "embed", "layers.attn_norm.scale"),
+    _row("model.layers.{}.post_attention_layernorm.weight", "embed", "layers.mlp_norm.scale"),
+    _row("model.layers.{}.mlp.gate_proj.weight", "mlp, embed", "layers.mlp.gate"),
+    _row("model.layers.{}.mlp.up_proj.weight", "mlp, embed", "layers.mlp.up"),
+    _row("model.layers.{}.mlp.down_proj.weight", "embed, mlp", "layers.mlp.down"),
+)
+TELE_FLM = (
+    _row("model.embed_tokens.weight", "vocab, embed", "embed.table"),
+    *_LLAMA_NORMS_AND_MLP,
+    _row("model.layers.{}.self_attn.q_proj.weight", "heads head_dim, embed", "layers.attn.q"),
+    _row("model.layers.{}.self_attn.k_proj.weight", "kv_heads head_dim, embed", "layers.attn.k"),
+    _row("model.layers.{}.self_attn.v_proj.weight", "kv_heads head_dim, embed", "layers.attn.v"),
+    _row("model.layers.{}.self_attn.o_proj.weight", "embed, heads head_dim", "layers.attn.o"),
+    _row("model.norm.weight", "embed", "final_norm.scale"),
+    _row("lm_head.weight", "vocab, embed", "lm_head.kernel"),
+)
+# Llama's attention_bias and mlp_bias put a bias on every projection; ours are on the last of each block only.
+LLAMA = (
+    *TELE_FLM,
+    _row("model.layers.{}.self_attn.q_proj.bias", "heads head_dim", constant=0.0, beside="layers.attn.o_bias"),
+    _row("model.layers.{}.self_attn.k_proj.bias", "kv_heads head_dim", constant=0.0, beside="layers.attn.o_bias"),
+    _row("model.layers.{}.self_attn.v_proj.bias", "kv_heads head_dim", constant=0.0, beside="layers.attn.o_bias"),
+    _row("model.layers.{}.self_attn.o_proj.bias", "embed", "layers.attn.o_bias"),
+    _row("model.layers.{}.mlp.gate_proj.bias", "mlp", constant=0.0, beside="layers.mlp.down_bias"),
+    _row("model.layers.{}.mlp.up_proj.bias", "mlp", constant=0.0, beside="layers.mlp.down_bias"),
+    _row("model.layers.{}.mlp.down_proj.bias", "embed", "layers.mlp.down_bias"),
+)
+TELECHAT = (
+    _row("word_embeddings.weight", "vocab, embed", "embed.table"),
+    _row("h.{}.input_layernorm.weight", "embed", "layers.attn_norm.scale"),
+    _row("h.{}.post_attention_layernorm.weight", "embed", "layers.mlp_norm.scale"),
+    _row("h.{}.self_attention.query.weight", "heads head_dim, embed", "layers.attn.q"),
+    _row("h.{}.self_attention.key_value.weight", "kv_heads * head_dim, embed", "layers.attn.k", "layers.attn.v"),
+    _row("h.{}.self_attention.dense.weight", "embed, heads head_dim", "layers.attn.o"),
+    _row("h.{}.self_attention.dense.bias", "embed", "layers.attn.o_bias"),
+    _row("h.{}.mlp.gate_proj.weight", "mlp, embed", "layers.mlp.gate"),
+    _row("h.{}.mlp.up_proj.weight", "mlp, embed", "layers.mlp.up"),
+    _row("h.{}.mlp.down_proj.weight", "embed, mlp", "layers.mlp.down"),
+    _row("h.{}.mlp.down_proj.bias", "embed", "layers.mlp.down_bias"),
+    _row("ln_f.weight", "embed", "final_norm.scale"),
+    _row("lm_head.weight", "vocab, embed", "lm_head.kernel"),
+)
+TELECHAT_52B = (
+    _row("transformer.wte.weight", "vocab, embed", "embed.table"),
+    _row("transformer.h.{}.ln_1.weight", "embed", "layers.attn_norm.scale"),
+    _row("transformer.h.{}.ln_2.weight", "embed", "layers.mlp_norm.scale"),
+    _row(
+        "transformer.h.{}.attn.c_attn.weight",
+        "embed, * heads head_dim",
+        "layers.attn.q",
+        "layers.attn.k",
+        "layers.attn.v",
+    ),
+    _row("transformer.h.{}.attn.c_proj.weight", "heads head_dim, embed", "layers.attn.o"),
+    # GPT-2's code registers this buffer with -10,000; nothing reads it.
+    _row("transformer.h.{}.attn.masked_bias", "", constant=-1e4),
+    _row("transformer.h.{}.mlp.c_fc.weight", "embed, * mlp", "layers.mlp.gate", "layers.mlp.up"),
+    _row("transformer.h.{}.mlp.c_proj.weight", "mlp, embed", "layers.mlp.down"),
+    _row("transformer.ln_f.weight", "embed", "final_norm.scale"),
+    _row("lm_head.weight", "vocab, embed", "lm_head.kernel"),
+)
+TABLES = {"tele_flm": TELE_FLM, "telechat": TELECHAT, "telechat_52b": TELECHAT_52B, "llama": LLAMA}
+# Tensors that some copies have and that say nothing new: Llama's frequencies, computed from the config.
+IGNORED_ENDINGS = (".rotary_emb.inv_freq",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A leaf, or one layer of it, as it lies in a tensor.
+
+    axes: the axes of the tensor, one name per axis, with * where its parts take turns. sizes: of these. turn: the place
+    of this part along *. layer: None where the leaf is not stacked.
+    """
+
+    leaf: str
+    layer: int | None
+    axes: tuple[str, ...]
+    sizes: tuple[int, ...]
+    turn: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of a release, without its values. parts: what it holds; else it is full of `constant`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+    parts: tuple[Part, ...]
+    constant: float | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+
+def tensors(cfg: ModelConfig, format: str, dtype: Any = None) -> list[Tensor]:
+    """What an export of a model writes, in the order of the file; allocates nothing.
+
+    dtype: of the file; cfg.param_dtype by default.
+
+    >>> len(tensors(get_model("telechat_7b"), "telechat", "bfloat16"))
+    302
+
+    Raises:
+      UserError: the format cannot express the model; says what, and which format can.
+    """
+    return expected(fold.fold(cfg, format).cfg, format, dtype)
+
+
+def expected(cfg: ModelConfig, format: str, dtype: Any = None, prefix: str | None = None) -> list[Tensor]:
+    """The tensors of a model that is as the format has it: its multipliers and vocabulary are those of the file.
+
+    prefix: of telechat's names; by default as released, none where the embedding is tied and `transformer.` elsewhere.
+    """
+    spec = flat_spec(cfg)
+    dtype = jnp.dtype(cfg.param_dtype if dtype is None else dtype)
+    if prefix is None:
+        prefix = "transformer." if format == "telechat" and not cfg.tie_embeddings else ""
+    rows = [row for row in TABLES[format] if _is_there(row, spec)]
+    held = {leaf for row in rows for leaf in row.leaves}
+    if missing := spec.keys() - held:  # configs.require_expressible has refused this
+        raise AssertionError(f"{format} has no tensor for {', '.join(sorted(missing))}")
+    layered = [row for row in rows if "{}" in row.name]
+    first, rest = rows[: rows.index(layered[0])], [row for row in rows[rows.index(layered[0]) :] if row not in layered]
+    order = [(row, None) for row in first]
+    order += [(row, layer) for layer in range(cfg.num_layers) for row in layered]
+    order += [(row, None) for row in rest]
+    return [_tensor(row, layer, spec, cfg.axis_sizes, dtype, prefix) for row, layer in order]
+
+
+def _is_there(row: Row, spec: dict[str, ParamSpec]) -> bool:
+    return all(leaf in spec for leaf in row.leaves) and (row.beside is None or row.beside in spec)
+
+
+def _tensor(row: Row, layer: int | None, spec, sizes: dict[str, int], dtype, prefix: str) -> Tensor:
+    sizes = sizes | {"*": len(row.leaves)}
+    axes = tuple(axis for dimension in row.dimensions for axis in dimension)
+    shape = tuple(math.prod(sizes[axis] for axis in dimension) for dimension in row.dimensions)
+    parts = tuple(
+        Part(
+            leaf, layer if spec[leaf].stack else None, _own_axes(axes, spec[leaf]), tuple(sizes[a] for a in axes), turn
+        )
+        for turn, leaf in enumerate(row.leaves)
+    )
+    name = row.name.format(layer)
+    return Tensor(name if name.startswith("lm_head") else prefix + name, shape, dtype, parts, row.constant)
+
+
+def _own_axes(axes: tuple[str, ...], leaf: ParamSpec) -> tuple[str, ...]:
+    """The axes by the names that the leaf has for them: fused with the queries, keys lie over `heads`."""
+    return tuple("kv_heads" if axis == "heads" and "kv_heads" in leaf.axes else axis for axis in axes)

@@ -1,0 +1,221 @@
+"""A released checkpoint on disk, opened: its config, and for every leaf of ours the tensors that hold it."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from tele_jax.config import ModelConfig
+from tele_jax.convert import FORMATS, configs, families, files, sidecar
+from tele_jax.convert.families import Part, Tensor
+from tele_jax.convert.files import Stored
+from tele_jax.errors import DamageError, UserError
+
+_SHOWN = 8  # tensors that a message lists
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """What `open_release` found.
+
+    cfg: with the dtype that the parameters will have. keys: its config.json. parts: by leaf and layer, the part and the
+    tensor in which it lies. files: that travel along. notes: one line each, for the user. constants: by name, buffers
+    that carry nothing and are not what such buffers usually are; kept to be written again.
+    """
+
+    path: Path
+    format: str
+    cfg: ModelConfig
+    keys: configs.Keys
+    parts: Mapping[tuple[str, int | None], tuple[Part, Stored]]
+    files: list[Path]
+    notes: list[str]
+    prefix: str
+    constants: dict[str, float]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the headers, and of size and time of every file: what a resumed import goes by."""
+        digest = hashlib.sha256(repr(sorted(self.keys.values.items())).encode())
+        stored = {part: stored for part, (_, stored) in self.parts.items()}
+        digest.update(repr(sorted(map(repr, stored.values()))).encode())
+        for file in sorted({s.file for s in stored.values()}):
+            status = file.stat()
+            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+
+def open_release(
+    path: Any,
+    format: str | None = None,
+    *,
+    dtype: str | None = None,
+    vocab_size: int | None = None,
+    rope_tables: str = "float32",
+) -> Release:
+    """Opens a directory and compares everything in it with its config.json; reads no weights.
+
+    Args:
+      format: what it has to be; by default what its config.json says.
+      dtype: of the parameters: "bfloat16", "float32" or "float64"; by default that of the file.
+      vocab_size: tokens; rows of the embedding from there on are padding. By default what the tokenizer beside the
+        weights has, or for llama, and where there is none, all rows.
+      rope_tables: see config.Rope; "float16" for telechat alone.
+
+    Raises:
+      UserError: another format or an unknown one, a model that tele_jax cannot run, a file or tensor that is missing,
+        of another shape or unknown, pickle files, a dtype that parameters cannot have.
+      DamageError: a file is cut short or damaged.
+    """
+    path = Path(path)
+    if format is not None and format not in FORMATS:
+        raise UserError(f"format {format!r}: not one of {', '.join(FORMATS)}")
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory; expected a released checkpoint")
+    keys = configs.read_json(path)
+    found = configs.detect(keys)
+    if format not in (None, found):
+        raise UserError(f"{keys.where}: is of format {found}, not {format}; leave the format out, or say {found}")
+    cfg = configs.read(keys, found)
+    stored = files.read_directory(path)
+    prefix = "transformer." if found == "telechat" and any(n.startswith("transformer.") for n in stored) else ""
+    expected = families.expected(cfg, found, prefix=prefix)
+    weights = _compare(path, cfg, expected, stored)
+    cfg = cfg.replace(**_dtypes(weights, dtype))
+    if rope_tables != "float32":
+        if found != "telechat":
+            raise UserError(f"rope tables in {rope_tables}: only the code of telechat rounds them, not that of {found}")
+        cfg = cfg.replace(rope=dataclasses.replace(cfg.rope, tables=rope_tables))
+    travelling = sidecar.find(path)
+    cfg, notes = _cut_vocabulary(path, cfg, found, travelling, vocab_size)
+    return Release(
+        path=path,
+        format=found,
+        cfg=cfg,
+        keys=keys,
+        parts={(part.leaf, part.layer): (part, stored[t.name]) for t in expected for part in t.parts},
+        files=travelling,
+        notes=notes,
+        prefix=prefix,
+        constants=_read_constants(expected, stored),
+    )
+
+
+def _compare(path: Path, cfg: ModelConfig, expected: list[Tensor], stored: dict[str, Stored]) -> list[Stored]:
+    """The tensors that hold leaves. Raises UserError naming what is missing, unknown, or of another shape."""
+    rows = [t for t in expected if t.parts and t.parts[0].leaf == "embed.table"]
+    for tensor in rows:
+        if tensor.name in stored and stored[tensor.name].shape[1:] == tensor.shape[1:] != ():
+            have = stored[tensor.name].shape[0]
+            if have != tensor.shape[0]:
+                raise UserError(
+                    f"{stored[tensor.name].file}: {tensor.name} has {have:,} rows, but vocab_size in config.json is "
+                    f"{tensor.shape[0]:,}: config and weights are of different vocabularies"
+                )
+    lines = []
+    for tensor in expected:
+        if tensor.name not in stored:
+            if tensor.parts or tensor.constant == 0.0:
+                lines.append(f"{tensor.name} {list(tensor.shape)}: missing")
+        elif stored[tensor.name].shape != tensor.shape:
+            have = stored[tensor.name]
+            lines.append(
+                f"{have.file.name}: {tensor.name}: has shape {list(have.shape)}, expected {list(tensor.shape)}"
+            )
+    names = {tensor.name for tensor in expected}
+    for name in sorted(stored.keys() - names):
+        if name == "lm_head.weight" and cfg.tie_embeddings:
+            _require_same(stored[name], stored[rows[0].name])
+        elif not name.endswith(families.IGNORED_ENDINGS):
+            lines.append(f"{stored[name].file.name}: {name} {list(stored[name].shape)}: unknown")
+    if lines:
+        more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        raise UserError(f"{path}: not what its config.json describes: " + "; ".join(lines[:_SHOWN]) + more)
+    return [stored[tensor.name] for tensor in expected if tensor.parts]
+
+
+def _require_same(head: Stored, table: Stored) -> None:
+    """A head beside a tied embedding must be its copy."""
+    with files.Files() as opened:
+        step, same = 2**24, (head.shape, head.dtype) == (table.shape, table.dtype)
+        for begin in range(0, head.nbytes if same else 0, step):
+            pieces = []
+            for stored in (head, table):
+                piece = np.empty((1, min(step, head.nbytes - begin)), np.uint8)
+                opened.read(stored.file, np.array([stored.offset + begin]), piece)
+                pieces.append(piece)
+            same = same and bool((pieces[0] == pieces[1]).all())
+    if not same:
+        raise UserError(
+            f"{head.file}: {head.name} is not {table.name}, though by config.json the two are tied "
+            "(tie_word_embeddings)"
+        )
+
+
+def _dtypes(weights: Iterable[Stored], dtype: str | None) -> dict[str, str]:
+    held: dict[str, Stored] = {}
+    for stored in weights:
+        held.setdefault(stored.dtype, stored)
+    known = ("bfloat16", "float32", "float64")
+    if dtype is None:
+        if len(held) > 1:
+            example = ", ".join(f"{name} ({stored.name})" for name, stored in sorted(held.items()))
+            raise UserError(f"the weights are of several dtypes: {example}; choose one with --dtype")
+        dtype = files.DTYPES[next(iter(held))].name
+        if dtype not in known:
+            raise UserError(
+                f"the weights are {dtype}, which parameters of tele_jax cannot be; choose --dtype float32, which "
+                "changes no number, or --dtype bfloat16, which rounds"
+            )
+    elif dtype not in known:
+        raise UserError(f"dtype {dtype!r}: not one of {', '.join(known)}")
+    return {"param_dtype": dtype, "dtype": dtype}
+
+
+def _cut_vocabulary(
+    path: Path, cfg: ModelConfig, format: str, travelling: list[Path], vocab_size: int | None
+) -> tuple[ModelConfig, list[str]]:
+    rows = cfg.padded_vocab_size
+    counted = sidecar.count_ids(travelling)
+    if counted is not None and counted[0] > rows:
+        raise UserError(
+            f"{path / counted[1]}: has {counted[0]:,} ids, but the embedding only {rows:,} rows: a tokenizer of "
+            "another model"
+        )
+    if vocab_size is not None:
+        if not 0 < vocab_size <= rows:
+            raise UserError(f"vocab_size {vocab_size}: the embedding has {rows:,} rows")
+        source = "as told"
+    elif counted is not None and format != "llama":
+        vocab_size, source = counted[0], f"that many ids are in {counted[1]}"
+    else:
+        return cfg, []
+    if vocab_size == rows:
+        return cfg, []
+    note = f"vocabulary: {vocab_size:,} tokens ({source}); rows {vocab_size:,} to {rows - 1:,} are padding"
+    return cfg.replace(vocab_size=vocab_size, padded_vocab_size=rows), [note]
+
+
+def _read_constants(expected: Iterable[Tensor], stored: Mapping[str, Stored]) -> dict[str, float]:
+    """Buffers that are not full of what they should be. Raises UserError for biases that ours do not have."""
+    odd = {}
+    with files.Files() as opened:
+        for tensor in expected:
+            if tensor.parts or tensor.name not in stored:
+                continue
+            have = stored[tensor.name]
+            dtype = files.DTYPES[have.dtype]
+            raw = np.empty((1, have.nbytes), np.uint8)
+            opened.read(have.file, np.array([have.offset]), raw)
+            values = raw.view(dtype).astype(np.float64)
+            if tensor.constant == 0.0 and values.any():
+                raise UserError(f"{have.file}: {have.name} is not zero; tele_jax has no bias there")
+            if tensor.constant != 0.0 and values.item() != float(jnp.asarray(tensor.constant, dtype)):
+                odd[tensor.name] = values.item()
+    if any(not np.isfinite(value) for value in odd.values()):
+        raise DamageError(f"{next(iter(odd))}: is not a finite number")
+    return odd

@@ -1,0 +1,286 @@
+"""A row cache: packed rows on disk, any of which can be read without the others. Made by caching.py.
+
+    DIR/manifest.json                     what is in it; written last, with a checksum of its own
+    DIR/tokenizer.model                   a copy of the tokenizer that made it
+    DIR/<domain>/00000.array_record       rows (records.py), about 16,384 a shard
+    DIR/<domain>/00000.rejected.jsonl     documents that could not be used, and why; absent if there are none
+
+ArrayRecord checks every record that it reads; the manifest has the size and the CRC-32 of every shard.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tele_jax.config import from_dict
+from tele_jax.data import examples, records
+from tele_jax.data.extras import need
+from tele_jax.errors import DamageError, UserError
+from tele_jax.run import SourceConfig
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+OPEN_SHARDS = 64  # an open one holds 8 bytes a row
+LENGTH_BINS = 40  # of the histogram of document lengths: bin b has the lengths from 2**b to 2**(b+1) - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file of rows."""
+
+    file: str  # relative to the cache
+    rows: int
+    file_bytes: int
+    crc32: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What went into some rows.
+
+    Attributes:
+      documents: or dialogues, without the rejected ones.
+      shortened: dialogues that were longer than a row and lost their oldest turns (dialogue.py).
+      rejected: documents that could not be used.
+      text_bytes: UTF-8 bytes of text.
+      text_tokens: tokens that spell text: neither ends of sequences nor markers.
+      tokens: positions that are not padding.
+      learned_tokens: positions with a loss weight of 1.
+      rows, segments: of packing.
+      lengths: int [LENGTH_BINS], number of documents by the floor of log2 of their tokens.
+    """
+
+    documents: int = 0
+    shortened: int = 0
+    rejected: int = 0
+    text_bytes: int = 0
+    text_tokens: int = 0
+    tokens: int = 0
+    learned_tokens: int = 0
+    rows: int = 0
+    segments: int = 0
+    lengths: tuple[int, ...] = (0,) * LENGTH_BINS
+
+    def __add__(self, other: "Counts") -> "Counts":
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)[:-1]}
+        return Counts(**sums, lengths=tuple(a + b for a, b in zip(self.lengths, other.lengths, strict=True)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Domain:
+    """One domain of a cache."""
+
+    counts: Counts
+    shards: tuple[Shard, ...]
+    source: SourceConfig  # as the page that made the cache had it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a cache holds."""
+
+    format: int
+    kind: str
+    seq_len: int
+    seed: int  # of the order of documents
+    tokenizer_sha256: str
+    vocab_size: int
+    pad_id: int  # fills the ends of rows
+    domains: dict[str, Domain]
+    template: str | None = None  # that dialogues were written by; None: there are none
+
+    def to_text(self) -> str:
+        """JSON, with a checksum of what it says."""
+        content = dataclasses.asdict(self)
+        return json.dumps({**content, "sha256": _digest(content)}, indent=1, ensure_ascii=False) + "\n"
+
+    @property
+    def digest(self) -> str:
+        """Names the content: caches of the same rows have the same digest."""
+        return _digest(dataclasses.asdict(self))
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def incomplete(path: Path) -> Path:
+    """Where a cache lies while it is being made."""
+    return path.with_name(path.name + ".incomplete")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the cache in the directory `path`.
+
+    Raises:
+      UserError: there is no complete cache, or one of a format that this version does not know.
+      DamageError: the manifest is not what was written.
+    """
+    try:
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+    except OSError:
+        what = "it is not complete yet" if incomplete(path).exists() else f"it holds no {MANIFEST}"
+        raise UserError(f"{path}: not a row cache, {what}; make it with: tele data cache") from None
+    except UnicodeDecodeError:
+        raise DamageError(f"{path / MANIFEST}: damaged, not UTF-8") from None
+    try:
+        content = json.loads(text)
+        saved = content.pop("sha256")
+        found, known = content["format"], _digest(content) == saved
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamageError(f"{path / MANIFEST}: damaged, not the manifest of a row cache ({error})") from None
+    if not known:
+        raise DamageError(f"{path / MANIFEST}: damaged or edited, its checksum does not match")
+    if found != FORMAT:
+        raise UserError(f"{path}: a cache of format {found}, this version reads format {FORMAT}; make it again")
+    return from_dict(Manifest, content, str(path / MANIFEST))
+
+
+class RowCache:
+    """An open cache. Reading is thread-safe; nothing is read ahead, nothing is kept but open files."""
+
+    def __init__(self, path: str | Path):
+        """Reads the manifest and looks whether every shard has its size.
+
+        Raises:
+          UserError, DamageError: as read_manifest; a shard is missing or has another size.
+        """
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        self._array_record = need("array_record.python.array_record_module")
+        self._dtype = records.id_type(self.manifest.vocab_size)
+        self._readers: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        self._first_rows = {}
+        for name, domain in self.manifest.domains.items():
+            for shard in domain.shards:
+                self._check_size(shard)
+            self._first_rows[name] = np.cumsum([0, *(shard.rows for shard in domain.shards)])
+
+    def _check_size(self, shard: Shard) -> None:
+        file = self.path / shard.file
+        try:
+            size = file.stat().st_size
+        except OSError:
+            raise DamageError(f"{file}: this shard of the cache is missing") from None
+        if size != shard.file_bytes:
+            raise DamageError(f"{file}: damaged, {size} bytes instead of {shard.file_bytes}")
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Number of rows by domain."""
+        return {name: domain.counts.rows for name, domain in self.manifest.domains.items()}
+
+    def read(self, domains: Sequence[str], rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """The rows `rows[i]` of `domains[i]` as one batch of arrays [R, S] (packing.to_batch).
+
+        Raises:
+          DamageError: a shard does not hold what was written.
+        """
+        wanted: dict[Shard, tuple[list[int], list[int]]] = {}
+        for i, (name, row) in enumerate(zip(domains, rows, strict=True)):
+            first = self._first_rows[name]
+            number = int(np.searchsorted(first, row, side="right")) - 1
+            shard = self.manifest.domains[name].shards[number]
+            places, inside = wanted.setdefault(shard, ([], []))
+            places.append(i)
+            inside.append(int(row - first[number]))
+        found: list[bytes] = [b""] * len(domains)
+        for shard, (places, inside) in wanted.items():
+            for i, record in zip(places, self._records(shard, inside), strict=True):
+                found[i] = record
+        try:
+            return records.decode(found, self.manifest.seq_len, self._dtype, self.manifest.pad_id)
+        except DamageError as error:
+            raise DamageError(f"{self.path}: damaged, {error}") from None
+
+    def _records(self, shard: Shard, rows: list[int]) -> Sequence[bytes]:
+        with self._lock:
+            try:
+                return self._reader(shard).read(rows)
+            except (RuntimeError, IndexError, ValueError) as error:
+                reason = str(error).split("; ")[0].splitlines()[0]
+                raise DamageError(
+                    f"{self.path / shard.file}: damaged ({reason}); remove the cache and make it again"
+                ) from None
+
+    def _reader(self, shard: Shard) -> Any:
+        if shard.file in self._readers:
+            self._readers.move_to_end(shard.file)
+            return self._readers[shard.file]
+        if len(self._readers) >= OPEN_SHARDS:
+            self._readers.popitem(last=False)[1].close()
+        reader = self._array_record.ArrayRecordReader(
+            str(self.path / shard.file), options="readahead_buffer_size:0", file_reader_buffer_size=16_384
+        )
+        if reader.num_records() != shard.rows:
+            raise RuntimeError(f"{reader.num_records()} rows instead of {shard.rows}")
+        self._readers[shard.file] = reader
+        return reader
+
+    def close(self) -> None:
+        """Closes the files; they are opened again when something is read."""
+        with self._lock:
+            while self._readers:
+                self._readers.popitem()[1].close()
+
+    def verify(self) -> Iterator[tuple[Shard, str | None]]:
+        """Reads every shard to its last byte, and yields it with what is wrong, or None."""
+        for domain in self.manifest.domains.values():
+            for shard in domain.shards:
+                problem = None
+                with contextlib.suppress(FileNotFoundError):
+                    if file_crc32(self.path / shard.file) != shard.crc32:
+                        problem = "its bytes are not those that were written"
+                yield shard, problem
+
+
+def file_crc32(path: Path) -> int:
+    """CRC-32 of a file."""
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def check_fits(
+    manifest: Manifest,
+    where: str,
+    *,
+    kind: examples.Kind,
+    seq_len: int,
+    tokenizer: str,
+    sha256: str,
+    template: str | None,
+) -> None:
+    """Raises UserError unless the rows are what a stage asks for.
+
+    Args:
+      manifest: of the cache.
+      where: the cache, for messages.
+      kind, seq_len: of the stage.
+      tokenizer, sha256: path and hash of the stage's tokenizer.
+      template: that the stage writes dialogues by; None where it does not say.
+    """
+    if manifest.tokenizer_sha256 != sha256:
+        raise UserError(
+            f"{where}: was made with another tokenizer than {tokenizer} (SHA-256 {manifest.tokenizer_sha256[:12]}, not "
+            f"{sha256[:12]}); its own is {where}/{TOKENIZER}"
+        )
+    if template not in (None, manifest.template):
+        made = "holds no dialogues" if manifest.template is None else f"has dialogues by template {manifest.template!r}"
+        raise UserError(f"{where}: {made}, the stage asks for template={template!r}")
+    for name, wanted, found in (("kind", kind, manifest.kind), ("seq_len", seq_len, manifest.seq_len)):
+        if wanted != found:
+            raise UserError(f"{where}: its rows have {name}={found}, the stage asks for {name}={wanted}")

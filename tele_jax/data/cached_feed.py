@@ -1,0 +1,150 @@
+"""`CachedFeed`: batches of rows from a cache, each a pure function of the seed, the step and the rows asked for."""
+
+import json
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from tele_jax.data import order
+from tele_jax.data.cache import RowCache
+from tele_jax.errors import DamageError, UserError
+
+Batch = dict[str, np.ndarray]
+
+AHEAD = 2  # batches that are read while training goes on
+
+
+class CachedFeed:
+    """An endless iterator of batches from a row cache, with the interface of feed.LiveFeed.
+
+    The rows of step t are those at the places t * batch_size ... (t + 1) * batch_size - 1 of one order (order.py), so
+    that going to a step takes no time, and the batches do not depend on how many processes read them. The state is the
+    step and what the order depends on.
+    """
+
+    def __init__(
+        self,
+        cache: RowCache,
+        rates: dict[str, float],
+        *,
+        batch_size: int,
+        seed: int,
+        rows: Sequence[int] | None = None,
+        place: Callable[[Batch], Any] = lambda batch: batch,
+    ):
+        """Nothing is read yet but the manifest; reading begins with the first batch.
+
+        Args:
+          cache: where rows come from.
+          rates: of the domains to draw from, relative.
+          batch_size: rows in a batch over all processes.
+          seed: of the order.
+          rows: which rows of every batch this process reads, by their place in it; None: all. Host h of H that share
+            a batch evenly: range(h * batch_size // H, (h + 1) * batch_size // H).
+          place: is given every batch, in a thread, before it is asked for: to put it on devices.
+
+        Raises:
+          UserError: a rate of a domain that the cache does not have.
+        """
+        for name in rates:
+            if name not in cache.rows:
+                raise UserError(f"{cache.path}: has no domain {name!r}; it has {', '.join(cache.rows)}")
+        self._cache, self._place = cache, place
+        self._rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+        self._batch_size = batch_size
+        names = tuple(rates)
+        self.order = order.Order(names, tuple(cache.rows[name] for name in names), tuple(rates.values()), seed)
+        manifest = cache.manifest
+        self._identity = {
+            "feed": "cache",
+            "kind": manifest.kind,
+            "seq_len": manifest.seq_len,
+            "batch_size": batch_size,
+            "seed": seed,
+            "tokenizer": manifest.tokenizer_sha256,
+            "cache": manifest.digest,
+            "order": order.VERSION,
+            "rates": rates,
+        }
+        self._batches = 0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rows")
+        self._pending: deque[Future] = deque()
+
+    def read(self, step: int) -> Batch:
+        """The rows of the batch of a step that this process reads, as arrays [len(rows), S].
+
+        Raises:
+          DamageError: a shard of the cache is damaged.
+        """
+        domain, _, row = self.order.locate(step * self._batch_size + self._rows)
+        return self._cache.read([self.order.domains[i] for i in domain.tolist()], row.tolist())
+
+    def __iter__(self) -> "CachedFeed":
+        return self
+
+    def __next__(self) -> Any:
+        """The next batch, as `place` gives it.
+
+        Raises:
+          DamageError: as read.
+        """
+        while len(self._pending) <= AHEAD:
+            step = self._batches + len(self._pending)
+            self._pending.append(self._pool.submit(lambda step=step: self._place(self.read(step))))
+        batch = self._pending.popleft().result()
+        self._batches += 1
+        return batch
+
+    def close(self) -> None:
+        """Stops reading ahead and closes the files; it cannot be used after."""
+        self._forget()
+        self._pool.shutdown()
+        self._cache.close()
+
+    def _forget(self) -> None:
+        for future in self._pending:
+            future.cancel()
+        self._pending.clear()
+
+    @property
+    def batches(self) -> int:
+        """How many batches have been given out, those before a restore included."""
+        return self._batches
+
+    def state(self) -> bytes:
+        """The place in the data after the last batch that was returned."""
+        return json.dumps({"batches": self._batches, **self._identity}).encode()
+
+    def restore(self, state: bytes) -> None:
+        """Goes to a place that `state` gave, in this process or another, among any number of them.
+
+        Raises:
+          UserError: the state is of another feed: a live one, another cache, other rates, sizes or seed.
+          DamageError: the bytes are not what `state` gave.
+        """
+        if state[:2] == b"PK":
+            raise UserError("the position in the data was saved for a feed without a cache")
+        try:
+            saved = json.loads(state)
+            batches = saved.pop("batches")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise DamageError(f"the saved position in the data is damaged: {error}") from None
+        if changed := difference(saved, self._identity):
+            raise UserError(f"the position in the data was saved for another feed: {changed}")
+        self._forget()
+        self._batches = batches
+
+
+def difference(saved: dict[str, Any], current: dict[str, Any], path: str = "") -> str:
+    """What differs, by name; empty if nothing does."""
+    parts = []
+    for key in sorted({*saved, *current}):
+        old, new = saved.get(key), current.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            parts.append(difference(old, new, f"{path}{key}."))
+        elif old != new:
+            parts.append(f"{path}{key} was {old!r}, now {new!r}")
+    return "; ".join(filter(None, parts))

@@ -1,0 +1,248 @@
+"""`tele data cache`: the units of shards.py spread over workers by Apache Beam, and put together as one cache.
+
+While it is made a cache lies in DIR.incomplete, with a plan and an account of every finished unit; what is finished
+is kept when it is started again. It gets its name when it is complete, and never before.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tele_jax.config import from_dict
+from tele_jax.data import feed, shards, templates
+from tele_jax.data.cache import FORMAT, MANIFEST, TOKENIZER, Counts, Domain, Manifest, incomplete, read_manifest
+from tele_jax.data.cached_feed import difference
+from tele_jax.data.extras import need
+from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
+from tele_jax.errors import DamageError, FailedError, UserError
+from tele_jax.run import CacheConfig
+
+PLAN, LOCK = "plan.json", ".lock"
+SERIAL = "serial"
+_ERRORS = {error.__name__: error for error in (UserError, DamageError, FailedError)}
+
+
+def make(
+    config: CacheConfig,
+    out: Path,
+    *,
+    runner: str = "DirectRunner",
+    workers: int = 1,
+    options: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Manifest:
+    """Makes a cache in the directory `out`, or goes on making it. The same files and config give the same bytes.
+
+    Args:
+      config: what to make.
+      out: a directory that is not there yet. All workers have to see it, and the files, by the same path.
+      runner: of Beam, by name; or "serial": one unit after the other in this process, without Beam.
+      workers: processes of the DirectRunner. With 1 everything is done in this one, tokenising on all its cores.
+      options: more for Beam, as on its command line.
+      progress: called now and then with the number of finished units and of all.
+      say: gets lines about what is being done.
+
+    Raises:
+      UserError: `out` is there; something else is being made in its place; as shards.plan; a domain without a single
+        usable document; a tokenizer that lacks what is needed; Beam is not installed.
+      FailedError: the disk is full, or Beam fails.
+    """
+    need("array_record.python.array_record_module")
+    if workers != 1 and runner != "DirectRunner":
+        raise UserError(f"workers={workers} is for the DirectRunner; {runner} has options of its own, or none")
+    if out.exists():
+        raise UserError(f"{out}: is there already; choose another --out, or remove it")
+    run = _serial if runner == SERIAL else _pipeline(runner, workers, options)
+    vocabulary = feed.open_vocabulary(config.data, config.kind)
+    units = shards.plan(config)
+    work = incomplete(out)
+    with _failing_in_one_line(work), _one_maker(work):
+        if _begun(work, config, vocabulary, units):
+            say(f"{work}: goes on where it was")
+        with _watched(work, units, progress):
+            here = runner == SERIAL or (runner == "DirectRunner" and workers == 1)
+            threads = len(os.sched_getaffinity(0)) if here else 1
+            run(units, _Work(config, work, vocabulary.sha256, threads))
+        manifest = _assemble(work, config, vocabulary, units)
+        shutil.rmtree(work / shards.ACCOUNTS)
+        (work / PLAN).unlink()
+        (work / LOCK).unlink()
+        os.rename(work, out)
+    return manifest
+
+
+@contextlib.contextmanager
+def _failing_in_one_line(work: Path) -> Iterator[None]:
+    """A full disk, or whatever else the system says no to."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise FailedError(f"{error.filename or work}: {reason}; start again to go on") from None
+
+
+@contextlib.contextmanager
+def _one_maker(work: Path) -> Iterator[None]:
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{work}: is being made by another process") from None
+        yield
+
+
+def _begun(work: Path, config: CacheConfig, vocabulary: Vocabulary, units: list[shards.Unit]) -> bool:
+    """Writes the plan, or compares with the one that is there; removes what a kill left half-written."""
+    plan = {"config": dataclasses.asdict(config), "tokenizer": vocabulary.sha256, "format": FORMAT}
+    plan["units"] = hashlib.sha256(json.dumps([dataclasses.asdict(unit) for unit in units]).encode()).hexdigest()
+    plan = json.loads(json.dumps(plan))
+    file = work / PLAN
+    if not file.exists():
+        shards.replace(file, json.dumps(plan))
+        return False
+    try:
+        before = json.loads(file.read_text())
+    except ValueError:
+        raise DamageError(f"{file}: damaged; remove {work}") from None
+    if changed := difference(before, plan):
+        raise UserError(f"{work}: was begun for something else ({changed}); remove it, or choose another --out")
+    for leftover in work.rglob(".*.array_record.*"):
+        leftover.unlink()
+    return True
+
+
+@contextlib.contextmanager
+def _watched(work: Path, units: list[shards.Unit], progress: Callable[[int, int], None]) -> Iterator[None]:
+    """Calls `progress` about once a second while the body runs, and at its end."""
+    stop = threading.Event()
+    files = [shards.account_file(work, unit) for unit in units]
+
+    def watch() -> None:
+        waiting = files
+        while True:
+            stopped = stop.wait(1)
+            waiting = [file for file in waiting if not file.exists()]
+            progress(len(files) - len(waiting), len(files))
+            if stopped:
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+class _Work:
+    """What a worker does with a unit. It is pickled: the tokenizer is read anew by every process, and kept."""
+
+    def __init__(self, config: CacheConfig, directory: Path, tokenizer_sha256: str, threads: int):
+        self._config, self.directory, self._sha256, self._threads = config, directory, tokenizer_sha256, threads
+
+    def __call__(self, unit: shards.Unit) -> None:
+        vocabulary = load_vocabulary(self._config.data.tokenizer).with_template(self._config.data.template)
+        if vocabulary.sha256 != self._sha256:
+            raise UserError(f"tokenizer {vocabulary.path}: has changed since this cache was begun")
+        shards.write_unit(unit, self._config, vocabulary, self.directory, threads=self._threads)
+
+
+def _serial(units: Sequence[shards.Unit], work: _Work) -> None:
+    for unit in units:
+        work(unit)
+
+
+def _pipeline(runner: str, workers: int, options: Sequence[str]) -> Callable[[Sequence[shards.Unit], _Work], None]:
+    """What does the work by Beam; made before anything is written, since Beam checks the options here."""
+    options = [*options, "--default_sdk_harness_log_level=ERROR"]
+    if workers > 1:
+        options += [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing"]
+    with _quiet():
+        beam = need("apache_beam")
+        try:
+            pipeline = beam.Pipeline(runner=runner, options=beam.options.pipeline_options.PipelineOptions(options))
+        except (ValueError, ImportError, AttributeError) as error:
+            raise UserError(f"runner {runner}: {error}") from None
+
+    def run(units: Sequence[shards.Unit], work: _Work) -> None:
+        try:
+            with _quiet(), pipeline:
+                # Reshuffle lets every unit go to another worker.
+                _ = pipeline | beam.Create(units) | beam.Reshuffle() | "write" >> beam.Map(work)
+        except (RuntimeError, ValueError, ImportError) as error:
+            raise _said(error, runner) from None
+        missing = [unit.name for unit in units if not shards.account_file(work.directory, unit).exists()]
+        if missing:
+            raise FailedError(f"{runner} is done, but {len(missing)} of {len(units)} shards are missing: {missing[0]}")
+
+    return run
+
+
+def _said(error: Exception, runner: str) -> Exception:
+    """The error of ours inside what Beam makes of it: the same with more text, or a RuntimeError with a traceback."""
+    if isinstance(error, tuple(_ERRORS.values())):
+        return type(error)(str(error).split(" [while running")[0])
+    found = re.findall(rf"({'|'.join(_ERRORS)}): (.*?)(?: \[while running|\n|$)", str(error))
+    if found:
+        name, message = found[-1]
+        return _ERRORS[name](message)
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return FailedError(f"{runner}: {lines[-1].strip() if lines else type(error).__name__}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Beam's log to itself: what matters of it is raised."""
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _assemble(work: Path, config: CacheConfig, vocabulary: Vocabulary, units: list[shards.Unit]) -> Manifest:
+    """Copies the tokenizer, and writes the manifest from the accounts of all units."""
+    domains: dict[str, dict[str, Any]] = {}
+    reasons = {}
+    for unit in units:
+        account = shards.account_file(work, unit)
+        done = from_dict(shards.Done, json.loads(account.read_text()), str(account))
+        domain = domains.setdefault(unit.domain, {"counts": Counts(), "shards": []})
+        domain["counts"] += done.counts
+        domain["shards"] += [done.shard] if done.shard else []
+        reasons.setdefault(unit.domain, done.first_reason)
+    for name, domain in domains.items():
+        if not domain["counts"].documents:
+            raise UserError(f"sources.{name}: not one document can be used; the first is {reasons[name]}")
+    shutil.copyfile(vocabulary.path, work / TOKENIZER)
+    manifest = Manifest(
+        format=FORMAT,
+        kind=config.kind,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        tokenizer_sha256=vocabulary.sha256,
+        vocab_size=vocabulary.vocab_size,
+        pad_id=max(vocabulary.pad_id, 0),
+        domains={
+            name: Domain(counts=domain["counts"], shards=tuple(domain["shards"]), source=config.data.sources[name])
+            for name, domain in domains.items()
+        },
+        template=templates.choose(vocabulary).name if feed.has_dialogues(config.data, config.kind) else None,
+    )
+    shards.replace(work / MANIFEST, manifest.to_text())
+    return read_manifest(work)

@@ -1,0 +1,138 @@
+"""Which row of which domain comes when: a pure function of the seed and of the row's place in the whole training run.
+
+Two pieces of integer arithmetic, with no buffer and nothing to remember:
+
+    mixture       place in the run -> (domain, how many rows of it came before)     exact shares at every length
+    permutation   how many came before -> (epoch, row)                              every row once an epoch
+
+They are written out here because a run depends on them for months: the order must not change with a library's next
+release (Grain's index_shuffle is under `experimental`, and its `mix` rounds rates to whole percents of the smallest:
+0.25% off for rates of 1 and 1.0099). docs/data.md has the comparison.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+VERSION = 1  # of the arithmetic; a change to it is a change of every order
+ROUNDS = 6
+WEIGHT_SUM = 1 << 24  # shares are exact to 6e-8
+MAX_ROWS = 1 << 39  # rows in a run: their number times WEIGHT_SUM has to fit 63 bits
+
+
+def integer_weights(rates: Sequence[float]) -> tuple[int, ...]:
+    """Whole numbers in proportion to `rates`, none below 1, whose sum is WEIGHT_SUM (largest remainders)."""
+    total = math.fsum(rates)
+    exact = [rate / total * WEIGHT_SUM for rate in rates]
+    weights = [max(1, int(value)) for value in exact]
+    by_remainder = sorted(range(len(rates)), key=lambda i: (weights[i] - exact[i], i))
+    for i in by_remainder[: max(0, WEIGHT_SUM - sum(weights))]:
+        weights[i] += 1
+    weights[int(np.argmax(weights))] -= sum(weights) - WEIGHT_SUM  # domains so rare that they were given a 1
+    return tuple(weights)
+
+
+def mixture(index: np.ndarray, weights: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(domain, number of rows of that domain before), int64 [n] each, for the places `index`, int64 [n].
+
+    The first domain takes a place where floor(k * its share) moves on; the places that are left over are shared out in
+    the same way among the rest. After any number of rows every domain has its share to within one row per domain.
+    """
+    if len(index) and int(index.max()) >= MAX_ROWS:
+        raise ValueError(f"place {int(index.max())} is beyond the {MAX_ROWS} rows of a run")
+    domain = np.full(index.shape, -1, np.int64)
+    before = np.zeros(index.shape, np.int64)
+    here, after, remaining = index.astype(np.int64), index.astype(np.int64) + 1, sum(weights)
+    for i, weight in enumerate(weights):
+        left_here = here * (remaining - weight) // remaining
+        left_after = after * (remaining - weight) // remaining
+        taken = (domain < 0) & (left_after == left_here)
+        domain[taken] = i
+        before[taken] = (here - left_here)[taken]
+        here, after, remaining = left_here, left_after, remaining - weight
+    return domain, before
+
+
+def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
+    """A permutation of range(size) at the places `index`, int64 [n], chosen by `key`, uint64 [ROUNDS].
+
+    A Feistel network over the pairs (left, right) of digits to the base ceil(sqrt(size)). It permutes the square of
+    that base; what falls beyond `size` is permuted again until it falls below (Black and Rogaway, 2002, "cycle
+    walking"), which one in sqrt(size) has to.
+    """
+    base = np.uint64(math.isqrt(size - 1) + 1)
+    value = index.astype(np.uint64)
+    walking = np.arange(len(value))
+    while len(walking):
+        left, right = np.divmod(value[walking], base)
+        for k in key:
+            left, right = right, (left + _mix(right + k) % base) % base
+        value[walking] = left * base + right
+        walking = walking[value[walking] >= np.uint64(size)]
+    return value.astype(np.int64)
+
+
+def _mix(value: np.ndarray) -> np.ndarray:
+    """64 bits stirred: the finalizer of splitmix64 (Steele, Lea, Flood, 2014; constants of Stafford's variant 13)."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+@functools.lru_cache(maxsize=4096)
+def _key(seed: int, domain: str, epoch: int) -> np.ndarray:
+    digest = hashlib.blake2b(f"{seed} {epoch} {domain}".encode(), digest_size=8 * ROUNDS).digest()
+    return np.frombuffer(digest, "<u8").astype(np.uint64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """The order of a run's rows.
+
+    Attributes:
+      domains: names; their order here does not matter.
+      rows: number of rows in each.
+      rates: of each, relative.
+      seed: of the permutations. The mixture has none: every run has the same domain at the same place.
+    """
+
+    domains: tuple[str, ...]
+    rows: tuple[int, ...]
+    rates: tuple[float, ...]
+    seed: int
+
+    @functools.cached_property
+    def _canonical(self) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Domains by name, and their weights: a page that lists them otherwise gives the same run."""
+        by_name = sorted(range(len(self.domains)), key=self.domains.__getitem__)
+        return np.array(by_name), integer_weights([self.rates[i] for i in by_name])
+
+    def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(domain, epoch, row), int64 [n] each, of the rows at the places `index`, int64 [n], of the run.
+
+        The time it takes does not depend on how far into the run they are.
+        """
+        by_name, weights = self._canonical
+        place, before = mixture(np.asarray(index, np.int64), weights)
+        domain = by_name[place]
+        epoch, row = np.divmod(before, np.array(self.rows)[domain])
+        for i, number in set(zip(domain.tolist(), epoch.tolist())):
+            here = (domain == i) & (epoch == number)
+            row[here] = permute(row[here], self.rows[i], _key(self.seed, self.domains[i], number))
+        return domain, epoch, row
+
+    def counts(self, rows: int) -> dict[str, int]:
+        """How many of the first `rows` rows of a run are of each domain; which ones they are is not computed."""
+        by_name, weights = self._canonical
+        place, _ = mixture(np.arange(rows), weights)
+        found = np.bincount(by_name[place], minlength=len(weights))
+        return dict(zip(self.domains, found.tolist(), strict=True))
+
+    def epochs(self, rows: int) -> dict[str, float]:
+        """How often each domain is gone through in the first `rows` rows of a run."""
+        total = math.fsum(self.rates)
+        return {name: rows * rate / total / n for name, rate, n in zip(self.domains, self.rates, self.rows)}

@@ -1,0 +1,345 @@
+"""From the files of a domain to shards of packed rows: what one worker of `tele data cache` does, without Beam.
+
+A unit is some 65,536 * seq_len bytes of consecutive input and becomes one shard. It does not depend on any other, so
+that they can be made in any order, anywhere, and again: the same unit gives the same bytes. Inside a unit documents
+are shuffled by a hash; each keeps its tokens together, however long it is. What a row mixes comes from one unit; the
+rows of all units are shuffled when they are read (order.py).
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tele_jax.config import from_dict
+from tele_jax.data import dialogue, examples, packing, records, sources
+from tele_jax.data.cache import LENGTH_BINS, Counts, Shard, file_crc32
+from tele_jax.data.extras import need
+from tele_jax.data.vocabulary import Vocabulary
+from tele_jax.errors import FailedError, UserError
+from tele_jax.run import CacheConfig
+
+BLOCK_BYTES = 1 << 20  # text that is tokenised at a time
+SPAN_BYTES = 16_384  # SentencePiece takes three times as long for a byte of a text of a megabyte as for one of these
+DOCUMENT_BYTES = 1 << 24  # a text file beyond this becomes several documents, all but the last without an end
+OPEN_ROWS = 64  # for fit_rows
+ACCOUNTS = ".done"  # directory of accounts, while a cache is being made
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """A stretch of a file. Of a file with a document a line, the lines that begin in it."""
+
+    path: str
+    begin: int
+    end: int
+    file_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unit:
+    """What becomes one shard."""
+
+    domain: str
+    format: sources.Format
+    number: int
+    parts: tuple[Part, ...]
+
+    @property
+    def name(self) -> str:
+        """Path of the shard in the cache, without ending."""
+        return f"{self.domain}/{self.number:05d}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Done:
+    """What a unit became. `shard` is None if all of its documents were rejected."""
+
+    shard: Shard | None
+    counts: Counts
+    first_reason: str | None  # of a rejection
+
+
+def plan(config: CacheConfig) -> list[Unit]:
+    """The units of all domains; only the sizes of the files are looked at.
+
+    Raises:
+      UserError: a pattern that matches nothing, an empty file, fine-tuning on what is not dialogues.
+    """
+    units = []
+    for domain, source in config.data.sources.items():
+        examples.check_format(domain, source.format, config.kind)
+        parts: dict[int, list[Part]] = {}
+        before = 0
+        for path in sources.expand(source.files, f"sources.{domain}.files"):
+            size = os.path.getsize(path)
+            if size == 0:
+                raise UserError(f"{path}: the file is empty")
+            # Cuts fall on multiples of shard_bytes of all files together; a text file is one document, and stays whole.
+            begin = 0
+            while begin < size:
+                number = (before + begin) // config.shard_bytes
+                end = size if source.format == "text" else min(size, (number + 1) * config.shard_bytes - before)
+                parts.setdefault(number, []).append(Part(path=path, begin=begin, end=end, file_bytes=size))
+                begin = end
+            before += size
+        units += [
+            Unit(domain=domain, format=source.format, number=i, parts=tuple(parts[number]))
+            for i, number in enumerate(sorted(parts))
+        ]
+    return units
+
+
+@dataclasses.dataclass
+class _Reader:
+    """The documents of a unit, in the order in which they are packed, and those that cannot be used."""
+
+    unit: Unit
+    seed: int
+    rejected: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def documents(self) -> Iterator[tuple[Any, bool]]:
+        """(text or messages, whether the document ends with it)."""
+        places = [(part, offset, line) for part in self.unit.parts for offset, line in self._lines(part)]
+        prefix = f"{self.seed} {self.unit.domain} {self.unit.number} "
+        order = [hashlib.blake2b(f"{prefix}{i}".encode(), digest_size=8).digest() for i in range(len(places))]
+        for i in sorted(range(len(places)), key=order.__getitem__):
+            part, offset, line = places[i]
+            if line is None:
+                yield from self._text(part)
+            elif (value := self._check(part.path, offset, line, self._record)) is not None:
+                yield value, True
+
+    def _lines(self, part: Part) -> Iterator[tuple[int, bytes | None]]:
+        """(offset, line) of every line that begins in the part and is not blank; (0, None) for a text file."""
+        with open(part.path, "rb") as file:
+            if os.fstat(file.fileno()).st_size != part.file_bytes:
+                raise UserError(f"{part.path}: has changed since this cache was begun; remove what was begun")
+            if self.unit.format == "text":
+                yield 0, None
+                return
+            file.seek(max(0, part.begin - 1))
+            if part.begin:
+                file.readline()  # the line that begins before; if it ends right at `begin`, this is its last byte
+            while (offset := file.tell()) < part.end:
+                line = file.readline()
+                if line.strip():
+                    yield offset, line
+
+    def _text(self, part: Part) -> Iterator[tuple[str, bool]]:
+        with open(part.path, "rb") as file:
+            offset = 0
+            while offset < part.file_bytes:
+                file.seek(offset)
+                data = file.read(DOCUMENT_BYTES)
+                last = offset + len(data) >= part.file_bytes
+                data = data if last else data[: sources.cut_bytes(data)]
+                text = self._check(part.path, offset, data, lambda data: data.decode("utf-8"))
+                if text is not None:
+                    yield text, last
+                offset += len(data)
+
+    def _record(self, line: bytes) -> Any:
+        value = sources.check_record(line.decode("utf-8"), self.unit.format)
+        if not value:
+            raise UserError("the text is empty")
+        return value
+
+    def _check(self, path: str, offset: int, data: bytes, read: Callable[[bytes], Any]) -> Any:
+        try:
+            return read(data)
+        except UnicodeDecodeError as error:
+            reason = f"not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x})"
+        except UserError as error:
+            reason = str(error)
+        sample = data[:200].decode(errors="backslashreplace")
+        self.rejected.append({"file": path, "byte": offset, "reason": reason, "sample": sample})
+        return None
+
+
+class _Tokenizer:
+    """Documents to examples, block by block: int32 [3, N] (examples.COLUMNS), and the length of each example."""
+
+    def __init__(self, vocabulary: Vocabulary, config: CacheConfig, threads: int):
+        self.vocabulary, self._kind, self._seq_len, self._threads = vocabulary, config.kind, config.seq_len, threads
+        self._spelled = np.array([len(spelled) for spelled in vocabulary.piece_bytes])
+        self.counts = Counts()
+
+    def block(self, documents: Sequence[tuple[Any, bool]]) -> tuple[np.ndarray, np.ndarray]:
+        dialogues = bool(documents) and not isinstance(documents[0][0], str)
+        whole, shortened = len("".join([sources.text_of(value) for value, _ in documents]).encode()), 0
+        if dialogues and self._kind == "sft":
+            rendered = [self._answers(messages) for messages, _ in documents]
+            shortened = sum(cut for _, cut in rendered)
+            columns = np.concatenate([example for example, _ in rendered], axis=1)
+            lengths = np.array([example.shape[1] for example, _ in rendered])
+        else:
+            targets, lengths = self._all(documents) if dialogues else self._texts(documents)
+            columns = np.empty((3, len(targets)), np.int32)
+            columns[0, 1:], columns[1], columns[2] = targets[:-1], targets, 1
+            columns[0, np.cumsum(lengths) - lengths] = self.vocabulary.eos_id
+        self.counts += Counts(
+            documents=sum(ends for _, ends in documents),
+            shortened=shortened,
+            text_bytes=self._text_bytes(columns[1]) if shortened else whole,
+            text_tokens=int(np.count_nonzero(self._spelled[columns[1]])),
+            tokens=columns.shape[1],
+            learned_tokens=int(np.count_nonzero(columns[2])),
+            lengths=tuple(np.bincount(np.frexp(lengths)[1] - 1, minlength=LENGTH_BINS).tolist()),
+        )
+        return columns, lengths
+
+    def _texts(self, documents: Sequence[tuple[str, bool]]) -> tuple[np.ndarray, np.ndarray]:
+        """Targets and lengths of documents that are texts; spans are encoded apart and put together again."""
+        spans, first_span = [], []
+        for text, _ in documents:
+            first_span.append(len(spans))
+            if 4 * len(text) <= SPAN_BYTES:
+                spans.append(text)
+            else:
+                spans += [text[begin:end] for begin, end in sources.cut_text(text, SPAN_BYTES)]
+        ids = self.vocabulary.encode_batch(spans, self._threads)
+        texts = np.concatenate(ids)
+        lengths = np.add.reduceat(np.fromiter(map(len, ids), np.int64, len(ids)), first_span)
+        ends = np.array([ends for _, ends in documents])
+        targets = np.full(len(texts) + ends.sum(), self.vocabulary.eos_id, np.int32)
+        targets[np.arange(len(texts)) + np.repeat(np.cumsum(ends) - ends, lengths)] = texts
+        return targets, lengths + ends
+
+    def _text_bytes(self, targets: np.ndarray) -> int:
+        """UTF-8 bytes of text that the targets spell."""
+        spelled = self._spelled[targets]
+        spaces = np.count_nonzero(np.diff(spelled > 0, prepend=False) & (spelled > 0))  # before each stretch of text
+        return int(spelled.sum()) - (int(spaces) if self.vocabulary.adds_dummy_prefix else 0)
+
+    def _all(self, documents: Sequence[tuple[Any, bool]]) -> tuple[np.ndarray, np.ndarray]:
+        """Targets and lengths of dialogues of which every token is learned."""
+        rendered = [
+            [*dialogue.render(messages, self.vocabulary)[0], self.vocabulary.eos_id] for messages, _ in documents
+        ]
+        return np.concatenate([np.array(tokens, np.int32) for tokens in rendered]), np.array([*map(len, rendered)])
+
+    def _answers(self, messages: Any) -> tuple[np.ndarray, bool]:
+        """One dialogue of which the answers are learned, and whether it had to be shortened."""
+        tokens, weights = dialogue.render(messages, self.vocabulary)
+        shortened = len(tokens) > self._seq_len + 1
+        if shortened:
+            tokens, weights = dialogue.render(messages, self.vocabulary, max_tokens=self._seq_len + 1)
+        return np.array([tokens[:-1], tokens[1:], weights[1:]], np.int32), shortened
+
+
+def _blocks(documents: Iterator[tuple[Any, bool]]) -> Iterator[list[tuple[Any, bool]]]:
+    block, characters = [], 0
+    for document in documents:
+        block.append(document)
+        characters += len(sources.text_of(document[0]))
+        if characters >= BLOCK_BYTES:
+            yield block
+            block, characters = [], 0
+    if block:
+        yield block
+
+
+def _packed(reader: _Reader, tokenizer: _Tokenizer, config: CacheConfig) -> Iterator[np.ndarray]:
+    """The rows of a unit, int32 [R, 5, S] at a time. The last ones are padded where the documents end."""
+    vocabulary = tokenizer.vocabulary
+    pad_id = max(vocabulary.pad_id, 0)
+    open_rows = packing.empty_rows(1 if config.kind == "pretrain" else OPEN_ROWS, config.seq_len, pad_id)
+    for block in _blocks(reader.documents()):
+        columns, lengths = tokenizer.block(block)
+        if config.kind == "pretrain":
+            separator = vocabulary.eos_id
+            open_rows, rows = packing.cut_rows(open_rows, columns, lengths, separator=separator, pad_id=pad_id)
+        else:
+            parts = np.split(columns, np.cumsum(lengths)[:-1], axis=1)
+            open_rows, rows = packing.fit_rows(open_rows, parts, pad_id=pad_id)
+        yield rows
+    yield open_rows[[packing.used(row) > 0 for row in open_rows]]
+
+
+def write_unit(unit: Unit, config: CacheConfig, vocabulary: Vocabulary, out: Path, *, threads: int = 1) -> Done:
+    """Writes the shard of a unit, whole or not at all, and last the account of it; does nothing if that is there.
+
+    Raises:
+      UserError: a file has changed since the plan was made.
+      FailedError: the disk is full, or something cannot be read or written.
+    """
+    account = account_file(out, unit)
+    if account.exists():
+        return from_dict(Done, json.loads(account.read_text()), str(account))
+    try:
+        account.parent.mkdir(parents=True, exist_ok=True)
+        (out / unit.domain).mkdir(exist_ok=True)
+        done, rejected = _write(unit, config, vocabulary, out, threads)
+        if rejected:
+            lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected)
+            replace(out / f"{unit.name}.rejected.jsonl", lines)
+        replace(account, json.dumps(dataclasses.asdict(done)))
+    except OSError as error:
+        raise FailedError(
+            f"{error.filename or out / unit.name}: {error.strerror or error}; start again to go on"
+        ) from None
+    return done
+
+
+def _write(
+    unit: Unit, config: CacheConfig, vocabulary: Vocabulary, out: Path, threads: int
+) -> tuple[Done, list[dict[str, Any]]]:
+    reader, tokenizer = _Reader(unit, config.seed), _Tokenizer(vocabulary, config, threads)
+    dtype = records.id_type(vocabulary.vocab_size)
+    target = out / f"{unit.name}.array_record"
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    counts = Counts()
+    array_record = need("array_record.python.array_record_module")
+    try:
+        # A group is what is compressed together, and so what has to be read to get at one row.
+        writer = array_record.ArrayRecordWriter(str(temporary), "group_size:1,zstd:1")
+        for rows in _packed(reader, tokenizer, config):
+            for record in records.encode(rows, dtype):
+                writer.write(record)
+            segments = rows[:, packing.SEGMENT_IDS].max(axis=1, initial=0).sum()
+            counts += Counts(rows=len(rows), segments=int(segments))
+        writer.close()
+        counts += dataclasses.replace(tokenizer.counts, rejected=len(reader.rejected))
+        shard = _keep(temporary, target, counts.rows, out)
+    except RuntimeError as error:  # what ArrayRecord makes of any failure to write
+        raise FailedError(f"{target}: {str(error).split(';')[0]}; start again to go on") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    first = reader.rejected[0] if reader.rejected else None
+    reason = first and f"{first['file']}, byte {first['byte']}: {first['reason']}"
+    return Done(shard=shard, counts=counts, first_reason=reason), reader.rejected
+
+
+def _keep(temporary: Path, target: Path, rows: int, out: Path) -> Shard | None:
+    """Gives a finished file its name, once it is on the disk."""
+    if not rows:
+        return None
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    crc32 = file_crc32(temporary)
+    os.replace(temporary, target)
+    return Shard(file=str(target.relative_to(out)), rows=rows, file_bytes=target.stat().st_size, crc32=crc32)
+
+
+def account_file(out: Path, unit: Unit) -> Path:
+    """Where the account of a finished unit is: a Done as JSON."""
+    return out / ACCOUNTS / f"{unit.name}.json"
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,353 @@
+"""Pictures of losses, growth plans, receipts, layer scores and masks, as matplotlib figures.
+
+plots.loss({"loss, nats per token": {"small": (steps, losses)}}, growths=[300])    curves across growths
+plots.plan(plan)                       what every leaf of the grown model is made of
+plots.receipts({"exact": receipt})     what verify found: report.to_json(), or a growth_receipt.json
+plots.layer_scores(receipt)            how much each layer changes its input, and which layers were copied
+plots.mask_ramp(schedule, 300)         the masks of policy msg, step by step
+
+A function returns a figure of its own, which touches no state of pyplot: a notebook shows it, a script saves it with
+figure.savefig(path), its axes are figure.axes. The extra [plots] installs what it needs.
+"""
+
+import functools
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tele_jax.config import require
+from tele_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from tele_jax.growth import MaskSchedule, Plan
+
+# Colours that people with any colour vision tell apart (Okabe and Ito, 2008).
+BLUE, ORANGE, GREEN, PINK, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
+CYCLE = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY)
+STYLES = ("-", "--", "-.", ":")
+PALE, INK = "#D9D9D9", "#333333"
+DPI = 100
+FEW = 60  # points of a curve up to which each is marked
+
+KINDS = {"copied": BLUE, "scaled": SKY, "zero": PALE, "fresh": ORANGE}
+EXPLAINED = {
+    "copied": "copied from the source",
+    "scaled": "copied and scaled",
+    "zero": "zero",
+    "fresh": "fresh (random; norm scales constant)",
+}
+
+CANNOT_LEARN = {"dead": "no gradient", "locked": "equal to another unit"}
+
+METRICS = {
+    "cosine": "1 - cos(in, out)",
+    "angular": "angle between in and out, half turns",
+    "relative_l2": "|out - in| / |in|",
+}
+
+Curve = tuple[Sequence[float], Sequence[float]]
+
+
+def loss(
+    panels: Mapping[str, Mapping[str, Curve]],
+    *,
+    growths: Sequence[float] = (),
+    x_label: str = "step",
+    x_range: tuple[float, float] | None = None,
+    title: str = "Loss across the growths",
+) -> "Figure":
+    """Curves over a common axis, with a vertical line wherever the model grew.
+
+    Args:
+      panels: one below the other; by the label of the vertical axis (what, unit), the curves by name: (xs, ys).
+      growths: where the model grew, on the horizontal axis.
+      x_label: the horizontal axis (what, unit).
+      x_range: the part of it to show; all of it by default. The vertical axis then fits what is seen.
+
+    Raises:
+      UserError: no panel; a curve whose xs and ys differ in length; matplotlib is missing.
+    """
+    require(len(panels) > 0, "plots.loss: no panel to draw; give {label of the vertical axis: {name: (xs, ys)}}")
+    figure = _figure(9, 1.5 + 3.2 * len(panels))
+    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (label, curves) in zip(rows, panels.items(), strict=True):
+        for i, (name, (xs, ys)) in enumerate(curves.items()):
+            require(len(xs) == len(ys), f"plots.loss: curve {name!r} has {len(xs)} xs and {len(ys)} ys")
+            axes.plot(
+                xs,
+                ys,
+                label=name,
+                color=CYCLE[i % len(CYCLE)],
+                linestyle=STYLES[i // len(CYCLE) % len(STYLES)],
+                linewidth=1.5,
+                marker="o" if len(xs) <= FEW else None,
+                markersize=3.5,
+            )
+        for i, at in enumerate(growths):
+            axes.axvline(at, color=INK, linestyle="--", linewidth=1, label="growth" if i == 0 else None)
+        if x_range is not None:
+            _zoom(axes, curves.values(), x_range)
+        axes.set_ylabel(label)
+        _grid(axes)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize="small")
+    rows[-1].set_xlabel(x_label)
+    rows[0].set_title(title)
+    return figure
+
+
+def _zoom(axes: "Axes", curves: Iterable[Curve], x_range: tuple[float, float]) -> None:
+    low, high = x_range
+    seen = [y for xs, ys in curves for x, y in zip(xs, ys, strict=True) if low <= x <= high]
+    axes.set_xlim(low, high)
+    if seen:
+        margin = 0.05 * (max(seen) - min(seen)) or 1.0
+        axes.set_ylim(min(seen) - margin, max(seen) + margin)
+
+
+def plan(plan: "Plan") -> "Figure":
+    """Of every leaf of the grown model, the shares that are copied, scaled, zero and fresh, as stacked bars.
+
+    Raises:
+      UserError: matplotlib is missing.
+    """
+    tallies = {name: plan.tally(name) for name in plan.dst_spec}
+    total = {kind: sum(tally[kind] for tally in tallies.values()) for kind in KINDS}
+    rows = {"all parameters": total, **tallies}
+    shapes = {name: " x ".join(f"{size:,}" for size in spec.shape) for name, spec in plan.dst_spec.items()}
+    figure = _figure(9, 1.8 + 0.32 * len(rows))
+    axes = figure.add_subplot()
+    places, sizes = np.arange(len(rows)), np.array([sum(tally.values()) for tally in rows.values()])
+    left = np.zeros(len(rows))
+    for kind, color in KINDS.items():
+        share = 100 * np.array([tally[kind] for tally in rows.values()]) / sizes
+        axes.barh(places, share, left=left, color=color, edgecolor="white", linewidth=0.8, label=EXPLAINED[kind])
+        left += share
+    for place, name, size in zip(places, rows, sizes, strict=True):
+        shape = f" = {shapes[name]}" if " x " in shapes.get(name, "") else ""
+        axes.text(101, place, f"{size:,}{shape}", va="center", fontsize=8)
+    axes.set_yticks(places, list(rows))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("share of the entries of each grown array, percent (right: how many entries)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS), frameon=False)
+    grown = ", ".join(f"{axis} {m.src_size} -> {m.dst_size}" for axis, m in plan.maps.items() if not m.is_identity)
+    axes.set_title(f"Growth by policy {plan.policy}\n{grown or 'no axis grows'}", fontsize="medium")
+    return figure
+
+
+def layer_scores(receipt: Mapping[str, Any]) -> "Figure":
+    """How much every source layer changes what goes through it, and which of them the growth copied.
+
+    receipt: what `tele grow` and a growth stage write (growth_receipt.json). Read are `layer_scores`, one float per
+    source layer; `layers`, for every layer of the grown model the id of its source; and `layer_metric`, cosine where
+    it is absent.
+
+    Raises:
+      UserError: the receipt has no scores, since the layers were not chosen by distance; matplotlib is missing.
+    """
+    scores, layers = receipt.get("layer_scores"), receipt.get("layers")
+    if scores is None or layers is None:
+        raise UserError('plots.layer_scores: the receipt has no layer scores; only layers="distance" measures them')
+    copies = np.bincount(np.asarray(layers, np.int64), minlength=len(scores)) - 1
+    metric = receipt.get("layer_metric") or "cosine"
+    figure = _figure(9, 4.2)
+    axes = figure.add_subplot()
+    ids = np.arange(len(scores))
+    ends = (len(scores) > 2) & ((ids == 0) | (ids == len(scores) - 1)) & (copies == 0)
+    for where, color, label in (
+        (copies > 0, ORANGE, "copied; the copy comes right after it"),
+        ((copies == 0) & ~ends, BLUE, "not copied"),
+        (ends, PALE, "first and last: never copied"),
+    ):
+        if where.any():
+            axes.bar(ids[where], np.asarray(scores)[where], color=color, label=label)
+    for i in ids[copies > (0 if len(scores) <= 24 else 1)]:  # of many layers, only where it says more than the colour
+        axes.annotate(f"+{copies[i]}", (i, scores[i]), ha="center", va="bottom", fontsize="small")
+    axes.margins(y=0.12)
+    axes.locator_params(axis="x", integer=True)
+    axes.set_xlabel("source layer")
+    axes.set_ylabel(f"change of what goes through a layer ({metric})\n{METRICS.get(metric, '')}".rstrip())
+    axes.set_title(f"Which layers were copied: {len(scores)} -> {len(layers)}, those that change least")
+    _grid(axes, "y")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def mask_ramp(schedule: "MaskSchedule", steps: int | Sequence[int], *, x_label: str = "steps after the growth"):
+    """The mask on what is new, along every grown axis, over range(steps) or the steps given: a Figure.
+
+    Raises:
+      UserError: the schedule's plan has no masks; no step; matplotlib is missing.
+    """
+    at = range(steps) if isinstance(steps, int) else list(steps)
+    require(len(at) > 0, f"plots.mask_ramp: steps={steps} is no step at all")
+    states = [schedule(step) for step in at]
+    names = {axis for state in states if state is not None for axis in state}
+    axes_of_plan = [axis for axis, axis_map in schedule.plan.maps.items() if axis in names and axis_map.fresh.any()]
+    require(
+        bool(axes_of_plan),
+        f"plots.mask_ramp: there are no masks to draw: policy {schedule.plan.policy} has none, or nothing grows, or "
+        "the ramp is over at the first step",
+    )
+    curves: dict[tuple[float, ...], list[str]] = {}  # axes whose masks rise together share a line
+    for axis in axes_of_plan:
+        new = schedule.plan.maps[axis].fresh
+        values = tuple(1.0 if state is None else float(state[axis][new].min()) for state in states)
+        curves.setdefault(values, []).append(axis)
+    figure = _figure(9, 3.8)
+    axes = figure.add_subplot()
+    for i, (values, names) in enumerate(curves.items()):
+        axes.plot(at, values, color=CYCLE[i % len(CYCLE)], linewidth=2, label=f"new units of {', '.join(names)}")
+    axes.axhline(1, color=INK, linestyle="--", linewidth=1, label="what was there before")
+    gone = next((step for step, state in zip(at, states, strict=True) if state is None), None)
+    if gone is not None:
+        label = f"from step {gone} on: the model without masks"
+        axes.axvline(gone, color=INK, linestyle=":", linewidth=1.2, label=label)
+    axes.set_ylim(-0.05, 1.1)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel("mask (0: as if it were not there)")
+    axes.set_title("What is new enters gradually")
+    _grid(axes)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def receipts(receipts: Mapping[str, Mapping[str, Any]]) -> "Figure":
+    """What verify found, one row per growth: how far the function moved, and the new units that cannot learn.
+
+    receipts: by a name for the growth, what report.to_json() or a growth_receipt.json holds.
+
+    Raises:
+      UserError: no receipt, or one without the fields of a report; matplotlib is missing.
+    """
+    require(len(receipts) > 0, "plots.receipts: no receipt to draw; give {name: receipt}")
+    for name, receipt in receipts.items():
+        missing = {"max_rel", "kl", "tolerance", "dead", "locked", "preserving", "lively", "ok"} - set(receipt)
+        listed = ", ".join(sorted(missing))
+        require(not missing, f"plots.receipts: {name!r} is no receipt of a growth: {listed} missing")
+    rows = list(receipts.values())
+    places = np.arange(len(rows))
+    figure = _figure(9, 1.9 + 0.55 * len(rows))
+    moved, divergence, units = figure.subplots(1, 3, sharey=True, width_ratios=(1, 0.9, 0.9))
+    _log_dots(moved, [row["max_rel"] for row in rows], rows)
+    _log_dots(divergence, [None if row["kl"] is None else abs(row["kl"]) for row in rows], rows)
+    _tolerances(moved, rows)
+    _counts(units, rows)
+    moved.set_xlabel("largest logit difference,\nrelative to the largest logit")
+    divergence.set_xlabel("KL divergence of predictions,\nmean, |nats per token|")
+    units.set_xlabel("number of new units\nthat cannot learn")
+    moved.set_yticks(places, [f"{name}\n{_verdict(row)[0]}" for name, row in receipts.items()])
+    moved.set_ylim(len(rows) - 0.5, -0.5)
+    for axes in (moved, divergence, units):
+        _grid(axes, "x")
+    figure.legend(*_merged_legend(moved, units), loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    figure.suptitle("Did the function stay the same, and can everything new learn?", fontsize="medium")
+    return figure
+
+
+def _verdict(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """(in words, marker, colour): a policy that promises little keeps its promise easily, and that is said."""
+    if not row["ok"]:
+        return "NOT ok", "X", VERMILION
+    if not row["preserving"]:
+        return "changes the function", "s", ORANGE
+    return ("ok" if row["lively"] else "ok, but copies stay copies"), "o", GREEN
+
+
+def _log_dots(axes: "Axes", values: Sequence[float | None], rows: Sequence[Mapping[str, Any]]) -> None:
+    """A dot per row on a logarithmic axis, with its number; what has no place there (0, None) is said at the left."""
+    tolerances = [row["tolerance"] for row in rows if row["tolerance"] is not None]
+    positive = [v for v in values if v is not None and v > 0 and math.isfinite(v)] + tolerances
+    low = 10.0 ** (math.floor(math.log10(min(positive, default=1e-8))) - 1)
+    high = 10.0 ** (math.ceil(math.log10(max(positive, default=1.0))) + 1)
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    for place, (value, row) in enumerate(zip(values, rows, strict=True)):
+        _, marker, color = _verdict(row)
+        if value is not None and value > 0 and math.isfinite(value):
+            axes.plot([value], [place], marker, color=color, markersize=8)
+            axes.annotate(f"{value:.2g}", (value, place), (0, 8), textcoords="offset points", ha="center", fontsize=8)
+        else:
+            said = "not looked at" if value is None else "0, exactly" if value == 0 else f"{value}"
+            axes.annotate(said, (low, place), (6, 0), textcoords="offset points", va="center", fontsize=8, color=color)
+
+
+def _tolerances(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
+    """A vertical mark in every row that promises to stay below it."""
+    promised = [(place, row["tolerance"]) for place, row in enumerate(rows) if row["preserving"] and row["tolerance"]]
+    for i, (place, tolerance) in enumerate(promised):
+        label = "tolerance: what rounding explains" if i == 0 else None
+        axes.plot([tolerance] * 2, [place - 0.4, place + 0.4], color=INK, linewidth=2, label=label)
+
+
+def _counts(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
+    """Bars of dead and locked units, each with its number."""
+    for offset, kind, color in ((-0.18, "dead", INK), (0.18, "locked", PINK)):
+        counts = [None if row[kind] is None else len(row[kind]) for row in rows]
+        places = np.arange(len(rows)) + offset
+        label = f"{kind}: {CANNOT_LEARN[kind]}"
+        axes.barh(places, [count or 0 for count in counts], height=0.3, color=color, label=label)
+        for place, count in zip(places, counts, strict=True):
+            text = "not looked at" if count is None else f"{count:,} {kind}"
+            axes.annotate(f" {text}", (count or 0, place), va="center", fontsize=8)
+    most = max(len(row[kind] or ()) for row in rows for kind in CANNOT_LEARN)
+    axes.set_xlim(0, 1.9 * max(most, 1))
+    axes.locator_params(axis="x", integer=True, nbins=4)
+
+
+def _merged_legend(moved: "Axes", units: "Axes") -> tuple[list, list]:
+    handles, labels = [], []
+    for axes in (moved, units):
+        more = axes.get_legend_handles_labels()
+        handles += more[0]
+        labels += more[1]
+    return handles, labels
+
+
+def _grid(axes: "Axes", which: str = "both") -> None:
+    axes.grid(axis=which, alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    """An empty figure, inches at DPI dots each."""
+    return _figure_class()(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+@functools.cache
+def _figure_class() -> type:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from PIL import Image  # matplotlib's own requirement
+    except ModuleNotFoundError as error:
+        package = error.name.partition(".")[0]
+        raise UserError(
+            f"tele.plots needs the package {package!r}, which is not installed: pip install 'tele_jax[plots]'"
+        ) from None
+
+    class Picture(Figure):
+        """A figure with a canvas of its own, and that notebooks show without pyplot."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            FigureCanvasAgg(self)
+
+        def _repr_png_(self) -> bytes:
+            # A palette of 256 colours looks the same, and keeps notebooks with their outputs small.
+            self.canvas.draw()
+            picture = Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB")
+            buffer = io.BytesIO()
+            picture.quantize(256).save(buffer, format="png", optimize=True)
+            return buffer.getvalue()
+
+    return Picture

@@ -1,0 +1,220 @@
+"""From counts to time: the roofline of a compiled step on its slice, tokens per day, chip-hours.
+
+A bound, not a prediction: each resource is taken to run at its peak, and all of them at the same time.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tele_jax.scale.compile import GIB, Job, Program
+from tele_jax.scale.counts import Collective
+from tele_jax.scale.topology import Places, Slice
+from tele_jax.train.step import flops_per_token
+
+DAY = 86_400.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds that one step takes at least, by resource, and what follows. Utilisation counts model FLOPs only."""
+
+    compute_seconds: float
+    hbm_seconds: float
+    ici_seconds: float
+    dcn_seconds: float
+    model_flops: float  # of one device and step
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute_seconds, self.hbm_seconds, self.ici_seconds, self.dcn_seconds)
+
+    @property
+    def limit(self) -> str:
+        times = {
+            "compute": self.compute_seconds,
+            "HBM": self.hbm_seconds,
+            "ICI": self.ici_seconds,
+            "DCN": self.dcn_seconds,
+        }
+        return max(times, key=times.get)
+
+
+def roofline(job: Job, program: Program) -> Roofline:
+    """The roofline of a program that was compiled."""
+    counts, places = program.counts, Places(job.slice, np.array(program.device_order))
+    ici = dcn = 0.0
+    for collective in counts.collectives:
+        over_ici, over_dcn = collective_seconds(collective, places)
+        ici += over_ici
+        dcn += over_dcn
+    return Roofline(
+        compute_seconds=counts.flops / job.slice.device_flops,
+        hbm_seconds=counts.hbm_bytes / job.slice.device_hbm_bandwidth,
+        ici_seconds=ici,
+        dcn_seconds=dcn,
+        model_flops=flops_per_token(job.cfg, job.seq_len) * job.tokens / job.slice.num_devices,
+    )
+
+
+def collective_seconds(collective: Collective, places: Places) -> tuple[float, float]:
+    """(seconds on ICI, seconds on the network between slices) of all executions of one collective.
+
+    On a torus the work is spread over the dimensions that its devices span; each has two links where the group goes
+    round a whole ring, else one. Only bandwidth counts, no latency (jax-ml.github.io/scaling-book/sharding).
+    """
+    size = len(collective.group)
+    if size < 2:
+        return 0.0, 0.0
+    of = places.of
+    spanned, counts = places.spanned(collective.group)
+    slices = counts[0]
+    share = received(collective) * collective.times
+    torus = [axis for axis in spanned if 1 <= axis <= 3]
+    ici = 0.0
+    if torus:
+        links = sum(_links(of, axis - 1, int(counts[axis])) for axis in torus)
+        hops = 1.0
+        if collective.kind == "all-to-all":  # data for a device far away passes through those between
+            hops = sum(counts[axis] / 4 for axis in torus) / len(torus) * 2
+        ici = share / slices * max(hops, 1.0) / (links * of.generation.link_bandwidth / of.generation.devices)
+    dcn = share * (slices - 1) / slices / (of.generation.dcn_bandwidth / of.generation.devices) if slices > 1 else 0.0
+    return ici, dcn
+
+
+def _links(of: Slice, axis: int, covered: int) -> int:
+    if axis >= len(of.shape):
+        return 1
+    return 2 if of.rings[axis] and covered == of.shape[axis] and covered > 2 else 1
+
+
+def received(collective: Collective) -> float:
+    """Bytes that each device receives in one execution, by the bandwidth-optimal algorithm."""
+    n = len(collective.group)
+    if collective.kind == "collective-permute":
+        return collective.result_bytes
+    if collective.kind == "all-reduce":
+        return 2 * collective.result_bytes * (n - 1) / n
+    if collective.kind == "reduce-scatter":
+        return collective.operand_bytes * (n - 1) / n
+    return collective.result_bytes * (n - 1) / n
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def figures(job: Job, program: Program, tokens: float | None = None) -> dict[str, Any]:
+    """Everything that `tele plan` says, as plain values. tokens: of the whole stage, where known."""
+    result: dict[str, Any] = {
+        "topology": job.slice.name,
+        "chips": job.slice.chips,
+        "devices": job.slice.num_devices,
+        "mesh": dataclasses.asdict(job.mesh),
+        "batch_size": job.batch_size,
+        "seq_len": job.seq_len,
+        "microbatches": job.microbatches,
+        "remat": job.cfg.remat,
+        "fits": program.fits,
+        "margin": 1 - program.needed_bytes / program.usable_bytes,
+        "hbm": {
+            "usable": program.usable_bytes,
+            "needed": program.needed_bytes,
+            "parameters": program.parameter_bytes,
+            "optimizer": program.optimizer_bytes,
+            "activations": program.counts.saved_bytes if program.counts else None,
+            "temporaries": program.temporary_bytes - (program.counts.saved_bytes if program.counts else 0),
+        },
+        "host_bytes": program.host_bytes,
+        "compile_seconds": program.compile_seconds,
+        "from_cache": program.from_cache,
+    }
+    if program.counts is None:
+        return result
+    line = roofline(job, program)
+    mfu = line.model_flops / (line.seconds * job.slice.device_flops)
+    tokens_per_day = job.tokens * DAY / line.seconds
+    counts = program.counts
+    result |= {
+        "flops": {"matmul": counts.matmul_flops, "attention": counts.kernel_flops, "model": line.model_flops},
+        "hbm_bytes": counts.hbm_bytes,
+        "collective_bytes": counts.collective_bytes,
+        "collectives": _by_kind(counts.collectives),
+        "seconds": {
+            "step": line.seconds,
+            "compute": line.compute_seconds,
+            "hbm": line.hbm_seconds,
+            "ici": line.ici_seconds,
+            "dcn": line.dcn_seconds,
+        },
+        "limit": line.limit,
+        "utilisation_bound": mfu,
+        "tokens_per_day": tokens_per_day,
+    }
+    if tokens is not None:
+        days = tokens / tokens_per_day
+        result |= {"stage_tokens": tokens, "days": days, "chip_hours": days * 24 * job.slice.chips}
+    return result
+
+
+def _by_kind(collectives: Sequence[Collective]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for c in collectives:
+        if len(c.group) < 2:
+            continue
+        entry = found.setdefault(
+            f"{c.kind} over {len(c.group)}", {"times": 0, "result_bytes": 0.0, "received_bytes": 0.0}
+        )
+        entry["times"] += c.times
+        entry["result_bytes"] += c.times * c.result_bytes
+        entry["received_bytes"] += c.times * received(c)
+    return dict(sorted(found.items(), key=lambda item: -item[1]["received_bytes"]))
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures for people."""
+    f, hbm = figures, figures["hbm"]
+    mesh = " x ".join(f"{axis} {size}" for axis, size in f["mesh"].items() if size > 1) or "one device"
+    verdict = f"fits, with {f['margin']:.0%} to spare" if f["fits"] else f"does not fit: {_over(hbm)} too much"
+    rows = [
+        ("slice", f"{f['topology']}, {f['chips']:,} chips; mesh {mesh}"),
+        ("batch", f"{f['batch_size']:,} x {f['seq_len']:,} tokens in {f['microbatches']} parts; remat {f['remat']}"),
+        ("HBM a device", f"{_gib(hbm['needed'])} of {_gib(hbm['usable'])}: {verdict}"),
+        ("  parameters", _gib(hbm["parameters"])),
+        ("  optimizer", _gib(hbm["optimizer"])),
+    ]
+    if hbm["activations"] is not None:
+        rows.append(("  activations", f"{_gib(hbm['activations'])}, saved for the backward pass"))
+    rows.append(("  temporaries", f"{_gib(hbm['temporaries'])}, gradients included"))
+    if f["host_bytes"]:
+        rows.append(("  on the host", _gib(f["host_bytes"])))
+    if "flops" in f:
+        flops, seconds = f["flops"], f["seconds"]
+        rows += [
+            ("FLOPs a device", f"{flops['matmul']:.4g} of matrix products, {flops['attention']:.3g} of attention; "
+                               f"model FLOPs {flops['model']:.4g}"),
+            ("traffic", f"HBM {f['hbm_bytes'] / 1e9:,.0f} GB; "
+                        f"results of collectives {f['collective_bytes'] / 1e9:,.0f} GB"),
+            *((f"  {kind}", f"{c['times']:,.0f} times, {c['received_bytes'] / 1e9:,.1f} GB received")
+              for kind, c in list(f["collectives"].items())[:6]),
+            ("step at least", f"{seconds['step']:.3f} s: compute {seconds['compute']:.3f}, HBM {seconds['hbm']:.3f}, "
+                              f"ICI {seconds['ici']:.3f}, DCN {seconds['dcn']:.3f}; limited by {f['limit']}"),
+            ("utilisation", f"at most {f['utilisation_bound']:.1%} of peak FLOPs (model FLOPs only)"),
+            ("tokens a day", f"at most {f['tokens_per_day'] / 1e9:,.2f} billion"),
+        ]  # fmt: skip
+    if "days" in f:
+        tokens = f"{f['stage_tokens'] / 1e9:,.1f} billion tokens"
+        rows.append(("stage", f"{tokens}: at least {f['days']:,.2f} days, {f['chip_hours']:,.0f} chip-hours"))
+    cached = ", from the cache" if f["from_cache"] else ""
+    rows.append(("compiled", f"in {f['compile_seconds']:.0f} s{cached}"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f} GiB"
+
+
+def _over(hbm: dict[str, Any]) -> str:
+    return _gib(hbm["needed"] - hbm["usable"])

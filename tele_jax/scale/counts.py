@@ -1,0 +1,374 @@
+"""What one execution of a compiled program does on one device: FLOPs, bytes of HBM, collectives, loops multiplied out.
+
+    counts = count(hlo.parse(compiled.as_text()))
+
+XLA's own analysis counts the body of a loop once, and so a model of 64 layers as one layer.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from tele_jax.scale import hlo
+from tele_jax.scale.hlo import Computation, Instruction, Module
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+# They stand for a value that another instruction has made, or for one that is only named.
+_NAMES = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id")
+_DONE = ("copy", "slice", "async", "all-gather", "all-reduce", "collective-permute", "send", "recv")
+_FREE = frozenset(
+    (*_NAMES, "opt-barrier", "optimization-barrier", "domain", "iota", "async-update", *(f"{op}-done" for op in _DONE))
+)
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective operation.
+
+    times: how often it runs. operand_bytes, result_bytes: of one device and one time. group: positions in the mesh of
+    the devices that the first group connects. source: the operation of the model that asked for it. channel: its
+    number in the program.
+    """
+
+    kind: str
+    times: float
+    operand_bytes: int
+    result_bytes: int
+    group: tuple[int, ...]
+    source: str
+    channel: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Of one device and one execution: matmul_flops of dots and convolutions, kernel_flops of attention kernels,
+    hbm_bytes read and written, host_bytes moved to and from the host's memory.
+    """
+
+    matmul_flops: float
+    kernel_flops: float
+    hbm_bytes: float
+    host_bytes: float
+    saved_bytes: int  # kept by the loop over layers for the backward pass
+    collectives: tuple[Collective, ...]
+    loops: tuple[tuple[str, int], ...]
+
+    @property
+    def flops(self) -> float:
+        return self.matmul_flops + self.kernel_flops
+
+    @property
+    def collective_bytes(self) -> float:
+        """Sum of the results of all collectives, the measure by which programs are compared."""
+        return sum(c.times * c.result_bytes for c in self.collectives)
+
+
+def count(module: Module) -> Counts:
+    """Counts a parsed program.
+
+    Raises:
+      ValueError: a loop whose length is not in the program.
+    """
+    counter = _Counter(module)
+    total = counter.computation(module.entry)
+    return Counts(
+        matmul_flops=total.matmul,
+        kernel_flops=total.kernel,
+        hbm_bytes=total.hbm,
+        host_bytes=total.host,
+        saved_bytes=_saved(module),
+        collectives=tuple(sorted(total.collectives.values(), key=lambda c: -c.times * c.result_bytes)),
+        loops=tuple(counter.loops),
+    )
+
+
+@dataclasses.dataclass
+class _Sum:
+    matmul: float = 0.0
+    kernel: float = 0.0
+    hbm: float = 0.0
+    host: float = 0.0
+    collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
+
+    def add(self, other: "_Sum", times: float = 1.0, *, own: str = "") -> None:
+        """Adds another so many times. `own` makes the names of its collectives those of a loop of its own."""
+        self.matmul += times * other.matmul
+        self.kernel += times * other.kernel
+        self.hbm += times * other.hbm
+        self.host += times * other.host
+        for key, collective in other.collectives.items():
+            new = dataclasses.replace(collective, times=collective.times * times)
+            old = self.collectives.get(own + key)
+            if old is None or old.times * old.result_bytes < new.times * new.result_bytes:
+                self.collectives[own + key] = new
+
+
+def _by_channel(collectives: Mapping[str, Collective]) -> dict[str, Collective]:
+    """Named by what they do: a collective that overlaps with several fusions is written in each of them, and is one.
+
+    Channels alone do not tell them apart: those that shard_map wrote may all have the same.
+    """
+    return {f"{c.kind}/{c.channel}/{c.source}/{c.group}/{c.operand_bytes}": c for c in collectives.values()}
+
+
+class _Counter:
+    """Walks the computations of a module; each is counted once and used wherever it is called."""
+
+    def __init__(self, module: Module):
+        self.module, self.loops = module, []
+        self.computation = functools.lru_cache(maxsize=None)(self._computation)
+
+    def _computation(self, name: str) -> _Sum:
+        computation, total = self.module.computations[name], _Sum()
+        for instruction in computation.instructions.values():
+            self._instruction(computation, instruction, total)
+        return total
+
+    def _instruction(self, computation: Computation, i: Instruction, total: _Sum) -> None:
+        if i.opcode == "while":
+            trips = hlo.trip_count(self.module, i, computation)
+            self.loops.append((i.name, trips))
+            total.add(self.computation(i.called("body")), trips, own=f"{i.name}/")
+            return
+        if i.opcode == "conditional":
+            branches = [self.computation(name) for name in _branches(i)]
+            total.add(max(branches, key=lambda branch: (branch.matmul, branch.hbm)))
+            return
+        if i.opcode in ("call", "async-start"):
+            total.add(self.computation(i.called("to_apply") or i.called("calls")), own=f"{i.name}/")
+            return
+        if i.opcode == "fusion":
+            inner = self.computation(i.called("calls"))
+            total.add(dataclasses.replace(inner, hbm=0.0, host=0.0, collectives=_by_channel(inner.collectives)))
+        self._arithmetic(computation, i, total)
+        kind = i.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            total.add(_Sum(collectives={i.name: self._collective(computation, i, kind)}))
+        if i.opcode not in _FREE:
+            self._memory(computation, i, total)
+
+    # ------------------------------------------------------------------------------------------------- arithmetic
+
+    def _arithmetic(self, computation: Computation, i: Instruction, total: _Sum) -> None:
+        if i.opcode in ("dot", "convolution"):
+            left, right = (computation.instructions[name].shape[0] for name in i.operands[:2])
+            flops = dot_flops(i, left) if i.opcode == "dot" else convolution_flops(i, left, right)
+            total.matmul += flops
+        elif i.opcode == "custom-call":
+            total.kernel += attention_flops(i, [computation.instructions[name] for name in i.operands])
+
+    # ------------------------------------------------------------------------------------------------ collectives
+
+    def _collective(self, computation: Computation, i: Instruction, kind: str) -> Collective:
+        operand = sum(computation.instructions[name].bytes for name in i.operands)
+        arrays = [a for a in i.shape if a.dtype not in ("u32", "s32") or a.dims]
+        if i.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
+            arrays = arrays[len(arrays) // 2 :]  # (operands, results)
+        result = sum(array.bytes for array in arrays)
+        if kind == "all-reduce" and self._only_sliced(computation, i):
+            # How a TPU program writes a reduce-scatter: reduce, and keep one's own part.
+            kind = "reduce-scatter"
+            result = sum(user.bytes for user in self._slices_of(computation, i))
+        group = hlo.device_groups(i)
+        name = re.search(r'op_name="([^"]*)"', i.attributes)
+        members = tuple(int(d) for d in group[0]) if len(group) else ()
+        return Collective(kind, 1.0, operand, result, members, name[1] if name else "", i.attribute("channel_id"))
+
+    def _slices_of(self, computation: Computation, i: Instruction) -> list[Instruction]:
+        found = []
+        for user in computation.users[i.name]:
+            through = user.opcode in ("get-tuple-element", "bitcast")
+            found += self._slices_of(computation, user) if through else [user]
+        return found
+
+    def _only_sliced(self, computation: Computation, i: Instruction) -> bool:
+        users = self._slices_of(computation, i)
+        sliced = [u for u in users if u.opcode == "dynamic-slice" and u.bytes < i.bytes]
+        return bool(users) and len(sliced) == len(users) and "all-reduce-scatter" in computation.name
+
+    # ----------------------------------------------------------------------------------------------------- memory
+
+    def _memory(self, computation: Computation, i: Instruction, total: _Sum) -> None:
+        """Bytes that an instruction reads from and writes to HBM: its operands and its result, as far as they lie
+        there. Of an array that is only sliced, the slices; of one that is updated in place, the update.
+        """
+        inner = self.module.computations[i.called("calls")] if i.opcode == "fusion" else None
+        operands = [computation.instructions[name] for name in i.operands]
+        if i.opcode.endswith("-start") and i.opcode.removesuffix("-start") in ("copy", "slice"):
+            moved = [i.shape[0], operands[0].shape[0]]
+            size = min(array.bytes for array in moved)
+            total.hbm += sum(size for array in moved if array.space == hlo.HBM)
+            total.host += size if any(array.space == hlo.HOST for array in moved) else 0
+            return
+        for position, operand in enumerate(operands):
+            if any(array.space == hlo.HBM for array in operand.shape):
+                whole = sum(array.bytes for array in operand.shape if array.space == hlo.HBM)
+                read = _read_by(i, position, self.module) if inner is None else self._read(inner, position)
+                total.hbm += whole if read is None else min(read, whole)
+        results = [array for array in i.shape if array.space == hlo.HBM]
+        if results:
+            total.hbm += self._written(
+                computation if inner is None else inner, i if inner is None else inner.root, results
+            )
+
+    def _read(self, inner: Computation, position: int) -> int | None:
+        """Bytes of its parameter that a fused computation reads; None for all of them."""
+        parameter = inner.parameters.get(position)
+        total = 0
+        for user in inner.users[parameter.name] if parameter else ():
+            for at, name in enumerate(user.operands):
+                if name != parameter.name:
+                    continue
+                if user.opcode == "fusion":
+                    part = self._read(self.module.computations[user.called("calls")], at)
+                else:
+                    part = _read_by(user, at, self.module)
+                if part is None:
+                    return None
+                total += part
+        return total
+
+    def _written(self, computation: Computation, root: Instruction, results: Iterable[hlo.Array]) -> int:
+        """Bytes written for a result: of an update in place, the update alone."""
+        whole = sum(array.bytes for array in results)
+        parts = [computation.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        saved = 0
+        for part in parts:
+            while part.opcode == "bitcast":
+                part = computation.instructions[part.operands[0]]
+            if part.opcode == "dynamic-update-slice" and part.shape[0].space == hlo.HBM:
+                saved += part.bytes - computation.instructions[part.operands[1]].bytes
+        return max(whole - saved, 0)
+
+
+def _read_by(i: Instruction, position: int, module: Module) -> int | None:
+    """Bytes of its operand at `position` that an instruction reads; None for all of them."""
+    del module
+    if position == 0 and i.opcode in _SLICES:
+        return i.bytes
+    return 0 if position == 0 and i.opcode == "dynamic-update-slice" else None
+
+
+def _branches(i: Instruction) -> list[str]:
+    listed = i.attribute("branch_computations")
+    names = (
+        re.findall(r"%?([\w.\-]+)", listed) if listed else [i.called("true_computation"), i.called("false_computation")]
+    )
+    return [name for name in names if name]
+
+
+def _saved(module: Module) -> int:
+    """Bytes of HBM that loops of the entry computation fill slice by slice and that a later one reads: what the forward
+    pass saves for the backward pass.
+    """
+    entry, filled = module.computations[module.entry], {}
+    order = list(entry.instructions)
+    for loop in (i for i in entry.instructions.values() if i.opcode == "while"):
+        body = module.computations[loop.called("body")]
+        trips = hlo.trip_count(module, loop, entry)
+        for index, name in enumerate(body.root.operands):
+            value, array = body.instructions[name], loop.shape[index]
+            passed = value.opcode == "get-tuple-element" and value.operands[0] == body.parameters[0].name
+            if not passed and array.dims[:1] == (trips,) and len(array.dims) > 1 and array.space in (hlo.HBM, hlo.HOST):
+                filled[(loop.name, index)] = array.bytes
+    total = 0
+    for (name, index), size in filled.items():
+        reads = [u for u in entry.users[name] if u.opcode == "get-tuple-element" and u.attribute("index") == str(index)]
+        used = {u for r in reads for u in _reach(entry, r)}
+        if any(entry.instructions[u].opcode == "while" and order.index(u) > order.index(name) for u in used):
+            total += size
+    return total
+
+
+def _reach(entry: Computation, i: Instruction) -> set[str]:
+    """Loops that a value enters as it is, through tuples and other names of it."""
+    found = set()
+    for user in entry.users[i.name]:
+        if user.opcode == "while":
+            found.add(user.name)
+        elif user.opcode in ("tuple", "bitcast", "copy", "copy-start", "copy-done", "opt-barrier"):
+            found |= _reach(entry, user)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- formulas
+
+
+def dot_flops(i: Instruction, left: hlo.Array) -> float:
+    """Two for every product that is summed."""
+    contracted = [int(d) for d in re.findall(r"\d+", i.attribute("lhs_contracting_dims") or "")]
+    return 2.0 * math.prod(i.shape[0].dims) * math.prod(left.dims[d] for d in contracted)
+
+
+def convolution_flops(i: Instruction, left: hlo.Array, right: hlo.Array) -> float:
+    """Two for every product of two elements that are there: padding and the holes of dilation do not count.
+
+    TPU programs write matrix products as convolutions, batch dimensions as spatial ones with padding or dilation.
+    """
+    labels = re.match(r"([\w?]+)_([\w?]+)->([\w?]+)", i.attribute("dim_labels"))
+    inputs, kernel, outputs = labels[1], labels[2], labels[3]
+    window = _window(i, sum(c.isdigit() for c in kernel))
+    products = 1.0
+    for d, dimension in enumerate(window):
+        size_in, size_out = left.dims[inputs.index(str(d))], i.shape[0].dims[outputs.index(str(d))]
+        products *= _valid(size_in, size_out, *dimension)
+    features = right.dims[kernel.index("i")] * i.shape[0].dims[outputs.index("f")]
+    return 2.0 * products * features * i.shape[0].dims[outputs.index("b")]
+
+
+def _window(i: Instruction, dimensions: int) -> list[tuple[int, int, int, int, int]]:
+    """Per spatial dimension: size, stride, padding before, dilation of the input, dilation of the kernel."""
+    text = i.attribute("window") or "{}"
+    fields = dict(re.findall(r"(\w+)=([\w\-]+)", text))
+    split = lambda key, default: fields[key].split("x") if key in fields else [default] * dimensions  # noqa: E731
+    return [
+        (int(size), int(stride), int(pad.split("_")[0]), int(left), int(right))
+        for size, stride, pad, left, right in zip(
+            split("size", "1"),
+            split("stride", "1"),
+            split("pad", "0_0"),
+            split("lhs_dilate", "1"),
+            split("rhs_dilate", "1"),
+            strict=True,
+        )
+    ]
+
+
+@functools.lru_cache(maxsize=4096)
+def _valid(size_in: int, size_out: int, size: int, stride: int, pad: int, dilate_in: int, dilate_kernel: int) -> int:
+    """How many (kernel, output) positions of one dimension meet an element of the input."""
+    total, outputs = 0, np.arange(size_out) * stride - pad
+    for k in range(size):
+        at = outputs + k * dilate_kernel
+        total += int(np.sum((at >= 0) & (at <= (size_in - 1) * dilate_in) & (at % dilate_in == 0)))
+    return total
+
+
+def attention_flops(i: Instruction, operands: list[Instruction]) -> float:
+    """FLOPs of a splash attention kernel with a causal mask, by the blocks that it visits; 0 for any other call.
+
+    Two matrix products a block forward, three for the gradient of q alone, four for those of k and v, five for all.
+    """
+    match = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", i.name)
+    metadata = re.search(r'"xprof_metadata":"(\{.*?\})"', i.attributes)
+    if match is None or metadata is None:
+        return 0.0
+    blocks = json.loads(metadata[1].replace('\\"', '"'))
+    phase = match[1]
+    arrays = [o.shape[0] for o in operands if len(o.shape) == 1 and len(o.shape[0].dims) >= 3]
+    arrays = [a for a in arrays if a.dtype in ("bf16", "f32", "f16")]
+    queries, keys = arrays[0].dims, arrays[1].dims  # [..., heads, S, head_dim] and [..., kv heads, T, head_dim]
+    suffix = {"fwd": "", "dq": "_dq", "dkv": "_dkv"}[phase]
+    block_q, block_kv = blocks[f"block_q{suffix}"], blocks[f"block_kv{suffix}"]
+    visited = sum(
+        min(math.ceil((row + 1) * block_q / block_kv), keys[-2] // block_kv) for row in range(queries[-2] // block_q)
+    )
+    fused = phase == "dkv" and any(len(a.dims) == len(queries) + 1 for a in i.shape)
+    products = {"fwd": 2, "dq": 3, "dkv": 5 if fused else 4}[phase]
+    return products * 2.0 * visited * block_q * block_kv * queries[-1] * math.prod(queries[:-2])

@@ -1,0 +1,126 @@
+"""Meshes, remat policies and microbatches for a model on a slice: ranked by formula, the best compiled and compared."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from tele_jax.config import require
+from tele_jax.errors import UserError
+from tele_jax.model.spec import count_params
+from tele_jax.run import MeshConfig
+from tele_jax.scale.compile import Job, check
+from tele_jax.scale.topology import Slice
+from tele_jax.train.step import flops_per_token
+
+REMAT = ("attention", "full")  # cheapest first where there is room
+MICROBATCHES = (1, 2, 4, 8, 16)
+MARGIN = 0.1  # of the usable HBM, which a chosen plan leaves free
+# Of the parameters' FLOPs: forward 2 and backward 4, and what is computed again (all but the last product of a block).
+_RECOMPUTED = {"none": 0.0, "attention": 1.8, "full": 1.8, "offload": 1.8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Of one device, by formula: bytes of HBM, and seconds of a step."""
+
+    bytes: float
+    seconds: float
+
+
+def candidates(job: Job) -> list[Job]:
+    """Every mesh, remat policy and number of microbatches whose shapes divide and that fits by estimate, fastest first.
+
+    Raises:
+      UserError: none of them does.
+    """
+    found = [(estimate(c), c) for c in _variations(job)]
+    require(bool(found), f"no mesh of {job.slice.num_devices} devices divides this model and batch; change batch_size")
+    usable = job.slice.generation.usable_hbm_bytes * (1 - MARGIN)
+    fitting = [(e.seconds, e.bytes, i, c) for i, (e, c) in enumerate(found) if e.bytes <= usable]
+    if not fitting:
+        least = min(e.bytes for e, _ in found)
+        raise UserError(
+            f"no mesh, remat policy or number of microbatches fits {job.slice.name}: by estimate at least "
+            f"{least / 2**30:,.0f} GiB a device of {usable / 2**30:,.0f}; {larger(job.slice, least)}"
+        )
+    return [c for *_, c in sorted(fitting)]
+
+
+def _variations(job: Job) -> Iterator[Job]:
+    devices = job.slice.num_devices
+    for mesh in meshes(devices, job.slice.num_slices):
+        for remat in REMAT:
+            for microbatches in MICROBATCHES:
+                if job.batch_size % microbatches:
+                    continue
+                cfg = dataclasses.replace(job.cfg, remat=remat)
+                candidate = dataclasses.replace(job, cfg=cfg, mesh=mesh, microbatches=microbatches)
+                try:
+                    check(candidate)
+                except UserError:
+                    continue
+                if job.seq_len % mesh.tensor == 0:
+                    yield candidate
+
+
+def meshes(devices: int, num_slices: int = 1) -> list[MeshConfig]:
+    """All (data, fsdp, tensor) of so many devices with tensor at most 32 and data a multiple of the slices."""
+    divisors = [d for d in range(1, devices + 1) if devices % d == 0]
+    return [
+        MeshConfig(data=data, fsdp=devices // data // tensor, tensor=tensor)
+        for tensor in divisors
+        if tensor <= 32
+        for data in divisors
+        if devices % (data * tensor) == 0 and data % num_slices == 0
+    ]
+
+
+def estimate(job: Job) -> Estimate:
+    """What a job needs and takes by the formulas of FSDP with tensor and sequence parallelism; good to some 20%."""
+    cfg, mesh, generation = job.cfg, job.mesh, job.slice.generation
+    params, cut = count_params(cfg), mesh.fsdp * mesh.tensor
+    tokens = job.tokens / (mesh.data * mesh.fsdp) / job.microbatches  # of one device group, at a time
+    layer = params / cfg.num_layers
+    # float32: parameters, two moments, gradients; bfloat16: a copy of the parameters, and of a layer in whole, thrice.
+    state = (4 * 4 + 2 + (4 if job.microbatches > 1 else 0)) * params / cut + 3 * 2 * layer / mesh.tensor
+    stream = 2 * tokens * cfg.embed_dim / mesh.tensor
+    heads = 2 * tokens * cfg.num_heads * cfg.head_dim / mesh.tensor
+    kept = cfg.num_layers * (stream + (heads if job.cfg.remat == "attention" else 0))
+    working = 2 * tokens * (6 * cfg.embed_dim + 5 * cfg.mlp_dim / mesh.tensor) + 4 * heads
+    again = _RECOMPUTED[job.cfg.remat] / 6
+    compute = flops_per_token(cfg, job.seq_len) * (1 + again) * job.tokens / job.slice.num_devices
+    gathers = 2 * params / mesh.tensor * (2.7 * job.microbatches if mesh.fsdp > 1 else 0)
+    reduces = 2 * 2 * params / mesh.tensor * job.microbatches if mesh.fsdp > 1 else 0
+    exchanged = 9 * cfg.num_layers * 2 * tokens * cfg.embed_dim * job.microbatches * (mesh.tensor > 1)
+    link = generation.link_bandwidth / generation.devices
+    ici = (gathers + reduces) / (2 * (generation.dimensions - 1) * link) + exchanged / (2 * link)
+    over_data = 4 * params / cut * 2 * (mesh.data > 1)
+    dcn = over_data / (generation.dcn_bandwidth / generation.devices) if job.slice.num_slices > 1 else 0.0
+    ici += 0.0 if dcn else over_data / (2 * link)
+    # What cannot overlap is not known here; a tenth of the smaller ones keeps ties apart.
+    times = (compute / job.slice.device_flops, ici, dcn)
+    return Estimate(state + kept + working, max(times) + 0.1 * sum(times))
+
+
+def larger(of: Slice, needed_bytes: float) -> str:
+    """What to take where a slice is too small."""
+    times = 2 ** max(1, math.ceil(math.log2(needed_bytes / (of.generation.usable_hbm_bytes * (1 - MARGIN)))))
+    most = math.prod(of.generation.largest)
+    chips = of.chips // of.num_slices * times
+    if chips <= most:
+        return f"a slice of {chips:,} chips would do"
+    return f"the largest slice of {of.generation.name} has {most:,} chips, which is too few; take another generation"
+
+
+def advice(job: Job, needed_bytes: int, state_bytes: int) -> str:
+    """What would make a job fit: parameters and optimizer state alone fit, so smaller parts of the batch; or not."""
+    usable = job.slice.generation.usable_hbm_bytes * (1 - MARGIN)
+    gradients = 2 * state_bytes / 3  # accumulated and new ones, float32 as each third of the state
+    ways = job.mesh.data * job.mesh.fsdp
+    parts = [m for m in MICROBATCHES if job.batch_size % (m * ways) == 0 and m > job.microbatches]
+    for m in parts:
+        rest = max(0.0, needed_bytes - state_bytes - gradients / 2) * job.microbatches / m
+        if state_bytes + gradients + rest <= usable:
+            return f"--microbatches {m} would do by estimate"
+    whole = (needed_bytes if job.cfg.remat == "full" else state_bytes + gradients) * 1.0
+    return f"{larger(job.slice, max(whole, usable * 1.01))}, or --search for another mesh"

@@ -1,0 +1,137 @@
+"""The templates of the families: as text, from the published code, and as ids in which nobody can type a marker."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tele_jax.data import templates
+from tele_jax.data.dialogue import render, render_prompt, shortest
+from tele_jax.data.templates import TEMPLATES, choose, encode_content, marker_ids, stop_ids
+from tele_jax.errors import UserError
+from tests.data.test_dialogue import LETTERS, talk
+
+FIFTY_TWO, INSTRUCT = TEMPLATES["telechat_52b"], TEMPLATES["tele_flm_instruct"]
+
+
+def spelled(vocabulary, ids):
+    """Text of ids, with </s> where it is."""
+    return b"".join(b"</s>" if i == vocabulary.eos_id else vocabulary.piece_bytes[i] for i in ids).decode()
+
+
+# What the published code makes of a dialogue, as text. TeleChat-52B: models/modeling_telechat.py and, for the system
+# message, vllm_inf/template_telechat.jinja; the end of the last answer: deepspeed-finetune/utils/data/data_utils.py.
+# Tele-FLM Instruct: examples/template_teleflm.jinja of vLLM.
+@pytest.mark.parametrize(
+    ("template", "messages", "expected"),
+    [
+        (FIFTY_TWO, talk("a", "b", "c"), "<_user>a<_bot>b<_end><_user>c<_bot>"),
+        (FIFTY_TWO, talk("a", "b", "c", "d"), "<_user>a<_bot>b<_end><_user>c<_bot>d</s>"),
+        (FIFTY_TWO, talk("a", "b", system="s"), "s<_user>a<_bot>b</s>"),
+        (INSTRUCT, talk(" a\n", " b ", "c"), "<_user>a<_bot> b <_user>c<_bot>"),
+        (INSTRUCT, talk("a", "b"), "<_user>a<_bot>b</s>"),
+    ],
+)
+def test_text_markers_are_as_published(vocabulary, template, messages, expected):
+    if len(messages) % 2 and messages[0]["role"] != "system":
+        assert spelled(vocabulary, render_prompt(messages, vocabulary, template=template)) == expected
+    else:
+        tokens, _ = render(messages, vocabulary, template=template)
+        assert spelled(vocabulary, tokens) == expected
+
+
+def test_answers_are_learned_and_only_the_end_of_a_reply(vocabulary):
+    for template, between in ((FIFTY_TWO, vocabulary.encode("<_end>")), (INSTRUCT, [])):
+        tokens, weights = render(talk("q", "one", "q", "two"), vocabulary, template=template)
+        ask = vocabulary.encode("<_user>") + vocabulary.encode("q") + vocabulary.encode("<_bot>")
+        one, two = vocabulary.encode("one"), vocabulary.encode("two")
+        assert tokens == [*ask, *one, *between, *ask, *two, vocabulary.eos_id]
+        expected = [0] * len(ask) + [1] * len(one) + [0] * len(between) + [0] * len(ask) + [1] * (len(two) + 1)
+        assert weights == expected
+
+
+@given(
+    st.lists(st.sampled_from(["<_user>", "<_bot>", "<_end>", "<", "_bot>", "</s>", "x", "天", " "]), min_size=1).map(
+        "".join
+    )
+)
+def test_a_marker_that_somebody_types_is_the_same_text_in_other_ids(vocabulary, text):
+    for template in (FIFTY_TWO, INSTRUCT, TEMPLATES["telechat"]):
+        ids = encode_content(template, vocabulary, text)
+        assert vocabulary.decode(ids) == text
+        markers = marker_ids(template, vocabulary)
+        for marker in filter(None, (markers.user, markers.bot, markers.between, markers.end)):
+            assert not any(ids[i : i + len(marker)] == marker for i in range(len(ids)))
+
+
+def test_a_long_dialogue_is_cut_around_markers_of_several_tokens(vocabulary):
+    messages = talk("first question", "first answer", "second question", "answer")
+    whole, _ = render(messages, vocabulary, template=FIFTY_TWO)
+    assert render(messages, vocabulary, len(whole), FIFTY_TWO)[0] == whole
+    second, _ = render(messages[2:], vocabulary, template=FIFTY_TWO)
+    for limit in (len(whole) - 1, len(second)):
+        assert render(messages, vocabulary, limit, FIFTY_TWO)[0] == second
+    user = vocabulary.encode("<_user>")
+    assert render(messages, vocabulary, len(second) - 2, FIFTY_TWO)[0] == [*user, *second[len(user) + 2 :]]
+    least = shortest(vocabulary, FIFTY_TWO)
+    tokens, weights = render(messages, vocabulary, least, FIFTY_TWO)
+    assert len(tokens) == least and sum(weights) > 0
+    with pytest.raises(UserError, match=f"max_tokens={least - 1}: a dialogue needs at least {least}"):
+        render(messages, vocabulary, least - 1, FIFTY_TWO)
+
+
+def test_what_ends_a_reply(vocabulary):
+    assert stop_ids(FIFTY_TWO, vocabulary) == stop_ids(INSTRUCT, vocabulary) == [2]
+    assert stop_ids(TEMPLATES["telechat"], vocabulary) == [2, 25, 26, 27]
+
+
+class Seven:
+    """TeleChat-7B's ids (FACTS section 5)."""
+
+    path, family = "seven", "telechat_7b"
+    user_id, bot_id, end_id, eos_id = 160130, 160131, 160133, 160133
+    encode = LETTERS.encode
+
+
+def test_telechat_7b_by_ids():
+    tokens, weights = render(talk("a", "b"), Seven())
+    assert (tokens, weights) == ([160130, 97, 160131, 98, 160133], [0, 0, 0, 1, 1])
+    with pytest.raises(UserError, match="the template telechat_7b has no place for a system message"):
+        render(talk("a", "b", system="s"), Seven())
+
+
+def test_the_template_is_what_is_asked_for_or_what_checkpoint_and_vocabulary_say(vocabulary):
+    assert choose(Seven()).name == "telechat_7b"
+    assert choose(vocabulary).name == "telechat"
+    assert choose(vocabulary, "tele_flm_instruct") is INSTRUCT
+    assert choose(vocabulary.with_template("telechat_52b")) is FIFTY_TWO
+    assert choose(vocabulary, None, [{"stage": "x"}, {"format": "telechat_52b"}]) is FIFTY_TWO
+    assert vocabulary.template is None
+    with pytest.raises(UserError, match="template 'vicuna' is not one of telechat, telechat_7b"):
+        choose(vocabulary, "vicuna")
+
+
+def test_a_vocabulary_that_says_nothing(vocabulary):
+    class Plain:
+        path = "plain.model"
+        user_id = property(lambda self: vocabulary.id_of("<_nobody>"))
+        end_id = bot_id = system_id = user_id
+
+    with pytest.raises(
+        UserError, match="no piece '<_nobody>', so nothing says how dialogues are written; the templates"
+    ):
+        choose(Plain())
+
+
+def test_every_preset_of_sampling_is_one(vocabulary):
+    from tele_jax.generate import sampling
+
+    penalties = {name: template.sampling["repetition_penalty"] for name, template in TEMPLATES.items()}
+    # FACTS section 5; TeleChat-52B's generation_config.json; the model card of Tele-FLM Instruct.
+    assert penalties == {
+        "telechat": 1.03, "telechat_7b": 1.03, "telechat_12b": 1.01, "telechat_52b": 1.02, "tele_flm_instruct": 1.03,
+    }  # fmt: skip
+    for template in TEMPLATES.values():
+        sampling(**template.sampling)
+        assert dataclasses.asdict(template)["name"] in templates.TEMPLATES

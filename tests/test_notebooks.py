@@ -1,0 +1,53 @@
+"""Every notebook runs from its first cell to its last; the outputs that are committed are those of its cells."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("nbclient", reason="the extra [notebooks] is not installed")
+
+import nbformat
+
+from notebooks.execute import MADE_FROM, ROOT, digest, execute
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+# Small sizes, one device as a user has it, and quick compilation: what is computed is not timed.
+SMOKE = {"TELE_NOTEBOOK_SMOKE": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    return nbformat.read(request.param, as_version=4)
+
+
+def test_it_runs_at_smoke_size_and_what_it_asserts_holds(notebook, tmp_path):
+    notebook.cells.append(nbformat.v4.new_code_cell("print(tele.__file__)"))
+    execute(notebook, tmp_path, SMOKE)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert Path(code[-1].outputs[0].text.strip()) == ROOT / "tele_jax" / "__init__.py"
+    assert sum("image/png" in output.get("data", {}) for cell in code for output in cell.outputs) >= 1
+    assert not list(tmp_path.iterdir())  # it leaves nothing lying about
+
+
+def test_it_installs_what_it_needs_in_its_first_code_cell(notebook):
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    assert "%pip install" in first.source
+
+
+def test_committed_outputs_are_those_of_the_cells(notebook):
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    again = "run `python notebooks/execute.py NOTEBOOK` again"
+    assert notebook.metadata.get(MADE_FROM) == digest(notebook), f"cells were edited after the last run: {again}"
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), again
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_is_small_and_names_no_machine(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.encode()) < 400_000
+    without_pictures = re.sub(r'"image/png": "[^"]*"', "", text)
+    assert not re.search(r"/(root|home|tmp|work|usr|Users)/|\blocalhost\b|\d+\.\d+\.\d+\.\d+", without_pictures)

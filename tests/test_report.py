@@ -1,0 +1,70 @@
+"""The report of a finished run: what its pictures are made from, and what is wrong with what it reads."""
+
+import json
+
+import pytest
+
+from tele_jax import report
+from tele_jax.errors import DamageError
+
+SUMMARIES = [
+    {"stage": "small", "kind": "pretrain", "parameters": 1_500_000, "tokens": 3_000_000},
+    {"stage": "grow", "kind": "grow", "parameters": 4_000_000, "receipt": {"max_abs": 1e-6, "policy": "exact"}},
+    {"stage": "large", "kind": "pretrain", "parameters": 4_000_000, "tokens": 2_000_000},
+]
+METRICS = {
+    "small": [
+        {"step": 0, "eval/bits_per_byte/zh": 4.0, "eval/bits_per_byte/en": 5.0},
+        {"step": 10, "loss": 3.0, "tokens": 1_500_000},
+        {"step": 20, "loss": 2.5, "tokens": 3_000_000},
+        {"step": 20, "eval/bits_per_byte/zh": 3.0, "eval/bits_per_byte/en": 3.5},
+    ],
+    "large": [{"step": 10, "loss": 2.0, "tokens": 2_000_000}, {"step": 10, "eval/bits_per_byte/en": 3.25}],
+}
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    for stage, lines in METRICS.items():
+        (tmp_path / stage / "metrics").mkdir(parents=True)
+        (tmp_path / stage / "metrics" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "grow").mkdir()
+    receipt = {"layer_scores": [0.5, 0.2, 0.1, 0.3], "layers": [0, 1, 2, 2, 3]}
+    (tmp_path / "grow" / "growth_receipt.json").write_text(json.dumps(receipt))
+    return tmp_path
+
+
+def test_the_curves_of_all_stages_lie_on_one_axis_of_tokens(workdir):
+    panels, growths = report.curves(workdir, SUMMARIES)
+    assert growths == [3.0]
+    assert panels == {
+        "training loss, nats per token": {"small, 1.50M": ([1.5, 3.0], [3.0, 2.5]), "large, 4.00M": ([5.0], [2.0])},
+        "held-out text, bits per byte": {"en": ([0.0, 3.0, 5.0], [5.0, 3.5, 3.25]), "zh": ([0.0, 3.0], [4.0, 3.0])},
+    }
+
+
+def test_pictures_are_written_and_named(workdir):
+    pytest.importorskip("matplotlib", reason="the extra [plots] is not installed")
+    text = report.write(workdir, SUMMARIES)
+    pictures = [workdir / "loss.png", workdir / "grow" / "layer_scores.png"]
+    for picture in pictures:
+        assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        assert str(picture) in text
+    assert (workdir / "summary.txt").read_text() in text
+
+
+def test_layers_that_were_not_chosen_by_distance_have_no_picture(workdir):
+    pytest.importorskip("matplotlib", reason="the extra [plots] is not installed")
+    (workdir / "grow" / "growth_receipt.json").write_text(json.dumps({"layer_scores": None, "layers": [0, 1, 2, 2, 3]}))
+    assert "layer_scores" not in report.write(workdir, SUMMARIES)
+    assert not (workdir / "grow" / "layer_scores.png").exists()
+
+
+@pytest.mark.parametrize("content", [None, '{"layer_scores": [0.1'])
+def test_a_damaged_receipt_is_named_after_the_table_is_written(workdir, content):
+    pytest.importorskip("matplotlib", reason="the extra [plots] is not installed")
+    receipt = workdir / "grow" / "growth_receipt.json"
+    receipt.unlink() if content is None else receipt.write_text(content)
+    with pytest.raises(DamageError, match=r"growth_receipt.json: missing or damaged"):
+        report.write(workdir, SUMMARIES)
+    assert "4,000,000" in (workdir / "summary.txt").read_text()
