@@ -4,12 +4,19 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tele_jax.cli import data_cache, data_fetch, data_show, data_stats
+from tele_jax.cli import data_cache, data_clean, data_clean_train, data_fetch, data_show, data_stats
 from tele_jax.errors import UserError
 
 HELP = "text into training rows, and a look at them"
 OVERRIDES = True  # for the actions that take --config
-ACTIONS = {"fetch": data_fetch, "cache": data_cache, "show": data_show, "stats": data_stats}
+ACTIONS = {
+    "fetch": data_fetch,
+    "clean": data_clean,
+    "clean-train": data_clean_train,
+    "cache": data_cache,
+    "show": data_show,
+    "stats": data_stats,
+}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

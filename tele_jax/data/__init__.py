@@ -16,4 +16,5 @@ order.py                 which row of which domain comes when, as a pure functio
 cached_feed.py           CachedFeed: batches from a cache
 stats.py, looking.py     figures and a picture of a cache; a row as text
 corpora.py               real text that every machine can get, to try things on
+clean/                   raw text to deduplicated, screened documents (Beam)
 """
