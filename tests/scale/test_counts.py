@@ -108,7 +108,8 @@ def test_a_collective_written_in_several_fusions_counts_once():
     gather = "all-gather(%p), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}"
     fused = (
         f"%start (p: f32[8]) -> f32[32] {{\n  %p = f32[8]{{0}} parameter(0)\n  ROOT %g = f32[32]{{0}} {gather}\n}}\n"
-        f"%going (p: f32[8]) -> f32[32] {{\n  %p = f32[8]{{0}} parameter(0)\n  ROOT %h = f32[32]{{0:S(1)}} {gather}\n}}\n"
+        "%going (p: f32[8]) -> f32[32] {\n  %p = f32[8]{0} parameter(0)\n"
+        f"  ROOT %h = f32[32]{{0:S(1)}} {gather}\n}}\n"
     )
     found = program(
         "  %a = f32[8]{0} parameter(0)\n"
