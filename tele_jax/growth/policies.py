@@ -14,6 +14,7 @@ from tele_jax.errors import UserError
 from tele_jax.growth import axis_map, layers
 from tele_jax.growth.axis_map import AxisMap
 from tele_jax.growth.plan import LeafPlan, Plan
+from tele_jax.model.decoder import MASKED_AXES
 from tele_jax.model.spec import flat_spec
 
 # Exact growth: which side of a new unit is zero. The other side is random, so that the first step moves the zero one.
@@ -180,7 +181,8 @@ def _msg(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int
     leaves = {
         name: LeafPlan(_multiplier(spec, embedding, head), **_fill(dst, spec)) for name, spec in flat_spec(src).items()
     }
-    return Plan(src, dst, "msg", maps, leaves, seed, masked=True)
+    masked = any(maps[axis].fresh.any() for axis in MASKED_AXES)  # a larger vocabulary alone needs none
+    return Plan(src, dst, "msg", maps, leaves, seed, masked=masked)
 
 
 def _random(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int, epsilon: str) -> Plan:

@@ -4,7 +4,6 @@ Kept entries equal the source's, zeros are zero, constants are the constant, fre
 should. Leaves are read in tiles, from arrays in memory or from checkpoints that do not fit there.
 """
 
-import collections
 import dataclasses
 import itertools
 import math
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tele_jax.growth import fate
-from tele_jax.growth.plan import Growth
+from tele_jax.growth.plan import Growth, Plan
 
 TILE_BYTES = 16 * 2**20
 _SIGMAS = 7  # how far a moment of fresh values may be from what is expected
@@ -25,8 +24,12 @@ _LARGEST = 3.6  # kernel.normal ends at 3.464 standard deviations; bfloat16 roun
 
 @dataclasses.dataclass
 class _Moments:
-    """Of the fresh values of one step in one leaf, divided by the standard deviation that they should have."""
+    """Of the fresh values of one step in one leaf, divided by the standard deviation that they should have.
 
+    repeats: how often a later step copied each at most; copies say nothing new of the moments.
+    """
+
+    repeats: int = 1
     number: int = 0
     total: float = 0.0
     squares: float = 0.0
@@ -40,10 +43,11 @@ class _Moments:
 
     def problem(self) -> str | None:
         mean, variance = self.total / self.number, self.squares / self.number
-        if abs(mean) > _SIGMAS / math.sqrt(self.number):
+        independent = self.number / self.repeats
+        if abs(mean) > _SIGMAS / math.sqrt(independent):
             return f"fresh values have the mean {mean:.3g} std over {self.number:,} entries, expected 0"
         # The second term (Bernstein's) is for a few values only, whose squares are far from normal.
-        if abs(variance - 1) > _SIGMAS * math.sqrt((_KURTOSIS - 1) / self.number) + _LARGEST**2 / self.number:
+        if abs(variance - 1) > _SIGMAS * math.sqrt((_KURTOSIS - 1) / independent) + _LARGEST**2 / independent:
             return f"fresh values have the variance {variance:.4g} of what is planned, over {self.number:,} entries"
         return None if self.largest <= _LARGEST else f"a fresh value is {self.largest:.3g} std large"
 
@@ -108,7 +112,7 @@ def _problems(plan: Growth, name: str, source: Any, made: Any) -> Iterator[str]:
     spec, steps = plan.dst_spec[name], plan.leaf_steps(name)
     coefficients = np.cumprod([1.0, *(step.leaves[leaf].coefficient for step, leaf in reversed(steps))])
     unit = float(jnp.finfo(spec.dtype).eps)
-    moments: dict[int, _Moments] = collections.defaultdict(_Moments)
+    moments = [_Moments(_repeats([later for later, _ in steps[k + 1 :]], spec.axes)) for k in range(len(steps))]
     for where in _tiles(spec.shape, len(spec.stack), np.dtype(spec.dtype).itemsize):
         parts = [fate.along(plan, name, dimension, part) for dimension, part in enumerate(where)]
         kinds = fate.kinds(parts)
@@ -140,7 +144,13 @@ def _problems(plan: Growth, name: str, source: Any, made: Any) -> Iterator[str]:
             if wrong.any():
                 place = at(np.argwhere(wrong)[0])
                 yield f"a new entry is {values[wrong][0]:.6g} {place}, planned {scale[wrong][0]:.6g}"
-    yield from filter(None, (m.problem() for m in moments.values()))
+    yield from filter(None, (m.problem() for m in moments if m.number))
+
+
+def _repeats(steps: Sequence[Plan], axes: Sequence[str]) -> int:
+    """How often some steps copy an entry of a leaf at most."""
+    counts = [np.bincount(step.maps[axis].index[step.maps[axis].index >= 0]) for step in steps for axis in axes]
+    return math.prod(int(count.max(initial=1)) for count in counts)
 
 
 def _outer(vectors: Sequence[np.ndarray]) -> np.ndarray:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import tele_jax as tele
 from tele_jax import checkpoint, growth
 from tele_jax.axes import flatten, unflatten
-from tele_jax.growth import Plan
+from tele_jax.growth import Plan, structure
 from tests import reference
 from tests.checkpoint.trees import assert_same
 from tests.growth import oracle
@@ -28,9 +28,9 @@ from tests.growth.test_apply_opt import close, grown_moments
 LARGEST = dict(num_layers=4, embed_dim=30, num_heads=6, num_kv_heads=6, mlp_dim=50, input_mult=0.7)
 
 
-def following(first, policy):
-    """Growths by a policy of what a plan leads to."""
-    return growths(policy=policy, src=first.dst_cfg)
+def plan_of(case):
+    places_layers_itself = case.kwargs["policy"] in ("stack", "random")
+    return growth.plan(case.src, case.dst, **case.kwargs | ({"layers": "uniform"} if places_layers_itself else {}))
 
 
 def pairs(policies):
@@ -39,14 +39,14 @@ def pairs(policies):
     @st.composite
     def draw_pair(draw):
         case = draw(growths(policy=policies[0]))
-        first = growth.plan(case.src, case.dst, **case.kwargs)
-        after = draw(following(first, policies[1]))
-        return case, first, growth.plan(after.src, after.dst, **after.kwargs)
+        first = plan_of(case)
+        after = draw(growths(policy=policies[1], src=first.dst_cfg))
+        return case, first, plan_of(after)
 
     return draw_pair()
 
 
-def each(policies, function, examples=30):
+def each(policies, function, examples=15):
     @settings(max_examples=examples)
     @given(pairs(policies))
     def check(pair):
@@ -60,6 +60,7 @@ def grown_twice(first, then, params, **how):
     return oracle.grow(then, oracle.grow(first, params, **how), **how)
 
 
+POLICIES = ("exact", "msg", "copy", "stack", "random")
 UNMASKED = [("exact", "exact"), ("exact", "copy"), ("copy", "exact"), ("copy", "copy")]
 
 
@@ -76,6 +77,51 @@ def test_two_growths_in_one_go_are_one_after_the_other_and_keep_the_function(pol
         assert relative_difference(before, after[..., : case.src.vocab_size]) <= 1e-12
 
     each(policies, check)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_whatever_can_be_composed_is_sound_and_keeps_its_promise(policy):
+    """Of any two policies: also masks and none, where what one of them grows needs none."""
+    composed = 0
+
+    @settings(max_examples=15)
+    @given(st.sampled_from(POLICIES).flatmap(lambda other: pairs((policy, other))))
+    def check(pair):
+        nonlocal composed
+        case, first, then = pair
+        try:
+            both = growth.compose(first, then)
+        except tele.UserError as error:
+            assert "cannot be done in one go" in str(error) and "msg" in (first.policy, then.policy)
+            return
+        composed += 1
+        growth.check(both)
+        params = params_of(case)
+        big = growth.apply(both, params)
+        report = growth.verify_stored(both, params, big)
+        assert report.ok, report
+        if both.preserving:
+            tokens = tokens_of(case.src)
+            before = reference.forward(case.src, params, tokens)
+            after = reference.forward(both.dst_cfg, big, tokens, masks=closed_masks(both))
+            assert relative_difference(before, after[..., : case.src.vocab_size]) <= 1e-12
+
+    with without_compiling():
+        check()
+    assert composed > 2
+
+
+def test_a_fresh_value_that_a_later_growth_copies_counts_once():
+    """One value thirty times over has not the moments of thirty values."""
+    with without_compiling():
+        src = SRC.replace(embed_dim=1, num_layers=1)
+        params = reference.random_params(src, np.random.default_rng(0), 1.0)
+        params = jax.tree.map(np.float32, params)
+        for seed in range(10):
+            plan = growth.widen_mlp(src, 25, seed=seed)
+            plan = growth.compose(plan, growth.insert_layers(plan.dst_cfg, 30))
+            big = growth.apply(plan, params)
+            assert not structure.altered(plan, flatten(params), flatten(big))
 
 
 def test_the_optimizer_state_of_both_growths():
@@ -264,6 +310,7 @@ def test_copies_of_channels_that_masks_weigh():
 
 def test_padding_the_vocabulary_needs_no_masks():
     with without_compiling():
+        assert not growth.grow_vocab(SRC, 50, policy="msg").masked
         msg = growth.plan(SRC, SRC.replace(embed_dim=20), policy="msg")
         both = growth.compose(msg, growth.pad_vocab(msg.dst_cfg, 64))
         assert both.masked and both.preserving and both.dst_cfg.padded_vocab_size == 64

@@ -89,7 +89,8 @@ def test_new_norm_scales_are_never_zero():
 
 def test_msg_zeroes_nothing_but_new_biases_and_masks_the_start():
     def check(plan):
-        assert plan.masked and plan.preserving
+        assert plan.preserving
+        assert plan.masked == any(plan.maps[axis].fresh.any() for axis in ("layers", "embed", "heads", "mlp"))
         assert not any(leaf.zero for leaf in plan.leaves.values())
         assert plan.dst_cfg.rms_eps == plan.src_cfg.rms_eps
 
@@ -224,14 +225,16 @@ def test_the_published_growths_are_planned_with_exact_counts(src, dst, rows, sma
 def test_both_published_growths_in_one_go_are_sound_and_counted(policy):
     """From 52B to 1T, of whose 4 TB nothing is allocated."""
     rows = 81_920
-    sizes = ("52b", "102b", "1t")
-    first, middle, last = (tele.get_model(f"tele_flm_{n}").replace(padded_vocab_size=rows) for n in sizes)
+    first, middle, last = (
+        tele.get_model(f"tele_flm_{n}").replace(padded_vocab_size=rows) for n in ("52b", "102b", "1t")
+    )
     plan = growth.plan(first, middle, policy=policy)
     plan = growth.compose(plan, growth.plan(plan.dst_cfg, last, policy=policy))
     growth.check(plan)
     (n, d, f), (n2, d2, f2) = STAGES[0][3], STAGES[1][4]
-    lines = str(plan).splitlines()
-    total, size = (next(line for line in lines if line.startswith(word)) for word in ("total", "bytes"))
+    total, size = (
+        next(line for line in str(plan).splitlines() if line.startswith(word)) for word in ("total", "bytes")
+    )
     before, after = _count(n, d, f, rows), _count(n2, d2, f2, rows)
     assert total.split()[1:3] == [f"{before:,}", f"{after:,}"]
     assert size.split()[1:5] == [f"{4 * before / 1e9:.4g}", "GB", f"{4 * after / 1e12:.4g}", "TB"]
