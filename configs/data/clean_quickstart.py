@@ -35,4 +35,5 @@ def get_config() -> ConfigDict:
     config.overlap = dict(files=(f"{TEXT}/en/validation.jsonl",), min_matches=3)
     config.privacy = dict(kinds=("email", "phone", "id", "ip", "card"), skip_languages=("code",))
     config.safety = dict(words=("online casino", "澳门赌场", "代开发票"), max_hits=2)
+    config.output = dict(compression="none")  # training and `tele data cache` read it as it is; "gz" for what is kept
     return config

@@ -155,7 +155,7 @@ def _run(config: CleanConfig, files: Sequence[Input], directory: str, options: S
             stage = transforms.GLOBAL[name](config, partitions)
         batches, tally = batches | name >> stage
         tallies.append(tally)
-    shards = batches | "write" >> transforms.Shards(directory, _shards(config, files), config.output.level)
+    shards = batches | "write" >> transforms.Shards(directory, _shards(config, files), config.output)
     kept_aside = (
         rejects
         | "Rejects" >> beam.GroupByKey()

@@ -241,7 +241,8 @@ class OutputConfig:
     """Shards: how many follows from the input, so that it does not depend on the workers."""
 
     shard_bytes: int = 268_435_456  # of input
-    level: int = 6  # gzip
+    compression: Literal["gz", "none"] = "gz"  # none: what `tele data cache` and training read directly
+    level: int = 6  # of gzip
 
     def __post_init__(self):
         require_positive(self, "shard_bytes")

@@ -14,7 +14,7 @@ import numpy as np
 
 from tele_jax.data.clean import duplicates, paragraphs, reading, stages, urls, writing
 from tele_jax.data.clean.document import OFFSET_BITS, Batch, Document, Drop, Reject, Tally, batches
-from tele_jax.data.clean.settings import CleanConfig
+from tele_jax.data.clean.settings import CleanConfig, OutputConfig
 
 BATCH_DOCUMENTS = 256
 BATCH_CHARS = 1 << 20
@@ -251,9 +251,9 @@ GLOBAL = {stage.name: stage for stage in (Urls, Duplicates, Paragraphs)}
 class Shards(beam.PTransform):
     """Batches -> entries of the manifest: (domain, entry), one for every shard that was written."""
 
-    def __init__(self, directory: str, shards: dict[str, int], level: int):
+    def __init__(self, directory: str, shards: dict[str, int], config: OutputConfig):
         super().__init__()
-        self.directory, self.shards, self.level = directory, shards, level
+        self.directory, self.shards, self.config = directory, shards, config
 
     def expand(self, pcoll):
         return pcoll | beam.FlatMap(self._split) | beam.GroupByKey() | beam.MapTuple(self._write)
@@ -267,7 +267,7 @@ class Shards(beam.PTransform):
     def _write(self, key: tuple[str, int], parts: Iterable[list[Document]]):
         domain, shard = key
         documents = [document for part in parts for document in part]
-        return domain, writing.write_shard(self.directory, domain, shard, self.shards[domain], documents, self.level)
+        return domain, writing.write_shard(self.directory, domain, shard, self.shards[domain], documents, self.config)
 
 
 class MergeTallies(beam.CombineFn):

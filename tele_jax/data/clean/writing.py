@@ -15,6 +15,7 @@ import numpy as np
 
 from tele_jax.data.clean.document import Document, Reject, num_bytes
 from tele_jax.data.clean.libraries import need
+from tele_jax.data.clean.settings import OutputConfig
 from tele_jax.errors import FailedError, UserError
 
 FORMAT = "tele_jax cleaned text 1"
@@ -85,12 +86,15 @@ def record(document: Document) -> str:
 
 
 def write_shard(
-    directory: str, domain: str, shard: int, shards: int, documents: Iterable[Document], level: int
+    directory: str, domain: str, shard: int, shards: int, documents: Iterable[Document], config: OutputConfig
 ) -> dict[str, Any]:
     """Writes one shard in the order of uids; returns its entry in the manifest."""
     documents = sorted(documents, key=lambda document: document.uid)
-    data = compress(map(record, documents), level)
-    name = f"{domain}/{shard:05d}-of-{shards:05d}.jsonl.gz"
+    name = f"{domain}/{shard:05d}-of-{shards:05d}.jsonl"
+    if config.compression == "gz":
+        name, data = f"{name}.gz", compress(map(record, documents), config.level)
+    else:
+        data = "".join(map(record, documents)).encode("utf-8", "surrogatepass")
     if "://" not in directory:
         os.makedirs(os.path.join(directory, domain), exist_ok=True)
     replace_file(os.path.join(directory, name), data)

@@ -130,6 +130,15 @@ def test_the_manifest_describes_the_shards(page, tmp_path):
     }
 
 
+def test_uncompressed_shards_are_read_by_what_training_reads(tmp_path, jsonl, prose):
+    from tele_jax.data import sources
+
+    jsonl("a.jsonl", [{"text": text} for text in prose[:6]])
+    clean({**only(tmp_path), "output": dict(compression="none")}, tmp_path / "out")
+    corpus = sources.index("sources.a.files", "a", [str(tmp_path / "out/d/*.jsonl")], "jsonl")
+    assert [corpus.text(i) for i in range(len(corpus))] == prose[:6]
+
+
 def test_the_report_is_a_page_that_needs_nothing_else(page, tmp_path):
     clean(page, tmp_path / "out")
     text = (tmp_path / "out/report.html").read_text(encoding="utf-8")
