@@ -167,7 +167,7 @@ class ModelConfig:
     matrix_init_std: float | None = None  # matrix-like ones at the base width; None: init_std
     dtype: typing.Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of activations and matrix products
     param_dtype: typing.Literal["bfloat16", "float32", "float64"] = "float32"
-    remat: typing.Literal["none", "full", "attention", "offload"] = "full"  # see model/decoder.py, REMAT
+    remat: typing.Literal["none", "full", "attention", "products", "offload"] = "full"  # see decoder.REMAT
     attention: typing.Literal["auto", "reference", "xla", "splash"] = "auto"
 
     def __post_init__(self):

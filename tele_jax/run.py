@@ -94,6 +94,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0  # kernels and tables only
     clip_norm: float = 1.0
     new_warmup_steps: int = 0  # parameters born by growth warm up alone over so many steps
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # as stored; computed in float32 or better
 
     def __post_init__(self):
         require_positive(self, "learning_rate", "eps", "clip_norm")
@@ -101,6 +102,12 @@ class OptimizerConfig:
             require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be in [0, 1)")
         require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative")
         require(self.new_warmup_steps >= 0, f"new_warmup_steps={self.new_warmup_steps} must not be negative")
+        # bfloat16 resolves 2^-8 of a value: a moment that moves by less a step would stick.
+        for name in ("beta1", "beta2"):
+            require(
+                self.moment_dtype == "float32" or 1 - getattr(self, name) >= 2**-6,
+                f"moment_dtype='bfloat16' needs {name} of at most 0.984, not {getattr(self, name)}",
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -40,10 +40,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # on a TPU host as well: the slice planned for is another one
+    from tele_jax.scale import compile as compiling
     from tele_jax.scale import topology
 
-    topology.require_libtpu()
     job, tokens = _job(args)
+    if not args.search:
+        compiling.check(job)
+    topology.require_libtpu()
     found = _search(args, job, tokens) if args.search else _plan(args, job, tokens)
     if not found["fits"]:
         _write_now(args, found)
@@ -62,7 +65,6 @@ def _plan(args: argparse.Namespace, job: Any, tokens: float | None) -> dict[str,
     from tele_jax.scale import compile as compiling
     from tele_jax.scale import cost, search
 
-    compiling.check(job)
     print(f"compiling for {job.slice.name} ...", file=sys.stderr, flush=True)
     program = compiling.compile_job(job, args.cache)
     figures = cost.figures(job, program, tokens)

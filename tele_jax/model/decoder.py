@@ -157,10 +157,15 @@ class Block(nn.Module):
 # What a layer keeps of its forward pass for the backward pass; the rest is computed again there.
 #   full       its input
 #   attention  also what attention gave, so that its kernel need not run again
+#   products   also the results of all matrix products: only elementwise parts are computed again
 #   offload    as attention, all of it in the host's memory
 REMAT = {
     "full": None,
     "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
+    "products": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED),
+    ),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=["stream", SAVED],

@@ -1,22 +1,23 @@
-"""Next-token cross entropy that never holds the logits of a whole batch: they are made and used chunk by chunk.
+"""Next-token cross entropy that never holds the logits of a whole batch: they are made and used a few rows at a time.
 
-The vocabulary is cut so that every chunk takes a slice of each of OUTER equal blocks; with the vocabulary sharded over
-a mesh axis that divides OUTER, each device then works on its own part of every chunk.
+In training the gradients are made in the same pass, while the logits of a chunk are there: three products with the
+head's kernel and not four. On a mesh each device works on its own rows and its own part of the vocabulary.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from tele_jax.config import ModelConfig
 from tele_jax.model import decoder
-from tele_jax.sharding import whole_rows
+from tele_jax.sharding import BATCH, mesh_of_step, whole_rows
 
-OUTER = 16
-CHUNK = 8192  # logits per token and chunk; 4 bytes each
+# Logits of one device at a time: so many bytes, or those of so many tokens; fewer would not feed a matrix unit.
+CHUNK_BYTES, CHUNK_TOKENS = 2**28, 1024
 
 
 def next_token_loss(
@@ -26,91 +27,157 @@ def next_token_loss(
 
     batch: `tokens`, `targets` int32[B, S], `loss_weights` float32[B, S], and optionally `segment_ids`, `positions`.
     """
-    losses = token_losses(cfg, params, batch, masks)
-    weights = batch["loss_weights"].astype(losses.dtype)
-    return jnp.sum(losses * weights), jnp.sum(weights)
+    x, kernel = _head(cfg, params, batch, masks)
+    weights = batch["loss_weights"].astype(jnp.promote_types(cfg.dtype, jnp.float32))
+    total = weighted_cross_entropy(x, kernel, batch["targets"], weights, cfg.logit_mult, cfg.vocab_size)
+    return total, jnp.sum(weights)
 
 
 def token_losses(
     cfg: ModelConfig, params: Mapping[str, Any], batch: Mapping[str, jax.Array], masks: decoder.Masks | None = None
 ) -> jax.Array:
     """Cross entropy in nats of every target, [B, S]."""
+    x, kernel = _head(cfg, params, batch, masks)
+    return cross_entropy(x, kernel, batch["targets"], cfg.logit_mult, cfg.vocab_size)
+
+
+def _head(cfg: ModelConfig, params: Mapping[str, Any], batch: Mapping[str, jax.Array], masks: decoder.Masks | None):
     x = decoder.hidden(cfg, params, batch["tokens"], batch.get("positions"), batch.get("segment_ids"), masks)
-    kernel = decoder.head_kernel(cfg, params).astype(cfg.dtype)
-    return cross_entropy(whole_rows(x), kernel, batch["targets"], cfg.logit_mult, cfg.vocab_size)
+    return whole_rows(x), decoder.head_kernel(cfg, params)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def cross_entropy(x: jax.Array, kernel: jax.Array, targets: jax.Array, mult: float, vocab_size: int) -> jax.Array:
     """-log softmax(mult * x @ kernel)[targets] over the first vocab_size columns: [B, S].
 
-    x [B, S, D], kernel [D, V], targets int32[B, S].
+    x [B, S, D], kernel [D, V] of any dtype, targets int32[B, S]. The product is one of x's dtype, the rest in float32
+    or better. Gradients make the logits again.
     """
-    return _forward(x, kernel, targets, mult, vocab_size)[0]
+    local = functools.partial(_losses, mult=mult, vocab_size=vocab_size)
+    return _on_each_device(local, x, kernel, (targets,), out=(P(BATCH),))[0]
 
 
-def _chunks(vocab: int) -> tuple[int, int, int]:
-    """(outer, number of chunks, width): outer * number * width = vocab, outer * width <= CHUNK where V allows it."""
-    outer = OUTER if vocab % OUTER == 0 else 1
-    inner = vocab // outer
-    number = next(n for n in range(1, inner + 1) if inner % n == 0 and (inner // n) * outer <= max(CHUNK, outer))
-    # A vocabulary with a large prime factor would fall apart into single columns: better one chunk.
-    return (outer, number, inner // number) if number <= 64 else (outer, 1, inner)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def weighted_cross_entropy(x, kernel, targets, weights, mult: float, vocab_size: int) -> jax.Array:
+    """sum(weights * cross_entropy(x, kernel, targets, mult, vocab_size)); weights [B, S] in float32 or better."""
+    return jnp.sum(cross_entropy(x, kernel, targets, mult, vocab_size) * weights)
 
 
-def _logits(x, kernel, chunk, mult, vocab_size):
-    """Logits [B, S, outer, width] of one chunk, and the column numbers [outer, width]."""
-    vocab = kernel.shape[1]
-    outer, number, width = _chunks(vocab)
-    part = jax.lax.dynamic_index_in_dim(kernel.reshape(-1, outer, number, width), chunk, axis=2, keepdims=False)
-    columns = jnp.arange(outer)[:, None] * (number * width) + chunk * width + jnp.arange(width)
-    accumulate = jnp.promote_types(x.dtype, jnp.float32)
-    logits = whole_rows(jnp.einsum("BSD,Dow->BSow", x, part, preferred_element_type=accumulate), tensor=2) * mult
-    if vocab_size < vocab:
-        logits = jnp.where(columns < vocab_size, logits, -jnp.inf)
-    return logits, part, columns
-
-
-def _forward(x, kernel, targets, mult, vocab_size):
-    _, number, _ = _chunks(kernel.shape[1])
-    accumulate = jnp.promote_types(x.dtype, jnp.float32)
-
-    def step(carry, chunk):
-        top, total, target_logit = carry
-        logits, _, columns = _logits(x, kernel, chunk, mult, vocab_size)
-        new_top = jnp.maximum(top, jnp.max(logits, axis=(-2, -1)))
-        # The first column is never padding, so that new_top is finite from the first chunk on.
-        total = total * jnp.exp(top - new_top) + jnp.sum(jnp.exp(logits - new_top[..., None, None]), axis=(-2, -1))
-        hit = columns == targets[..., None, None]
-        target_logit = target_logit + jnp.sum(jnp.where(hit, logits, 0), axis=(-2, -1))
-        return (new_top, total, target_logit), None
-
-    zeros = jnp.zeros(targets.shape, accumulate)
-    (top, total, target_logit), _ = jax.lax.scan(step, (zeros - jnp.inf, zeros, zeros), jnp.arange(number))
-    log_normalizer = top + jnp.log(total)
-    return log_normalizer - target_logit, (x, kernel, targets, log_normalizer)
+def _forward(x, kernel, targets, weights, mult, vocab_size):
+    local = functools.partial(_losses_and_gradients, mult=mult, vocab_size=vocab_size)
+    out = (P(BATCH), P(BATCH), P("fsdp", "tensor"))
+    losses, x_gradient, kernel_gradient = _on_each_device(local, x, kernel, (targets, weights), out=out)
+    return jnp.sum(losses * weights), (losses, x_gradient, kernel_gradient)
 
 
 def _backward(mult, vocab_size, residuals, gradient):
-    x, kernel, targets, log_normalizer = residuals
-    _, number, _ = _chunks(kernel.shape[1])
-
-    def step(x_gradient, chunk):
-        logits, part, columns = _logits(x, kernel, chunk, mult, vocab_size)
-        probability = jnp.exp(logits - log_normalizer[..., None, None])
-        hit = columns == targets[..., None, None]
-        logit_gradient = ((probability - hit) * (gradient * mult)[..., None, None]).astype(x.dtype)
-        logit_gradient = whole_rows(logit_gradient, tensor=2)
-        x_gradient = x_gradient + jnp.einsum(
-            "BSow,Dow->BSD", logit_gradient, part, preferred_element_type=x_gradient.dtype
-        )
-        kernel_gradient = jnp.einsum("BSD,BSow->Dow", x, logit_gradient, preferred_element_type=x_gradient.dtype)
-        return x_gradient, kernel_gradient.astype(kernel.dtype)
-
-    start = jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
-    x_gradient, kernel_gradient = jax.lax.scan(step, start, jnp.arange(number))
-    kernel_gradient = jnp.moveaxis(kernel_gradient, 0, 2).reshape(kernel.shape)
-    return x_gradient.astype(x.dtype), kernel_gradient, None
+    losses, x_gradient, kernel_gradient = residuals
+    scaled = ((g * gradient).astype(g.dtype) for g in (x_gradient, kernel_gradient))
+    return *scaled, None, losses * gradient
 
 
-cross_entropy.defvjp(_forward, _backward)
+weighted_cross_entropy.defvjp(_forward, _backward)
+
+
+# -------------------------------------------------------------------------------------------------- on one device
+
+
+def _on_each_device(local: Callable, x: jax.Array, kernel: jax.Array, rows: tuple[jax.Array, ...], out: tuple[P, ...]):
+    """local(x, kernel, *rows, axes) on every device's part, where a mesh is set and the shapes divide."""
+    mesh = mesh_of_step()
+    if mesh is not None:
+        data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+        fits = x.shape[0] % (data * fsdp) == 0 and kernel.shape[0] % fsdp == 0 and kernel.shape[1] % tensor == 0
+        if fits:
+            specs = (P(BATCH), P("fsdp", "tensor"), *(P(BATCH) for _ in rows))
+            run = functools.partial(local, axes=_Axes())
+            return jax.shard_map(run, in_specs=specs, out_specs=out, check_vma=False)(x, kernel, *rows)
+    return local(x, kernel, *rows, axes=_Axes(None, None, None))
+
+
+class _Axes:
+    """The mesh axes of the rows and of the vocabulary, or none of them."""
+
+    def __init__(self, data: str | None = "data", fsdp: str | None = "fsdp", tensor: str | None = "tensor"):
+        self.data, self.fsdp, self.tensor = data, fsdp, tensor
+
+    def gathered(self, kernel: jax.Array) -> jax.Array:
+        """[D, V/t] of [D/f, V/t]."""
+        return kernel if self.fsdp is None else jax.lax.all_gather(kernel, self.fsdp, axis=0, tiled=True)
+
+    def scattered(self, gradient: jax.Array, dtype: Any) -> jax.Array:
+        """Summed over the rows of fsdp and cut again, in dtype: [D/f, V/t] of [D, V/t]."""
+        if self.fsdp is None:
+            return gradient
+        # Along a leading dimension of its own: where it is a minor one, TPU programs reduce the whole array.
+        parts = gradient.astype(dtype).reshape(jax.lax.axis_size(self.fsdp), -1, gradient.shape[1])
+        return jax.lax.psum_scatter(parts, self.fsdp, scatter_dimension=0).astype(gradient.dtype)
+
+    def over_data(self, x: jax.Array) -> jax.Array:
+        return x if self.data is None else jax.lax.psum(x, self.data)
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        return x if self.tensor is None else jax.lax.psum(x, self.tensor)
+
+    def max(self, x: jax.Array) -> jax.Array:
+        return x if self.tensor is None else jax.lax.pmax(x, self.tensor)
+
+    def columns(self, count: int) -> jax.Array:
+        """Numbers of this device's columns of the vocabulary."""
+        first = 0 if self.tensor is None else jax.lax.axis_index(self.tensor) * count
+        return first + jnp.arange(count)
+
+
+def _chunks(tokens: int, vocab: int) -> int:
+    """The least number of equal parts of the tokens that are small enough, or have no more than CHUNK_TOKENS."""
+    most = max(CHUNK_TOKENS, CHUNK_BYTES // (4 * vocab))
+    return next(n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n <= most)
+
+
+def _by_chunk(count: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """[B, S, ...] -> [count, B * S / count, ...]."""
+    return tuple(a.reshape(count, -1, *a.shape[2:]) for a in arrays)
+
+
+def _softmax(x, kernel, targets, mult, vocab_size, axes: _Axes):
+    """Of tokens [T]: losses [T], and what gradients need: logits [T, V/t], their log normalizer [T, 1], the hits."""
+    columns = axes.columns(kernel.shape[1])
+    accumulate = jnp.promote_types(x.dtype, jnp.float32)
+    logits = jnp.einsum("TD,DV->TV", x, kernel, preferred_element_type=accumulate) * mult
+    logits = jnp.where(columns < vocab_size, logits, -jnp.inf)
+    # A device may hold padding alone, but all of them together do not.
+    top = axes.max(jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+    log_normalizer = top + jnp.log(axes.sum(jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True)))
+    hit = columns == targets[:, None]
+    of_target = axes.sum(jnp.sum(jnp.where(hit, logits, 0), axis=-1))
+    return log_normalizer[:, 0] - of_target, logits, log_normalizer, hit
+
+
+def _losses(x, kernel, targets, *, mult, vocab_size, axes):
+    kernel = axes.gathered(kernel.astype(x.dtype))
+
+    @jax.checkpoint
+    def step(_, part):
+        return None, _softmax(part[0], kernel, part[1], mult, vocab_size, axes)[0]
+
+    parts = _by_chunk(_chunks(targets.size, kernel.shape[1]), x, targets)
+    return (jax.lax.scan(step, None, parts)[1].reshape(targets.shape),)
+
+
+def _losses_and_gradients(x, kernel, targets, weights, *, mult, vocab_size, axes):
+    """Losses [B, S] and the gradients of their weighted sum, of x in its dtype and of the kernel in its own."""
+    whole = axes.gathered(kernel.astype(x.dtype))
+    accumulate = jnp.promote_types(x.dtype, jnp.float32)
+
+    def step(kernel_gradient, part):
+        x, targets, weights = part
+        losses, logits, log_normalizer, hit = _softmax(x, whole, targets, mult, vocab_size, axes)
+        of_logits = ((jnp.exp(logits - log_normalizer) - hit) * (weights * mult)[:, None]).astype(x.dtype)
+        of_x = axes.sum(jnp.einsum("TV,DV->TD", of_logits, whole, preferred_element_type=accumulate))
+        part = jnp.einsum("TD,TV->DV", x, of_logits, preferred_element_type=accumulate)
+        # Reduced chunk by chunk: the whole gradient, which is as large as all of the head, never lies on one device.
+        return kernel_gradient + axes.scattered(part, x.dtype), (losses, of_x.astype(x.dtype))
+
+    parts = _by_chunk(_chunks(targets.size, whole.shape[1]), x, targets, weights)
+    kernel_gradient, (losses, of_x) = jax.lax.scan(step, jnp.zeros(kernel.shape, accumulate), parts)
+    kernel_gradient = axes.over_data(kernel_gradient).astype(kernel.dtype)
+    return losses.reshape(targets.shape), of_x.reshape(x.shape), kernel_gradient

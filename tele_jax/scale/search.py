@@ -12,11 +12,13 @@ from tele_jax.scale.compile import Job, check
 from tele_jax.scale.topology import Slice
 from tele_jax.train.step import flops_per_token
 
-REMAT = ("attention", "full")  # cheapest first where there is room
+REMAT = ("products", "attention", "full")
 MICROBATCHES = (1, 2, 4, 8, 16)
 MARGIN = 0.1  # of the usable HBM, which a chosen plan leaves free
-# Of the parameters' FLOPs: forward 2 and backward 4, and what is computed again (all but the last product of a block).
-_RECOMPUTED = {"none": 0.0, "attention": 1.8, "full": 1.8, "offload": 1.8}
+# Per two FLOPs of a forward pass: of the matrix products (backward 4, and again all but the last of a block), and of
+# the attention kernel (backward 5, for it makes its weights again), which visits some 1.15 times the unmasked half.
+_PRODUCTS = {"none": 6.0, "products": 6.0, "attention": 7.7, "full": 7.7, "offload": 7.7}
+_ATTENTION = {"none": 7 * 1.15, "products": 7 * 1.15, "attention": 7 * 1.15, "full": 9 * 1.15, "offload": 7 * 1.15}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +87,12 @@ def estimate(job: Job) -> Estimate:
     state = (4 * 4 + 2 + (4 if job.microbatches > 1 else 0)) * params / cut + 3 * 2 * layer / mesh.tensor
     stream = 2 * tokens * cfg.embed_dim / mesh.tensor
     heads = 2 * tokens * cfg.num_heads * cfg.head_dim / mesh.tensor
-    kept = cfg.num_layers * (stream + (heads if job.cfg.remat == "attention" else 0))
+    kept = cfg.num_layers * _kept(job, stream, heads, 2 * tokens * cfg.mlp_dim / mesh.tensor)
     working = 2 * tokens * (6 * cfg.embed_dim + 5 * cfg.mlp_dim / mesh.tensor) + 4 * heads
-    again = _RECOMPUTED[job.cfg.remat] / 6
-    compute = flops_per_token(cfg, job.seq_len) * (1 + again) * job.tokens / job.slice.num_devices
+    attention = 6.0 * cfg.num_layers * cfg.num_heads * cfg.head_dim * job.seq_len  # model FLOPs of a token
+    products = flops_per_token(cfg, job.seq_len) - attention
+    flops = (products * _PRODUCTS[cfg.remat] + attention * _ATTENTION[cfg.remat]) / 6
+    compute = flops * job.tokens / job.slice.num_devices
     gathers = 2 * params / mesh.tensor * (2.7 * job.microbatches if mesh.fsdp > 1 else 0)
     reduces = 2 * 2 * params / mesh.tensor * job.microbatches if mesh.fsdp > 1 else 0
     exchanged = 9 * cfg.num_layers * 2 * tokens * cfg.embed_dim * job.microbatches * (mesh.tensor > 1)
@@ -100,6 +104,14 @@ def estimate(job: Job) -> Estimate:
     # What cannot overlap is not known here; a tenth of the smaller ones keeps ties apart.
     times = (compute / job.slice.device_flops, ici, dcn)
     return Estimate(state + kept + working, max(times) + 0.1 * sum(times))
+
+
+def _kept(job: Job, stream: float, heads: float, mlp: float) -> float:
+    """Bytes of HBM that a layer keeps for the backward pass, by the remat policy."""
+    kv_heads = heads * job.cfg.num_kv_heads / job.cfg.num_heads
+    products = 3 * stream + 2 * heads + 2 * kv_heads + 2 * mlp
+    kept = {"offload": 0.0, "full": stream, "attention": stream + heads, "products": products}
+    return kept.get(job.cfg.remat, products + mlp + heads)
 
 
 def larger(of: Slice, needed_bytes: float) -> str:

@@ -60,9 +60,9 @@ def scale_by_adam(spec: Mapping[str, Any], config: OptimizerConfig) -> optax.Gra
     sizes = {axis: size for leaf in leaves.values() for axis, size in zip(leaf.axes, leaf.shape, strict=True)}
 
     def init(params: Any) -> AdamState:
-        # bfloat16 moments would stick: a step of 1 - beta2 of their value is below what they resolve.
-        wide = lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32))  # noqa: E731
-        zeros = lambda: jax.tree.map(wide, params)  # noqa: E731
+        narrow = config.moment_dtype == "bfloat16"
+        dtype = lambda p: jnp.bfloat16 if narrow else jnp.promote_types(p.dtype, jnp.float32)  # noqa: E731
+        zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, dtype(p)), params)  # noqa: E731
         born = {axis: jnp.zeros(size, jnp.int32) for axis, size in sizes.items()}
         return AdamState(jnp.zeros([], jnp.int32), zeros(), zeros(), born)
 
@@ -77,9 +77,10 @@ def scale_by_adam(spec: Mapping[str, Any], config: OptimizerConfig) -> optax.Gra
             # Units that were there from the start (born 0) follow the schedule's own warm-up alone.
             new = {axis: born > 0 for axis, born in state.born.items()}
             warm = {a: jnp.where(new[a], jnp.minimum(1.0, age[a] / config.new_warmup_steps), 1.0) for a in age}
-        gradients = jax.tree.map(lambda m, g: g.astype(m.dtype), state.mu, gradients)
-        mu = jax.tree.map(lambda m, g: config.beta1 * m + (1 - config.beta1) * g, state.mu, gradients)
-        nu = jax.tree.map(lambda v, g: config.beta2 * v + (1 - config.beta2) * g**2, state.nu, gradients)
+        wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
+        gradients = jax.tree.map(lambda m, g: wide(g).astype(wide(m).dtype), state.mu, gradients)
+        mu = jax.tree.map(lambda m, g: config.beta1 * wide(m) + (1 - config.beta1) * g, state.mu, gradients)
+        nu = jax.tree.map(lambda v, g: config.beta2 * wide(v) + (1 - config.beta2) * g**2, state.nu, gradients)
         steps = {}
         flat_mu, flat_nu = flatten(mu), flatten(nu)
         for name, leaf in leaves.items():
@@ -87,7 +88,8 @@ def scale_by_adam(spec: Mapping[str, Any], config: OptimizerConfig) -> optax.Gra
             v = flat_nu[name] / _least(second, leaf)
             step = m / (jnp.sqrt(v) + config.eps)
             steps[name] = (step * _least(warm, leaf) if config.new_warmup_steps else step).astype(flat_mu[name].dtype)
-        return unflatten(steps), AdamState(count, mu, nu, state.born)
+        stored = lambda new, old: jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)  # noqa: E731
+        return unflatten(steps), AdamState(count, stored(mu, state.mu), stored(nu, state.nu), state.born)
 
     return optax.GradientTransformation(init, update)
 

@@ -108,13 +108,12 @@ def test_a_collective_written_in_several_fusions_counts_once():
     gather = "all-gather(%p), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}"
     fused = (
         f"%start (p: f32[8]) -> f32[32] {{\n  %p = f32[8]{{0}} parameter(0)\n  ROOT %g = f32[32]{{0}} {gather}\n}}\n"
-        "%going (p: f32[8]) -> f32[32] {\n  %p = f32[8]{0} parameter(0)\n"
-        f"  ROOT %h = f32[32]{{0:S(1)}} {gather}\n}}\n"
+        f"%on (p: f32[8]) -> f32[32] {{\n  %p = f32[8]{{0}} parameter(0)\n  ROOT %h = f32[32]{{0:S(1)}} {gather}\n}}\n"
     )
     found = program(
         "  %a = f32[8]{0} parameter(0)\n"
         "  %one = f32[32]{0} fusion(%a), kind=kCustom, calls=%start\n"
-        "  ROOT %two = f32[32]{0} fusion(%a), kind=kOutput, calls=%going",
+        "  ROOT %two = f32[32]{0} fusion(%a), kind=kOutput, calls=%on",
         fused,
     )
     assert [(c.kind, c.times, c.result_bytes) for c in found.collectives] == [("all-gather", 1.0, 128)]

@@ -1,0 +1,91 @@
+"""`tele plan` as a user meets it; what needs the TPU compiler is skipped where libtpu is not installed."""
+
+import importlib.util
+import json
+
+import pytest
+
+from tele_jax.cli.main import main
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (pip install 'tele_jax[tpu]', 684 MB)"
+)
+MODEL = ["--model", "tele_flm_52b", "--topology", "v5p:4x4x8"]
+PAGE = """
+from ml_collections import ConfigDict
+
+def get_config():
+    model = dict(num_layers=3, embed_dim=256, num_heads=2, mlp_dim=512, vocab_size=1024, max_seq_len=512)
+    data = dict(tokenizer="not/there.model", sources=dict(en=dict(files=("not/there.txt",))))
+    stage = dict(kind="pretrain", data=data, optimizer=dict(learning_rate=1e-3), steps=10, batch_size=4, seq_len=512)
+    return ConfigDict(dict(
+        run=("first", "grow", "second"), first=dict(model=model, **stage), second=stage,
+        grow=dict(kind="grow", model=dict(num_layers=4)), mesh=dict(fsdp=2, tensor=2),
+    ))
+"""
+
+
+@pytest.fixture
+def page(tmp_path):
+    file = tmp_path / "page.py"
+    file.write_text(PAGE)
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--topology", "v5p:4x4x8"], "give either --config FILE or --model NAME"),
+        (["--model", "tele_flm_53b", "--topology", "v5p:4x4x8"], "did you mean 'tele_flm_52b'?"),
+        (["--model", "tele_flm_52b", "--topology", "v9:1"], "'v9:1': not known; known are v4:4x4x8"),
+        (MODEL, "--mesh: missing; for example fsdp=128, or --search"),
+        ([*MODEL, "--mesh", "fsdp=128"], "--batch-size: missing"),
+        ([*MODEL, "--mesh", "fsdp:128"], "expected AXIS=SIZE,... with data, fsdp and tensor"),
+        ([*MODEL, "--mesh", "fsdb=128", "--batch-size", "128"], "--mesh.fsdb: unknown key of MeshConfig; did you mean"),
+        ([*MODEL, "--mesh", "fsdp=4", "--batch-size", "128"], "= 4 devices, but v5p:4x4x8 has 128"),
+        ([*MODEL, "--mesh", "tensor=128", "--batch-size", "1"], "kv_heads=64 does not divide over mesh tensor=128"),
+        ([*MODEL, "--mesh", "fsdp=128", "--batch-size", "96"], "batch_size=96 (per microbatch) does not divide"),
+        ([*MODEL, "--mesh", "fsdp=128", "--batch-size", "0"], "--batch-size 0: must be above 0"),
+        ([*MODEL, "--mesh", "fsdp=128", "--batch-size", "128", "--remat", "ful"], "'ful' is not one of 'none', 'full'"),
+        ([*MODEL, "--mesh", "fsdp=128", "--config.x=1"], "changes a page, and --model names none"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_exit_2(argv, says, capsys):
+    assert main(["plan", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and says in err
+
+
+def test_a_page_without_such_a_stage(page, capsys):
+    assert main(["plan", "--config", page, "--topology", "v5e:2x2", "--stage", "grow"]) == 2
+    assert f"--stage grow: no training stage of {page}; it has first, second" in capsys.readouterr().err
+
+
+@needs_libtpu
+def test_the_step_of_a_page_is_compiled_and_counted(page, tmp_path, capsys):
+    argv = ["plan", "--config", page, "--topology", "v5e:2x2", "--cache", str(tmp_path), "--json", str(tmp_path / "j")]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "j").read_text())
+    assert "fits, with" in out and found["fits"] and not found["from_cache"]
+    # Full remat: of each product of a block 8 FLOPs per weight and token, but 6 of the last, which is not made again.
+    block, last, head = 4 * 256 * 256 + 3 * 256 * 512, 256 * 512, 256 * 1024
+    expected = (4 * (8 * block - 2 * last) + 6 * head) * 4 * 512 / 4
+    assert found["flops"]["matmul"] == pytest.approx(expected, rel=1e-9)
+    assert found["hbm"]["parameters"] == pytest.approx(4 * (4 * block + 2 * head) / 4, rel=0.01)
+    assert found["hbm"]["optimizer"] == pytest.approx(2 * found["hbm"]["parameters"], rel=0.01)
+    kinds = {kind.partition(" ")[0] for kind in found["collectives"]}
+    assert {"all-gather", "reduce-scatter"} <= kinds
+    assert found["days"] * found["tokens_per_day"] == pytest.approx(10 * 4 * 512)
+    assert main(argv) == 0
+    again = json.loads((tmp_path / "j").read_text())
+    assert again.pop("from_cache") and found.pop("from_cache") is False and again == found
+
+
+@needs_libtpu
+def test_a_step_that_does_not_fit_says_by_how_much_and_what_would(page, tmp_path, capsys):
+    larger = ["--config.first.model.embed_dim=8192", "--config.first.model.mlp_dim=65536"]
+    argv = ["plan", "--config", page, "--topology", "v5e:2x2", "--cache", str(tmp_path), *larger]
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert "does not fit v5e:2x2" in err and "more than there is" in err and "chips would do" in err
