@@ -6,7 +6,7 @@
 Published: sizes, batch, context, AdamW with clip 1.0 and no weight decay, cosine over 2.5T tokens (the stage ends
 before the cosine does), warm-up of 2,000 steps, truncated normal init, and the values after the muP transfer: rates of
 1.5e-4 for both groups, minimum 1.5e-5, init std 4e-3 (vector-like) and 4.242e-3 (matrix-like), output_mult 1/32. They
-stand here at muP's base width 256: 4.8e-3 / 32 = 1.5e-4, 0.024 / sqrt(32) = 4.243e-3, 1.0 / 32.
+stand here at muP's base width 512, as released: 2.4e-3 / 16 = 1.5e-4, 0.024 / sqrt(2) / 4 = 4.243e-3, 0.5 / 16.
 Ours: the betas, those of FLM-101B, which has the same code base (arXiv 2309.03852); eps; how often is saved. The mesh
 of 896 A800 (tensor 4, pipeline 2, data 112) has no counterpart here: give one that fits your slice.
 """
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
         batch_size=BATCH,
         seq_len=LENGTH,
         optimizer=dict(
-            learning_rate=1.5e-4, matrix_learning_rate=4.8e-3, beta1=0.9, beta2=0.95, weight_decay=0.0, clip_norm=1.0
+            learning_rate=1.5e-4, matrix_learning_rate=2.4e-3, beta1=0.9, beta2=0.95, weight_decay=0.0, clip_norm=1.0
         ),
         schedule=dict(kind="cosine", unit="tokens", warmup=2_000 * BATCH * LENGTH, total=2_500_000_000_000, final=0.1),
         checkpoint_every=1_000,

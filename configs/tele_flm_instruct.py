@@ -23,8 +23,8 @@ def get_config() -> ConfigDict:
         steps=4 * 30_735 // 128,
         batch_size=128,
         seq_len=2_048,
-        # Both groups at 2.7e-5: the matrix-like one stands at base width 256, 32 times as high.
-        optimizer=dict(learning_rate=2.7e-5, matrix_learning_rate=32 * 2.7e-5, beta1=0.9, beta2=0.95, weight_decay=0.1),
+        # Both groups at 2.7e-5: the matrix-like one stands at the base model's muP width 512, 16 times as high.
+        optimizer=dict(learning_rate=2.7e-5, matrix_learning_rate=16 * 2.7e-5, beta1=0.9, beta2=0.95, weight_decay=0.1),
         schedule=dict(kind="linear", final=1e-9 / 2.7e-5),
         checkpoint_every=240,
     )

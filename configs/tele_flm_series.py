@@ -19,7 +19,7 @@ from tele_jax.published import get_model
 BATCH, LENGTH = 1_344, 4_096  # published for 52B; ours for the others
 TOKENS = BATCH * LENGTH
 SIZES = ("num_layers", "num_heads", "num_kv_heads", "embed_dim", "mlp_dim", "padded_vocab_size")
-MULTIPLIERS = ("input_mult", "output_mult", "mup_base_width")
+MUP = ("input_mult", "output_mult", "mup_base_width", "matrix_init_std")
 
 
 def get_config() -> ConfigDict:
@@ -28,11 +28,11 @@ def get_config() -> ConfigDict:
 
     def growth(name: str) -> dict:
         larger = get_model(name)
-        model = {field: getattr(larger, field) for field in (*SIZES, *MULTIPLIERS)}
+        model = {field: getattr(larger, field) for field in (*SIZES, *MUP)}
         return dict(kind="grow", policy="msg", layers="distance", model=model)
 
     def pretraining(tokens: float, learning_rate: float, ramp: int) -> dict:
-        # The matrix-like rate at base width 256 is 32 times that of 52B's width, at every width.
+        # At base width 256, which these models have, the matrix-like rate is 32 times that at 52B's width.
         rates = dict(learning_rate=learning_rate, matrix_learning_rate=32 * learning_rate)
         return dict(
             kind="pretrain",
@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
         data=data,
         steps=round(2.0e12 / TOKENS),
         optimizer=dict(
-            learning_rate=1.5e-4, matrix_learning_rate=4.8e-3, beta1=0.9, beta2=0.95, weight_decay=0.0, clip_norm=1.0
+            learning_rate=1.5e-4, matrix_learning_rate=2.4e-3, beta1=0.9, beta2=0.95, weight_decay=0.0, clip_norm=1.0
         ),
         schedule=dict(kind="cosine", unit="tokens", warmup=2_000 * TOKENS, total=2_500_000_000_000, final=0.1),
         **batch,

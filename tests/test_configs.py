@@ -41,7 +41,7 @@ def test_the_pages_hold_the_published_figures():
     assert stage.batch_size * stage.seq_len == 5_505_024
     assert stage.steps * 5_505_024 == pytest.approx(2.0e12, rel=1e-5)
     ratio = stage.model.width_ratio
-    assert ratio == 32 and stage.optimizer.matrix_learning_rate / ratio == pytest.approx(1.5e-4)
+    assert ratio == 16 and stage.optimizer.matrix_learning_rate / ratio == pytest.approx(1.5e-4)
     assert stage.model.logit_mult == pytest.approx(3.125e-2)
     assert stage.model.matrix_init_std / ratio**0.5 == pytest.approx(4.242e-3, rel=1e-3)
     factor = schedule(stage.schedule, stage.steps, 5_505_024)

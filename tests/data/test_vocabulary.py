@@ -164,7 +164,7 @@ def test_a_file_that_is_no_vocabulary_is_named(vocabulary, tmp_path):
 
 def test_a_missing_package_names_the_extra(monkeypatch, model_file):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(UserError, match=r"sentencepiece.*pip install 'tele_jax\[data\]'"):
+    with pytest.raises(UserError, match=r"sentencepiece.*pip install '?tele_jax\[data\]"):
         SentencePieceVocabulary(model_file)
 
 
