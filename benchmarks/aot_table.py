@@ -39,6 +39,9 @@ ROWS = [
     ("telechat_12b", "v6e:16x16", dict(fsdp=256), 1024, 1, "full"),
     ("telechat_7b", "tpu7x:4x4x8", dict(fsdp=256), 1024, 1, "attention"),
     ("telechat_12b", "tpu7x:4x4x8", dict(fsdp=256), 1024, 1, "attention"),
+    # The settings that MaxText was compiled with for comparison, see benchmarks/aot_vs_maxtext.py.
+    ("tele_flm_52b", "v5p:4x4x8", dict(fsdp=64, tensor=2), 64, 1, "full"),
+    ("tele_flm_1t", "v5p:8x16x16", dict(fsdp=512, tensor=4), 512, 1, "full"),
 ]
 
 
