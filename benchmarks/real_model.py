@@ -80,8 +80,6 @@ def measure(work: Path, gguf: Path, rows: int, length: int) -> dict[str, Any]:
     )
     figures["missing_keys"], figures["unexpected_keys"] = (sorted(info[k]) for k in ("missing_keys", "unexpected_keys"))
     figures["exported_in_transformers"] = score(torch_losses(again, tokens), num_bytes)
-    names = {file.name for file in (work / "exported").iterdir()}
-    figures["tokenizer_travelled"] = {"tokenizer.json", "tokenizer_config.json"} <= names
     figures["back"] = tele_command("import", work / "exported", work / "back")
     back = tele.checkpoint.load(work / "back")
     figures["same_bits_after_export_and_import"] = same(grown.params, back.params)
