@@ -168,8 +168,8 @@ def _read_theta(keys: Keys) -> float:
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise UserError(f"{keys.where}: rotary scaling {kind!r} of Llama is none that tele_jax has")
-    theta = parameters.get("rope_theta")
-    return float(theta) if theta is not None else keys.get("rope_theta", float, 10_000.0)
+    stated = keys.get("rope_theta", float, 10_000.0)
+    return Keys(parameters, keys.where).get("rope_theta", float, stated)
 
 
 def _write_llama(cfg: ModelConfig) -> dict[str, Any]:
@@ -206,6 +206,8 @@ def _read_tele_flm(keys: Keys) -> dict[str, Any]:
 
 def _read_multipliers(keys: Keys, embed: int) -> dict[str, Any]:
     """output_mult / mup_scale_factor multiplies the logits; the factor is the width over muP's base width."""
+    if embed < 1:
+        raise UserError(f"{keys.where}: the hidden size is {embed}, must be above 0")
     if not keys.get("use_mup", bool, False):
         return {"init_std": _TELE_FLM_STD, "matrix_init_std": _TELE_FLM_MATRIX_STD_AT_256 / math.sqrt(embed / 256)}
     scale = keys.get("mup_scale_factor", float)
