@@ -100,7 +100,9 @@ def _read_indexed(index: Path) -> dict[str, Stored]:
         if absent := [tensor for tensor in listed if tensor not in header]:
             raise UserError(f"{file}: has no {absent[0]}, though {index.name} says so ({len(absent)} such tensors)")
         if extra := sorted(header.keys() - set(listed)):
-            raise UserError(f"{file}: has {extra[0]}, which {index.name} does not place there ({len(extra)} such tensors)")
+            raise UserError(
+                f"{file}: has {extra[0]}, which {index.name} does not place there ({len(extra)} such tensors)"
+            )
         tensors |= header
     return tensors
 
@@ -128,8 +130,7 @@ def read_header(file: Path) -> dict[str, Stored]:
         end += stored.nbytes
         if end > size:
             raise UserError(
-                f"{file}: cut short: {stored.name} ends at byte {end:,}, but the file has {size:,}; "
-                "fetch it again"
+                f"{file}: cut short: {stored.name} ends at byte {end:,}, but the file has {size:,}; fetch it again"
             )
     if end != size:
         raise UserError(f"{file}: damaged: {size - end:,} bytes behind the last tensor")

@@ -61,7 +61,9 @@ def test_an_index_of_another_name_serves_where_there_is_one_only(release, tmp_pa
     (src / "model.safetensors.index.json").rename(src / "weights.safetensors.index.json")
     convert.load_hf(src)
     (src / "part-1.safetensors").unlink()
-    refused(src, tmp_path, UserError, r"part-1.safetensors: missing; weights.safetensors.index.json has \d+ tensors in it")
+    refused(
+        src, tmp_path, UserError, r"part-1.safetensors: missing; weights.safetensors.index.json has \d+ tensors in it"
+    )
 
 
 def test_a_shard_without_a_tensor_that_the_index_promises(release, tmp_path):
