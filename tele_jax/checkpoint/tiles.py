@@ -79,8 +79,8 @@ class Unfinished:
         """Begins, or goes on with what an earlier call with the same header began.
 
         Raises:
-          UserError: dst exists or cannot be made; what was begun has another header, or is being written by another process; too little
-            disk for what is left to write.
+          UserError: dst exists or cannot be made; what was begun has another header, or is being written by another
+            process; too little disk for what is left to write.
         """
         self.dst = local_path(dst)
         self.partial = self.dst.with_name(self.dst.name + ".partial")

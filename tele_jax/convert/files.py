@@ -56,8 +56,8 @@ def read_directory(path: Path) -> dict[str, Stored]:
     """All tensors of a released checkpoint, by name; reads headers only.
 
     Raises:
-      UserError: no safetensors, pickle files instead, a shard that is missing, or not what the index says; a file is cut
-        short or its header is damaged.
+      UserError: no safetensors, pickle files instead, a shard that is missing, or not what the index says; a file is
+        cut short or its header is damaged.
     """
     indexes = [index for index in path.glob(f"*{INDEX.removeprefix('model')}") if index.is_file()]
     if path / INDEX in indexes or len(indexes) == 1:

@@ -79,8 +79,8 @@ def save_hf(
     format, dtype, max_seq_len, provenance: as `exporting.outline` takes them. A tokenizer is for the caller to add.
 
     Raises:
-      UserError: `path` exists; params are not those of cfg; the format cannot express the model; numbers become infinite
-        in dtype.
+      UserError: `path` exists; params are not those of cfg; the format cannot express the model; numbers become
+        infinite in dtype.
       DamageError: numbers that are not finite.
     """
     from tele_jax.checkpoint import read  # brings Orbax

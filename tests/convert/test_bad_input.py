@@ -88,7 +88,7 @@ def test_an_index_that_leads_elsewhere(release, tmp_path):
     index.write_text(index.read_text().replace("part-1", "../part-1"))
     refused(src, tmp_path, UserError, r"index.json: .* is placed in '../part-1.safetensors', which is no file beside")
     for place in ("3", "null", '""', "[]"):
-        index.write_text('{"weight_map": {"a": %s}}' % place)
+        index.write_text('{"weight_map": {"a": ' + place + "}}")
         refused(src, tmp_path, UserError, r"index.json: damaged, a is placed in .*, which is no name of a file")
     index.write_text("{}")
     refused(src, tmp_path, UserError, r"index.json: damaged, not an index of safetensors")
