@@ -219,9 +219,9 @@ def test_a_vocabulary_larger_than_the_models(vocabulary):
 
 def test_a_question_that_is_no_text(vocabulary):
     talk = Chat(*model(), vocabulary)
-    with pytest.raises(tele.UserError, match=r"messages\[0\].content: half of a surrogate pair at character 1"):
+    with pytest.raises(tele.UserError, match=r"messages\[0\].content: character 1 is half a surrogate pair"):
         talk.reply("a\ud800")
-    with pytest.raises(tele.UserError, match="half of a surrogate pair"):
+    with pytest.raises(tele.UserError, match="is half a surrogate pair"):
         talk.reset("\ud800")
     assert talk.messages == []
 

@@ -46,7 +46,7 @@ def check(messages: Any, *, complete: bool = True) -> None:
         try:
             message["content"].encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"messages[{i}].content: half of a surrogate pair at character {error.start}") from None
+            raise UserError(f"messages[{i}].content: character {error.start} is half a surrogate pair") from None
         if message["role"] not in ("system", "user", "assistant", "bot"):
             raise UserError(f"messages[{i}].role is {message['role']!r}, not one of system, user, assistant")
         if message["role"] == "system" and i > 0:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from tele_jax.data import dialogue
+from tele_jax.data import dialogue, templates
 from tele_jax.data.sources import Corpus, Format
 from tele_jax.data.vocabulary import Vocabulary
 from tele_jax.errors import UserError
@@ -25,6 +25,23 @@ def check_format(domain: str, format: Format, kind: Kind) -> None:
         raise UserError(
             f"sources.{domain}: fine-tuning learns answers, so its files have to be dialogues, not {format}"
         )
+
+
+def check_systems(corpus: Corpus, vocabulary: Vocabulary) -> None:
+    """Raises UserError, with its place, for the first system message that the template has no place for."""
+    if (
+        corpus.format != "dialogues"
+        or templates.marker_ids(templates.choose(vocabulary), vocabulary).system is not None
+    ):
+        return
+    for i in range(len(corpus)):
+        messages = corpus.messages(i)
+        if messages[0]["role"] == "system":
+            try:
+                dialogue.render(messages, vocabulary)
+            except UserError as error:
+                where = f"{corpus.files[corpus.file[i]]}: dialogue at byte {corpus.offset[i]:,}"
+                raise UserError(f"{where}: {error}") from None
 
 
 def example(
