@@ -87,7 +87,7 @@ def test_a_marker_that_is_all_bytes_cannot_be_typed():
         id_of = staticmethod(lambda piece: int(piece[3:5], 16))
 
     assert encode_content(FIFTY_TWO, Bytes(), "user") == list(b"user")
-    with pytest.raises(UserError, match="bytes.model: it has only bytes for '<_user>', which text may not hold then"):
+    with pytest.raises(UserError, match=r"bytes.model: it has only bytes for '<_user>', which text may not hold then"):
         encode_content(FIFTY_TWO, Bytes(), "a <_user>")
 
 
