@@ -10,9 +10,9 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
-# Most of the time of a test is XLA's: what was compiled once is read back, with the same bits (a small `tele train` takes
-# 16 s of processor time instead of 51). By environment, for the processes that tests start as well. In CI the directory
-# is new, so that every program is compiled at least once; pytest's workers inherit that of the process that starts them.
+# Most of the time of a test is XLA's: what was compiled once is read back, with the same bits (a small `tele train`
+# takes 16 s of processor time instead of 51). By environment, for the processes that tests start as well. In CI the
+# directory is new, so that every program is compiled at least once; pytest's workers inherit that of their parent.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     if os.environ.get("CI"):
         directory = tempfile.mkdtemp(prefix="tele_jax_compiled_")
