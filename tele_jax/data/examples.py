@@ -6,6 +6,7 @@ A dialogue begins with its first marker instead, which is given, not predicted: 
 tokens[1:], exactly as the released template without BOS.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -29,19 +30,23 @@ def check_format(domain: str, format: Format, kind: Kind) -> None:
 
 def check_systems(corpus: Corpus, vocabulary: Vocabulary) -> None:
     """Raises UserError, with its place, for the first system message that the template has no place for."""
-    if (
-        corpus.format != "dialogues"
-        or templates.marker_ids(templates.choose(vocabulary), vocabulary).system is not None
-    ):
-        return
-    for i in range(len(corpus)):
-        messages = corpus.messages(i)
-        if messages[0]["role"] == "system":
-            try:
-                dialogue.render(messages, vocabulary)
-            except UserError as error:
-                where = f"{corpus.files[corpus.file[i]]}: dialogue at byte {corpus.offset[i]:,}"
-                raise UserError(f"{where}: {error}") from None
+    if corpus.format == "dialogues" and not _takes_systems(vocabulary):
+        for i in range(len(corpus)):
+            where = f"{corpus.files[corpus.file[i]]}: dialogue at byte {corpus.offset[i]:,}"
+            check_system(corpus.messages(i), vocabulary, where)
+
+
+def check_system(messages: Sequence[dialogue.Message], vocabulary: Vocabulary, where: str) -> None:
+    """The same for one dialogue. where: it is, for the message."""
+    if messages[0]["role"] == "system" and not _takes_systems(vocabulary):
+        try:
+            dialogue.render(messages, vocabulary)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+
+def _takes_systems(vocabulary: Vocabulary) -> bool:
+    return templates.marker_ids(templates.choose(vocabulary), vocabulary).system is not None
 
 
 def example(
