@@ -36,7 +36,8 @@ EXTRAS = {
     # 7, and sentencepiece 0.2.3 for 7 without saying so: with both, no vocabulary can be read.
     "beam": ["apache-beam>=2.77,<3", "sentencepiece>=0.2.2,<0.2.3"],
     # `tele data clean`. Beam 2.77 ends at protobuf 6, pyarrow 25, pillow 12 and python-dateutil 2; the extras data,
-    # plots and dev go with these. All have wheels for Python 3.11 to 3.13.
+    # plots, notebooks and dev go with these (`make test` installs them together). All have wheels for Python 3.11 to
+    # 3.13.
     "clean": [
         "apache-beam>=2.77,<3",
         "sentencepiece>=0.2.2,<0.2.3",  # as in beam

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     from tele_jax.data import looking, stats
-    from tele_jax.data.cache import TOKENIZER, RowCache
+    from tele_jax.data.cache import RowCache
     from tele_jax.data.vocabulary import load_vocabulary
 
     cache = RowCache(args.dir)
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         located = stats.order(cache.manifest, args.seed).locate(index)
         places = [(list(cache.rows)[d], epoch, row) for d, epoch, row in zip(*(column.tolist() for column in located))]
     batch = cache.read([domain for domain, _, _ in places], [row for _, _, row in places])
-    vocabulary = load_vocabulary(args.dir / TOKENIZER)
+    vocabulary = load_vocabulary(cache.tokenizer())
     color = sys.stdout.isatty() if args.color == "auto" else args.color == "always"
     figures = []
     for i, (domain, epoch, row) in enumerate(places):

@@ -20,10 +20,10 @@ from typing import Any
 
 from tele_jax.config import from_dict
 from tele_jax.data import feed, shards, templates
-from tele_jax.data.cache import FORMAT, MANIFEST, TOKENIZER, Counts, Domain, Manifest, incomplete, read_manifest
+from tele_jax.data.cache import FORMAT, MANIFEST, Counts, Domain, Manifest, incomplete, read_manifest
 from tele_jax.data.cached_feed import difference
 from tele_jax.data.extras import need
-from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
+from tele_jax.data.vocabulary import Vocabulary, load_vocabulary, tokenizer_name
 from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.run import CacheConfig
 
@@ -171,7 +171,7 @@ def _pipeline(runner: str, workers: int, options: Sequence[str]) -> Callable[[Se
     if workers > 1:
         options += [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing"]
     with _quiet():
-        beam = need("apache_beam")
+        beam = need("apache_beam", how="pip install tele_jax[data,beam], or --runner serial")
         try:
             pipeline = beam.Pipeline(runner=runner, options=beam.options.pipeline_options.PipelineOptions(options))
         except (ValueError, ImportError, AttributeError) as error:
@@ -229,7 +229,7 @@ def _assemble(work: Path, config: CacheConfig, vocabulary: Vocabulary, units: li
     for name, domain in domains.items():
         if not domain["counts"].documents:
             raise UserError(f"sources.{name}: not one document can be used; the first is {reasons[name]}")
-    shutil.copyfile(vocabulary.path, work / TOKENIZER)
+    shutil.copyfile(vocabulary.path, work / tokenizer_name(vocabulary.path))
     manifest = Manifest(
         format=FORMAT,
         kind=config.kind,

@@ -14,8 +14,8 @@ from typing import Any
 
 from tele_jax.config import to_dict
 from tele_jax.data.clean import reading, report, stages, writing
-from tele_jax.data.clean.libraries import need
 from tele_jax.data.clean.settings import CleanConfig
+from tele_jax.data.extras import need
 from tele_jax.data.sources import expand
 from tele_jax.errors import DamageError, FailedError, UserError
 
