@@ -203,4 +203,4 @@ def test_a_title_that_the_first_sentence_repeats_breaks_no_rule():
     config = dataclasses.replace(settings.EN, min_tokens=30)
     assert not list(rules.violations(text, "en", config))
     reasons = {broken.reason for broken in rules.violations(text + " Taiwan Strait!" * 4, "en", config)}
-    assert reasons == {"most frequent 2-gram"}
+    assert "most frequent 4-gram" in reasons
