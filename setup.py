@@ -47,7 +47,6 @@ EXTRAS = {
         "rensa>=0.5,<0.6",
         "scikit-learn>=1.9,<2",
         "ahocorasick-rs>=1.0.3,<2",
-        "zstandard>=0.25,<1",
         "pyarrow>=21,<27",
     ],
     # jax itself names the libtpu that fits it (0.0.42.* for jax 0.10, 0.0.50.* for jax 0.12).

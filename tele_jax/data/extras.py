@@ -27,7 +27,6 @@ _CLEAN = frozenset(
         "resiliparse",
         "scipy",
         "sklearn",
-        "zstandard",
     }
 )
 

@@ -45,6 +45,9 @@ class SourceConfig:
     def __post_init__(self):
         require(bool(self.files), "files: give at least one pattern")
         require(self.domain.replace("-", "_").isidentifier(), f"domain={self.domain!r}: letters, digits, _ and -")
+        # What could not be read goes to the directory of this name.
+        require(self.domain != "rejects", "domain='rejects': this directory is for what could not be read")
+        require(bool(self.encodings), "encodings: give at least one")
         for name in self.encodings:
             try:
                 "".encode(name)

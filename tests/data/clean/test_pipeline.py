@@ -256,6 +256,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(page, tmp_path):
     [
         (dict(stages=("language", "languages")), r"config\.stages\[1\]: 'languages' is not one of"),
         (dict(stages=("rules", "rules")), "named twice"),
+        (dict(sources=dict(a=dict(files=("x",), format="text", domain="rejects"))), "directory is for what could not"),
+        (dict(sources=dict(a=dict(files=("x",), format="text", domain="d", encodings=()))), "give at least one"),
         (dict(stages=("quality",)), "no table quality"),
         (dict(stages=("rules", "language")), "'rules' needs 'language' before it"),
         (dict(stages=("language",), language=dict(keep=("english",))), "'english' is not one of"),
