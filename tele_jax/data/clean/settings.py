@@ -181,7 +181,7 @@ class QualityConfig:
     """A classifier trained by `tele data clean-train quality`."""
 
     model: str
-    threshold: float = 0.5  # least probability of being a good document
+    threshold: float = 0.5  # least probability of being a good document; see docs/clean.md for what it drops
     languages: tuple[Language, ...] = ("en", "zh")
 
     def __post_init__(self):
