@@ -48,7 +48,7 @@ state="jsonpath={.metadata.name} {.status.terminalState}"
 before=$(ask "${kube[@]}" get jobset "$name" --ignore-not-found "--output=$state")
 case $before in
   '') ;;
-  *" Completed" | *" Failed") run "${kube[@]}" delete jobset "$name" ;;
+  *" Complete"* | *" Failed") run "${kube[@]}" delete jobset "$name" ;;
   *) die "--name $name: this JobSet is at work; kubectl --namespace $namespace delete jobset $name stops it" ;;
 esac
 ((!build)) || build "$image" tpu,data python:3.12-slim

@@ -135,7 +135,7 @@ access() { # the account, the bucket, and what the command reads from it
     die "gcloud has no account: gcloud auth login"
   fi
   local nested
-  nested=$(ask gcloud storage buckets describe "$bucket" --raw "--format=value(hierarchicalNamespace.enabled)") ||
+  nested=$(ask gcloud storage buckets describe "$bucket" "--format=value(hierarchicalNamespace.enabled)" --raw) ||
     die "$bucket: cannot be read by this account; see above"
   # Checkpoints, caches and growths appear by the renaming of a directory, which is one operation only there.
   if [[ ${nested,,} != true ]] && ! ((dry_run)); then
@@ -178,7 +178,7 @@ upload() { # the code into the bucket; sets $archive
   digest=$(sha256sum "$file" | cut -c 1-12)
   mv "$file" "${TMPDIR:-/tmp}/tele-code-$digest.tar"
   archive=$bucket/launch/code-$digest.tar
-  run gcloud storage cp --no-clobber "${TMPDIR:-/tmp}/tele-code-$digest.tar" "$archive"
+  run gcloud storage cp "${TMPDIR:-/tmp}/tele-code-$digest.tar" "$archive" --no-clobber
 }
 
 build() { # build IMAGE EXTRAS BASE: with docker, and pushes it

@@ -95,7 +95,7 @@ def _command(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"tele {verb}: {'trains on a slice' if of is None else 'uses no slice'}; {how}")
     inputs = _INPUTS.get(verb, lambda *_: [])(inner, of)
     if args.api == "dataflow":
-        _in_buckets([*inputs, f"{inner.out}/"])
+        _on_dataflow(inner, inputs)
     page = getattr(inner, "config", None)
     if page is not None:
         words = _with_page(words, page, _on_machines(page, args.checkout))
@@ -104,12 +104,6 @@ def _command(args: argparse.Namespace) -> dict[str, Any]:
         "inputs": [path if path.startswith("gs://") else f"{args.bucket}/{path}" for path in inputs],
         "command": ["tele", *words],
     }
-
-
-def _in_buckets(paths: list[str]) -> None:
-    for path in paths:
-        if not path.startswith("gs://"):
-            raise UserError(f"{path}: Dataflow reads and writes buckets only; give gs://..., in the page and as --out")
 
 
 def _with_page(words: list[str], page: str, other: str) -> list[str]:
@@ -159,9 +153,7 @@ def _train(inner: argparse.Namespace, of: Any) -> list[str]:
         cfg = stage.model or cfg
         sizes = {key: getattr(stage, key) for key in ("batch_size", "seq_len", "microbatches", "optimizer")}
         try:
-            job = compiling.Job(cfg=cfg, slice=of, mesh=config.mesh, **sizes)
-            if cfg is not None:
-                compiling.check(job)
+            compiling.check(compiling.Job(cfg=cfg, slice=of, mesh=config.mesh, **sizes))
         except UserError as error:
             raise UserError(f"config.{name}: {error}") from None
         inputs += _data(stage.data, f"config.{name}.data")
@@ -201,11 +193,37 @@ def _cache(inner: argparse.Namespace, of: Any) -> list[str]:
 
 
 def _clean(inner: argparse.Namespace, of: Any) -> list[str]:
+    config = _clean_page(inner)
+    read = [file for source in config.sources.values() for file in source.files]
+    return [*read, *(file for _, file in _side_files(config))]
+
+
+def _clean_page(inner: argparse.Namespace) -> Any:
     from tele_jax.cli.pages import load_page
     from tele_jax.data.clean.settings import clean_config
 
-    config = clean_config(load_page(inner.config, inner.overrides))
-    return [file for source in config.sources.values() for file in source.files]
+    return clean_config(load_page(inner.config, inner.overrides))
+
+
+def _side_files(config: Any) -> list[tuple[str, str]]:
+    """(stage, file) of models and lists, which every worker opens by its own path."""
+    files = {
+        "quality": lambda table: [table.model],
+        "perplexity": lambda table: table.models.values(),
+        "overlap": lambda table: table.files,
+        "safety": lambda table: table.files,
+    }
+    return [(name, file) for name in config.stages if name in files for file in files[name](getattr(config, name))]
+
+
+def _on_dataflow(inner: argparse.Namespace, inputs: list[str]) -> None:
+    for stage, file in _side_files(_clean_page(inner)):
+        raise UserError(
+            f"config.stages: {stage!r} opens {file} on every worker, and Dataflow's have no files; leave the stage out"
+        )
+    for path in (*inputs, f"{inner.out}/"):
+        if not path.startswith("gs://"):
+            raise UserError(f"{path}: Dataflow reads and writes buckets only; give gs://..., in the page and as --out")
 
 
 _INPUTS = {"train": _train, "grow": _grow, "data cache": _cache, "data clean": _clean}

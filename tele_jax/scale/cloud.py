@@ -45,7 +45,7 @@ def tpu_api_names(of: Slice) -> dict[str, str]:
     names, shape = NAMES[of.generation.name], _shape(of)
     if names.runtime_version is None:
         raise UserError(
-            f"topology {of.name}: the Cloud TPU API has no {of.generation.name}; launch/gke_jobset.sh and xpk.sh run on it"
+            f"topology {of.name}: the Cloud TPU API has no {of.generation.name}; launch/gke_jobset.sh and xpk.sh have"
         )
     kind = f"{names.prefix}-{math.prod(of.shape) * of.generation.cores}"
     usual = _shape(find_slice(kind))
