@@ -1,6 +1,8 @@
 """Runs launchers as a person would, with stand-ins for the cloud's programs that write down what they are asked."""
 
+import contextlib
 import functools
+import io
 import json
 import os
 import re
@@ -9,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from tele_jax.cli import main
 
 ROOT = Path(__file__).parents[2]
 CODE = "/opt/tele"
@@ -65,6 +69,21 @@ def launch(
         timeout=120,
         cwd=cwd,
     )
+
+
+def preflight_once(directory: Path, options: list[str], command: list[str]) -> dict[str, str]:
+    """An environment whose Python says what `tele preflight` said here, in this process, and does all else itself."""
+    page = [str(ROOT / word) if word == PAGE else word for word in command]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        words = ["preflight", "--bucket", "gs://my-bucket", "--checkout", str(ROOT), *options, "--", *page]
+        assert main.main(words) == 0
+    (directory / "preflight").write_text(said.getvalue())
+    python = directory / "python"
+    python.write_text(
+        f'#!/usr/bin/env bash\n[[ $1 == -m ]] && exec cat {directory}/preflight\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    return {"PYTHON": str(python), "TMPDIR": str(directory)}
 
 
 def readme_commands() -> dict[str, list[str]]:

@@ -28,7 +28,7 @@ def with_(options: list[str], **changes: str) -> list[str]:
         (with_(OPTIONS, topology="v9:4x4"), ON, "topology 'v9:4x4': not known; known are v4:4x4x8, v5e:16x16"),
         (with_(OPTIONS, topology="v5p:4x8x8"), ON, "fsdp=64 x tensor=2 = 128 devices, but v5p:4x8x8 has 256"),
         ([*OPTIONS, "--num-slices", "2"], [*ON, "--config.mesh.fsdp=128"], "only data crosses the 2 slices"),
-        (OPTIONS, [*ON, "--config.mesh.fsdp=1", "--config.mesh.tensor=128"], "heads=64 does not divide over mesh tensor"),
+        (OPTIONS, [*ON, "--config.mesh.fsdp=1", "--config.mesh.tensor=128"], "heads=64 does not divide over mesh"),
         (OPTIONS, [*ON, "--config.pretrain.microbatches=42"], "batch_size=32 (per microbatch) does not divide"),
         ([*with_(OPTIONS, topology="tpu7x:4x4x4"), "--api", "tpu"], ON, "the Cloud TPU API has no tpu7x; launch/gke"),
         ([*with_(OPTIONS, topology="v5p:4x4x16"), "--api", "tpu"], [*ON, "--config.mesh.tensor=4"], "a slice of 4x8x8"),
@@ -44,7 +44,7 @@ def with_(options: list[str], **changes: str) -> list[str]:
         (OPTIONS, ["tele", "grow", "a", "b"], "tele grow: uses no slice; it runs on one machine: launch/cpu_vm.sh"),
         (OPTIONS[2:], ON, "tele train: trains on a slice; give --topology"),
         (DATAFLOW, [*CLEAN, "--out", "gs://b/x"], "'quality' opens runs/web/quality.npz on every worker"),
-        (DATAFLOW, [*CLEAN, "--out", "x", "--config.stages=('extract','language')"], "Dataflow reads and writes buckets"),
+        (DATAFLOW, [*CLEAN, "--out", "x", "--config.stages=('extract','language')"], "Dataflow reads and writes"),
     ],
 )  # fmt: skip
 def test_preflight_says_what_is_wrong(options, command, says, capsys):

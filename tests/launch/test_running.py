@@ -7,10 +7,15 @@ import time
 
 import pytest
 
-from tests.launch.launchers import AT, ROOT, TRAIN, calls, launch, stand_ins
+from tests.launch.launchers import AT, ROOT, TRAIN, calls, launch, preflight_once, stand_ins
 
 FINE = [["auth list", "me@example.com", 0], ["buckets describe", "True", 0]]
-SLICE = ["--topology", "v5p:4x4x8", "--", *TRAIN]
+TOPOLOGY = ["--topology", "v5p:4x4x8"]
+SLICE = [*TOPOLOGY, "--", *TRAIN]
+
+
+def environment(directory, rules: list, api: str) -> dict[str, str]:
+    return stand_ins(directory, rules) | preflight_once(directory, [*TOPOLOGY, "--api", api], TRAIN)
 
 
 def asked(directory) -> list[str]:
@@ -30,7 +35,7 @@ def test_a_preempted_slice_is_made_again_and_the_run_goes_on(tmp_path, ends):
         ["tpu-vm ssh", "", 1],
         ["tpu-vm ssh", "", ends],
     ]
-    done = launch("tpu_vm.sh", *AT, "--spot", *SLICE, env=stand_ins(tmp_path, rules) | {"TMPDIR": str(tmp_path)})
+    done = launch("tpu_vm.sh", *AT, "--spot", *SLICE, env=environment(tmp_path, rules, "tpu"))
     assert done.returncode == ends, done.stderr
     first = ["cp", "describe", "create", "ssh"]
     preempted = ["describe", "delete", "create", "ssh"]
@@ -43,7 +48,9 @@ def test_a_preempted_slice_is_made_again_and_the_run_goes_on(tmp_path, ends):
 @pytest.mark.parametrize(
     "rule, says",
     [
+        (["auth list", "", 0], "gcloud auth login"),
         (["buckets describe", "", 0], "has no hierarchical namespace"),
+        (["accelerator-types describe", "", 1], "v5p-256: us-east5-a does not offer it"),
         (
             ["storage ls gs://my-bucket/a cache/manifest.json", "", 1],
             "gs://my-bucket/a cache/manifest.json: is not there",
@@ -51,8 +58,7 @@ def test_a_preempted_slice_is_made_again_and_the_run_goes_on(tmp_path, ends):
     ],
 )
 def test_nothing_is_created_where_a_check_fails(rule, says, tmp_path):
-    env = stand_ins(tmp_path, [rule, *FINE]) | {"TMPDIR": str(tmp_path)}
-    done = launch("queued_resources.sh", *AT, *SLICE, env=env)
+    done = launch("queued_resources.sh", *AT, *SLICE, env=environment(tmp_path, [rule, *FINE], "tpu"))
     assert (done.returncode, done.stdout) == (2, "")
     assert says in done.stderr.splitlines()[-1]
     assert asked(tmp_path) == []
@@ -68,8 +74,7 @@ def test_a_suspended_resource_is_asked_for_again_until_the_command_has_ended(tmp
         *[["storage cat", "", 1]] * 3,
         ["storage cat", "0", 0],
     ]
-    env = stand_ins(tmp_path, rules) | {"TMPDIR": str(tmp_path)}
-    done = launch("queued_resources.sh", *AT, "--poll", "0", *SLICE, env=env)
+    done = launch("queued_resources.sh", *AT, "--poll", "0", *SLICE, env=environment(tmp_path, rules, "tpu"))
     assert done.returncode == 0, done.stderr
     asked_for = ["cp", "describe", "rm", "create", "cat"]
     suspended = ["describe", "delete", "create", "cat"]
@@ -80,7 +85,7 @@ def test_a_suspended_resource_is_asked_for_again_until_the_command_has_ended(tmp
 
 def test_a_jobset_at_work_is_left_alone(tmp_path):
     rules = [*FINE, ["get jobset", "tele-1 ", 0]]
-    done = launch("gke_jobset.sh", *AT, "--image", "i", *SLICE, env=stand_ins(tmp_path, rules))
+    done = launch("gke_jobset.sh", *AT, "--image", "i", *SLICE, env=environment(tmp_path, rules, "gke"))
     assert done.returncode == 2 and "is at work" in done.stderr
     assert not any("apply" in line or "delete" in line for line in calls(tmp_path))
 
