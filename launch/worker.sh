@@ -3,9 +3,9 @@
 #
 #   worker.sh BUCKET MOUNT EXTRAS JAX MAX_RESTARTS -- tele VERB ...
 #
-# EXTRAS are those of setup.py, JAX is a version. A command that fails is started again: one machine that fails makes the
-# others fail, and together they go on from the last checkpoint. Not after 0 (done), 2 (a mistake, which stays one) and
-# 143 (asked to stop).
+# EXTRAS are those of setup.py, JAX is a version. A command that fails is started again: one machine that fails or has to
+# stop makes the others stop, and together they go on from the last checkpoint. Not after 0 (done) and 2 (a mistake, which
+# stays one), and not where this machine itself was asked to stop (143).
 
 set -euo pipefail
 
@@ -61,7 +61,7 @@ for ((attempt = 0; ; attempt++)); do
     wait "$child" || code=$?
   done
   if ((stopping)); then exit 143; fi
-  case $code in 0 | 2 | 143) exit "$code" ;; esac
+  case $code in 0 | 2) exit "$code" ;; esac
   ((attempt < max_restarts)) || exit "$code"
   echo "worker.sh: exit code $code; start $((attempt + 2)) of at most $((max_restarts + 1))" >&2
   sleep "${TELE_RESTART_SECONDS:-10}"

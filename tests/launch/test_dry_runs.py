@@ -50,6 +50,23 @@ def test_the_other_commands_pass_the_preflight(case, monkeypatch, capsys):
     assert f"--config {CODE}/{page}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("part", ["52b", "102b", "1t"])
+def test_the_parts_of_the_series_have_the_slices_meshes_and_batches_of_the_plan(part):
+    config = run_config(load_page(f"{ROOT}/configs/tele_flm_series.py:{part}"))
+    (topology,) = {
+        words[words.index("--topology") + 1]
+        for words in readme_commands().values()
+        if f"configs/tele_flm_series.py:{part}" in words and words[0] == "launch/queued_resources.sh"
+    }
+    lines = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith(f"| tele_flm_{part} | {topology} ")]
+    if not rows:
+        pytest.skip(f"docs/scale.md has no row of tele_flm_{part} on {topology}")
+    mesh = ", ".join(f"{axis} {size}" for axis, size in vars(config.mesh).items() if size > 1)
+    batch = config.stages[config.run[-1]].batch_size
+    assert any(f"| {mesh} | {batch} x" in row or f"| {mesh} | {batch:,} x" in row for row in rows), (mesh, batch, rows)
+
+
 def test_shellcheck_finds_nothing():
     files = [str(file.relative_to(ROOT)) for file in sorted((ROOT / "launch").glob("*.sh"))]
     done = subprocess.run([tool("shellcheck"), "-x", *files], capture_output=True, text=True, cwd=ROOT)

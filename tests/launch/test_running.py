@@ -128,7 +128,7 @@ def runs(directory, wanted: int) -> int:
     return found
 
 
-@pytest.mark.parametrize("codes, ends, times", [([1, 134, 0], 0, 3), ([2], 2, 1), ([143], 143, 1), ([1] * 9, 1, 4)])
+@pytest.mark.parametrize("codes, ends, times", [([1, 134, 0], 0, 3), ([143, 0], 0, 2), ([2], 2, 1), ([1] * 9, 1, 4)])
 def test_a_failed_command_is_started_again_and_no_other(machine, tmp_path, codes, ends, times):
     cases = " ".join(f"{i + 1}) exit {code};;" for i, code in enumerate(codes))
     assert machine(f"case $(wc -l <{tmp_path}/runs) in {cases} esac").wait(20) == ends
