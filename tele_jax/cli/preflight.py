@@ -144,6 +144,9 @@ def _train(inner: argparse.Namespace, of: Any) -> list[str]:
         raise UserError(
             f"config.mesh.data={config.mesh.data}: only data crosses the {of.num_slices} slices; make it a multiple"
         )
+    slices = getattr(config, "num_slices", of.num_slices)
+    if slices != of.num_slices:
+        raise UserError(f"config.num_slices={slices}, but --num-slices {of.num_slices} are asked for; make them equal")
     cfg = None
     for name, stage in config.stages.items():
         if isinstance(stage, GrowStage):
