@@ -9,6 +9,7 @@ out as assignments that a shell reads: names of the slice, versions, inputs that
 
 import argparse
 import itertools
+import math
 import re
 import shlex
 from pathlib import Path, PurePosixPath
@@ -133,13 +134,19 @@ def _inside(what: str, path: str) -> str:
 
 def _train(inner: argparse.Namespace, of: Any) -> list[str]:
     """Checks the mesh against the slice, and every stage against the mesh; returns what has to be in the bucket."""
+    from jax.sharding import AbstractMesh
+
     from tele_jax.cli.pages import load_page
-    from tele_jax.run import GrowStage, run_config
-    from tele_jax.scale import compile as compiling
+    from tele_jax.run import run_config
+    from tele_jax.sharding import MESH_AXES
 
     config = run_config(load_page(inner.config, inner.overrides))
     _inside("--workdir", str(inner.workdir))
-    inputs = [] if config.start is None else [_inside("config.start", config.start)]
+    sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
+    devices = math.prod(sizes.values())
+    if devices != of.num_devices:
+        mesh = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise UserError(f"config.mesh: {mesh} = {devices} devices, but {of.name} has {of.num_devices}; change the mesh")
     if config.mesh.data % of.num_slices:
         raise UserError(
             f"config.mesh.data={config.mesh.data}: only data crosses the {of.num_slices} slices; make it a multiple"
@@ -147,20 +154,31 @@ def _train(inner: argparse.Namespace, of: Any) -> list[str]:
     slices = getattr(config, "num_slices", of.num_slices)
     if slices != of.num_slices:
         raise UserError(f"config.num_slices={slices}, but --num-slices {of.num_slices} are asked for; make them equal")
-    cfg = None
+    data = _fits(config, AbstractMesh(tuple(sizes.values()), MESH_AXES))
+    start = [] if config.start is None else [_inside("config.start", config.start)]
+    return [*start, *dict.fromkeys(data)]
+
+
+def _fits(config: Any, mesh: Any) -> list[str]:
+    """Checks models and batches against the mesh; returns the data of all stages."""
+    from tele_jax.model.spec import spec
+    from tele_jax.run import GrowStage
+    from tele_jax.sharding import batch_sharding, param_shardings
+
+    cfg, data = None, []
     for name, stage in config.stages.items():
-        if isinstance(stage, GrowStage):
-            # What config.start holds is not known here: the stage checks the sizes when it begins.
-            cfg = None if cfg is None else cfg.replace_from(stage.model, f"config.{name}.model")
-            continue
-        cfg = stage.model or cfg
-        sizes = {key: getattr(stage, key) for key in ("batch_size", "seq_len", "microbatches", "optimizer")}
         try:
-            compiling.check(compiling.Job(cfg=cfg, slice=of, mesh=config.mesh, **sizes))
+            if isinstance(stage, GrowStage):
+                cfg = None if cfg is None else cfg.replace_from(stage.model, "model")
+            else:
+                cfg = stage.model or cfg
+                batch_sharding(mesh, stage.batch_size // stage.microbatches)
+                data += _data(stage.data, "data")
+            if cfg is not None:  # else config.start holds it, elsewhere: the stage checks its sizes when it begins
+                param_shardings(spec(cfg), mesh)
         except UserError as error:
             raise UserError(f"config.{name}: {error}") from None
-        inputs += _data(stage.data, f"config.{name}.data")
-    return list(dict.fromkeys(inputs))
+    return data
 
 
 def _data(data: Any, where: str) -> list[str]:

@@ -39,12 +39,9 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """A training step on a slice. batch_size: sequences over all devices; seq_len: tokens.
+    """A training step on a slice. batch_size: sequences over all devices; seq_len: tokens."""
 
-    cfg is None where only `check` is asked for, and the model is what a checkpoint elsewhere holds.
-    """
-
-    cfg: ModelConfig | None
+    cfg: ModelConfig
     slice: Slice
     mesh: MeshConfig
     batch_size: int
@@ -207,6 +204,5 @@ def check(job: Job) -> None:
     from tele_jax.sharding import MESH_AXES, batch_sharding
 
     mesh = AbstractMesh((job.mesh.data, job.mesh.fsdp, job.mesh.tensor), MESH_AXES)
-    if job.cfg is not None:
-        param_shardings(spec(job.cfg), mesh)
+    param_shardings(spec(job.cfg), mesh)
     batch_sharding(mesh, job.batch_size // job.microbatches)
