@@ -41,7 +41,7 @@ manifest=$("$python" "$here/render.py" "$here/gke_jobset.yaml" name="$name" name
   command -- "${command[@]}")
 
 kube=(kubectl --namespace "$namespace")
-ask "${kube[@]}" get crd jobsets.jobset.x-k8s.io --output=name >&2 ||
+ask "${kube[@]}" get crd jobsets.jobset.x-k8s.io --output=name >/dev/null ||
   die "the cluster has no JobSets, or is out of reach; kubectl apply --server-side -f" \
     "https://github.com/kubernetes-sigs/jobset/releases/latest/download/manifests.yaml installs them"
 state="jsonpath={.metadata.name} {.status.terminalState}"

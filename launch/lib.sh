@@ -143,15 +143,15 @@ access() { # the account, the bucket, and what the command reads from it
       "--uniform-bucket-level-access --enable-hierarchical-namespace --location=... makes one that has"
   fi
   for input in "${inputs[@]}"; do
-    ask gcloud storage ls "$input" >&2 || die "$input: is not there, and $(quoted "${command[@]:0:2}") reads it"
+    ask gcloud storage ls "$input" >/dev/null || die "$input: is not there, and $(quoted "${command[@]:0:2}") reads it"
   done
 }
 
 tpu_access() { # the zone offers the slice and its image to this project
   local at=(--zone="$zone" ${project:+--project="$project"})
-  ask gcloud compute tpus accelerator-types describe "$accelerator_type" "${at[@]}" >&2 ||
+  ask gcloud compute tpus accelerator-types describe "$accelerator_type" "${at[@]}" >/dev/null ||
     die "$accelerator_type: $zone does not offer it to this project; see above"
-  ask gcloud compute tpus tpu-vm versions describe "$runtime_version" "${at[@]}" >&2 ||
+  ask gcloud compute tpus tpu-vm versions describe "$runtime_version" "${at[@]}" >/dev/null ||
     die "$runtime_version: there is no such image in $zone; see above"
 }
 
