@@ -6,6 +6,7 @@
 A kernel [embed, mlp] is cut along embed into 4 and along mlp into 2: each device holds an eighth.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -109,6 +110,45 @@ def param_shardings(spec: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
+
+
+def to_host(array: Any) -> np.ndarray:
+    """All of an array in the memory of every process, wherever it lies; all of them have to ask for it."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Remote:
+    """An array that lies on devices of several processes, read by index like one in memory: array[0, 8:16].
+
+    All processes have to read the same parts in the same order.
+    """
+
+    array: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return to_host(self.array[index])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(to_host(self.array), dtype)
+
+
+def readable(tree: Any) -> Any:
+    """The same tree with everything in it readable from this process: see `Remote`."""
+    is_remote = lambda leaf: isinstance(leaf, jax.Array) and not leaf.is_fully_addressable  # noqa: E731
+    return jax.tree.map(lambda leaf: Remote(leaf) if is_remote(leaf) else leaf, tree)
 
 
 def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:

@@ -122,7 +122,10 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_size: int) -> dict[str
 
     def put(rows: np.ndarray) -> jax.Array:
         if len(rows) == batch_size:
-            return jax.device_put(rows, sharding)
+            if sharding.is_fully_addressable:
+                return jax.device_put(rows, sharding)
+            # device_put would first compare all rows between the processes, over the network.
+            return jax.make_array_from_callback(rows.shape, sharding, lambda part: rows[part])
         return jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
 
     return {name: put(rows) for name, rows in batch.items()}
