@@ -40,13 +40,17 @@ RULES: Rules = {
 LARGE_BYTES = 64 * 2**20  # a leaf above this must not lie whole on every device
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig, devices: Sequence[jax.Device] | None = None, *, num_slices: int | None = None
+) -> Mesh:
     """A mesh with the axes data, fsdp and tensor over the devices given, or all of them, neighbours close together.
 
     Of several TPU slices, `data` runs over the slices first: only gradients cross the slower network between them.
+    num_slices: on how many the devices have to lie; None: on however many there are.
 
     Raises:
-      UserError: the product of the axes is not the number of devices, or data not a multiple of the number of slices.
+      UserError: the product of the axes is not the number of devices, or data not a multiple of the number of slices;
+        another number of slices than asked for.
     """
     devices = jax.devices() if devices is None else devices
     shape = (config.data, config.fsdp, config.tensor)
@@ -56,6 +60,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         f"but there are {len(devices)}; change config.mesh",
     )
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    require(
+        num_slices in (None, slices),
+        f"num_slices={num_slices}, but the devices lie on {slices}; change config.num_slices, or what is started",
+    )
     require(
         config.data % slices == 0,
         f"mesh data={config.data}: there are {slices} slices, and only data may cross them; make data a multiple",

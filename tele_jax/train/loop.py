@@ -95,7 +95,8 @@ def run(config: RunConfig, workdir: Path) -> list[dict[str, Any]]:
 def _open_mesh(config: RunConfig) -> jax.sharding.Mesh:
     count = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
     # One process may leave devices for others to use; of several, each has to take part in every step.
-    return make_mesh(config.mesh, jax.devices() if jax.process_count() > 1 else jax.devices()[:count])
+    devices = jax.devices() if jax.process_count() > 1 else jax.devices()[:count]
+    return make_mesh(config.mesh, devices, num_slices=config.num_slices)
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
@@ -198,7 +199,7 @@ _CADENCE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
 
 
 def _same_config(config: RunConfig, path: Path) -> None:
-    """Writes W/config.json, or compares with it: stages may be added at the end, mesh and cadence may change."""
+    """Writes W/config.json, or compares with it: stages may be added at the end, mesh, slices and cadence may change."""
     now = _as_json(config)
     if path.exists():
         # Read as a page is: a field that came later has its default, which is how the run was started.
@@ -217,7 +218,8 @@ def _same_config(config: RunConfig, path: Path) -> None:
 
 def _as_json(config: RunConfig) -> dict[str, Any]:
     page = {"run": list(config.run), **{name: to_dict(stage) for name, stage in config.stages.items()}}
-    return json.loads(json.dumps(page | {"mesh": dataclasses.asdict(config.mesh), "start": config.start}))
+    where = {"mesh": dataclasses.asdict(config.mesh), "num_slices": config.num_slices, "start": config.start}
+    return json.loads(json.dumps(page | where))
 
 
 def _differences(before: Any, now: Any, where: str) -> list[str]:

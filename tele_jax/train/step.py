@@ -80,9 +80,14 @@ def _jitted(cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, batc
         if microbatches == 1:
             return one(params, batch, masks)
         cut = NamedSharding(mesh, P(None, BATCH))
-        parts = jax.tree.map(
-            lambda x: jax.lax.with_sharding_constraint(x.reshape(microbatches, -1, *x.shape[1:]), cut), batch
-        )
+
+        def part(x):
+            # Every microbatches-th row: each device's own rows spread over all parts, and none has to move. Blocks of
+            # rows would have to, and even across slices.
+            parts = x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
+            return jax.lax.with_sharding_constraint(parts, cut)
+
+        parts = jax.tree.map(part, batch)
 
         def add(carry, part):
             return jax.tree.map(
