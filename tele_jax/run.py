@@ -228,6 +228,9 @@ class RunConfig:
     run: tuple[str, ...]
     stages: dict[str, TrainStage | GrowStage]
     mesh: MeshConfig = MeshConfig()
+    # TPU slices that the mesh lies on, joined by a slower network (DCN): mesh.data runs over them, and only gradients
+    # cross from one to another.
+    num_slices: int = 1
     start: str | None = None  # checkpoint that the first stage starts from, such as an imported one
 
 
@@ -246,6 +249,12 @@ def run_config(page: Mapping[str, Any]) -> RunConfig:
         require(name.isidentifier(), f"config.run: {name!r} is no name for a stage: letters, digits and _ make one")
     require(len(set(names)) == len(names), f"config.run: a stage is named twice in {names}")
     mesh = from_dict(MeshConfig, page.pop("mesh", {}), "config.mesh")
+    num_slices = convert(int, page.pop("num_slices", 1), "config.num_slices")
+    require(num_slices > 0, f"config.num_slices={num_slices} must be above 0")
+    require(
+        mesh.data % num_slices == 0,
+        f"config.mesh.data={mesh.data}: only data crosses slices; make it a multiple of config.num_slices={num_slices}",
+    )
     start = convert(str | None, page.pop("start", None), "config.start")
     for name in names:
         require(name in page, f"config.run names the stage {name!r}, but config.{name} is missing")
@@ -274,7 +283,7 @@ def run_config(page: Mapping[str, Any]) -> RunConfig:
         )
     for before, name in itertools.pairwise((None, *names)):
         _check_pair(before, stages.get(before), name, stages[name])
-    return RunConfig(run=names, stages=stages, mesh=mesh, start=start)
+    return RunConfig(run=names, stages=stages, mesh=mesh, num_slices=num_slices, start=start)
 
 
 def cache_config(page: Mapping[str, Any]) -> CacheConfig:

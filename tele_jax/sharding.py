@@ -6,6 +6,7 @@
 A kernel [embed, mlp] is cut along embed into 4 and along mlp into 2: each device holds an eighth.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,13 +40,17 @@ RULES: Rules = {
 LARGE_BYTES = 64 * 2**20  # a leaf above this must not lie whole on every device
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig, devices: Sequence[jax.Device] | None = None, *, num_slices: int | None = None
+) -> Mesh:
     """A mesh with the axes data, fsdp and tensor over the devices given, or all of them, neighbours close together.
 
     Of several TPU slices, `data` runs over the slices first: only gradients cross the slower network between them.
+    num_slices: on how many the devices have to lie; None: on however many there are.
 
     Raises:
-      UserError: the product of the axes is not the number of devices, or data not a multiple of the number of slices.
+      UserError: the product of the axes is not the number of devices, or data not a multiple of the number of slices;
+        another number of slices than asked for.
     """
     devices = jax.devices() if devices is None else devices
     shape = (config.data, config.fsdp, config.tensor)
@@ -55,6 +60,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         f"but there are {len(devices)}; change config.mesh",
     )
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    require(
+        num_slices in (None, slices),
+        f"num_slices={num_slices}, but the devices lie on {slices}; change config.num_slices, or what is started",
+    )
     require(
         config.data % slices == 0,
         f"mesh data={config.data}: there are {slices} slices, and only data may cross them; make data a multiple",
@@ -109,6 +118,45 @@ def param_shardings(spec: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
+
+
+def to_host(array: Any) -> np.ndarray:
+    """All of an array in the memory of every process, wherever it lies; all of them have to ask for it."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Remote:
+    """An array that lies on devices of several processes, read by index like one in memory: array[0, 8:16].
+
+    All processes have to read the same parts in the same order.
+    """
+
+    array: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return to_host(self.array[index])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(to_host(self.array), dtype)
+
+
+def readable(tree: Any) -> Any:
+    """The same tree with everything in it readable from this process: see `Remote`."""
+    is_remote = lambda leaf: isinstance(leaf, jax.Array) and not leaf.is_fully_addressable  # noqa: E731
+    return jax.tree.map(lambda leaf: Remote(leaf) if is_remote(leaf) else leaf, tree)
 
 
 def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:

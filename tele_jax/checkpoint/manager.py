@@ -4,7 +4,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -14,6 +13,7 @@ from tele_jax.checkpoint import layout, locate, read, write
 from tele_jax.config import ModelConfig
 from tele_jax.errors import DamageError, UserError
 from tele_jax.model.spec import flat_spec
+from tele_jax.processes import barrier, from_first, is_first
 
 ITEMS = ("params", "opt_state", "data")
 
@@ -64,7 +64,8 @@ class Manager:
     ...     checkpoints.latest_step()                         # 100, once it is complete
 
     A save that a kill interrupted is never seen as a checkpoint, and its files are removed when the next Manager opens
-    the directory. One Manager at a time may have a directory; with several processes each has its own for the same one.
+    the directory. One Manager at a time may have a directory; several processes have one each for the same directory,
+    which all of them see, and call the same methods in the same order.
     """
 
     def __init__(self, directory: Any, *, keep: int = 2):
@@ -77,7 +78,7 @@ class Manager:
         self._saving: epath.Path | None = None
         self._deleting: list[threading.Thread] = []
         self.directory.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
+        if is_first():
             for left in locate.list_unfinished(self.directory):
                 left.rmtree()
 
@@ -101,7 +102,7 @@ class Manager:
         """
         self.wait()
         path = self.directory / str(step)
-        if path.exists():
+        if from_first(path.exists):
             return False
         state = {"opt_state": opt_state, "data_state": data_state}
         meta, host = _prepare(cfg, params, flat_spec(cfg), step=step, provenance=provenance, **state)
@@ -111,24 +112,32 @@ class Manager:
 
     def latest_step(self) -> int | None:
         """The last step that is complete on disk; None where there is none."""
-        return (locate.list_steps(self.directory) or [None])[-1]
+        return from_first(lambda: (locate.list_steps(self.directory) or [None])[-1])
 
     def load(self, step: int | None = None, **how: Any) -> read.Loaded:
         """Loads a step, by default the latest, with the keywords of `load`; waits for a running save first."""
         self.wait()
+        step = self.latest_step() if step is None else step
         return read.load(self.directory if step is None else self.directory / str(step), **how)
 
     def wait(self) -> None:
         """Returns when the running save is complete. Raises DamageError where it could not be written."""
-        if self._saving is not None:
-            path, self._saving = self._saving, None
-            _finish(self._checkpointer, path)
+        if self._finish():
+            barrier()  # process 0 gives it its name
             self._remove_old()
 
+    def _finish(self) -> bool:
+        """Waits for this process's part in the running save. False: there is none."""
+        path, self._saving = self._saving, None
+        if path is not None:
+            _finish(self._checkpointer, path)
+        return path is not None
+
     def close(self) -> None:
-        """Waits for everything that runs in the background."""
+        """Waits for everything that runs in the background, but for no other process: one that failed may close."""
         try:
-            self.wait()
+            if self._finish():
+                self._remove_old()
         finally:
             self._checkpointer.close()
             for thread in self._deleting:
@@ -141,7 +150,7 @@ class Manager:
         self.close()
 
     def _remove_old(self) -> None:
-        if jax.process_index() != 0:
+        if not is_first():
             return
         self._deleting = [thread for thread in self._deleting if thread.is_alive()]
         for step in locate.list_steps(self.directory)[: -self._keep]:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from tele_jax.errors import DamageError, FailedError, UserError
+from tele_jax.cli import outcome
+from tele_jax.errors import UserError
 
 VERBS = {
     "train": "run the stages of a config: pretrain, grow, fine-tune",
@@ -42,17 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _main(argv)
-    except UserError as error:
-        return _fail(error, 2)
-    except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        return _fail(f"{error.filename}: {error.strerror}", 2)
-    except (DamageError, FailedError) as error:
-        return _fail(error, 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except (Exception, KeyboardInterrupt) as error:
+        known = outcome.of(error)
+        if known is None:
+            raise
+        print(f"tele: {outcome.one_line(known[0])}", file=sys.stderr)
+        return known[1]
 
 
 def parse(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
@@ -85,11 +84,6 @@ def _main(argv: list[str]) -> int:
     if getattr(args, "json", None) is not None:
         args.json.write_text(json.dumps(figures or {}, indent=2) + "\n")
     return 0
-
-
-def _fail(message: object, code: int) -> int:
-    print("tele: " + " ".join(str(message).split()), file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tele_jax.cli import several
+
 HELP = "run the stages of a config: pretrain, grow, fine-tune"
 OVERRIDES = True
 
@@ -12,21 +14,31 @@ OVERRIDES = True
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="a page with get_config(), as in configs/")
     parser.add_argument("--workdir", required=True, type=Path, metavar="W", help="where the run lives")
+    several.arguments(parser)
     parser.epilog = "--config.STAGE.KEY=VALUE changes a value of the config, as often as wanted"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from tele_jax import report
     from tele_jax.cli.pages import load_page
     from tele_jax.run import run_config
-    from tele_jax.train import loop
 
     config = run_config(load_page(args.config, args.overrides))
+    with several.together(args):
+        return _run(args, config)
+
+
+def _run(args: argparse.Namespace, config: Any) -> dict[str, Any]:
+    from tele_jax import processes, report
+    from tele_jax.train import loop
+
     try:
         summaries = loop.run(config, args.workdir)
     except loop.Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if processes.is_first():
+            print(stopped, file=sys.stderr)
         raise SystemExit(143) from None  # 128 + SIGTERM: a launcher sees that the run is not finished
-    text = report.write(args.workdir, summaries)
-    print(text)
+    if processes.is_first():
+        print(report.write(args.workdir, summaries))
+    else:
+        args.json = None
     return {"stages": summaries}

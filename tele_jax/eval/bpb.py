@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from tele_jax.config import ModelConfig
 from tele_jax.model.loss import next_token_loss
+from tele_jax.train.step import put_batch
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -22,12 +23,15 @@ def bits_per_byte(
 ) -> dict[str, float]:
     """Bits per byte of every domain: sum of token losses / ln 2 / bytes (FACTS section 2).
 
-    held_out: by domain, what data.feed.held_out returns: `batches` of rows and `num_bytes` of text in them.
+    held_out: by domain, what data.feed.held_out returns: `batches` of rows and `num_bytes` of text in them. The number
+    of rows has to divide over the mesh, over which they are cut. Every process has all rows, and gets all figures.
     """
     result = {}
     with jax.set_mesh(mesh):
         for domain, text in held_out.items():
-            # Rows are replicated: held-out batches need not divide over the mesh.
-            total = sum(float(_loss(cfg, params, dict(batch), masks)[0]) for batch in text.batches)
+            total = 0.0
+            for batch in text.batches:
+                placed = put_batch(batch, mesh, len(batch["tokens"]))
+                total += float(_loss(cfg, params, placed, masks)[0])
             result[domain] = total / math.log(2) / text.num_bytes
     return result

@@ -13,6 +13,7 @@ from tele_jax.errors import UserError
 from tele_jax.growth import layerwise
 from tele_jax.model import decoder
 from tele_jax.model.spec import flat_spec
+from tele_jax.sharding import to_host
 
 METRICS = ("cosine", "relative_l2", "angular")
 
@@ -76,7 +77,7 @@ def distances(cfg: ModelConfig, params: Any, tokens: jax.Array, metric: str = "c
         return [
             float(np.mean(_changes(*pair, metric)))
             for pair in itertools.pairwise(
-                np.asarray(jax.jit(decoder.layer_states, static_argnums=0)(cfg, params, tokens))
+                to_host(jax.jit(decoder.layer_states, static_argnums=0)(cfg, params, np.asarray(tokens)))
             )
         ]
     # Stored on disk, and perhaps larger than memory: a block of a leaf at a time.

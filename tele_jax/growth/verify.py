@@ -25,6 +25,7 @@ from tele_jax.growth.masks import vectors
 from tele_jax.growth.plan import Growth
 from tele_jax.model import decoder
 from tele_jax.model.loss import next_token_loss
+from tele_jax.sharding import readable, to_host
 
 # Largest logit difference, relative to the largest logit, that rounding explains.
 RELATIVE_TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "bfloat16": 5e-2}
@@ -113,7 +114,7 @@ def verify(plan: Growth, params: Mapping[str, Any], big: Mapping[str, Any], toke
       UserError: a tree is not what the plan's config describes, rows shorter than 3 tokens, tokens that are in only one
         of the two vocabularies.
     """
-    report = verify_stored(plan, params, big)
+    report = verify_stored(plan, readable(params), readable(big))
     tokens = np.asarray(tokens)
     # A single position has nothing to attend to, so that its queries and keys could not show that they live.
     fits = tokens.ndim == 2 and tokens.shape[1] >= 3
@@ -123,13 +124,13 @@ def verify(plan: Growth, params: Mapping[str, Any], big: Mapping[str, Any], toke
     require(unknown.size == 0, f"verify: tokens {', '.join(map(str, unknown[:8]))} are not in both vocabularies")
     new_ids = np.zeros(plan.src_cfg.vocab_size, np.int32)
     new_ids[before_ids] = after_ids
-    old_tokens, new_tokens = jnp.asarray(tokens), jnp.asarray(new_ids[tokens])
+    old_tokens, new_tokens = np.asarray(tokens, np.int32), new_ids[tokens]  # not on one process's device
     masks = vectors(plan, 0.0) if plan.masked else None
     # On TPUs the default precision multiplies in bfloat16, whose rounding would hide what is looked for.
     with jax.default_matmul_precision("highest"):
         before = jax.jit(decoder.forward, static_argnums=0)(plan.src_cfg, params, old_tokens)
         after = jax.jit(decoder.forward, static_argnums=0)(plan.dst_cfg, big, new_tokens, masks=masks)
-        before, after = before[..., before_ids], after[..., after_ids]
+        before, after = jnp.asarray(to_host(before))[..., before_ids], jnp.asarray(to_host(after))[..., after_ids]
         dead, locked = _liveness(plan, big, new_tokens)
     max_abs = float(jnp.max(jnp.abs(after - before)))
     old, new = jax.nn.log_softmax(before), jax.nn.log_softmax(after)
@@ -187,10 +188,10 @@ def _dtypes(plan: Growth) -> set[str]:
     return {plan.src_cfg.dtype, plan.dst_cfg.dtype} | ({plan.dst_cfg.param_dtype} if scales else set())
 
 
-def _liveness(plan: Growth, big: Mapping[str, Any], tokens: jax.Array) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _liveness(plan: Growth, big: Mapping[str, Any], tokens: np.ndarray) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Two Adam steps (masks, where the plan has them, half way up), then the gradient and the equality of new units."""
     masks = vectors(plan, 0.5) if plan.masked else None
-    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_weights": jnp.ones(tokens[:, 1:].shape)}
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_weights": np.ones(tokens[:, 1:].shape, np.float32)}
     optimizer = optax.adam(1e-3)
 
     @jax.jit
@@ -201,12 +202,16 @@ def _liveness(plan: Growth, big: Mapping[str, Any], tokens: jax.Array) -> tuple[
 
         return jax.grad(mean_loss)(params)
 
-    state = optimizer.init(big)
+    @jax.jit
+    def update(params, gradients, state):
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.jit(optimizer.init)(big)
     for _ in range(2):
-        updates, state = optimizer.update(gradient(big), state, big)
-        big = optax.apply_updates(big, updates)
-    dead = _dead(plan, flatten(gradient(big)))
-    return dead, _locked(plan, flatten(big))
+        big, state = update(big, gradient(big), state)
+    dead = _dead(plan, flatten(readable(gradient(big))))
+    return dead, _locked(plan, flatten(readable(big)))
 
 
 def _units(array: np.ndarray, dimension: int) -> np.ndarray:

@@ -69,6 +69,8 @@ def collective_seconds(collective: Collective, places: Places) -> tuple[float, f
     if size < 2:
         return 0.0, 0.0
     of = places.of
+    if collective.slices > 1:
+        return 0.0, received(collective) * collective.times / (of.generation.dcn_bandwidth / of.generation.devices)
     spanned, counts = places.spanned(collective.group)
     slices = counts[0]
     share = received(collective) * collective.times
@@ -163,8 +165,9 @@ def _by_kind(collectives: Sequence[Collective]) -> dict[str, dict[str, float]]:
     for c in collectives:
         if len(c.group) < 2:
             continue
+        over = f"{c.slices} slices" if c.slices > 1 else len(c.group)
         entry = found.setdefault(
-            f"{c.kind} over {len(c.group)}", {"times": 0, "result_bytes": 0.0, "received_bytes": 0.0}
+            f"{c.kind} over {over}", {"times": 0, "result_bytes": 0.0, "received_bytes": 0.0}
         )
         entry["times"] += c.times
         entry["result_bytes"] += c.times * c.result_bytes

@@ -33,7 +33,8 @@ class Collective:
 
     times: how often it runs. operand_bytes, result_bytes: of one device and one time. group: positions in the mesh of
     the devices that the first group connects. source: the operation of the model that asked for it. channel: its
-    number in the program.
+    number in the program. slices: how many it connects, over the network between them; each device of a slice then
+    exchanges with those in its place in the others, and group only numbers the slices.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Collective:
     group: tuple[int, ...]
     source: str
     channel: str | None
+    slices: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +152,8 @@ class _Counter:
         kind = i.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             total.add(_Sum(collectives={i.name: self._collective(computation, i, kind)}))
+        elif i.opcode == "send" and "xla_megascale_runtime" in i.attributes:
+            total.add(_Sum(collectives={i.name: _between_slices(computation, i)}))
         if i.opcode not in _FREE:
             self._memory(computation, i, total)
 
@@ -245,6 +249,26 @@ class _Counter:
             if part.opcode == "dynamic-update-slice" and part.shape[0].space == hlo.HBM:
                 saved += part.bytes - computation.instructions[part.operands[1]].bytes
         return max(whole - saved, 0)
+
+
+def _between_slices(computation: Computation, i: Instruction) -> Collective:
+    """A collective between slices, which a TPU program leaves to the hosts: they are sent a device's part, and the
+    result is received.
+    """
+    name = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', i.attributes)[1]
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)[1].lower().replace("_", "-")
+    receive = next(r for r in computation.instructions.values() if r.opcode == "recv" and f'"{name}"' in r.attributes)
+    slices = hlo.slices_of(i)
+    return Collective(
+        "collective-permute" if kind == "one-to-one" else kind,
+        1.0,
+        i.shape[0].bytes,
+        receive.shape[0].bytes,
+        tuple(range(slices)),
+        name,
+        i.attribute("channel_id"),
+        slices,
+    )
 
 
 def _read_by(i: Instruction, position: int, module: Module) -> int | None:

@@ -260,6 +260,18 @@ def device_groups(instruction: Instruction) -> np.ndarray:
     raise ValueError(f"{instruction.name}: its groups of devices are written in a form that is not known: {text[:200]}")
 
 
+def slices_of(transfer: Instruction) -> int:
+    """How many slices a transfer between them connects: two where it names pairs, else those before the x.
+
+    {1,2}x{0:3} and {1:4}x{0:15}: slices 1 and 2, or 1 to 4, and devices 0 to 3, or 0 to 15, of each.
+    """
+    listed = re.search(r'_xla_megascale_target="?\{([\d,:]+)\}x', transfer.attributes)
+    if listed is None:
+        return 2
+    ends = [[int(end) for end in part.split(":")] for part in listed[1].split(",")]
+    return sum(part[-1] - part[0] + 1 for part in ends)
+
+
 def _iota(shape: Sequence[int], dims: Sequence[int], order: Sequence[int] | None) -> np.ndarray:
     numbers = np.arange(math.prod(dims)).reshape(dims)
     return (numbers if order is None else numbers.transpose(order)).reshape(shape)

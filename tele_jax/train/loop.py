@@ -10,6 +10,9 @@ A work directory W:
     W/<stage>/summary.json            written last: the stage is complete
 
 Whatever is complete on disk is never done again; what a kill interrupted starts from the last complete checkpoint.
+
+Several processes (processes.py) go through the same stages at the same time, on one mesh and one W. Process 0 looks at
+W and writes to it, and the others take from it what it found; each writes its own parts of a checkpoint.
 """
 
 import contextlib
@@ -19,7 +22,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +39,7 @@ from tele_jax.errors import UserError
 from tele_jax.growth import Plan
 from tele_jax.growth.masks import require_unmasked
 from tele_jax.model.spec import count_params, spec
+from tele_jax.processes import StopSignal, from_first, is_first
 from tele_jax.run import GrowStage, RunConfig, TrainStage, run_config
 from tele_jax.sharding import batch_sharding, make_mesh, param_shardings
 from tele_jax.train import growing
@@ -52,22 +55,21 @@ def run(config: RunConfig, workdir: Path) -> list[dict[str, Any]]:
     """Runs every stage that is not complete yet, and returns the summaries of all, in order.
 
     Raises:
-      UserError: W belongs to another config or is in use; the tokenizer does not fit the model.
+      UserError: W belongs to another config or is in use; the tokenizer does not fit the model; the mesh leaves out
+        devices of one of several processes.
       FailedError: the loss is not finite; a growth that does not preserve.
-      Stopped: SIGTERM came; the state is saved.
+      Stopped: SIGTERM came, to any process; the state is saved.
     """
-    mesh = make_mesh(config.mesh, jax.devices()[: config.mesh.data * config.mesh.fsdp * config.mesh.tensor])
-    workdir.mkdir(parents=True, exist_ok=True)
-    with _locked(workdir), _stop_signal() as stop:
+    mesh = _open_mesh(config)
+    with _locked(workdir), StopSignal() as stop:
         tokenizer = _check(config, mesh)
-        _same_config(config, workdir / "config.json")
-        _adopt_tokenizer(tokenizer, workdir)
+        from_first(lambda: _claim(config, tokenizer, workdir))
         previous: Path | None = None if config.start is None else Path(config.start)
         plan: Plan | None = None
         for name in config.run:
             stage, directory = config.stages[name], workdir / name
-            if not (directory / "summary.json").exists():
-                if stop:
+            if not from_first((directory / "summary.json").exists):
+                if stop():
                     raise Stopped(f"stopped before stage {name}; start again to go on")
                 _say(f"stage {name}: {stage.kind}")
                 if isinstance(stage, GrowStage):
@@ -84,10 +86,22 @@ def run(config: RunConfig, workdir: Path) -> list[dict[str, Any]]:
                     )
                     summary = training.run(stop)
                     del training  # its state must not lie beside that of the next stage
-                growing.write_json(directory / "summary.json", {"stage": name, "kind": stage.kind, **summary})
+                _write(directory / "summary.json", {"stage": name, "kind": stage.kind, **summary})
             previous = directory / "checkpoints"
             plan = _read_plan(directory) if isinstance(stage, GrowStage) else None
-    return [growing.read_json(workdir / name / "summary.json") for name in config.run]
+    return from_first(lambda: [growing.read_json(workdir / name / "summary.json") for name in config.run])
+
+
+def _open_mesh(config: RunConfig) -> jax.sharding.Mesh:
+    count = config.mesh.data * config.mesh.fsdp * config.mesh.tensor
+    # One process may leave devices for others to use; of several, each has to take part in every step.
+    devices = jax.devices() if jax.process_count() > 1 else jax.devices()[:count]
+    return make_mesh(config.mesh, devices, num_slices=config.num_slices)
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    """Process 0 does; it is there when this returns."""
+    from_first(lambda: growing.write_json(path, value))
 
 
 # -------------------------------------------------------------------------------------------------- a growth stage
@@ -106,16 +120,12 @@ def _grow_stage(
             plan, params, opt_state, receipt = growing.grow(
                 loaded.cfg, loaded.params, loaded.opt_state, stage, mesh, tokens, where
             )
-            growing.write_json(directory / growing.PLAN_FILE, plan.to_json())
-            growing.write_json(receipt_file, receipt)
+            _write(directory / growing.PLAN_FILE, plan.to_json())
+            _write(receipt_file, receipt)
             entry = growing.provenance_entry(directory.name, plan)
             manager.save(0, plan.dst_cfg, params, opt_state, [*loaded.provenance, entry])
             manager.wait()
-        source, grown = (checkpoint.open_lazy(path) for path in (previous, saved))
-        receipt = growing.require_receipt(directory, source, grown)
-        if "destination" not in receipt:  # a kill may fall between the checkpoint and this
-            receipt["source"] = {"path": str(source.path), "step": source.step, **growing.fingerprints(source)}
-            growing.write_json(receipt_file, receipt | {"destination": growing.fingerprints(grown)})
+        receipt = from_first(lambda: _complete_receipt(directory, previous, saved))
     finally:
         manager.close()
     dead, locked = len(receipt["dead"]), len(receipt["locked"])
@@ -124,6 +134,18 @@ def _grow_stage(
         "parameters": count_params(checkpoint.open_lazy(saved).cfg),
         "receipt": {key: receipt[key] for key in ("policy", "max_abs", "max_rel", "kl", "ok")},
     }
+
+
+def _complete_receipt(directory: Path, previous: Path, saved: Path) -> dict[str, Any]:
+    """The receipt of a growth whose checkpoint is there, with what it was made from and became."""
+    source, grown = (checkpoint.open_lazy(path) for path in (previous, saved))
+    receipt = growing.require_receipt(directory, source, grown)
+    if "destination" not in receipt:  # a kill may fall between the checkpoint and this
+        receipt["source"] = {"path": str(source.path), "step": source.step, **growing.fingerprints(source)}
+        growing.write_json(
+            directory / growing.RECEIPT_FILE, receipt | {"destination": growing.fingerprints(grown)}
+        )
+    return receipt
 
 
 def _verify_tokens(text: TrainStage) -> np.ndarray:
@@ -155,6 +177,10 @@ def _read_plan(directory: Path) -> Plan:
 
 @contextlib.contextmanager
 def _locked(workdir: Path) -> Iterator[None]:
+    if not is_first():
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,19 +189,9 @@ def _locked(workdir: Path) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[list[int]]:
-    """A list that holds the signal once SIGTERM has come; the loop then saves and stops."""
-    received: list[int] = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    except ValueError:  # not in the main thread, as in a notebook's worker: nothing to install
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _claim(config: RunConfig, tokenizer: dict[str, Any], workdir: Path) -> None:
+    _same_config(config, workdir / "config.json")
+    _adopt_tokenizer(tokenizer, workdir)
 
 
 # What may change while a run is under way: it alters when things are written, not what is computed.
@@ -183,7 +199,7 @@ _CADENCE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
 
 
 def _same_config(config: RunConfig, path: Path) -> None:
-    """Writes W/config.json, or compares with it: stages may be added at the end, mesh and cadence may change."""
+    """Writes W/config.json, or compares with it: stages may be added at the end, mesh, slices and cadence may change."""
     now = _as_json(config)
     if path.exists():
         # Read as a page is: a field that came later has its default, which is how the run was started.
@@ -202,7 +218,8 @@ def _same_config(config: RunConfig, path: Path) -> None:
 
 def _as_json(config: RunConfig) -> dict[str, Any]:
     page = {"run": list(config.run), **{name: to_dict(stage) for name, stage in config.stages.items()}}
-    return json.loads(json.dumps(page | {"mesh": dataclasses.asdict(config.mesh), "start": config.start}))
+    where = {"mesh": dataclasses.asdict(config.mesh), "num_slices": config.num_slices, "start": config.start}
+    return json.loads(json.dumps(page | where))
 
 
 def _differences(before: Any, now: Any, where: str) -> list[str]:
@@ -272,4 +289,6 @@ def _adopt_tokenizer(tokenizer: dict[str, Any], workdir: Path) -> None:
 
 
 def _say(line: str) -> None:
+    if not is_first():
+        return
     tqdm.write(line) if sys.stderr.isatty() else print(line, flush=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 
+from tele_jax.processes import is_first
+
 # Peak dense bf16 FLOP/s of one device, by jax's device_kind: Google's published figures.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -30,9 +32,15 @@ def utilisation(flops_per_second: float, devices: int) -> float | None:
 
 
 class Metrics:
-    """Writes the figures of one stage; started again, it drops what was written after the step it goes on from."""
+    """Writes the figures of one stage; started again, it drops what was written after the step it goes on from.
+
+    All processes have one; that of process 0 writes.
+    """
 
     def __init__(self, directory: Path, first_step: int):
+        self._writes = is_first()
+        if not self._writes:
+            return
         from tensorboardX import SummaryWriter
 
         directory.mkdir(parents=True, exist_ok=True)
@@ -46,12 +54,16 @@ class Metrics:
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """One line, with `step`; figures that are None are left out."""
+        if not self._writes:
+            return
         figures = {name: float(value) for name, value in figures.items() if value is not None}
         self._file.write(json.dumps({"step": step, **figures}) + "\n")
         for name, value in figures.items():
             self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
+        if not self._writes:
+            return
         self._file.close()
         self._events.close()
 

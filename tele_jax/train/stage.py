@@ -20,6 +20,7 @@ from tele_jax.eval.bpb import bits_per_byte
 from tele_jax.growth import MaskSchedule, Plan
 from tele_jax.model.decoder import init
 from tele_jax.model.spec import abstract_params, count_params
+from tele_jax.processes import from_first, is_first
 from tele_jax.run import TrainStage
 from tele_jax.train import metrics
 from tele_jax.train.optimizer import delay_births, optimizer, restart_schedule
@@ -28,7 +29,7 @@ from tele_jax.train.step import flops_per_token, local_rows, make_step, put_batc
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved its state."""
+    """The run was asked to stop, and has saved its state; so have all processes of it."""
 
 
 def mask_schedule(stage: TrainStage, plan: Plan) -> MaskSchedule:
@@ -76,6 +77,8 @@ class Training:
             rows=local_rows(mesh, stage.batch_size),
             place=functools.partial(put_batch, mesh=mesh, batch_size=stage.batch_size),
         )
+        # A batch of evaluation is what goes through the devices at once in training.
+        rows["batch_size"] //= stage.microbatches
         self.held_out = feeds.held_out(stage.data, **rows)
         self.checkpoints = checkpoint.Manager(directory / "checkpoints", keep=stage.keep_checkpoints)
         self.tokens, self.loss, self.grad_norm = 0, 0.0, 0.0
@@ -99,8 +102,8 @@ class Training:
         if previous is not None and self._keeps_optimizer(previous):
             loaded = checkpoint.load(previous, **fits)
             self.params, self.history = loaded.params, loaded.provenance
-            self.opt_state = delay_births(restart_schedule(loaded.opt_state), self.closed_steps)
-            self.opt_state = jax.device_put(self.opt_state, opt_state)
+            goes_on = lambda state: delay_births(restart_schedule(state), self.closed_steps)  # noqa: E731
+            self.opt_state = jax.jit(goes_on, out_shardings=opt_state, donate_argnums=0)(loaded.opt_state)
             return
         if previous is not None:
             loaded = checkpoint.load(previous, cfg=self.cfg, shardings=params, items=("params",))
@@ -116,15 +119,15 @@ class Training:
         fresh = self.stage.reset_optimizer or self.stage.kind == "sft"
         return not fresh and checkpoint.open_lazy(previous).opt_state is not None
 
-    def run(self, stop: list[int]) -> dict[str, Any]:
+    def run(self, stop: Callable[[], bool]) -> dict[str, Any]:
         """Trains to the last step and returns the stage's summary.
 
         Raises:
-          Stopped: a signal is in `stop`; the state is saved.
+          Stopped: stop() says so; the state is saved.
           FailedError: the loss is not finite.
         """
         try:
-            if self.first_step == 0 and not self._evaluated(0) and not stop:
+            if self.first_step == 0 and not self._evaluated(0) and not stop():
                 self._evaluate(0)
             self._train(stop)
             if not self._evaluated(self.stage.steps):
@@ -133,16 +136,15 @@ class Training:
             self.feed.close()
             self.checkpoints.close()
             self.writer.close()
-        return self._summary()
+        return from_first(self._summary)
 
-    def _train(self, stop: list[int]) -> None:
+    def _train(self, stop: Callable[[], bool]) -> None:
         stage = self.stage
         step_function = make_step(
             self.cfg, self.tx, self.mesh, batch_size=stage.batch_size, microbatches=stage.microbatches
         )
-        bar = tqdm(
-            total=stage.steps, initial=self.first_step, desc=self.directory.name, disable=not sys.stderr.isatty()
-        )
+        quiet = not (is_first() and sys.stderr.isatty())
+        bar = tqdm(total=stage.steps, initial=self.first_step, desc=self.directory.name, disable=quiet)
         since, since_step, weights = time.perf_counter(), self.first_step, []
         for step in range(self.first_step, stage.steps):
             # A step is dispatched and not waited for, except where a figure is read.
@@ -151,7 +153,7 @@ class Training:
             weights.append(figures["weight"])
             done = step + 1
             bar.update()
-            stopped, last = bool(stop), done == stage.steps
+            stopped, last = stop(), done == stage.steps
             saves = done % stage.checkpoint_every == 0 or last or stopped
             if done % stage.log_every == 0 or saves:
                 self.tokens += int(sum(float(weight) for weight in weights))
@@ -218,7 +220,7 @@ class Training:
 
     def _evaluated(self, step: int) -> bool:
         """Whether an earlier start came as far: a kill may fall between an evaluation and what follows it."""
-        return step in self._evaluations()
+        return from_first(lambda: step in self._evaluations())
 
     def _summary(self) -> dict[str, Any]:
         evaluations = self._evaluations()

@@ -80,9 +80,14 @@ def _jitted(cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, batc
         if microbatches == 1:
             return one(params, batch, masks)
         cut = NamedSharding(mesh, P(None, BATCH))
-        parts = jax.tree.map(
-            lambda x: jax.lax.with_sharding_constraint(x.reshape(microbatches, -1, *x.shape[1:]), cut), batch
-        )
+
+        def part(x):
+            # Every microbatches-th row: each device's own rows spread over all parts, and none has to move. Blocks of
+            # rows would have to, and even across slices.
+            parts = x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
+            return jax.lax.with_sharding_constraint(parts, cut)
+
+        parts = jax.tree.map(part, batch)
 
         def add(carry, part):
             return jax.tree.map(
@@ -122,7 +127,10 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_size: int) -> dict[str
 
     def put(rows: np.ndarray) -> jax.Array:
         if len(rows) == batch_size:
-            return jax.device_put(rows, sharding)
+            if sharding.is_fully_addressable:
+                return jax.device_put(rows, sharding)
+            # device_put would first compare all rows between the processes, over the network.
+            return jax.make_array_from_callback(rows.shape, sharding, lambda part: rows[part])
         return jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
 
     return {name: put(rows) for name, rows in batch.items()}

@@ -1,0 +1,235 @@
+"""Several processes as one program (jax.distributed): how they find each other, agree, and stop together.
+
+    start(Place("10.0.0.1:1234", num_processes=2, process_id=0))    # on a TPU slice: start(None)
+    if is_first(): ...                          # process 0 prints, and writes what is not a part of an array
+    step = from_first(lambda: latest_step())    # looked up in process 0; the same in all
+    with StopSignal() as stop: ...              # stop(): SIGTERM came to any of them; True in all at the same call
+
+With one process all of this does nothing, and jax.distributed need not be started.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from tele_jax.errors import FailedError, UserError
+
+VARIABLES = {
+    "coordinator_address": "JAX_COORDINATOR_ADDRESS",
+    "num_processes": "JAX_NUM_PROCESSES",
+    "process_id": "JAX_PROCESS_ID",
+}
+# A worker that is gone without a word is missed after so long, and all the others end (JAX's own is 100 s).
+HEARTBEAT_SECONDS = 60
+_FOREVER_MS = 7 * 24 * 3600 * 1000  # what waits is ended by the heartbeat, or by `fail` of another process
+_LEAVING_SECONDS = 5.0
+_FAILURE, _LEFT = "tele_jax/failure", "tele_jax/left"
+
+# Calls are numbered, so that the n-th of one process meets the n-th of the others. Like the service that they are
+# made to, the numbers belong to the process and not to a run.
+_call = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """This process among the others, as jax.distributed.initialize takes it. Without an address: alone."""
+
+    coordinator_address: str | None  # host:port of process 0
+    num_processes: int
+    process_id: int = 0
+
+
+def find_place(given: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Place | None:
+    """Where this process stands, from what is given (a flag, or None) or else from the environment; see VARIABLES.
+
+    None: nothing says so, which on a TPU slice leaves it to JAX, and elsewhere means one process.
+
+    Raises:
+      UserError: some values without the others, or values that cannot be.
+    """
+    values = {key: environment.get(name) if given.get(key) is None else given[key] for key, name in VARIABLES.items()}
+    names = {key: f"--{key.replace('_', '-')} (or {name})" for key, name in VARIABLES.items()}
+    numbers = {}
+    for key in ("num_processes", "process_id"):
+        text = str(values[key] or 0)
+        if not (text.isascii() and text.isdecimal()):
+            raise UserError(f"{names[key]}: {values[key]!r} is not a number from 0")
+        numbers[key] = int(text)
+    if all(value is None for value in values.values()):
+        return None
+    alone = values["num_processes"] is not None and numbers["num_processes"] == 1
+    if alone and numbers["process_id"] == 0:
+        return Place(None, 1)
+    if missing := [names[key] for key, value in values.items() if value is None]:
+        raise UserError(f"several processes need an address, a number and an id each; missing: {', '.join(missing)}")
+    if not numbers["process_id"] < numbers["num_processes"]:
+        number, count = numbers["process_id"], numbers["num_processes"]
+        raise UserError(f"{names['process_id']} {number}: {count} processes have ids from 0 to {count - 1}")
+    host, _, port = str(values["coordinator_address"]).rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"{names['coordinator_address']}: {values['coordinator_address']!r} is not HOST:PORT")
+    return Place(f"{host}:{port}", **numbers)
+
+
+def start(place: Place | None, *, timeout: int = 300) -> None:
+    """Joins the other processes; before anything else is asked of JAX. timeout: seconds to wait for them.
+
+    Raises:
+      UserError: there is no TPU slice around that JAX could find its way in.
+      FailedError: not all of the others came.
+    """
+    how: dict[str, Any] = {"initialization_timeout": timeout, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    if place is None:
+        if not _on_tpu():
+            return
+    elif place.coordinator_address is None:
+        return
+    else:
+        how |= dataclasses.asdict(place) | {"cluster_detection_method": "deactivate"}
+    try:
+        jax.distributed.initialize(**how)
+    except jax.errors.JaxRuntimeError as error:
+        who = "this slice" if place is None else f"{place.num_processes}, at {place.coordinator_address}"
+        raise FailedError(
+            f"not all processes of {who} met within {timeout} s; start the same command on every worker "
+            f"({_first_line(error)})"
+        ) from error
+    except (ValueError, OSError, RuntimeError) as error:
+        if place is not None:
+            raise
+        raise UserError(
+            f"the other workers of this TPU slice could not be found ({_first_line(error)}); --num-processes 1 works "
+            "with the chips of this one alone"
+        ) from error
+
+
+def _on_tpu() -> bool:
+    """Whether JAX will use TPUs of this machine. (Asking JAX for its devices would be too early.)"""
+    from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
+
+    platforms = jax.config.jax_platforms
+    return running_in_cloud_tpu_vm and (not platforms or "tpu" in platforms)
+
+
+def _client() -> Any:
+    """The key-value store that all processes share, or None for one process.
+
+    JAX has no public name for it (Orbax takes it from here as well); what JAX offers in public moves arrays between
+    devices, and could not be used while these are at work or gone.
+    """
+    from jax._src import distributed
+
+    return distributed.global_state.client if jax.process_count() > 1 else None
+
+
+def is_first() -> bool:
+    """Whether this is process 0, or the only one."""
+    return jax.process_index() == 0
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What make() returns in process 0, a JSON value, in every process. Others return after make() has."""
+    client = _client()
+    if client is None:
+        return make()
+    key = f"tele_jax/from_first/{next(_call)}"
+    if is_first():
+        value = make()
+        client.key_value_set(key, json.dumps(value))
+        return value
+    return json.loads(client.blocking_key_value_get(key, _FOREVER_MS))
+
+
+def barrier() -> None:
+    """Returns when all processes have come here."""
+    client = _client()
+    if client is not None:
+        client.wait_at_barrier(f"tele_jax/barrier/{next(_call)}", _FOREVER_MS)
+
+
+class StopSignal(contextlib.AbstractContextManager):
+    """While it is entered, SIGTERM does not end the process. stop() says whether it came, to any process.
+
+    Processes have to ask equally often: each call is a point in the program where all get the same answer. Once True,
+    it stays so.
+    """
+
+    def __init__(self) -> None:
+        self._received: list[int] = []
+        self._stopped = False
+        self._restore: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> "StopSignal":
+        if jax.process_count() > 1:
+            return self  # JAX's preemption service has taken SIGTERM, and tells the others
+        # In a thread, as in a notebook's worker, there is nothing to install.
+        with contextlib.suppress(ValueError):
+            before = signal.signal(signal.SIGTERM, lambda number, frame: self._received.append(number))
+            self._restore = lambda: signal.signal(signal.SIGTERM, before)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def __call__(self) -> bool:
+        if not self._stopped:
+            self._stopped = bool(self._received) if jax.process_count() == 1 else _preempted(next(_polls))
+        return self._stopped
+
+
+_polls = itertools.count()  # JAX's service asks for numbers that rise by one, in the life of a process
+
+
+def _preempted(number: int) -> bool:
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(number)
+
+
+# ------------------------------------------------------------------------------------------------ failing together
+
+
+def fail(line: str, code: int) -> bool:
+    """Tells the other processes that this one ends with exit code `code`. False: another has told the same before."""
+    client, failure = _client(), {"process": jax.process_index(), "line": line, "code": code}
+    try:
+        client.key_value_set(_FAILURE, json.dumps(failure))
+        return True
+    except jax.errors.JaxRuntimeError:
+        told = failure_of_others()
+        return told is None or told["line"] != line
+
+
+def failure_of_others() -> dict[str, Any] | None:
+    """What a process told by `fail`: {"process", "line", "code"}; None where all is well, as far as is known."""
+    try:
+        return json.loads(_client().key_value_try_get(_FAILURE))
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
+def leave() -> None:
+    """To be called after `fail`, before the process ends. Process 0 waits for the others: they need its service."""
+    client, index = _client(), jax.process_index()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        client.key_value_set(f"{_LEFT}/{index}", "")
+        until = time.monotonic() + _LEAVING_SECONDS
+        while index == 0 and len(client.key_value_dir_get(_LEFT)) < jax.process_count() and time.monotonic() < until:
+            time.sleep(0.05)
+
+
+def several() -> bool:
+    """Whether there are other processes."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
