@@ -17,7 +17,9 @@ from tele_jax.axes import declare
 from tele_jax.config import ModelConfig, require
 from tele_jax.model import rope
 from tele_jax.model.attention import SAVED, attend, cached, indices
-from tele_jax.sharding import constrain, lookup, whole_rows
+from tele_jax.sharding import constrain, lookup, platform, whole_rows
+
+UNROLLED_LAYERS = 16  # on CPUs; the program, and the time to compile it, grow with them
 
 # Growth masks: axis name -> float vector over that axis, 1 on old entries and c in [0, 1] on new ones.
 Masks = Mapping[str, jax.Array]
@@ -180,6 +182,14 @@ def rematerialised(cfg: ModelConfig) -> type[Block]:
     return Block if cfg.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[cfg.remat])
 
 
+def unrolled(cfg: ModelConfig) -> bool:
+    """Whether the layers are written out one after another instead of as a loop: on CPUs, up to UNROLLED_LAYERS.
+
+    A loop copies what a layer keeps for the backward pass into arrays over all layers, and back.
+    """
+    return platform() == "cpu" and cfg.num_layers <= UNROLLED_LAYERS
+
+
 class Embed(nn.Module):
     cfg: ModelConfig
 
@@ -215,6 +225,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=cfg.num_layers,
+            unroll=cfg.num_layers if unrolled(cfg) else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(cfg, name="layers")
         numbers = None if cache is None else jnp.arange(cfg.num_layers)
