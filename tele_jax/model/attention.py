@@ -145,7 +145,8 @@ def _blocks_backward(residuals, gradient):
     product = functools.partial(jnp.einsum, preferred_element_type=accumulate)
     # What every score's gradient is lowered by: the mean of its row's, under the weights.
     mean = jnp.sum(gradient.astype(accumulate) * result.astype(accumulate), axis=-1)
-    of_q, of_k, of_v = [], jnp.zeros(k.shape, accumulate), jnp.zeros(v.shape, accumulate)
+    # Transposed, [B, K, H, T]: XLA transposes the first factor of such a product, and of these the rows are the narrow one.
+    of_q, of_k, of_v = [], *(jnp.zeros(x.swapaxes(2, 3).shape, accumulate) for x in (k, v))
     for start, end in reversed(_spans(q.shape[2])):  # the longest first: it fills of_k and of_v
         rows, rows_gradient = _rows(q, start, end), _rows(gradient, start, end)
         weights = jnp.exp(_scores(q, k, segment_ids, start, end) - _rows(normalizer, start, end)[..., None])
@@ -153,9 +154,10 @@ def _blocks_backward(residuals, gradient):
         of_scores = (weights * (of_weights - _rows(mean, start, end)[..., None])).astype(q.dtype)
         part = product("BKRT,BKTH->BKRH", of_scores, k[:, :, :end])
         of_q.append(part.astype(q.dtype).reshape(*q.shape[:2], end - start, *q.shape[3:]))
-        of_k = of_k.at[:, :, :end].add(product("BKRT,BKRH->BKTH", of_scores, rows))
-        of_v = of_v.at[:, :, :end].add(product("BKRT,BKRH->BKTH", weights.astype(q.dtype), rows_gradient))
-    return jnp.concatenate(of_q[::-1], axis=2), of_k.astype(k.dtype), of_v.astype(v.dtype), None
+        of_k = of_k.at[..., :end].add(product("BKRH,BKRT->BKHT", rows, of_scores))
+        of_v = of_v.at[..., :end].add(product("BKRH,BKRT->BKHT", rows_gradient, weights.astype(q.dtype)))
+    of_k, of_v = (x.swapaxes(2, 3).astype(k.dtype) for x in (of_k, of_v))
+    return jnp.concatenate(of_q[::-1], axis=2), of_k, of_v, None
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)
