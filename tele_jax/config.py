@@ -169,7 +169,7 @@ class ModelConfig:
     dtype: typing.Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of activations and matrix products
     param_dtype: typing.Literal["bfloat16", "float32", "float64"] = "float32"
     remat: typing.Literal["none", "full", "attention", "products", "offload"] = "full"  # see decoder.REMAT
-    attention: typing.Literal["auto", "reference", "xla", "splash"] = "auto"
+    attention: typing.Literal["auto", "reference", "xla", "blocks", "splash"] = "auto"
 
     def __post_init__(self):
         if self.num_kv_heads is None:

@@ -14,10 +14,11 @@ from jax.sharding import PartitionSpec as P
 
 from tele_jax.config import ModelConfig
 from tele_jax.model import decoder
-from tele_jax.sharding import BATCH, mesh_of_step, whole_rows
+from tele_jax.sharding import BATCH, mesh_of_step, platform, whole_rows
 
 # Logits of one device at a time: so many bytes, or those of so many tokens; fewer would not feed a matrix unit.
 CHUNK_BYTES, CHUNK_TOKENS = 2**28, 1024
+CPU_CHUNK_BYTES, CPU_CHUNK_TOKENS = 2**24, 128  # on CPUs: what stays in the cache
 
 
 def next_token_loss(
@@ -129,7 +130,8 @@ class _Axes:
 
 def _chunks(tokens: int, vocab: int) -> int:
     """The least number of equal parts of the tokens that are small enough, or have no more than CHUNK_TOKENS."""
-    most = max(CHUNK_TOKENS, CHUNK_BYTES // (4 * vocab))
+    least, size = (CPU_CHUNK_TOKENS, CPU_CHUNK_BYTES) if platform() == "cpu" else (CHUNK_TOKENS, CHUNK_BYTES)
+    most = max(least, size // (4 * vocab))
     return next(n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n <= most)
 
 

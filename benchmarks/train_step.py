@@ -1,0 +1,293 @@
+"""Tokens per second of our training step, against torch and MaxText with the same weights, batches and optimizer.
+
+    JAX_PLATFORMS=cpu python benchmarks/train_step.py [--turns 5] [--steps 4] [--threads 2] [--maxtext-python PYTHON]
+
+A Llama of 8.5 million parameters in float32: 8 layers, embed 256, mlp 704, vocabulary 8,192, batches of 8 x 512 tokens;
+AdamW with clipping by global norm. Each library has a process of its own, pinned to the same cores, and waits while
+another one works; they take turns. Ours is the step of tele_jax/train/step.py with what the loop feeds it (segment ids,
+positions, loss weights), plain and behind growth masks. torch is `transformers` with sdpa attention, eager and through
+torch.compile, with foreach or fused AdamW, whichever is fastest. MaxText needs Python 3.12 and an environment of its
+own, which --maxtext-python names; without it that part says why it was left out.
+
+That the work is the same is checked: all start from the same weights, and their losses are printed step by step.
+Prints JSON: tokens per second (medians over the turns), and the ratio of ours to theirs in every turn, of seconds and of
+processor seconds. Needs `[hf]`.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SHAPE = dict(num_layers=8, embed_dim=256, num_heads=4, head_dim=64, mlp_dim=704, vocab_size=8192, max_seq_len=512)
+ROWS, LENGTH, BATCHES = 8, 512, 4
+ADAM = dict(learning_rate=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0)
+
+# A variant prepares itself and returns what takes one batch and returns the loss before its update.
+Variants = dict[str, Callable[[], Callable[[dict[str, np.ndarray]], float]]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="steps of a turn")
+    parser.add_argument("--threads", type=int, default=2, help="cores for each")
+    parser.add_argument("--maxtext-python", help="python of an environment with MaxText")
+    parser.add_argument("--child", choices=("ours", "torch", "maxtext"), help=argparse.SUPPRESS)
+    parser.add_argument("--weights", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    if args.child:
+        serve({"ours": ours, "torch": theirs, "maxtext": maxtext}[args.child], Path(args.weights))
+    else:
+        print(json.dumps(measure(args), indent=2))
+
+
+def batches() -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(1)
+    rows = rng.integers(0, SHAPE["vocab_size"], (BATCHES, ROWS, LENGTH + 1), dtype=np.int32)
+    return [{"tokens": row[:, :-1].copy(), "targets": row[:, 1:].copy()} for row in rows]
+
+
+# --------------------------------------------------------------------------------------------- taking turns
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "model": SHAPE,
+        "batch": [ROWS, LENGTH],
+        "dtype": "float32",
+        "threads": len(os.sched_getaffinity(0)),
+    }
+    with tempfile.TemporaryDirectory(prefix="train_step_") as directory:
+        weights = Path(directory) / "weights.npz"
+        children = {"ours": Child("ours", sys.executable, weights, args.threads)}  # first: it makes the weights
+        children["torch"] = Child("torch", sys.executable, weights, args.threads)
+        if args.maxtext_python:
+            children["maxtext"] = Child("maxtext", args.maxtext_python, weights, args.threads)
+        else:
+            result["maxtext"] = "left out: --maxtext-python does not say where it is installed"
+        result["libraries"] = {name: child.hello["library"] for name, child in children.items()}
+        runs = [(name, variant) for name, child in children.items() for variant in child.hello["variants"]]
+        first = {f"{n}.{v}": children[n].ask({"variant": v, "steps": BATCHES}) for n, v in runs}
+        result["not_available"] = {run: answer["error"] for run, answer in first.items() if "error" in answer}
+        runs = [(name, variant) for name, variant in runs if "error" not in first[f"{name}.{variant}"]]
+        result["losses"] = {run: answer["losses"] for run, answer in first.items() if "losses" in answer}
+        turns, loads = [], []
+        for turn in range(args.turns):
+            order = runs if turn % 2 == 0 else runs[::-1]
+            turns.append({f"{n}.{v}": children[n].ask({"variant": v, "steps": args.steps}) for n, v in order})
+            loads.append(round(os.getloadavg()[0], 1))
+        for child in children.values():
+            child.end()
+    result["load_average"] = loads
+    return result | summary(turns, args.steps * ROWS * LENGTH)
+
+
+def summary(turns: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    """Rates, and ratios of ours to the fastest variant of every other library."""
+    def median(run: str, key: str) -> float:
+        return statistics.median(turn[run][key] for turn in turns)
+
+    def ratios(run: str, other: str) -> dict[str, Any]:
+        of = {key: [turn[other][key] / turn[run][key] for turn in turns] for key in ("seconds", "cpu_seconds")}
+        return {
+            "seconds": round(statistics.median(of["seconds"]), 3),
+            "cpu_seconds": round(statistics.median(of["cpu_seconds"]), 3),
+            "of_every_turn": [round(ratio, 3) for ratio in of["seconds"]],
+        }
+
+    fastest = {}
+    for run in turns[0]:
+        library = run.split(".")[0]
+        if library not in fastest or median(run, "seconds") < median(fastest[library], "seconds"):
+            fastest[library] = run
+    return {
+        "tokens_per_second": {run: round(tokens / median(run, "seconds")) for run in turns[0]},
+        "tokens_per_cpu_second": {run: round(tokens / median(run, "cpu_seconds")) for run in turns[0]},
+        "ours_over": {run: ratios("ours.plain", run) for name, run in fastest.items() if name != "ours"},
+        "cost_of_masks": ratios("ours.plain", "ours.masked"),
+    }
+
+
+class Child:
+    """A process that makes steps when asked, one JSON line for another."""
+
+    def __init__(self, name: str, python: str, weights: Path, threads: int):
+        command = [python, __file__, "--child", name, "--weights", str(weights), "--threads", str(threads)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.hello = json.loads(self._process.stdout.readline())
+
+    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def end(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def serve(library: Callable[[Path], tuple[str, Variants]], weights: Path) -> None:
+    out, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not come between
+    name, variants = library(weights)
+    print(json.dumps({"library": name, "variants": list(variants)}), file=out, flush=True)
+    data, ready = batches(), {}
+    for line in sys.stdin:
+        job = json.loads(line)
+        variant = job["variant"]
+        try:
+            if variant not in ready:
+                ready[variant] = variants[variant]()
+            begin, cpu = time.perf_counter(), time.process_time()
+            losses = [ready[variant](data[i % BATCHES]) for i in range(job["steps"])]
+            answer = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
+            answer["losses"] = [float(loss) for loss in losses]
+        except Exception as error:  # what does not work here is reported and left out
+            answer = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        print(json.dumps(answer), file=out, flush=True)
+
+
+# --------------------------------------------------------------------------------------------- the libraries
+
+
+def ours(weights: Path) -> tuple[str, Variants]:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import jax
+
+    import tele_jax as tele
+    from tele_jax.axes import flatten
+    from tele_jax.run import MeshConfig, OptimizerConfig
+    from tele_jax.sharding import make_mesh
+    from tele_jax.train.optimizer import optimizer
+    from tele_jax.train.step import make_step, put_batch, state_shardings
+
+    cfg = tele.ModelConfig(**SHAPE, dtype="float32", remat="none")
+    np.savez(weights, **{n: np.asarray(leaf) for n, leaf in flatten(tele.init(cfg, jax.random.key(0))).items()})
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    tx = optimizer(cfg, OptimizerConfig(**ADAM), lambda step: 1.0)
+    step = make_step(cfg, tx, mesh, batch_size=ROWS)
+    shardings, opt_shardings = state_shardings(cfg, tx, mesh)
+    half = {"embed": 128, "mlp": 352, "heads": 2, "layers": 4}  # as after a growth of every axis to twice its size
+    # 1 everywhere: the model is the plain one, its losses too, but the step does not know.
+    masks = {axis: np.where(np.arange(cfg.axis_sizes[axis]) < old, 1, 1).astype(np.float32) for axis, old in half.items()}
+
+    def variant(masks: Any) -> Any:
+        def prepare() -> Any:
+            params = jax.device_put(tele.init(cfg, jax.random.key(0)), shardings)
+            state = [params, jax.device_put(tx.init(params), opt_shardings)]
+            whole = dict(
+                loss_weights=np.ones((ROWS, LENGTH), np.float32),
+                segment_ids=np.ones((ROWS, LENGTH), np.int32),
+                positions=np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
+            )
+
+            def run(batch: dict[str, np.ndarray]) -> float:
+                *state[:], figures = step(*state, put_batch(batch | whole, mesh, ROWS), masks)
+                return float(figures["loss"])
+
+            return run
+
+        return prepare
+
+    return f"tele_jax on jax {jax.__version__}", {"plain": variant(None), "masked": variant(masks)}
+
+
+def theirs(weights: Path) -> tuple[str, Variants]:
+    import torch
+    import transformers
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_flush_denormal(True)
+
+    def variant(kind: str, compiled: bool) -> Any:
+        def prepare() -> Any:
+            config = transformers.LlamaConfig(
+                vocab_size=SHAPE["vocab_size"],
+                hidden_size=SHAPE["embed_dim"],
+                intermediate_size=SHAPE["mlp_dim"],
+                num_hidden_layers=SHAPE["num_layers"],
+                num_attention_heads=SHAPE["num_heads"],
+                head_dim=SHAPE["head_dim"],
+                max_position_embeddings=SHAPE["max_seq_len"],
+                rms_norm_eps=1e-5,
+                rope_theta=10_000.0,
+                tie_word_embeddings=False,
+                use_cache=False,
+                attn_implementation="sdpa",
+            )
+            model = transformers.LlamaForCausalLM(config).train()
+            with np.load(weights) as tree:
+                state = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in llama_names(tree)}
+            model.load_state_dict(state, strict=True)
+            parameters = list(model.parameters())
+            matrices = [p for p in parameters if p.ndim > 1]
+            vectors = [p for p in parameters if p.ndim == 1]
+            adam = torch.optim.AdamW(
+                [{"params": matrices, "weight_decay": ADAM["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}],
+                lr=ADAM["learning_rate"],
+                betas=(ADAM["beta1"], ADAM["beta2"]),
+                eps=ADAM["eps"],
+                **{kind: True},
+            )
+
+            def loss_of(tokens: Any, targets: Any) -> Any:
+                logits = model(tokens, use_cache=False).logits
+                return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+            loss_of = torch.compile(loss_of) if compiled else loss_of
+
+            def run(batch: dict[str, np.ndarray]) -> float:
+                adam.zero_grad(set_to_none=True)
+                loss = loss_of(torch.from_numpy(batch["tokens"]), torch.from_numpy(batch["targets"]).long())
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, ADAM["clip_norm"], foreach=True)
+                adam.step()
+                return loss.item()
+
+            return run
+
+        return prepare
+
+    return (
+        f"transformers {transformers.__version__} on torch {torch.__version__}",
+        {
+            "eager_foreach": variant("foreach", False),
+            "eager_fused": variant("fused", False),
+            "compiled_fused": variant("fused", True),
+        },
+    )
+
+
+def llama_names(tree: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Our leaves as transformers names and lays them out: per layer, out x in."""
+    embed = SHAPE["embed_dim"]
+    yield "model.embed_tokens.weight", tree["embed.table"]
+    yield "model.norm.weight", tree["final_norm.scale"]
+    yield "lm_head.weight", tree["lm_head.kernel"].T
+    for i in range(SHAPE["num_layers"]):
+        at = f"model.layers.{i}"
+        yield f"{at}.input_layernorm.weight", tree["layers.attn_norm.scale"][i]
+        yield f"{at}.post_attention_layernorm.weight", tree["layers.mlp_norm.scale"][i]
+        for name in ("q", "k", "v"):
+            yield f"{at}.self_attn.{name}_proj.weight", tree[f"layers.attn.{name}"][i].reshape(embed, -1).T
+        yield f"{at}.self_attn.o_proj.weight", tree["layers.attn.o"][i].reshape(-1, embed).T
+        for name in ("gate", "up", "down"):
+            yield f"{at}.mlp.{name}_proj.weight", tree[f"layers.mlp.{name}"][i].T
+
+
+def maxtext(weights: Path) -> tuple[str, Variants]:
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    main()
