@@ -80,6 +80,7 @@ def maxtext_arguments(case: str) -> list[str]:
         "remat_policy": "full",
         "attention": "flash",
         "enable_checkpointing": False,
+        "allow_split_physical_axes": True,  # both meshes take a part of an axis of the torus for tensor
         "run_name": "comparison",
     }
     return [f"{key}={value}" for key, value in settings.items()]
