@@ -1,30 +1,31 @@
-"""The table of docs/scale.md: every published model on slices that it fits, each row from a compilation.
+"""The tables of docs/scale.md: every published model on slices that it fits, each row from a compilation.
 
-    python benchmarks/aot_table.py --write docs/scale.md        # needs the extra [tpu]; about an hour of one core
-    python benchmarks/aot_table.py --rows 0 1 2                 # some rows, as JSON
+    python benchmarks/aot_table.py                       # compiles what is missing; needs the extra [tpu], and an hour
+    python benchmarks/aot_table.py --only 1t tpu7x       # rows whose names hold all of these words
+    python benchmarks/aot_table.py --page docs/scale.md  # writes the page from what was compiled; compiles nothing
 
-Compiled programs are kept (tele plan's cache), so that a second run is quick and rows can be added one at a time.
+Every row goes into benchmarks/aot_table.json as soon as it is there: a run that was stopped goes on where it was. A row
+is compiled again where the program, the compiler or the settings changed (`tele plan`'s cache knows), not otherwise.
+The comparison with MaxText on the page is what benchmarks/aot_vs_maxtext.py wrote to benchmarks/aot_vs_maxtext.json.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
 
-import jax
-
-import tele_jax as tele
-from tele_jax.published import STAGE_TOKENS
-from tele_jax.run import MeshConfig
-from tele_jax.scale import cost, topology
-from tele_jax.scale.compile import Job, compile_job
+STORE, MAXTEXT = HERE / "aot_table.json", HERE / "aot_vs_maxtext.json"
+SEQ_LEN = 4096
 
 # model, slice, mesh, sequences a step, microbatches, remat. Batches are the multiples of 512 nearest to the published
 # 1,344 sequences of 4,096 tokens that the meshes divide; TeleChat's were not published.
-ROWS = [
+TRAIN = [
     ("tele_flm_52b", "v5p:8x8x16", dict(fsdp=512, tensor=2), 1536, 1, "products"),
     ("tele_flm_102b", "v5p:8x8x16", dict(fsdp=256, tensor=4), 1536, 2, "products"),
     ("tele_flm_1t", "v5p:8x16x16", dict(fsdp=512, tensor=4), 1536, 1, "full"),
@@ -39,79 +40,250 @@ ROWS = [
     ("telechat_12b", "v6e:16x16", dict(fsdp=256), 1024, 1, "full"),
     ("telechat_7b", "tpu7x:4x4x8", dict(fsdp=256), 1024, 1, "attention"),
     ("telechat_12b", "tpu7x:4x4x8", dict(fsdp=256), 1024, 1, "attention"),
-    # The settings that MaxText was compiled with for comparison, see benchmarks/aot_vs_maxtext.py.
+    # The settings of the comparison with MaxText.
     ("tele_flm_52b", "v5p:4x4x8", dict(fsdp=64, tensor=2), 64, 1, "full"),
     ("tele_flm_1t", "v5p:8x16x16", dict(fsdp=512, tensor=4), 512, 1, "full"),
 ]
+# small, large, slice, mesh: where the large model is trained
+GROW = [
+    ("tele_flm_52b", "tele_flm_102b", "v5p:8x8x16", dict(fsdp=256, tensor=4)),
+    ("tele_flm_102b", "tele_flm_1t", "v5p:8x16x16", dict(fsdp=512, tensor=4)),
+]
+# model, slice, mesh, rows of 4,096 tokens
+DECODE = [
+    ("tele_flm_52b", "v5p:2x2x2", dict(tensor=8), 32),
+    ("tele_flm_1t", "v5p:2x4x4", dict(tensor=32), 8),
+    ("telechat_7b", "v5e:2x2", dict(tensor=4), 8),
+]
 
 
-def row(model: str, slice_name: str, mesh: dict, batch: int, microbatches: int, remat: str) -> dict:
+# --------------------------------------------------------------------------------------------------------------- jobs
+
+
+def names() -> dict[str, tuple[str, tuple]]:
+    """Name of every row -> (kind, row)."""
+    mesh = lambda sizes: ",".join(f"{axis}={size}" for axis, size in sizes.items())  # noqa: E731
+    return {
+        **{f"train {m} {s} {mesh(a)} {b}/{n} {r}": ("train", (m, s, a, b, n, r)) for m, s, a, b, n, r in TRAIN},
+        **{f"grow {m} {to} {s} {mesh(a)}": ("grow", (m, to, s, a)) for m, to, s, a in GROW},
+        **{f"decode {m} {s} {mesh(a)} {b}": ("decode", (m, s, a, b)) for m, s, a, b in DECODE},
+    }
+
+
+def compiled(kind: str, row: tuple) -> dict[str, Any]:
+    """The figures of one row; from tele plan's cache where the same program was compiled before."""
+    import tele_jax as tele
+    from tele_jax.published import STAGE_TOKENS
+    from tele_jax.run import MeshConfig
+    from tele_jax.scale import cost, jobs, topology
+    from tele_jax.scale.compile import compile_job
+
+    model, tokens, more = row[0], None, {}
     cfg = tele.get_model(model)
-    job = Job(
-        cfg=dataclasses.replace(cfg, remat=remat),
-        slice=topology.find_slice(slice_name),
-        mesh=MeshConfig(**mesh),
-        batch_size=batch,
-        seq_len=min(4096, cfg.max_seq_len),
-        microbatches=microbatches,
-    )
-    return {"model": model, **cost.figures(job, compile_job(job), STAGE_TOKENS.get(model))}
+    place = lambda name, mesh: dict(slice=topology.find_slice(name), mesh=MeshConfig(**mesh))  # noqa: E731
+    if kind == "train":
+        _, slice_name, mesh, batch, parts, remat = row
+        cfg = dataclasses.replace(cfg, remat=remat)
+        tokens = STAGE_TOKENS.get(model)
+        sizes = dict(batch_size=batch, microbatches=parts, seq_len=SEQ_LEN)
+        job = jobs.Job(cfg=cfg, **sizes, **place(slice_name, mesh))
+    elif kind == "grow":
+        _, to, slice_name, mesh = row
+        more = {"to": to}
+        plan = tele.growth.plan(cfg, tele.get_model(to), policy="exact", layers="uniform")
+        job = jobs.GrowJob(plan=plan, **place(slice_name, mesh))
+    else:
+        _, slice_name, mesh, batch = row
+        job = jobs.DecodeJob(cfg=cfg, batch_size=batch, seq_len=SEQ_LEN, **place(slice_name, mesh))
+    figures = cost.figures(job, compile_job(job), tokens)
+    figures.pop("from_cache")
+    return {"model": model, **more, **figures, "versions": versions()}
 
 
-HEAD = (
-    "| model | slice (chips) | mesh | batch x parts | remat | HBM, GiB: parameters + optimizer + activations + rest | "
-    "of, free | step, s | limit | utilisation | tokens a day | stage | chip-hours |\n" + "|---" * 13 + "|"
+def versions() -> str:
+    import jax
+
+    from tele_jax.scale.topology import require_libtpu
+
+    return f"jax {jax.__version__}, libtpu {require_libtpu()}"
+
+
+# --------------------------------------------------------------------------------------------------------------- page
+
+
+def table(head: str, rows: list[str]) -> str:
+    return f"| {head} |\n{'|---' * (head.count('|') + 1)}|\n" + "\n".join(f"| {row} |" for row in rows)
+
+
+def place(f: dict) -> str:
+    mesh = ", ".join(f"{axis} {size}" for axis, size in f["mesh"].items() if size > 1)
+    return f"{f['topology']} ({f['chips']:,}) | {mesh}"
+
+
+def memory(f: dict, *kinds: str) -> str:
+    gib = {name: (size or 0) / 2**30 for name, size in f["hbm"].items()}
+    parts = " + ".join(f"{gib[name]:.1f}" for name in kinds)
+    return f"{parts} = {gib['needed']:.1f} | {gib['usable']:.1f}, {f['margin']:.0%}"
+
+
+def times(f: dict) -> str:
+    seconds = f["seconds"]
+    parts = ", ".join(f"{seconds[name]:.3g}" for name in ("compute", "hbm", "ici"))
+    return f"{seconds['step']:.3g} ({parts}) | {f['limit']}"
+
+
+TRAIN_HEAD = (
+    "model | slice (chips) | mesh | batch x parts | remat | HBM, GiB: parameters + optimizer + activations + rest | "
+    "of, free | step, s | limit | utilisation | tokens a day | stage, days | chip-hours"
 )
 
 
-def line(f: dict) -> str:
-    """One row of the table; what is bounded by the roofline says so in the text around it."""
-    gib = {name: (size or 0) / 2**30 for name, size in f["hbm"].items()}
-    parts = " + ".join(f"{gib[name]:.1f}" for name in ("parameters", "optimizer", "activations", "temporaries"))
-    mesh = ", ".join(f"{axis} {size}" for axis, size in f["mesh"].items() if size > 1)
-    memory = f"{parts} = {gib['needed']:.1f} | {gib['usable']:.1f}, {f['margin']:.0%}"
-    head = f"| {f['model']} | {f['topology']} ({f['chips']:,}) | {mesh} | {f['batch_size']:,} x {f['microbatches']} "
-    head += f"| {f['remat']} | {memory} "
-    if "seconds" not in f:
-        return head + "| does not fit |" + " |" * 5
-    seconds, tokens = f["seconds"], f["tokens_per_day"]
-    times = f"{seconds['step']:.2f} ({seconds['compute']:.2f}, {seconds['hbm']:.2f}, {seconds['ici']:.2f})"
-    stage = f"{f['days']:.1f} days | {f['chip_hours']:,.0f} |" if "days" in f else "| |"
-    return f"{head}| {times} | {f['limit']} | {f['utilisation_bound']:.1%} | {tokens / 1e9:.1f}e9 | {stage}"
+def train_line(f: dict) -> str:
+    kinds = ("parameters", "optimizer", "activations", "temporaries")
+    head = f"{f['model']} | {place(f)} | {f['batch_size']:,} x {f['microbatches']} | {f['remat']} | {memory(f, *kinds)}"
+    if not f["fits"]:
+        return f"{head} | does not fit" + " |" * 5
+    stage = f"{f['days']:.1f} | {f['chip_hours']:,.0f}" if "days" in f else "|"
+    return f"{head} | {times(f)} | {f['utilisation_bound']:.1%} | {f['tokens_per_day'] / 1e9:.1f}e9 | {stage}"
 
 
-def page(rows: list[dict]) -> str:
-    versions = f"jax {jax.__version__}, libtpu {topology.require_libtpu()}"
+GROW_HEAD = (
+    "growth | slice (chips) | mesh | HBM, GiB: parameters + optimizer + grown parameters + grown optimizer + rest | "
+    "of, free | s | limit"
+)
+
+
+def grow_line(f: dict) -> str:
+    kinds = ("parameters", "optimizer", "grown parameters", "grown optimizer", "temporaries")
+    head = f"{f['model']} to {f['to']} | {place(f)} | {memory(f, *kinds)}"
+    return f"{head} | {times(f)}" if f["fits"] else f"{head} | does not fit |"
+
+
+DECODE_HEAD = (
+    "model | slice (chips) | mesh | rows | HBM, GiB: parameters + cache + rest | of, free | step, s | limit | "
+    "tokens a second"
+)
+
+
+def decode_line(f: dict) -> str:
+    head = f"{f['model']} | {place(f)} | {f['batch_size']} | {memory(f, 'parameters', 'cache', 'temporaries')}"
+    return f"{head} | {times(f)} | {f['tokens_per_day'] / 86400:,.0f}" if f["fits"] else f"{head} | does not fit | |"
+
+
+def best(rows: list[dict]) -> str:
+    """Of every Tele-FLM stage, the row with the highest bound, and what it is limited by."""
+    lines = []
+    for model in ("tele_flm_52b", "tele_flm_102b", "tele_flm_1t"):
+        fitting = [f for f in rows if f["model"] == model and f["fits"]]
+        if fitting:
+            f = max(fitting, key=lambda f: f["utilisation_bound"])
+            again = (f["flops"]["matmul"] + f["flops"]["attention"]) / f["flops"]["model"] - 1
+            lines.append(
+                f"- {model}: at most {f['utilisation_bound']:.1%} on {f['topology']} with remat {f['remat']}, "
+                f"{f['margin']:.0%} of the HBM free; limited by {f['limit']}, of which what is computed again, and "
+                f"the masked half of the attention blocks, are {again:.1%} on top of the model FLOPs."
+            )
+    return "\n".join(lines)
+
+
+def against_maxtext() -> str:
+    if not MAXTEXT.exists():
+        return ""
+    rows = []
+    results = json.loads(MAXTEXT.read_text())
+    units = {
+        "temporary_bytes": ("temporaries, GiB", 2**30),
+        "flops": ("FLOPs, e12", 1e12),
+        "matmul_flops": ("of which matrix products, e12", 1e12),
+        "hbm_bytes": ("HBM bytes, GB", 1e9),
+        "collective_bytes": ("results of collectives, GB", 1e9),
+    }
+    for result in results.values():
+        case = result["case"]
+        mesh = ", ".join(f"{axis} {size}" for axis, size in case["mesh"].items())
+        where = f"{case['model']}, {case['slice']}, {mesh}, {case['sequences']} sequences"
+        for key, (name, unit) in units.items():
+            our, their = result["ours"][key] / unit, result["maxtext"][key] / unit
+            rows.append(f"{where} | {name} | {our:,.2f} | {their:,.2f} | {result['ratios'][key]:.3f}")
+            where = ""
+    compiler = next(iter(results.values()))["versions"]
+    return f"""
+## Against MaxText
+
+Written by `benchmarks/aot_vs_maxtext.py`: both steps compiled by jax {compiler["jax"]} and libtpu {compiler["libtpu"]},
+read by the same counter, loops multiplied out; a device and a step. MaxText {compiler["maxtext"]} with its own defaults
+beside the dimensions, mesh and batch: full remat, flash attention, AdamW, float32 parameters, bfloat16 products.
+
+{table("case | figure | tele_jax | MaxText | ratio", rows)}
+"""
+
+
+def page(store: dict[str, dict]) -> str:
+    found = {kind: [store[name] for name in names() if name in store and name.startswith(kind)] for kind in KINDS}
+    compilers = sorted({f["versions"] for rows in found.values() for f in rows})
+    tables = {kind: table(KINDS[kind][0], [KINDS[kind][1](f) for f in rows]) for kind, rows in found.items()}
     return f"""# Pod scale, on paper
 
-Written by `python benchmarks/aot_table.py --write docs/scale.md`; not by hand. Each row is a compilation of the real
-training step ({versions}) for a slice that was not there: parameters and Adam's moments in float32, products in
+Written by `python benchmarks/aot_table.py --page docs/scale.md`; not by hand. Each row is a compilation of the real
+program ({"; ".join(compilers)}) for a slice that was not there: parameters and Adam's moments in float32, products in
 bfloat16, sequences of 4,096 tokens. `tele plan` gives the same for any other model, slice, mesh and batch.
 
-- HBM is that of one device at the fullest moment of the step; v5p and v6e have a device a chip, tpu7x two.
-  Activations are what layers keep for the backward pass, the rest gradients and temporaries.
+- HBM is that of one device at the fullest moment; v5p and v6e have a device a chip, tpu7x two. Activations are what
+  layers keep for the backward pass, the rest gradients and temporaries.
 - A step takes at least the largest of (compute, HBM, ICI): the FLOPs, bytes and collectives of the compiled program,
   loops multiplied out, at the peak figures of the chip (tele_jax/scale/topology.py). It is a bound and no forecast:
   nothing here has run on a TPU. Utilisation counts model FLOPs, what is computed again does not count.
 - Tokens a day, days and chip-hours follow from that bound; the tokens of the stages are those published.
 
-{HEAD}
-{chr(10).join(line(f) for f in rows)}
-"""
+## Training
+
+{tables["train"]}
+
+{best(found["train"])}
+
+## Growth
+
+What a run does between two stages, on the mesh of the second: policy exact, with optimizer state. Both models are there
+until the growth is verified.
+
+{tables["grow"]}
+
+## Decoding
+
+A token for every row, against a cache of 4,096 tokens that is full; parameters in bfloat16.
+
+{tables["decode"]}
+{against_maxtext()}"""
+
+
+KINDS = {"train": (TRAIN_HEAD, train_line), "grow": (GROW_HEAD, grow_line), "decode": (DECODE_HEAD, decode_line)}
+
+
+def write(file: Path, text: str) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(text)
+    os.replace(part, file)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=list(range(len(ROWS))), metavar="I")
-    parser.add_argument("--write", type=Path, metavar="FILE")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows whose names hold all of these")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the page from what is stored, and stop")
     args = parser.parse_args()
+    store = json.loads(STORE.read_text()) if STORE.exists() else {}
+    if args.page:
+        write(args.page, page(store))
+        return
+    import jax
+
     jax.config.update("jax_platforms", "cpu")
-    rows = []
-    for index in args.rows:
-        rows.append(row(*ROWS[index]))
-        print(json.dumps(rows[-1]), flush=True)
-    if args.write:
-        args.write.write_text(page(rows))
+    for name, (kind, row) in names().items():
+        if all(word in name for word in args.only):
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            store = json.loads(STORE.read_text()) if STORE.exists() else {}
+            store[name] = compiled(kind, row)
+            write(STORE, json.dumps(store, indent=1) + "\n")
+            print(json.dumps({name: store[name]}), flush=True)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def generate(
     # With NTK scaling rows of different totals may need different rotary tables: those do not share a batch.
     groups = collections.defaultdict(list)
     for row, prompt in enumerate(prompts):
-        groups[_rope_length(cfg, len(prompt) + max_new_tokens)].append(row)
+        groups[rope_length_of(cfg, len(prompt) + max_new_tokens)].append(row)
     results: list[list[int]] = [[] for _ in prompts]
     for rope_length, rows in groups.items():
         emit = None if on_token is None else lambda i, token, rows=rows: on_token(rows[i], token)
@@ -229,7 +229,7 @@ def _generate_batch(cfg, params, prompts, keys, how, stop_ids, max_new_tokens, r
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         longest = int(lengths.max())
         chunk = min(CHUNK, _bucket(longest))
-        slots = _slots(max(longest + max_new_tokens, -(-longest // chunk) * chunk), cfg.max_seq_len)
+        slots = cache_slots(max(longest + max_new_tokens, -(-longest // chunk) * chunk), cfg.max_seq_len)
         tokens = np.zeros((len(prompts), slots), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
@@ -263,6 +263,15 @@ def _draw_all(cfg, rope_length, params, cache, state, how, stop_ids, max_new_tok
     return state
 
 
+def cache_shardings(cfg: ModelConfig, mesh: Mesh) -> decoder.Cache:
+    """Rows over data and fsdp, kv_heads over tensor."""
+    heads = RULES["kv_heads"]
+    if cfg.num_kv_heads % mesh.shape[heads]:
+        heads = None  # parameters that the caller placed by other rules than ours
+    keys = NamedSharding(mesh, P(None, BATCH, heads))
+    return decoder.Cache(k=keys, v=keys, positions=NamedSharding(mesh, P(BATCH)))
+
+
 def _empty(cfg: ModelConfig, mesh: Mesh | None, batch: int, slots: int) -> tuple[decoder.Cache, jax.Array]:
     """An empty cache, and room for the final hidden state [B, D] of the last token of every prompt."""
 
@@ -271,12 +280,7 @@ def _empty(cfg: ModelConfig, mesh: Mesh | None, batch: int, slots: int) -> tuple
 
     if mesh is None:
         return make()
-    heads = RULES["kv_heads"]
-    if cfg.num_kv_heads % mesh.shape[heads]:
-        heads = None  # parameters that the caller placed by other rules than ours
-    keys = NamedSharding(mesh, P(None, BATCH, heads))
-    rows = NamedSharding(mesh, P(BATCH))
-    return jax.jit(make, out_shardings=(decoder.Cache(k=keys, v=keys, positions=rows), rows))()
+    return jax.jit(make, out_shardings=(cache_shardings(cfg, mesh), NamedSharding(mesh, P(BATCH))))()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -316,17 +320,19 @@ def _begin(cfg, params, last, tokens, lengths, done, keys, how, stop_ids):
 def _decode(cfg, rope_length, params, cache, state, how, stop_ids, until):
     """Runs the model on the last tokens and draws the next, until so many are drawn or every row is done."""
 
-    def step(carry):
-        state, cache = carry
-        positions = state.lengths[:, None] - 1
-        x, cache = decoder.hidden_cached(cfg, params, state.token[:, None], positions, cache, state.slot, rope_length)
-        return _append(cfg, params, x[:, 0], state, how, stop_ids), cache
-
     def going(carry):
         state, _ = carry
         return (state.step < until) & ~state.done.all()
 
+    step = lambda carry: decode_step(cfg, rope_length, params, *carry, how, stop_ids)  # noqa: E731
     return jax.lax.while_loop(going, step, (state, cache))
+
+
+def decode_step(cfg, rope_length, params, state: State, cache: decoder.Cache, how: Sampling, stop_ids):
+    """The model on the last tokens, and the next ones drawn: (state, cache)."""
+    positions = state.lengths[:, None] - 1
+    x, cache = decoder.hidden_cached(cfg, params, state.token[:, None], positions, cache, state.slot, rope_length)
+    return _append(cfg, params, x[:, 0], state, how, stop_ids), cache
 
 
 def _append(cfg, params, x, state: State, how: Sampling, stop_ids) -> State:
@@ -357,13 +363,13 @@ def _bucket(length: int, limit: int = 2**31) -> int:
     return max(length, min(max(16, 1 << (length - 1).bit_length()), limit))
 
 
-def _slots(length: int, limit: int) -> int:
+def cache_slots(length: int, limit: int) -> int:
     """Slots of a cache for so many tokens: a bucket that the cached attention can cut into blocks."""
     slots = _bucket(length, limit)
     return slots if slots <= SLOT_BLOCK else -(-slots // SLOT_BLOCK) * SLOT_BLOCK
 
 
-def _rope_length(cfg: ModelConfig, total: int) -> int:
+def rope_length_of(cfg: ModelConfig, total: int) -> int:
     """A length with the same rotary factors as total, the same for as many totals as possible: fewer compilations."""
     ntk = cfg.rope.ntk
     if ntk is None:

@@ -148,7 +148,7 @@ def test_lengths_in_one_bucket_compile_once():
 def test_the_rope_length_that_programs_are_keyed_on_has_the_factors_of_the_total(original, trained, total, slope):
     ntk = Ntk(original_length=original, trained_length=trained, attention_slope=slope)
     cfg = tele.ModelConfig(**BASE | dict(rope=Rope(ntk=ntk)))
-    length = module._rope_length(cfg, total)
+    length = module.rope_length_of(cfg, total)
     assert cfg.rope_length_factors(length) == cfg.rope_length_factors(total)
     if total <= trained:
         assert length == trained

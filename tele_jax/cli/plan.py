@@ -1,4 +1,7 @@
-"""`tele plan`: compile a training step for a TPU slice that is not there; whether it fits, and what it costs."""
+"""`tele plan`: compile a step for a TPU slice that is not there; whether it fits, and what it costs.
+
+A step of training, a growth, or a step of decoding: the programs that `tele train` and `tele generate` run.
+"""
 
 import argparse
 import dataclasses
@@ -8,14 +11,17 @@ from typing import Any
 
 from tele_jax.errors import UserError
 
-HELP = "compile a training step for a TPU slice, without one: does it fit, what does it cost"
+HELP = "compile a step of training, growth or decoding for a TPU slice, without one: does it fit, what does it cost"
 OVERRIDES = True
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="a page with a training stage, as in configs/")
-    parser.add_argument("--stage", metavar="NAME", help="which training stage of the page; by default the last")
+    parser.add_argument("--config", metavar="FILE", help="a page with stages, as in configs/")
+    parser.add_argument("--stage", metavar="NAME", help="which stage of the page; by default the last that trains")
     parser.add_argument("--model", metavar="NAME", help="instead of a page: a published model, such as tele_flm_52b")
+    parser.add_argument("--grow-to", metavar="NAME", help="plan the growth of --model into this one, not its training")
+    parser.add_argument("--policy", metavar="P", help="of that growth (exact)")
+    parser.add_argument("--decode", action="store_true", help="plan a step of decoding against a cache of --seq-len")
     parser.add_argument("--topology", required=True, metavar="T", help="such as v5p:8x16x16, v5p-4096, v6e-256")
     parser.add_argument("--num-slices", type=int, default=1, metavar="N", help="so many of them, data over all (1)")
     parser.add_argument("--mesh", metavar="M", help="such as fsdp=64,tensor=2; by default the page's")
@@ -24,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--seq-len", type=int, metavar="N", help="tokens a sequence; by default the page's, or the model's"
     )
     parser.add_argument("--microbatches", type=int, metavar="N", help="parts that the batch is computed in")
-    parser.add_argument("--remat", metavar="POLICY", help="full, attention, offload or none; by default the model's")
+    parser.add_argument("--remat", metavar="POLICY", help="none, full, attention, products or offload; the model's")
     parser.add_argument("--search", action="store_true", help="try meshes, remat policies and microbatches")
     parser.add_argument("--tries", type=int, default=4, metavar="N", help="how many of them to compile (4)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="of earlier results; by default $TELE_PLAN_CACHE")
@@ -40,12 +46,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # on a TPU host as well: the slice planned for is another one
-    from tele_jax.scale import compile as compiling
     from tele_jax.scale import topology
 
     job, tokens = _job(args)
     if not args.search:
-        compiling.check(job)
+        job.check()
     topology.require_libtpu()
     found = _search(args, job, tokens) if args.search else _plan(args, job, tokens)
     if not found["fits"]:
@@ -71,8 +76,7 @@ def _plan(args: argparse.Namespace, job: Any, tokens: float | None) -> dict[str,
     print(cost.table(figures))
     if not program.fits:
         over = (program.needed_bytes - program.usable_bytes) / 2**30
-        state = program.parameter_bytes + program.optimizer_bytes
-        hint = search.advice(job, program.needed_bytes, state)
+        hint = search.advice(job, program.needed_bytes, sum(program.held.values()))
         figures["advice"] = (
             f"does not fit {job.slice.name}: {program.needed_bytes / 2**30:,.1f} GiB a device, {over:,.1f} GiB more "
             f"than there is; {hint}"
@@ -122,29 +126,66 @@ def _job(args: argparse.Namespace) -> tuple[Any, float | None]:
     """The job of the command line, and the tokens of its stage where they are known."""
     from tele_jax.config import convert
     from tele_jax.run import MeshConfig
-    from tele_jax.scale.compile import Job
     from tele_jax.scale.topology import find_slice
 
     if (args.config is None) == (args.model is None):
         raise UserError("give either --config FILE or --model NAME")
     of = find_slice(args.topology, args.num_slices)
+    if args.search and args.tries <= 0:
+        raise UserError(f"--tries {args.tries}: must be above 0")
     cfg, values, tokens = _from_page(args) if args.config else _from_model(args)
-    if args.remat is not None:
-        cfg = cfg.replace_from({"remat": args.remat}, "--remat")
-    for name in ("batch_size", "seq_len", "microbatches"):
-        given = getattr(args, name)
-        if given is not None:
-            if given <= 0:
-                raise UserError(f"--{name.replace('_', '-')} {given}: must be above 0")
-            values[name] = given
     mesh = values.pop("mesh", None) if args.mesh is None else _mesh(args.mesh)
     if args.search:
-        mesh = MeshConfig(fsdp=of.num_devices)
+        mesh = MeshConfig(fsdp=of.num_devices // args.num_slices, data=args.num_slices)
     elif mesh is None:
         raise UserError(f"--mesh: missing; for example fsdp={of.num_devices}, or --search for the best")
+    make = _decoding if args.decode else _growing if "plan" in values else _training
+    return make(args, cfg, values, dict(slice=of, mesh=convert(MeshConfig, mesh, "--mesh"))), tokens
+
+
+def _training(args: argparse.Namespace, cfg: Any, values: dict[str, Any], where: dict[str, Any]) -> Any:
+    from tele_jax.scale.jobs import Job
+
+    if args.remat is not None:
+        cfg = cfg.replace_from({"remat": args.remat}, "--remat")
+    values |= _sizes(args, "batch_size", "seq_len", "microbatches")
     if "batch_size" not in values:
         raise UserError("--batch-size: missing; sequences a step over all devices")
-    return Job(cfg=cfg, slice=of, mesh=convert(MeshConfig, mesh, "--mesh"), **values), tokens
+    return Job(cfg=cfg, **values, **where)
+
+
+def _decoding(args: argparse.Namespace, cfg: Any, values: dict[str, Any], where: dict[str, Any]) -> Any:
+    from tele_jax.scale.jobs import DecodeJob
+
+    _refuse(args, "--decode", "grow_to", "policy", "search", "microbatches", "remat")
+    if "plan" in values:
+        raise UserError(f"--stage {args.stage}: is a growth, which does not decode; name a stage that trains")
+    sizes = {"seq_len": values["seq_len"], **_sizes(args, "batch_size", "seq_len")}
+    if "batch_size" not in sizes:
+        raise UserError("--batch-size: missing; rows that are decoded together, over all devices")
+    return DecodeJob(cfg=cfg, **sizes, **where)
+
+
+def _growing(args: argparse.Namespace, cfg: Any, values: dict[str, Any], where: dict[str, Any]) -> Any:
+    from tele_jax.scale.jobs import GrowJob
+
+    _refuse(args, "a growth", "search", "microbatches", "remat", "batch_size", "seq_len")
+    return GrowJob(**values, **where)
+
+
+def _refuse(args: argparse.Namespace, what: str, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) not in (None, False):
+            raise UserError(f"--{name.replace('_', '-')}: has no meaning for {what}; leave it out")
+
+
+def _sizes(args: argparse.Namespace, *names: str) -> dict[str, int]:
+    """Those that were given."""
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    for name, value in given.items():
+        if value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
+    return given
 
 
 def _mesh(text: str) -> Any:
@@ -163,29 +204,46 @@ def _mesh(text: str) -> Any:
 
 
 def _from_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any], float | None]:
+    from tele_jax import growth
     from tele_jax.published import STAGE_TOKENS, get_model
 
     if args.overrides:
         raise UserError(f"{args.overrides[0]}: changes a page, and --model names none")
+    if args.stage is not None:
+        raise UserError(f"--stage {args.stage}: is a stage of a page, and --model names none")
     cfg = get_model(args.model)
-    return cfg, {"seq_len": min(cfg.max_seq_len, 4096)}, STAGE_TOKENS.get(args.model)
+    if args.grow_to is not None:
+        plan = growth.plan(cfg, get_model(args.grow_to), policy=args.policy or "exact", layers="uniform")
+        return cfg, {"plan": plan}, None
+    if args.policy is not None:
+        raise UserError("--policy: is that of a growth; give --grow-to NAME as well")
+    tokens = None if args.decode else STAGE_TOKENS.get(args.model)
+    return cfg, {"seq_len": min(cfg.max_seq_len, 4096)}, tokens
 
 
 def _from_page(args: argparse.Namespace) -> tuple[Any, dict[str, Any], float | None]:
     from tele_jax.cli.pages import load_page
     from tele_jax.run import GrowStage, TrainStage, run_config
+    from tele_jax.train.growing import plan_of
 
+    _refuse(args, "a page, whose stages name them", "grow_to", "policy")
     config = run_config(load_page(args.config, args.overrides))
     trained = [name for name in config.run if isinstance(config.stages[name], TrainStage)]
     name = args.stage or trained[-1]
-    if name not in trained:
-        raise UserError(f"--stage {name}: no training stage of {args.config}; it has {', '.join(trained)}")
-    cfg = None
+    if name not in config.run:
+        raise UserError(f"--stage {name}: no stage of {args.config}; it has {', '.join(config.run)}")
+    cfg = optimizer = None
     for before in config.run[: config.run.index(name) + 1]:
         stage = config.stages[before]
         if isinstance(stage, GrowStage):
-            cfg = cfg.replace_from(stage.model, f"config.{before}.model")
+            small, cfg = cfg, cfg.replace_from(stage.model, f"config.{before}.model")
         else:
-            cfg = stage.model or cfg
+            cfg, optimizer = stage.model or cfg, stage.optimizer
+    if isinstance(stage, GrowStage):
+        # Which layers are copied does not change what a growth costs; scores for it need a model that is there.
+        plan = plan_of(small, cfg, stage, layers="uniform" if stage.layers == "distance" else None)
+        values = {"plan": plan, "optimizer_state": stage.optimizer_state, "mesh": config.mesh}
+        return cfg, values | ({"optimizer": optimizer} if optimizer else {}), None
     values = {key: getattr(stage, key) for key in ("batch_size", "seq_len", "microbatches", "optimizer")}
-    return cfg, {**values, "mesh": config.mesh}, float(stage.steps * stage.batch_size * stage.seq_len)
+    tokens = None if args.decode else float(stage.steps * stage.batch_size * stage.seq_len)
+    return cfg, {**values, "mesh": config.mesh}, tokens

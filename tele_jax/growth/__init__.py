@@ -8,6 +8,7 @@ growth.check(plan, mesh)                       what can be known to be wrong bef
 small = growth.shrink(plan, big)               the left inverse
 growth.stream(plan, src, dst)                  the same from checkpoint to checkpoint, in bounded memory
 growth.verify_stored(plan, src, dst)           and the proof, block by block
+growth.sharded(plan, mesh, state)              the same compiled for arrays that lie on a mesh
 growth.lazy(plan, params)                      grown leaves that are computed where they are read
 growth.compose(plan, other)                    two growths in one go
 growth.widen_mlp(cfg, 300), insert_layers, ...  one axis at a time, see operators.py
@@ -30,6 +31,7 @@ from tele_jax.growth.operators import (
 )
 from tele_jax.growth.plan import Growth, LeafPlan, Plan
 from tele_jax.growth.policies import plan
+from tele_jax.growth.sharded import sharded, state_shardings
 from tele_jax.growth.stream import Streamed, stream
 from tele_jax.growth.verify import Report, verify, verify_stored
 
@@ -53,7 +55,9 @@ __all__ = [
     "lazy",
     "pad_vocab",
     "plan",
+    "sharded",
     "shrink",
+    "state_shardings",
     "stream",
     "verify",
     "verify_stored",

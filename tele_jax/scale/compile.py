@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of a step for a slice that is not there, and what was compiled before read back.
+"""Ahead-of-time compilation of a job for a slice that is not there, and what was compiled before read back.
 
 job = Job(cfg=tele.get_model("tele_flm_52b"), slice=find_slice("v5p:4x4x8"), mesh=MeshConfig(fsdp=64, tensor=2),
           batch_size=64, seq_len=4096)
@@ -10,7 +10,6 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -19,52 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from tele_jax.config import ModelConfig, require
-from tele_jax.model.spec import abstract_params, spec
-from tele_jax.run import MeshConfig, OptimizerConfig
 from tele_jax.scale import counts as counting
 from tele_jax.scale import hlo, topology
 from tele_jax.scale.counts import Counts
-from tele_jax.scale.topology import Slice
-from tele_jax.sharding import make_mesh, param_shardings
-from tele_jax.train.optimizer import optimizer
-from tele_jax.train.step import lower_step, state_shardings
+from tele_jax.scale.jobs import OnSlice
+from tele_jax.sharding import make_mesh
 
 GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """A training step on a slice. batch_size: sequences over all devices; seq_len: tokens."""
-
-    cfg: ModelConfig
-    slice: Slice
-    mesh: MeshConfig
-    batch_size: int
-    seq_len: int
-    microbatches: int = 1
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=1e-4))
-
-    def __post_init__(self):
-        axes = f"data={self.mesh.data} x fsdp={self.mesh.fsdp} x tensor={self.mesh.tensor}"
-        size = self.mesh.data * self.mesh.fsdp * self.mesh.tensor
-        require(
-            size == self.slice.num_devices,
-            f"mesh {axes} = {size} devices, but {self.slice.name} has {self.slice.num_devices}; change the mesh",
-        )
-        require(
-            self.batch_size % self.microbatches == 0,
-            f"batch_size={self.batch_size} does not divide into microbatches={self.microbatches}",
-        )
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one step."""
-        return self.batch_size * self.seq_len
+FORMAT = 2  # of what the cache holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,19 +40,19 @@ class Program:
     fits: bool
     needed_bytes: int
     usable_bytes: int
-    parameter_bytes: int
-    optimizer_bytes: int
+    held: dict[str, int]  # bytes by kind that are there all the while: parameters, optimizer, ...
     allocated_temporary_bytes: int  # what jax's memory_analysis() gives as temp_size_in_bytes
     host_bytes: int
     device_order: tuple[tuple[int, ...], ...]  # slice, x, y, z, core of the mesh's devices, in order
     compile_seconds: float
+    key: str  # of the program before compilation, its mesh, slice and compiler
     counts: Counts | None = None
     from_cache: bool = False
 
     @property
     def temporary_bytes(self) -> int:
-        """Needed beyond parameters and optimizer state, activations and gradients included."""
-        return self.needed_bytes - self.parameter_bytes - self.optimizer_bytes
+        """Needed beyond what is held all the while, activations and gradients included."""
+        return self.needed_bytes - sum(self.held.values())
 
 
 def cache_directory() -> Path:
@@ -98,8 +61,8 @@ def cache_directory() -> Path:
     return Path(os.environ.get("TELE_PLAN_CACHE", Path(base) / "tele_jax" / "plan"))
 
 
-def compile_job(job: Job, cache: Path | None = None) -> Program:
-    """Compiles the training step of a job for its slice, or reads what the same program gave before.
+def compile_job(job: OnSlice, cache: Path | None = None) -> Program:
+    """Compiles a job for its slice, or reads what the same program gave before.
 
     The cache holds the compiled programs' texts by a hash of the program before compilation, the mesh, the slice and
     the versions of the compiler. A program that does not fit is a result, not an error.
@@ -108,19 +71,17 @@ def compile_job(job: Job, cache: Path | None = None) -> Program:
       UserError: as make_mesh, partition_spec and topology.devices do: shapes that do not divide, libtpu missing.
     """
     mesh = make_mesh(job.mesh, topology.devices(job.slice))
-    tx = optimizer(job.cfg, job.optimizer, lambda step: jnp.float32(1.0))
-    lowered = lower_step(
-        job.cfg, tx, mesh, batch_size=job.batch_size, seq_len=job.seq_len, microbatches=job.microbatches
-    )
-    directory = (cache or cache_directory()) / _key(job, lowered)
+    lowered = job.lower(mesh)
+    key = _key(job, lowered)
+    directory = (cache or cache_directory()) / key
     known = (directory / "program.json").exists()
     if not known:
-        _store(directory, *_compile(job, mesh, lowered, *_state_bytes(job, tx, mesh)))
+        _store(directory, *_compile(job, mesh, lowered))
     values = json.loads((directory / "program.json").read_text())
     order = tuple(map(tuple, values.pop("device_order")))
     text = directory / "program.hlo.gz"
     counts = counting.count(hlo.parse(gzip.decompress(text.read_bytes()).decode())) if text.exists() else None
-    return Program(**values, device_order=order, counts=counts, from_cache=known)
+    return Program(**values, device_order=order, key=key, counts=counts, from_cache=known)
 
 
 def _store(directory: Path, values: dict[str, Any], text: str | None) -> None:
@@ -134,33 +95,18 @@ def _store(directory: Path, values: dict[str, Any], text: str | None) -> None:
     shutil.rmtree(part, ignore_errors=True)
 
 
-def _key(job: Job, lowered: jax.stages.Lowered) -> str:
+def _key(job: OnSlice, lowered: jax.stages.Lowered) -> str:
     versions = {"jax": jax.__version__, "libtpu": topology.require_libtpu()}
-    digest = hashlib.sha256(json.dumps([job.slice.name, dataclasses.asdict(job.mesh), versions]).encode())
+    digest = hashlib.sha256(json.dumps([FORMAT, job.slice.name, dataclasses.asdict(job.mesh), versions]).encode())
     digest.update(lowered.as_text().encode())
     return digest.hexdigest()[:32]
 
 
-def _state_bytes(job: Job, tx: Any, mesh: Mesh) -> tuple[int, int]:
-    """Bytes of parameters and of optimizer state on one device, by their shardings."""
-    params, opt = state_shardings(job.cfg, tx, mesh)
-    shapes = abstract_params(job.cfg)
-    return _sharded_bytes(shapes, params), _sharded_bytes(jax.eval_shape(tx.init, shapes), opt)
-
-
-def _sharded_bytes(tree: Any, shardings: Any) -> int:
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
-    return sum(math.prod(s.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x, s in pairs)
-
-
-def _compile(
-    job: Job, mesh: Mesh, lowered: jax.stages.Lowered, params: int, opt: int
-) -> tuple[dict[str, Any], str | None]:
+def _compile(job: OnSlice, mesh: Mesh, lowered: jax.stages.Lowered) -> tuple[dict[str, Any], str | None]:
     """The fields of a Program without its counts, and the text of the compiled program."""
     values: dict[str, Any] = {
         "usable_bytes": int(job.slice.generation.usable_hbm_bytes),
-        "parameter_bytes": params,
-        "optimizer_bytes": opt,
+        "held": job.held(mesh),
         "device_order": topology.places(job.slice, list(mesh.devices.flat)).at.tolist(),
     }
     began = time.monotonic()
@@ -191,18 +137,3 @@ def _needed(message: str) -> int | None:
         r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message
     )
     return match and int(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[match[2]])
-
-
-def check(job: Job) -> None:
-    """What can be known to be wrong without compiling: shapes that do not divide over the mesh.
-
-    Raises:
-      UserError: naming the leaf or the figure to change.
-    """
-    from jax.sharding import AbstractMesh
-
-    from tele_jax.sharding import MESH_AXES, batch_sharding
-
-    mesh = AbstractMesh((job.mesh.data, job.mesh.fsdp, job.mesh.tensor), MESH_AXES)
-    param_shardings(spec(job.cfg), mesh)
-    batch_sharding(mesh, job.batch_size // job.microbatches)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from tele_jax.scale.compile import GIB, Job, Program
+from tele_jax.scale.compile import GIB, Program
 from tele_jax.scale.counts import Collective
+from tele_jax.scale.jobs import OnSlice
 from tele_jax.scale.topology import Places, Slice
-from tele_jax.train.step import flops_per_token
 
 DAY = 86_400.0
 
@@ -42,7 +42,7 @@ class Roofline:
         return max(times, key=times.get)
 
 
-def roofline(job: Job, program: Program) -> Roofline:
+def roofline(job: OnSlice, program: Program) -> Roofline:
     """The roofline of a program that was compiled."""
     counts, places = program.counts, Places(job.slice, np.array(program.device_order))
     ici = dcn = 0.0
@@ -55,7 +55,7 @@ def roofline(job: Job, program: Program) -> Roofline:
         hbm_seconds=counts.hbm_bytes / job.slice.device_hbm_bandwidth,
         ici_seconds=ici,
         dcn_seconds=dcn,
-        model_flops=flops_per_token(job.cfg, job.seq_len) * job.tokens / job.slice.num_devices,
+        model_flops=job.model_flops / job.slice.num_devices,
     )
 
 
@@ -107,26 +107,25 @@ def received(collective: Collective) -> float:
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
-def figures(job: Job, program: Program, tokens: float | None = None) -> dict[str, Any]:
+def figures(job: OnSlice, program: Program, tokens: float | None = None) -> dict[str, Any]:
     """Everything that `tele plan` says, as plain values. tokens: of the whole stage, where known."""
+    saved = program.counts.saved_bytes if program.counts and job.kind == "train" else None
     result: dict[str, Any] = {
+        "kind": job.kind,
+        "program": program.key,
         "topology": job.slice.name,
         "chips": job.slice.chips,
         "devices": job.slice.num_devices,
         "mesh": dataclasses.asdict(job.mesh),
-        "batch_size": job.batch_size,
-        "seq_len": job.seq_len,
-        "microbatches": job.microbatches,
-        "remat": job.cfg.remat,
+        **job.settings,
         "fits": program.fits,
         "margin": 1 - program.needed_bytes / program.usable_bytes,
         "hbm": {
             "usable": program.usable_bytes,
             "needed": program.needed_bytes,
-            "parameters": program.parameter_bytes,
-            "optimizer": program.optimizer_bytes,
-            "activations": program.counts.saved_bytes if program.counts else None,
-            "temporaries": program.temporary_bytes - (program.counts.saved_bytes if program.counts else 0),
+            **program.held,
+            **({"activations": saved} if job.kind == "train" else {}),
+            "temporaries": program.temporary_bytes - (saved or 0),
         },
         "host_bytes": program.host_bytes,
         "compile_seconds": program.compile_seconds,
@@ -136,7 +135,6 @@ def figures(job: Job, program: Program, tokens: float | None = None) -> dict[str
         return result
     line = roofline(job, program)
     mfu = line.model_flops / (line.seconds * job.slice.device_flops)
-    tokens_per_day = job.tokens * DAY / line.seconds
     counts = program.counts
     result |= {
         "flops": {"matmul": counts.matmul_flops, "attention": counts.kernel_flops, "model": line.model_flops},
@@ -151,9 +149,11 @@ def figures(job: Job, program: Program, tokens: float | None = None) -> dict[str
             "dcn": line.dcn_seconds,
         },
         "limit": line.limit,
-        "utilisation_bound": mfu,
-        "tokens_per_day": tokens_per_day,
     }
+    if not job.tokens:
+        return result
+    tokens_per_day = job.tokens * DAY / line.seconds
+    result |= {"utilisation_bound": mfu, "tokens_per_day": tokens_per_day}
     if tokens is not None:
         days = tokens / tokens_per_day
         result |= {"stage_tokens": tokens, "days": days, "chip_hours": days * 24 * job.slice.chips}
@@ -182,30 +182,20 @@ def table(figures: dict[str, Any]) -> str:
     verdict = f"fits, with {f['margin']:.0%} to spare" if f["fits"] else f"does not fit: {_over(hbm)} too much"
     rows = [
         ("slice", f"{f['topology']}, {f['chips']:,} chips; mesh {mesh}"),
-        ("batch", f"{f['batch_size']:,} x {f['seq_len']:,} tokens in {f['microbatches']} parts; remat {f['remat']}"),
+        _WORK[f["kind"]](f),
         ("HBM a device", f"{_gib(hbm['needed'])} of {_gib(hbm['usable'])}: {verdict}"),
-        ("  parameters", _gib(hbm["parameters"])),
-        ("  optimizer", _gib(hbm["optimizer"])),
     ]
-    if hbm["activations"] is not None:
-        rows.append(("  activations", f"{_gib(hbm['activations'])}, saved for the backward pass"))
-    rows.append(("  temporaries", f"{_gib(hbm['temporaries'])}, gradients included"))
+    remarks = {"activations": ", saved for the backward pass"}
+    if f["kind"] == "train":
+        remarks["temporaries"] = ", gradients included"
+    rows += [
+        (f"  {name}", _gib(size) + remarks.get(name, ""))
+        for name, size in hbm.items()
+        if name not in ("usable", "needed") and size is not None
+    ]
     if f["host_bytes"]:
         rows.append(("  on the host", _gib(f["host_bytes"])))
-    if "flops" in f:
-        flops, seconds = f["flops"], f["seconds"]
-        rows += [
-            ("FLOPs a device", f"{flops['matmul']:.4g} of matrix products, {flops['attention']:.3g} of attention; "
-                               f"model FLOPs {flops['model']:.4g}"),
-            ("traffic", f"HBM {f['hbm_bytes'] / 1e9:,.0f} GB; "
-                        f"results of collectives {f['collective_bytes'] / 1e9:,.0f} GB"),
-            *((f"  {kind}", f"{c['times']:,.0f} times, {c['received_bytes'] / 1e9:,.1f} GB received")
-              for kind, c in list(f["collectives"].items())[:6]),
-            ("step at least", f"{seconds['step']:.3f} s: compute {seconds['compute']:.3f}, HBM {seconds['hbm']:.3f}, "
-                              f"ICI {seconds['ici']:.3f}, DCN {seconds['dcn']:.3f}; limited by {f['limit']}"),
-            ("utilisation", f"at most {f['utilisation_bound']:.1%} of peak FLOPs (model FLOPs only)"),
-            ("tokens a day", f"at most {f['tokens_per_day'] / 1e9:,.2f} billion"),
-        ]  # fmt: skip
+    rows += _roofline_rows(f) if "flops" in f else []
     if "days" in f:
         tokens = f"{f['stage_tokens'] / 1e9:,.1f} billion tokens"
         rows.append(("stage", f"{tokens}: at least {f['days']:,.2f} days, {f['chip_hours']:,.0f} chip-hours"))
@@ -215,8 +205,43 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 
 
+def _batch(f: dict[str, Any]) -> str:
+    return f"{f['batch_size']:,} x {f['seq_len']:,} tokens"
+
+
+_WORK = {
+    "train": lambda f: ("batch", f"{_batch(f)} in {f['microbatches']} parts; remat {f['remat']}"),
+    "decode": lambda f: ("decoding", f"one token for each of {f['batch_size']:,} rows of {f['seq_len']:,} tokens"),
+    "grow": lambda f: (
+        "growth",
+        f"policy {f['policy']}, {'with' if f['optimizer_state'] else 'without'} optimizer state; both models are there",
+    ),
+}
+
+
+def _roofline_rows(f: dict[str, Any]) -> list[tuple[str, str]]:
+    flops, seconds = f["flops"], f["seconds"]
+    rows = [
+        ("FLOPs a device", f"{flops['matmul']:.4g} of matrix products, {flops['attention']:.3g} of attention; "
+                           f"model FLOPs {flops['model']:.4g}"),
+        ("traffic", f"HBM {f['hbm_bytes'] / 1e9:,.0f} GB; "
+                    f"results of collectives {f['collective_bytes'] / 1e9:,.1f} GB"),
+        *((f"  {kind}", f"{c['times']:,.0f} times, {c['received_bytes'] / 1e9:,.1f} GB received")
+          for kind, c in list(f["collectives"].items())[:6]),
+        ("growth at least" if f["kind"] == "grow" else "step at least",
+         f"{seconds['step']:.4g} s: compute {seconds['compute']:.4g}, HBM {seconds['hbm']:.4g}, "
+         f"ICI {seconds['ici']:.4g}, DCN {seconds['dcn']:.4g}; limited by {f['limit']}"),
+    ]  # fmt: skip
+    if "tokens_per_day" in f:
+        rows += [
+            ("utilisation", f"at most {f['utilisation_bound']:.1%} of peak FLOPs (model FLOPs only)"),
+            ("tokens a day", f"at most {f['tokens_per_day'] / 1e9:,.2f} billion"),
+        ]
+    return rows
+
+
 def _gib(size: float) -> str:
-    return f"{size / GIB:,.2f} GiB"
+    return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.2f} MiB"
 
 
 def _over(hbm: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from tele_jax.scale.hlo import Computation, Instruction, Module
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 # They stand for a value that another instruction has made, or for one that is only named.
 _NAMES = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id")
-_DONE = ("copy", "slice", "async", "all-gather", "all-reduce", "collective-permute", "send", "recv")
+_DONE = ("copy", "slice", "async", "call", "all-gather", "all-reduce", "collective-permute", "send", "recv")
 _FREE = frozenset(
     (*_NAMES, "opt-barrier", "optimization-barrier", "domain", "iota", "async-update", *(f"{op}-done" for op in _DONE))
 )
@@ -142,7 +142,7 @@ class _Counter:
             branches = [self.computation(name) for name in _branches(i)]
             total.add(max(branches, key=lambda branch: (branch.matmul, branch.hbm)))
             return
-        if i.opcode in ("call", "async-start"):
+        if i.opcode in ("call", "async-start", "call-start"):
             total.add(self.computation(i.called("to_apply") or i.called("calls")), own=f"{i.name}/")
             return
         if i.opcode == "fusion":
@@ -288,14 +288,18 @@ def _branches(i: Instruction) -> list[str]:
 
 
 def _saved(module: Module) -> int:
-    """Bytes of HBM that loops of the entry computation fill slice by slice and that a later one reads: what the forward
-    pass saves for the backward pass.
+    """Bytes that loops fill slice by slice and that a later one of the same computation reads: what the forward pass
+    saves for the backward pass. With microbatches, that computation is the body of their loop.
     """
-    entry, filled = module.computations[module.entry], {}
-    order = list(entry.instructions)
-    for loop in (i for i in entry.instructions.values() if i.opcode == "while"):
+    return max((_saved_within(module, computation) for computation in module.computations.values()), default=0)
+
+
+def _saved_within(module: Module, outer: Computation) -> int:
+    filled = {}
+    order = {name: at for at, name in enumerate(outer.instructions)}
+    for loop in (i for i in outer.instructions.values() if i.opcode == "while"):
         body = module.computations[loop.called("body")]
-        trips = hlo.trip_count(module, loop, entry)
+        trips = hlo.trip_count(module, loop, outer)
         for index, name in enumerate(body.root.operands):
             value, array = body.instructions[name], loop.shape[index]
             passed = value.opcode == "get-tuple-element" and value.operands[0] == body.parameters[0].name
@@ -303,21 +307,21 @@ def _saved(module: Module) -> int:
                 filled[(loop.name, index)] = array.bytes
     total = 0
     for (name, index), size in filled.items():
-        reads = [u for u in entry.users[name] if u.opcode == "get-tuple-element" and u.attribute("index") == str(index)]
-        used = {u for r in reads for u in _reach(entry, r)}
-        if any(entry.instructions[u].opcode == "while" and order.index(u) > order.index(name) for u in used):
+        reads = [u for u in outer.users[name] if u.opcode == "get-tuple-element" and u.attribute("index") == str(index)]
+        used = {u for r in reads for u in _reach(outer, r)}
+        if any(outer.instructions[u].opcode == "while" and order[u] > order[name] for u in used):
             total += size
     return total
 
 
-def _reach(entry: Computation, i: Instruction) -> set[str]:
+def _reach(outer: Computation, i: Instruction) -> set[str]:
     """Loops that a value enters as it is, through tuples and other names of it."""
     found = set()
-    for user in entry.users[i.name]:
+    for user in outer.users[i.name]:
         if user.opcode == "while":
             found.add(user.name)
         elif user.opcode in ("tuple", "bitcast", "copy", "copy-start", "copy-done", "opt-barrier"):
-            found |= _reach(entry, user)
+            found |= _reach(outer, user)
     return found
 
 

@@ -20,6 +20,7 @@ _BYTES = {"pred": 1, "token": 0, "opaque": 0, "s4": 0.5, "u4": 0.5}
 _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_END = re.compile(r"^\}(, [a-z_]+=.*)?$")  # what runs on a SparseCore says so behind its brace
 _NAME = re.compile(r"%([\w.\-]+)")
 _COMMENT = re.compile(r"/\*index=\d+\*/")
 
@@ -115,7 +116,7 @@ def parse(text: str) -> Module:
             if head:
                 name, instructions = head[1], {}
                 entry = name if line.startswith("ENTRY") else entry
-        elif line == "}":
+        elif _END.match(line):
             computations[name] = Computation(name, instructions)
             name = None
         elif " = " in line:
@@ -130,7 +131,7 @@ def _logical_lines(text: str) -> Iterator[str]:
     """Lines, with an instruction that is broken by newlines inside a string put together again."""
     held = ""
     for line in text.splitlines():
-        starts = line.startswith(("  %", "  ROOT %", "%", "ENTRY ", "}", "HloModule"))
+        starts = line.startswith(("  %", "  ROOT %", "%", "ENTRY ", "HloModule")) or bool(_END.match(line))
         if starts and held:
             yield held
             held = ""

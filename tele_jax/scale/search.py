@@ -8,7 +8,7 @@ from tele_jax.config import require
 from tele_jax.errors import UserError
 from tele_jax.model.spec import count_params
 from tele_jax.run import MeshConfig
-from tele_jax.scale.compile import Job, check
+from tele_jax.scale.jobs import Job, OnSlice
 from tele_jax.scale.topology import Slice
 from tele_jax.train.step import flops_per_token
 
@@ -58,7 +58,7 @@ def _variations(job: Job) -> Iterator[Job]:
                 cfg = dataclasses.replace(job.cfg, remat=remat)
                 candidate = dataclasses.replace(job, cfg=cfg, mesh=mesh, microbatches=microbatches)
                 try:
-                    check(candidate)
+                    candidate.check()
                 except UserError:
                     continue
                 if job.seq_len % mesh.tensor == 0:
@@ -124,8 +124,12 @@ def larger(of: Slice, needed_bytes: float) -> str:
     return f"the largest slice of {of.generation.name} has {most:,} chips, which is too few; take another generation"
 
 
-def advice(job: Job, needed_bytes: int, state_bytes: int) -> str:
+def advice(job: OnSlice, needed_bytes: int, state_bytes: int) -> str:
     """What would make a job fit: parameters and optimizer state alone fit, so smaller parts of the batch; or not."""
+    if job.kind == "grow":
+        return f"{larger(job.slice, needed_bytes)}; or grow the checkpoint with `tele grow`, in bounded memory"
+    if job.kind == "decode":
+        return f"{larger(job.slice, needed_bytes)}; or fewer rows, or fewer tokens"
     usable = job.slice.generation.usable_hbm_bytes * (1 - MARGIN)
     gradients = 2 * state_bytes / 3  # accumulated and new ones, float32 as each third of the state
     ways = job.mesh.data * job.mesh.fsdp

@@ -11,15 +11,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tele_jax import checkpoint, growth
-from tele_jax.axes import flatten, map_param_subtrees
+from tele_jax.axes import flatten
 from tele_jax.checkpoint import chunks
 from tele_jax.config import ModelConfig
 from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.growth.apply import check_tree
 from tele_jax.growth.layers import distances
-from tele_jax.model.spec import flat_spec, spec
+from tele_jax.model.spec import flat_spec
 from tele_jax.run import GrowStage
-from tele_jax.sharding import param_shardings, replicated
 
 RECEIPT_FILE, PLAN_FILE = "growth_receipt.json", "plan.json"
 
@@ -55,17 +54,9 @@ def grow(
       FailedError: a preserving policy did not preserve, or left units that cannot learn.
     """
     plan, scores = choose_plan(cfg, params, stage, tokens, where)
-    shardings = param_shardings(spec(plan.dst_cfg), mesh)
+    state = opt_state if stage.optimizer_state else None
     with jax.set_mesh(mesh):
-        big = jax.jit(lambda p: growth.apply(plan, p), out_shardings=shardings)(params)
-        grown_state = None
-        if opt_state is not None and stage.optimizer_state:
-            grow_state = lambda state: growth.apply_opt(plan, state)  # noqa: E731
-            shape = jax.eval_shape(grow_state, opt_state)
-            out = map_param_subtrees(
-                lambda path, tree: shardings, shape, spec(plan.dst_cfg), lambda *_: replicated(mesh)
-            )
-            grown_state = jax.jit(grow_state, out_shardings=out)(opt_state)
+        big, grown_state = growth.sharded(plan, mesh, state)(params, state)
         report = growth.verify(plan, params, big, tokens)
     require_ok(report, stage, where)
     return plan, big, grown_state, receipt(plan, report, stage, scores, optimizer_state=grown_state is not None)

@@ -9,8 +9,9 @@ import tele_jax as tele
 from tele_jax.errors import UserError
 from tele_jax.run import MeshConfig
 from tele_jax.scale import cost, search
-from tele_jax.scale.compile import Job, Program, check
+from tele_jax.scale.compile import Program
 from tele_jax.scale.counts import Collective, Counts
+from tele_jax.scale.jobs import Job
 from tele_jax.scale.topology import Places, find_slice
 
 CFG = tele.get_model("tele_flm_52b")
@@ -65,8 +66,8 @@ def test_groups_over_slices_use_the_network_between_them():
 
 def program(counts, **more):
     order = tuple(map(tuple, places("v5p:4x4x8").at.tolist()))
-    values = dict(needed_bytes=40 * 2**30, usable_bytes=100 * 2**30, parameter_bytes=2**30, optimizer_bytes=2 * 2**30)
-    values |= dict(fits=True, allocated_temporary_bytes=0, host_bytes=0, compile_seconds=1.0)
+    values = dict(needed_bytes=40 * 2**30, usable_bytes=100 * 2**30, held=dict(parameters=2**30, optimizer=2 * 2**30))
+    values |= dict(fits=True, allocated_temporary_bytes=0, host_bytes=0, compile_seconds=1.0, key="")
     return Program(**{**values, **more}, device_order=order, counts=counts)
 
 
@@ -105,7 +106,7 @@ def test_what_does_not_fit_is_said_with_its_size():
 )
 def test_shapes_that_do_not_divide_are_refused_before_anything_is_compiled(changes, match):
     with pytest.raises(UserError, match=match):
-        check(job(**changes))
+        job(**changes).check()
 
 
 def test_candidates_divide_fit_and_come_fastest_first():
@@ -113,7 +114,7 @@ def test_candidates_divide_fit_and_come_fastest_first():
     seconds = [search.estimate(c).seconds for c in found]
     assert len(found) > 20 and seconds == sorted(seconds)
     for candidate in found:
-        check(candidate)
+        candidate.check()
         usable = candidate.slice.generation.usable_hbm_bytes
         assert search.estimate(candidate).bytes <= (1 - search.MARGIN) * usable
 

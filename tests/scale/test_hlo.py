@@ -67,3 +67,22 @@ def test_shapes_carry_bytes_and_memory_space():
         ("pred", (3,), hlo.HOST, 3),
         ("s4", (6,), hlo.HBM, 3),
     ]
+
+
+def test_computations_of_another_core_end_where_they_end():
+    text = """HloModule m
+%inner (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %n = f32[4]{0} negate(%p)
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  ROOT %c = f32[4]{0} call(%a), to_apply=%inner
+}
+"""
+    module = hlo.parse(text)
+    assert {name: list(c.instructions) for name, c in module.computations.items()} == {
+        "inner": ["p", "n"],
+        "main": ["a", "c"],
+    }

@@ -57,8 +57,8 @@ def test_mistakes_are_one_line_and_exit_2(argv, says, capsys):
 
 
 def test_a_page_without_such_a_stage(page, capsys):
-    assert main(["plan", "--config", page, "--topology", "v5e:2x2", "--stage", "grow"]) == 2
-    assert f"--stage grow: no training stage of {page}; it has first, second" in capsys.readouterr().err
+    assert main(["plan", "--config", page, "--topology", "v5e:2x2", "--stage", "third"]) == 2
+    assert f"--stage third: no stage of {page}; it has first, grow, second" in capsys.readouterr().err
 
 
 @needs_libtpu
