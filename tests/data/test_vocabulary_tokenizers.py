@@ -6,9 +6,10 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 
-from tele_jax.data import extras
+from tele_jax.data import cache, extras
 from tele_jax.data.vocabulary import load_vocabulary
-from tele_jax.errors import UserError
+from tele_jax.errors import DamageError, UserError
+from tests.data import caches
 from tests.data.test_vocabulary import ANY_TEXT
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
@@ -220,3 +221,19 @@ def test_json_that_is_cut_off_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(UserError, match=r"tokenizer\.json: not a JSON file of the tokenizers library"):
         load_vocabulary(tmp_path / "tokenizer.json")
+
+
+def test_a_cache_carries_it_under_the_name_of_its_kind(description, write, tmp_path):
+    path = caches.write_lines(tmp_path / "a.jsonl", [{"text": "def f(x): return x"}])
+    caches.make(caches.config(write(description), {"a": (path, "jsonl", 1)}), tmp_path / "rows")
+    opened = cache.RowCache(tmp_path / "rows")
+    assert opened.tokenizer() == tmp_path / "rows/tokenizer.json" and not (tmp_path / "rows/tokenizer.model").exists()
+    # As a cache was written before: what a file is, its content says.
+    (tmp_path / "rows/tokenizer.json").rename(tmp_path / "rows/tokenizer.model")
+    assert load_vocabulary(opened.tokenizer()) == load_vocabulary(write(description))
+    (tmp_path / "rows/tokenizer.model").write_text("{}")
+    with pytest.raises(DamageError, match=r"tokenizer\.model: damaged, not the tokenizer that made this cache"):
+        opened.tokenizer()
+    (tmp_path / "rows/tokenizer.model").unlink()
+    with pytest.raises(DamageError, match="rows: its copy of the tokenizer is missing"):
+        opened.tokenizer()
