@@ -154,8 +154,10 @@ def test_another_file_is_never_overwritten_unasked(texts, model_file, tmp_path):
 
 def test_a_file_that_is_no_vocabulary_is_named(vocabulary, tmp_path):
     (tmp_path / "t.model").write_bytes(b"\xff" * 40)
-    with pytest.raises(UserError, match=r"t\.model: not a SentencePiece model"):
-        load_vocabulary(tmp_path / "t.model")
+    (tmp_path / "empty.model").touch()
+    for name in ("t", "empty"):
+        with pytest.raises(UserError, match=rf"{name}\.model: not a SentencePiece model"):
+            load_vocabulary(tmp_path / f"{name}.model")
     with pytest.raises(UserError, match=r"absent\.model: No such file.*tele tokenizer train"):
         load_vocabulary(tmp_path / "absent.model")
     with pytest.raises(UserError, match="it has no piece '<_nobody>'"):
