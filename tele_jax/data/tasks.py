@@ -250,7 +250,8 @@ def register(name: str, config: CacheConfig) -> "seqio.Mixture":
     """
     vocabulary = feed.open_vocabulary(config.data, config.kind)
     train, validation = (
-        feed.open_corpora(config.data, config.kind, config.seq_len, files) for files in ("files", "validation_files")
+        feed.open_corpora(config.data, vocabulary, config.kind, config.seq_len, files)
+        for files in ("files", "validation_files")
     )
     rates: dict[str, float] = {}
     for domain, source in config.data.sources.items():

@@ -162,6 +162,18 @@ def test_documents_that_cannot_be_used_are_counted_and_kept_aside(model_file, tm
     assert len(kept) == len(BAD)
 
 
+def test_a_system_message_that_the_template_has_no_place_for_is_named(model_file, tmp_path):
+    talks = [caches.talk("a", "b"), caches.talk("c", "d")]
+    talks[1]["messages"].insert(0, {"role": "system", "content": "s"})
+    path = caches.write_lines(tmp_path / "talks.jsonl", talks)
+    made = caches.config(model_file, {"talks": (path, "dialogues", 1)}, kind="sft")
+    made = dataclasses.replace(made, data=dataclasses.replace(made.data, template="telechat_7b"))
+    second = (tmp_path / "talks.jsonl").read_bytes().index(b"\n") + 1
+    match = rf"talks.jsonl: dialogue at byte {second}: the template telechat_7b has no place for a system message"
+    with pytest.raises(UserError, match=match):
+        caches.make(made, tmp_path / "cache")
+
+
 def test_a_byte_order_mark_is_no_text(model_file, vocabulary, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")

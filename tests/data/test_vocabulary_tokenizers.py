@@ -165,12 +165,38 @@ def changed(description, **fields):
     return description | fields
 
 
+DROPS_VOWELS = {"type": "Split", "pattern": {"Regex": "[aeiou]"}, "behavior": "Removed", "invert": False}
+
+
+def before(part):
+    """A pre-tokenizer that does something before the bytes."""
+    whole = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    return {"type": "Sequence", "pretokenizers": [part, whole]}
+
+
+def test_an_added_token_takes_no_white_space_away(description, write):
+    token = dict(id=700, content="<kitten>", special=False, **FLAGS | dict(lstrip=True, rstrip=True))
+    vocabulary = load_vocabulary(write(changed(description, added_tokens=[*description["added_tokens"], token])))
+    ids = vocabulary.encode("a  <kitten>\n b")
+    assert 700 in ids and vocabulary.decode(ids) == "a  <kitten>\n b"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda d: changed(d, model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "only BPE is read"),
         (lambda d: changed(d, pre_tokenizer={"type": "Whitespace"}), "not a byte-level BPE; if a SentencePiece model"),
         (lambda d: changed(d, normalizer={"type": "NFC"}), "its normalizer changes text"),
+        (lambda d: changed(d, pre_tokenizer=before({"type": "Whitespace"})), "its pre-tokenizer drops text"),
+        (lambda d: changed(d, pre_tokenizer=before(DROPS_VOWELS)), "its pre-tokenizer drops text"),
+        (
+            lambda d: changed(d, model=d["model"] | {"end_of_word_suffix": "</w>"}),
+            "its end_of_word_suffix is in no text",
+        ),
+        (
+            lambda d: changed(d, model=d["model"] | {"continuing_subword_prefix": "##"}),
+            "its continuing_subword_prefix is",
+        ),
         (lambda d: changed(d, model=None), "not a JSON file of the tokenizers library"),
         (lambda d: {}, "not a JSON file of the tokenizers library"),
         (
