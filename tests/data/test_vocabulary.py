@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tele_jax.data import extras, vocabulary_training
+from tele_jax.data.extras import need
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.data.vocabulary_sentencepiece import SentencePieceVocabulary
 from tele_jax.errors import UserError
@@ -168,6 +169,10 @@ def test_a_missing_package_names_the_extra(monkeypatch, model_file):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(UserError, match=r"sentencepiece.*pip install '?tele_jax\[data\]"):
         SentencePieceVocabulary(model_file)
+    for module, extra in (("pycld2", "clean"), ("apache_beam", "clean"), ("seqio", "data")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(UserError, match=rf"{module}.* not installed: pip install tele_jax\[{extra}\]"):
+            need(module)
 
 
 def test_a_dialogue_needs_no_tensorflow(model_file):
