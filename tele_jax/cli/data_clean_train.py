@@ -1,13 +1,13 @@
 """`tele data clean-train`: models for the stages `quality` and `perplexity` of `tele data clean`."""
 
 import argparse
-import gzip
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tele_jax.data.clean import ngrams, quality
+from tele_jax.data.clean import ngrams, quality, reading
 from tele_jax.data.sources import expand
 from tele_jax.errors import UserError
 
@@ -65,16 +65,25 @@ def train_ngrams(args: argparse.Namespace) -> dict[str, Any]:
 
 def _texts(patterns: list[str], field: str) -> Iterator[str]:
     for path in expand(patterns, "FILE"):
-        opened = gzip.open if path.endswith(".gz") else open
         try:
-            with opened(path, "rt", encoding="utf-8") as file:
+            with io.TextIOWrapper(reading.open_stream(path), encoding="utf-8-sig", newline="\n") as file:
                 if ".jsonl" not in path:
                     yield from (part for part in file.read().split("\n\n") if part.strip())
                     continue
                 for number, line in enumerate(file, start=1):
-                    try:
-                        yield json.loads(line)[field]
-                    except (ValueError, KeyError, TypeError):
-                        raise UserError(f"{path}:{number}: no JSON record with a field {field!r}") from None
+                    if line.strip():
+                        yield _text(line, field, f"{path}:{number}")
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+        except reading.READ_ERRORS as error:
+            raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def _text(line: str, field: str, where: str) -> str:
+    try:
+        text = json.loads(line)[field]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{where}: no JSON record with a field {field!r}") from None
+    if not isinstance(text, str):
+        raise UserError(f"{where}: the field {field!r} is no string")
+    return text

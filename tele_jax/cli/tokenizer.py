@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Raises UserError for a bad input, before anything is written."""
     if args.input_bytes <= 0:
         raise UserError(f"--input-bytes {args.input_bytes}: must be above 0")
+    if getattr(args, "seed", 0) < 0:
+        raise UserError(f"--seed {args.seed}: must not be negative")
     return train(args) if args.action == "train" else inspect(args)
 
 

@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import os
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
@@ -115,7 +116,8 @@ def _digest(content: dict[str, Any]) -> str:
 
 def incomplete(path: Path) -> Path:
     """Where a cache lies while it is being made."""
-    return path.with_name(path.name + ".incomplete")
+    whole = path if path.name not in ("", "..") else Path(os.path.abspath(path))
+    return whole.with_name(whole.name + ".incomplete")
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -134,10 +136,13 @@ def read_manifest(path: Path) -> Manifest:
         raise DamageError(f"{path / MANIFEST}: damaged, not UTF-8") from None
     try:
         content = json.loads(text)
-        saved = content.pop("sha256")
+        foreign = isinstance(content, dict) and content and not {"sha256", "seq_len"} & set(content)
+        saved = "" if foreign else content.pop("sha256")
         found, known = content["format"], _digest(content) == saved
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamageError(f"{path / MANIFEST}: damaged, not the manifest of a row cache ({error})") from None
+    if foreign:
+        raise UserError(f"{path}: not a row cache, its {MANIFEST} is of something else")
     if not known:
         raise DamageError(f"{path / MANIFEST}: damaged or edited, its checksum does not match")
     if found != FORMAT:

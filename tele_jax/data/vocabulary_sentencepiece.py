@@ -29,6 +29,8 @@ class SentencePieceVocabulary(Vocabulary):
         model_pb2 = need("sentencepiece.sentencepiece_model_pb2")
         try:
             model = model_pb2.ModelProto.FromString(serialized)
+            if not model.pieces:
+                raise ValueError("no pieces: an empty file is one, to protobuf")
             types = model_pb2.ModelProto.SentencePiece
             for piece in model.pieces:
                 if piece.piece in MARKERS and piece.type == types.USER_DEFINED:

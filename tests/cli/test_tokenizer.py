@@ -115,5 +115,6 @@ def test_mistakes_on_the_command_line_are_exit_2(trained, tmp_path, capsys):
     assert main(["tokenizer"]) == 2
     assert train(*TEXT, out=tmp_path / "u.model", input_bytes=0) == 2
     assert train(*TEXT, out=tmp_path / "u.model", character_coverage=2) == 2
-    assert len(capsys.readouterr().err.splitlines()) >= 5
+    assert train(*TEXT, out=tmp_path / "u.model", input_bytes=100, seed=-1) == 2
+    assert len(capsys.readouterr().err.splitlines()) >= 6
     assert not (tmp_path / "u.model").exists()

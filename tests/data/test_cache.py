@@ -115,11 +115,19 @@ def test_a_manifest_that_was_edited_or_cut_is_damage(copy):
             cache.RowCache(copy)
 
 
-def test_what_is_no_cache_is_said(copy, tmp_path):
+def test_what_is_no_cache_is_said(copy, tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"absent: not a row cache, it holds no manifest\.json; make it with: tele data"
     ):
         cache.RowCache(tmp_path / "absent")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/manifest.json").write_text('{"format": "tele_jax cleaned text 1", "shards": {}}')
+    with pytest.raises(UserError, match=r"other: not a row cache, its manifest\.json is of something else"):
+        cache.RowCache(tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    for here in (".", ".."):
+        with pytest.raises(UserError, match=r"not a row cache, it holds no manifest\.json"):
+            cache.RowCache(here)
     copy.rename(tmp_path / "half.incomplete")
     with pytest.raises(UserError, match="half: not a row cache, it is not complete yet"):
         cache.RowCache(tmp_path / "half")

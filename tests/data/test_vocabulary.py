@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tele_jax.data import extras, vocabulary_training
+from tele_jax.data.extras import need
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.data.vocabulary_sentencepiece import SentencePieceVocabulary
 from tele_jax.errors import UserError
@@ -154,8 +155,10 @@ def test_another_file_is_never_overwritten_unasked(texts, model_file, tmp_path):
 
 def test_a_file_that_is_no_vocabulary_is_named(vocabulary, tmp_path):
     (tmp_path / "t.model").write_bytes(b"\xff" * 40)
-    with pytest.raises(UserError, match=r"t\.model: not a SentencePiece model"):
-        load_vocabulary(tmp_path / "t.model")
+    (tmp_path / "empty.model").touch()
+    for name in ("t", "empty"):
+        with pytest.raises(UserError, match=rf"{name}\.model: not a SentencePiece model"):
+            load_vocabulary(tmp_path / f"{name}.model")
     with pytest.raises(UserError, match=r"absent\.model: No such file.*tele tokenizer train"):
         load_vocabulary(tmp_path / "absent.model")
     with pytest.raises(UserError, match="it has no piece '<_nobody>'"):
@@ -166,6 +169,10 @@ def test_a_missing_package_names_the_extra(monkeypatch, model_file):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(UserError, match=r"sentencepiece.*pip install '?tele_jax\[data\]"):
         SentencePieceVocabulary(model_file)
+    for module, extra in (("pycld2", "clean"), ("apache_beam", "clean"), ("seqio", "data")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(UserError, match=rf"{module}.* not installed: pip install tele_jax\[{extra}\]"):
+            need(module)
 
 
 def test_a_dialogue_needs_no_tensorflow(model_file):

@@ -1,6 +1,9 @@
 """The classifier, the n-gram model, benchmark overlap and word lists."""
 
+import bz2
+import gzip
 import json
+import lzma
 import math
 import random
 import re
@@ -9,6 +12,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
+from tele_jax.cli.main import main
 from tele_jax.data.clean import hashing, ngrams, overlap, quality, safety
 from tele_jax.data.clean.document import Document, Drop
 from tele_jax.data.clean.settings import OverlapConfig, PerplexityConfig, QualityConfig, SafetyConfig
@@ -178,3 +182,29 @@ def test_words_count_as_whole_words_and_phrases_in_chinese_anywhere(tmp_path):
     assert safety.safety(document("casino casino"), config, words).reason == "word list"  # short: the rate decides
     with pytest.raises(UserError, match="no word"):
         safety.load(SafetyConfig(words=("#",)))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-20], r"a\.jsonl\.gz: cannot be read: Compressed file"),
+        ("a.jsonl.gz", b"hello", r"a\.jsonl\.gz: cannot be read: Not a gzipped file"),
+        ("a.jsonl", b'{"text": 1}', r"a\.jsonl:1: the field 'text' is no string"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: no JSON record with a field 'text'"),
+        ("a.txt", b"\xff", r"a\.txt: not UTF-8 at byte 0"),
+    ],
+)
+def test_bad_samples_are_one_line(tmp_path, capsys, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    assert main(["data", "clean-train", "ngrams", str(tmp_path / name), "--out", str(tmp_path / "n.npz")]) == 2
+    assert re.search(message, capsys.readouterr().err) and not (tmp_path / "n.npz").exists()
+
+
+def test_samples_may_be_compressed_and_begin_with_a_byte_order_mark(tmp_path, capsys):
+    text = "the river rises in the hills to the north of the town and flows past the old mill " * 9
+    for name, pack in (("a.txt", bytes), ("a.txt.xz", lzma.compress), ("a.jsonl.bz2", bz2.compress)):
+        data = json.dumps({"text": text}) if "json" in name else text
+        path = tmp_path / name
+        path.write_bytes(pack(b"\xef\xbb\xbf" + 30 * f"{data}\n\n".encode()))
+        assert main(["data", "clean-train", "ngrams", str(path), "--out", f"{path}.npz"]) == 0
+        assert "from 28 documents" in capsys.readouterr().out
