@@ -1,6 +1,6 @@
 """Verbs that several processes carry out together: their flags, and that they end together.
 
-    tele train ... --coordinator-address localhost:1234 --num-processes 2 --process-id 0
+tele train ... --coordinator-address localhost:1234 --num-processes 2 --process-id 0
 """
 
 import argparse
@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 from tele_jax.cli import outcome
 
@@ -31,15 +32,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def together(args: argparse.Namespace) -> Iterator[None]:
+def together(place: Any) -> Iterator[None]:
     """Joins the other processes. When one of them fails, all end with its exit code, and say why in one line.
 
+    place: what processes.find_place makes of the flags.
+
     Raises:
-      UserError, FailedError: as processes.find_place and processes.start.
+      UserError, FailedError: as processes.start.
     """
     from tele_jax import processes
 
-    processes.start(processes.find_place(vars(args)))
+    processes.start(place)
     if not processes.several():
         yield
         return

@@ -142,9 +142,7 @@ def _complete_receipt(directory: Path, previous: Path, saved: Path) -> dict[str,
     receipt = growing.require_receipt(directory, source, grown)
     if "destination" not in receipt:  # a kill may fall between the checkpoint and this
         receipt["source"] = {"path": str(source.path), "step": source.step, **growing.fingerprints(source)}
-        growing.write_json(
-            directory / growing.RECEIPT_FILE, receipt | {"destination": growing.fingerprints(grown)}
-        )
+        growing.write_json(directory / growing.RECEIPT_FILE, receipt | {"destination": growing.fingerprints(grown)})
     return receipt
 
 
