@@ -197,7 +197,7 @@ _CADENCE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
 
 
 def _same_config(config: RunConfig, path: Path) -> None:
-    """Writes W/config.json, or compares with it: stages may be added at the end, mesh, slices and cadence may change."""
+    """Writes W/config.json, or compares with it: stages may be added at the end; mesh, slices, cadence may change."""
     now = _as_json(config)
     if path.exists():
         # Read as a page is: a field that came later has its default, which is how the run was started.

@@ -91,7 +91,7 @@ def test_the_plan_of_two_slices_counts_what_crosses(tmp_path, capsys):
 
 
 def test_the_mesh_lies_on_as_many_slices_as_the_page_says():
-    with pytest.raises(UserError, match="num_slices=2, but the devices lie on 1; change config.num_slices"):
+    with pytest.raises(UserError, match=r"num_slices=2, but the devices lie on 1; change config\.num_slices"):
         make_mesh(MESH, jax.devices(), num_slices=2)
 
 
