@@ -14,6 +14,7 @@ from typing import Any
 
 from tele_jax.cli import outcome
 
+JOIN_SECONDS = 300  # how long a process waits for the others; or TELE_JOIN_SECONDS
 _LOOK_SECONDS = 1.0  # how often a process asks whether another has failed
 _GRACE_SECONDS = 3.0  # for its own main thread, which most often finds the same mistake
 
@@ -38,11 +39,11 @@ def together(place: Any) -> Iterator[None]:
     place: what processes.find_place makes of the flags.
 
     Raises:
-      UserError, FailedError: as processes.start.
+      UserError: as processes.start.
     """
     from tele_jax import processes
 
-    processes.start(place)
+    _join(place, int(os.environ.get("TELE_JOIN_SECONDS", JOIN_SECONDS)))
     if not processes.several():
         yield
         return
@@ -60,6 +61,28 @@ def together(place: Any) -> Iterator[None]:
         _end(error)
     done.set()
     watcher.join()
+
+
+def _join(place: Any, seconds: int) -> None:
+    """processes.start, which JAX would end with a stack trace where the others do not come."""
+    from tele_jax import processes
+
+    def give_up() -> None:
+        who = "of this slice" if place is None else f"of {place.num_processes}, at {place.coordinator_address},"
+        print(
+            f"tele: the processes {who} did not all come within {seconds} s; start the same command on every worker",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        processes.start(place, timeout=2 * seconds)
+    finally:
+        timer.cancel()
 
 
 def _end(error: BaseException) -> None:

@@ -1,5 +1,10 @@
 """Where a process stands among others: flags, environment, and mistakes in them."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 
 from tele_jax import processes
@@ -52,3 +57,20 @@ def test_one_process_agrees_with_itself():
     processes.barrier()
     with processes.StopSignal() as stop:
         assert not stop()
+
+
+def test_a_process_that_waits_in_vain_says_so(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    code = f"""
+from tele_jax.cli import several
+from tele_jax.processes import Place
+with several.together(Place({address!r}, 2, 0)):
+    print("came in")
+"""
+    environment = {**os.environ, "TELE_JOIN_SECONDS": "1"}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert f"the processes of 2, at {address}, did not all come within 1 s" in ended.stderr
+    assert "Check failure" not in ended.stderr
