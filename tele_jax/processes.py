@@ -15,12 +15,12 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
-from tele_jax.errors import FailedError, UserError
+from tele_jax.errors import UserError
 
 VARIABLES = {
     "coordinator_address": "JAX_COORDINATOR_ADDRESS",
@@ -80,11 +80,12 @@ def find_place(given: Mapping[str, Any], environment: Mapping[str, str] = os.env
 
 
 def start(place: Place | None, *, timeout: int = 300) -> None:
-    """Joins the other processes; before anything else is asked of JAX. timeout: seconds to wait for them.
+    """Joins the other processes; before anything else is asked of JAX.
+
+    timeout: seconds to wait for them; after that JAX ends the process (SIGABRT), and nothing can be raised.
 
     Raises:
       UserError: there is no TPU slice around that JAX could find its way in.
-      FailedError: not all of the others came.
     """
     how: dict[str, Any] = {"initialization_timeout": timeout, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
     if place is None:
@@ -96,12 +97,6 @@ def start(place: Place | None, *, timeout: int = 300) -> None:
         how |= dataclasses.asdict(place) | {"cluster_detection_method": "deactivate"}
     try:
         jax.distributed.initialize(**how)
-    except jax.errors.JaxRuntimeError as error:
-        who = "this slice" if place is None else f"{place.num_processes}, at {place.coordinator_address}"
-        raise FailedError(
-            f"not all processes of {who} met within {timeout} s; start the same command on every worker "
-            f"({_first_line(error)})"
-        ) from error
     except (ValueError, OSError, RuntimeError) as error:
         if place is not None:
             raise

@@ -33,7 +33,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=int, metavar="N", help="threads that write; by default two a core")
     parser.add_argument(
-        "--shard", default="0/1", metavar="I/N", help="the I-th of N processes that write one checkpoint together"
+        "--shard",
+        metavar="I/N",
+        help="the I-th of N processes that write one checkpoint together; by default as JAX_PROCESS_ID and "
+        "JAX_NUM_PROCESSES say, else 0/1",
     )
     parser.add_argument(
         "--check",
@@ -109,7 +112,12 @@ def _summary(receipt: dict[str, Any], dst: Path) -> str:
     return f"verified on {receipt['verified_on']}: logits moved by {receipt['max_abs']:.3g} at most; wrote {dst}"
 
 
-def _shard(text: str) -> tuple[int, int]:
+def _shard(text: str | None) -> tuple[int, int]:
+    if text is None:
+        from tele_jax.processes import find_place
+
+        place = find_place({})
+        return (0, 1) if place is None else (place.process_id, place.num_processes)
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     shard = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 0 <= shard[0] < shard[1]:

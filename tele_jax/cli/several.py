@@ -1,6 +1,6 @@
 """Verbs that several processes carry out together: their flags, and that they end together.
 
-    tele train ... --coordinator-address localhost:1234 --num-processes 2 --process-id 0
+tele train ... --coordinator-address localhost:1234 --num-processes 2 --process-id 0
 """
 
 import argparse
@@ -10,9 +10,11 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 from tele_jax.cli import outcome
 
+JOIN_SECONDS = 300  # how long a process waits for the others; or TELE_JOIN_SECONDS
 _LOOK_SECONDS = 1.0  # how often a process asks whether another has failed
 _GRACE_SECONDS = 3.0  # for its own main thread, which most often finds the same mistake
 
@@ -31,15 +33,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def together(args: argparse.Namespace) -> Iterator[None]:
+def together(place: Any) -> Iterator[None]:
     """Joins the other processes. When one of them fails, all end with its exit code, and say why in one line.
 
+    place: what processes.find_place makes of the flags.
+
     Raises:
-      UserError, FailedError: as processes.find_place and processes.start.
+      UserError: as processes.start.
     """
     from tele_jax import processes
 
-    processes.start(processes.find_place(vars(args)))
+    _join(place, int(os.environ.get("TELE_JOIN_SECONDS", JOIN_SECONDS)))
     if not processes.several():
         yield
         return
@@ -57,6 +61,28 @@ def together(args: argparse.Namespace) -> Iterator[None]:
         _end(error)
     done.set()
     watcher.join()
+
+
+def _join(place: Any, seconds: int) -> None:
+    """processes.start, which JAX would end with a stack trace where the others do not come."""
+    from tele_jax import processes
+
+    def give_up() -> None:
+        who = "of this slice" if place is None else f"of {place.num_processes}, at {place.coordinator_address},"
+        print(
+            f"tele: the processes {who} did not all come within {seconds} s; start the same command on every worker",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        processes.start(place, timeout=2 * seconds)
+    finally:
+        timer.cancel()
 
 
 def _end(error: BaseException) -> None:

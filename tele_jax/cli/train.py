@@ -20,10 +20,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from tele_jax.cli.pages import load_page
+    from tele_jax.processes import find_place
     from tele_jax.run import run_config
 
+    place = find_place(vars(args))
     config = run_config(load_page(args.config, args.overrides))
-    with several.together(args):
+    with several.together(place):
         return _run(args, config)
 
 

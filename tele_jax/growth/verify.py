@@ -191,7 +191,11 @@ def _dtypes(plan: Growth) -> set[str]:
 def _liveness(plan: Growth, big: Mapping[str, Any], tokens: np.ndarray) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Two Adam steps (masks, where the plan has them, half way up), then the gradient and the equality of new units."""
     masks = vectors(plan, 0.5) if plan.masked else None
-    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_weights": np.ones(tokens[:, 1:].shape, np.float32)}
+    batch = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "loss_weights": np.ones(tokens[:, 1:].shape, np.float32),
+    }
     optimizer = optax.adam(1e-3)
 
     @jax.jit

@@ -166,9 +166,7 @@ def _by_kind(collectives: Sequence[Collective]) -> dict[str, dict[str, float]]:
         if len(c.group) < 2:
             continue
         over = f"{c.slices} slices" if c.slices > 1 else len(c.group)
-        entry = found.setdefault(
-            f"{c.kind} over {over}", {"times": 0, "result_bytes": 0.0, "received_bytes": 0.0}
-        )
+        entry = found.setdefault(f"{c.kind} over {over}", {"times": 0, "result_bytes": 0.0, "received_bytes": 0.0})
         entry["times"] += c.times
         entry["result_bytes"] += c.times * c.result_bytes
         entry["received_bytes"] += c.times * received(c)

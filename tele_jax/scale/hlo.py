@@ -236,7 +236,7 @@ def device_groups(instruction: Instruction) -> np.ndarray:
     """Which devices (positions in the mesh, flat) a collective connects: int[groups, members].
 
     Three spellings: {{0,2},{1,3}}; [2,2]<=[2,2]T(1,0), an iota that is transposed; mesh['a'=2,'b'=2] {'b'}, where the
-    named axes vary within a group.
+    named axes vary within a group, of devices in order or, before {'b'}, of device_ids=([2,2]T(1,0)) or (0,2,1,3).
     """
     text = instruction.attributes
     pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text)
@@ -250,14 +250,15 @@ def device_groups(instruction: Instruction) -> np.ndarray:
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if iota:
         return _iota(_ints(iota[1]), _ints(iota[2]), _ints(iota[3]) if iota[3] else None)
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(?\[?([\d,]+)\]?[^{]*)? \{([^}]*)\}", text)
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", text)
     if mesh:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
         axes = list(sizes)
         inner = re.findall(r"'([^']+)'", mesh[3])
         order = [axes.index(a) for a in axes if a not in inner] + [axes.index(a) for a in inner]
         members = math.prod(sizes[a] for a in inner)
-        return _iota((-1, members), tuple(sizes.values()), tuple(order))
+        devices = _mesh_devices(mesh[2], tuple(sizes.values()))
+        return devices.transpose(order).reshape(-1, members)
     raise ValueError(f"{instruction.name}: its groups of devices are written in a form that is not known: {text[:200]}")
 
 
@@ -271,6 +272,13 @@ def slices_of(transfer: Instruction) -> int:
         return 2
     ends = [[int(end) for end in part.split(":")] for part in listed[1].split(",")]
     return sum(part[-1] - part[0] + 1 for part in ends)
+
+
+def _mesh_devices(ids: str | None, shape: tuple[int, ...]) -> np.ndarray:
+    iota = ids and re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", ids)
+    if iota:
+        return _iota(shape, _ints(iota[1]), _ints(iota[2]) if iota[2] else None)
+    return (np.array(_ints(ids)) if ids else np.arange(math.prod(shape))).reshape(shape)
 
 
 def _iota(shape: Sequence[int], dims: Sequence[int], order: Sequence[int] | None) -> np.ndarray:

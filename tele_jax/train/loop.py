@@ -142,9 +142,7 @@ def _complete_receipt(directory: Path, previous: Path, saved: Path) -> dict[str,
     receipt = growing.require_receipt(directory, source, grown)
     if "destination" not in receipt:  # a kill may fall between the checkpoint and this
         receipt["source"] = {"path": str(source.path), "step": source.step, **growing.fingerprints(source)}
-        growing.write_json(
-            directory / growing.RECEIPT_FILE, receipt | {"destination": growing.fingerprints(grown)}
-        )
+        growing.write_json(directory / growing.RECEIPT_FILE, receipt | {"destination": growing.fingerprints(grown)})
     return receipt
 
 
@@ -199,7 +197,7 @@ _CADENCE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
 
 
 def _same_config(config: RunConfig, path: Path) -> None:
-    """Writes W/config.json, or compares with it: stages may be added at the end, mesh, slices and cadence may change."""
+    """Writes W/config.json, or compares with it: stages may be added at the end; mesh, slices, cadence may change."""
     now = _as_json(config)
     if path.exists():
         # Read as a page is: a field that came later has its default, which is how the run was started.
