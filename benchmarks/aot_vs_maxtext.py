@@ -46,7 +46,8 @@ def ours(case: str) -> dict:
     import tele_jax as tele
     from tele_jax.run import MeshConfig
     from tele_jax.scale import topology
-    from tele_jax.scale.compile import Job, compile_job
+    from tele_jax.scale.compile import compile_job
+    from tele_jax.scale.jobs import Job
 
     model, slice_name, _, mesh, batch = CASES[case]
     cfg = dataclasses.replace(tele.get_model(model), remat="full")

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     job, tokens = _job(args)
     if not args.search:
         job.check()
-    topology.require_libtpu()
+        topology.require_libtpu()
     found = _search(args, job, tokens) if args.search else _plan(args, job, tokens)
     if not found["fits"]:
         _write_now(args, found)
@@ -86,9 +86,10 @@ def _plan(args: argparse.Namespace, job: Any, tokens: float | None) -> dict[str,
 
 def _search(args: argparse.Namespace, job: Any, tokens: float | None) -> dict[str, Any]:
     from tele_jax.scale import compile as compiling
-    from tele_jax.scale import cost, search
+    from tele_jax.scale import cost, search, topology
 
     ranked = search.candidates(job)
+    topology.require_libtpu()
     print(
         f"{len(ranked)} candidates fit by estimate; compiling the first {min(args.tries, len(ranked))}", file=sys.stderr
     )
@@ -134,7 +135,9 @@ def _job(args: argparse.Namespace) -> tuple[Any, float | None]:
     if args.search and args.tries <= 0:
         raise UserError(f"--tries {args.tries}: must be above 0")
     cfg, values, tokens = _from_page(args) if args.config else _from_model(args)
-    mesh = values.pop("mesh", None) if args.mesh is None else _mesh(args.mesh)
+    mesh = values.pop("mesh", None)
+    if args.mesh is not None:
+        mesh = _mesh(args.mesh)
     if args.search:
         mesh = MeshConfig(fsdp=of.num_devices // args.num_slices, data=args.num_slices)
     elif mesh is None:
@@ -199,6 +202,8 @@ def _mesh(text: str) -> Any:
             raise UserError(
                 f"--mesh {text}: expected AXIS=SIZE,... with data, fsdp and tensor, such as fsdp=64,tensor=2"
             )
+        if axis.strip() in sizes:
+            raise UserError(f"--mesh {text}: gives {axis.strip()} twice")
         sizes[axis.strip()] = int(size)
     return from_dict(MeshConfig, sizes, "--mesh")
 

@@ -54,7 +54,12 @@ def _written_down(table: jax.Array) -> jax.Array:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates x [B, S, heads, H] by cos and sin [B, S, H/2]; keeps the dtype of x."""
-    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    """Rotates x [B, S, heads, H] by cos and sin [B, S, H/2]; computed in their dtype, and kept in that of x.
+
+    Cut before it is widened, and narrowed before it is put together: otherwise a compiler writes the product before,
+    and in the backward pass the gradient, to memory in the wider dtype.
+    """
+    first, second = (half.astype(cos.dtype) for half in jnp.split(x, 2, axis=-1))
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    halves = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate([half.astype(x.dtype) for half in halves], axis=-1)

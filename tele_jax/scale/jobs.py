@@ -39,6 +39,11 @@ class OnSlice:
             size == self.slice.num_devices,
             f"mesh {axes} = {size} devices, but {self.slice.name} has {self.slice.num_devices}; change the mesh",
         )
+        slices = self.slice.num_slices
+        require(
+            self.mesh.data % slices == 0,
+            f"mesh data={self.mesh.data}: there are {slices} slices, and only data may cross them; make it a multiple",
+        )
 
     @property
     def abstract_mesh(self) -> AbstractMesh:
@@ -176,7 +181,11 @@ class DecodeJob(OnSlice):
         return {"batch_size": self.batch_size, "seq_len": self.seq_len}
 
     def check(self) -> None:
-        """Raises UserError where shapes do not divide over the mesh."""
+        """Raises UserError where shapes do not divide over the mesh, or the model has no such positions."""
+        require(
+            self.cfg.rope.ntk is not None or self.seq_len <= self.cfg.max_seq_len,
+            f"seq_len={self.seq_len}: the model's max_seq_len is {self.cfg.max_seq_len}",
+        )
         param_shardings(spec(self.cfg), self.abstract_mesh)
         batch_sharding(self.abstract_mesh, self.batch_size)
 

@@ -48,6 +48,17 @@ def page(tmp_path):
         ([*MODEL, "--mesh", "fsdp=128", "--batch-size", "0"], "--batch-size 0: must be above 0"),
         ([*MODEL, "--mesh", "fsdp=128", "--batch-size", "128", "--remat", "ful"], "'ful' is not one of 'none', 'full'"),
         ([*MODEL, "--mesh", "fsdp=128", "--config.x=1"], "changes a page, and --model names none"),
+        ([*MODEL, "--mesh", "fsdp=128", "--stage", "sft"], "--stage sft: is a stage of a page"),
+        ([*MODEL, "--mesh", "fsdp=64,fsdp=2", "--batch-size", "64"], "gives fsdp twice"),
+        ([*MODEL, "--num-slices", "2", "--mesh", "fsdp=256", "--batch-size", "256"], "data=1: there are 2 slices"),
+        ([*MODEL, "--search", "--batch-size", "7"], "no mesh of 128 devices divides this model and batch"),
+        ([*MODEL, "--search", "--batch-size", "128", "--tries", "0"], "--tries 0: must be above 0"),
+        ([*MODEL, "--mesh", "fsdp=128", "--policy", "msg"], "--policy: is that of a growth; give --grow-to"),
+        ([*MODEL, "--mesh", "fsdp=128", "--grow-to", "telechat_7b"], "num_layers would shrink"),
+        ([*MODEL, "--mesh", "fsdp=128", "--grow-to", "tele_flm_102b", "--remat", "full"], "no meaning for a growth"),
+        ([*MODEL, "--mesh", "fsdp=128", "--decode"], "--batch-size: missing; rows that are decoded together"),
+        ([*MODEL, "--mesh", "fsdp=128", "--decode", "--microbatches", "2"], "no meaning for --decode"),
+        ([*MODEL, "--mesh", "fsdp=128", "--decode", "--batch-size", "128", "--seq-len", "5000"], "max_seq_len is 4096"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_exit_2(argv, says, capsys):
@@ -80,6 +91,41 @@ def test_the_step_of_a_page_is_compiled_and_counted(page, tmp_path, capsys):
     assert main(argv) == 0
     again = json.loads((tmp_path / "j").read_text())
     assert again.pop("from_cache") and found.pop("from_cache") is False and again == found
+
+
+def figures_of(argv, tmp_path):
+    assert main(["plan", *argv, "--cache", str(tmp_path), "--json", str(tmp_path / "j")]) == 0
+    return json.loads((tmp_path / "j").read_text())
+
+
+def test_a_mesh_of_the_command_line_takes_the_place_of_the_page_s(page, capsys):
+    assert main(["plan", "--config", page, "--topology", "v5e:2x2", "--mesh", "fsdp=3"]) == 2
+    assert "mesh data=1 x fsdp=3 x tensor=1 = 3 devices, but v5e:2x2 has 4" in capsys.readouterr().err
+
+
+@needs_libtpu
+def test_the_step_of_decoding_is_compiled_and_counted(page, tmp_path, capsys):
+    found = figures_of(["--config", page, "--topology", "v5e:2x2", "--decode", "--batch-size", "8"], tmp_path)
+    assert "one token for each of 8 rows of 512 tokens" in capsys.readouterr().out
+    # Two FLOPs per weight and row, and per slot of the cache for scores and for values.
+    weights = 4 * (4 * 256 * 256 + 3 * 256 * 512) + 256 * 1024
+    assert found["flops"]["model"] == pytest.approx(8 * (2 * weights + 4 * 4 * 2 * 128 * 512) / 4)
+    assert found["flops"]["matmul"] == pytest.approx(8 * 2 * weights / 4, rel=0.3)
+    assert found["hbm"]["cache"] == pytest.approx(2 * 2 * 4 * 8 * 2 * 512 * 128 / 4, rel=0.01)
+    assert found["hbm"]["parameters"] == pytest.approx(2 * (weights + 256 * 1024) / 4, rel=0.01)
+    assert found["tokens_per_day"] * found["seconds"]["step"] == pytest.approx(8 * 86400)
+
+
+@needs_libtpu
+def test_the_growth_of_a_page_is_compiled_and_counted(page, tmp_path, capsys):
+    found = figures_of(["--config", page, "--topology", "v5e:2x2", "--stage", "grow"], tmp_path)
+    assert "policy exact, with optimizer state" in capsys.readouterr().out
+    block, ends = 4 * 256 * 256 + 3 * 256 * 512, 2 * 256 * 1024
+    assert found["hbm"]["parameters"] == pytest.approx(4 * (3 * block + ends) / 4, rel=0.01)
+    assert found["hbm"]["grown parameters"] == pytest.approx(4 * (4 * block + ends) / 4, rel=0.01)
+    assert found["hbm"]["grown optimizer"] == pytest.approx(2 * found["hbm"]["grown parameters"], rel=0.01)
+    assert found["hbm"]["needed"] >= sum(found["hbm"][k] for k in ("parameters", "optimizer", "grown parameters"))
+    assert found["flops"]["matmul"] == 0 and "tokens_per_day" not in found
 
 
 @needs_libtpu
