@@ -66,7 +66,7 @@ def read_json(path: Path) -> Keys:
         raise UserError(
             f"{file}: missing; a released checkpoint is a directory with config.json and its weights"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON ({error})") from None
     if not isinstance(values, dict):
         raise UserError(f"{file}: not a table")

@@ -83,7 +83,7 @@ def read_directory(path: Path) -> dict[str, Stored]:
 def _read_indexed(index: Path) -> dict[str, Stored]:
     try:
         places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{index}: damaged, not an index of safetensors ({error!r})") from None
     for tensor, place in places.items():
         if not isinstance(place, str) or not place:
@@ -121,7 +121,7 @@ def read_header(file: Path) -> dict[str, Stored]:
         tensors = {name: _stored(name, file, 8 + length, entry) for name, entry in header.items()}
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: damaged: its header is not that of a safetensors file ({error})") from None
     end = 8 + length
     for stored in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):

@@ -139,6 +139,7 @@ def header_of(text: bytes) -> bytes:
         ),
         (header_of(b'{"a": {"shape": [1], "data_offsets": [0, 4]}}') + b"1234", "'dtype'"),
         (header_of(b'{"a": {}, "a": {}}'), "a name occurs twice"),
+        (header_of(b"[" * 100_000), "maximum recursion depth"),
     ],
 )
 def test_a_damaged_header(content, match, release, tmp_path):
@@ -326,6 +327,8 @@ def test_no_config(release, tmp_path):
     src = release()
     (src / "config.json").write_text("[]")
     refused(src, tmp_path, UserError, "config.json: not a table")
+    (src / "config.json").write_text("[" * 100_000)
+    refused(src, tmp_path, UserError, "config.json: not JSON")
     (src / "config.json").write_text("{")
     refused(src, tmp_path, UserError, "config.json: not JSON")
     (src / "config.json").unlink()
