@@ -142,13 +142,8 @@ def constrain(x: jax.Array) -> jax.Array:
     mesh = mesh_of_step()
     if mesh is None or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x  # a batch smaller than the mesh, as in generation: leave it to the compiler
-    parts = mesh.shape["tensor"]
-    if x.shape[1] % parts or parts == 1:
-        return jax.lax.with_sharding_constraint(x, P(BATCH))
-    # Cut along a dimension of its own: a sum that is scattered over one that is tiled is padded and put together again.
-    cut = x.reshape(x.shape[0], parts, -1, *x.shape[2:])
-    cut = jax.lax.with_sharding_constraint(cut, P(BATCH, "tensor"))
-    return jax.lax.with_sharding_constraint(cut.reshape(x.shape), P(BATCH, "tensor"))
+    sequence = "tensor" if x.shape[1] % mesh.shape["tensor"] == 0 else None
+    return jax.lax.with_sharding_constraint(x, P(BATCH, sequence))
 
 
 def whole_rows(x: jax.Array, tensor: int | None = None) -> jax.Array:
@@ -160,8 +155,6 @@ def whole_rows(x: jax.Array, tensor: int | None = None) -> jax.Array:
     mesh = mesh_of_step()
     if mesh is None or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x
-    if tensor is None:
-        x = constrain(x)  # for its gradient, a sum over tensor, which is scattered there
     entries: list[Any] = [BATCH] + [None] * (x.ndim - 1)
     if tensor is not None and x.shape[tensor] % mesh.shape["tensor"] == 0:
         entries[tensor] = "tensor"
