@@ -134,16 +134,20 @@ def mesh_of_step() -> jax.sharding.AbstractMesh | None:
 
 
 def constrain(x: jax.Array) -> jax.Array:
-    """Keeps the residual stream [B, S, D] cut over the batch, and over the sequence by `tensor`, between blocks.
+    """Keeps the residual stream [B, S, D] cut over the batch, and over embed by `tensor`, between blocks.
 
-    Without the second cut every device of a tensor group would hold, and save for the backward pass, the same copy
-    (sequence parallelism, arXiv 2205.05198). Where no mesh is set, or the shape does not divide: a no-op.
+    Without the second cut every device of a tensor group would hold, and save for the backward pass, the same copy. It
+    could as well run along the sequence (arXiv 2205.05198), and norms would then need no sum over devices, one number
+    a token. But TPU programs pad a sum that they scatter along a dimension that is not the last, and put the parts
+    together again: for the 1T model 76 GB of collectives and a tenth of the HBM traffic (benchmarks/aot_vs_maxtext.py).
+    Where no mesh is set, or the shape does not divide: a no-op.
     """
     mesh = mesh_of_step()
     if mesh is None or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x  # a batch smaller than the mesh, as in generation: leave it to the compiler
-    sequence = "tensor" if x.shape[1] % mesh.shape["tensor"] == 0 else None
-    return jax.lax.with_sharding_constraint(x, P(BATCH, sequence))
+    tensor = mesh.shape["tensor"]
+    cut = x.shape[1] > 1 and x.shape[2] % tensor == 0  # single tokens, in generation, are summed and not scattered
+    return jax.lax.with_sharding_constraint(x, P(BATCH, None, "tensor" if cut else None))
 
 
 def whole_rows(x: jax.Array, tensor: int | None = None) -> jax.Array:
@@ -162,7 +166,8 @@ def whole_rows(x: jax.Array, tensor: int | None = None) -> jax.Array:
 
 
 def lookup(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
-    """Rows of an embedding table [V, D], cut as RULES say, for tokens [B, S]: [B, S, D] in dtype, as `constrain` cuts.
+    """Rows of an embedding table [V, D], cut as RULES say, for tokens [B, S]: [B, S, D] in dtype, cut over the batch
+    and over the sequence by tensor.
 
     Token ids travel, not the table: each device looks up all tokens of its fsdp group in its own part of the table,
     and the parts are exchanged. Gradients are summed over the tokens in the dtype of the table, where it lies.
