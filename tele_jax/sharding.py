@@ -139,7 +139,7 @@ def constrain(x: jax.Array) -> jax.Array:
     Without the second cut every device of a tensor group would hold, and save for the backward pass, the same copy. It
     could as well run along the sequence (arXiv 2205.05198), and norms would then need no sum over devices, one number
     a token. But TPU programs pad a sum that they scatter along a dimension that is not the last, and put the parts
-    together again: for the 1T model 76 GB of collectives and a tenth of the HBM traffic (benchmarks/aot_vs_maxtext.py).
+    together again: in a step of the 1T model 59 GB of collectives (benchmarks/aot_vs_maxtext.py, jax 0.12).
     Where no mesh is set, or the shape does not divide: a no-op.
     """
     mesh = mesh_of_step()
@@ -153,7 +153,7 @@ def constrain(x: jax.Array) -> jax.Array:
 def whole_rows(x: jax.Array, tensor: int | None = None) -> jax.Array:
     """Keeps what is inside a block [B, S, ...] cut over the batch, and its dimension `tensor`, if given, over tensor.
 
-    Left to itself, the compiler may keep the sequence cut, gather whole weights on every device and exchange
+    Left to itself, the compiler may keep embed cut, gather whole weights on every device and exchange
     activations, above all in the backward pass, which these constraints hold for as well.
     """
     mesh = mesh_of_step()
