@@ -2,6 +2,7 @@
 
     python benchmarks/aot_table.py                       # compiles what is missing; needs the extra [tpu], and an hour
     python benchmarks/aot_table.py --only 1t tpu7x       # rows whose names hold all of these words
+    python benchmarks/aot_table.py --stale               # marks rows whose program has changed since; compiles nothing
     python benchmarks/aot_table.py --page docs/scale.md  # writes the page from what was compiled; compiles nothing
 
 Every row goes into benchmarks/aot_table.json as soon as it is there: a run that was stopped goes on where it was. A row
@@ -70,34 +71,36 @@ def names() -> dict[str, tuple[str, tuple]]:
     }
 
 
-def compiled(kind: str, row: tuple) -> dict[str, Any]:
-    """The figures of one row; from tele plan's cache where the same program was compiled before."""
+def job_of(kind: str, row: tuple) -> Any:
     import tele_jax as tele
-    from tele_jax.published import STAGE_TOKENS
     from tele_jax.run import MeshConfig
-    from tele_jax.scale import cost, jobs, topology
-    from tele_jax.scale.compile import compile_job
+    from tele_jax.scale import jobs, topology
 
-    model, tokens, more = row[0], None, {}
-    cfg = tele.get_model(model)
+    cfg = tele.get_model(row[0])
     place = lambda name, mesh: dict(slice=topology.find_slice(name), mesh=MeshConfig(**mesh))  # noqa: E731
     if kind == "train":
         _, slice_name, mesh, batch, parts, remat = row
-        cfg = dataclasses.replace(cfg, remat=remat)
-        tokens = STAGE_TOKENS.get(model)
         sizes = dict(batch_size=batch, microbatches=parts, seq_len=SEQ_LEN)
-        job = jobs.Job(cfg=cfg, **sizes, **place(slice_name, mesh))
-    elif kind == "grow":
+        return jobs.Job(cfg=dataclasses.replace(cfg, remat=remat), **sizes, **place(slice_name, mesh))
+    if kind == "grow":
         _, to, slice_name, mesh = row
-        more = {"to": to}
         plan = tele.growth.plan(cfg, tele.get_model(to), policy="exact", layers="uniform")
-        job = jobs.GrowJob(plan=plan, **place(slice_name, mesh))
-    else:
-        _, slice_name, mesh, batch = row
-        job = jobs.DecodeJob(cfg=cfg, batch_size=batch, seq_len=SEQ_LEN, **place(slice_name, mesh))
-    figures = cost.figures(job, compile_job(job), tokens)
+        return jobs.GrowJob(plan=plan, **place(slice_name, mesh))
+    _, slice_name, mesh, batch = row
+    return jobs.DecodeJob(cfg=cfg, batch_size=batch, seq_len=SEQ_LEN, **place(slice_name, mesh))
+
+
+def compiled(kind: str, row: tuple) -> dict[str, Any]:
+    """The figures of one row; from tele plan's cache where the same program was compiled before."""
+    from tele_jax.published import STAGE_TOKENS
+    from tele_jax.scale import cost
+    from tele_jax.scale.compile import compile_job
+
+    job = job_of(kind, row)
+    figures = cost.figures(job, compile_job(job), STAGE_TOKENS.get(row[0]) if kind == "train" else None)
     figures.pop("from_cache")
-    return {"model": model, **more, **figures, "versions": versions()}
+    more = {"to": row[1]} if kind == "grow" else {}
+    return {"model": row[0], **more, **figures, "versions": versions()}
 
 
 def versions() -> str:
@@ -113,6 +116,11 @@ def versions() -> str:
 
 def table(head: str, rows: list[str]) -> str:
     return f"| {head} |\n{'|---' * (head.count('|') + 1)}|\n" + "\n".join(f"| {row} |" for row in rows)
+
+
+def title(f: dict) -> str:
+    name = f"{f['model']} to {f['to']}" if "to" in f else f["model"]
+    return f"{name}{' *' if f.get('stale') else ''}"
 
 
 def place(f: dict) -> str:
@@ -140,7 +148,7 @@ TRAIN_HEAD = (
 
 def train_line(f: dict) -> str:
     kinds = ("parameters", "optimizer", "activations", "temporaries")
-    head = f"{f['model']} | {place(f)} | {f['batch_size']:,} x {f['microbatches']} | {f['remat']} | {memory(f, *kinds)}"
+    head = f"{title(f)} | {place(f)} | {f['batch_size']:,} x {f['microbatches']} | {f['remat']} | {memory(f, *kinds)}"
     if not f["fits"]:
         return f"{head} | does not fit" + " |" * 5
     stage = f"{f['days']:.1f} | {f['chip_hours']:,.0f}" if "days" in f else "|"
@@ -155,7 +163,7 @@ GROW_HEAD = (
 
 def grow_line(f: dict) -> str:
     kinds = ("parameters", "optimizer", "grown parameters", "grown optimizer", "temporaries")
-    head = f"{f['model']} to {f['to']} | {place(f)} | {memory(f, *kinds)}"
+    head = f"{title(f)} | {place(f)} | {memory(f, *kinds)}"
     return f"{head} | {times(f)}" if f["fits"] else f"{head} | does not fit |"
 
 
@@ -166,7 +174,7 @@ DECODE_HEAD = (
 
 
 def decode_line(f: dict) -> str:
-    head = f"{f['model']} | {place(f)} | {f['batch_size']} | {memory(f, 'parameters', 'cache', 'temporaries')}"
+    head = f"{title(f)} | {place(f)} | {f['batch_size']} | {memory(f, 'parameters', 'cache', 'temporaries')}"
     return f"{head} | {times(f)} | {f['tokens_per_day'] / 86400:,.0f}" if f["fits"] else f"{head} | does not fit | |"
 
 
@@ -192,7 +200,8 @@ def against_maxtext() -> str:
     rows = []
     results = json.loads(MAXTEXT.read_text())
     units = {
-        "temporary_bytes": ("temporaries, GiB", 2**30),
+        "temporary_bytes": ("temporaries at the fullest moment, GiB", 2**30),
+        "allocated_temporary_bytes": ("set aside for temporaries in all, GiB", 2**30),
         "flops": ("FLOPs, e12", 1e12),
         "matmul_flops": ("of which matrix products, e12", 1e12),
         "hbm_bytes": ("HBM bytes, GB", 1e9),
@@ -204,7 +213,7 @@ def against_maxtext() -> str:
         where = f"{case['model']}, {case['slice']}, {mesh}, {case['sequences']} sequences"
         for key, (name, unit) in units.items():
             our, their = result["ours"][key] / unit, result["maxtext"][key] / unit
-            rows.append(f"{where} | {name} | {our:,.2f} | {their:,.2f} | {result['ratios'][key]:.3f}")
+            rows.append(f"{where} | {name} | {our:,.2f} | {their:,.2f} | {our / their:.3f}")
             where = ""
     compiler = next(iter(results.values()))["versions"]
     return f"""
@@ -221,6 +230,12 @@ beside the dimensions, mesh and batch: full remat, flash attention, AdamW, float
 def page(store: dict[str, dict]) -> str:
     found = {kind: [store[name] for name in names() if name in store and name.startswith(kind)] for kind in KINDS}
     compilers = sorted({f["versions"] for rows in found.values() for f in rows})
+    stale = any(f.get("stale") for rows in found.values() for f in rows)
+    marked = (
+        "\n- Rows with * are of the program as it was before its last change, not compiled again since."
+        if stale
+        else ""
+    )
     tables = {kind: table(KINDS[kind][0], [KINDS[kind][1](f) for f in rows]) for kind, rows in found.items()}
     return f"""# Pod scale, on paper
 
@@ -233,7 +248,7 @@ bfloat16, sequences of 4,096 tokens. `tele plan` gives the same for any other mo
 - A step takes at least the largest of (compute, HBM, ICI): the FLOPs, bytes and collectives of the compiled program,
   loops multiplied out, at the peak figures of the chip (tele_jax/scale/topology.py). It is a bound and no forecast:
   nothing here has run on a TPU. Utilisation counts model FLOPs, what is computed again does not count.
-- Tokens a day, days and chip-hours follow from that bound; the tokens of the stages are those published.
+- Tokens a day, days and chip-hours follow from that bound; the tokens of the stages are those published.{marked}
 
 ## Training
 
@@ -268,6 +283,7 @@ def write(file: Path, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows whose names hold all of these")
+    parser.add_argument("--stale", action="store_true", help="mark rows whose program has changed, and stop")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the page from what is stored, and stop")
     args = parser.parse_args()
     store = json.loads(STORE.read_text()) if STORE.exists() else {}
@@ -281,9 +297,14 @@ def main() -> None:
         if all(word in name for word in args.only):
             print(f"{name} ...", file=sys.stderr, flush=True)
             store = json.loads(STORE.read_text()) if STORE.exists() else {}
-            store[name] = compiled(kind, row)
+            if args.stale and name in store:
+                from tele_jax.scale.compile import program_key
+
+                store[name]["stale"] = program_key(job_of(kind, row)) != store[name]["program"]
+            elif not args.stale:
+                store[name] = compiled(kind, row)
             write(STORE, json.dumps(store, indent=1) + "\n")
-            print(json.dumps({name: store[name]}), flush=True)
+            print(json.dumps({name: store.get(name)}), flush=True)
 
 
 if __name__ == "__main__":

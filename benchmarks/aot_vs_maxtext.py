@@ -30,7 +30,8 @@ CASES = {
     "1t": ("tele_flm_1t", "v5p:8x16x16", "v5p-4096", {"fsdp": 512, "tensor": 4}, 512),
 }
 SEQ_LEN = 4096
-# Ours over MaxText's, at most.
+# Ours over MaxText's, at most. Temporaries are those of the fullest moment, beyond parameters and optimizer state; what
+# the compiler sets aside for them in all, which is more, is printed beside it.
 BOUNDS = {"temporary_bytes": 0.95, "flops": 1.0, "matmul_flops": 1.0, "hbm_bytes": 1.0, "collective_bytes": 1.0}
 
 
@@ -55,7 +56,7 @@ def ours(case: str) -> dict:
         cfg=cfg, slice=topology.find_slice(slice_name), mesh=MeshConfig(**mesh), batch_size=batch, seq_len=SEQ_LEN
     )
     program = compile_job(job)
-    return summary(program.counts, program.allocated_temporary_bytes)
+    return summary(program.counts, program.temporary_bytes, program.allocated_temporary_bytes)
 
 
 def maxtext_arguments(case: str) -> list[str]:
@@ -97,7 +98,7 @@ def theirs(case: str) -> dict:
     arguments = maxtext_arguments(case)
     key = hashlib.sha256(json.dumps([arguments, versions()]).encode()).hexdigest()[:32]
     directory = cache_directory() / f"maxtext-{key}"
-    text, size = directory / "program.hlo.gz", directory / "memory.json"
+    text, size = directory / "program.hlo.gz", directory / "memory.json"  # fullest moment, set aside
     if not size.exists():
         compile_step, found = train_compile.jit_and_compile, []
         train_compile.jit_and_compile = lambda *args: found.append(compile_step(*args)) or found[0]
@@ -106,17 +107,20 @@ def theirs(case: str) -> dict:
         directory.mkdir(parents=True, exist_ok=True)
         # The code of Pallas kernels is most of the text, and nothing is read from it.
         text.write_bytes(gzip.compress(re.sub(r'"body":"[^"]*"', '"body":""', found[0].as_text()).encode(), 6))
-        size.write_text(json.dumps(found[0].memory_analysis().temp_size_in_bytes))
+        memory = found[0].memory_analysis()
+        fullest = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes - memory.argument_size_in_bytes
+        size.write_text(json.dumps([fullest, memory.temp_size_in_bytes]))
     counted = counts.count(hlo.parse(gzip.decompress(text.read_bytes()).decode()))
-    return summary(counted, json.loads(size.read_text())) | {"settings": arguments}
+    return summary(counted, *json.loads(size.read_text())) | {"settings": arguments}
 
 
-def summary(counts, temporary_bytes: int) -> dict:
+def summary(counts, temporary_bytes: int, allocated_temporary_bytes: int) -> dict:
     kinds: dict[str, float] = {}
     for c in counts.collectives:
         kinds[c.kind] = kinds.get(c.kind, 0.0) + c.times * c.result_bytes
     return {
         "temporary_bytes": temporary_bytes,
+        "allocated_temporary_bytes": allocated_temporary_bytes,
         "flops": counts.flops,
         "matmul_flops": counts.matmul_flops,
         "attention_flops": counts.kernel_flops,

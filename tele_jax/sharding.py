@@ -182,34 +182,31 @@ def mesh_of_step() -> jax.sharding.AbstractMesh | None:
 
 
 def constrain(x: jax.Array) -> jax.Array:
-    """Keeps the residual stream [B, S, D] cut over the batch, and over the sequence by `tensor`, between blocks.
+    """Keeps the residual stream [B, S, D] cut over the batch, and over embed by `tensor`, between blocks.
 
-    Without the second cut every device of a tensor group would hold, and save for the backward pass, the same copy
-    (sequence parallelism, arXiv 2205.05198). Where no mesh is set, or the shape does not divide: a no-op.
+    Without the second cut every device of a tensor group would hold, and save for the backward pass, the same copy. It
+    could as well run along the sequence (arXiv 2205.05198), and norms would then need no sum over devices, one number
+    a token. But TPU programs pad a sum that they scatter along a dimension that is not the last, and put the parts
+    together again: in a step of the 1T model 59 GB of collectives (benchmarks/aot_vs_maxtext.py, jax 0.12).
+    Where no mesh is set, or the shape does not divide: a no-op.
     """
     mesh = mesh_of_step()
     if mesh is None or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x  # a batch smaller than the mesh, as in generation: leave it to the compiler
-    parts = mesh.shape["tensor"]
-    if x.shape[1] % parts or parts == 1:
-        return jax.lax.with_sharding_constraint(x, P(BATCH))
-    # Cut along a dimension of its own: a sum that is scattered over one that is tiled is padded and put together again.
-    cut = x.reshape(x.shape[0], parts, -1, *x.shape[2:])
-    cut = jax.lax.with_sharding_constraint(cut, P(BATCH, "tensor"))
-    return jax.lax.with_sharding_constraint(cut.reshape(x.shape), P(BATCH, "tensor"))
+    tensor = mesh.shape["tensor"]
+    cut = x.shape[1] > 1 and x.shape[2] % tensor == 0  # single tokens, in generation, are summed and not scattered
+    return jax.lax.with_sharding_constraint(x, P(BATCH, None, "tensor" if cut else None))
 
 
 def whole_rows(x: jax.Array, tensor: int | None = None) -> jax.Array:
     """Keeps what is inside a block [B, S, ...] cut over the batch, and its dimension `tensor`, if given, over tensor.
 
-    Left to itself, the compiler may keep the sequence cut, gather whole weights on every device and exchange
+    Left to itself, the compiler may keep embed cut, gather whole weights on every device and exchange
     activations, above all in the backward pass, which these constraints hold for as well.
     """
     mesh = mesh_of_step()
     if mesh is None or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x
-    if tensor is None:
-        x = constrain(x)  # for its gradient, a sum over tensor, which is scattered there
     entries: list[Any] = [BATCH] + [None] * (x.ndim - 1)
     if tensor is not None and x.shape[tensor] % mesh.shape["tensor"] == 0:
         entries[tensor] = "tensor"
@@ -217,7 +214,8 @@ def whole_rows(x: jax.Array, tensor: int | None = None) -> jax.Array:
 
 
 def lookup(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
-    """Rows of an embedding table [V, D], cut as RULES say, for tokens [B, S]: [B, S, D] in dtype, as `constrain` cuts.
+    """Rows of an embedding table [V, D], cut as RULES say, for tokens [B, S]: [B, S, D] in dtype, cut over the batch
+    and over the sequence by tensor.
 
     Token ids travel, not the table: each device looks up all tokens of its fsdp group in its own part of the table,
     and the parts are exchanged. Gradients are summed over the tokens in the dtype of the table, where it lies.

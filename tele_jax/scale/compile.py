@@ -70,9 +70,7 @@ def compile_job(job: OnSlice, cache: Path | None = None) -> Program:
     Raises:
       UserError: as make_mesh, partition_spec and topology.devices do: shapes that do not divide, libtpu missing.
     """
-    mesh = make_mesh(job.mesh, topology.devices(job.slice))
-    lowered = job.lower(mesh)
-    key = _key(job, lowered)
+    mesh, lowered, key = _lowered(job)
     directory = (cache or cache_directory()) / key
     known = (directory / "program.json").exists()
     if not known:
@@ -82,6 +80,17 @@ def compile_job(job: OnSlice, cache: Path | None = None) -> Program:
     text = directory / "program.hlo.gz"
     counts = counting.count(hlo.parse(gzip.decompress(text.read_bytes()).decode())) if text.exists() else None
     return Program(**values, device_order=order, key=key, counts=counts, from_cache=known)
+
+
+def program_key(job: OnSlice) -> str:
+    """The hash that compile_job keeps a job's program by, without compiling it: a second or two."""
+    return _lowered(job)[2]
+
+
+def _lowered(job: OnSlice) -> tuple[Mesh, jax.stages.Lowered, str]:
+    mesh = make_mesh(job.mesh, topology.devices(job.slice))
+    lowered = job.lower(mesh)
+    return mesh, lowered, _key(job, lowered)
 
 
 def _store(directory: Path, values: dict[str, Any], text: str | None) -> None:

@@ -37,14 +37,15 @@ def test_rows_and_gradients_are_those_of_one_device(config):
     assert f"f32[{VOCAB},{EMBED}]" not in text  # neither the table nor its gradient lies whole on a device
 
 
-def test_the_stream_is_cut_over_the_sequence_and_blocks_see_whole_rows():
+def test_the_stream_is_cut_over_embed_and_blocks_see_whole_rows():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     x = jnp.zeros((ROWS, LENGTH, EMBED))
     with jax.set_mesh(mesh):
-        assert jax.jit(constrain)(x).sharding.spec == P(("data", "fsdp"), "tensor")
+        assert jax.jit(constrain)(x).sharding.spec == P(("data", "fsdp"), None, "tensor")
         assert jax.jit(whole_rows)(x).sharding.spec == P(("data", "fsdp"))
         assert jax.jit(lambda x: whole_rows(x, tensor=2))(x).sharding.spec == P(("data", "fsdp"), None, "tensor")
-        assert jax.jit(constrain)(x[:, :15]).sharding.spec == P(("data", "fsdp"))  # 15 does not divide
+        assert jax.jit(constrain)(x[..., :15]).sharding.spec == P(("data", "fsdp"))  # 15 does not divide
+        assert jax.jit(constrain)(x[:, :1]).sharding.spec == P(("data", "fsdp"))  # a token a row, as in decoding
 
 
 def test_without_a_mesh_nothing_is_constrained():
