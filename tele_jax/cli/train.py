@@ -19,8 +19,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from tele_jax import report
     from tele_jax.cli.pages import load_page
     from tele_jax.run import run_config
-    from tele_jax.train import loop
+    from tele_jax.train import loop, memory
 
+    memory.keep_freed()
     config = run_config(load_page(args.config, args.overrides))
     try:
         summaries = loop.run(config, args.workdir)
