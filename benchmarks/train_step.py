@@ -15,6 +15,7 @@ processor seconds. Needs `[hf]`.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -42,11 +43,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps of a turn")
     parser.add_argument("--threads", type=int, default=2, help="cores for each")
     parser.add_argument("--maxtext-python", help="python of an environment with MaxText")
+    parser.add_argument("--default-allocator", action="store_true", help="freed memory goes back, for all alike")
     parser.add_argument("--child", choices=("ours", "torch", "maxtext"), help=argparse.SUPPRESS)
     parser.add_argument("--weights", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     if args.child:
+        if not args.default_allocator:
+            keep_freed_memory()
         serve({"ours": ours, "torch": theirs, "maxtext": maxtext}[args.child], Path(args.weights))
     else:
         print(json.dumps(measure(args), indent=2))
@@ -67,18 +71,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "batch": [ROWS, LENGTH],
         "dtype": "float32",
         "threads": len(os.sched_getaffinity(0)),
+        "allocator": "default" if args.default_allocator else "keeps freed memory",
     }
     with tempfile.TemporaryDirectory(prefix="train_step_") as directory:
         weights = Path(directory) / "weights.npz"
-        children = {"ours": Child("ours", sys.executable, weights, args.threads)}  # first: it makes the weights
-        children["torch"] = Child("torch", sys.executable, weights, args.threads)
+        children = {"ours": Child("ours", sys.executable, weights, args)}  # first: it makes the weights
+        children["torch"] = Child("torch", sys.executable, weights, args)
         if args.maxtext_python:
-            children["maxtext"] = Child("maxtext", args.maxtext_python, weights, args.threads)
+            children["maxtext"] = Child("maxtext", args.maxtext_python, weights, args)
         else:
             result["maxtext"] = "left out: --maxtext-python does not say where it is installed"
         result["libraries"] = {name: child.hello["library"] for name, child in children.items()}
         runs = [(name, variant) for name, child in children.items() for variant in child.hello["variants"]]
-        first = {f"{n}.{v}": children[n].ask({"variant": v, "steps": BATCHES}) for n, v in runs}
+        first = {f"{n}.{v}": children[n].ask({"variant": v, "steps": 2}) for n, v in runs}
         result["not_available"] = {run: answer["error"] for run, answer in first.items() if "error" in answer}
         runs = [(name, variant) for name, variant in runs if "error" not in first[f"{name}.{variant}"]]
         result["losses"] = {run: answer["losses"] for run, answer in first.items() if "losses" in answer}
@@ -95,6 +100,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def summary(turns: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
     """Rates, and ratios of ours to the fastest variant of every other library."""
+
     def median(run: str, key: str) -> float:
         return statistics.median(turn[run][key] for turn in turns)
 
@@ -122,8 +128,9 @@ def summary(turns: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
 class Child:
     """A process that makes steps when asked, one JSON line for another."""
 
-    def __init__(self, name: str, python: str, weights: Path, threads: int):
-        command = [python, __file__, "--child", name, "--weights", str(weights), "--threads", str(threads)]
+    def __init__(self, name: str, python: str, weights: Path, args: argparse.Namespace):
+        command = [python, __file__, "--child", name, "--weights", str(weights), "--threads", str(args.threads)]
+        command += ["--default-allocator"] if args.default_allocator else []
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.hello = json.loads(self._process.stdout.readline())
 
@@ -157,6 +164,14 @@ def serve(library: Callable[[Path], tuple[str, Variants]], weights: Path) -> Non
         print(json.dumps(answer), file=out, flush=True)
 
 
+def keep_freed_memory() -> None:
+    """As `tele train` does on CPUs, for every library here."""
+    spec = importlib.util.spec_from_file_location("memory", Path(__file__).parents[1] / "tele_jax/train/memory.py")
+    memory = importlib.util.module_from_spec(spec)  # not through the package, which MaxText's environment may lack
+    spec.loader.exec_module(memory)
+    memory.keep_freed()
+
+
 # --------------------------------------------------------------------------------------------- the libraries
 
 
@@ -177,9 +192,8 @@ def ours(weights: Path) -> tuple[str, Variants]:
     tx = optimizer(cfg, OptimizerConfig(**ADAM), lambda step: 1.0)
     step = make_step(cfg, tx, mesh, batch_size=ROWS)
     shardings, opt_shardings = state_shardings(cfg, tx, mesh)
-    half = {"embed": 128, "mlp": 352, "heads": 2, "layers": 4}  # as after a growth of every axis to twice its size
-    # 1 everywhere: the model is the plain one, its losses too, but the step does not know.
-    masks = {axis: np.where(np.arange(cfg.axis_sizes[axis]) < old, 1, 1).astype(np.float32) for axis, old in half.items()}
+    # All axes masked, by 1 everywhere: the losses are those of the plain model, but the step does not know.
+    masks = {axis: np.ones(cfg.axis_sizes[axis], np.float32) for axis in ("embed", "mlp", "heads", "layers")}
 
     def variant(masks: Any) -> Any:
         def prepare() -> Any:

@@ -22,6 +22,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from tele_jax.cli.pages import load_page
     from tele_jax.processes import find_place
     from tele_jax.run import run_config
+<<<<<<< HEAD
 
     place = find_place(vars(args))
     config = run_config(load_page(args.config, args.overrides))
@@ -33,6 +34,12 @@ def _run(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     from tele_jax import processes, report
     from tele_jax.train import loop
 
+=======
+    from tele_jax.train import loop, memory
+
+    memory.keep_freed()
+    config = run_config(load_page(args.config, args.overrides))
+>>>>>>> wt-step6
     try:
         summaries = loop.run(config, args.workdir)
     except loop.Stopped as stopped:
