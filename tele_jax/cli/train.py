@@ -22,24 +22,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from tele_jax.cli.pages import load_page
     from tele_jax.processes import find_place
     from tele_jax.run import run_config
-<<<<<<< HEAD
 
     place = find_place(vars(args))
+    _keep_freed_memory()
     config = run_config(load_page(args.config, args.overrides))
     with several.together(place):
         return _run(args, config)
+
+
+def _keep_freed_memory() -> None:
+    """Only where JAX is told to compute on the CPU: a TPU's host has other uses for its memory, and more threads."""
+    import jax
+
+    from tele_jax.train import memory
+
+    if jax.config.jax_platforms == "cpu":
+        memory.keep_freed()
 
 
 def _run(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     from tele_jax import processes, report
     from tele_jax.train import loop
 
-=======
-    from tele_jax.train import loop, memory
-
-    memory.keep_freed()
-    config = run_config(load_page(args.config, args.overrides))
->>>>>>> wt-step6
     try:
         summaries = loop.run(config, args.workdir)
     except loop.Stopped as stopped:
