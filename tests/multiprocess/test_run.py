@@ -187,7 +187,7 @@ def test_two_processes_train_grow_and_train_as_one_does(place, one, stopped):
     for key in ("ok", "dead", "locked", "altered", "layers", "plan", "tokens"):
         assert mine[key] == theirs[key], key
     assert mine["ok"] and mine["max_abs"] < 1e-5
-    assert_same_tree(checkpoint.load(workdir / "grow").params, checkpoint.load(one / "grow").params)
+    assert_same_tree(checkpoint.load(workdir / "grow").params, checkpoint.load(one / "grow").params, ATOL["grow"])
     assert not list(checkpoint.verify(checkpoint.open_lazy(workdir)))
 
 
@@ -203,26 +203,27 @@ def test_a_mistake_of_one_process_ends_all_with_its_line(place):
     assert time.monotonic() - began < 300, "and not when JAX gives up waiting"
 
 
-# Each device computes the same numbers whichever process it belongs to, but Gloo adds up those of several processes in
-# another order than one process does: float32 sums of 8 terms, over 12 steps of Adam at 3e-3.
-TOLERANCE = dict(rtol=0, atol=2e-5)
+# Each device computes the same whichever process it belongs to, and a sum of two is the same in any order: the first
+# stage and the growth agree to the bit. Gloo adds up longer sums, as for losses and norms of gradients, in another order
+# than one process does, which in the third stage moved clipped gradients and so parameters by 9e-8 (of 1.0).
+ATOL = {"small": 0.0, "grow": 0.0, "large": 1e-6}
 
 
 def assert_same_stage(workdir, other, stage):
     mine, theirs = (metrics.read(w / stage / "metrics" / "metrics.jsonl") for w in (workdir, other))
     assert [line["step"] for line in mine] == [line["step"] for line in theirs]
     for ours, reference in zip(mine, theirs, strict=True):
-        for key in reference.keys() - {"tokens_per_second", "grad_norm"}:
-            np.testing.assert_allclose(ours[key], reference[key], rtol=1e-5, err_msg=f"{stage} {ours['step']} {key}")
+        for key in reference.keys() - {"tokens_per_second"}:
+            np.testing.assert_allclose(ours[key], reference[key], rtol=1e-6, err_msg=f"{stage} {ours['step']} {key}")
     mine, theirs = (checkpoint.load(w / stage) for w in (workdir, other))
     # The rows that were read: a pure function of the step.
     assert mine.data_state == theirs.data_state and mine.step == theirs.step
-    assert_same_tree(mine.params, theirs.params)
-    assert_same_tree(mine.opt_state["1"]["mu"], theirs.opt_state["1"]["mu"])
+    assert_same_tree(mine.params, theirs.params, ATOL[stage])
+    assert_same_tree(mine.opt_state["1"]["mu"], theirs.opt_state["1"]["mu"], ATOL[stage])
 
 
-def assert_same_tree(mine, theirs):
+def assert_same_tree(mine, theirs, atol):
     mine, theirs = flatten(mine), flatten(theirs)
     assert mine.keys() == theirs.keys()
     for name in mine:
-        np.testing.assert_allclose(mine[name], theirs[name], **TOLERANCE, err_msg=name)
+        np.testing.assert_allclose(mine[name], theirs[name], rtol=0, atol=atol, err_msg=name)
