@@ -187,7 +187,7 @@ def test_two_processes_train_grow_and_train_as_one_does(place, one, stopped):
     for key in ("ok", "dead", "locked", "altered", "layers", "plan", "tokens"):
         assert mine[key] == theirs[key], key
     assert mine["ok"] and mine["max_abs"] < 1e-5
-    assert_same_tree(checkpoint.load(workdir / "grow").params, checkpoint.load(one / "grow").params, ATOL["grow"])
+    assert_same_tree(checkpoint.load(workdir / "grow").params, checkpoint.load(one / "grow").params)
     assert not list(checkpoint.verify(checkpoint.open_lazy(workdir)))
 
 
@@ -203,10 +203,10 @@ def test_a_mistake_of_one_process_ends_all_with_its_line(place):
     assert time.monotonic() - began < 300, "and not when JAX gives up waiting"
 
 
-# Each device computes the same whichever process it belongs to, and a sum of two is the same in any order: the first
-# stage and the growth agree to the bit. Gloo adds up longer sums, as for losses and norms of gradients, in another order
-# than one process does, which in the third stage moved clipped gradients and so parameters by 9e-8 (of 1.0).
-ATOL = {"small": 0.0, "grow": 0.0, "large": 1e-6}
+# Each device computes the same whichever process it belongs to, but Gloo adds up what several processes hold in another
+# order than one process does: sums of four and of eight, in float32. Measured: parameters 9e-8 of 1.0, moments 2e-9 of
+# 0.03, losses 5e-7 of 6.
+ATOL = 1e-6
 
 
 def assert_same_stage(workdir, other, stage):
@@ -218,12 +218,12 @@ def assert_same_stage(workdir, other, stage):
     mine, theirs = (checkpoint.load(w / stage) for w in (workdir, other))
     # The rows that were read: a pure function of the step.
     assert mine.data_state == theirs.data_state and mine.step == theirs.step
-    assert_same_tree(mine.params, theirs.params, ATOL[stage])
-    assert_same_tree(mine.opt_state["1"]["mu"], theirs.opt_state["1"]["mu"], ATOL[stage])
+    assert_same_tree(mine.params, theirs.params)
+    assert_same_tree(mine.opt_state["1"]["mu"], theirs.opt_state["1"]["mu"])
 
 
-def assert_same_tree(mine, theirs, atol):
+def assert_same_tree(mine, theirs):
     mine, theirs = flatten(mine), flatten(theirs)
     assert mine.keys() == theirs.keys()
     for name in mine:
-        np.testing.assert_allclose(mine[name], theirs[name], rtol=0, atol=atol, err_msg=name)
+        np.testing.assert_allclose(mine[name], theirs[name], rtol=0, atol=ATOL, err_msg=name)
