@@ -203,17 +203,18 @@ def test_a_mistake_of_one_process_ends_all_with_its_line(place):
     assert time.monotonic() - began < 300, "and not when JAX gives up waiting"
 
 
-# Each device computes the same numbers whichever process it belongs to, but Gloo adds up those of several processes in
-# another order than one process does: float32 sums of 8 terms, over 12 steps of Adam at 3e-3.
-TOLERANCE = dict(rtol=0, atol=2e-5)
+# Each device computes the same whichever process it belongs to, but Gloo adds up what several processes hold in another
+# order than one process does: sums of four and of eight, in float32. Measured: parameters 9e-8 of 1.0, moments 2e-9 of
+# 0.03, losses 5e-7 of 6.
+ATOL = 1e-6
 
 
 def assert_same_stage(workdir, other, stage):
     mine, theirs = (metrics.read(w / stage / "metrics" / "metrics.jsonl") for w in (workdir, other))
     assert [line["step"] for line in mine] == [line["step"] for line in theirs]
     for ours, reference in zip(mine, theirs, strict=True):
-        for key in reference.keys() - {"tokens_per_second", "grad_norm"}:
-            np.testing.assert_allclose(ours[key], reference[key], rtol=1e-5, err_msg=f"{stage} {ours['step']} {key}")
+        for key in reference.keys() - {"tokens_per_second"}:
+            np.testing.assert_allclose(ours[key], reference[key], rtol=1e-6, err_msg=f"{stage} {ours['step']} {key}")
     mine, theirs = (checkpoint.load(w / stage) for w in (workdir, other))
     # The rows that were read: a pure function of the step.
     assert mine.data_state == theirs.data_state and mine.step == theirs.step
@@ -225,4 +226,4 @@ def assert_same_tree(mine, theirs):
     mine, theirs = flatten(mine), flatten(theirs)
     assert mine.keys() == theirs.keys()
     for name in mine:
-        np.testing.assert_allclose(mine[name], theirs[name], **TOLERANCE, err_msg=name)
+        np.testing.assert_allclose(mine[name], theirs[name], rtol=0, atol=ATOL, err_msg=name)
