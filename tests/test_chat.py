@@ -217,6 +217,15 @@ def test_a_vocabulary_larger_than_the_models(vocabulary):
         Chat(*model(vocab_size=400), vocabulary)
 
 
+def test_a_question_that_is_no_text(vocabulary):
+    talk = Chat(*model(), vocabulary)
+    with pytest.raises(tele.UserError, match=r"messages\[0\].content: character 1 is half a surrogate pair"):
+        talk.reply("a\ud800")
+    with pytest.raises(tele.UserError, match="is half a surrogate pair"):
+        talk.reset("\ud800")
+    assert talk.messages == []
+
+
 def test_an_empty_question(vocabulary):
     with pytest.raises(tele.UserError, match="the question is empty"):
         Chat(*model(), vocabulary).reply("")

@@ -276,6 +276,15 @@ def test_a_temperature_near_zero_is_greedy():
         assert draw(logits, None, keys, sampling(temperature=temperature, top_k=2, top_p=0.9)).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("temperature", [1e20, 1e38, 1e300])
+def test_a_boundless_temperature_is_uniform_over_what_is_left(temperature):
+    logits = np.tile(np.array([-3.0, 1.0, 0.9, 5.0], np.float32), (200, 1))
+    keys = jax.random.split(jax.random.key(0), 200)
+    tokens = np.asarray(draw(logits, None, keys, sampling(temperature=temperature, top_k=2)))
+    assert set(tokens.tolist()) == {1, 3}
+    assert 60 < (tokens == 1).sum() < 140
+
+
 def test_prepared_parameters_are_the_same_numbers_layer_by_layer():
     cfg, params = model("everything", dtype="bfloat16")
     ready = prepare(cfg, params)
@@ -367,17 +376,24 @@ def test_beyond_8192_tokens_prompt_and_continuation_agree_with_one_pass():
         (dict(prompts=[]), "prompts is empty"),
         (dict(prompts=[[1], []]), r"prompts\[1\] has no tokens"),
         (dict(prompts=[[1, 61]]), r"prompts\[0\]: id 61 is not in the vocabulary of 61 tokens"),
+        (dict(prompts=["12"]), r"prompts\[0\] is '12', not a list of token ids"),
+        (dict(prompts=[1, 2]), r"prompts\[0\] is 1, not a list of token ids"),
+        (dict(prompts=[[3, 4.0]]), r"prompts\[0\]\[1\]=4.0 must be a whole number"),
         (dict(prompts=[[-1]]), "id -1 is not in the vocabulary"),
         (dict(stop_ids=[61]), "stop_ids: id 61"),
         (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
+        (dict(max_new_tokens=2.5), "max_new_tokens=2.5 must be a whole number"),
         (dict(temperature=-0.1), "temperature=-0.1 must be 0"),
         (dict(temperature=float("nan")), "temperature=nan"),
         (dict(top_k=0), "top_k=0 must be at least 1"),
+        (dict(top_k=2.5), "top_k=2.5 must be a whole number"),
         (dict(top_p=0.0), r"top_p=0.0 must be in \(0, 1\]"),
         (dict(top_p=1.01), "top_p=1.01"),
         (dict(repetition_penalty=0.0), "repetition_penalty=0.0 must be above 0"),
         (dict(repetition_penalty=float("inf")), "repetition_penalty=inf"),
+        (dict(repetition_penalty=1e39), r"repetition_penalty=1e\+39"),
         (dict(seed=-1), "seed=-1"),
+        (dict(seed=1.5), "seed=1.5 must be a whole number"),
     ],
     ids=str,
 )

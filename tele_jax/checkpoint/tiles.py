@@ -79,8 +79,8 @@ class Unfinished:
         """Begins, or goes on with what an earlier call with the same header began.
 
         Raises:
-          UserError: dst exists; what was begun has another header, or is being written by another process; too little
-            disk for what is left to write.
+          UserError: dst exists or cannot be made; what was begun has another header, or is being written by another
+            process; too little disk for what is left to write.
         """
         self.dst = local_path(dst)
         self.partial = self.dst.with_name(self.dst.name + ".partial")
@@ -93,7 +93,7 @@ class Unfinished:
             self._require_new()
         if not self.partial.exists():
             self._require_space(tiles)
-        self.partial.mkdir(parents=True, exist_ok=True)
+        make_directory(self.partial)
         with self._locked():
             if self.complete:
                 self._remove()
@@ -170,7 +170,7 @@ class Unfinished:
             os.close(descriptor)
 
     def _require_new(self) -> None:
-        if self.dst.exists():
+        if os.path.lexists(self.dst):  # a link that leads nowhere counts: nothing can be renamed to it
             if not self.path.exists() and not (self.partial / "header.json").exists():
                 self._remove()  # of an earlier life that was killed at its very end
             raise UserError(f"{self.dst}: exists already, and checkpoints are never overwritten; choose another path")
@@ -322,6 +322,14 @@ def local_path(path: Any, work: str = "growth from checkpoint to checkpoint") ->
     if "://" in str(path):
         raise UserError(f"{path}: {work} needs a file system; copy or mount the bucket")
     return Path(os.fspath(locate.absolute(path)))
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory and those above it. Raises UserError where that is impossible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror}); choose another place") from None
 
 
 def _size(file: Path) -> int | None:

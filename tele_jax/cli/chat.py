@@ -59,6 +59,7 @@ def _converse(chat: Any, replies: list[dict[str, Any]]) -> None:
         print("/help lists the commands.", file=sys.stderr)
     for line in _lines():
         try:
+            line = generate.utf8(line, "the line") if line else line
             if line.startswith("/"):
                 name, _, rest = line.partition(" ")
                 if name == "/quit":
@@ -73,7 +74,6 @@ def _converse(chat: Any, replies: list[dict[str, Any]]) -> None:
 
 
 def _answer(chat: Any, question: str, replies: list[dict[str, Any]]) -> None:
-    question = generate.utf8(question, "the question")
     clock = generate.Clock()
 
     def show(text: str) -> None:
@@ -103,6 +103,8 @@ def _command(chat: Any, name: str, rest: str) -> None:
                 file.write(json.dumps({"messages": chat.messages}, ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(f"{rest}: {error.strerror}") from None
+        except (RuntimeError, ValueError) as error:  # ~nobody/, a name with a zero byte
+            raise UserError(f"{rest!r}: {error}") from None
     elif name == "/help":
         print(COMMANDS)
     else:
@@ -114,11 +116,18 @@ def _lines() -> Iterator[str]:
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() its editing and history
-        with contextlib.suppress(EOFError):
-            while True:
-                yield input("> ")
-        print()
-        return
+        while True:
+            try:
+                line = input("> ")
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:  # aimed at an answer that ended just before, or at what is typed
+                print("\n(Ctrl-D or /quit ends)", file=sys.stderr)
+            except UnicodeDecodeError as error:
+                print(f"tele: the line: not UTF-8 at byte {error.start}", file=sys.stderr)
+            else:
+                yield line
     try:
         for line in sys.stdin:
             yield line.rstrip("\n")

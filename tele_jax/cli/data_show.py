@@ -25,8 +25,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Raises UserError for rows that are not there; UserError and DamageError as cache.RowCache."""
     import numpy as np
 
-    from tele_jax.data import looking, stats
-    from tele_jax.data.cache import TOKENIZER, RowCache
+    from tele_jax.data import looking, order, stats
+    from tele_jax.data.cache import RowCache
     from tele_jax.data.vocabulary import load_vocabulary
 
     cache = RowCache(args.dir)
@@ -42,11 +42,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     else:
         if args.step < 0 or args.domain is not None or args.row is not None:
             raise UserError("--step: not below 0, and without --domain and --row: the order of the run chooses them")
+        if (args.step + 1) * args.batch_size + args.count > order.MAX_ROWS:
+            raise UserError(
+                f"--step {args.step} --batch-size {args.batch_size}: a run has at most {order.MAX_ROWS:,} rows"
+            )
         index = args.step * args.batch_size + np.arange(args.count)
         located = stats.order(cache.manifest, args.seed).locate(index)
         places = [(list(cache.rows)[d], epoch, row) for d, epoch, row in zip(*(column.tolist() for column in located))]
     batch = cache.read([domain for domain, _, _ in places], [row for _, _, row in places])
-    vocabulary = load_vocabulary(args.dir / TOKENIZER)
+    vocabulary = load_vocabulary(cache.tokenizer())
     color = sys.stdout.isatty() if args.color == "auto" else args.color == "always"
     figures = []
     for i, (domain, epoch, row) in enumerate(places):

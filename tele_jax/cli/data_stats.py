@@ -29,8 +29,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from tele_jax.data.cache import RowCache
 
     cache = RowCache(args.dir)
-    if args.tokens is not None and not args.tokens > 0:
-        raise UserError(f"--tokens {args.tokens:g}: must be above 0")
+    if args.tokens is not None and not 0 < args.tokens < float("inf"):
+        raise UserError(f"--tokens {args.tokens:g}: must be above 0 and finite")
     manifest = cache.manifest
     print(f"{args.dir}: {manifest.kind} rows of {manifest.seq_len} tokens, {manifest.vocab_size:,} ids\n")
     print(table(manifest))
@@ -56,9 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if importlib.util.find_spec("matplotlib") is None:
         print("\nno picture: matplotlib is missing; pip install 'tele_jax[plots]'")
     else:
-        picture = args.plot or args.dir / "stats.png"
-        stats.plot(manifest, picture)
-        print(f"\npicture: {picture}")
+        print(f"\n{_picture(manifest, args)}")
     return {
         "kind": manifest.kind,
         "seq_len": manifest.seq_len,
@@ -75,6 +73,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for name, domain in manifest.domains.items()
         },
     }
+
+
+def _picture(manifest: "Manifest", args: argparse.Namespace) -> str:
+    """Draws it; says where it is, or why there is none: a cache may be read-only, and its figures are wanted still."""
+    from tele_jax.data import stats
+
+    picture = args.plot or args.dir / "stats.png"
+    try:
+        stats.plot(manifest, picture)
+    except ValueError as error:  # no format that matplotlib knows
+        raise UserError(f"--plot {picture}: {error}") from None
+    except OSError as error:
+        if args.plot:
+            raise
+        return f"no picture: {picture}: {error.strerror}; --plot FILE puts it elsewhere"
+    return f"picture: {picture}"
 
 
 def _verify(cache: Any) -> None:

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from tele_jax.errors import DamageError, FailedError, UserError
 
@@ -25,6 +26,7 @@ VERBS = {
     "data": "fetch text, make rows of it, look at them",
     "generate": "continue a prompt",
     "chat": "talk to a fine-tuned model",
+    "preflight": "check a command before it is started on other machines",
 }
 
 
@@ -53,13 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted", 130)
 
 
-def _main(argv: list[str]) -> int:
+def parse(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
+    """The verb's module and its arguments; raises UserError for a command line that is not understood."""
     parser = Parser(prog="tele", description="Pretrain, grow, fine-tune and talk to Tele-FLM and TeleChat models.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
     module = None
     for verb, text in VERBS.items():
         sub = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False)
-        if argv[:1] == [verb]:
+        if list(argv[:1]) == [verb]:
             module = importlib.import_module(f"tele_jax.cli.{verb}")
             module.arguments(sub)
             if not any(a.dest == "json" for a in sub._actions):
@@ -70,6 +73,11 @@ def _main(argv: list[str]) -> int:
         raise UserError(f"{overrides[0]}: only verbs that take --config understand this")
     args = parser.parse_args([word for word in argv if word not in overrides])
     args.overrides = overrides
+    return module, args
+
+
+def _main(argv: list[str]) -> int:
+    module, args = parse(argv)
     target = getattr(args, "json", None)
     if target is not None and not target.parent.is_dir():  # noticed now, and not after hours of work
         raise UserError(f"--json {target}: there is no directory {target.parent}")

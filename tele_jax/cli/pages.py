@@ -66,4 +66,7 @@ def _override(page: ConfigDict, override: str) -> None:
     with table.unlocked():
         if key in table:
             del table[key]
-        table[key] = value
+        try:
+            table[key] = value
+        except ValueError as error:  # a key inside the value that ml_collections does not take
+            raise UserError(f"{override}: {error}") from None

@@ -66,7 +66,7 @@ def read_json(path: Path) -> Keys:
         raise UserError(
             f"{file}: missing; a released checkpoint is a directory with config.json and its weights"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON ({error})") from None
     if not isinstance(values, dict):
         raise UserError(f"{file}: not a table")
@@ -108,8 +108,8 @@ def write(cfg: ModelConfig, format: str, dtype: Any, release: Mapping[str, Any] 
     """The config.json of a model that is as the format has it (fold.fold).
 
     dtype: of the weights. release: {"format", "config"} of the release that the model was imported from. Where it is of
-    this format, its config is returned as it was if the model is still the one it describes, else the base whose other
-    keys are kept; of another format only the ids of special tokens are taken.
+    this format, its config is returned as it was if the model is still the one it describes; else those of its keys
+    are kept that say nothing about the model. Of another format only the ids of special tokens are taken.
     """
     writers = {
         "tele_flm": _write_tele_flm,
@@ -123,7 +123,23 @@ def write(cfg: ModelConfig, format: str, dtype: Any, release: Mapping[str, Any] 
         ids = {key: source[key] for key in _TOKEN_IDS if key in source}
         return {**writers[format](cfg), **_RELEASED_TOKEN_IDS.get(format, {}), **ids, "torch_dtype": name}
     spelled = {key: name for key in ("torch_dtype", "dtype") if key in source}
-    return {**source, **({} if _describes(source, cfg, format) else writers[format](cfg)), **spelled}
+    noted = _Noting(source)
+    if _describes(noted, cfg, format):
+        return {**source, **spelled}
+    kept = {key: value for key, value in source.items() if key not in noted.read}
+    return {**kept, **writers[format](cfg), **spelled}
+
+
+class _Noting(dict):
+    """A config that notes which of its keys are read: those describe the model, and all others do not."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
 
 
 def _describes(source: Mapping[str, Any], cfg: ModelConfig, format: str) -> bool:
@@ -164,12 +180,13 @@ def _read_llama(keys: Keys) -> dict[str, Any]:
 
 def _read_theta(keys: Keys) -> float:
     """transformers wrote rope_theta and rope_scaling up to version 4, rope_parameters from 5 on."""
-    parameters = keys.get("rope_parameters", dict, None) or keys.get("rope_scaling", dict, None) or {}
+    newer, older = keys.get("rope_parameters", dict, {}), keys.get("rope_scaling", dict, {})
+    parameters = newer or older
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise UserError(f"{keys.where}: rotary scaling {kind!r} of Llama is none that tele_jax has")
-    theta = parameters.get("rope_theta")
-    return float(theta) if theta is not None else keys.get("rope_theta", float, 10_000.0)
+    stated = keys.get("rope_theta", float, 10_000.0)
+    return Keys(parameters, keys.where).get("rope_theta", float, stated)
 
 
 def _write_llama(cfg: ModelConfig) -> dict[str, Any]:
@@ -206,6 +223,8 @@ def _read_tele_flm(keys: Keys) -> dict[str, Any]:
 
 def _read_multipliers(keys: Keys, embed: int) -> dict[str, Any]:
     """output_mult / mup_scale_factor multiplies the logits; the factor is the width over muP's base width."""
+    if embed < 1:
+        raise UserError(f"{keys.where}: the hidden size is {embed}, must be above 0")
     if not keys.get("use_mup", bool, False):
         return {"init_std": _TELE_FLM_STD, "matrix_init_std": _TELE_FLM_MATRIX_STD_AT_256 / math.sqrt(embed / 256)}
     scale = keys.get("mup_scale_factor", float)

@@ -8,6 +8,7 @@ import dataclasses
 import fcntl
 import itertools
 import json
+import math
 import os
 import queue
 import shutil
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tele_jax.checkpoint import chunks, layout, tiles
-from tele_jax.config import ModelConfig
+from tele_jax.config import ModelConfig, require
 from tele_jax.convert import FORMATS, configs, families, fold, region, sidecar
 from tele_jax.convert.families import Part, Tensor
 from tele_jax.convert.files import DTYPES, Files, Stored, create, split
@@ -157,8 +158,9 @@ def export_checkpoint(
       progress: progress(done bytes, all bytes), called in this thread.
 
     Raises:
-      UserError: `dst` exists; the format cannot express the model; src is in the middle of a growth behind masks.
-      DamageError: a chunk of src is damaged, or has numbers that are not finite, or become so in dtype.
+      UserError: `dst` exists or cannot be made; the format cannot express the model; numbers become infinite in dtype;
+        src is in the middle of a growth behind masks.
+      DamageError: a chunk of src is damaged, or has numbers that are not finite; writing failed. Nothing is left.
     """
     from tele_jax.checkpoint import open_lazy
     from tele_jax.growth.masks import require_unmasked
@@ -184,6 +186,7 @@ def _comes_from(provenance: Sequence[Mapping[str, Any]], format: str) -> bool:
 
 def _threads(largest: int, memory_gb: float, workers: int | None) -> int:
     each = largest + 2 * region.SCRATCH_BYTES
+    require(math.isfinite(memory_gb), f"memory_gb={memory_gb} is not a number of gigabytes")
     if memory_gb * 1e9 < each:
         raise UserError(f"memory_gb={memory_gb:g} is too little for the largest chunk: it needs {each / 1e9:.3f}")
     return min((os.cpu_count() or 1) if workers is None else max(1, workers), int(memory_gb * 1e9 // each))
@@ -220,8 +223,7 @@ def write(
 ) -> Exported:
     """Writes the directory: weights, config.json and the files beside. Raises as export_checkpoint."""
     began = time.monotonic()
-    if not shard_gb > 0:
-        raise UserError(f"shard_gb={shard_gb:g} must be above 0")
+    require(0 < shard_gb < math.inf, f"shard_gb={shard_gb:g} must be above 0, and finite")
     target = tiles.local_path(dst, "an export")
     shards = split(plan.tensors, int(shard_gb * 1e9))
     report = progress or (lambda done, total: None)
@@ -286,13 +288,13 @@ def _unfinished(dst: Path, nbytes: int) -> Iterator[Path]:
 
     What an export that was killed left is removed first; what one that is alive is writing is refused.
     """
-    if dst.exists():
+    if os.path.lexists(dst):
         raise UserError(f"{dst}: exists already, and is not overwritten; choose another path")
     partial = dst.with_name(dst.name + ".partial")
     lock_file = partial / ".export"
     if partial.exists() and not lock_file.is_file():
         raise UserError(f"{partial}: is needed for the unfinished export, but exists already")
-    partial.mkdir(parents=True, exist_ok=True)
+    tiles.make_directory(partial)
     lock = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:

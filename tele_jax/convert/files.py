@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tele_jax.convert.families import Tensor
-from tele_jax.errors import DamageError, UserError
+from tele_jax.errors import UserError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -56,11 +56,12 @@ def read_directory(path: Path) -> dict[str, Stored]:
     """All tensors of a released checkpoint, by name; reads headers only.
 
     Raises:
-      UserError: no safetensors, pickle files instead, a shard that is missing, or not what the index says.
-      DamageError: a file is cut short or its header is damaged.
+      UserError: no safetensors, pickle files instead, a shard that is missing, or not what the index says; a file is
+        cut short or its header is damaged.
     """
-    if (path / INDEX).is_file():
-        return _read_indexed(path)
+    indexes = [index for index in path.glob(f"*{INDEX.removeprefix('model')}") if index.is_file()]
+    if path / INDEX in indexes or len(indexes) == 1:
+        return _read_indexed(path / INDEX if path / INDEX in indexes else indexes[0])
     files = sorted(path.glob("*.safetensors"))
     if not files:
         pickles = sorted(file for pattern in _PICKLES for file in path.glob(pattern))
@@ -79,36 +80,40 @@ def read_directory(path: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _read_indexed(path: Path) -> dict[str, Stored]:
-    index = path / INDEX
+def _read_indexed(index: Path) -> dict[str, Stored]:
     try:
         places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamageError(f"{index}: damaged, not an index of safetensors ({error!r})") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{index}: damaged, not an index of safetensors ({error!r})") from None
+    for tensor, place in places.items():
+        if not isinstance(place, str) or not place:
+            raise UserError(f"{index}: damaged, {tensor} is placed in {place!r}, which is no name of a file")
     tensors: dict[str, Stored] = {}
-    for name in sorted(set(map(str, places.values()))):
-        file = path / name
+    for name in sorted(set(places.values())):
+        file = index.with_name(Path(name).name or "-")
         listed = sorted(tensor for tensor, place in places.items() if place == name)
         if Path(name).name != name:
             raise UserError(f"{index}: {listed[0]} is placed in {name!r}, which is no file beside it")
         if not file.is_file():
-            raise UserError(f"{file}: missing; {INDEX} has {len(listed)} tensors in it, such as {listed[0]}")
+            raise UserError(f"{file}: missing; {index.name} has {len(listed)} tensors in it, such as {listed[0]}")
         header = read_header(file)
         if absent := [tensor for tensor in listed if tensor not in header]:
-            raise UserError(f"{file}: has no {absent[0]}, though {INDEX} says so ({len(absent)} such tensors)")
+            raise UserError(f"{file}: has no {absent[0]}, though {index.name} says so ({len(absent)} such tensors)")
         if extra := sorted(header.keys() - set(listed)):
-            raise UserError(f"{file}: has {extra[0]}, which {INDEX} does not place there ({len(extra)} such tensors)")
+            raise UserError(
+                f"{file}: has {extra[0]}, which {index.name} does not place there ({len(extra)} such tensors)"
+            )
         tensors |= header
     return tensors
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of one file. Raises DamageError naming the file, and the tensor where one is at fault."""
+    """The tensors of one file. Raises UserError naming the file, and the tensor where one is at fault."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise DamageError(f"{file}: damaged or cut short: {size:,} bytes cannot hold the header that it announces")
+            raise UserError(f"{file}: damaged or cut short: {size:,} bytes cannot hold the header that it announces")
         text = stream.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_no_doubles)
@@ -116,17 +121,19 @@ def read_header(file: Path) -> dict[str, Stored]:
         tensors = {name: _stored(name, file, 8 + length, entry) for name, entry in header.items()}
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamageError(f"{file}: damaged: its header is not that of a safetensors file ({error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file}: damaged: its header is not that of a safetensors file ({error})") from None
     end = 8 + length
     for stored in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
         if stored.offset != end:
-            raise DamageError(f"{stored}: damaged: its numbers do not begin where those of the tensor before end")
+            raise UserError(f"{stored}: damaged: its numbers do not begin where those of the tensor before end")
         end += stored.nbytes
         if end > size:
-            raise DamageError(f"{file}: cut short: {stored.name} ends at byte {end:,}, but the file has {size:,}")
+            raise UserError(
+                f"{file}: cut short: {stored.name} ends at byte {end:,}, but the file has {size:,}; fetch it again"
+            )
     if end != size:
-        raise DamageError(f"{file}: damaged: {size - end:,} bytes behind the last tensor")
+        raise UserError(f"{file}: damaged: {size - end:,} bytes behind the last tensor")
     return tensors
 
 
@@ -212,7 +219,7 @@ class Files:
         self._flags, self._open, self._lock = flags | os.O_CLOEXEC, {}, threading.Lock()
 
     def read(self, file: Path, offsets: np.ndarray, rows: np.ndarray) -> None:
-        """Fills the rows of uint8[n, m] from bytes that begin at offsets int64[n]. Raises DamageError."""
+        """Fills the rows of uint8[n, m] from bytes that begin at offsets int64[n]. Raises UserError."""
         self._transfer(os.preadv, file, offsets, rows)
 
     def write(self, file: Path, offsets: np.ndarray, rows: np.ndarray) -> None:
@@ -230,7 +237,7 @@ class Files:
             while buffers:
                 moved = call(descriptor, buffers[:_MAX_BUFFERS], position)
                 if moved == 0:
-                    raise DamageError(f"{file}: cut short at byte {position:,} while it was read")
+                    raise UserError(f"{file}: cut short at byte {position:,} while it was read")
                 position += moved
                 while buffers and moved >= len(buffers[0]):
                     moved -= len(buffers.pop(0))

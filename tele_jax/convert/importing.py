@@ -7,6 +7,7 @@ Those that are finished are noted (checkpoint/tiles.py): an import that was kill
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 from tele_jax.axes import ParamSpec
 from tele_jax.checkpoint import chunks, layout, tiles
-from tele_jax.config import to_dict
+from tele_jax.config import require, to_dict
 from tele_jax.convert import region, sidecar
 from tele_jax.convert.families import Part
 from tele_jax.convert.files import Files, Stored
@@ -71,8 +72,9 @@ def import_checkpoint(
       progress: progress(done bytes, all bytes), called in this thread after every tile.
 
     Raises:
-      UserError: `dst` exists, or what open_release raises; too little memory for a chunk, or too little disk.
-      DamageError: a file is damaged, or numbers in it are not finite; names file and tensor.
+      UserError: `dst` exists or cannot be made, or what open_release raises; numbers that are not finite, named by file
+        and tensor; too little memory for a chunk, or too little disk.
+      DamageError: writing failed on the way; what is there is kept, for a call that goes on.
     """
     began = time.monotonic()
     local = tiles.local_path(dst, "an import")
@@ -105,8 +107,8 @@ def import_checkpoint(
             work = functools.partial(_write_tile, release, cut, files, unfinished.path, threading.local())
             try:
                 _run(work, left, cut, unfinished, workers, progress)
-            except DamageError:
-                unfinished.discard()  # trying again would find the same
+            except UserError:  # of the release: trying again would find the same
+                unfinished.discard()
                 raise
             if not unfinished.complete:
                 sidecar.copy(release.files, unfinished.path)
@@ -146,6 +148,7 @@ def _divide_memory(leaves: dict[str, layout.Leaf], memory_gb: float, workers: in
     name, largest = max(leaves.items(), key=lambda item: item[1].chunk_bytes)
     each = largest.chunk_bytes + region.SCRATCH_BYTES
     memory = memory_gb * 1e9 - _OVERHEAD_BYTES
+    require(math.isfinite(memory), f"memory_gb={memory_gb} is not a number of gigabytes")
     if memory < each:
         raise UserError(
             f"memory_gb={memory_gb:g} is too little for a chunk of {name}: it needs memory_gb="

@@ -38,8 +38,7 @@ def load_hf(
     and loaded onto a mesh (checkpoint.load).
 
     Raises:
-      UserError: as open_release; float64 without jax_enable_x64.
-      DamageError: a file is damaged, or numbers in it are not finite; names file and tensor.
+      UserError: as open_release; float64 without jax_enable_x64; numbers that are not finite, named by file and tensor.
     """
     release = open_release(path, format, dtype=dtype, vocab_size=vocab_size, rope_tables=rope_tables)
     require(
@@ -80,8 +79,9 @@ def save_hf(
     format, dtype, max_seq_len, provenance: as `exporting.outline` takes them. A tokenizer is for the caller to add.
 
     Raises:
-      UserError: `path` exists; params are not those of cfg; the format cannot express the model.
-      DamageError: numbers that are not finite, or become so in dtype.
+      UserError: `path` exists; params are not those of cfg; the format cannot express the model; numbers become
+        infinite in dtype.
+      DamageError: numbers that are not finite.
     """
     from tele_jax.checkpoint import read  # brings Orbax
 

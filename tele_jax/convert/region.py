@@ -14,7 +14,7 @@ import numpy as np
 
 from tele_jax.convert.families import Part
 from tele_jax.convert.files import DTYPES, Files, Stored
-from tele_jax.errors import DamageError
+from tele_jax.errors import DamageError, UserError
 
 # Of a block that is transposed: what is written, or read, in one piece on the side that is not contiguous; and a row.
 _SEGMENT_BYTES, _ROW_BYTES = 256, 32 * 1024
@@ -47,7 +47,7 @@ def read(files: Files, stored: Stored, part: Part, axes: Sequence[str], start: S
     axes: of the leaf, without the stack; out has one dimension for each, and any float dtype.
 
     Raises:
-      DamageError: the file is cut short; NaN or infinity in it, or from the conversion; names file and tensor.
+      UserError: the file is cut short; NaN or infinity in it, or from the conversion; names file and tensor.
     """
     dtype = DTYPES[stored.dtype]
     for block in _blocks(part, axes, start, out.shape, dtype.itemsize):
@@ -57,7 +57,7 @@ def read(files: Files, stored: Stored, part: Part, axes: Sequence[str], start: S
         if not in_place:
             rows = _scratch(len(block.offsets), block.width, dtype)
         files.read(stored.file, stored.offset + block.offsets * dtype.itemsize, rows.view(np.uint8))
-        _require_finite(rows, dtype, f"{stored.file}: {stored.name}")
+        _require_finite(rows, dtype, f"{stored.file}: {stored.name}", UserError)
         if out.dtype != dtype:
             rows = _convert(rows, dtype, out.dtype, f"{stored.file}: {stored.name}")
         if not in_place:
@@ -79,7 +79,7 @@ def write(
     origin: the leaf, for messages.
 
     Raises:
-      DamageError: NaN or infinity, in the leaf or from the conversion.
+      DamageError: NaN or infinity in the leaf. UserError: infinity from the conversion.
     """
     dtype = DTYPES[stored.dtype]
     for block in _blocks(part, axes, start, values.shape, values.dtype.itemsize):
@@ -90,7 +90,7 @@ def write(
             gathered = _gather(view, block, axes)
             rows = _scratch(len(block.offsets), block.width, values.dtype)
             np.copyto(rows.reshape(view.shape), gathered)
-        _require_finite(rows, values.dtype, origin)
+        _require_finite(rows, values.dtype, origin, DamageError)
         if values.dtype != dtype or factor != 1.0:
             rows = _convert(rows, values.dtype, dtype, origin, factor)
         files.write(stored.file, stored.offset + block.offsets * dtype.itemsize, rows.view(np.uint8))
@@ -105,7 +105,7 @@ def _convert(rows: np.ndarray, dtype: np.dtype, to: np.dtype, where: str, factor
     converted = _scratch(*rows.shape, to)
     with np.errstate(over="ignore"):
         np.copyto(converted.view(to), numbers, casting="unsafe")
-    _require_finite(converted, to, f"{where}, as {to.name}")
+    _require_finite(converted, to, f"{where}, as {to.name}", UserError)
     return converted
 
 
@@ -201,7 +201,7 @@ def _bits(values: np.ndarray) -> np.ndarray:
 _EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF0000000000000}
 
 
-def _require_finite(bits: np.ndarray, dtype: np.dtype, where: str) -> None:
+def _require_finite(bits: np.ndarray, dtype: np.dtype, where: str, error: type[Exception]) -> None:
     mask = _kind(dtype).type(_EXPONENTS[np.dtype(dtype).name])
     if bits.size and np.bitwise_and(bits, mask).max() == mask:
-        raise DamageError(f"{where}: has numbers that are not finite (NaN or infinity)")
+        raise error(f"{where}: has numbers that are not finite (NaN or infinity)")

@@ -13,7 +13,7 @@ from tele_jax.config import ModelConfig
 from tele_jax.convert import FORMATS, configs, families, files, sidecar
 from tele_jax.convert.families import Part, Tensor
 from tele_jax.convert.files import Stored
-from tele_jax.errors import DamageError, UserError
+from tele_jax.errors import UserError
 
 _SHOWN = 8  # tensors that a message lists
 
@@ -68,14 +68,14 @@ def open_release(
 
     Raises:
       UserError: another format or an unknown one, a model that tele_jax cannot run, a file or tensor that is missing,
-        of another shape or unknown, pickle files, a dtype that parameters cannot have.
-      DamageError: a file is cut short or damaged.
+        of another shape or unknown, pickle files, a dtype that parameters cannot have; a file is cut short or damaged.
     """
     path = Path(path)
     if format is not None and format not in FORMATS:
         raise UserError(f"format {format!r}: not one of {', '.join(FORMATS)}")
     if not path.is_dir():
-        raise UserError(f"{path}: no such directory; expected a released checkpoint")
+        problem = "is a file; name the directory that holds it" if path.is_file() else "no such directory"
+        raise UserError(f"{path}: {problem}; expected a released checkpoint")
     keys = configs.read_json(path)
     found = configs.detect(keys)
     if format not in (None, found):
@@ -216,6 +216,6 @@ def _read_constants(expected: Iterable[Tensor], stored: Mapping[str, Stored]) ->
                 raise UserError(f"{have.file}: {have.name} is not zero; tele_jax has no bias there")
             if tensor.constant != 0.0 and values.item() != float(jnp.asarray(tensor.constant, dtype)):
                 odd[tensor.name] = values.item()
-    if any(not np.isfinite(value) for value in odd.values()):
-        raise DamageError(f"{next(iter(odd))}: is not a finite number")
+    if name := next((name for name, value in odd.items() if not np.isfinite(value)), None):
+        raise UserError(f"{stored[name].file}: {name}: is not a finite number")
     return odd

@@ -55,7 +55,7 @@ def count_ids(files: Iterable[Path]) -> tuple[int, str] | None:
         if file.name in counters:
             try:
                 counts.append((counters[file.name](file), file.name))
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
                 raise UserError(f"{file}: not a tokenizer file") from None
     return max(counts) if {name for _, name in counts} & set(TOKENIZERS) else None
 

@@ -1,7 +1,7 @@
 """A row cache: packed rows on disk, any of which can be read without the others. Made by caching.py.
 
     DIR/manifest.json                     what is in it; written last, with a checksum of its own
-    DIR/tokenizer.model                   a copy of the tokenizer that made it
+    DIR/tokenizer.model, or .json         a copy of the tokenizer that made it
     DIR/<domain>/00000.array_record       rows (records.py), about 16,384 a shard
     DIR/<domain>/00000.rejected.jsonl     documents that could not be used, and why; absent if there are none
 
@@ -9,7 +9,6 @@ ArrayRecord checks every record that it reads; the manifest has the size and the
 """
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -24,12 +23,12 @@ import numpy as np
 from tele_jax.config import from_dict
 from tele_jax.data import examples, records
 from tele_jax.data.extras import need
+from tele_jax.data.vocabulary import tokenizer_in
 from tele_jax.errors import DamageError, UserError
 from tele_jax.run import SourceConfig
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.model"
 OPEN_SHARDS = 64  # an open one holds 8 bytes a row
 LENGTH_BINS = 40  # of the histogram of document lengths: bin b has the lengths from 2**b to 2**(b+1) - 1
 
@@ -181,6 +180,19 @@ class RowCache:
         """Number of rows by domain."""
         return {name: domain.counts.rows for name, domain in self.manifest.domains.items()}
 
+    def tokenizer(self) -> Path:
+        """The copy of the tokenizer that made it.
+
+        Raises:
+          DamageError: it is missing, or another one.
+        """
+        file = tokenizer_in(self.path)
+        if file is None:
+            raise DamageError(f"{self.path}: its copy of the tokenizer is missing")
+        if hashlib.sha256(file.read_bytes()).hexdigest() != self.manifest.tokenizer_sha256:
+            raise DamageError(f"{file}: damaged, not the tokenizer that made this cache")
+        return file
+
     def read(self, domains: Sequence[str], rows: Sequence[int]) -> dict[str, np.ndarray]:
         """The rows `rows[i]` of `domains[i]` as one batch of arrays [R, S] (packing.to_batch).
 
@@ -238,11 +250,11 @@ class RowCache:
         """Reads every shard to its last byte, and yields it with what is wrong, or None."""
         for domain in self.manifest.domains.values():
             for shard in domain.shards:
-                problem = None
-                with contextlib.suppress(FileNotFoundError):
-                    if file_crc32(self.path / shard.file) != shard.crc32:
-                        problem = "its bytes are not those that were written"
-                yield shard, problem
+                try:
+                    same = file_crc32(self.path / shard.file) == shard.crc32
+                    yield shard, None if same else "its bytes are not those that were written"
+                except OSError as error:
+                    yield shard, f"it cannot be read ({error.strerror})"
 
 
 def file_crc32(path: Path) -> int:
@@ -276,7 +288,7 @@ def check_fits(
     if manifest.tokenizer_sha256 != sha256:
         raise UserError(
             f"{where}: was made with another tokenizer than {tokenizer} (SHA-256 {manifest.tokenizer_sha256[:12]}, not "
-            f"{sha256[:12]}); its own is {where}/{TOKENIZER}"
+            f"{sha256[:12]}); its own is {tokenizer_in(Path(where)) or 'missing'}"
         )
     if template not in (None, manifest.template):
         made = "holds no dialogues" if manifest.template is None else f"has dialogues by template {manifest.template!r}"

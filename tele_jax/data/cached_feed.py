@@ -48,12 +48,15 @@ class CachedFeed:
 
         Raises:
           UserError: a rate of a domain that the cache does not have.
+          ValueError: rows that are not in a batch.
         """
         for name in rates:
             if name not in cache.rows:
                 raise UserError(f"{cache.path}: has no domain {name!r}; it has {', '.join(cache.rows)}")
         self._cache, self._place = cache, place
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+        if not ((self._rows >= 0) & (self._rows < batch_size)).all():
+            raise ValueError(f"rows {self._rows.tolist()} are not all in a batch of {batch_size}")
         self._batch_size = batch_size
         names = tuple(rates)
         self.order = order.Order(names, tuple(cache.rows[name] for name in names), tuple(rates.values()), seed)
@@ -132,6 +135,8 @@ class CachedFeed:
             batches = saved.pop("batches")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise DamageError(f"the saved position in the data is damaged: {error}") from None
+        if type(batches) is not int or batches < 0:
+            raise DamageError(f"the saved position in the data is damaged: {batches!r} batches")
         if changed := difference(saved, self._identity):
             raise UserError(f"the position in the data was saved for another feed: {changed}")
         self._forget()

@@ -18,12 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tele_jax.config import from_dict
 from tele_jax.data import feed, shards, templates
-from tele_jax.data.cache import FORMAT, MANIFEST, TOKENIZER, Counts, Domain, Manifest, incomplete, read_manifest
+from tele_jax.data.cache import FORMAT, MANIFEST, Counts, Domain, Manifest, incomplete, read_manifest
 from tele_jax.data.cached_feed import difference
 from tele_jax.data.extras import need
-from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
+from tele_jax.data.vocabulary import Vocabulary, load_vocabulary, tokenizer_name
 from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.run import CacheConfig
 
@@ -171,7 +170,7 @@ def _pipeline(runner: str, workers: int, options: Sequence[str]) -> Callable[[Se
     if workers > 1:
         options += [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing"]
     with _quiet():
-        beam = need("apache_beam")
+        beam = need("apache_beam", how="pip install tele_jax[data,beam], or --runner serial")
         try:
             pipeline = beam.Pipeline(runner=runner, options=beam.options.pipeline_options.PipelineOptions(options))
         except (ValueError, ImportError, AttributeError) as error:
@@ -184,7 +183,7 @@ def _pipeline(runner: str, workers: int, options: Sequence[str]) -> Callable[[Se
                 _ = pipeline | beam.Create(units) | beam.Reshuffle() | "write" >> beam.Map(work)
         except (RuntimeError, ValueError, ImportError) as error:
             raise _said(error, runner) from None
-        missing = [unit.name for unit in units if not shards.account_file(work.directory, unit).exists()]
+        missing = [unit.name for unit in units if shards.finished(work.directory, unit) is None]
         if missing:
             raise FailedError(f"{runner} is done, but {len(missing)} of {len(units)} shards are missing: {missing[0]}")
 
@@ -220,16 +219,20 @@ def _assemble(work: Path, config: CacheConfig, vocabulary: Vocabulary, units: li
     domains: dict[str, dict[str, Any]] = {}
     reasons = {}
     for unit in units:
-        account = shards.account_file(work, unit)
-        done = from_dict(shards.Done, json.loads(account.read_text()), str(account))
+        done = shards.finished(work, unit)
+        if done is None:
+            raise FailedError(
+                f"{work / unit.name}: this shard was finished, and is damaged or gone; start again to go on"
+            )
         domain = domains.setdefault(unit.domain, {"counts": Counts(), "shards": []})
         domain["counts"] += done.counts
         domain["shards"] += [done.shard] if done.shard else []
-        reasons.setdefault(unit.domain, done.first_reason)
+        reasons[unit.domain] = reasons.get(unit.domain) or done.first_reason
     for name, domain in domains.items():
         if not domain["counts"].documents:
-            raise UserError(f"sources.{name}: not one document can be used; the first is {reasons[name]}")
-    shutil.copyfile(vocabulary.path, work / TOKENIZER)
+            first = f"the first is {reasons[name]}" if reasons[name] else "its files hold nothing but blank lines"
+            raise UserError(f"sources.{name}: not one document can be used; {first}")
+    shutil.copyfile(vocabulary.path, work / tokenizer_name(vocabulary.path))
     manifest = Manifest(
         format=FORMAT,
         kind=config.kind,

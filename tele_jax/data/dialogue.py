@@ -43,6 +43,10 @@ def check(messages: Any, *, complete: bool = True) -> None:
             raise UserError(f'messages[{i}] is not a table of the strings "role" and "content"')
         if not message["content"]:
             raise UserError(f"messages[{i}].content is empty")
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"messages[{i}].content: character {error.start} is half a surrogate pair") from None
         if message["role"] not in ("system", "user", "assistant", "bot"):
             raise UserError(f"messages[{i}].role is {message['role']!r}, not one of system, user, assistant")
         if message["role"] == "system" and i > 0:

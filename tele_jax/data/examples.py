@@ -6,11 +6,12 @@ A dialogue begins with its first marker instead, which is given, not predicted: 
 tokens[1:], exactly as the released template without BOS.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
-from tele_jax.data import dialogue
+from tele_jax.data import dialogue, templates
 from tele_jax.data.sources import Corpus, Format
 from tele_jax.data.vocabulary import Vocabulary
 from tele_jax.errors import UserError
@@ -25,6 +26,27 @@ def check_format(domain: str, format: Format, kind: Kind) -> None:
         raise UserError(
             f"sources.{domain}: fine-tuning learns answers, so its files have to be dialogues, not {format}"
         )
+
+
+def check_systems(corpus: Corpus, vocabulary: Vocabulary) -> None:
+    """Raises UserError, with its place, for the first system message that the template has no place for."""
+    if corpus.format == "dialogues" and not _takes_systems(vocabulary):
+        for i in range(len(corpus)):
+            where = f"{corpus.files[corpus.file[i]]}: dialogue at byte {corpus.offset[i]:,}"
+            check_system(corpus.messages(i), vocabulary, where)
+
+
+def check_system(messages: Sequence[dialogue.Message], vocabulary: Vocabulary, where: str) -> None:
+    """The same for one dialogue. where: it is, for the message."""
+    if messages[0]["role"] == "system" and not _takes_systems(vocabulary):
+        try:
+            dialogue.render(messages, vocabulary)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+
+def _takes_systems(vocabulary: Vocabulary) -> bool:
+    return templates.marker_ids(templates.choose(vocabulary), vocabulary).system is not None
 
 
 def example(

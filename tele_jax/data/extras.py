@@ -1,4 +1,4 @@
-"""Imports of what the extra `[data]` installs, on use: the core of tele_jax works without them, and stays quick."""
+"""Imports of what the extras `[data]`, `[beam]` and `[clean]` install, on use: tele_jax itself does without."""
 
 import contextlib
 import importlib
@@ -15,10 +15,30 @@ from tele_jax.errors import UserError
 _CHATTER = re.compile(rb"[IW]0000 |E0000 .*cuInit|WARNING: All log messages before absl::InitializeLog\(\)")
 
 
-def need(module: str) -> types.ModuleType:
-    """Imports `module`, one of those that `pip install tele_jax[data]` brings, or Beam (`[beam]`).
+# Packages that come with `[clean]` and not with `[data]`. (Beam alone comes with `[beam]` too.)
+_CLEAN = frozenset(
+    {
+        "ahocorasick_rs",
+        "apache_beam",
+        "fastwarc",
+        "pyarrow",
+        "pycld2",
+        "rensa",
+        "resiliparse",
+        "scipy",
+        "sklearn",
+    }
+)
+
+
+def need(module: str, *, how: str | None = None) -> types.ModuleType:
+    """Imports `module`, one of those that the extras of tele_jax bring.
 
     TensorFlow (which seqio imports) is kept off accelerators, since those belong to JAX, and kept quiet.
+
+    Args:
+      module: its full name.
+      how: what to do where it is missing; None: install the extra that has it.
 
     Raises:
       UserError: the package is not installed.
@@ -37,8 +57,8 @@ def need(module: str) -> types.ModuleType:
             tensorflow.constant(0)  # looks for devices now, not later when nothing is held back
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        beam = module.startswith("apache_beam")
-        how = "pip install tele_jax[data,beam], or --runner serial" if beam else "pip install tele_jax[data]"
+        extra = "clean" if _CLEAN & {module.split(".")[0], error.name} else "data"
+        how = how or f"pip install tele_jax[{extra}]"
         raise UserError(f"{module} needs the package {error.name!r}, which is not installed: {how}") from None
 
 

@@ -87,7 +87,7 @@ def check(data: DataConfig, *, kind: examples.Kind, seq_len: int) -> Vocabulary:
     """
     vocabulary = open_vocabulary(data, kind)
     if data.cache is None:
-        open_corpora(data, kind, seq_len, "files")
+        open_corpora(data, vocabulary, kind, seq_len, "files")
     else:
         cache.check_fits(
             cache.RowCache(data.cache).manifest,
@@ -98,7 +98,7 @@ def check(data: DataConfig, *, kind: examples.Kind, seq_len: int) -> Vocabulary:
             sha256=vocabulary.sha256,
             template=data.template,
         )
-    open_corpora(resolve(data), kind, seq_len, "validation_files")
+    open_corpora(resolve(data), vocabulary, kind, seq_len, "validation_files")
     return vocabulary
 
 
@@ -135,10 +135,11 @@ class LiveFeed:
 
         Raises:
           UserError: files that are missing, empty, not UTF-8 or not of their format (sources.index); a tokenizer that
-            is missing or lacks what is needed; `[data]` not installed.
+            is missing or lacks what is needed; a system message that its template has no place for; `[data]` not
+            installed.
         """
         vocabulary = open_vocabulary(data, kind)
-        corpora = open_corpora(data, kind, seq_len, "files")
+        corpora = open_corpora(data, vocabulary, kind, seq_len, "files")
         from tele_jax.data import tasks  # TensorFlow
 
         self._errors: list[Exception] = []
@@ -257,7 +258,7 @@ def held_out(data: DataConfig, *, kind: examples.Kind, seq_len: int, batch_size:
       UserError: as LiveFeed.
     """
     vocabulary = open_vocabulary(data, kind)
-    corpora = open_corpora(resolve(data), kind, seq_len, "validation_files")
+    corpora = open_corpora(resolve(data), vocabulary, kind, seq_len, "validation_files")
     return {
         name: _held_out(corpus, vocabulary, kind, seq_len, batch_size, data.eval_bytes)
         for name, corpus in corpora.items()
@@ -316,12 +317,17 @@ def has_dialogues(data: DataConfig, kind: examples.Kind) -> bool:
 
 
 def open_corpora(
-    data: DataConfig, kind: examples.Kind, seq_len: int, field: Literal["files", "validation_files"]
+    data: DataConfig,
+    vocabulary: Vocabulary,
+    kind: examples.Kind,
+    seq_len: int,
+    field: Literal["files", "validation_files"],
 ) -> dict[str, sources.Corpus]:
     """The indexed files of every domain that has some in `field`.
 
     Raises:
-      UserError: as sources.index; fine-tuning on what is not dialogues.
+      UserError: as sources.index; fine-tuning on what is not dialogues; a system message that the template of the
+        vocabulary has no place for.
     """
     corpora = {}
     for name, source in data.sources.items():
@@ -333,4 +339,5 @@ def open_corpora(
             corpora[name] = sources.index(
                 f"sources.{name}.{field}", name, patterns, source.format, span_bytes=span_bytes
             )
+            examples.check_systems(corpora[name], vocabulary)
     return corpora

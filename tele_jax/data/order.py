@@ -42,8 +42,8 @@ def mixture(index: np.ndarray, weights: Sequence[int]) -> tuple[np.ndarray, np.n
     The first domain takes a place where floor(k * its share) moves on; the places that are left over are shared out in
     the same way among the rest. After any number of rows every domain has its share to within one row per domain.
     """
-    if len(index) and int(index.max()) >= MAX_ROWS:
-        raise ValueError(f"place {int(index.max())} is beyond the {MAX_ROWS} rows of a run")
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < MAX_ROWS:
+        raise ValueError(f"places {int(index.min())} to {int(index.max())} are not all in the {MAX_ROWS} rows of a run")
     domain = np.full(index.shape, -1, np.int64)
     before = np.zeros(index.shape, np.int64)
     here, after, remaining = index.astype(np.int64), index.astype(np.int64) + 1, sum(weights)

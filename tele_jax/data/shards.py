@@ -66,10 +66,10 @@ class Done:
 
 
 def plan(config: CacheConfig) -> list[Unit]:
-    """The units of all domains; only the sizes of the files are looked at.
+    """The units of all domains; only the sizes and the first bytes of the files are looked at.
 
     Raises:
-      UserError: a pattern that matches nothing, an empty file, fine-tuning on what is not dialogues.
+      UserError: a pattern that matches nothing, an empty or compressed file, fine-tuning on what is not dialogues.
     """
     units = []
     for domain, source in config.data.sources.items():
@@ -77,9 +77,8 @@ def plan(config: CacheConfig) -> list[Unit]:
         parts: dict[int, list[Part]] = {}
         before = 0
         for path in sources.expand(source.files, f"sources.{domain}.files"):
+            sources.check_plain(path)
             size = os.path.getsize(path)
-            if size == 0:
-                raise UserError(f"{path}: the file is empty")
             # Cuts fall on multiples of shard_bytes of all files together; a text file is one document, and stays whole.
             begin = 0
             while begin < size:
@@ -101,6 +100,7 @@ class _Reader:
 
     unit: Unit
     seed: int
+    vocabulary: Vocabulary | None = None  # whose template has to have a place for the system messages
     rejected: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def documents(self) -> Iterator[tuple[Any, bool]]:
@@ -113,6 +113,8 @@ class _Reader:
             if line is None:
                 yield from self._text(part)
             elif (value := self._check(part.path, offset, line, self._record)) is not None:
+                if self.vocabulary is not None and self.unit.format == "dialogues":
+                    examples.check_system(value, self.vocabulary, f"{part.path}: dialogue at byte {offset:,}")
                 yield value, True
 
     def _lines(self, part: Part) -> Iterator[tuple[int, bytes | None]]:
@@ -127,13 +129,15 @@ class _Reader:
             if part.begin:
                 file.readline()  # the line that begins before; if it ends right at `begin`, this is its last byte
             while (offset := file.tell()) < part.end:
+                if offset == 0:
+                    offset = sources.begin_of(file)
                 line = file.readline()
                 if line.strip():
                     yield offset, line
 
     def _text(self, part: Part) -> Iterator[tuple[str, bool]]:
         with open(part.path, "rb") as file:
-            offset = 0
+            offset = sources.begin_of(file)
             while offset < part.file_bytes:
                 file.seek(offset)
                 data = file.read(DOCUMENT_BYTES)
@@ -269,9 +273,9 @@ def write_unit(unit: Unit, config: CacheConfig, vocabulary: Vocabulary, out: Pat
       UserError: a file has changed since the plan was made.
       FailedError: the disk is full, or something cannot be read or written.
     """
+    if (done := finished(out, unit)) is not None:
+        return done
     account = account_file(out, unit)
-    if account.exists():
-        return from_dict(Done, json.loads(account.read_text()), str(account))
     try:
         account.parent.mkdir(parents=True, exist_ok=True)
         (out / unit.domain).mkdir(exist_ok=True)
@@ -290,7 +294,7 @@ def write_unit(unit: Unit, config: CacheConfig, vocabulary: Vocabulary, out: Pat
 def _write(
     unit: Unit, config: CacheConfig, vocabulary: Vocabulary, out: Path, threads: int
 ) -> tuple[Done, list[dict[str, Any]]]:
-    reader, tokenizer = _Reader(unit, config.seed), _Tokenizer(vocabulary, config, threads)
+    reader, tokenizer = _Reader(unit, config.seed, vocabulary), _Tokenizer(vocabulary, config, threads)
     dtype = records.id_type(vocabulary.vocab_size)
     target = out / f"{unit.name}.array_record"
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
@@ -330,6 +334,17 @@ def _keep(temporary: Path, target: Path, rows: int, out: Path) -> Shard | None:
 def account_file(out: Path, unit: Unit) -> Path:
     """Where the account of a finished unit is: a Done as JSON."""
     return out / ACCOUNTS / f"{unit.name}.json"
+
+
+def finished(out: Path, unit: Unit) -> Done | None:
+    """The account of a unit; None where it is not finished: no account, a damaged one, or a shard of another size."""
+    account = account_file(out, unit)
+    try:
+        done = from_dict(Done, json.loads(account.read_text(encoding="utf-8")), str(account))
+        shard = done.shard
+        return done if shard is None or (out / shard.file).stat().st_size == shard.file_bytes else None
+    except (OSError, ValueError, UserError):
+        return None
 
 
 def replace(path: Path, text: str) -> None:

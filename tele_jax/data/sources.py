@@ -5,10 +5,12 @@ Three formats: `text` (a file is one document), `jsonl` (a line is {"text": ...}
 the start of a run and not on its tenth day; for text it runs at about the speed of the disk.
 """
 
+import codecs
 import dataclasses
 import glob
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -84,6 +86,8 @@ class Corpus:
 def expand(patterns: Sequence[str], where: str) -> tuple[str, ...]:
     """The files that the glob patterns match (`**` crosses directories), each once, sorted.
 
+    A file that is found by two paths (`a.txt` and `./a.txt`, a link) is one file: its first path stands for it.
+
     Raises:
       UserError: a pattern matches no file; `where` says whose pattern it was.
     """
@@ -95,7 +99,33 @@ def expand(patterns: Sequence[str], where: str) -> tuple[str, ...]:
                 raise UserError(f"{where}: {pattern} is a directory; give a pattern, e.g. {pattern.rstrip('/')}/*.txt")
             raise UserError(f"{where}: no file matches {pattern}")
         found.update(matches)
-    return tuple(sorted(found))
+    first: dict[str, str] = {}
+    for path in sorted(found):
+        first.setdefault(os.path.realpath(path), path)
+    return tuple(first.values())
+
+
+_PACKED = {
+    "gzip": rb"\x1f\x8b",
+    "bzip2": rb"BZh[1-9]1AY&SY",
+    "xz": rb"\xfd7zXZ\x00",
+    "zstd": rb"\x28\xb5\x2f\xfd",
+    "zip": rb"PK\x03\x04",
+}
+
+
+def check_plain(path: str) -> None:
+    """Raises UserError where a file is empty or compressed: text is read at any byte of it."""
+    with open(path, "rb") as file:
+        start = file.read(10)
+    if not start:
+        raise UserError(f"{path}: the file is empty")
+    for name, magic in _PACKED.items():
+        if re.match(magic, start):
+            raise UserError(
+                f"{path}: is compressed ({name}), and text is read at any byte of a file; unpack it, or have tele data "
+                "clean write it with output.compression='none'"
+            )
 
 
 def index(where: str, name: str, patterns: Sequence[str], format: Format, *, span_bytes: int = WHOLE) -> Corpus:
@@ -117,6 +147,7 @@ def index(where: str, name: str, patterns: Sequence[str], format: Format, *, spa
     spans = []
     checksum = 0
     for number, path in enumerate(files):
+        check_plain(path)
         count = len(spans)
         scan = _scan_text if format == "text" else _scan_lines
         with open(path, "rb") as file:
@@ -124,8 +155,6 @@ def index(where: str, name: str, patterns: Sequence[str], format: Format, *, spa
                 checksum = zlib.crc32(data, checksum)
                 if span is not None:
                     spans.append((number, *span))
-        if os.path.getsize(path) == 0:
-            raise UserError(f"{path}: the file is empty")
         if len(spans) == count:
             raise UserError(f"{path}: the file holds no document")
     columns = [np.array(column) for column in zip(*spans, strict=True)]
@@ -150,7 +179,7 @@ _Span = tuple[int, int, int, int, bool, int]  # offset, length, begin, end, last
 
 def _scan_text(path: str, file: Any, format: Format, span_bytes: int) -> Iterator[tuple[_Span | None, bytes]]:
     size = os.fstat(file.fileno()).st_size
-    offset = 0
+    offset = begin_of(file)
     while offset < size:
         file.seek(offset)
         data = file.read(min(span_bytes, size - offset))
@@ -163,7 +192,7 @@ def _scan_text(path: str, file: Any, format: Format, span_bytes: int) -> Iterato
 
 
 def _scan_lines(path: str, file: Any, format: Format, span_bytes: int) -> Iterator[tuple[_Span | None, bytes]]:
-    offset = 0
+    offset = begin_of(file)
     for line, data in enumerate(file, start=1):
         record = _decode(data, path, offset, line)
         # What comes after the first span of a line belongs to data that was given out already.
@@ -180,6 +209,13 @@ def _scan_lines(path: str, file: Any, format: Format, span_bytes: int) -> Iterat
         if fresh:
             yield None, fresh
         offset += len(data)
+
+
+def begin_of(file: Any) -> int:
+    """Where the text of a file begins, and the file's position from then on: after a byte order mark, if it has one."""
+    begin = len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+    file.seek(begin)
+    return begin
 
 
 def check_record(record: str, format: Format) -> Any:

@@ -246,13 +246,18 @@ def register(name: str, config: CacheConfig) -> "seqio.Mixture":
     Each has the splits "train" and, where the page names files for it, "validation".
 
     Raises:
-      UserError: as feed.LiveFeed; the name is taken.
+      UserError: as feed.LiveFeed; the name is taken; two domains have one name once seqio's characters are left.
     """
     vocabulary = feed.open_vocabulary(config.data, config.kind)
     train, validation = (
-        feed.open_corpora(config.data, config.kind, config.seq_len, files) for files in ("files", "validation_files")
+        feed.open_corpora(config.data, vocabulary, config.kind, config.seq_len, files)
+        for files in ("files", "validation_files")
     )
-    rates = {_task_name(name, domain): source.rate for domain, source in config.data.sources.items()}
+    rates: dict[str, float] = {}
+    for domain, source in config.data.sources.items():
+        if (own := _task_name(name, domain)) in rates:
+            raise UserError(f"sources.{domain}: its task would be {own!r}, which another domain has; rename one")
+        rates[own] = source.rate
     for taken in (name, *rates):
         if taken in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
             raise UserError(f"seqio already has a task or mixture {taken!r}; choose another name")

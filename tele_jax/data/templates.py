@@ -135,22 +135,37 @@ def marker_ids(template: Template, vocabulary: Vocabulary) -> Markers:
 def encode_content(template: Template, vocabulary: Vocabulary, text: str) -> list[int]:
     """The ids of what somebody said, in which nothing is a marker.
 
-    Where markers are text, one that somebody typed is spelled with its first letter as a byte: the same text in other
+    Where markers are text, one that somebody typed is spelled with one of its letters in bytes: the same text in other
     ids than the marker's.
+
+    Raises:
+      UserError: a marker in the text, and a vocabulary that has only bytes for all of its letters.
     """
     if template.markers == "ids":
         return vocabulary.encode(text)
+    markers = [marker for marker in (template.user, template.bot, template.between) if marker]
     ids = []
     rest = text
-    while rest:
-        places = [rest.find(marker) for marker in (template.user, template.bot, template.between) if marker]
-        place = min((place for place in places if place >= 0), default=None)
-        if place is None:
-            return ids + vocabulary.encode(rest)
+    while found := [(rest.index(marker), marker) for marker in markers if marker in rest]:
+        place, marker = min(found)
+        place += _letter_apart(vocabulary, marker)
         ids += vocabulary.encode(rest[:place]) if place else []
-        ids += [vocabulary.id_of(f"<0x{byte:02X}>") for byte in rest[place].encode()]
+        ids += _in_bytes(vocabulary, rest[place])
         rest = rest[place + 1 :]
-    return ids
+    return ids + vocabulary.encode(rest) if rest else ids
+
+
+def _letter_apart(vocabulary: Vocabulary, marker: str) -> int:
+    """The place of the first letter that the marker itself does not have in bytes; mostly the first."""
+    own = vocabulary.encode(marker)
+    for place, letter in enumerate(marker):
+        if not set(own).intersection(_in_bytes(vocabulary, letter)):
+            return place
+    raise UserError(f"tokenizer {vocabulary.path}: it has only bytes for {marker!r}, which text may not hold then")
+
+
+def _in_bytes(vocabulary: Vocabulary, letter: str) -> list[int]:
+    return [vocabulary.id_of(f"<0x{byte:02X}>") for byte in letter.encode()]
 
 
 def stop_ids(template: Template, vocabulary: Vocabulary) -> list[int]:

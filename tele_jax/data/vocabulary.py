@@ -223,3 +223,8 @@ def load_vocabulary(path: str | os.PathLike) -> Vocabulary:
 def tokenizer_name(path: str | os.PathLike) -> str:
     """What a tokenizer file is called where it travels with checkpoints: one of TOKENIZER_FILES."""
     return TOKENIZER_FILES[is_tokenizers_json(path)]
+
+
+def tokenizer_in(directory: Path) -> Path | None:
+    """The tokenizer file that a cache or a work directory carries; None where there is none."""
+    return next((file for name in TOKENIZER_FILES if (file := directory / name).is_file()), None)

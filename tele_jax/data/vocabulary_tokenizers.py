@@ -23,14 +23,15 @@ def _alphabet() -> dict[str, int]:
 
 BYTES = _alphabet()
 _LETTERS = {byte: letter for letter, byte in BYTES.items()}
+_PROBE = "".join(map(chr, range(128))) + "  a \n\n\u2581\u3000\u753b "  # what pre-tokenizers may drop
 _IN_UTF8 = set(range(0xF5)) - {0xC0, 0xC1}  # the bytes that valid UTF-8 has
 
 
 class TokenizersVocabulary(Vocabulary):
     """A byte-level BPE of the `tokenizers` library; see Vocabulary.
 
-    What differs from the bare file: special tokens are not found in text, and nothing is truncated, padded or added
-    to a text, whatever the file asks for.
+    What differs from the bare file: special tokens are not found in text, and nothing is truncated, padded, stripped
+    or added to a text, whatever the file asks for.
 
     Attributes:
       tokenizer: the tokenizers.Tokenizer.
@@ -44,6 +45,7 @@ class TokenizersVocabulary(Vocabulary):
             _check_lossless(self.path, description)
             for name, token in added.items():
                 token["special"] = token["special"] or name in MARKERS
+                token["lstrip"] = token["rstrip"] = False  # they take white space away
             self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
         except UserError:
             raise
@@ -70,6 +72,10 @@ class TokenizersVocabulary(Vocabulary):
         if self.family is not None:
             self._control |= set(SPECIAL_IDS[self.family].values())
         self._verbatim = {self._ids[name] for name in added}
+        if not self.adds_dummy_prefix and self.decode(self.encode(_PROBE)) != _PROBE:
+            raise UserError(
+                f"tokenizer {self.path}: its pre-tokenizer drops text, so that it would not come back as it was"
+            )
 
     def _first(self, names: tuple[str, ...]) -> int:
         return next((self._ids[name] for name in names if name in self._ids), -1)
@@ -130,6 +136,9 @@ def _parts(description: dict[str, Any], field: str) -> list[dict[str, Any]]:
 
 def _check_lossless(path: str, description: dict[str, Any]) -> None:
     """Raises UserError unless text comes back from its ids exactly."""
+    for field in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if description["model"].get(field):
+            raise UserError(f"tokenizer {path}: its {field} is in no text, so that text would not come back as it was")
     if description["model"].get("type") != "BPE":
         raise UserError(f"tokenizer {path}: its model is {description['model'].get('type')}, only BPE is read here")
     if not any(part.get("type") == "ByteLevel" for part in _parts(description, "pre_tokenizer")):

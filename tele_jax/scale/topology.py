@@ -150,14 +150,19 @@ def _shape_of(generation: Generation, count: int, name: str) -> tuple[int, ...]:
 # -------------------------------------------------------------------------------------------------- with the compiler
 
 
+def libtpu_requirement() -> Requirement:
+    """The libtpu that the installed jax names."""
+    wanted = [Requirement(text) for text in importlib.metadata.requires("jax") or ()]
+    return next(r for r in wanted if r.name == "libtpu" and r.marker and r.marker.evaluate({"extra": "tpu"}))
+
+
 def require_libtpu() -> str:
     """The version of libtpu, which must be the one that jax names.
 
     Raises:
       UserError: it is missing or of another version; the message says what to install.
     """
-    wanted = [Requirement(text) for text in importlib.metadata.requires("jax") or ()]
-    wanted = next(r for r in wanted if r.name == "libtpu" and r.marker and r.marker.evaluate({"extra": "tpu"}))
+    wanted = libtpu_requirement()
     how = f"pip install 'tele_jax[tpu]' installs the one for jax {jax.__version__}, libtpu{wanted.specifier}"
     try:
         version = importlib.metadata.version("libtpu")

@@ -113,13 +113,13 @@ def test_a_mistake_is_one_line(words, match, src, capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_damage_is_exit_1_from_a_process_of_its_own(src, tmp_path):
+def test_a_bad_release_is_exit_2_from_a_process_of_its_own(src, tmp_path):
     config, tensors = releases.tele_flm()
     tensors["model.norm.weight"][3] = float("nan")
     bad = releases.save(tmp_path / "bad", config, tensors)
     command = [sys.executable, "-m", "tele_jax.cli.main", "import", str(bad), str(tmp_path / "ck")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == ""
     expected = f"tele: {bad}/model.safetensors: model.norm.weight: has numbers that are not finite (NaN or infinity)\n"
     assert done.stderr == expected
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]

@@ -179,11 +179,27 @@ def test_mistakes_are_one_line(place, capsys, tmp_path):
         (["data", "show", place / "rows", "--row", "-1"], "--row -1"),
         (["data", "show", place / "rows", "--row", "1", "--step", "2"], "--step: not below 0, and without"),
         (["data", "stats", tmp_path / "absent"], "not a row cache"),
+        (["data", "show", place / "rows", "--step", "9" * 20], "a run has at most 549,755,813,888 rows"),
         (["data", "stats", place / "rows", "--tokens", "0"], "--tokens 0: must be above 0"),
+        (["data", "stats", place / "rows", "--tokens", "inf"], "--tokens inf: must be above 0 and finite"),
+        (["data", "stats", place / "rows", "--plot", tmp_path / "x.weird"], "x.weird: Format 'weird' is not supported"),
+        ([*cache, *out, "--config.data.sources={'a.b': {}}"], "does not accept dots in field names"),
         (["data", "stats", place / "rows", "--config.seed=1"], "tele data stats takes no --config"),
     ):
         assert message in fails(capsys, 2, *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_figures_of_a_cache_that_cannot_be_written_to(place, capsys, tmp_path, monkeypatch):
+    from tele_jax.data import stats
+
+    def refuse(manifest, path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(stats, "plot", refuse)  # root may write everywhere, so that no mode of a file would do
+    assert main(["data", "stats", str(place / "rows"), "--json", str(tmp_path / "stats.json")]) == 0
+    assert "stats.png: Permission denied; --plot FILE puts it elsewhere" in capsys.readouterr().out
+    assert json.loads((tmp_path / "stats.json").read_text())["domains"]
 
 
 def test_a_damaged_shard_is_named_by_verify(place, capsys, tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 
@@ -167,6 +168,8 @@ def test_a_conversation_over_a_pipe(work, monkeypatch, capsys, tmp_path):
         f"/save {saved}",
         "/nonsense",
         f"/save {tmp_path / 'no' / 'such' / 'directory'}",
+        "/save ~nobody-here/x",
+        "/save a\0b",
         "/quit",
         "never asked",
     ]
@@ -183,6 +186,8 @@ def test_a_conversation_over_a_pipe(work, monkeypatch, capsys, tmp_path):
     assert complaints.splitlines() == [
         "tele: /nonsense: no such command; /help lists them, and a space before it sends the line as it is",
         f"tele: {tmp_path / 'no' / 'such' / 'directory'}: No such file or directory",
+        "tele: '~nobody-here/x': Could not determine home directory.",
+        "tele: 'a\\x00b': embedded null byte",
     ]
     written = json.loads(figures.read_text())
     assert len(written["replies"]) == 4
@@ -201,6 +206,15 @@ def test_nothing_on_standard_input(work, monkeypatch, capsys):
 
 def test_a_pipe_that_is_not_utf8(work, monkeypatch, capsys):
     assert converse(monkeypatch, capsys, work, b"caf\xe9\n") == (2, "", "tele: standard input is not UTF-8\n")
+
+
+def test_a_line_that_the_locale_took_for_something_else(work, monkeypatch, capsys):
+    """In the C locale Python reads what is not UTF-8 as halves of surrogate pairs."""
+    stdin = io.TextIOWrapper(io.BytesIO(b"/system caf\xe9\ncaf\xe9\n"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert main(["chat", str(work)]) == 0
+    expected = ["tele: the line: not UTF-8 at byte 11", "tele: the line: not UTF-8 at byte 3"]
+    assert capsys.readouterr().err.splitlines() == expected
 
 
 GENERATE, CHAT = ["generate", "--prompt", "The"], ["chat", "--message", "The"]
@@ -324,6 +338,9 @@ def test_a_conversation_on_a_terminal(work, tmp_path):
         assert "/help lists the commands." in until(b"> ")
         say("The cat?")
         until(b"tokens/s")
+        until(b"> ")
+        process.send_signal(signal.SIGINT)  # Ctrl-C
+        until(b"(Ctrl-D or /quit ends)")
         until(b"> ")
         say("/nonsense")
         assert "tele: /nonsense: no such command" in until(b"> ")

@@ -45,10 +45,25 @@ def test_no_directory(tmp_path):
     refused(tmp_path / "release", tmp_path, UserError, r"release: no such directory; expected a released checkpoint")
 
 
+def test_a_file_in_the_place_of_a_directory(release, tmp_path):
+    file = release() / "model.safetensors"
+    refused(file, tmp_path, UserError, r"model.safetensors: is a file; name the directory that holds it")
+
+
 def test_a_missing_shard_names_the_file_and_a_tensor_that_it_holds(release, tmp_path):
     src = release(shards=3)
     (src / "part-1.safetensors").unlink()
     refused(src, tmp_path, UserError, r"part-1.safetensors: missing; .*index.json has \d+ tensors in it, such as model")
+
+
+def test_an_index_of_another_name_serves_where_there_is_one_only(release, tmp_path):
+    src = release(shards=3)
+    (src / "model.safetensors.index.json").rename(src / "weights.safetensors.index.json")
+    convert.load_hf(src)
+    (src / "part-1.safetensors").unlink()
+    refused(
+        src, tmp_path, UserError, r"part-1.safetensors: missing; weights.safetensors.index.json has \d+ tensors in it"
+    )
 
 
 def test_a_shard_without_a_tensor_that_the_index_promises(release, tmp_path):
@@ -72,8 +87,11 @@ def test_an_index_that_leads_elsewhere(release, tmp_path):
     index = src / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("part-1", "../part-1"))
     refused(src, tmp_path, UserError, r"index.json: .* is placed in '../part-1.safetensors', which is no file beside")
+    for place in ("3", "null", '""', "[]"):
+        index.write_text('{"weight_map": {"a": ' + place + "}}")
+        refused(src, tmp_path, UserError, r"index.json: damaged, a is placed in .*, which is no name of a file")
     index.write_text("{}")
-    refused(src, tmp_path, DamageError, r"index.json: damaged, not an index of safetensors")
+    refused(src, tmp_path, UserError, r"index.json: damaged, not an index of safetensors")
 
 
 @pytest.mark.parametrize("kept", [0.999, 0.5, 0.001])
@@ -82,7 +100,7 @@ def test_a_truncated_file(kept, release, tmp_path):
     file = src / "model.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[: int(len(data) * kept)])
-    message = refused(src, tmp_path, DamageError, r"model.safetensors: (cut short|damaged or cut short)")
+    message = refused(src, tmp_path, UserError, r"model.safetensors: (cut short|damaged or cut short)")
     if kept > 0.1:
         assert "model.layers." in message or "lm_head" in message or "model.norm" in message
 
@@ -95,7 +113,7 @@ def test_a_file_that_shrinks_while_it_is_read(release, tmp_path):
         with file.open("r+b") as stream:
             stream.truncate(20_000)
 
-    with pytest.raises(DamageError, match=r"model.safetensors: cut short at byte"):
+    with pytest.raises(UserError, match=r"model.safetensors: cut short at byte"):
         convert.import_checkpoint(src, tmp_path / "dst", chunk_bytes=700, progress=cut_short, workers=1)
     assert [path.name for path in tmp_path.iterdir()] == ["release"]
 
@@ -121,12 +139,13 @@ def header_of(text: bytes) -> bytes:
         ),
         (header_of(b'{"a": {"shape": [1], "data_offsets": [0, 4]}}') + b"1234", "'dtype'"),
         (header_of(b'{"a": {}, "a": {}}'), "a name occurs twice"),
+        (header_of(b"[" * 100_000), "maximum recursion depth"),
     ],
 )
 def test_a_damaged_header(content, match, release, tmp_path):
     src = release()
     (src / "model.safetensors").write_bytes(content)
-    refused(src, tmp_path, DamageError, rf"model.safetensors.*{match}")
+    refused(src, tmp_path, UserError, rf"model.safetensors.*{match}")
 
 
 def test_pickle_files_are_refused_with_advice(release, tmp_path):
@@ -203,7 +222,7 @@ def test_numbers_that_are_not_finite(name, dtype, value, tmp_path):
     tensors[name] = tensors[name].copy()
     tensors[name].reshape(-1)[-1] = value
     src = releases.save(tmp_path / "release", config, tensors, shards=2)
-    refused(src, tmp_path, DamageError, rf"part-\d.safetensors: {name}: has numbers that are not finite")
+    refused(src, tmp_path, UserError, rf"part-\d.safetensors: {name}: has numbers that are not finite")
 
 
 def test_numbers_that_are_too_large_for_the_dtype_asked_for(release, tmp_path):
@@ -212,7 +231,7 @@ def test_numbers_that_are_too_large_for_the_dtype_asked_for(release, tmp_path):
         tensors[Q][3, 4] = 3.4e38
 
     refused(
-        release(change), tmp_path, DamageError, rf"{Q}, as bfloat16: has numbers that are not finite", dtype="bfloat16"
+        release(change), tmp_path, UserError, rf"{Q}, as bfloat16: has numbers that are not finite", dtype="bfloat16"
     )
 
 
@@ -278,6 +297,8 @@ def test_frequencies_that_old_copies_carry_are_passed_over(release):
         ({"sliding_window": 128}, "sliding_window is 128, but tele_jax has only null"),
         ({"num_key_value_heads": 4}, "num_heads=6 does not divide into num_kv_heads=4"),
         ({"rms_norm_eps": -1}, "rms_eps=-1.0 must be above 0"),
+        ({"rms_norm_eps": float("inf")}, "rms_eps=inf must be finite"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta is 'x', expected float"),
     ],
 )
 def test_a_config_that_tele_jax_cannot_be(change, match, release, tmp_path):
@@ -292,6 +313,7 @@ def test_a_config_that_tele_jax_cannot_be(change, match, release, tmp_path):
         (releases.telechat, {"n_head": 7}, "embed_dim=24 does not divide into num_heads=7"),
         (releases.telechat_52b, {"relative_encoding": "alibi"}, 'relative_encoding is "alibi"'),
         (releases.telechat_52b, {"mup_base_width": 7}, r"mup_base_width is 7, but 24 .* / 2 .* is 12"),
+        (releases.tele_flm, {"hidden_size": 0}, "the hidden size is 0, must be above 0"),
         (releases.tele_flm, {"mup_scale_factor": 0}, "mup_scale_factor is 0.0, must be above 0"),
     ],
 )
@@ -305,6 +327,8 @@ def test_no_config(release, tmp_path):
     src = release()
     (src / "config.json").write_text("[]")
     refused(src, tmp_path, UserError, "config.json: not a table")
+    (src / "config.json").write_text("[" * 100_000)
+    refused(src, tmp_path, UserError, "config.json: not JSON")
     (src / "config.json").write_text("{")
     refused(src, tmp_path, UserError, "config.json: not JSON")
     (src / "config.json").unlink()
@@ -335,6 +359,31 @@ def test_nothing_is_overwritten(release, tmp_path):
     assert before == {file: file.read_bytes() for file in (tmp_path / "ck").rglob("*") if file.is_file()}
 
 
+def test_destinations_that_cannot_be_made(release, tmp_path):
+    src = release()
+    convert.import_checkpoint(src, tmp_path / "ck")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    for dst, match in (("file/ck", r"file/ck.partial: cannot be made \(Not a directory\)"), ("link", "exists already")):
+        with pytest.raises(UserError, match=match):
+            convert.import_checkpoint(src, tmp_path / dst)
+        with pytest.raises(UserError, match=match):
+            convert.export_checkpoint(tmp_path / "ck", tmp_path / dst, format="llama")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ck", "file", "link", "release"]
+
+
+@pytest.mark.parametrize("size", [float("nan"), float("inf")])
+def test_sizes_that_are_no_numbers(size, release, tmp_path):
+    src = release()
+    convert.import_checkpoint(src, tmp_path / "ck")
+    for how in ({"memory_gb": size}, {"shard_gb": size}):
+        with pytest.raises(UserError, match=rf"_gb={size}"):
+            convert.export_checkpoint(tmp_path / "ck", tmp_path / "out", format="llama", **how)
+    with pytest.raises(UserError, match=rf"memory_gb={size} is not a number of gigabytes"):
+        convert.import_checkpoint(src, tmp_path / "other", memory_gb=size)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ck", "release"]
+
+
 def test_addresses_and_too_little_memory(release, tmp_path):
     src = release()
     with pytest.raises(UserError, match="gs://bucket/x: an import needs a file system"):
@@ -351,7 +400,7 @@ def test_an_export_of_numbers_that_are_not_finite_leaves_nothing(release, tmp_pa
     with pytest.raises(DamageError, match=r"layers.mlp.up of layer 2: has numbers that are not finite"):
         convert.save_hf(tmp_path / "out", cfg, params, format="llama")
     bad[2, 3, 4] = 1e6
-    with pytest.raises(DamageError, match=r"layers.mlp.up of layer 2, as float16: has numbers that are not finite"):
+    with pytest.raises(UserError, match=r"layers.mlp.up of layer 2, as float16: has numbers that are not finite"):
         convert.save_hf(tmp_path / "out", cfg, params, format="llama", dtype="float16")
     assert [path.name for path in tmp_path.iterdir()] == ["release"]
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import tele_jax as tele
 from tele_jax import checkpoint, convert
 from tele_jax.axes import flatten
-from tele_jax.convert import families, region
+from tele_jax.config import Ntk, Rope
+from tele_jax.convert import configs, exporting, families, region
 from tele_jax.convert.files import Files, create, split
 from tele_jax.model.spec import flat_spec
 from tests.convert import releases
@@ -171,6 +172,29 @@ def test_what_grew_keeps_the_other_keys_of_its_release(tmp_path):
     loaded = checkpoint.load(tmp_path / "ck")
     expected = np.asarray(tele.forward(cfg, loaded.params, tokens))
     assert np.abs(np.asarray(tele.forward(again, params, tokens)) - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("format", "stated", "change", "key", "found"),
+    [
+        ("telechat", {"num_key_value_heads": 2}, {"num_kv_heads": 6}, "num_key_value_heads", None),
+        ("telechat", {}, {"rope": Rope(ntk=Ntk(original_length=4096, trained_length=32))}, "base_seqlen", None),
+        ("tele_flm", {"mup_base_width": 8}, {"mup_base_width": 12}, "mup_base_width", None),
+        ("tele_flm", {"rope_scaling": {"rope_theta": 700.0}}, {"rope": Rope(theta=900.0)}, "rope_scaling", None),
+        ("telechat_52b", {}, {"mup_base_width": None}, "mup_base_width", None),
+        ("llama", {"rope_parameters": {"rope_theta": 9.0}}, {"num_layers": 4}, "auto_map", "kept"),
+    ],
+)
+def test_no_key_of_the_release_outlives_what_it_said(format, stated, change, key, found):
+    """Where the model changed since, what the writer leaves out must not be left from before."""
+    config = releases.MAKERS[format]()[0] | stated | {"auto_map": "kept"}
+    cfg = configs.read(configs.Keys(config, "config.json"), format).replace(**change)
+    release = {"kind": "import", "format": format, "config": config}
+    document = exporting.outline(cfg, format, dtype="float32", provenance=[release]).document
+    assert document.get(key) == found and document["auto_map"] == "kept"
+    again = configs.read(configs.Keys(document, "config.json"), format)
+    described = {"num_layers", "num_kv_heads", "embed_dim", "mlp_dim", "rope", "logit_mult", "tie_embeddings"}
+    assert {name: getattr(again, name) for name in described} == {name: getattr(cfg, name) for name in described}
 
 
 SPEC = flat_spec(

@@ -61,6 +61,15 @@ def test_the_global_batches_do_not_depend_on_the_number_of_hosts(data, hosts):
         assert caches.same(joined([next(each) for each in feeds]), next(whole))
 
 
+def test_rows_and_steps_that_are_in_no_batch_are_refused(data):
+    for rows in ([8], [-1, 0]):
+        with pytest.raises(ValueError, match="are not all in a batch of 8"):
+            make(data, rows=rows)
+    for step in (-1, 10**12):
+        with pytest.raises(ValueError, match="rows of a run"):
+            make(data).read(step)
+
+
 def test_every_document_is_seen_once_an_epoch(place, data, vocabulary):
     only = DataConfig(tokenizer=data.tokenizer, cache=data.cache, sources={"en": SourceConfig()})
     rows = cache.RowCache(place / "rows").rows["en"]
@@ -184,7 +193,10 @@ def test_a_state_is_for_one_feed_only(data):
     ):
         with pytest.raises(UserError, match=f"saved for another feed: {message}"):
             other.restore(state)
-    for damaged in (b"", state[:-5], b"[1]", b"\xff\xfe"):
+    odd = [
+        state.replace(b'"batches": 0', b'"batches": ' + value) for value in (b"-3", b'"7"', b"null", b"1.5", b"true")
+    ]
+    for damaged in (b"", state[:-5], b"[1]", b"\xff\xfe", *odd):
         with pytest.raises(DamageError, match="the saved position in the data is damaged"):
             make(data).restore(damaged)
     with pytest.raises(UserError, match="was saved for a feed without a cache"):

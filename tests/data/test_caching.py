@@ -107,6 +107,20 @@ def test_what_is_finished_is_kept_when_it_is_started_again(made, tmp_path, vocab
     assert content(tmp_path / "rows") == content(tmp_path / "undisturbed")
 
 
+def test_a_finished_shard_that_is_gone_or_whose_account_is_damaged_is_made_again(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(caching, "_assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        caches.make(made, tmp_path / "rows")
+    monkeypatch.undo()
+    work = tmp_path / "rows.incomplete"
+    (work / "en/00000.array_record").unlink()
+    (work / "en/00001.array_record").write_bytes(b"half")
+    (work / ".done/en/00002.json").write_text('{"shard": ')
+    caches.make(made, tmp_path / "rows")
+    caches.make(made, tmp_path / "undisturbed")
+    assert content(tmp_path / "rows") == content(tmp_path / "undisturbed")
+
+
 KILLED = """
 import pickle, sys
 from pathlib import Path

@@ -275,6 +275,23 @@ def test_bad_sources_are_refused_before_training(real, tmp_path):
         feed.LiveFeed(real, kind="sft", seq_len=8, batch_size=1, seed=0)
 
 
+def test_a_system_message_that_the_template_has_no_place_for_is_found_before_training(model_file, tmp_path):
+    asked = [talk("a", "b"), talk("c", "d"), talk("e", "f")]
+    asked[1]["messages"].insert(0, {"role": "system", "content": "s"})
+    path = write_lines(tmp_path / "talks.jsonl", asked)
+
+    def check(template):
+        sources = {"x": SourceConfig(files=(path,), format="dialogues")}
+        data = DataConfig(tokenizer=str(model_file), sources=sources, template=template)
+        feed.check(data, kind="sft", seq_len=8)
+
+    check("telechat")
+    second = len((tmp_path / "talks.jsonl").read_bytes().splitlines(keepends=True)[0])
+    match = rf"talks.jsonl: dialogue at byte {second}: the template telechat_7b has no place for a system message"
+    with pytest.raises(UserError, match=match):
+        check("telechat_7b")
+
+
 def held(path, format, model_file, eval_bytes=10**9, kind="pretrain", seq_len=32, batch_size=4):
     source = SourceConfig(files=(str(path),), format=format, validation_files=(str(path),))
     data = DataConfig(tokenizer=str(model_file), sources={"x": source}, eval_bytes=eval_bytes)

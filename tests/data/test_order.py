@@ -126,7 +126,7 @@ def test_the_order_is_the_one_that_runs_were_started_with():
 
 
 def test_beyond_the_last_row_of_a_run_is_an_error():
-    with pytest.raises(ValueError, match="is beyond the"):
+    with pytest.raises(ValueError, match="are not all in the"):
         make((1, 2)).locate(np.array([order.MAX_ROWS]))
 
 

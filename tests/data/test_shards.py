@@ -162,6 +162,40 @@ def test_documents_that_cannot_be_used_are_counted_and_kept_aside(model_file, tm
     assert len(kept) == len(BAD)
 
 
+def test_a_system_message_that_the_template_has_no_place_for_is_named(model_file, tmp_path):
+    talks = [caches.talk("a", "b"), caches.talk("c", "d")]
+    talks[1]["messages"].insert(0, {"role": "system", "content": "s"})
+    path = caches.write_lines(tmp_path / "talks.jsonl", talks)
+    made = caches.config(model_file, {"talks": (path, "dialogues", 1)}, kind="sft")
+    made = dataclasses.replace(made, data=dataclasses.replace(made.data, template="telechat_7b"))
+    second = (tmp_path / "talks.jsonl").read_bytes().index(b"\n") + 1
+    match = rf"talks.jsonl: dialogue at byte {second}: the template telechat_7b has no place for a system message"
+    with pytest.raises(UserError, match=match):
+        caches.make(made, tmp_path / "cache")
+
+
+def test_a_byte_order_mark_is_no_text(model_file, vocabulary, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    for format, shard_bytes, expected in (
+        ("jsonl", 2, ["one", "two"]),
+        ("jsonl", 99, ["one", "two"]),
+        ("text", 9, ["one"]),
+    ):
+        name = "txt" if format == "text" else "jsonl"
+        made = caches.config("t.model", {"a": (tmp_path / f"a.{name}", format, 1)}, shard_bytes=shard_bytes)
+        readers = [shards._Reader(unit, seed=0) for unit in shards.plan(made)]
+        assert sorted(text for reader in readers for text, _ in reader.documents()) == expected
+        assert not any(reader.rejected for reader in readers)
+
+
+def test_a_domain_of_blank_lines_is_refused(model_file, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\n\n")
+    made = caches.config(model_file, {"a": (tmp_path / "a.jsonl", "jsonl", 1)})
+    with pytest.raises(UserError, match="not one document can be used; its files hold nothing but blank lines"):
+        caches.make(made, tmp_path / "cache")
+
+
 def test_a_domain_without_one_good_document_is_refused(model_file, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(line for line, _ in BAD))
     made = caches.config(model_file, {"a": (tmp_path / "a.jsonl", "jsonl", 1)})

@@ -1,6 +1,9 @@
 """Checking and indexing text files: nothing is lost or invented, and everything bad is named."""
 
+import bz2
+import gzip
 import json
+import lzma
 import zlib
 
 import pytest
@@ -18,13 +21,13 @@ def write(path, data):
     return str(path)
 
 
-@given(text=LINES.filter(bool), span_bytes=st.integers(8, 64))
+@given(text=LINES.filter(lambda text: text.strip("\ufeff")), span_bytes=st.integers(8, 64))
 @settings(max_examples=100)
 def test_spans_of_a_text_file_join_to_the_file(tmp_path_factory, text, span_bytes):
     path = write(tmp_path_factory.mktemp("text") / "a.txt", text)
     corpus = sources.index("x", "x", [path], "text", span_bytes=span_bytes)
     spans = [corpus.text(i) for i in range(len(corpus))]
-    assert "".join(spans) == text
+    assert "".join(spans) == text.removeprefix("\ufeff")
     assert [len(span.encode()) for span in spans] == corpus.num_bytes.tolist()
     assert corpus.num_bytes.max() <= span_bytes
     assert corpus.last.tolist() == [False] * (len(spans) - 1) + [True]
@@ -108,6 +111,32 @@ def test_a_bad_file_is_named_with_the_place(tmp_path, format, data, message):
     write(tmp_path / "bad.x", data)
     with pytest.raises(UserError, match=message):
         sources.index("sources.code.files", "code", [f"{tmp_path}/*.x"], format, span_bytes=16)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    record = json.dumps({"text": "two\nlines"})
+    for format, data, expected in (
+        ("text", "one\ntwo\n", ["one\ntwo\n"]),
+        ("jsonl", f"{record}\n" * 2, ["two\nlines"] * 2),
+    ):
+        path = write(tmp_path / f"a.{format}", b"\xef\xbb\xbf" + data.encode())
+        corpus = sources.index("x", "x", [path], format)
+        assert [corpus.text(i) for i in range(len(corpus))] == expected
+        assert corpus.num_bytes.sum() == sum(len(text.encode()) for text in expected)
+
+
+@pytest.mark.parametrize(("pack", "name"), [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")])
+def test_a_compressed_file_is_named_as_what_it_is(tmp_path, pack, name):
+    path = write(tmp_path / "a.jsonl", pack(b'{"text": "a"}'))
+    with pytest.raises(UserError, match=rf"a\.jsonl: is compressed \({name}\), .*; unpack it"):
+        sources.index("x", "x", [path], "jsonl")
+
+
+def test_a_file_that_is_found_twice_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.txt", "text")
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    assert len(sources.expand(["a.txt", "./a.txt", f"{tmp_path}/*.txt"], "x")) == 1
 
 
 def test_a_missing_file_and_a_directory_are_named(tmp_path):

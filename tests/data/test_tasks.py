@@ -101,6 +101,11 @@ def test_mistakes_in_a_mixture_are_named(page, name):
     for rate in (0, -1.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match=f"the rate {rate} of .* must be above 0 and finite"):
             tasks.register_mixture(f"{name}_2", {f"{name}.WebText": rate}, page)
+    law = page.data.sources["WebText"]
+    twice = dataclasses.replace(page, data=dataclasses.replace(page.data, sources={"A-Law": law, "A_Law": law}))
+    with pytest.raises(UserError, match=rf"A_Law: its task would be '{name}_3\.A_Law', which another domain has"):
+        tasks.register(f"{name}_3", twice)
+    assert not [task for task in seqio.TaskRegistry.names() if task.startswith(f"{name}_3")]
 
 
 @pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf")])

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from tele_jax.data import templates
 from tele_jax.data.dialogue import render, render_prompt, shortest
 from tele_jax.data.templates import TEMPLATES, choose, encode_content, marker_ids, stop_ids
+from tele_jax.data.vocabulary import load_vocabulary
+from tele_jax.data.vocabulary_training import train_vocabulary
 from tele_jax.errors import UserError
 from tests.data.test_dialogue import LETTERS, talk
 
@@ -63,6 +65,30 @@ def test_a_marker_that_somebody_types_is_the_same_text_in_other_ids(vocabulary, 
         markers = marker_ids(template, vocabulary)
         for marker in filter(None, (markers.user, markers.bot, markers.between, markers.end)):
             assert not any(ids[i : i + len(marker)] == marker for i in range(len(ids)))
+
+
+def test_a_typed_marker_is_told_apart_where_the_vocabulary_has_its_angles_in_bytes_only(tmp_path):
+    texts = ["the cat uses a boat to end the term. "] * 20
+    trained = train_vocabulary(texts, preset="tele_flm", vocab_size=400, character_coverage=1.0)
+    (tmp_path / "tokenizer.model").write_bytes(trained.model)
+    vocabulary = load_vocabulary(tmp_path / "tokenizer.model")
+    marker = vocabulary.encode("<_user>")
+    assert marker[0] == vocabulary.id_of("<0x3C>")
+    for text in ("<_user>", "a <_user><_user> b", "<_us<_user>er>"):
+        ids = encode_content(FIFTY_TWO, vocabulary, text)
+        assert vocabulary.decode(ids) == text
+        assert not any(ids[i : i + len(marker)] == marker for i in range(len(ids)))
+
+
+def test_a_marker_that_is_all_bytes_cannot_be_typed():
+    class Bytes:
+        path = "bytes.model"
+        encode = staticmethod(lambda text: list(text.encode()))
+        id_of = staticmethod(lambda piece: int(piece[3:5], 16))
+
+    assert encode_content(FIFTY_TWO, Bytes(), "user") == list(b"user")
+    with pytest.raises(UserError, match=r"bytes.model: it has only bytes for '<_user>', which text may not hold then"):
+        encode_content(FIFTY_TWO, Bytes(), "a <_user>")
 
 
 def test_a_long_dialogue_is_cut_around_markers_of_several_tokens(vocabulary):

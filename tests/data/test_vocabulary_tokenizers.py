@@ -6,9 +6,10 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 
-from tele_jax.data import extras
+from tele_jax.data import cache, extras
 from tele_jax.data.vocabulary import load_vocabulary
-from tele_jax.errors import UserError
+from tele_jax.errors import DamageError, UserError
+from tests.data import caches
 from tests.data.test_vocabulary import ANY_TEXT
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
@@ -164,12 +165,38 @@ def changed(description, **fields):
     return description | fields
 
 
+DROPS_VOWELS = {"type": "Split", "pattern": {"Regex": "[aeiou]"}, "behavior": "Removed", "invert": False}
+
+
+def before(part):
+    """A pre-tokenizer that does something before the bytes."""
+    whole = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    return {"type": "Sequence", "pretokenizers": [part, whole]}
+
+
+def test_an_added_token_takes_no_white_space_away(description, write):
+    token = dict(id=700, content="<kitten>", special=False, **FLAGS | dict(lstrip=True, rstrip=True))
+    vocabulary = load_vocabulary(write(changed(description, added_tokens=[*description["added_tokens"], token])))
+    ids = vocabulary.encode("a  <kitten>\n b")
+    assert 700 in ids and vocabulary.decode(ids) == "a  <kitten>\n b"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda d: changed(d, model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "only BPE is read"),
         (lambda d: changed(d, pre_tokenizer={"type": "Whitespace"}), "not a byte-level BPE; if a SentencePiece model"),
         (lambda d: changed(d, normalizer={"type": "NFC"}), "its normalizer changes text"),
+        (lambda d: changed(d, pre_tokenizer=before({"type": "Whitespace"})), "its pre-tokenizer drops text"),
+        (lambda d: changed(d, pre_tokenizer=before(DROPS_VOWELS)), "its pre-tokenizer drops text"),
+        (
+            lambda d: changed(d, model=d["model"] | {"end_of_word_suffix": "</w>"}),
+            "its end_of_word_suffix is in no text",
+        ),
+        (
+            lambda d: changed(d, model=d["model"] | {"continuing_subword_prefix": "##"}),
+            "its continuing_subword_prefix is",
+        ),
         (lambda d: changed(d, model=None), "not a JSON file of the tokenizers library"),
         (lambda d: {}, "not a JSON file of the tokenizers library"),
         (
@@ -194,3 +221,19 @@ def test_json_that_is_cut_off_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(UserError, match=r"tokenizer\.json: not a JSON file of the tokenizers library"):
         load_vocabulary(tmp_path / "tokenizer.json")
+
+
+def test_a_cache_carries_it_under_the_name_of_its_kind(description, write, tmp_path):
+    path = caches.write_lines(tmp_path / "a.jsonl", [{"text": "def f(x): return x"}])
+    caches.make(caches.config(write(description), {"a": (path, "jsonl", 1)}), tmp_path / "rows")
+    opened = cache.RowCache(tmp_path / "rows")
+    assert opened.tokenizer() == tmp_path / "rows/tokenizer.json" and not (tmp_path / "rows/tokenizer.model").exists()
+    # As a cache was written before: what a file is, its content says.
+    (tmp_path / "rows/tokenizer.json").rename(tmp_path / "rows/tokenizer.model")
+    assert load_vocabulary(opened.tokenizer()) == load_vocabulary(write(description))
+    (tmp_path / "rows/tokenizer.model").write_text("{}")
+    with pytest.raises(DamageError, match=r"tokenizer\.model: damaged, not the tokenizer that made this cache"):
+        opened.tokenizer()
+    (tmp_path / "rows/tokenizer.model").unlink()
+    with pytest.raises(DamageError, match="rows: its copy of the tokenizer is missing"):
+        opened.tokenizer()

@@ -22,5 +22,4 @@ Around them:
   pipeline.py     all of it, composed and run into a directory that appears when it is complete
   writing.py      shards and the manifest
   report.py       report.json and report.html
-  libraries.py    imports of the extra [clean]
 """

@@ -8,8 +8,8 @@ import re
 import unicodedata
 
 from tele_jax.data.clean.document import Document, Drop
-from tele_jax.data.clean.libraries import need
 from tele_jax.data.clean.settings import ExtractConfig, NormaliseConfig
+from tele_jax.data.extras import need
 
 
 def extract(document: Document, config: ExtractConfig) -> Document | Drop:

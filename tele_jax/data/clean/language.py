@@ -6,9 +6,10 @@ code English.
 
 import re
 
+from tele_jax.data.clean import hashing
 from tele_jax.data.clean.document import Document, Drop
-from tele_jax.data.clean.libraries import need
 from tele_jax.data.clean.settings import LanguageConfig
+from tele_jax.data.extras import need
 
 MAX_CHARS = 20_000  # looked at, from the beginning and the middle: more changes nothing but the time
 _UNFIT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff]")  # CLD2 refuses these
@@ -66,12 +67,13 @@ def identify(text: str) -> tuple[str, str, float]:
     kind = {"en": "en", "zh": "zh", "zh-Hant": "zh"}.get(code, "other")
     # The two Chinese scripts share characters; their shares belong together.
     share = sum(p for _, c, p, _ in found if c == code or (kind == "zh" and c in ("zh", "zh-Hant"))) / 100
-    # CLD2 takes classical Chinese for Japanese now and then; without kana it is not.
-    if code in ("ja", "un") and not re.search("[\u3040-\u30ff\uac00-\ud7af]", part):
+    # CLD2 takes classical Chinese for Japanese, and Chinese with its reading in pinyin for Vietnamese or for a mixture,
+    # counting bytes. Without kana or hangul, a text of whose words at least half are Han characters is Chinese.
+    if code != "en" and not re.search("[\u3040-\u30ff\uac00-\ud7af]", part):
         han = sum("\u3400" <= c <= "\u9fff" for c in part)
-        letters = sum(c.isalpha() for c in part)
-        if han and han >= 0.5 * letters:
-            return "zh", "zh", han / letters
+        words = len(hashing.tokens(part))
+        if han and han >= 0.5 * words:
+            return "zh", "zh", max(han / words, share if kind == "zh" else 0.0)
     return kind, code, share
 
 

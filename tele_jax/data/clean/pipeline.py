@@ -14,8 +14,8 @@ from typing import Any
 
 from tele_jax.config import to_dict
 from tele_jax.data.clean import reading, report, stages, writing
-from tele_jax.data.clean.libraries import need
 from tele_jax.data.clean.settings import CleanConfig
+from tele_jax.data.extras import need
 from tele_jax.data.sources import expand
 from tele_jax.errors import DamageError, FailedError, UserError
 
@@ -38,23 +38,22 @@ def inputs(config: CleanConfig) -> list[Input]:
     found: list[Input] = []
     owner: dict[str, str] = {}
     for name, source in config.sources.items():
-        files = []
+        local = expand([pattern for pattern in source.files if "://" not in pattern], f"sources.{name}.files")
+        files = [Input(path, os.path.getsize(path), name) for path in local]
         for pattern in source.files:
             if "://" in pattern:
                 matched = need("apache_beam.io.filesystems").FileSystems.match([pattern])[0].metadata_list
                 files += [Input(entry.path, entry.size_in_bytes, name) for entry in matched]
                 if not matched:
                     raise UserError(f"sources.{name}.files: no file matches {pattern}")
-            else:
-                paths = expand([pattern], f"sources.{name}.files")
-                files += [Input(path, os.path.getsize(path), name) for path in paths]
         files = sorted(dict.fromkeys(files), key=lambda file: file.path)
         if not sum(file.size for file in files):
             raise UserError(f"sources.{name}: its {len(files)} files are empty")
         for file in files:
-            if file.path in owner:
-                raise UserError(f"sources.{name}: {file.path} is a file of sources.{owner[file.path]} already")
-            owner[file.path] = name
+            place = file.path if "://" in file.path else os.path.realpath(file.path)
+            if place in owner:
+                raise UserError(f"sources.{name}: {file.path} is a file of sources.{owner[place]} already")
+            owner[place] = name
         found += files
     return found
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from tele_jax.data.clean import hashing
 from tele_jax.data.clean.document import Document, Drop
-from tele_jax.data.clean.libraries import need
 from tele_jax.data.clean.settings import QualityConfig
 from tele_jax.data.clean.writing import open_model, replace_file
+from tele_jax.data.extras import need
 from tele_jax.errors import UserError
 
 FORMAT = "tele_jax quality classifier 1"

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from tele_jax.data.clean.document import OFFSET_BITS, Document, Reject
-from tele_jax.data.clean.libraries import need
 from tele_jax.data.clean.settings import SourceConfig
+from tele_jax.data.extras import need
 
 RANGE_BYTES = 64 << 20  # a plain jsonl file is read in ranges of so many bytes, each by any worker
 MAX_RECORD_BYTES = 256 << 20  # of one document: longer is a wrong format, not a text
@@ -59,7 +59,8 @@ def open_stream(path: str) -> BinaryIO:
     if kind == "xz":
         return lzma.LZMAFile(raw)
     if kind == "zst":
-        return io.BufferedReader(need("zstandard").ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+        # Of the packages that read it, the one that takes many frames and says so where the last one is cut off.
+        return io.BufferedReader(need("pyarrow").CompressedInputStream(raw, "zstd"))
     return raw
 
 
@@ -93,13 +94,9 @@ def read(part: Range, config: SourceConfig) -> Iterator[Document | Reject]:
             yield Document(
                 uid(place), record.text, part.source, config.domain, where, record.url, config.language, html
             )
-    except (*READ_ERRORS, *_zstd_error(part.path)) as error:
+    except READ_ERRORS as error:
         detail = f"{type(error).__name__}: {error}"
         yield Reject(uid(last + 1), part.source, part.path, "unreadable", detail)
-
-
-def _zstd_error(path: str) -> tuple[type[Exception], ...]:
-    return (need("zstandard").ZstdError,) if compression(path) == "zst" else ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -142,7 +142,9 @@ def _repetition(text: str, lines: list[str], hashes: np.ndarray, config: RuleCon
     for n, limit in enumerate(config.max_top_ngram, start=2):
         _, counts = np.unique(hashing.ngrams(hashes, n), return_counts=True)
         most = int(counts.max(initial=0))
-        if most > 1:
+        # Twice is no habit: in Gopher's 50 words or more it is below every threshold, and in fewer a title that the
+        # first sentence repeats ("Taiwan Strait. The Taiwan Strait is ...") would be above.
+        if most > 2:
             # Share of tokens, where Gopher takes characters: the same for words of average length.
             yield from _above(f"most frequent {n}-gram", most * n / count, limit)
         # A longer n-gram is at most as frequent: most texts need no further look.

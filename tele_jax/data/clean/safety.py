@@ -6,8 +6,8 @@ from typing import Any
 
 from tele_jax.data.clean import hashing
 from tele_jax.data.clean.document import Document, Drop
-from tele_jax.data.clean.libraries import need
 from tele_jax.data.clean.settings import SafetyConfig
+from tele_jax.data.extras import need
 from tele_jax.data.sources import expand
 from tele_jax.errors import UserError
 

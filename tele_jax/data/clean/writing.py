@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from tele_jax.data.clean.document import Document, Reject, num_bytes
-from tele_jax.data.clean.libraries import need
 from tele_jax.data.clean.settings import OutputConfig
+from tele_jax.data.extras import need
 from tele_jax.errors import FailedError, UserError
 
 FORMAT = "tele_jax cleaned text 1"

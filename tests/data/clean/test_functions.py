@@ -1,5 +1,6 @@
 """The stages that look at one document, against formulas, published examples and plain Python."""
 
+import dataclasses
 import re
 import unicodedata
 
@@ -192,3 +193,14 @@ def test_other_urls_stay_apart():
         "http://[bad",
     ]
     assert len({urls.canonical(url, settings.UrlsConfig()) for url in all_}) == len(all_)
+
+
+def test_a_title_that_the_first_sentence_repeats_breaks_no_rule():
+    text = (
+        "Taiwan Strait\n\nThe Taiwan Strait is a 180-kilometer-wide strait separating the island of Taiwan and mainland"
+        " Asia. It is part of the South China Sea and connects to the East China Sea to the north of the island."
+    )
+    config = dataclasses.replace(settings.EN, min_tokens=30)
+    assert not list(rules.violations(text, "en", config))
+    reasons = {broken.reason for broken in rules.violations(text + " Taiwan Strait!" * 4, "en", config)}
+    assert "most frequent 4-gram" in reasons

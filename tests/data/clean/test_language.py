@@ -16,6 +16,8 @@ SENTENCES = {
     "zh": "市议会星期二开会，决定是否在冬天以前修好那座桥。居民们希望早日通车。",
     "zh traditional": "市議會星期二開會，決定是否在冬天以前修好那座橋。居民們希望早日通車。",
     "zh classical": "山高水長，君子之風也。臨川而歎曰：逝者如斯，不舍晝夜。古之人不余欺也。",
+    "zh with its reading": "迷踪失路（mí zōng shī lù）\n指迷失了道路。\n",
+    "zh proverb with its reading": "柳树上着刀桑树上出血（liǔ shù shàng zháo dāo sāng shù shàng chū xiě）\n代人受过",
     "ja": "市議会は火曜日に会合を開き、冬までに橋を修理するかどうかを決めた。",
     "de": "Der Stadtrat beriet am Dienstag, ob die Brücke noch vor dem Winter repariert werden soll.",
     "fr": "Le conseil s'est réuni mardi pour décider si le pont devait être réparé avant l'hiver.",
@@ -27,7 +29,8 @@ SENTENCES = {
 
 @pytest.mark.parametrize("name", SENTENCES)
 def test_languages_are_told_apart(name):
-    kind, code, _ = identify(SENTENCES[name])
+    kind, code, share = identify(SENTENCES[name])
+    assert share >= LanguageConfig().min_share
     assert kind == (name.split()[0] if name.split()[0] in ("en", "zh") else "other"), code
 
 

@@ -195,6 +195,16 @@ def test_a_source_of_which_nothing_can_be_read_is_named_but_does_not_stop_the_ot
     assert [r["text"] for r in records(tmp_path / "out")] == [prose[0]]
 
 
+def test_a_file_by_two_paths_is_one(tmp_path, jsonl, prose, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jsonl("a.jsonl", [{"text": prose[0]}])
+    page = only(tmp_path, files=("a.jsonl", "./*.jsonl", f"{tmp_path}/a.jsonl"))
+    assert len(pipeline.inputs(clean_config(page))) == 1
+    page["sources"]["b"] = dict(files=("./a.jsonl",), format="jsonl", domain="d")
+    with pytest.raises(UserError, match=r"sources\.b: \./a\.jsonl is a file of sources\.a already"):
+        pipeline.inputs(clean_config(page))
+
+
 def test_what_is_there_is_never_written_over(page, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="is there already"):
@@ -246,6 +256,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(page, tmp_path):
     [
         (dict(stages=("language", "languages")), r"config\.stages\[1\]: 'languages' is not one of"),
         (dict(stages=("rules", "rules")), "named twice"),
+        (dict(sources=dict(a=dict(files=("x",), format="text", domain="rejects"))), "directory is for what could not"),
+        (dict(sources=dict(a=dict(files=("x",), format="text", domain="d", encodings=()))), "give at least one"),
         (dict(stages=("quality",)), "no table quality"),
         (dict(stages=("rules", "language")), "'rules' needs 'language' before it"),
         (dict(stages=("language",), language=dict(keep=("english",))), "'english' is not one of"),

@@ -1,0 +1,250 @@
+"""`tele preflight`: check a command before it is started on other machines, and say what the launchers ask for.
+
+    tele preflight --topology v5p:4x4x8 --bucket gs://B --checkout . -- tele train --config configs/X.py --workdir W
+
+The command will run on other machines, with a copy of the checkout at CODE and with the bucket, mounted, as its current
+directory. Whatever can be known to be wrong is said here, before anything is asked for; what the launchers need comes
+out as assignments that a shell reads: names of the slice, versions, inputs that must be in the bucket, the command.
+"""
+
+import argparse
+import itertools
+import math
+import re
+import shlex
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tele_jax.errors import UserError
+
+HELP = "check a command before it is started on other machines (launch/)"
+OVERRIDES = True
+CODE, MOUNT = "/opt/tele", "/mnt/tele"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--topology", metavar="T", help="slice that the command runs on: v5p:4x4x8, v5p-256, v6e-256")
+    parser.add_argument("--num-slices", type=int, default=1, metavar="N", help="so many of them (1)")
+    parser.add_argument("--api", choices=("tpu", "gke", "dataflow"), default="gke", help="who gives the machines (gke)")
+    parser.add_argument("--bucket", metavar="gs://B", help="where the data is and the results go")
+    parser.add_argument("--checkout", type=Path, metavar="DIR", help="what the machines get a copy of")
+    parser.add_argument("--installed", action="store_true", help="check this machine only: jax and its libtpu")
+    parser.add_argument("command", nargs="*", metavar="-- tele VERB ...", help="the command")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Prints the assignments, and returns them.
+
+    Raises:
+      UserError: whatever is wrong with the versions, the slice, the bucket or the command.
+    """
+    found = versions()
+    if args.installed:
+        from tele_jax.scale.topology import require_libtpu
+
+        found["libtpu"] = require_libtpu()
+    elif args.bucket is None or args.checkout is None or not args.command:
+        raise UserError("--bucket, --checkout and -- tele VERB ... are needed, or --installed")
+    else:
+        found |= _command(args)
+    for name, value in found.items():
+        print(f"{name}=({shlex.join(value)})" if isinstance(value, list) else f"{name}={shlex.quote(str(value))}")
+    return found
+
+
+def versions() -> dict[str, str]:
+    """The jax of this machine, which the others will install, and the libtpu that it names.
+
+    Raises:
+      UserError: jax is not one that tele_jax is made for.
+    """
+    import importlib.metadata
+
+    from packaging.requirements import Requirement
+
+    from tele_jax.scale.topology import libtpu_requirement
+
+    version = importlib.metadata.version("jax")
+    wanted = next(r for text in importlib.metadata.requires("tele_jax") or () if (r := Requirement(text)).name == "jax")
+    if not wanted.specifier.contains(version):
+        raise UserError(f"jax {version}: tele_jax needs jax{wanted.specifier}; pip install 'jax{wanted.specifier}'")
+    return {"jax": version, "libtpu": str(libtpu_requirement().specifier)}
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+def _command(args: argparse.Namespace) -> dict[str, Any]:
+    """Names of the slice, addresses of the inputs, and the command as the machines will run it."""
+    from tele_jax.cli import main
+    from tele_jax.scale import cloud
+    from tele_jax.scale.topology import find_slice
+
+    if not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9]", args.bucket):
+        raise UserError(f"--bucket {args.bucket}: no bucket; it looks like gs://my-bucket, without a path behind it")
+    if args.command[0] != "tele" or args.command[1:2] == ["preflight"]:
+        raise UserError(f"-- {args.command[0]}: the command begins with tele and a verb: -- tele train --config ...")
+    words = [*args.command[1:], *args.overrides]
+    _, inner = main.parse(words)
+    of = None if args.topology is None else find_slice(args.topology, args.num_slices)
+    names: dict[str, Any] = {"code": CODE, "mount": MOUNT, "num_slices": args.num_slices}
+    if of is not None:
+        names |= cloud.tpu_api_names(of) if args.api == "tpu" else cloud.gke_names(of)
+    verb = inner.verb if inner.verb != "data" else f"data {inner.action}"
+    if (verb == "train") != (of is not None):
+        how = "give --topology" if of is None else "it runs on one machine: launch/cpu_vm.sh"
+        raise UserError(f"tele {verb}: {'trains on a slice' if of is None else 'uses no slice'}; {how}")
+    inputs = _INPUTS.get(verb, lambda *_: [])(inner, of)
+    if args.api == "dataflow":
+        _on_dataflow(inner, inputs)
+    page = getattr(inner, "config", None)
+    if page is not None:
+        words = _with_page(words, page, _on_machines(page, args.checkout))
+    return {
+        **names,
+        "inputs": [path if path.startswith("gs://") else f"{args.bucket}/{path}" for path in inputs],
+        "command": ["tele", *words],
+    }
+
+
+def _with_page(words: list[str], page: str, other: str) -> list[str]:
+    changed = [f"--config={other}" if word == f"--config={page}" else word for word in words]
+    return [other if before == "--config" else word for before, word in itertools.pairwise(["", *changed])]
+
+
+def _on_machines(page: str, checkout: Path) -> str:
+    """Where the machines have a page, "page.py:7b" included."""
+    file = Path(page).absolute()
+    root = checkout.absolute()
+    if not file.is_relative_to(root):
+        raise UserError(f"--config {page}: is outside {checkout}, and the machines get only that; copy it there")
+    return str(PurePosixPath(CODE, file.relative_to(root).as_posix()))
+
+
+def _inside(what: str, path: str) -> str:
+    """A path in the bucket, as the machines see it from their current directory."""
+    parts = PurePosixPath(path).parts
+    if PurePosixPath(path).is_absolute() or ".." in parts or ":" in path or not parts:
+        raise UserError(f"{what}={path}: the machines see the bucket as their current directory; give the path in it")
+    return path
+
+
+# ------------------------------------------------------------------------------------- what each verb needs, by verb
+
+
+def _train(inner: argparse.Namespace, of: Any) -> list[str]:
+    """Checks the mesh against the slice, and every stage against the mesh; returns what has to be in the bucket."""
+    from jax.sharding import AbstractMesh
+
+    from tele_jax.cli.pages import load_page
+    from tele_jax.run import run_config
+    from tele_jax.sharding import MESH_AXES
+
+    config = run_config(load_page(inner.config, inner.overrides))
+    _inside("--workdir", str(inner.workdir))
+    sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
+    devices = math.prod(sizes.values())
+    if devices != of.num_devices:
+        mesh = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise UserError(f"config.mesh: {mesh} = {devices} devices, but {of.name} has {of.num_devices}; change the mesh")
+    if config.mesh.data % of.num_slices:
+        raise UserError(
+            f"config.mesh.data={config.mesh.data}: only data crosses the {of.num_slices} slices; make it a multiple"
+        )
+    slices = getattr(config, "num_slices", of.num_slices)
+    if slices != of.num_slices:
+        raise UserError(f"config.num_slices={slices}, but --num-slices {of.num_slices} are asked for; make them equal")
+    data = _fits(config, AbstractMesh(tuple(sizes.values()), MESH_AXES))
+    start = [] if config.start is None else [_inside("config.start", config.start)]
+    return [*start, *dict.fromkeys(data)]
+
+
+def _fits(config: Any, mesh: Any) -> list[str]:
+    """Checks models and batches against the mesh; returns the data of all stages."""
+    from tele_jax.model.spec import spec
+    from tele_jax.run import GrowStage
+    from tele_jax.sharding import batch_sharding, param_shardings
+
+    cfg, data = None, []
+    for name, stage in config.stages.items():
+        try:
+            if isinstance(stage, GrowStage):
+                cfg = None if cfg is None else cfg.replace_from(stage.model, "model")
+            else:
+                cfg = stage.model or cfg
+                batch_sharding(mesh, stage.batch_size // stage.microbatches)
+                data += _data(stage.data, "data")
+            if cfg is not None:  # else config.start holds it, elsewhere: the stage checks its sizes when it begins
+                param_shardings(spec(cfg), mesh)
+        except UserError as error:
+            raise UserError(f"config.{name}: {error}") from None
+    return data
+
+
+def _data(data: Any, where: str) -> list[str]:
+    from tele_jax.data.cache import MANIFEST
+
+    found = [_inside(f"{where}.tokenizer", data.tokenizer)]
+    if data.cache is not None:
+        found.append(f"{_inside(f'{where}.cache', data.cache)}/{MANIFEST}")
+    for name, source in data.sources.items():
+        files = (*(() if data.cache else source.files), *source.validation_files)
+        found += [_inside(f"{where}.sources.{name}", file) for file in files]
+    return found
+
+
+def _grow(inner: argparse.Namespace, of: Any) -> list[str]:
+    from tele_jax.cli import grow
+    from tele_jax.cli.pages import load_page
+
+    if inner.config is not None:
+        grow._stage(load_page(inner.config, inner.overrides), inner)
+    sources = [_inside("SRC", inner.src)]
+    destination = _inside("DST", inner.dst)
+    return [*sources, destination] if inner.check else sources
+
+
+def _cache(inner: argparse.Namespace, of: Any) -> list[str]:
+    from tele_jax.cli.pages import load_page
+    from tele_jax.run import cache_config
+
+    config = cache_config(load_page(inner.config, inner.overrides))
+    _inside("--out", str(inner.out))
+    return _data(config.data, "config.data")
+
+
+def _clean(inner: argparse.Namespace, of: Any) -> list[str]:
+    config = _clean_page(inner)
+    read = [file for source in config.sources.values() for file in source.files]
+    return [*read, *(file for _, file in _side_files(config))]
+
+
+def _clean_page(inner: argparse.Namespace) -> Any:
+    from tele_jax.cli.pages import load_page
+    from tele_jax.data.clean.settings import clean_config
+
+    return clean_config(load_page(inner.config, inner.overrides))
+
+
+def _side_files(config: Any) -> list[tuple[str, str]]:
+    """(stage, file) of models and lists, which every worker opens by its own path."""
+    files = {
+        "quality": lambda table: [table.model],
+        "perplexity": lambda table: table.models.values(),
+        "overlap": lambda table: table.files,
+        "safety": lambda table: table.files,
+    }
+    return [(name, file) for name in config.stages if name in files for file in files[name](getattr(config, name))]
+
+
+def _on_dataflow(inner: argparse.Namespace, inputs: list[str]) -> None:
+    for stage, file in _side_files(_clean_page(inner)):
+        raise UserError(
+            f"config.stages: {stage!r} opens {file} on every worker, and Dataflow's have no files; leave the stage out"
+        )
+    for path in (*inputs, f"{inner.out}/"):
+        if not path.startswith("gs://"):
+            raise UserError(f"{path}: Dataflow reads and writes buckets only; give gs://..., in the page and as --out")
+
+
+_INPUTS = {"train": _train, "grow": _grow, "data cache": _cache, "data clean": _clean}
