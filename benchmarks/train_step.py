@@ -1,17 +1,16 @@
-"""Tokens per second of our training step, against torch and MaxText with the same weights, batches and optimizer.
+"""Tokens per second of our training step, against torch with the same weights, batches and optimizer.
 
-    JAX_PLATFORMS=cpu python benchmarks/train_step.py [--turns 5] [--steps 4] [--threads 2] [--maxtext-python PYTHON]
+    JAX_PLATFORMS=cpu python benchmarks/train_step.py [--turns 5] [--steps 4] [--threads 2]
 
 A Llama of 8.5 million parameters in float32: 8 layers, embed 256, mlp 704, vocabulary 8,192, batches of 8 x 512 tokens;
 AdamW with clipping by global norm. Each library has a process of its own, pinned to the same cores, and waits while
 another one works; they take turns. Ours is the step of tele_jax/train/step.py with what the loop feeds it (segment ids,
 positions, loss weights), plain and behind growth masks. torch is `transformers` with sdpa attention, eager and through
-torch.compile, with foreach or fused AdamW, whichever is fastest. MaxText needs Python 3.12 and an environment of its
-own, which --maxtext-python names; without it that part says why it was left out.
+torch.compile, with foreach or fused AdamW, whichever is fastest. MaxText is not compared yet.
 
 That the work is the same is checked: all start from the same weights, and their losses are printed step by step.
-Prints JSON: tokens per second (medians over the turns), and the ratio of ours to theirs in every turn, of seconds and of
-processor seconds. Needs `[hf]`.
+Prints JSON: tokens per second (medians over the turns), and the ratio of ours to theirs in every turn, of seconds and
+of processor seconds. Needs `[hf]`.
 """
 
 import argparse
@@ -42,16 +41,15 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps of a turn")
     parser.add_argument("--threads", type=int, default=2, help="cores for each")
-    parser.add_argument("--maxtext-python", help="python of an environment with MaxText")
     parser.add_argument("--default-allocator", action="store_true", help="freed memory goes back, for all alike")
-    parser.add_argument("--child", choices=("ours", "torch", "maxtext"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("ours", "torch"), help=argparse.SUPPRESS)
     parser.add_argument("--weights", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     if args.child:
         if not args.default_allocator:
             keep_freed_memory()
-        serve({"ours": ours, "torch": theirs, "maxtext": maxtext}[args.child], Path(args.weights))
+        serve({"ours": ours, "torch": theirs}[args.child], Path(args.weights))
     else:
         print(json.dumps(measure(args), indent=2))
 
@@ -77,10 +75,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         weights = Path(directory) / "weights.npz"
         children = {"ours": Child("ours", sys.executable, weights, args)}  # first: it makes the weights
         children["torch"] = Child("torch", sys.executable, weights, args)
-        if args.maxtext_python:
-            children["maxtext"] = Child("maxtext", args.maxtext_python, weights, args)
-        else:
-            result["maxtext"] = "left out: --maxtext-python does not say where it is installed"
+        result["maxtext"] = "left out: not written yet"
         result["libraries"] = {name: child.hello["library"] for name, child in children.items()}
         runs = [(name, variant) for name, child in children.items() for variant in child.hello["variants"]]
         first = {f"{n}.{v}": children[n].ask({"variant": v, "steps": 2}) for n, v in runs}
@@ -165,9 +160,9 @@ def serve(library: Callable[[Path], tuple[str, Variants]], weights: Path) -> Non
 
 
 def keep_freed_memory() -> None:
-    """As `tele train` does on CPUs, for every library here."""
+    """As `tele train` does, for every library here."""
     spec = importlib.util.spec_from_file_location("memory", Path(__file__).parents[1] / "tele_jax/train/memory.py")
-    memory = importlib.util.module_from_spec(spec)  # not through the package, which MaxText's environment may lack
+    memory = importlib.util.module_from_spec(spec)  # not through the package, whose imports would come too early
     spec.loader.exec_module(memory)
     memory.keep_freed()
 
@@ -297,10 +292,6 @@ def llama_names(tree: Any) -> Iterator[tuple[str, np.ndarray]]:
         yield f"{at}.self_attn.o_proj.weight", tree["layers.attn.o"][i].reshape(-1, embed).T
         for name in ("gate", "up", "down"):
             yield f"{at}.mlp.{name}_proj.weight", tree[f"layers.mlp.{name}"][i].T
-
-
-def maxtext(weights: Path) -> tuple[str, Variants]:
-    raise NotImplementedError
 
 
 if __name__ == "__main__":

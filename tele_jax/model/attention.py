@@ -1,6 +1,6 @@
 """Causal attention in five forms that agree: `reference`, the formula; `xla`, which skips the masked half; `blocks`,
-which does so in its gradient as well and keeps no weights for it; `splash`; and `cached`, which reads of a cache only the
-slots in use.
+which does so in its gradient as well and keeps no weights for it; `splash`; and `cached`, which reads of a cache only
+the slots in use.
 
 `splash` is JAX's own Pallas kernel for TPUs (jax.experimental.pallas.ops.tpu.splash_attention): scores never reach HBM,
 forward or backward. Off TPUs it runs interpreted, which is for tests.
@@ -145,7 +145,7 @@ def _blocks_backward(residuals, gradient):
     product = functools.partial(jnp.einsum, preferred_element_type=accumulate)
     # What every score's gradient is lowered by: the mean of its row's, under the weights.
     mean = jnp.sum(gradient.astype(accumulate) * result.astype(accumulate), axis=-1)
-    # Transposed, [B, K, H, T]: XLA transposes the first factor of such a product, and of these the rows are the narrow one.
+    # Transposed, [B, K, H, T]: XLA transposes the first factor of such a product; of these the rows are the narrow one.
     of_q, of_k, of_v = [], *(jnp.zeros(x.swapaxes(2, 3).shape, accumulate) for x in (k, v))
     for start, end in reversed(_spans(q.shape[2])):  # the longest first: it fills of_k and of_v
         rows, rows_gradient = _rows(q, start, end), _rows(gradient, start, end)
