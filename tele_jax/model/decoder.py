@@ -18,7 +18,7 @@ from tele_jax.axes import declare
 from tele_jax.config import ModelConfig, require
 from tele_jax.model import rope
 from tele_jax.model.attention import SAVED, attend, cached, indices
-from tele_jax.sharding import constrain, lookup, platform, whole_rows
+from tele_jax.sharding import constrain, lookup, mesh_of_step, platform, whole_rows
 
 UNROLLED_LAYERS = 16  # on CPUs; the program, and the time to compile it, grow with them
 
@@ -232,11 +232,12 @@ def rematerialised(cfg: ModelConfig) -> type[Block]:
 
 
 def unrolled(cfg: ModelConfig) -> bool:
-    """Whether the layers are written out one after another instead of as a loop: on CPUs, up to UNROLLED_LAYERS.
+    """Whether the layers are written out one after another instead of as a loop: on one CPU, up to UNROLLED_LAYERS.
 
-    A loop copies what a layer keeps for the backward pass into arrays over all layers, and back.
+    A loop copies what a layer keeps for the backward pass into arrays over all layers, and back. On a mesh of several
+    CPU devices, which is there to be compiled and compared and not for speed, it costs less than compiling each layer.
     """
-    return platform() == "cpu" and cfg.num_layers <= UNROLLED_LAYERS
+    return platform() == "cpu" and mesh_of_step() is None and cfg.num_layers <= UNROLLED_LAYERS
 
 
 class Embed(nn.Module):
