@@ -89,7 +89,7 @@ def start(place: Place | None, *, timeout: int = 300) -> None:
     """
     how: dict[str, Any] = {"initialization_timeout": timeout, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
     if place is None:
-        if not _on_tpu():
+        if not on_tpu():
             return
     elif place.coordinator_address is None:
         return
@@ -106,7 +106,7 @@ def start(place: Place | None, *, timeout: int = 300) -> None:
         ) from error
 
 
-def _on_tpu() -> bool:
+def on_tpu() -> bool:
     """Whether JAX will use TPUs of this machine. (Asking JAX for its devices would be too early.)"""
     from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
