@@ -74,8 +74,10 @@ def find_place(given: Mapping[str, Any], environment: Mapping[str, str] = os.env
         number, count = numbers["process_id"], numbers["num_processes"]
         raise UserError(f"{names['process_id']} {number}: {count} processes have ids from 0 to {count - 1}")
     host, _, port = str(values["coordinator_address"]).rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f"{names['coordinator_address']}: {values['coordinator_address']!r} is not HOST:PORT")
+    if not (host and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(
+            f"{names['coordinator_address']}: {values['coordinator_address']!r} is not HOST:PORT, a port up to 65535"
+        )
     return Place(f"{host}:{port}", **numbers)
 
 

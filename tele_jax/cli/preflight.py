@@ -137,9 +137,13 @@ def _train(inner: argparse.Namespace, of: Any) -> list[str]:
     from jax.sharding import AbstractMesh
 
     from tele_jax.cli.pages import load_page
+    from tele_jax.processes import VARIABLES
     from tele_jax.run import run_config
     from tele_jax.sharding import MESH_AXES
 
+    for name in VARIABLES:
+        if getattr(inner, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')}: leave it out; the workers of a slice find each other")
     config = run_config(load_page(inner.config, inner.overrides))
     _inside("--workdir", str(inner.workdir))
     sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
