@@ -23,7 +23,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,11 @@ def run(config: RunConfig, workdir: Path) -> list[dict[str, Any]]:
 
     Raises:
       UserError: W belongs to another config or is in use; the tokenizer does not fit the model; the mesh leaves out
-        devices of one of several processes.
+        devices of one of several processes, or these were started with different configs.
       FailedError: the loss is not finite; a growth that does not preserve.
       Stopped: SIGTERM came, to any process; the state is saved.
     """
+    _same_everywhere(config)
     mesh = _open_mesh(config)
     with _locked(workdir), StopSignal() as stop:
         tokenizer = _check(config, mesh)
@@ -90,6 +91,16 @@ def run(config: RunConfig, workdir: Path) -> list[dict[str, Any]]:
             previous = directory / "checkpoints"
             plan = _read_plan(directory) if isinstance(stage, GrowStage) else None
     return from_first(lambda: [growing.read_json(workdir / name / "summary.json") for name in config.run])
+
+
+def _same_everywhere(config: RunConfig) -> None:
+    """Several processes would wait for each other for ever where one of them does something else."""
+    mine = _as_json(config)
+    changed = _differences(from_first(lambda: mine), mine, "config", but=())
+    if changed:
+        raise UserError(
+            f"started with another config than process 0: {'; '.join(changed)}; start the same command in all"
+        )
 
 
 def _open_mesh(config: RunConfig) -> jax.sharding.Mesh:
@@ -220,10 +231,10 @@ def _as_json(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(page | where))
 
 
-def _differences(before: Any, now: Any, where: str) -> list[str]:
+def _differences(before: Any, now: Any, where: str, but: Sequence[str] = _CADENCE) -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted((before.keys() | now.keys()) - set(_CADENCE))
-        return [d for key in keys for d in _differences(before.get(key), now.get(key), f"{where}.{key}")]
+        keys = sorted((before.keys() | now.keys()) - set(but))
+        return [d for key in keys for d in _differences(before.get(key), now.get(key), f"{where}.{key}", but)]
     return [] if before == now else [f"{where} was {before!r}, is {now!r}"]
 
 
