@@ -56,7 +56,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     """The value as the type `hint` asks for; raises UserError with its path where it is of another."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
-        return value
+        return value.to_dict() if hasattr(value, "to_dict") else value  # a table of a page, which JSON does not know
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
