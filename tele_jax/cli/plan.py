@@ -121,7 +121,7 @@ def _line(f: dict[str, Any]) -> str:
     head = f"mesh {mesh:28} microbatches {f['microbatches']:2} remat {f['remat']:9} margin {f['margin']:5.0%}"
     if not f["fits"]:
         return f"{head}  does not fit"
-    return f"{head}  step {f['seconds']['step']:.3f} s, {f['limit']}, utilisation {f['utilisation_bound']:.1%}"
+    return f"{head}  step {f['seconds']['step']:.4g} s, {f['limit']}, utilisation {f['utilisation_bound']:.1%}"
 
 
 # --------------------------------------------------------------------------------------------------- what is asked for

@@ -14,12 +14,14 @@ import os
 import re
 import shutil
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from tele_jax.errors import DamageError
 from tele_jax.scale import counts as counting
 from tele_jax.scale import hlo, topology
 from tele_jax.scale.counts import Counts
@@ -68,6 +70,7 @@ def compile_job(job: OnSlice, cache: Path | None = None) -> Program:
     the versions of the compiler. A program that does not fit is a result, not an error.
 
     Raises:
+      DamageError: what the cache holds of this program cannot be read.
       UserError: as make_mesh, partition_spec and topology.devices do: shapes that do not divide, libtpu missing.
     """
     mesh, lowered, key = _lowered(job)
@@ -75,10 +78,9 @@ def compile_job(job: OnSlice, cache: Path | None = None) -> Program:
     known = (directory / "program.json").exists()
     if not known:
         _store(directory, *_compile(job, mesh, lowered))
-    values = json.loads((directory / "program.json").read_text())
+    values, text = _read(directory)
     order = tuple(map(tuple, values.pop("device_order")))
-    text = directory / "program.hlo.gz"
-    counts = counting.count(hlo.parse(gzip.decompress(text.read_bytes()).decode())) if text.exists() else None
+    counts = None if text is None else counting.count(hlo.parse(text))
     return Program(**values, device_order=order, key=key, counts=counts, from_cache=known)
 
 
@@ -102,6 +104,15 @@ def _store(directory: Path, values: dict[str, Any], text: str | None) -> None:
     with contextlib.suppress(FileExistsError, OSError):  # another process was faster
         part.rename(directory)
     shutil.rmtree(part, ignore_errors=True)
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], str | None]:
+    file = directory / "program.hlo.gz"
+    try:
+        values = json.loads((directory / "program.json").read_text())
+        return values, gzip.decompress(file.read_bytes()).decode() if file.exists() else None
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DamageError(f"{directory}: damaged ({error}); delete it, and the program is compiled again") from None
 
 
 def _key(job: OnSlice, lowered: jax.stages.Lowered) -> str:

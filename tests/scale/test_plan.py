@@ -123,6 +123,10 @@ def test_the_step_of_a_page_is_compiled_and_counted(page, tmp_path, capsys):
     assert main(argv) == 0
     again = json.loads((tmp_path / "j").read_text())
     assert again.pop("from_cache") and found.pop("from_cache") is False and again == found
+    program = tmp_path / found["program"] / "program.hlo.gz"
+    program.write_bytes(program.read_bytes()[:1000])
+    capsys.readouterr()
+    assert main(argv) == 1 and f"{program.parent}: damaged" in capsys.readouterr().err
 
 
 def figures_of(argv, tmp_path):
