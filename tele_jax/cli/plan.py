@@ -23,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", metavar="P", help="of that growth (exact)")
     parser.add_argument("--decode", action="store_true", help="plan a step of decoding against a cache of --seq-len")
     parser.add_argument("--topology", required=True, metavar="T", help="such as v5p:8x16x16, v5p-4096, v6e-256")
-    parser.add_argument("--num-slices", type=int, default=1, metavar="N", help="so many of them, data over all (1)")
+    parser.add_argument("--num-slices", type=int, metavar="N", help="so many of them, data over all; the page's, or 1")
     parser.add_argument("--mesh", metavar="M", help="such as fsdp=64,tensor=2; by default the page's")
     parser.add_argument("--batch-size", type=int, metavar="N", help="sequences a step, over all devices")
     parser.add_argument(
@@ -131,15 +131,15 @@ def _job(args: argparse.Namespace) -> tuple[Any, float | None]:
 
     if (args.config is None) == (args.model is None):
         raise UserError("give either --config FILE or --model NAME")
-    of = find_slice(args.topology, args.num_slices)
     if args.search and args.tries <= 0:
         raise UserError(f"--tries {args.tries}: must be above 0")
     cfg, values, tokens = _from_page(args) if args.config else _from_model(args)
-    mesh = values.pop("mesh", None)
+    mesh, slices = values.pop("mesh", None), values.pop("num_slices", 1)
+    of = find_slice(args.topology, slices if args.num_slices is None else args.num_slices)
     if args.mesh is not None:
         mesh = _mesh(args.mesh)
     if args.search:
-        mesh = MeshConfig(fsdp=of.num_devices // args.num_slices, data=args.num_slices)
+        mesh = MeshConfig(fsdp=of.num_devices // of.num_slices, data=of.num_slices)
     elif mesh is None:
         raise UserError(f"--mesh: missing; for example fsdp={of.num_devices}, or --search for the best")
     make = _decoding if args.decode else _growing if "plan" in values else _training
@@ -237,6 +237,7 @@ def _from_page(args: argparse.Namespace) -> tuple[Any, dict[str, Any], float | N
     name = args.stage or trained[-1]
     if name not in config.run:
         raise UserError(f"--stage {name}: no stage of {args.config}; it has {', '.join(config.run)}")
+    where = {"mesh": config.mesh, "num_slices": config.num_slices}
     cfg = optimizer = None
     for before in config.run[: config.run.index(name) + 1]:
         stage = config.stages[before]
@@ -247,8 +248,8 @@ def _from_page(args: argparse.Namespace) -> tuple[Any, dict[str, Any], float | N
     if isinstance(stage, GrowStage):
         # Which layers are copied does not change what a growth costs; scores for it need a model that is there.
         plan = plan_of(small, cfg, stage, layers="uniform" if stage.layers == "distance" else None)
-        values = {"plan": plan, "optimizer_state": stage.optimizer_state, "mesh": config.mesh}
+        values = {"plan": plan, "optimizer_state": stage.optimizer_state, **where}
         return cfg, values | ({"optimizer": optimizer} if optimizer else {}), None
     values = {key: getattr(stage, key) for key in ("batch_size", "seq_len", "microbatches", "optimizer")}
     tokens = None if args.decode else float(stage.steps * stage.batch_size * stage.seq_len)
-    return cfg, {**values, "mesh": config.mesh}, tokens
+    return cfg, {**values, **where}, tokens

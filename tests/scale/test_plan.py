@@ -72,6 +72,15 @@ def test_a_page_without_such_a_stage(page, capsys):
     assert f"--stage third: no stage of {page}; it has first, grow, second" in capsys.readouterr().err
 
 
+def test_the_slices_are_those_of_the_page(page, capsys):
+    two = ["--config.num_slices=2", "--config.mesh.data=2"]
+    argv = ["plan", "--config", page, *two, "--topology", "v5e:2x2", "--mesh", "fsdp=8"]
+    assert main(argv) == 2
+    assert "data=1: there are 2 slices" in capsys.readouterr().err
+    assert main([*argv, "--num-slices", "1"]) == 2
+    assert "= 8 devices, but v5e:2x2 has 4" in capsys.readouterr().err
+
+
 @needs_libtpu
 def test_the_step_of_a_page_is_compiled_and_counted(page, tmp_path, capsys):
     argv = ["plan", "--config", page, "--topology", "v5e:2x2", "--cache", str(tmp_path), "--json", str(tmp_path / "j")]
