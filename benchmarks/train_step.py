@@ -1,14 +1,15 @@
-"""Tokens per second of our training step, against torch with the same weights, batches and optimizer.
+"""Tokens per second of our training step, against torch with the same weights, batches and optimizer, and MaxText.
 
-    JAX_PLATFORMS=cpu python benchmarks/train_step.py [--turns 5] [--steps 4] [--threads 2]
+    JAX_PLATFORMS=cpu python benchmarks/train_step.py [--turns 5] [--steps 4] [--threads 2] [--maxtext-python P]
 
 A Llama of 8.5 million parameters in float32: 8 layers, embed 256, mlp 704, vocabulary 8,192, batches of 8 x 512 tokens;
 AdamW with clipping by global norm. Each library has a process of its own, pinned to the same cores, and waits while
 another one works; they take turns. Ours is the step of tele_jax/train/step.py with what the loop feeds it (segment ids,
 positions, loss weights), plain and behind growth masks. torch is `transformers` with sdpa attention, eager and through
-torch.compile, with foreach or fused AdamW, whichever is fastest. MaxText is not compared yet.
+torch.compile, with foreach or fused AdamW, whichever is fastest. MaxText has its own weights, and the better of its
+layers in a loop and written out; it is left out where --maxtext-python does not say what Python has it.
 
-That the work is the same is checked: all start from the same weights, and their losses are printed step by step.
+That the work is the same is checked: ours and torch start from the same weights, and losses are printed step by step.
 Prints JSON: tokens per second (medians over the turns), and the ratio of ours to theirs in every turn, of seconds and
 of processor seconds. Needs `[hf]`.
 """
@@ -42,14 +43,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps of a turn")
     parser.add_argument("--threads", type=int, default=2, help="cores for each")
     parser.add_argument("--default-allocator", action="store_true", help="freed memory goes back, for all alike")
-    parser.add_argument("--child", choices=("ours", "torch"), help=argparse.SUPPRESS)
+    parser.add_argument("--maxtext-python", metavar="P", help="the python of an environment with MaxText 0.2.5")
+    parser.add_argument("--child", choices=tuple(LIBRARIES), help=argparse.SUPPRESS)
     parser.add_argument("--weights", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     if args.child:
         if not args.default_allocator:
             keep_freed_memory()
-        serve({"ours": ours, "torch": theirs}[args.child], Path(args.weights))
+        serve(LIBRARIES[args.child], Path(args.weights))
     else:
         print(json.dumps(measure(args), indent=2))
 
@@ -75,7 +77,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         weights = Path(directory) / "weights.npz"
         children = {"ours": Child("ours", sys.executable, weights, args)}  # first: it makes the weights
         children["torch"] = Child("torch", sys.executable, weights, args)
-        result["maxtext"] = "left out: not written yet"
+        if args.maxtext_python:
+            children["maxtext"] = Child("maxtext", args.maxtext_python, weights, args)
+        else:
+            result["maxtext"] = "left out: --maxtext-python does not say where it is installed"
         result["libraries"] = {name: child.hello["library"] for name, child in children.items()}
         runs = [(name, variant) for name, child in children.items() for variant in child.hello["variants"]]
         first = {f"{n}.{v}": children[n].ask({"variant": v, "steps": 2}) for n, v in runs}
@@ -275,6 +280,86 @@ def theirs(weights: Path) -> tuple[str, Variants]:
             "compiled_fused": variant("fused", True),
         },
     )
+
+
+def maxtext(weights: Path) -> tuple[str, Variants]:
+    del weights  # it draws its own
+    from importlib.metadata import version
+
+    import jax
+    import maxtext as package
+    from flax import nnx
+    from flax.linen import logical_axis_rules
+    from maxtext.configs import pyconfig
+    from maxtext.trainers.pre_train import train
+    from maxtext.utils import sharding, train_utils
+
+    settings = dict(
+        decoder_block="llama2",
+        base_num_decoder_layers=SHAPE["num_layers"],
+        base_emb_dim=SHAPE["embed_dim"],
+        base_num_query_heads=SHAPE["num_heads"],
+        base_num_kv_heads=SHAPE["num_heads"],
+        head_dim=SHAPE["head_dim"],
+        base_mlp_dim=SHAPE["mlp_dim"],
+        vocab_size=SHAPE["vocab_size"],
+        max_target_length=LENGTH,
+        per_device_batch_size=ROWS,
+        dtype="float32",
+        weight_dtype="float32",
+        attention="dot_product",
+        remat_policy="minimal",  # keeps every product
+        adam_b1=ADAM["beta1"],
+        adam_b2=ADAM["beta2"],
+        adam_eps=ADAM["eps"],
+        adam_weight_decay=ADAM["weight_decay"],
+        gradient_clipping_threshold=ADAM["clip_norm"],
+        learning_rate=ADAM["learning_rate"],
+        steps=1000,
+        run_name="train_step",
+        base_output_directory=tempfile.gettempdir(),
+        hardware="cpu",
+        dataset_type="synthetic",
+        enable_checkpointing=False,
+        enable_tensorboard=False,
+        skip_jax_distributed_system=True,
+    )
+
+    def variant(scan: bool) -> Any:
+        def prepare() -> Any:
+            page = str(Path(package.__file__).parent / "configs" / "base.yml")
+            given = [f"{name}={value}" for name, value in (settings | {"scan_layers": scan}).items()]
+            config = pyconfig.initialize(["", page, *given])
+            _, _, shardings, _, mesh, *_, eval_iterator, state = train_utils.setup_train_loop(config, None)
+            graph, state = nnx.split(state)
+            of_params, shardings = sharding.maybe_update_params_sharding_with_opt(config, shardings)
+            step, _ = train_utils.jit_train_and_eval_step(
+                config, graph, mesh, state, shardings, train.train_step, train.eval_step, eval_iterator, of_params
+            )
+            ones = np.ones((ROWS, LENGTH), np.int32)
+            positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
+            whole = {f"{side}_segmentation": ones for side in ("inputs", "targets")}
+            whole |= {f"{side}_position": positions for side in ("inputs", "targets")}
+            held = [state]
+
+            def run(batch: dict[str, np.ndarray]) -> float:
+                with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
+                    rows = whole | {"inputs": batch["tokens"], "targets": batch["targets"]}
+                    placed = jax.device_put(rows, sharding.get_input_data_sharding(config, mesh))
+                    held[0], metrics = step(held[0], placed)
+                    return float(metrics["scalar"]["learning/lm_loss"])
+
+            return run
+
+        return prepare
+
+    return (
+        f"maxtext {version('maxtext')} on jax {jax.__version__}",
+        {"loop": variant(True), "written_out": variant(False)},
+    )
+
+
+LIBRARIES = {"ours": ours, "torch": theirs, "maxtext": maxtext}
 
 
 def llama_names(tree: Any) -> Iterator[tuple[str, np.ndarray]]:

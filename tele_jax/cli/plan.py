@@ -135,15 +135,13 @@ def _job(args: argparse.Namespace) -> tuple[Any, float | None]:
 
     if args.config is None and args.model is None:
         raise UserError("give either --config FILE or --model NAME")
-    find_slice(args.topology)
     if args.search:
         _refuse(args, "--search, which tries them", "mesh", "remat", "microbatches")
         if args.tries <= 0:
             raise UserError(f"--tries {args.tries}: must be above 0")
     cfg, values, tokens = _from_page(args) if args.config else _from_model(args)
-    slices = values.pop("num_slices", 1)
+    mesh, slices = values.pop("mesh", None), values.pop("num_slices", 1)
     of = find_slice(args.topology, slices if args.num_slices is None else args.num_slices)
-    mesh = values.pop("mesh", None)
     if args.mesh is not None:
         mesh = _mesh(args.mesh)
     if args.search:

@@ -98,10 +98,13 @@ def test_the_model_of_a_page_s_start_is_looked_for_there_or_named(going_on, page
     assert "has a model of its own" in capsys.readouterr().err
 
 
-def test_the_slices_of_a_page_are_planned_for(page, capsys):
-    slices = ["--config.num_slices=2", "--config.mesh.data=2"]
-    assert main(["plan", "--config", page, "--topology", "v5e:2x2", *slices, "--mesh", "data=2,fsdp=2"]) == 2
-    assert "= 4 devices, but 2 x v5e:2x2 has 8" in capsys.readouterr().err
+def test_the_slices_are_those_of_the_page(page, capsys):
+    two = ["--config.num_slices=2", "--config.mesh.data=2"]
+    argv = ["plan", "--config", page, *two, "--topology", "v5e:2x2", "--mesh", "fsdp=8"]
+    assert main(argv) == 2
+    assert "data=1: there are 2 slices" in capsys.readouterr().err
+    assert main([*argv, "--num-slices", "1"]) == 2
+    assert "= 8 devices, but v5e:2x2 has 4" in capsys.readouterr().err
 
 
 @needs_libtpu

@@ -45,8 +45,11 @@ def local_bytes(itemsize):
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_over_data_only_sums_travel(microbatches):
-    """As the partitioner writes it for 8 CPUs: data is the axis that runs over slices."""
-    module = program(make_mesh(MESH, jax.devices()), microbatches, seq_len=16)
+    """As the partitioner writes it for 8 CPUs: data is the axis that runs over slices.
+
+    With rows of 64 tokens and less, smaller than the weights, it permutes activations instead, also over data.
+    """
+    module = program(make_mesh(MESH, jax.devices()), microbatches, seq_len=512)
     half = MESH.fsdp * MESH.tensor
     kinds = {"within": set(), "across": set()}
     for computation in module.computations.values():
