@@ -227,6 +227,13 @@ class ModelConfig:
         """What the logits are multiplied by: output_mult / r."""
         return self.output_mult / self.width_ratio
 
+    def require_positions(self, seq_len: int) -> None:
+        """Raises UserError for rows of more tokens than the model has positions; with NTK scaling it has any number."""
+        require(
+            self.rope.ntk is not None or seq_len <= self.max_seq_len,
+            f"seq_len={seq_len} is above the model's max_seq_len={self.max_seq_len}",
+        )
+
     def rope_length_factors(self, length: int) -> tuple[float, float]:
         """(rotary base, factor on cos and sin) for a sequence of `length` tokens in total."""
         ntk = self.rope.ntk

@@ -74,8 +74,10 @@ def find_place(given: Mapping[str, Any], environment: Mapping[str, str] = os.env
         number, count = numbers["process_id"], numbers["num_processes"]
         raise UserError(f"{names['process_id']} {number}: {count} processes have ids from 0 to {count - 1}")
     host, _, port = str(values["coordinator_address"]).rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f"{names['coordinator_address']}: {values['coordinator_address']!r} is not HOST:PORT")
+    if not (host and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(
+            f"{names['coordinator_address']}: {values['coordinator_address']!r} is not HOST:PORT, a port up to 65535"
+        )
     return Place(f"{host}:{port}", **numbers)
 
 
@@ -89,7 +91,7 @@ def start(place: Place | None, *, timeout: int = 300) -> None:
     """
     how: dict[str, Any] = {"initialization_timeout": timeout, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
     if place is None:
-        if not _on_tpu():
+        if not on_tpu():
             return
     elif place.coordinator_address is None:
         return
@@ -106,7 +108,7 @@ def start(place: Place | None, *, timeout: int = 300) -> None:
         ) from error
 
 
-def _on_tpu() -> bool:
+def on_tpu() -> bool:
     """Whether JAX will use TPUs of this machine. (Asking JAX for its devices would be too early.)"""
     from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 

@@ -39,10 +39,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns its exit code: 0, 2 for a user's mistake, 1 for a failure."""
+    """Runs one command line and returns its exit code: 0, 2 for a user's mistake, 1 for a failure.
+
+    argv: None for the command line of this process, which is then the verb's own to set up; a notebook's or a test's is
+      not.
+    """
+    own_process = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _main(argv)
+        return _main(argv, own_process)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -75,8 +80,9 @@ def parse(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
     return module, args
 
 
-def _main(argv: list[str]) -> int:
+def _main(argv: list[str], own_process: bool) -> int:
     module, args = parse(argv)
+    args.own_process = own_process
     target = getattr(args, "json", None)
     if target is not None and not target.parent.is_dir():  # noticed now, and not after hours of work
         raise UserError(f"--json {target}: there is no directory {target.parent}")

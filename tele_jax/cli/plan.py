@@ -18,7 +18,11 @@ OVERRIDES = True
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="a page with stages, as in configs/")
     parser.add_argument("--stage", metavar="NAME", help="which stage of the page; by default the last that trains")
-    parser.add_argument("--model", metavar="NAME", help="instead of a page: a published model, such as tele_flm_52b")
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="a published model, such as tele_flm_52b: instead of a page, or what its config.start holds",
+    )
     parser.add_argument("--grow-to", metavar="NAME", help="plan the growth of --model into this one, not its training")
     parser.add_argument("--policy", metavar="P", help="of that growth (exact)")
     parser.add_argument("--decode", action="store_true", help="plan a step of decoding against a cache of --seq-len")
@@ -129,13 +133,17 @@ def _job(args: argparse.Namespace) -> tuple[Any, float | None]:
     from tele_jax.run import MeshConfig
     from tele_jax.scale.topology import find_slice
 
-    if (args.config is None) == (args.model is None):
+    if args.config is None and args.model is None:
         raise UserError("give either --config FILE or --model NAME")
-    if args.search and args.tries <= 0:
-        raise UserError(f"--tries {args.tries}: must be above 0")
+    find_slice(args.topology)
+    if args.search:
+        _refuse(args, "--search, which tries them", "mesh", "remat", "microbatches")
+        if args.tries <= 0:
+            raise UserError(f"--tries {args.tries}: must be above 0")
     cfg, values, tokens = _from_page(args) if args.config else _from_model(args)
-    mesh, slices = values.pop("mesh", None), values.pop("num_slices", 1)
+    slices = values.pop("num_slices", 1)
     of = find_slice(args.topology, slices if args.num_slices is None else args.num_slices)
+    mesh = values.pop("mesh", None)
     if args.mesh is not None:
         mesh = _mesh(args.mesh)
     if args.search:
@@ -147,10 +155,11 @@ def _job(args: argparse.Namespace) -> tuple[Any, float | None]:
 
 
 def _training(args: argparse.Namespace, cfg: Any, values: dict[str, Any], where: dict[str, Any]) -> Any:
+    from tele_jax.config import ModelConfig, convert
     from tele_jax.scale.jobs import Job
 
     if args.remat is not None:
-        cfg = cfg.replace_from({"remat": args.remat}, "--remat")
+        cfg = dataclasses.replace(cfg, remat=convert(ModelConfig.__annotations__["remat"], args.remat, "--remat"))
     values |= _sizes(args, "batch_size", "seq_len", "microbatches")
     if "batch_size" not in values:
         raise UserError("--batch-size: missing; sequences a step over all devices")
@@ -198,7 +207,7 @@ def _mesh(text: str) -> Any:
     sizes = {}
     for part in text.split(","):
         axis, equals, size = part.partition("=")
-        if not equals or not size.isdigit():
+        if not equals or not (size.isascii() and size.isdecimal()):
             raise UserError(
                 f"--mesh {text}: expected AXIS=SIZE,... with data, fsdp and tensor, such as fsdp=64,tensor=2"
             )
@@ -233,23 +242,40 @@ def _from_page(args: argparse.Namespace) -> tuple[Any, dict[str, Any], float | N
 
     _refuse(args, "a page, whose stages name them", "grow_to", "policy")
     config = run_config(load_page(args.config, args.overrides))
+    cfg, optimizer = _start(args, config.start), None
     trained = [name for name in config.run if isinstance(config.stages[name], TrainStage)]
     name = args.stage or trained[-1]
     if name not in config.run:
         raise UserError(f"--stage {name}: no stage of {args.config}; it has {', '.join(config.run)}")
-    where = {"mesh": config.mesh, "num_slices": config.num_slices}
-    cfg = optimizer = None
     for before in config.run[: config.run.index(name) + 1]:
         stage = config.stages[before]
         if isinstance(stage, GrowStage):
             small, cfg = cfg, cfg.replace_from(stage.model, f"config.{before}.model")
         else:
             cfg, optimizer = stage.model or cfg, stage.optimizer
+    where = {"mesh": config.mesh, "num_slices": config.num_slices}
     if isinstance(stage, GrowStage):
         # Which layers are copied does not change what a growth costs; scores for it need a model that is there.
         plan = plan_of(small, cfg, stage, layers="uniform" if stage.layers == "distance" else None)
         values = {"plan": plan, "optimizer_state": stage.optimizer_state, **where}
         return cfg, values | ({"optimizer": optimizer} if optimizer else {}), None
-    values = {key: getattr(stage, key) for key in ("batch_size", "seq_len", "microbatches", "optimizer")}
+    values = {key: getattr(stage, key) for key in ("batch_size", "seq_len", "microbatches", "optimizer")} | where
     tokens = None if args.decode else float(stage.steps * stage.batch_size * stage.seq_len)
-    return cfg, {**values, **where}, tokens
+    return cfg, values, tokens
+
+
+def _start(args: argparse.Namespace, start: str | None) -> Any:
+    """The model of the checkpoint that the first stage of a page starts from; None where the page has its own."""
+    from tele_jax import checkpoint
+    from tele_jax.published import get_model
+
+    if start is None:
+        if args.model is not None:
+            raise UserError(f"--model {args.model}: {args.config} has a model of its own; leave one of the two out")
+        return None
+    if args.model is not None:
+        return get_model(args.model)
+    try:
+        return checkpoint.open_lazy(start).cfg
+    except UserError as error:
+        raise UserError(f"config.start: {error}; or --model NAME says which published model it holds") from None

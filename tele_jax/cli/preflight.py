@@ -137,9 +137,13 @@ def _train(inner: argparse.Namespace, of: Any) -> list[str]:
     from jax.sharding import AbstractMesh
 
     from tele_jax.cli.pages import load_page
+    from tele_jax.processes import VARIABLES
     from tele_jax.run import run_config
     from tele_jax.sharding import MESH_AXES
 
+    for name in VARIABLES:
+        if getattr(inner, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')}: leave it out; the workers of a slice find each other")
     config = run_config(load_page(inner.config, inner.overrides))
     _inside("--workdir", str(inner.workdir))
     sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
@@ -147,13 +151,10 @@ def _train(inner: argparse.Namespace, of: Any) -> list[str]:
     if devices != of.num_devices:
         mesh = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise UserError(f"config.mesh: {mesh} = {devices} devices, but {of.name} has {of.num_devices}; change the mesh")
-    if config.mesh.data % of.num_slices:
+    if config.num_slices != of.num_slices:
         raise UserError(
-            f"config.mesh.data={config.mesh.data}: only data crosses the {of.num_slices} slices; make it a multiple"
+            f"config.num_slices={config.num_slices}, but --num-slices {of.num_slices} are asked for; make them equal"
         )
-    slices = getattr(config, "num_slices", of.num_slices)
-    if slices != of.num_slices:
-        raise UserError(f"config.num_slices={slices}, but --num-slices {of.num_slices} are asked for; make them equal")
     data = _fits(config, AbstractMesh(tuple(sizes.values()), MESH_AXES))
     start = [] if config.start is None else [_inside("config.start", config.start)]
     return [*start, *dict.fromkeys(data)]
@@ -176,6 +177,8 @@ def _fits(config: Any, mesh: Any) -> list[str]:
                 data += _data(stage.data, "data")
             if cfg is not None:  # else config.start holds it, elsewhere: the stage checks its sizes when it begins
                 param_shardings(spec(cfg), mesh)
+                if not isinstance(stage, GrowStage):
+                    cfg.require_positions(stage.seq_len)
         except UserError as error:
             raise UserError(f"config.{name}: {error}") from None
     return data

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tele_jax.cli import outcome
+from tele_jax.errors import UserError
 
 JOIN_SECONDS = 300  # how long a process waits for the others; or TELE_JOIN_SECONDS
 _LOOK_SECONDS = 1.0  # how often a process asks whether another has failed
@@ -39,11 +40,11 @@ def together(place: Any) -> Iterator[None]:
     place: what processes.find_place makes of the flags.
 
     Raises:
-      UserError: as processes.start.
+      UserError: as processes.start; TELE_JOIN_SECONDS is no time.
     """
     from tele_jax import processes
 
-    _join(place, int(os.environ.get("TELE_JOIN_SECONDS", JOIN_SECONDS)))
+    _join(place, _join_seconds())
     if not processes.several():
         yield
         return
@@ -63,14 +64,23 @@ def together(place: Any) -> Iterator[None]:
     watcher.join()
 
 
+def _join_seconds() -> int:
+    text = os.environ.get("TELE_JOIN_SECONDS", str(JOIN_SECONDS))
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise UserError(f"TELE_JOIN_SECONDS={text}: is not a number of seconds above 0")
+    return int(text)
+
+
 def _join(place: Any, seconds: int) -> None:
     """processes.start, which JAX would end with a stack trace where the others do not come."""
     from tele_jax import processes
 
     def give_up() -> None:
-        who = "of this slice" if place is None else f"of {place.num_processes}, at {place.coordinator_address},"
+        who = "processes of this slice"
+        if place is not None:
+            who = f"{place.num_processes} processes at {place.coordinator_address}"
         print(
-            f"tele: the processes {who} did not all come within {seconds} s; start the same command on every worker",
+            f"tele: the {who} did not all come within {seconds} s; start the same command on every worker",
             file=sys.stderr,
             flush=True,
         )

@@ -24,19 +24,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from tele_jax.run import run_config
 
     place = find_place(vars(args))
-    _keep_freed_memory()
+    if args.own_process:
+        _keep_freed_memory()
     config = run_config(load_page(args.config, args.overrides))
     with several.together(place):
         return _run(args, config)
 
 
 def _keep_freed_memory() -> None:
-    """Only where JAX is told to compute on the CPU: a TPU's host has other uses for its memory, and more threads."""
+    """Only where JAX will compute on the CPU: the host of a TPU has other uses for its memory, and more threads.
+
+    JAX cannot be asked: it would start its threads, and the allocator has to be told before.
+    """
+    import importlib.metadata
+
     import jax
 
+    from tele_jax.processes import on_tpu
     from tele_jax.train import memory
 
-    if jax.config.jax_platforms == "cpu":
+    platforms = jax.config.jax_platforms
+    others = on_tpu() or importlib.metadata.entry_points(group="jax_plugins")
+    if platforms == "cpu" or (not platforms and not others):
         memory.keep_freed()
 
 

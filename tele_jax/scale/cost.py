@@ -109,7 +109,8 @@ def received(collective: Collective) -> float:
 
 def figures(job: OnSlice, program: Program, tokens: float | None = None) -> dict[str, Any]:
     """Everything that `tele plan` says, as plain values. tokens: of the whole stage, where known."""
-    saved = program.counts.saved_bytes if program.counts and job.kind == "train" else None
+    # 0 where the compiler has written out a short loop over layers: then they are among the temporaries.
+    saved = (program.counts.saved_bytes or None) if program.counts and job.kind == "train" else None
     result: dict[str, Any] = {
         "kind": job.kind,
         "program": program.key,
@@ -185,7 +186,7 @@ def table(figures: dict[str, Any]) -> str:
     ]
     remarks = {"activations": ", saved for the backward pass"}
     if f["kind"] == "train":
-        remarks["temporaries"] = ", gradients included"
+        remarks["temporaries"] = ", gradients" + (" included" if hbm["activations"] else " and activations included")
     rows += [
         (f"  {name}", _gib(size) + remarks.get(name, ""))
         for name, size in hbm.items()

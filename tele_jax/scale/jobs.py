@@ -68,6 +68,7 @@ class Job(OnSlice):
             self.batch_size % self.microbatches == 0,
             f"batch_size={self.batch_size} does not divide into microbatches={self.microbatches}",
         )
+        self.cfg.require_positions(self.seq_len)
 
     @property
     def tokens(self) -> int:
@@ -182,10 +183,7 @@ class DecodeJob(OnSlice):
 
     def check(self) -> None:
         """Raises UserError where shapes do not divide over the mesh, or the model has no such positions."""
-        require(
-            self.cfg.rope.ntk is not None or self.seq_len <= self.cfg.max_seq_len,
-            f"seq_len={self.seq_len}: the model's max_seq_len is {self.cfg.max_seq_len}",
-        )
+        self.cfg.require_positions(self.seq_len)
         param_shardings(spec(self.cfg), self.abstract_mesh)
         batch_sharding(self.abstract_mesh, self.batch_size)
 

@@ -119,7 +119,8 @@ def find_slice(name: str, num_slices: int = 1) -> Slice:
     fits = all(0 < size <= most for size, most in zip(sorted(shape), sorted(generation.largest), strict=True))
     require(
         fits,
-        f"topology {name!r}: the largest slice of {generation.name} is {'x'.join(map(str, generation.largest))}",
+        f"topology {name!r}: slices of {generation.name} go from {'x'.join('1' * generation.dimensions)} to "
+        f"{'x'.join(map(str, generation.largest))}",
     )
     return Slice(generation, shape, num_slices)
 

@@ -257,10 +257,10 @@ def _check(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
                 except UserError as error:  # starts with the field, as it is called in growth.MaskSchedule
                     raise UserError(f"config.{name}.mask_{error}") from None
                 plan = None
-            if cfg.rope.ntk is None and stage.seq_len > cfg.max_seq_len:
-                raise UserError(
-                    f"config.{name}.seq_len={stage.seq_len} is above the model's max_seq_len={cfg.max_seq_len}"
-                )
+            try:
+                cfg.require_positions(stage.seq_len)
+            except UserError as error:
+                raise UserError(f"config.{name}.{error}") from None
             schedule(stage.schedule, stage.steps, stage.batch_size * stage.seq_len)
             batch_sharding(mesh, stage.batch_size // stage.microbatches)
             size = feeds.check(stage.data, kind=stage.kind, seq_len=stage.seq_len).vocab_size

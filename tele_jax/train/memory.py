@@ -11,8 +11,9 @@ def keep_freed() -> bool:
 
     XLA allocates and frees the temporaries of every step in one piece. Given back, they are mapped and zeroed page by
     page again: 308,000 faults and 0.6 of 3.7 processor seconds in the step of benchmarks/train_step.py. The price is
-    that the process stays as large as it once was. To be called before the first threads, which would have arenas of
-    their own; another C library is left as it is.
+    that the process stays as large as it once was, and larger where blocks of ever other sizes do not fit into what
+    was freed: of one's own process only. To be called before the first threads, which would have arenas of their own;
+    another C library is left as it is.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

@@ -16,7 +16,7 @@ import pytest
 from tele_jax import checkpoint
 from tele_jax.axes import flatten
 from tele_jax.cli.main import main
-from tele_jax.train import metrics
+from tele_jax.train import memory, metrics
 
 PAGE = """
 from pathlib import Path
@@ -102,6 +102,15 @@ def test_a_run_trains_grows_and_reports(place, finished, capsys):
     provenance = checkpoint.open_lazy(finished).provenance
     assert [entry["stage"] for entry in provenance] == ["small", "grow", "large", "sft"]
     assert provenance[-1]["step"] == 8
+
+
+def test_only_a_process_of_its_own_keeps_freed_memory(monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "keep_freed", lambda: asked.append(True))  # it would hold for all tests that follow
+    argv = ["train", "--config", "not/there.py", "--workdir", "not/there"]
+    assert main(argv) == 2 and not asked
+    monkeypatch.setattr(sys, "argv", ["tele", *argv])
+    assert main() == 2 and asked
 
 
 def test_a_finished_run_does_nothing_again(place, finished, capsys):

@@ -26,7 +26,9 @@ def with_(options: list[str], **changes: str) -> list[str]:
     [
         (with_(OPTIONS, topology="v9:4x4"), ON, "topology 'v9:4x4': not known; known are v4:4x4x8, v5e:16x16"),
         (with_(OPTIONS, topology="v5p:4x8x8"), ON, "fsdp=64 x tensor=2 = 128 devices, but v5p:4x8x8 has 256"),
-        ([*OPTIONS, "--num-slices", "2"], [*ON, "--config.mesh.fsdp=128"], "only data crosses the 2 slices"),
+        ([*OPTIONS, "--num-slices", "2"], [*ON, "--config.mesh.fsdp=128"], "config.num_slices=1, but --num-slices 2"),
+        (OPTIONS, [*ON, "--num-processes", "1"], "--num-processes: leave it out"),
+        (OPTIONS, [*ON, "--config.pretrain.seq_len=8192"], "seq_len=8192 is above the model's max_seq_len=4096"),
         (OPTIONS, [*ON, "--config.mesh.fsdp=1", "--config.mesh.tensor=128"], "heads=64 does not divide over mesh"),
         (OPTIONS, [*ON, "--config.pretrain.microbatches=42"], "batch_size=32 (per microbatch) does not divide"),
         ([*with_(OPTIONS, topology="tpu7x:4x4x4"), "--api", "tpu"], ON, "the Cloud TPU API has no tpu7x; launch/gke"),

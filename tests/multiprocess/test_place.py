@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tele_jax import processes
+from tele_jax.cli import several
 from tele_jax.cli.grow import _shard
 from tele_jax.cli.main import main
 from tele_jax.errors import UserError
@@ -30,6 +31,7 @@ def test_the_environment_says_where_and_a_flag_wins():
         ({"coordinator_address": "h:1"}, r"missing: --num-processes \(or JAX_NUM_PROCESSES\), --process-id"),
         ({"coordinator_address": "h:1", "num_processes": "2", "process_id": "2"}, "2 processes have ids from 0 to 1"),
         ({"coordinator_address": "h", "num_processes": "2", "process_id": "0"}, "'h' is not HOST:PORT"),
+        ({"coordinator_address": "h:99999", "num_processes": "2", "process_id": "0"}, "a port up to 65535"),
         ({"coordinator_address": "h:1", "num_processes": "two", "process_id": "0"}, "'two' is not a number from 0"),
         ({"coordinator_address": "h:1", "num_processes": "2", "process_id": "-1"}, "'-1' is not a number from 0"),
     ],
@@ -43,6 +45,12 @@ def test_the_command_refuses_before_it_waits(tmp_path, capsys):
     command = ["train", "--config", str(tmp_path / "none.py"), "--workdir", str(tmp_path / "w")]
     assert main([*command, "--num-processes", "2"]) == 2
     assert not (tmp_path / "w").exists() and "missing: --coordinator-address" in capsys.readouterr().err
+
+
+def test_a_time_to_wait_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("TELE_JOIN_SECONDS", "5m")
+    with pytest.raises(UserError, match="TELE_JOIN_SECONDS=5m: is not a number"), several.together(Place("h:1", 2, 0)):
+        pass
 
 
 def test_a_growth_takes_its_shard_from_the_environment(monkeypatch):
@@ -72,5 +80,5 @@ with several.together(Place({address!r}, 2, 0)):
     environment = {**os.environ, "TELE_JOIN_SECONDS": "1"}
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1 and ended.stdout == ""
-    assert f"the processes of 2, at {address}, did not all come within 1 s" in ended.stderr
+    assert f"the 2 processes at {address} did not all come within 1 s" in ended.stderr
     assert "Check failure" not in ended.stderr

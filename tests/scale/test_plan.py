@@ -58,7 +58,11 @@ def page(tmp_path):
         ([*MODEL, "--mesh", "fsdp=128", "--grow-to", "tele_flm_102b", "--remat", "full"], "no meaning for a growth"),
         ([*MODEL, "--mesh", "fsdp=128", "--decode"], "--batch-size: missing; rows that are decoded together"),
         ([*MODEL, "--mesh", "fsdp=128", "--decode", "--microbatches", "2"], "no meaning for --decode"),
-        ([*MODEL, "--mesh", "fsdp=128", "--decode", "--batch-size", "128", "--seq-len", "5000"], "max_seq_len is 4096"),
+        ([*MODEL, "--mesh", "fsdp=128", "--decode", "--batch-size", "128", "--seq-len", "5000"], "above the"),
+        ([*MODEL, "--mesh", "fsdp=128", "--batch-size", "128", "--seq-len", "5000"], "above the model's max_seq_len"),
+        ([*MODEL, "--mesh", "fsdp=1²", "--batch-size", "128"], "expected AXIS=SIZE"),
+        ([*MODEL, "--search", "--batch-size", "128", "--mesh", "fsdp=128"], "--mesh: has no meaning for --search"),
+        ([*MODEL, "--search", "--batch-size", "128", "--remat", "full"], "--remat: has no meaning for --search"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_exit_2(argv, says, capsys):
@@ -72,13 +76,32 @@ def test_a_page_without_such_a_stage(page, capsys):
     assert f"--stage third: no stage of {page}; it has first, grow, second" in capsys.readouterr().err
 
 
-def test_the_slices_are_those_of_the_page(page, capsys):
-    two = ["--config.num_slices=2", "--config.mesh.data=2"]
-    argv = ["plan", "--config", page, *two, "--topology", "v5e:2x2", "--mesh", "fsdp=8"]
-    assert main(argv) == 2
-    assert "data=1: there are 2 slices" in capsys.readouterr().err
-    assert main([*argv, "--num-slices", "1"]) == 2
-    assert "= 8 devices, but v5e:2x2 has 4" in capsys.readouterr().err
+@pytest.fixture
+def going_on(tmp_path, page):
+    """A page whose first stage grows what config.start holds."""
+    from pathlib import Path
+
+    file = tmp_path / "going_on.py"
+    text = Path(page).read_text().replace("first=dict(model=model, **stage), ", "")
+    file.write_text(text.replace('run=("first", "grow", "second")', 'run=("grow", "second"), start="not/there"'))
+    return str(file)
+
+
+def test_the_model_of_a_page_s_start_is_looked_for_there_or_named(going_on, page, capsys):
+    on = ["plan", "--topology", "v5e:2x2"]
+    assert main([*on, "--config", going_on]) == 2
+    assert "not/there: no such directory" in (err := capsys.readouterr().err) and "--model NAME says which" in err
+    # TeleChat 7B has more layers than the 4 that this page grows to: it is what is grown.
+    assert main([*on, "--config", going_on, "--stage", "grow", "--model", "telechat_7b"]) == 2
+    assert "num_layers would shrink, 30 -> 4" in capsys.readouterr().err
+    assert main([*on, "--config", page, "--model", "telechat_7b"]) == 2
+    assert "has a model of its own" in capsys.readouterr().err
+
+
+def test_the_slices_of_a_page_are_planned_for(page, capsys):
+    slices = ["--config.num_slices=2", "--config.mesh.data=2"]
+    assert main(["plan", "--config", page, "--topology", "v5e:2x2", *slices, "--mesh", "data=2,fsdp=2"]) == 2
+    assert "= 4 devices, but 2 x v5e:2x2 has 8" in capsys.readouterr().err
 
 
 @needs_libtpu

@@ -47,7 +47,7 @@ def local_bytes(itemsize):
 def test_over_data_only_sums_travel(microbatches):
     """As the partitioner writes it for 8 CPUs: data is the axis that runs over slices.
 
-    With rows of 64 tokens and less, which are smaller than the weights, it permutes activations instead, also over data.
+    With rows of 64 tokens and less, smaller than the weights, it permutes activations instead, also over data.
     """
     module = program(make_mesh(MESH, jax.devices()), microbatches, seq_len=512)
     half = MESH.fsdp * MESH.tensor
