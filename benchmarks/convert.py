@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from files import flush, read_all, tree_bytes
+
 LAYERS = {"full": 7, "one_layer": 1}
 BLOCK = 64 * 2**20
 
@@ -174,25 +176,6 @@ def _same(a: Any, b: Any) -> bool:
 
 def speed(src: Path, runs: list[dict[str, Any]], seconds: Any) -> int:
     return round(tree_bytes(src) / statistics.median(map(seconds, runs)))
-
-
-def read_all(path: Path) -> None:
-    """So that neither waits for what the other has in the page cache already."""
-    for file in path.rglob("*"):
-        if file.is_file():
-            with file.open("rb", buffering=0) as stream:
-                while stream.read(2**24):
-                    pass
-
-
-def flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def tree_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def main() -> None:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"model": SHAPE, "dtype": "float32", "threads": len(os.sched_getaffinity(0))}
     with tempfile.TemporaryDirectory(prefix="decode_") as directory:
-        weights = Path(directory) / "weights.npz"
+        weights = Path(directory) / "llama"
         names = ("ours", "theirs")
         # Ours first: it makes the weights.
         children = {name: Child(name, weights, args.threads) for name in names}
@@ -115,15 +115,15 @@ def serve(library: tuple[dict[str, Any], Any]) -> None:
 def ours(weights: Path) -> tuple[dict[str, Any], Any]:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import jax
-    import numpy as np
 
     import tele_jax as tele
-    from tele_jax.axes import flatten
+    from tele_jax import checkpoint, convert
     from tele_jax.generate import prepare
 
     cfg = tele.ModelConfig(**SHAPE, dtype="float32")
     params = tele.init(cfg, jax.random.key(0))
-    np.savez(weights, **{name: np.asarray(leaf) for name, leaf in flatten(params).items()})
+    checkpoint.save(weights.with_name("checkpoint"), cfg, params)
+    convert.export_checkpoint(weights.with_name("checkpoint"), weights, format="llama")
     params = prepare(cfg, params)
 
     def generate(prompts: Any, new: int) -> list[list[int]]:
@@ -133,27 +133,11 @@ def ours(weights: Path) -> tuple[dict[str, Any], Any]:
 
 
 def theirs(weights: Path) -> tuple[dict[str, Any], Any]:
-    import numpy as np
     import torch
     import transformers
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    config = transformers.LlamaConfig(
-        vocab_size=SHAPE["vocab_size"],
-        hidden_size=SHAPE["embed_dim"],
-        intermediate_size=SHAPE["mlp_dim"],
-        num_hidden_layers=SHAPE["num_layers"],
-        num_attention_heads=SHAPE["num_heads"],
-        head_dim=SHAPE["head_dim"],
-        max_position_embeddings=SHAPE["max_seq_len"],
-        rms_norm_eps=1e-5,
-        rope_theta=10_000.0,
-        tie_word_embeddings=False,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    with np.load(weights) as tree:
-        state = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in llama_names(tree)}
-    model.load_state_dict(state, strict=True)
+    model = transformers.LlamaForCausalLM.from_pretrained(weights, dtype=torch.float32).eval()
     model.generation_config = transformers.GenerationConfig(pad_token_id=0, eos_token_id=None, use_cache=True)
 
     @torch.inference_mode()
@@ -168,23 +152,6 @@ def theirs(weights: Path) -> tuple[dict[str, Any], Any]:
         "attention": model.config._attn_implementation,
     }
     return hello, generate
-
-
-def llama_names(tree: Any) -> Any:
-    """Our leaves as transformers names and lays them out: per layer, out x in."""
-    embed, layers = SHAPE["embed_dim"], SHAPE["num_layers"]
-    yield "model.embed_tokens.weight", tree["embed.table"]
-    yield "model.norm.weight", tree["final_norm.scale"]
-    yield "lm_head.weight", tree["lm_head.kernel"].T
-    for i in range(layers):
-        at = f"model.layers.{i}"
-        yield f"{at}.input_layernorm.weight", tree["layers.attn_norm.scale"][i]
-        yield f"{at}.post_attention_layernorm.weight", tree["layers.mlp_norm.scale"][i]
-        for name in ("q", "k", "v"):
-            yield f"{at}.self_attn.{name}_proj.weight", tree[f"layers.attn.{name}"][i].reshape(embed, -1).T
-        yield f"{at}.self_attn.o_proj.weight", tree["layers.attn.o"][i].reshape(-1, embed).T
-        for name in ("gate", "up", "down"):
-            yield f"{at}.mlp.{name}_proj.weight", tree[f"layers.mlp.{name}"][i].T
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from files import flush, read_all, tree_bytes
+
 COMMON = dict(embed_dim=1024, num_heads=8, head_dim=128, mlp_dim=2816, vocab_size=16384)
 WIDER = dict(embed_dim=1280, num_heads=10, num_kv_heads=10, mlp_dim=3840)
 LAYERS = {"full": (11, 14), "quarter": (1, 2)}
@@ -152,25 +154,6 @@ def copy_seconds(src: Path, dst: Path) -> float:
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(flush, (path for path in dst.rglob("*"))))
     return round(time.perf_counter() - began, 3)
-
-
-def read_all(path: Path) -> None:
-    """So that neither waits for what the other has in the page cache already."""
-    for file in path.rglob("*"):
-        if file.is_file():
-            with file.open("rb", buffering=0) as stream:
-                while stream.read(2**24):
-                    pass
-
-
-def flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def tree_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 if __name__ == "__main__":

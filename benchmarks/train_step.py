@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "allocator": "default" if args.default_allocator else "keeps freed memory",
     }
     with tempfile.TemporaryDirectory(prefix="train_step_") as directory:
-        weights = Path(directory) / "weights.npz"
+        weights = Path(directory) / "llama"
         children = {"ours": Child("ours", sys.executable, weights, args)}  # first: it makes the weights
         children["torch"] = Child("torch", sys.executable, weights, args)
         if args.maxtext_python:
@@ -180,14 +180,15 @@ def ours(weights: Path) -> tuple[str, Variants]:
     import jax
 
     import tele_jax as tele
-    from tele_jax.axes import flatten
+    from tele_jax import checkpoint, convert
     from tele_jax.run import MeshConfig, OptimizerConfig
     from tele_jax.sharding import make_mesh
     from tele_jax.train.optimizer import optimizer
     from tele_jax.train.step import make_step, put_batch, state_shardings
 
     cfg = tele.ModelConfig(**SHAPE, dtype="float32", remat="none")
-    np.savez(weights, **{n: np.asarray(leaf) for n, leaf in flatten(tele.init(cfg, jax.random.key(0))).items()})
+    checkpoint.save(weights.with_name("checkpoint"), cfg, tele.init(cfg, jax.random.key(0)))
+    convert.export_checkpoint(weights.with_name("checkpoint"), weights, format="llama")
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     tx = optimizer(cfg, OptimizerConfig(**ADAM), lambda step: 1.0)
     step = make_step(cfg, tx, mesh, batch_size=ROWS)
@@ -225,24 +226,9 @@ def theirs(weights: Path) -> tuple[str, Variants]:
 
     def variant(kind: str, compiled: bool) -> Any:
         def prepare() -> Any:
-            config = transformers.LlamaConfig(
-                vocab_size=SHAPE["vocab_size"],
-                hidden_size=SHAPE["embed_dim"],
-                intermediate_size=SHAPE["mlp_dim"],
-                num_hidden_layers=SHAPE["num_layers"],
-                num_attention_heads=SHAPE["num_heads"],
-                head_dim=SHAPE["head_dim"],
-                max_position_embeddings=SHAPE["max_seq_len"],
-                rms_norm_eps=1e-5,
-                rope_theta=10_000.0,
-                tie_word_embeddings=False,
-                use_cache=False,
-                attn_implementation="sdpa",
-            )
-            model = transformers.LlamaForCausalLM(config).train()
-            with np.load(weights) as tree:
-                state = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in llama_names(tree)}
-            model.load_state_dict(state, strict=True)
+            model = transformers.LlamaForCausalLM.from_pretrained(
+                weights, dtype=torch.float32, use_cache=False, attn_implementation="sdpa"
+            ).train()
             parameters = list(model.parameters())
             matrices = [p for p in parameters if p.ndim > 1]
             vectors = [p for p in parameters if p.ndim == 1]
@@ -360,23 +346,6 @@ def maxtext(weights: Path) -> tuple[str, Variants]:
 
 
 LIBRARIES = {"ours": ours, "torch": theirs, "maxtext": maxtext}
-
-
-def llama_names(tree: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Our leaves as transformers names and lays them out: per layer, out x in."""
-    embed = SHAPE["embed_dim"]
-    yield "model.embed_tokens.weight", tree["embed.table"]
-    yield "model.norm.weight", tree["final_norm.scale"]
-    yield "lm_head.weight", tree["lm_head.kernel"].T
-    for i in range(SHAPE["num_layers"]):
-        at = f"model.layers.{i}"
-        yield f"{at}.input_layernorm.weight", tree["layers.attn_norm.scale"][i]
-        yield f"{at}.post_attention_layernorm.weight", tree["layers.mlp_norm.scale"][i]
-        for name in ("q", "k", "v"):
-            yield f"{at}.self_attn.{name}_proj.weight", tree[f"layers.attn.{name}"][i].reshape(embed, -1).T
-        yield f"{at}.self_attn.o_proj.weight", tree["layers.attn.o"][i].reshape(-1, embed).T
-        for name in ("gate", "up", "down"):
-            yield f"{at}.mlp.{name}_proj.weight", tree[f"layers.mlp.{name}"][i].T
 
 
 if __name__ == "__main__":

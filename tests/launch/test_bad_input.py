@@ -37,7 +37,7 @@ def with_(options: list[str], **changes: str) -> list[str]:
         (with_(OPTIONS, bucket="gs://my-bucket/runs"), ON, "without a path behind it"),
         (with_(OPTIONS, checkout=str(ROOT / "tests")), ON, "is outside"),
         (OPTIONS, with_(ON, config="configs/none.py"), "--config configs/none.py: no such file"),
-        (OPTIONS, with_(ON, workdir="/tmp/run"), "--workdir=/tmp/run: the machines see the bucket as their current"),
+        (OPTIONS, with_(ON, workdir="/else/run"), "--workdir=/else/run: the machines see the bucket as their current"),
         (OPTIONS, [*ON, "--config.pretrain.data.tokenizer=../t.model"], "data.tokenizer=../t.model: the machines"),
         (OPTIONS, [*ON, "--config.pretrain.stepz=3"], "stepz"),
         (OPTIONS, ["tele", "train", "--wordir", "W"], "tele train:"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tele_jax as tele
-from tele_jax.model import attention, decoder, rope
+from tele_jax.model import attention, products, rope
 
 # rows, tokens, heads, kv heads, head_dim; whether there are segments
 CASES = [
@@ -71,7 +71,7 @@ def test_projections_have_the_gradients_of_the_product(letters, x, kernel):
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         x, kernel = jnp.asarray(rng.standard_normal(x)), jnp.asarray(rng.standard_normal(kernel))
-        value, pullback = jax.vjp(lambda x, kernel: decoder.project(letters, x, kernel), x, kernel)
+        value, pullback = jax.vjp(lambda x, kernel: products.project(letters, x, kernel), x, kernel)
         gradient = rng.standard_normal(value.shape)
         of_x, of_kernel = pullback(jnp.asarray(gradient))
     first, second, third = letters.replace("->", ",").split(",")
@@ -84,7 +84,7 @@ def test_the_gated_product_has_the_gradient_of_silu_times_up():
     rng = np.random.default_rng(0)
     gate, up, gradient = rng.standard_normal((3, 50)) * 3
     with jax.enable_x64(True):
-        value, pullback = jax.vjp(decoder.gated, jnp.asarray(gate), jnp.asarray(up))
+        value, pullback = jax.vjp(products.gated, jnp.asarray(gate), jnp.asarray(up))
         of_gate, of_up = pullback(jnp.asarray(gradient))
     sigmoid = 1 / (1 + np.exp(-gate))
     np.testing.assert_allclose(value, gate * sigmoid * up, rtol=0, atol=1e-13)
