@@ -17,11 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from files import flush, read_all, tree_bytes
+from files import copy_seconds, memory, read_all, tree_bytes
 
 LAYERS = {"full": 7, "one_layer": 1}
 BLOCK = 64 * 2**20
@@ -141,20 +140,6 @@ def convert(what: str, src: str, dst: str, **how: Any) -> dict[str, Any]:
         "interpreter_gib": round(before / 2**30, 3),
         "bytes_written": figures.bytes_written,
     }
-
-
-def memory(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def copy_seconds(src: Path, dst: Path) -> float:
-    """Of `cp -r`, and of waiting for every file of the copy to be on the disk."""
-    began = time.perf_counter()
-    subprocess.run(["cp", "-r", src, dst], check=True)
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(flush, (path for path in dst.rglob("*"))))
-    return round(time.perf_counter() - began, 3)
 
 
 def same_weights(src: Path, out: Path) -> bool:

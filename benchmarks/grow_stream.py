@@ -17,11 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from files import flush, read_all, tree_bytes
+from files import copy_seconds, memory, read_all, tree_bytes
 
 COMMON = dict(embed_dim=1024, num_heads=8, head_dim=128, mlp_dim=2816, vocab_size=16384)
 WIDER = dict(embed_dim=1280, num_heads=10, num_kv_heads=10, mlp_dim=3840)
@@ -140,20 +139,6 @@ def stream(size: str, src: str, dst: str, policy: str, **how: Any) -> dict[str, 
         "tiles": figures.tiles,
         "workers": figures.workers,
     }
-
-
-def memory(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def copy_seconds(src: Path, dst: Path) -> float:
-    """Of `cp -r`, and of waiting for every file of the copy to be on the disk."""
-    began = time.perf_counter()
-    subprocess.run(["cp", "-r", src, dst], check=True)
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(flush, (path for path in dst.rglob("*"))))
-    return round(time.perf_counter() - began, 3)
 
 
 if __name__ == "__main__":
