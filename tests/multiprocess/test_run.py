@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -56,6 +57,12 @@ def get_config():
     source = dict(files=(str(HERE / "text.jsonl"),), format="jsonl")
     return ConfigDict(dict(data=dict(tokenizer=str(HERE / "tokenizer.model"), sources=dict(text=source)), seq_len=32))
 """
+
+
+# Gloo writes its sentence in pieces, from several threads: what they make together is not always one line each.
+GLOO = re.compile(
+    r"(\[Gloo\] |Rank |\d+| is connected to | peer ranks\. |Expected number of connected peer ranks is : |\s)*"
+)
 
 
 class Processes:
@@ -155,8 +162,8 @@ def test_sigterm_to_one_process_stops_all_with_the_state_saved(stopped):
     assert 4 <= steps < 12 and not (workdir / "small" / "summary.json").exists()
     assert f"stopped at step {steps} of 12" in outcomes[0][1]
     # Process 0 alone speaks; Gloo and the preemption service of JAX write for themselves.
-    ours = [x for x in outcomes[1][1].splitlines() if "[Gloo]" not in x and "preemption_notifier" not in x]
-    assert ours == []
+    theirs = [x for x in outcomes[1][1].splitlines() if "preemption_notifier" in x or GLOO.fullmatch(x)]
+    assert outcomes[1][1].splitlines() == theirs
 
 
 def test_four_processes_go_on_from_two_and_one_from_four(place, one, stopped):
