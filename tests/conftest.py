@@ -38,3 +38,19 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules whose time is XLA's, and whose subject is not what XLA makes of a program: it optimises little.
+
+    Here and in the processes that the tests start; half of the processor time of a small `tele train`. What was
+    compiled before or under it serves no other module.
+    """
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    yield
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()

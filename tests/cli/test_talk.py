@@ -318,7 +318,10 @@ def test_a_conversation_on_a_terminal(work, tmp_path):
     main_end, terminal = pty.openpty()
     command = [sys.executable, "-m", "tele_jax.cli.main", "chat", str(work), "--max-new-tokens", "6"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TERM": "dumb"}
+    # Where pytest was started in the background it ignores Ctrl-C, and so would what it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
+    signal.signal(signal.SIGINT, before)
     os.close(terminal)
     screen, seen = b"", 0
 
