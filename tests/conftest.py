@@ -1,6 +1,7 @@
 """What every test stands on: the CPU, eight simulated devices, reproducible examples."""
 
 import atexit
+import contextlib
 import os
 import shutil
 import tempfile
@@ -40,17 +41,32 @@ def x64():
     jax.config.update("jax_enable_x64", False)
 
 
+@contextlib.contextmanager
+def compiling(quickly: bool):
+    """What was compiled before, or is meanwhile, does not serve the other."""
+
+    def switch(quickly):
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", quickly)
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))  # for the processes that tests start
+
+    switch(quickly)
+    yield
+    switch(not quickly)
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """For modules whose time is XLA's, and whose subject is not what XLA makes of a program: it optimises little.
+    """For modules whose time is XLA's while their subject is not what XLA makes of a program: it optimises little.
 
-    Here and in the processes that the tests start; half of the processor time of a small `tele train`. What was
-    compiled before or under it serves no other module.
+    A small `tele train` takes half of the processor time.
     """
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", True)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    yield
-    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
+    with compiling(quickly=True):
+        yield
+
+
+@pytest.fixture
+def usual_compilation(quick_compilation):
+    """For a test of such a module that is about the accuracy a user gets."""
+    with compiling(quickly=False):
+        yield

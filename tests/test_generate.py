@@ -20,6 +20,8 @@ from tele_jax.run import MeshConfig
 from tele_jax.sharding import make_mesh, param_shardings
 from tests import reference
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # The package offers the function under the name of its module.
 module = __import__("sys").modules["tele_jax.generate"]
 

@@ -13,7 +13,7 @@ from notebooks.execute import MADE_FROM, ROOT, digest, execute
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Small sizes, one device as a user has it, and quick compilation: what is computed is not timed.
-SMOKE = {"TELE_NOTEBOOK_SMOKE": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+SMOKE = {"TELE_NOTEBOOK_SMOKE": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)

@@ -52,7 +52,7 @@ def need(module: str, *, how: str | None = None) -> types.ModuleType:
         if not loud:
             return importlib.import_module(module)
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        with _without_chatter(), _held_back(_FOR_KERAS_ALONE):
+        with _without_chatter(), held_back(_FOR_KERAS_ALONE):
             tensorflow = importlib.import_module("tensorflow")
             for kind in ("GPU", "TPU"):
                 # Too late when the caller has used TensorFlow's devices before; then they are the caller's choice.
@@ -92,8 +92,11 @@ def _without_chatter() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _held_back(packages: Sequence[str]) -> Iterator[None]:
-    """To what is imported meanwhile, those of `packages` that are not loaded yet are not installed."""
+def held_back(packages: Sequence[str]) -> Iterator[None]:
+    """To what is imported meanwhile, those of `packages` that are not loaded yet are not installed.
+
+    For packages that others import for parts of theirs that are not used here; nothing is held back afterwards.
+    """
     absent = [package for package in packages if package not in sys.modules]
     sys.modules.update(dict.fromkeys(absent))
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from tele_jax.data.extras import held_back
 from tele_jax.processes import is_first
 
 # Peak dense bf16 FLOP/s of one device, by jax's device_kind: Google's published figures.
@@ -41,7 +42,8 @@ class Metrics:
         self._writes = is_first()
         if not self._writes:
             return
-        from tensorboardX import SummaryWriter
+        with held_back(["torch"]):  # which takes two seconds, for tensors that nobody hands it
+            from tensorboardX import SummaryWriter
 
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "metrics.jsonl"

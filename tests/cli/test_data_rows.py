@@ -16,6 +16,8 @@ from tele_jax.cli.main import main
 from tele_jax.cli.pages import load_page
 from tele_jax.run import cache_config
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PAGES = """
 from pathlib import Path
 from ml_collections import ConfigDict

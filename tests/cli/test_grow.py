@@ -21,6 +21,8 @@ from tests.growth.checkpoints import random_state
 from tests.growth.strategies import without_compiling
 from tests.test_chat import TEXTS, tokenizer_bytes
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CFG = tele.ModelConfig(
     **dict(num_layers=3, embed_dim=8, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=12, vocab_size=460),
     **dict(output_biases=True, mup_base_width=4, dtype="float32", remat="none"),

@@ -12,6 +12,8 @@ from tele_jax.errors import UserError
 from tele_jax.run import DataConfig, SourceConfig
 from tests.data.test_vocabulary_tokenizers import byte_level
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PAGE = """
 from pathlib import Path
 from ml_collections import ConfigDict

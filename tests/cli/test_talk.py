@@ -21,6 +21,8 @@ from tele_jax.generate import generate
 from tests.data.test_vocabulary_tokenizers import byte_level
 from tests.test_chat import model, tokenizer_bytes, work_directory
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):

@@ -18,6 +18,8 @@ from tele_jax.axes import flatten
 from tele_jax.cli.main import main
 from tele_jax.train import memory, metrics
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PAGE = """
 from pathlib import Path
 from ml_collections import ConfigDict

@@ -8,6 +8,8 @@ import tele_jax as tele
 from tele_jax.data import packing
 from tele_jax.model.loss import next_token_loss
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CFG = tele.ModelConfig(
     num_layers=2, embed_dim=32, num_heads=4, head_dim=8, mlp_dim=48, vocab_size=97, dtype="float32", remat="none"
 )

@@ -19,6 +19,8 @@ from tests import reference
 from tests.growth import oracle
 from tests.growth.strategies import growths, without_compiling
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SRC = tele.ModelConfig(
     **dict(num_layers=2, embed_dim=6, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=5, vocab_size=12),
     **dict(padded_vocab_size=14, output_biases=True, embed_norm=True, dtype="float64", param_dtype="float64"),

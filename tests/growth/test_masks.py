@@ -22,6 +22,8 @@ from tele_jax.train.step import make_step, put_batch, state_shardings
 from tests import reference
 from tests.growth.strategies import without_compiling
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SRC = tele.ModelConfig(
     **dict(num_layers=2, embed_dim=6, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=5, vocab_size=16),
     **dict(output_biases=True, remat="none"),

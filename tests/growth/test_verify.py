@@ -17,6 +17,8 @@ from tele_jax.model.loss import next_token_loss
 from tests import reference
 from tests.growth.strategies import without_compiling
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SRC = tele.ModelConfig(
     **dict(num_layers=2, embed_dim=6, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=5, vocab_size=12),
     **dict(output_biases=True, mup_base_width=3, rms_eps=1e-3, remat="none"),
@@ -73,7 +75,7 @@ def test_a_plan_as_it_was_made_passes(x64, kwargs):
     assert data["ok"] is True and data["policy"] == kwargs.get("policy", "exact") and len(data["plan"]) == 64
 
 
-def test_float32_passes_at_its_own_tolerance():
+def test_float32_passes_at_its_own_tolerance(usual_compilation):
     report = verify(growth.plan(*configs("float32")))
     assert report.ok and report.tolerance == 2e-5 and 0 < report.max_rel < 2e-5
 

@@ -14,6 +14,8 @@ from tele_jax.run import OptimizerConfig, ScheduleConfig
 from tele_jax.train.optimizer import AdamState, delay_births, optimizer, restart_schedule
 from tele_jax.train.schedule import schedule
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CFG = tele.ModelConfig(
     num_layers=2, embed_dim=8, num_heads=2, head_dim=4, mlp_dim=12, vocab_size=16, dtype="float32", output_biases=True
 )

@@ -11,6 +11,8 @@ from tele_jax.sharding import make_mesh
 from tele_jax.train.optimizer import optimizer
 from tele_jax.train.step import flops_per_token, make_step, put_batch, state_shardings
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CFG = tele.ModelConfig(
     num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, vocab_size=250,
     padded_vocab_size=256, dtype="float32", mup_base_width=16, output_biases=True,
