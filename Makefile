@@ -7,7 +7,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_FLAGS ?= -n 2
+# worksteal: tests of a module, which share what they made and compiled, mostly stay in one process.
+PYTEST_FLAGS ?= -n 2 --dist worksteal
 QUICKSTART_DIR ?= runs/quickstart
 QUICKSTART_FLAGS ?=
 
