@@ -22,6 +22,7 @@ from tele_jax.checkpoint import read
 from tele_jax.run import MeshConfig
 from tele_jax.sharding import make_mesh, param_shardings
 from tests.checkpoint.trees import CFG, all_bfloat16, assert_same, params
+from tests.ports import free_port
 
 OPTIMIZER = optax.chain(
     optax.clip_by_global_norm(1.0),
@@ -248,12 +249,12 @@ print("fine")
 """
 
 
-def test_two_processes_write_one_checkpoint(tmp_path, unused_port):
+def test_two_processes_write_one_checkpoint(tmp_path):
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", TWO_PROCESSES]
+    command, port = [sys.executable, "-c", TWO_PROCESSES], free_port()
     children = [
         subprocess.Popen(
-            [*command, str(i), str(unused_port), str(tmp_path)],
+            [*command, str(i), str(port), str(tmp_path)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -269,12 +270,3 @@ def test_two_processes_write_one_checkpoint(tmp_path, unused_port):
         assert_same(checkpoint.load(directory).params, expected)
         assert not list(checkpoint.verify(checkpoint.open_lazy(directory)))
         assert sorted(p.name for p in directory.iterdir()) == ["2"]
-
-
-@pytest.fixture
-def unused_port():
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]

@@ -119,8 +119,8 @@ def machine(tmp_path):
 
 
 def runs(directory, wanted: int) -> int:
-    """How often `tele` was started, once that is `wanted`; or after 10 s."""
-    for _ in range(200):
+    """How often `tele` was started, once that is `wanted`; or after a minute."""
+    for _ in range(1200):
         found = len((directory / "runs").read_text().splitlines()) if (directory / "runs").exists() else 0
         if found >= wanted:
             break
@@ -131,7 +131,7 @@ def runs(directory, wanted: int) -> int:
 @pytest.mark.parametrize("codes, ends, times", [([1, 134, 0], 0, 3), ([143, 0], 0, 2), ([2], 2, 1), ([1] * 9, 1, 4)])
 def test_a_failed_command_is_started_again_and_no_other(machine, tmp_path, codes, ends, times):
     cases = " ".join(f"{i + 1}) exit {code};;" for i, code in enumerate(codes))
-    assert machine(f"case $(wc -l <{tmp_path}/runs) in {cases} esac").wait(20) == ends
+    assert machine(f"case $(wc -l <{tmp_path}/runs) in {cases} esac").wait(60) == ends
     assert runs(tmp_path, times) == times
 
 
@@ -140,7 +140,7 @@ def test_who_asks_a_machine_to_stop_waits_until_its_state_is_saved(machine, tmp_
     first = machine(saving)
     assert runs(tmp_path, 1) == 1
     first.send_signal(signal.SIGTERM)
-    assert first.wait(20) == 143
+    assert first.wait(60) == 143
     assert (tmp_path / "saved").exists()
 
 
@@ -148,4 +148,4 @@ def test_a_second_launcher_takes_over(machine, tmp_path):
     first = machine(f"trap 'touch {tmp_path}/saved; exit 143' TERM\nwhile true; do sleep 0.05; done")
     assert runs(tmp_path, 1) == 1
     second = machine(f"test -e {tmp_path}/saved")
-    assert (second.wait(20), first.wait(20)) == (0, 143)
+    assert (second.wait(60), first.wait(60)) == (0, 143)

@@ -1,7 +1,6 @@
 """Where a process stands among others: flags, environment, and mistakes in them."""
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ from tele_jax.cli.grow import _shard
 from tele_jax.cli.main import main
 from tele_jax.errors import UserError
 from tele_jax.processes import Place, find_place
+from tests.ports import free_port
 
 ALL = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 
@@ -68,9 +68,7 @@ def test_one_process_agrees_with_itself():
 
 
 def test_a_process_that_waits_in_vain_says_so(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     code = f"""
 from tele_jax.cli import several
 from tele_jax.processes import Place

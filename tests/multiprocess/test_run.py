@@ -11,10 +11,10 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from tele_jax import checkpoint
 from tele_jax.axes import flatten
 from tele_jax.cli.main import main
 from tele_jax.train import metrics
+from tests.ports import free_port
 
 DEVICES = 8
 # Compiling is what these tests cost; the programs are tiny.
@@ -69,9 +70,7 @@ class Processes:
     """`tele train` in so many processes; all are killed where the `with` block ends."""
 
     def __init__(self, count, page, workdir, *extra, only_last=()):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         self.workdir, self.children = workdir, []
         command = [sys.executable, "-m", "tele_jax.cli.main", "train", "--config", str(page), "--workdir", str(workdir)]
         for number in range(count):
@@ -80,7 +79,7 @@ class Processes:
             if count > 1:
                 place = {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": str(count), "PROCESS_ID": str(number)}
                 environment |= {f"JAX_{name}": value for name, value in place.items()}
-            log = workdir.with_name(f"{workdir.name}.{number}.{time.monotonic_ns()}.log").open("w+")
+            log = workdir.with_name(f"{workdir.name}.{number}.{time.monotonic_ns()}.log").open("w")
             last = only_last if number == count - 1 else ()
             child = subprocess.Popen([*command, *extra, *last], stdout=log, stderr=log, text=True, env=environment)
             self.children.append((child, log))
@@ -101,15 +100,16 @@ class Processes:
         return list(zip(codes, self.said(), strict=True))
 
     def said(self):
-        for _, log in self.children:
-            log.flush()
-            log.seek(0)
-        return [log.read() for _, log in self.children]
+        """What each has said so far; read apart, for what `log` knows of a place in the file is the process's too."""
+        return [Path(log.name).read_text() for _, log in self.children]
 
     def wait_for(self, name):
         """Until a file of the run is there."""
+        self.wait_until((self.workdir / name).exists)
+
+    def wait_until(self, true):
         until = time.monotonic() + 300
-        while not (self.workdir / name).exists():
+        while not true():
             ended = [child.poll() for child, _ in self.children if child.poll() is not None]
             assert not ended and time.monotonic() < until, self.said()
             time.sleep(0.02)
@@ -150,7 +150,11 @@ def stopped(place):
     """That of two processes, of which one got SIGTERM, and what became of them."""
     with Processes(2, place / "small.py", place / "two") as two:
         two.wait_for("small/checkpoints/4")
+        # JAX looks for the signal once a second, in which a quick machine might come to the last step.
+        two.kill(0, signal.SIGSTOP)
         two.kill(1, signal.SIGTERM)
+        two.wait_until(lambda: "SIGTERM caught" in two.said()[1])
+        two.kill(0, signal.SIGCONT)
         outcomes = two.wait()
     return place / "two", outcomes
 

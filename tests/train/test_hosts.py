@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from tele_jax.data import caching, feed, vocabulary_training
 from tele_jax.run import CacheConfig, DataConfig, MeshConfig, SourceConfig
 from tele_jax.sharding import make_mesh
 from tele_jax.train.step import local_rows, put_batch
+from tests.ports import free_port
 
 SHAPE = dict(kind="pretrain", seq_len=16, batch_size=8, seed=1)
 
@@ -58,9 +58,7 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize("mesh", [dict(data=2, fsdp=2), dict(fsdp=2, tensor=2)], ids=str)
 def test_two_processes_hold_the_batch_of_one(data, mesh):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, json.dumps([address, number, data, mesh])],
