@@ -101,9 +101,7 @@ def take(array: jax.Array, indices: Sequence[np.ndarray], cuts: Sequence[str | N
 
 def _exchanged(block: jax.Array, plan: Exchange, dimension: int, cut: str) -> jax.Array:
     here = jax.lax.axis_index(cut)
-    received = [
-        jax.lax.ppermute(_at(block, jnp.asarray(r.send)[here], dimension), cut, r.pairs) for r in plan.rounds
-    ]
+    received = [jax.lax.ppermute(_at(block, jnp.asarray(r.send)[here], dimension), cut, r.pairs) for r in plan.rounds]
     return _at(jnp.concatenate([block, *received], dimension), jnp.asarray(plan.take)[here], dimension)
 
 
