@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import tele_jax as tele
 from tele_jax import growth
-from tele_jax.axes import flatten
-from tele_jax.growth import exchange
+from tele_jax.axes import flatten, unflatten
+from tele_jax.growth import exchange, liveness
 from tele_jax.model.spec import abstract_params
 from tele_jax.run import MeshConfig
 from tele_jax.scale import counts, hlo
@@ -91,3 +91,29 @@ def test_no_device_holds_a_whole_axis():
     assert {c.kind for c in collectives} == {"collective-permute"}
     assert sum(c.times * c.result_bytes for c in collectives) < 2 * sharded_bytes(small, lies[0])
     assert program.memory_analysis().temp_size_in_bytes < 4 * sharded_bytes(large, lies[1])
+
+
+def test_what_cannot_learn_is_found_on_a_mesh_without_reading_leaves(monkeypatch):
+    """Twins and units without gradient, planted; what comes to the host is two numbers of every unit."""
+    plan = growth.plan(SRC, SRC.replace(embed_dim=24, num_heads=8, mlp_dim=20, num_layers=4), layers=[0, 0, 1, 1])
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    rng = np.random.default_rng(0)
+    leaves = {n: rng.standard_normal(s.shape).astype(np.float32) for n, s in plan.dst_spec.items()}
+    for name in ("layers.mlp.gate", "layers.mlp.up"):
+        leaves[name][..., 13] = leaves[name][..., 3]
+    leaves["layers.mlp.down"][:, 13] = leaves["layers.mlp.down"][:, 3]
+    leaves["layers.mlp.gate"][..., 17] = leaves["layers.mlp.gate"][..., 4]  # in one leaf only: no twin
+    for leaf in leaves.values():
+        if leaf.shape[0] == 4:
+            leaf[1] = leaf[0]
+    read = []
+    monkeypatch.setattr(liveness, "to_host", lambda array: read.append(array.size) or np.asarray(array))
+    lies = param_shardings(tele.spec(plan.dst_cfg), mesh)
+    assert liveness.locked(plan, jax.device_put(unflatten(leaves), lies)) == (
+        "mlp[13] = mlp[3]",
+        "layers[1] = layers[0]",
+    )
+    leaves["layers.attn.q"][:, :, 6] = leaves["layers.mlp.up"][1] = leaves["lm_head.kernel"][20] = 0
+    dead = {"heads[6] in layers.attn.q", "layers[1] in layers.mlp.up", "embed[20] in lm_head.kernel"}
+    assert set(liveness.dead(plan, jax.device_put(unflatten(leaves), lies))) == dead
+    assert 0 < max(read) <= 2 * max(m.dst_size for axis, m in plan.maps.items() if axis != "vocab")
