@@ -19,7 +19,7 @@ _MOMENTS = {"mu": 1, "trace": 1, "acc_grads": 1, "nu": 2, "nu_max": 2, "sum_of_s
 
 
 def apply(plan: Growth, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The grown parameters; a pure function, so that under jit with out_shardings it grows sharded arrays in place.
+    """The grown parameters; a pure function. For arrays that lie on a mesh, see `sharded`.
 
     Raises:
       UserError: params are not what plan.src_cfg describes; every leaf that differs is named.
