@@ -12,6 +12,8 @@ stages had them, arXiv 2309.03852), the short new warm-up, the ramp of the masks
 has 2,852), the metric of the distance, and what configs/tele_flm_52b.py says.
 """
 
+from typing import NamedTuple
+
 from ml_collections import ConfigDict
 
 from tele_jax.config import to_dict
@@ -20,28 +22,38 @@ from tele_jax.published import get_model
 
 LENGTH = 4_096
 SIZES = ("num_layers", "num_heads", "num_kv_heads", "embed_dim", "mlp_dim", "padded_vocab_size")
-# By part: stages, mesh, sequences a step (1,344 were published for 52B), and the part before, which it goes on from.
-# A part alone has the mesh and the batch that docs/scale.md has for it on TPU v5p.
+
+
+class Part(NamedTuple):
+    stages: tuple[str, ...]
+    mesh: dict[str, int]
+    batch_size: int = 1_344  # sequences a step; published for 52B
+    microbatches: int = 1
+    remat: str = "full"
+    before: str | None = None  # the part whose run it goes on from
+
+
+# A part alone has the mesh, batch, parts and remat policy that docs/scale.md has for it on TPU v5p.
 PARTS = {
-    None: (("pretrain_52b", "grow_102b", "pretrain_102b", "grow_1t", "pretrain_1t"), dict(), 1_344, None),
-    "52b": (("pretrain_52b",), dict(fsdp=512, tensor=2), 1_536, None),  # v5p:8x8x16
-    "102b": (("grow_102b", "pretrain_102b"), dict(fsdp=256, tensor=4), 1_536, "52b"),  # v5p:8x8x16
-    "1t": (("grow_1t", "pretrain_1t"), dict(fsdp=512, tensor=4), 1_536, "102b"),  # v5p:8x16x16
+    None: Part(("pretrain_52b", "grow_102b", "pretrain_102b", "grow_1t", "pretrain_1t"), dict()),
+    "52b": Part(("pretrain_52b",), dict(fsdp=512, tensor=2), 1_536, remat="products"),  # v5p:8x8x16
+    "102b": Part(("grow_102b", "pretrain_102b"), dict(fsdp=256, tensor=4), 1_536, 2, "products", "52b"),  # v5p:8x8x16
+    "1t": Part(("grow_1t", "pretrain_1t"), dict(fsdp=512, tensor=4), 1_536, before="102b"),  # v5p:8x16x16
 }
 MUP = ("input_mult", "output_mult", "mup_base_width", "matrix_init_std")
 
 
-def get_config(part: str | None = None) -> ConfigDict:
-    if part not in PARTS:
-        raise UserError(f"configs/tele_flm_series.py:{part}: the parts are 52b, 102b and 1t")
-    run, mesh, batch_size, before = PARTS[part]
-    tokens_per_step = batch_size * LENGTH
+def get_config(name: str | None = None) -> ConfigDict:
+    if name not in PARTS:
+        raise UserError(f"configs/tele_flm_series.py:{name}: the parts are 52b, 102b and 1t")
+    part = PARTS[name]
+    tokens_per_step = part.batch_size * LENGTH
     data = dict(tokenizer="tokenizer.model", cache="CACHE")
-    batch = dict(batch_size=batch_size, seq_len=LENGTH, checkpoint_every=500)
+    batch = dict(batch_size=part.batch_size, seq_len=LENGTH, microbatches=part.microbatches, checkpoint_every=500)
 
     def growth(name: str) -> dict:
         larger = get_model(name)
-        model = {field: getattr(larger, field) for field in (*SIZES, *MUP)}
+        model = {field: getattr(larger, field) for field in (*SIZES, *MUP)} | dict(remat=part.remat)
         return dict(kind="grow", policy="msg", layers="distance", model=model)
 
     def pretraining(tokens: float, learning_rate: float, ramp: int) -> dict:
@@ -58,13 +70,13 @@ def get_config(part: str | None = None) -> ConfigDict:
         )
 
     config = ConfigDict()
-    config.run = run
-    if before is not None:
-        config.start = f"runs/{before}"
-    config.mesh = dict(data=1, fsdp=1, tensor=1) | mesh
+    config.run = part.stages
+    if part.before is not None:
+        config.start = f"runs/{part.before}"
+    config.mesh = dict(data=1, fsdp=1, tensor=1) | part.mesh
     config.pretrain_52b = dict(
         kind="pretrain",
-        model=to_dict(get_model("tele_flm_52b")),
+        model=to_dict(get_model("tele_flm_52b")) | dict(remat=part.remat),
         data=data,
         steps=round(2.0e12 / tokens_per_step),
         optimizer=dict(
@@ -77,6 +89,6 @@ def get_config(part: str | None = None) -> ConfigDict:
     config.pretrain_102b = pretraining(0.3e12, 1.5e-4, ramp=1_000)
     config.grow_1t = growth("tele_flm_1t")
     config.pretrain_1t = pretraining(15.7e9, 1.0e-4, ramp=500)
-    for other in set(PARTS[None][0]) - set(run):
+    for other in set(PARTS[None].stages) - set(part.stages):
         del config[other]
     return config

@@ -95,10 +95,10 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, cache: Cache | None, layer, ctx: Context) -> tuple[jax.Array, Cache | None]:
         cfg = self.cfg
         x = whole_rows(x)
-        kernel_q = declare(self, "q", inputs=("embed",), outputs=("heads", "head_dim")).astype(x.dtype)
-        kernel_k = declare(self, "k", inputs=("embed",), outputs=("kv_heads", "head_dim")).astype(x.dtype)
-        kernel_v = declare(self, "v", inputs=("embed",), outputs=("kv_heads", "head_dim")).astype(x.dtype)
-        kernel_o = declare(self, "o", inputs=("heads", "head_dim"), outputs=("embed",)).astype(x.dtype)
+        kernel_q = declare(self, "q", inputs=("embed",), outputs=("heads", "head_dim"))
+        kernel_k = declare(self, "k", inputs=("embed",), outputs=("kv_heads", "head_dim"))
+        kernel_v = declare(self, "v", inputs=("embed",), outputs=("kv_heads", "head_dim"))
+        kernel_o = declare(self, "o", inputs=("heads", "head_dim"), outputs=("embed",))
         q = rope.rotate(project("BSD,DNH->BSNH", x, kernel_q), ctx.cos, ctx.sin)
         k = rope.rotate(project("BSD,DKH->BSKH", x, kernel_k), ctx.cos, ctx.sin)
         v = project("BSD,DKH->BSKH", x, kernel_v)
@@ -126,12 +126,12 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         x = whole_rows(x)
-        gate = project("BSD,DF->BSF", x, declare(self, "gate", inputs=("embed",), outputs=("mlp",)).astype(x.dtype))
-        up = project("BSD,DF->BSF", x, declare(self, "up", inputs=("embed",), outputs=("mlp",)).astype(x.dtype))
+        gate = project("BSD,DF->BSF", x, declare(self, "gate", inputs=("embed",), outputs=("mlp",)))
+        up = project("BSD,DF->BSF", x, declare(self, "up", inputs=("embed",), outputs=("mlp",)))
         y = gated(whole_rows(gate, tensor=2), whole_rows(up, tensor=2))
         if ctx.mlp_mask is not None:
             y = y * ctx.mlp_mask.astype(y.dtype)
-        down = declare(self, "down", inputs=("mlp",), outputs=("embed",)).astype(x.dtype)
+        down = declare(self, "down", inputs=("mlp",), outputs=("embed",))
         y = constrain(project("BSF,FD->BSD", y, down))
         if self.cfg.output_biases:
             y = y + declare(self, "down_bias", outputs=("embed",)).astype(x.dtype)

@@ -51,7 +51,7 @@ def test_the_other_commands_pass_the_preflight(case, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("part", ["52b", "102b", "1t"])
-def test_the_parts_of_the_series_have_the_slices_meshes_and_batches_of_the_plan(part):
+def test_the_parts_of_the_series_have_the_slices_and_settings_of_the_plan(part):
     config = run_config(load_page(f"{ROOT}/configs/tele_flm_series.py:{part}"))
     (topology,) = {
         words[words.index("--topology") + 1]
@@ -62,8 +62,11 @@ def test_the_parts_of_the_series_have_the_slices_meshes_and_batches_of_the_plan(
     rows = [line for line in lines if line.startswith(f"| tele_flm_{part} | {topology} ")]
     assert rows, f"docs/scale.md has no row of tele_flm_{part} on {topology}"
     mesh = ", ".join(f"{axis} {size}" for axis, size in vars(config.mesh).items() if size > 1)
-    batch = config.stages[config.run[-1]].batch_size
-    assert any(f"| {mesh} | {batch} x" in row or f"| {mesh} | {batch:,} x" in row for row in rows), (mesh, batch, rows)
+    stage = config.stages[config.run[-1]]
+    model = config.stages[config.run[0]].model  # of a growth, the fields that change
+    remat = model["remat"] if isinstance(model, dict) else model.remat
+    settings = f"| {mesh} | {stage.batch_size:,} x {stage.microbatches} | {remat} |"
+    assert any(settings in row for row in rows), (settings, rows)
 
 
 def test_shellcheck_finds_nothing():

@@ -1,5 +1,6 @@
 """`tele plan` as a user meets it; what needs the TPU compiler is skipped where libtpu is not installed."""
 
+import gzip
 import importlib.util
 import json
 
@@ -130,6 +131,17 @@ def test_the_step_of_a_page_is_compiled_and_counted(page, tmp_path, capsys):
     program.write_bytes(program.read_bytes()[:1000])
     capsys.readouterr()
     assert main(argv) == 1 and f"{program.parent}: damaged" in capsys.readouterr().err
+
+
+@needs_libtpu
+def test_kernels_are_cast_layer_by_layer(page, tmp_path):
+    sizes = dict(num_layers=6, embed_dim=2048, num_heads=16, mlp_dim=8192)
+    larger = [f"--config.first.model.{name}={size}" for name, size in sizes.items()]
+    found = figures_of(["--config", page, "--topology", "v5e:2x2", "--stage", "first", *larger], tmp_path)
+    text = gzip.decompress((tmp_path / found["program"] / "program.hlo.gz").read_bytes()).decode()
+    # What a device has of the kernels of all layers: in float32, and in bfloat16 of one layer at a time.
+    for kernel in ("1024,8,128", "8,128,1024", "1024,4096", "4096,1024"):
+        assert f"f32[6,{kernel}]" in text and f"bf16[6,{kernel}]" not in text
 
 
 def figures_of(argv, tmp_path):
