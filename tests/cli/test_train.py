@@ -307,7 +307,11 @@ def test_wrong_configs_are_refused_in_one_line(place, capsys, tmp_path, override
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(None, "text.jsonl"), (b"", "empty"), (b'{"text": "caf\xe9"}\n', "UTF-8")],
+    [
+        (None, "text.jsonl"),
+        (b"", "empty"),
+        (b'{"text": "caf\xe9"}\n', "not one document can be used; the first is"),
+    ],
 )
 def test_bad_text_is_refused_in_one_line(place, capsys, tmp_path, content, expected):
     page = tmp_path / "page.py"
@@ -317,6 +321,41 @@ def test_bad_text_is_refused_in_one_line(place, capsys, tmp_path, content, expec
         file.write_bytes(content)
     override = f"--config.small.data.sources.text.files=({str(file)!r},)"
     assert expected in fails(capsys, 2, "train", "--config", str(page), "--workdir", str(tmp_path / "w"), override)
+    assert sorted(path.name for path in (tmp_path / "w").rglob("*")) == [".lock"], "nothing was begun"
+
+
+def test_lines_that_cannot_be_used_are_kept_aside_and_training_goes_on(place, capsys, tmp_path):
+    good = (place / "text.jsonl").read_bytes().splitlines(keepends=True)[:40]
+    bad = [b'{"text": "caf\xe9"}\n', b"no JSON\n"]
+    (tmp_path / "good.jsonl").write_bytes(b"".join(good))
+    (tmp_path / "text.jsonl").write_bytes(b"".join([*good[:20], bad[0], *good[20:], bad[1]]))
+    page = tmp_path / "page.py"
+    page.write_text(PAGE.replace("Path(__file__).parent", repr(place)).replace("PosixPath", "Path"))
+    with page.open("a") as file:  # the first stage alone, two steps of it
+        file.write("\n_all = get_config\ndef get_config():\n    config = _all()\n    config.run = ('small',)\n")
+        file.write("    for name in ('grow', 'large', 'sft'):\n        del config[name]\n")
+        file.write("    config.small.steps = 2\n    return config\n")
+
+    def train(name, files):
+        workdir = tmp_path / f"of_{name}"
+        names = ("files", "validation_files")[: len(files)]
+        overrides = [f"--config.small.data.sources.text.{n}=({str(tmp_path / f)!r},)" for n, f in zip(names, files)]
+        assert main(["train", "--config", str(page), "--workdir", str(workdir), *overrides]) == 0
+        return workdir, [line for line in capsys.readouterr().out.splitlines() if "cannot be used" in line]
+
+    clean, said = train("good", ["good.jsonl"])
+    assert not said and not (clean / "small" / "rejected").exists()
+    workdir, said = train("all", ["text.jsonl", "text.jsonl"])
+    for line, field in zip(said, ("files", "validation_files"), strict=True):
+        aside = workdir / "small" / "rejected" / f"text.{field}.jsonl"
+        assert line == (
+            f"  sources.text.{field}: 2 of 42 documents cannot be used; the first is {tmp_path}/text.jsonl, line 21: "
+            f"not UTF-8 at byte {sum(map(len, good[:20])) + 13} (0xe9); all are in {aside}"
+        )
+        entries = [json.loads(line) for line in aside.read_text().splitlines()]
+        assert [(e["line"], e["sample"]) for e in entries] == [(21, '{"text": "caf\\xe9"}\n'), (42, "no JSON\n")]
+    mine, theirs = (flatten(checkpoint.load(w).params) for w in (workdir, clean))
+    assert all(np.array_equal(mine[name], theirs[name]) for name in theirs | mine)
 
 
 def test_another_config_in_the_same_work_directory_is_refused(place, finished, capsys):
