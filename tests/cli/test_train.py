@@ -325,37 +325,27 @@ def test_bad_text_is_refused_in_one_line(place, capsys, tmp_path, content, expec
 
 
 def test_lines_that_cannot_be_used_are_kept_aside_and_training_goes_on(place, capsys, tmp_path):
-    good = (place / "text.jsonl").read_bytes().splitlines(keepends=True)[:40]
-    bad = [b'{"text": "caf\xe9"}\n', b"no JSON\n"]
-    (tmp_path / "good.jsonl").write_bytes(b"".join(good))
-    (tmp_path / "text.jsonl").write_bytes(b"".join([*good[:20], bad[0], *good[20:], bad[1]]))
-    page = tmp_path / "page.py"
-    page.write_text(PAGE.replace("Path(__file__).parent", repr(place)).replace("PosixPath", "Path"))
-    with page.open("a") as file:  # the first stage alone, two steps of it
-        file.write("\n_all = get_config\ndef get_config():\n    config = _all()\n    config.run = ('small',)\n")
-        file.write("    for name in ('grow', 'large', 'sft'):\n        del config[name]\n")
-        file.write("    config.small.steps = 2\n    return config\n")
-
-    def train(name, files):
-        workdir = tmp_path / f"of_{name}"
-        names = ("files", "validation_files")[: len(files)]
-        overrides = [f"--config.small.data.sources.text.{n}=({str(tmp_path / f)!r},)" for n, f in zip(names, files)]
-        assert main(["train", "--config", str(page), "--workdir", str(workdir), *overrides]) == 0
-        return workdir, [line for line in capsys.readouterr().out.splitlines() if "cannot be used" in line]
-
-    clean, said = train("good", ["good.jsonl"])
-    assert not said and not (clean / "small" / "rejected").exists()
-    workdir, said = train("all", ["text.jsonl", "text.jsonl"])
+    lines = (place / "text.jsonl").read_bytes().splitlines(keepends=True)
+    file = tmp_path / "text.jsonl"
+    file.write_bytes(b"".join([*lines[:20], b'{"text": "caf\xe9"}\n', *lines[20:], b"no JSON\n"]))
+    text = PAGE.replace("Path(__file__).parent", repr(place)).replace("PosixPath", "Path")
+    text = text.replace('("small", "grow", "large", "sft")', '("small",)').replace("steps=12", "steps=2")
+    for name in ("grow", "large", "sft"):
+        text = text.replace(f"config.{name} =", f"{name} =")
+    page, workdir = tmp_path / "page.py", tmp_path / "w"
+    page.write_text(text)
+    overrides = [f"--config.small.data.sources.text.{n}=({str(file)!r},)" for n in ("files", "validation_files")]
+    assert main(["train", "--config", str(page), "--workdir", str(workdir), *overrides]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "cannot be used" in line]
     for line, field in zip(said, ("files", "validation_files"), strict=True):
         aside = workdir / "small" / "rejected" / f"text.{field}.jsonl"
         assert line == (
-            f"  sources.text.{field}: 2 of 42 documents cannot be used; the first is {tmp_path}/text.jsonl, line 21: "
-            f"not UTF-8 at byte {sum(map(len, good[:20])) + 13} (0xe9); all are in {aside}"
+            f"  sources.text.{field}: 2 of 402 documents cannot be used; the first is {file}, line 21: "
+            f"not UTF-8 at byte {len(b''.join(lines[:20])) + 13} (0xe9); all are in {aside}"
         )
         entries = [json.loads(line) for line in aside.read_text().splitlines()]
-        assert [(e["line"], e["sample"]) for e in entries] == [(21, '{"text": "caf\\xe9"}\n'), (42, "no JSON\n")]
-    mine, theirs = (flatten(checkpoint.load(w).params) for w in (workdir, clean))
-    assert all(np.array_equal(mine[name], theirs[name]) for name in theirs | mine)
+        assert [(e["line"], e["sample"]) for e in entries] == [(21, '{"text": "caf\\xe9"}\n'), (402, "no JSON\n")]
+    assert checkpoint.open_lazy(workdir).step == 2
 
 
 def test_another_config_in_the_same_work_directory_is_refused(place, finished, capsys):

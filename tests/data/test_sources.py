@@ -129,7 +129,7 @@ def test_lines_that_cannot_be_used_are_kept_aside(tmp_path):
     assert corpus.rejected == (
         {"file": a, "line": 3, "byte": 17, "reason": "not UTF-8 at byte 30 (0xe9)", "sample": '{"text": "caf\\xe9"}\n'},
         {"file": b, "line": 1, "byte": 3, "reason": not_json, "sample": "x" * 200},
-        {"file": b, "line": 4, "byte": 324, "reason": "the text is empty", "sample": '{"text": ""}'},
+        {"file": b, "line": 4, "byte": 322, "reason": "the text is empty", "sample": '{"text": ""}'},
     )
     assert corpus.account() == (
         f"sources.code.files: 3 of 6 documents cannot be used; the first is {a}, line 3: not UTF-8 at byte 30 (0xe9)"
@@ -144,7 +144,7 @@ def test_of_a_text_file_that_is_not_utf8_nothing_is_used(tmp_path):
     raw = [b"one\n" * 5, b"two\n" * 10 + b"\xff" + b"two\n" * 10, b"three\n" * 5]
     files = [write(tmp_path / f"{i}.txt", data) for i, data in enumerate(raw)]
     corpus = sources.index("sources.code.files", "code", files, "text", span_bytes=16)
-    sample = "two\n" * 2 + "\\xff" + "two\n" + "two"  # of the span that was read
+    sample = "two\n" * 2 + "\\xff" + "two\n"  # of the span that was read
     reject = {"file": files[1], "byte": 32, "reason": "not UTF-8 at byte 40 (0xff)", "sample": sample}
     assert corpus.rejected == (reject,)
     assert "".join(corpus.text(i) for i in range(len(corpus))) == "one\n" * 5 + "three\n" * 5
