@@ -263,7 +263,8 @@ def read_document(path: str, offset: int, data: bytes, format: Format, rejected:
     except UserError as error:
         reason = str(error)
     sample = data[:200].decode(errors="backslashreplace")
-    rejected.append({"file": path, "byte": offset, "reason": reason, "sample": sample})
+    file = os.fsencode(path).decode(errors="backslashreplace")  # a name may be what no file of text can hold
+    rejected.append({"file": file, "byte": offset, "reason": reason, "sample": sample})
     return None
 
 

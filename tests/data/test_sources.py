@@ -4,13 +4,14 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import zlib
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tele_jax.data import sources
+from tele_jax.data import shards, sources
 from tele_jax.errors import UserError
 
 LINES = st.lists(st.text() | st.sampled_from(["\n", "\r\n", "中文字", "a b c\n" * 5]), min_size=1).map("".join)
@@ -150,6 +151,17 @@ def test_of_a_text_file_that_is_not_utf8_nothing_is_used(tmp_path):
     assert "".join(corpus.text(i) for i in range(len(corpus))) == "one\n" * 5 + "three\n" * 5
     assert corpus.account().startswith("sources.code.files: 1 of 3 documents cannot be used; the first is")
     assert corpus.checksum == f"{zlib.crc32(b''.join(raw)):08x}"
+
+
+def test_a_reject_of_a_file_whose_name_is_not_utf8_can_be_written(tmp_path):
+    write(tmp_path / "a.txt", "fine")
+    write(tmp_path / os.fsdecode(b"caf\xe9.txt"), b"\xff")
+    corpus = sources.index("x", "x", [f"{tmp_path}/*.txt"], "text")
+    shards.write_rejected(tmp_path / "deep" / "x.jsonl", corpus.rejected)
+    (line,) = (tmp_path / "deep" / "x.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(line)["file"] == f"{tmp_path}/caf\\xe9.txt"
+    shards.write_rejected(tmp_path / "deep" / "x.jsonl", ())
+    assert not list((tmp_path / "deep").iterdir()), "nothing is left of an earlier start"
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
