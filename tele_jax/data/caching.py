@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tele_jax.data import feed, shards, templates
+from tele_jax.data import feed, shards, sources, templates
 from tele_jax.data.cache import FORMAT, MANIFEST, Counts, Domain, Manifest, incomplete, read_manifest
 from tele_jax.data.cached_feed import difference
 from tele_jax.data.extras import need
@@ -230,8 +230,7 @@ def _assemble(work: Path, config: CacheConfig, vocabulary: Vocabulary, units: li
         reasons[unit.domain] = reasons.get(unit.domain) or done.first_reason
     for name, domain in domains.items():
         if not domain["counts"].documents:
-            first = f"the first is {reasons[name]}" if reasons[name] else "its files hold nothing but blank lines"
-            raise UserError(f"sources.{name}: not one document can be used; {first}")
+            raise sources.nothing_usable(f"sources.{name}", reasons[name])
     shutil.copyfile(vocabulary.path, work / tokenizer_name(vocabulary.path))
     manifest = Manifest(
         format=FORMAT,

@@ -8,6 +8,7 @@ import difflib
 import io
 import json
 import tempfile
+import warnings
 import weakref
 import zipfile
 from collections.abc import Callable, Sequence
@@ -25,6 +26,18 @@ from tele_jax.run import DataConfig
 SPAN_BYTES = 16_384
 SPAN_BYTES_PER_TOKEN = 32  # a span is about eight rows of English
 
+Aside = Callable[[sources.Corpus], None]
+
+
+def warn(corpus: sources.Corpus) -> None:
+    """Warns of the documents of a domain that cannot be used, if there are such: what becomes of them by default."""
+    if corpus.rejected:
+        warnings.warn(corpus.account(), stacklevel=2)
+
+
+def ignore(corpus: sources.Corpus) -> None:
+    """Says nothing of them: for a first look, before the one that does."""
+
 
 def open_feed(
     data: DataConfig,
@@ -35,6 +48,7 @@ def open_feed(
     seed: int,
     rows: Sequence[int] | None = None,
     place: Callable[[Batch], Any] = lambda batch: batch,
+    aside: Aside = warn,
 ) -> "LiveFeed | CachedFeed":
     """The feed of a stage. Its batches have been through `place`, which may put them on devices.
 
@@ -42,13 +56,14 @@ def open_feed(
       data, kind, seq_len, batch_size, seed: as LiveFeed.
       rows: which rows of every batch this process needs; None: all. A live feed gives all in every process.
       place: is given every batch; by a cached feed ahead of time.
+      aside: as LiveFeed. (What a cache could not use was kept aside when it was made.)
 
     Raises:
       UserError: as LiveFeed and check.
       DamageError: as cache.RowCache.
     """
     if data.cache is None:
-        return LiveFeed(data, kind=kind, seq_len=seq_len, batch_size=batch_size, seed=seed, place=place)
+        return LiveFeed(data, kind=kind, seq_len=seq_len, batch_size=batch_size, seed=seed, place=place, aside=aside)
     check(data, kind=kind, seq_len=seq_len)
     rates = {name: source.rate for name, source in resolve(data).sources.items()}
     row_cache = cache.RowCache(data.cache)
@@ -79,7 +94,7 @@ def resolve(data: DataConfig) -> DataConfig:
 
 
 def check(data: DataConfig, *, kind: examples.Kind, seq_len: int) -> Vocabulary:
-    """Looks through all that `data` names, as a feed would, and returns the tokenizer.
+    """Looks through all that `data` names, as a feed would, and returns the tokenizer. Of rejects it says nothing.
 
     Raises:
       UserError: as LiveFeed, as resolve; a cache that was made for another kind, length or tokenizer.
@@ -87,7 +102,7 @@ def check(data: DataConfig, *, kind: examples.Kind, seq_len: int) -> Vocabulary:
     """
     vocabulary = open_vocabulary(data, kind)
     if data.cache is None:
-        open_corpora(data, vocabulary, kind, seq_len, "files")
+        open_corpora(data, vocabulary, kind, seq_len, "files", aside=ignore)
     else:
         cache.check_fits(
             cache.RowCache(data.cache).manifest,
@@ -98,7 +113,7 @@ def check(data: DataConfig, *, kind: examples.Kind, seq_len: int) -> Vocabulary:
             sha256=vocabulary.sha256,
             template=data.template,
         )
-    open_corpora(resolve(data), vocabulary, kind, seq_len, "validation_files")
+    open_corpora(resolve(data), vocabulary, kind, seq_len, "validation_files", aside=ignore)
     return vocabulary
 
 
@@ -122,6 +137,7 @@ class LiveFeed:
         batch_size: int,
         seed: int,
         place: Callable[[Batch], Any] = lambda batch: batch,
+        aside: Aside = warn,
     ):
         """Checks all files, and builds the pipeline.
 
@@ -132,14 +148,15 @@ class LiveFeed:
           batch_size: rows in a batch.
           seed: of the orders and of the mixture.
           place: is given every batch before it is given out.
+          aside: is given the index of every domain, whose `rejected` are the documents that cannot be used.
 
         Raises:
-          UserError: files that are missing, empty, not UTF-8 or not of their format (sources.index); a tokenizer that
-            is missing or lacks what is needed; a system message that its template has no place for; `[data]` not
-            installed.
+          UserError: files that are missing, empty or compressed; a domain without one usable document (sources.index);
+            a tokenizer that is missing or lacks what is needed; a system message that its template has no place for;
+            `[data]` not installed.
         """
         vocabulary = open_vocabulary(data, kind)
-        corpora = open_corpora(data, vocabulary, kind, seq_len, "files")
+        corpora = open_corpora(data, vocabulary, kind, seq_len, "files", aside=aside)
         from tele_jax.data import tasks  # TensorFlow
 
         self._errors: list[Exception] = []
@@ -247,18 +264,20 @@ class HeldOut:
     num_tokens: int
 
 
-def held_out(data: DataConfig, *, kind: examples.Kind, seq_len: int, batch_size: int) -> dict[str, HeldOut]:
+def held_out(
+    data: DataConfig, *, kind: examples.Kind, seq_len: int, batch_size: int, aside: Aside = warn
+) -> dict[str, HeldOut]:
     """The first data.eval_bytes of the validation files of each domain that has some, always the same batches.
 
     A document longer than what is left of eval_bytes is cut at a character; a dialogue never is, and the last one may
     go beyond. (Of a dialogue, answers are counted.) Documents longer than seq_len are cut into pieces, each beginning
-    with the separator as its only context.
+    with the separator as its only context. Documents that cannot be used are left out; `aside` is as in LiveFeed.
 
     Raises:
       UserError: as LiveFeed.
     """
     vocabulary = open_vocabulary(data, kind)
-    corpora = open_corpora(resolve(data), vocabulary, kind, seq_len, "validation_files")
+    corpora = open_corpora(resolve(data), vocabulary, kind, seq_len, "validation_files", aside=aside)
     return {
         name: _held_out(corpus, vocabulary, kind, seq_len, batch_size, data.eval_bytes)
         for name, corpus in corpora.items()
@@ -322,8 +341,10 @@ def open_corpora(
     kind: examples.Kind,
     seq_len: int,
     field: Literal["files", "validation_files"],
+    *,
+    aside: Aside = warn,
 ) -> dict[str, sources.Corpus]:
-    """The indexed files of every domain that has some in `field`.
+    """The indexed files of every domain that has some in `field`; each has been given to `aside`.
 
     Raises:
       UserError: as sources.index; fine-tuning on what is not dialogues; a system message that the template of the
@@ -340,4 +361,5 @@ def open_corpora(
                 f"sources.{name}.{field}", name, patterns, source.format, span_bytes=span_bytes
             )
             examples.check_systems(corpora[name], vocabulary)
+            aside(corpora[name])
     return corpora

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ class _Reader:
     unit: Unit
     seed: int
     vocabulary: Vocabulary | None = None  # whose template has to have a place for the system messages
-    rejected: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    rejected: list[sources.Reject] = dataclasses.field(default_factory=list)
 
     def documents(self) -> Iterator[tuple[Any, bool]]:
         """(text or messages, whether the document ends with it)."""
@@ -112,7 +112,7 @@ class _Reader:
             part, offset, line = places[i]
             if line is None:
                 yield from self._text(part)
-            elif (value := self._check(part.path, offset, line, self._record)) is not None:
+            elif (value := self._read(part, offset, line)) is not None:
                 if self.vocabulary is not None and self.unit.format == "dialogues":
                     examples.check_system(value, self.vocabulary, f"{part.path}: dialogue at byte {offset:,}")
                 yield value, True
@@ -143,27 +143,12 @@ class _Reader:
                 data = file.read(DOCUMENT_BYTES)
                 last = offset + len(data) >= part.file_bytes
                 data = data if last else data[: sources.cut_bytes(data)]
-                text = self._check(part.path, offset, data, lambda data: data.decode("utf-8"))
-                if text is not None:
+                if (text := self._read(part, offset, data)) is not None:
                     yield text, last
                 offset += len(data)
 
-    def _record(self, line: bytes) -> Any:
-        value = sources.check_record(line.decode("utf-8"), self.unit.format)
-        if not value:
-            raise UserError("the text is empty")
-        return value
-
-    def _check(self, path: str, offset: int, data: bytes, read: Callable[[bytes], Any]) -> Any:
-        try:
-            return read(data)
-        except UnicodeDecodeError as error:
-            reason = f"not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x})"
-        except UserError as error:
-            reason = str(error)
-        sample = data[:200].decode(errors="backslashreplace")
-        self.rejected.append({"file": path, "byte": offset, "reason": reason, "sample": sample})
-        return None
+    def _read(self, part: Part, offset: int, data: bytes) -> Any:
+        return sources.read_document(part.path, offset, data, self.unit.format, self.rejected)
 
 
 class _Tokenizer:
@@ -280,9 +265,7 @@ def write_unit(unit: Unit, config: CacheConfig, vocabulary: Vocabulary, out: Pat
         account.parent.mkdir(parents=True, exist_ok=True)
         (out / unit.domain).mkdir(exist_ok=True)
         done, rejected = _write(unit, config, vocabulary, out, threads)
-        if rejected:
-            lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected)
-            replace(out / f"{unit.name}.rejected.jsonl", lines)
+        write_rejected(out / f"{unit.name}.rejected.jsonl", rejected)
         replace(account, json.dumps(dataclasses.asdict(done)))
     except OSError as error:
         raise FailedError(
@@ -293,7 +276,7 @@ def write_unit(unit: Unit, config: CacheConfig, vocabulary: Vocabulary, out: Pat
 
 def _write(
     unit: Unit, config: CacheConfig, vocabulary: Vocabulary, out: Path, threads: int
-) -> tuple[Done, list[dict[str, Any]]]:
+) -> tuple[Done, list[sources.Reject]]:
     reader, tokenizer = _Reader(unit, config.seed, vocabulary), _Tokenizer(vocabulary, config, threads)
     dtype = records.id_type(vocabulary.vocab_size)
     target = out / f"{unit.name}.array_record"
@@ -315,8 +298,7 @@ def _write(
         raise FailedError(f"{target}: {str(error).split(';')[0]}; start again to go on") from None
     finally:
         temporary.unlink(missing_ok=True)
-    first = reader.rejected[0] if reader.rejected else None
-    reason = first and f"{first['file']}, byte {first['byte']}: {first['reason']}"
+    reason = sources.place(reader.rejected[0]) if reader.rejected else None
     return Done(shard=shard, counts=counts, first_reason=reason), reader.rejected
 
 
@@ -345,6 +327,15 @@ def finished(out: Path, unit: Unit) -> Done | None:
         return done if shard is None or (out / shard.file).stat().st_size == shard.file_bytes else None
     except (OSError, ValueError, UserError):
         return None
+
+
+def write_rejected(path: Path, rejected: Sequence[sources.Reject]) -> None:
+    """Writes a reject file atomically, an entry a line; without entries there is none when this returns."""
+    if not rejected:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected))
 
 
 def replace(path: Path, text: str) -> None:

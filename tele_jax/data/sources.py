@@ -1,8 +1,10 @@
 """The text files of one domain: checked and indexed in one pass before anything is trained on them, then read anywhere.
 
 Three formats: `text` (a file is one document), `jsonl` (a line is {"text": ...}) and `dialogues` (a line is
-{"messages": [...]}, see dialogue.py). Everything is UTF-8. The pass reads every byte, so that a bad file is found at
+{"messages": [...]}, see dialogue.py). Everything is UTF-8. The pass reads every byte, so that what is bad is found at
 the start of a run and not on its tenth day; for text it runs at about the speed of the disk.
+
+A document that cannot be used is left out and kept aside (Reject), here and in a cache (shards.py), by read_document.
 """
 
 import codecs
@@ -23,6 +25,11 @@ from tele_jax.errors import UserError
 Format = Literal["text", "jsonl", "dialogues"]
 WHOLE = 1 << 62  # larger than any document: no cutting
 
+# A document that cannot be used: {"file", "byte" where its line or this stretch of its text begins, "reason", "sample"
+# of its first bytes}, and "line" where it is known.
+Reject = dict[str, Any]
+EMPTY = "the text is empty"  # the reason of one of them
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
@@ -30,6 +37,7 @@ class Corpus:
 
     Attributes:
       name: of the domain.
+      where: the page names its files, for messages: "sources.code.files".
       format: of the files.
       files: paths, sorted.
       file: int32 [N], which file a span is in.
@@ -37,10 +45,12 @@ class Corpus:
       begin, end: int64 [N], characters of the record's text (jsonl only).
       last: bool [N], whether the document ends with this span.
       num_bytes: int64 [N], UTF-8 bytes of text in the span.
-      checksum: of all files in order, hexadecimal.
+      checksum: of all files in order, hexadecimal; of what was rejected too.
+      rejected: the documents that cannot be used, in order.
     """
 
     name: str
+    where: str
     format: Format
     files: tuple[str, ...]
     file: np.ndarray
@@ -51,9 +61,16 @@ class Corpus:
     last: np.ndarray
     num_bytes: np.ndarray
     checksum: str
+    rejected: tuple[Reject, ...]
 
     def __len__(self) -> int:
         return len(self.file)
+
+    def account(self) -> str:
+        """How many of the documents were rejected, and why the first: a line for whoever trains on the rest."""
+        count, used = len(self.rejected), int(self.last.sum())
+        first = f"; the first is {place(self.rejected[0])}" if count else ""
+        return f"{self.where}: {count:,} of {count + used:,} documents cannot be used{first}"
 
     def text(self, i: int) -> str:
         """The text of span `i` (formats text and jsonl)."""
@@ -129,7 +146,9 @@ def check_plain(path: str) -> None:
 
 
 def index(where: str, name: str, patterns: Sequence[str], format: Format, *, span_bytes: int = WHOLE) -> Corpus:
-    """Checks all files of a domain and finds the documents in them.
+    """Checks all files of a domain and finds the documents in them; those that cannot be used are kept aside.
+
+    A text file is one document: with one byte that is not UTF-8, nothing of it is used.
 
     Args:
       where: the patterns were found, for messages: "sources.code.files".
@@ -140,27 +159,31 @@ def index(where: str, name: str, patterns: Sequence[str], format: Format, *, spa
         one. Dialogues are never cut.
 
     Raises:
-      UserError: a pattern that matches nothing, a file that is empty or holds no document, that is not UTF-8 (file,
-        line and byte), that is not JSON or not of this format (file and line).
+      UserError: a pattern that matches nothing, a file that is empty or compressed, not one document that can be used
+        (with the place of the first, and why).
     """
     files = expand(patterns, where)
-    spans = []
+    spans: list[tuple[int, ...]] = []
+    rejected: list[Reject] = []
     checksum = 0
     for number, path in enumerate(files):
         check_plain(path)
-        count = len(spans)
+        used, bad = len(spans), len(rejected)
         scan = _scan_text if format == "text" else _scan_lines
         with open(path, "rb") as file:
-            for span, data in scan(path, file, format, span_bytes):
+            for span, data in scan(path, file, format, span_bytes, rejected):
                 checksum = zlib.crc32(data, checksum)
                 if span is not None:
                     spans.append((number, *span))
-        if len(spans) == count:
-            raise UserError(f"{path}: the file holds no document")
+        if format == "text" and len(rejected) > bad:
+            del spans[used:]
+    if not spans:
+        raise nothing_usable(where, place(rejected[0]) if rejected else None)
     columns = [np.array(column) for column in zip(*spans, strict=True)]
     file, offset, length, begin, end, last, num_bytes = columns
     return Corpus(
         name=name,
+        where=where,
         format=format,
         files=files,
         file=file.astype(np.int32),
@@ -171,37 +194,42 @@ def index(where: str, name: str, patterns: Sequence[str], format: Format, *, spa
         last=last,
         num_bytes=num_bytes,
         checksum=f"{checksum:08x}",
+        rejected=tuple(rejected),
     )
 
 
 _Span = tuple[int, int, int, int, bool, int]  # offset, length, begin, end, last, num_bytes
 
 
-def _scan_text(path: str, file: Any, format: Format, span_bytes: int) -> Iterator[tuple[_Span | None, bytes]]:
+def _scan_text(
+    path: str, file: Any, format: Format, span_bytes: int, rejected: list[Reject]
+) -> Iterator[tuple[_Span | None, bytes]]:
     size = os.fstat(file.fileno()).st_size
     offset = begin_of(file)
+    good = True
     while offset < size:
         file.seek(offset)
         data = file.read(min(span_bytes, size - offset))
         last = offset + len(data) >= size
         if not last:
             data = data[: cut_bytes(data)]
-        _decode(data, path, offset, line=None)
-        yield (offset, len(data), 0, 0, last, len(data)), data
+        good = good and read_document(path, offset, data, format, rejected) is not None
+        yield (offset, len(data), 0, 0, last, len(data)) if good else None, data
         offset += len(data)
 
 
-def _scan_lines(path: str, file: Any, format: Format, span_bytes: int) -> Iterator[tuple[_Span | None, bytes]]:
+def _scan_lines(
+    path: str, file: Any, format: Format, span_bytes: int, rejected: list[Reject]
+) -> Iterator[tuple[_Span | None, bytes]]:
     offset = begin_of(file)
     for line, data in enumerate(file, start=1):
-        record = _decode(data, path, offset, line)
         # What comes after the first span of a line belongs to data that was given out already.
         fresh = data
-        if record.strip():
-            try:
-                text = text_of(check_record(record, format))
-            except UserError as error:
-                raise UserError(f"{path}: line {line}: {error}") from None
+        if data.strip():
+            value = read_document(path, offset, data, format, rejected)
+            if value is None:
+                rejected[-1]["line"] = line
+            text = text_of(value or "")
             for begin, end in cut_text(text, span_bytes if format == "jsonl" else WHOLE):
                 num_bytes = len(text[begin:end].encode())
                 yield (offset, len(data), begin, end, end == len(text), num_bytes), fresh
@@ -216,6 +244,40 @@ def begin_of(file: Any) -> int:
     begin = len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
     file.seek(begin)
     return begin
+
+
+def read_document(path: str, offset: int, data: bytes, format: Format, rejected: list[Reject]) -> Any:
+    """The text in the bytes of a document, or its messages; None where it cannot be used, which `rejected` then tells.
+
+    Args:
+      path, offset: where the bytes begin.
+      data: a line; of a text file all, or a stretch that ends with a character.
+      format: of the file.
+      rejected: gets an entry.
+    """
+    try:
+        text = data.decode("utf-8")
+        return text if format == "text" else check_record(text, format)
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x})"
+    except UserError as error:
+        reason = str(error)
+    sample = data[:200].decode(errors="backslashreplace")
+    file = os.fsencode(path).decode(errors="backslashreplace")  # a name may be what no file of text can hold
+    rejected.append({"file": file, "byte": offset, "reason": reason, "sample": sample})
+    return None
+
+
+def place(reject: Reject) -> str:
+    """Where a document that cannot be used is, and why it cannot."""
+    where = f"line {reject['line']}" if "line" in reject else f"byte {reject['byte']}"
+    return f"{reject['file']}, {where}: {reject['reason']}"
+
+
+def nothing_usable(where: str, first: str | None) -> UserError:
+    """The error of a domain without a single usable document; first: what `place` says of a rejected one."""
+    why = f"the first is {first}" if first else "its files hold nothing but blank lines"
+    return UserError(f"{where}: not one document can be used; {why}")
 
 
 def check_record(record: str, format: Format) -> Any:
@@ -236,6 +298,8 @@ def check_record(record: str, format: Format) -> Any:
         dialogue.check(value)
     elif not isinstance(value, str):
         raise UserError('"text" is not a string')
+    elif not value:
+        raise UserError(EMPTY)
     if "\\u" in record:  # JSON can spell half a surrogate pair, UTF-8 cannot
         try:
             text_of(value).encode()
@@ -247,16 +311,6 @@ def check_record(record: str, format: Format) -> Any:
 def text_of(value: Any) -> str:
     """The text of what check_record gives: for a dialogue all of its messages joined (only their size matters)."""
     return value if isinstance(value, str) else "".join(message["content"] for message in value)
-
-
-def _decode(data: bytes, path: str, offset: int, line: int | None) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        place = f"line {line}, " if line is not None else ""
-        raise UserError(
-            f"{path}: not UTF-8 at {place}byte {offset + error.start} (0x{data[error.start]:02x}); convert or leave out"
-        ) from None
 
 
 def cut_bytes(data: bytes) -> int:

@@ -262,12 +262,16 @@ def sample_texts(patterns: Sequence[str], *, max_bytes: int | None, seed: int) -
     MAX_SENTENCE_BYTES, whichever is less, uniformly over all files.
 
     Raises:
-      UserError: as sources.index.
+      UserError: as sources.index; a document that cannot be used, unless it is only empty.
     """
     corpora = [
         sources.index("INPUT", path, [glob.escape(path)], format_of(path), span_bytes=MAX_SENTENCE_BYTES)
         for path in sources.expand(patterns, "INPUT")
     ]
+    for corpus in corpora:
+        for reject in corpus.rejected:
+            if reject["reason"] != sources.EMPTY:
+                raise UserError(f"{sources.place(reject)}; convert or leave out")
     places = [(corpus, i) for corpus in corpora for i in range(len(corpus))]
     sizes = np.concatenate([corpus.num_bytes for corpus in corpora])
     chosen = np.arange(len(places))

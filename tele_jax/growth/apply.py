@@ -1,6 +1,7 @@
 """Growth of arrays in memory: parameters, optimizer state, and the way back."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,17 +19,20 @@ _MOMENTS = {"mu": 1, "trace": 1, "acc_grads": 1, "nu": 2, "nu_max": 2, "sum_of_s
 
 
 def apply(plan: Growth, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The grown parameters; a pure function, so that under jit with out_shardings it grows sharded arrays in place.
+    """The grown parameters; a pure function. For arrays that lie on a mesh, see `sharded`.
 
     Raises:
       UserError: params are not what plan.src_cfg describes; every leaf that differs is named.
     """
+    return grow_params(plan, params, grow_leaf)
+
+
+def grow_params(plan: Growth, params: Mapping[str, Any], grow: Callable[[Plan, str, LeafPlan, Any], Any]) -> Any:
+    """As `apply`, with grow(step, leaf name, plan of the leaf, leaf) for the kernel."""
     leaves = flatten(params)
     check_tree(leaves, plan.src_spec)
     for step in plan.steps:
-        leaves = {
-            name: grow_leaf(step, name, step.leaves[name], leaves[source]) for name, source in step.sources.items()
-        }
+        leaves = {name: grow(step, name, step.leaves[name], leaves[source]) for name, source in step.sources.items()}
     return unflatten(leaves)
 
 
@@ -150,20 +154,25 @@ def check_tree(leaves: Mapping[str, Any], spec: Mapping[str, ParamSpec]) -> None
         raise UserError("the parameters do not fit the config: " + "; ".join(sorted(wrong)))
 
 
-def grow_leaf(step: Plan, name: str, leaf: LeafPlan, array: Any, power: int = 1) -> jax.Array:
+Take = Callable[[jax.Array, Sequence[np.ndarray]], jax.Array]
+
+
+def take(array: jax.Array, indices: Sequence[np.ndarray]) -> jax.Array:
+    """The entries of an array at indices, one int array per dimension; anything at NEW."""
+    for dimension, index in enumerate(indices):
+        if not np.array_equal(index, np.arange(array.shape[dimension])):
+            array = jnp.take(array, np.maximum(index, 0), axis=dimension, mode="clip")
+    return array
+
+
+def grow_leaf(step: Plan, name: str, leaf: LeafPlan, array: Any, power: int = 1, take: Take = take) -> jax.Array:
     """One leaf by one step; name: of the leaf after it; power: of the factors, 2 for second moments."""
     spec = step.dst_spec[name]
-    return _evaluate(leaf, [step.maps[a] for a in spec.axes], array, leaf_key(step.seed, name), spec.shape, power)
+    maps = [step.maps[axis] for axis in spec.axes]
+    return _evaluate(leaf, maps, array, leaf_key(step.seed, name), spec.shape, power, take)
 
 
-def _evaluate(leaf: LeafPlan, maps: list[AxisMap], array: Any, key: tuple[int, int], shape, power=1) -> jax.Array:
+def _evaluate(leaf: LeafPlan, maps, array: Any, key: tuple[int, int], shape, power=1, take: Take = take) -> jax.Array:
     array = jnp.asarray(array)
-
-    def read(indices):
-        out = array
-        for dimension, index in enumerate(indices):
-            if not np.array_equal(index, np.arange(array.shape[dimension])):
-                out = jnp.take(out, index, axis=dimension)
-        return out
-
-    return tile(leaf, maps, [np.arange(size) for size in shape], read, key, shape, array.dtype, power)
+    where = [np.arange(size) for size in shape]
+    return tile(leaf, maps, where, functools.partial(take, array), key, shape, array.dtype, power)

@@ -37,14 +37,14 @@ def tile(
 
     Args:
       maps: the AxisMap of every dimension.
-      read: read(source indices, one array per dimension) -> that rectangle of the source leaf.
+      read: read(source indices, one array per dimension) -> that rectangle of the source leaf; anything at NEW.
       key: of the fresh values, see `leaf_key`.
       shape: of the whole destination leaf.
       power: of the factors: 1, and 2 for second moments.
     """
     known = [m.index[w] != NEW for m, w in zip(maps, where, strict=True)]
     fresh = [m.fresh[w] for m, w in zip(maps, where, strict=True)]
-    source = read([np.where(k, m.index[w], 0) for m, w, k in zip(maps, where, known, strict=True)])
+    source = read([m.index[w] for m, w in zip(maps, where, strict=True)])
     value = _scaled(leaf, maps, where, source, power)
     if not all(k.all() for k in known):
         value = jnp.where(_outer(known, np.logical_and), value, _filled(leaf, where, key, shape, dtype))

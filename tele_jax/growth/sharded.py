@@ -1,16 +1,18 @@
 """Growth of arrays that lie on a mesh, compiled: each device makes its own part of every grown leaf."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from tele_jax.axes import map_param_subtrees
-from tele_jax.growth.apply import apply, apply_opt
-from tele_jax.growth.plan import Growth
+from tele_jax.growth import exchange
+from tele_jax.growth.apply import apply_opt, grow_leaf, grow_params, grow_state
+from tele_jax.growth.plan import Growth, LeafPlan, Plan
 from tele_jax.model.spec import spec
-from tele_jax.sharding import param_shardings, replicated
+from tele_jax.sharding import RULES, param_shardings, replicated
 
 
 def state_shardings(plan: Growth, mesh: Mesh, opt_state: Any) -> Any:
@@ -23,7 +25,25 @@ def state_shardings(plan: Growth, mesh: Mesh, opt_state: Any) -> Any:
 def sharded(plan: Growth, mesh: Mesh, opt_state: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
     """(parameters, optimizer state) -> the grown ones, jitted for a mesh; opt_state, arrays or shapes, may be None."""
     params = param_shardings(spec(plan.dst_cfg), mesh)
+
+    def grow(step: Plan, name: str, leaf: LeafPlan, array: Any, power: int = 1) -> jax.Array:
+        axes = step.dst_spec[name].axes
+
+        def take(array: jax.Array, indices: Sequence[np.ndarray]) -> jax.Array:
+            pairs = zip(axes, array.shape, indices, strict=True)
+            return exchange.take(array, indices, [_cut(mesh, a, size, len(index)) for a, size, index in pairs], mesh)
+
+        return grow_leaf(step, name, leaf, array, power, take)
+
     if opt_state is None:
-        return jax.jit(lambda p, _: (apply(plan, p), None), out_shardings=(params, None))
+        return jax.jit(lambda p, _: (grow_params(plan, p, grow), None), out_shardings=(params, None))
     out = (params, state_shardings(plan, mesh, opt_state))
-    return jax.jit(lambda p, state: (apply(plan, p), apply_opt(plan, state)), out_shardings=out)
+    return jax.jit(lambda p, state: (grow_params(plan, p, grow), grow_state(plan, state, grow)), out_shardings=out)
+
+
+def _cut(mesh: Mesh, axis: str, *sizes: int) -> str | None:
+    """The mesh axis that an axis is cut over; None where it lies whole, or where one of the sizes does not divide."""
+    mesh_axis = RULES[axis]
+    if mesh_axis is None or mesh.shape[mesh_axis] == 1:
+        return None
+    return None if any(size % mesh.shape[mesh_axis] for size in sizes) else mesh_axis

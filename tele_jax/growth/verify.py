@@ -2,7 +2,7 @@
 
 structural   every entry is what the plan says: kept to the bit, zero, or fresh with the right moments    structure.py
 by parts     embedding, every layer and head do what they did, on random inputs, in float64               layerwise.py
-as a whole   the logits on tokens before and after, and whether all that is new can learn                 here
+as a whole   the logits on tokens before and after; whether all that is new can learn           here, liveness.py
 
 `verify` does all three; `verify_stored` the first two, which need no more memory than a block of a leaf.
 """
@@ -15,16 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from tele_jax.axes import flatten
 from tele_jax.config import require
 from tele_jax.growth import layerwise, structure
 from tele_jax.growth.apply import check_tree
+from tele_jax.growth.liveness import liveness
 from tele_jax.growth.masks import vectors
 from tele_jax.growth.plan import Growth
 from tele_jax.model import decoder
-from tele_jax.model.loss import next_token_loss
 from tele_jax.sharding import readable, to_host
 
 # Largest logit difference, relative to the largest logit, that rounding explains.
@@ -131,7 +130,7 @@ def verify(plan: Growth, params: Mapping[str, Any], big: Mapping[str, Any], toke
         before = jax.jit(decoder.forward, static_argnums=0)(plan.src_cfg, params, old_tokens)
         after = jax.jit(decoder.forward, static_argnums=0)(plan.dst_cfg, big, new_tokens, masks=masks)
         before, after = jnp.asarray(to_host(before))[..., before_ids], jnp.asarray(to_host(after))[..., after_ids]
-        dead, locked = _liveness(plan, big, new_tokens)
+        dead, locked = liveness(plan, big, new_tokens)
     max_abs = float(jnp.max(jnp.abs(after - before)))
     old, new = jax.nn.log_softmax(before), jax.nn.log_softmax(after)
     return dataclasses.replace(
@@ -186,75 +185,3 @@ def _dtypes(plan: Growth) -> set[str]:
     """The dtypes in which growth and the two forward passes round."""
     scales = not all(map(plan.moves_exactly, plan.dst_spec))
     return {plan.src_cfg.dtype, plan.dst_cfg.dtype} | ({plan.dst_cfg.param_dtype} if scales else set())
-
-
-def _liveness(plan: Growth, big: Mapping[str, Any], tokens: np.ndarray) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Two Adam steps (masks, where the plan has them, half way up), then the gradient and the equality of new units."""
-    masks = vectors(plan, 0.5) if plan.masked else None
-    batch = {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "loss_weights": np.ones(tokens[:, 1:].shape, np.float32),
-    }
-    optimizer = optax.adam(1e-3)
-
-    @jax.jit
-    def gradient(params):
-        def mean_loss(p):
-            total, weight = next_token_loss(plan.dst_cfg, p, batch, masks)
-            return total / weight
-
-        return jax.grad(mean_loss)(params)
-
-    @jax.jit
-    def update(params, gradients, state):
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    state = jax.jit(optimizer.init)(big)
-    for _ in range(2):
-        big, state = update(big, gradient(big), state)
-    dead = _dead(plan, flatten(readable(gradient(big))))
-    return dead, _locked(plan, flatten(readable(big)))
-
-
-def _units(array: np.ndarray, dimension: int) -> np.ndarray:
-    """[units, everything else] of a leaf along one of its axes."""
-    return np.moveaxis(array, dimension, 0).reshape(array.shape[dimension], -1)
-
-
-def _dead(plan: Growth, gradients: Mapping[str, Any]) -> tuple[str, ...]:
-    found = []
-    for name, spec in plan.dst_spec.items():
-        array = np.asarray(gradients[name], np.float32)
-        for dimension, axis in enumerate(spec.axes):
-            fresh = np.flatnonzero(plan.maps[axis].fresh)
-            if axis == "vocab":
-                # Padding is never seen, and a row of the table only where its token is among the inputs.
-                fresh = fresh[fresh < plan.dst_cfg.vocab_size] if dimension else fresh[:0]
-            if fresh.size:
-                silent = fresh[~_units(array, dimension)[fresh].any(axis=1)]
-                found += [f"{axis}[{unit}] in {name}" for unit in silent]
-    return tuple(found)
-
-
-def _locked(plan: Growth, params: Mapping[str, Any]) -> tuple[str, ...]:
-    found = []
-    for axis in (*decoder.MASKED_AXES, "kv_heads"):
-        axis_map = plan.maps[axis]
-        first_seen = np.unique(axis_map.index, return_index=True)[1]
-        repeated = ~np.isin(np.arange(axis_map.dst_size), first_seen)
-        is_new = axis_map.fresh | repeated  # copies that a unit was split into are not fresh, but may be locked
-        if not is_new.any():
-            continue
-        digests: list[bytes] = [b""] * axis_map.dst_size
-        for name, spec in plan.dst_spec.items():
-            if axis in spec.axes:
-                rows = _units(np.asarray(params[name], np.float32), spec.axes.index(axis))
-                digests = [hashlib.sha256(d + row.tobytes()).digest() for d, row in zip(digests, rows, strict=True)]
-        first: dict[bytes, int] = {}
-        for unit, digest in enumerate(digests):
-            twin = first.setdefault(digest, unit)
-            if twin != unit and (is_new[unit] or is_new[twin]):
-                found.append(f"{axis}[{unit}] = {axis}[{twin}]")
-    return tuple(found)

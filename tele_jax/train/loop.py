@@ -6,6 +6,7 @@ A work directory W:
     W/tokenizer.model or .json        a copy of the tokenizer
     W/<stage>/checkpoints/<step>/     see checkpoint/
     W/<stage>/metrics/                metrics.jsonl and TensorBoard events
+    W/<stage>/rejected/               documents that cannot be used: <domain>.files.jsonl or .validation_files.jsonl
     W/<stage>/growth_receipt.json     of a growth stage, with plan.json
     W/<stage>/summary.json            written last: the stage is complete
 
@@ -159,14 +160,13 @@ def _complete_receipt(directory: Path, previous: Path, saved: Path) -> dict[str,
 
 def _verify_tokens(text: TrainStage) -> np.ndarray:
     """Rows of held-out text of every domain in turn, int32[VERIFY_ROWS, VERIFY_TOKENS] or as long as rows are."""
-    held_out = feeds.held_out(text.data, kind=text.kind, seq_len=text.seq_len, batch_size=text.batch_size)
+    shape = {"kind": text.kind, "seq_len": text.seq_len, "batch_size": text.batch_size, "aside": feeds.ignore}
+    held_out = feeds.held_out(text.data, **shape)
     if held_out:
         rows = [np.asarray(domain.batches[0]["tokens"]) for domain in held_out.values()]
         rows = np.stack([part[i] for i in range(min(len(part) for part in rows)) for part in rows])
     else:
-        rows = next(
-            feeds.open_feed(text.data, kind=text.kind, seq_len=text.seq_len, batch_size=text.batch_size, seed=text.seed)
-        )["tokens"]
+        rows = next(feeds.open_feed(text.data, **shape, seed=text.seed))["tokens"]
     return np.asarray(rows)[:VERIFY_ROWS, :VERIFY_TOKENS]
 
 

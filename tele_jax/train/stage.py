@@ -15,6 +15,8 @@ from tqdm import tqdm
 from tele_jax import checkpoint
 from tele_jax.config import ModelConfig
 from tele_jax.data import feed as feeds
+from tele_jax.data import shards
+from tele_jax.data.sources import Corpus
 from tele_jax.errors import FailedError
 from tele_jax.eval.bpb import bits_per_byte
 from tele_jax.growth import MaskSchedule, Plan
@@ -69,7 +71,7 @@ class Training:
         self.masks = (lambda step: None) if plan is None else mask_schedule(stage, plan)
         self.closed_steps = {} if plan is None else self.masks.closed_steps()
         self.data = {"tokenizer": tokenizer, "domains": sorted(feeds.resolve(stage.data).sources)}
-        rows = {"kind": stage.kind, "seq_len": stage.seq_len, "batch_size": stage.batch_size}
+        rows = {"kind": stage.kind, "seq_len": stage.seq_len, "batch_size": stage.batch_size, "aside": self._keep_aside}
         self.feed = feeds.open_feed(
             stage.data,
             **rows,
@@ -84,6 +86,13 @@ class Training:
         self.tokens, self.loss, self.grad_norm = 0, 0.0, 0.0
         self._restore(previous)
         self.writer = metrics.Metrics(directory / "metrics", self.first_step)
+
+    def _keep_aside(self, corpus: Corpus) -> None:
+        """Writes down which documents of a domain cannot be used, and says so."""
+        file = self.directory / "rejected" / f"{corpus.where.removeprefix('sources.')}.jsonl"
+        from_first(lambda: shards.write_rejected(file, corpus.rejected))
+        if corpus.rejected:
+            self.say(f"  {corpus.account()}; all are in {file}")
 
     def _restore(self, previous: Path | None) -> None:
         """This stage's own state where there is some, else what the stage before left, else fresh parameters."""

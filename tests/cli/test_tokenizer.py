@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tele_jax.cli.main import main
+from tele_jax.data import vocabulary_training
+from tele_jax.errors import UserError
 
 TEXT = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("json/*.py"))
 
@@ -97,7 +99,7 @@ def test_inspect_prints_special_ids_and_tokens_per_byte(trained, tmp_path, capsy
     [
         (None, "no file matches"),
         (b"", r"bad.txt: the file is empty"),
-        (b"good\xffbad", r"bad.txt: not UTF-8 at byte 4 (0xff)"),
+        (b"good\xffbad", r"bad.txt, byte 0: not UTF-8 at byte 4 (0xff)"),
     ],
 )
 def test_a_bad_input_is_exit_2_and_writes_nothing(tmp_path, capsys, content, message):
@@ -107,6 +109,15 @@ def test_a_bad_input_is_exit_2_and_writes_nothing(tmp_path, capsys, content, mes
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("tele: ") and message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_line_is_refused_and_an_empty_text_is_not(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "one"}\n{"text": ""}\n')
+    assert list(vocabulary_training.sample_texts([str(file)], max_bytes=None, seed=0)) == ["one"]
+    file.write_text('{"text": "one"}\n{"text": ""}\n{"text": \n')
+    with pytest.raises(UserError, match=r"a\.jsonl, line 3: not JSON: .*; convert or leave out"):
+        vocabulary_training.sample_texts([str(file)], max_bytes=None, seed=0)
 
 
 def test_mistakes_on_the_command_line_are_exit_2(trained, tmp_path, capsys):

@@ -309,7 +309,11 @@ def test_wrong_configs_are_refused_in_one_line(place, capsys, tmp_path, override
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(None, "text.jsonl"), (b"", "empty"), (b'{"text": "caf\xe9"}\n', "UTF-8")],
+    [
+        (None, "text.jsonl"),
+        (b"", "empty"),
+        (b'{"text": "caf\xe9"}\n', "not one document can be used; the first is"),
+    ],
 )
 def test_bad_text_is_refused_in_one_line(place, capsys, tmp_path, content, expected):
     page = tmp_path / "page.py"
@@ -319,6 +323,31 @@ def test_bad_text_is_refused_in_one_line(place, capsys, tmp_path, content, expec
         file.write_bytes(content)
     override = f"--config.small.data.sources.text.files=({str(file)!r},)"
     assert expected in fails(capsys, 2, "train", "--config", str(page), "--workdir", str(tmp_path / "w"), override)
+    assert sorted(path.name for path in (tmp_path / "w").rglob("*")) == [".lock"], "nothing was begun"
+
+
+def test_lines_that_cannot_be_used_are_kept_aside_and_training_goes_on(place, capsys, tmp_path):
+    lines = (place / "text.jsonl").read_bytes().splitlines(keepends=True)
+    file = tmp_path / "text.jsonl"
+    file.write_bytes(b"".join([*lines[:20], b'{"text": "caf\xe9"}\n', *lines[20:], b"no JSON\n"]))
+    text = PAGE.replace("Path(__file__).parent", repr(place)).replace("PosixPath", "Path")
+    text = text.replace('("small", "grow", "large", "sft")', '("small",)').replace("steps=12", "steps=2")
+    for name in ("grow", "large", "sft"):
+        text = text.replace(f"config.{name} =", f"{name} =")
+    page, workdir = tmp_path / "page.py", tmp_path / "w"
+    page.write_text(text)
+    overrides = [f"--config.small.data.sources.text.{n}=({str(file)!r},)" for n in ("files", "validation_files")]
+    assert main(["train", "--config", str(page), "--workdir", str(workdir), *overrides]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "cannot be used" in line]
+    for line, field in zip(said, ("files", "validation_files"), strict=True):
+        aside = workdir / "small" / "rejected" / f"text.{field}.jsonl"
+        assert line == (
+            f"  sources.text.{field}: 2 of 402 documents cannot be used; the first is {file}, line 21: "
+            f"not UTF-8 at byte {len(b''.join(lines[:20])) + 13} (0xe9); all are in {aside}"
+        )
+        entries = [json.loads(line) for line in aside.read_text().splitlines()]
+        assert [(e["line"], e["sample"]) for e in entries] == [(21, '{"text": "caf\\xe9"}\n'), (402, "no JSON\n")]
+    assert checkpoint.open_lazy(workdir).step == 2
 
 
 def test_another_config_in_the_same_work_directory_is_refused(place, finished, capsys):

@@ -1,6 +1,7 @@
 """The live feed: every token once an epoch, shares as asked, exact resume; and held-out text, byte for byte."""
 
 import collections
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -275,6 +276,47 @@ def test_bad_sources_are_refused_before_training(real, tmp_path):
             make(sources={"x": SourceConfig(files=(f"{tmp_path}/{pattern}",))})
     with pytest.raises(UserError, match=r"sources\.code: fine-tuning learns answers.*dialogues, not text"):
         feed.LiveFeed(real, kind="sft", seq_len=8, batch_size=1, seed=0)
+
+
+def test_with_bad_documents_the_rows_are_those_of_the_good_ones(real, tmp_path):
+    """Live and resumed, bit for bit, and held-out text too; who asks is told, and others are warned."""
+    bad = [b'{"text": "caf\xe9"}\n', b"{\n", b'{"text": "\\ud800"}\n', json.dumps({"messages": [{}]}).encode() + b"\n"]
+    spoiled = {}
+    for name in ("prose", "talks"):
+        lines = (tmp_path / f"{name}.jsonl").read_bytes().splitlines(keepends=True)
+        for i, line in enumerate(bad):
+            lines.insert(7 * i, line)
+        (tmp_path / f"{name}.bad.jsonl").write_bytes(b"".join(lines))
+        files = (f"{tmp_path}/{name}.bad.jsonl",)
+        spoiled[name] = dataclasses.replace(real.sources[name], files=files, validation_files=files)
+    (tmp_path / "1.bad").write_bytes(b"text \xff")
+    files = (f"{tmp_path}/*.txt", f"{tmp_path}/*.bad")
+    spoiled["code"] = dataclasses.replace(real.sources["code"], files=files, validation_files=files)
+    clean = {name: dataclasses.replace(source, validation_files=source.files) for name, source in real.sources.items()}
+    told = []
+    feeds = []
+    for sources_ in (clean, {name: spoiled[name] for name in clean}):
+        data = dataclasses.replace(real, sources=sources_, eval_bytes=2000)
+        shape = {"kind": "pretrain", "seq_len": 64, "batch_size": 8, "aside": told.append}
+        feeds.append((feed.LiveFeed(data, **shape, seed=3), feed.held_out(data, **shape), data))
+    counts = [(corpus.where, len(corpus.rejected)) for corpus in told if corpus.rejected]
+    numbers = {"code": 1, "prose": 4, "talks": 4}
+    assert counts == [
+        (f"sources.{n}.{field}", k) for field in ("files", "validation_files") for n, k in numbers.items()
+    ]
+    (good, held_good, _), (left, held_left, data) = feeds
+    for name, out in held_good.items():
+        assert (out.num_bytes, out.num_tokens) == (held_left[name].num_bytes, held_left[name].num_tokens)
+        assert all(same(a, b) for a, b in zip(out.batches, held_left[name].batches, strict=True))
+    expected = [next(good) for _ in range(30)]
+    assert all(same(next(left), batch) for batch in expected[:12])
+    with pytest.warns(UserWarning, match="documents cannot be used") as warned:
+        again = feed.LiveFeed(data, kind="pretrain", seq_len=64, batch_size=8, seed=3)
+    assert "prose.bad.jsonl, line 1: not UTF-8 at byte 13 (0xe9)" in str(warned[1].message)
+    again.restore(left.state())
+    assert all(same(next(again), batch) for batch in expected[12:])
+    with pytest.raises(UserError, match=r"saved for another feed: sources\.code\.checksum was"):
+        good.restore(left.state())
 
 
 def test_a_system_message_that_the_template_has_no_place_for_is_found_before_training(model_file, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tele_jax.data import cache, dialogue, shards
+from tele_jax.data import cache, dialogue, shards, sources
 from tele_jax.errors import UserError
 from tests.data import caches
 
@@ -160,6 +160,10 @@ def test_documents_that_cannot_be_used_are_counted_and_kept_aside(model_file, tm
         (reason,) = [reason for bad, reason in BAD if bad == line]
         assert reason in entry["reason"] and entry["file"].endswith("a.jsonl") and entry["sample"]
     assert len(kept) == len(BAD)
+    live = sources.index("x", "a", [str(tmp_path / "a.jsonl")], "jsonl")
+    lines = {entry["byte"]: entry.pop("line") for entry in live.rejected}
+    assert [lines[entry["byte"]] for entry in sorted(kept, key=lambda entry: entry["byte"])] == [1, 3, 5, 7, 9, 11, 13]
+    assert sorted(kept, key=lambda entry: entry["byte"]) == list(live.rejected), "the live feed says the same"
 
 
 def test_a_system_message_that_the_template_has_no_place_for_is_named(model_file, tmp_path):

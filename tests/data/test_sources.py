@@ -4,13 +4,14 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import zlib
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tele_jax.data import sources
+from tele_jax.data import shards, sources
 from tele_jax.errors import UserError
 
 LINES = st.lists(st.text() | st.sampled_from(["\n", "\r\n", "中文字", "a b c\n" * 5]), min_size=1).map("".join)
@@ -88,29 +89,79 @@ USER = {"role": "user", "content": "q"}
     [
         ("text", b"", r"bad\.x: the file is empty"),
         ("jsonl", b"", r"bad\.x: the file is empty"),
-        ("jsonl", b"\n \n", r"bad\.x: the file holds no document"),
-        ("jsonl", b'{"text": ""}\n', r"bad\.x: the file holds no document"),
-        ("text", b"fine " * 20 + b"\xe4\xb8", r"bad\.x: not UTF-8 at byte 100 \(0xe4\)"),
-        ("text", b"\x80", r"bad\.x: not UTF-8 at byte 0 \(0x80\)"),
-        ("text", b"\x80" * 100, r"bad\.x: not UTF-8 at byte 0 \(0x80\)"),
-        ("jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"bad\.x: not UTF-8 at line 2, byte 24 \(0xff\)"),
-        ("jsonl", b'{"text": "a"}\n{"text": \n', r"bad\.x: line 2: not JSON"),
-        ("jsonl", b'["text"]\n', r'bad\.x: line 1: not a table with the key "text"'),
-        ("jsonl", b'{"texts": "a"}\n', r'bad\.x: line 1: not a table with the key "text"'),
-        ("jsonl", b'{"text": 7}\n', r'bad\.x: line 1: "text" is not a string'),
-        ("jsonl", b'{"text": "ab\\ud800"}\n', r"bad\.x: line 1: character 2 of the text is half a surrogate pair"),
-        ("dialogues", b'{"text": "a"}\n', r'bad\.x: line 1: not a table with the key "messages"'),
+        ("jsonl", b"\n \n", "NONE; its files hold nothing but blank lines"),
+        ("text", b"fine " * 20 + b"\xe4\xb8", r"NONE; the first is .*bad\.x, byte 96: not UTF-8 at byte 100 \(0xe4\)"),
+        ("text", b"\x80", r"NONE; the first is .*bad\.x, byte 0: not UTF-8 at byte 0 \(0x80\)"),
+        ("text", b"\x80" * 100, r"NONE; the first is .*bad\.x, byte 0: not UTF-8 at byte 0 \(0x80\)"),
+        ("jsonl", b'\n{"text": "\xff"}\n', r"NONE; the first is .*bad\.x, line 2: not UTF-8 at byte 11 \(0xff\)"),
+        ("jsonl", b'\n{"text": \n', r"NONE; the first is .*bad\.x, line 2: not JSON: Expecting value"),
+        ("jsonl", b"[" * 100_000, r"NONE; the first is .*bad\.x, line 1: not JSON: maximum recursion depth"),
+        ("jsonl", b'["text"]\n', r'NONE; the first is .*bad\.x, line 1: not a table with the key "text"'),
+        ("jsonl", b'{"texts": "a"}\n', r'NONE; the first is .*bad\.x, line 1: not a table with the key "text"'),
+        ("jsonl", b'{"text": 7}\n', r'NONE; the first is .*bad\.x, line 1: "text" is not a string'),
+        ("jsonl", b'{"text": ""}\n', r"NONE; the first is .*bad\.x, line 1: the text is empty"),
+        ("jsonl", b'{"text": "ab\\ud800"}\n', r"NONE; the first is .*bad\.x, line 1: character 2 .* half a surrogate"),
+        ("dialogues", b'{"text": "a"}\n', r'NONE; the first is .*bad\.x, line 1: not a table with the key "messages"'),
+        (
+            "dialogues",
+            b'{"messages": []}\n',
+            r"NONE; the first is .*bad\.x, line 1: the last message has to be an answe",
+        ),
         (
             "dialogues",
             json.dumps({"messages": [USER]}).encode(),
-            r"bad\.x: line 1: the last message has to be an answer",
+            r"NONE; the first is .*bad\.x, line 1: the last message has to be an answer",
         ),
     ],
 )
-def test_a_bad_file_is_named_with_the_place(tmp_path, format, data, message):
+def test_a_domain_without_a_document_is_refused_with_the_place(tmp_path, format, data, message):
     write(tmp_path / "bad.x", data)
+    message = message.replace("NONE", r"^sources\.code\.files: not one document can be used")
     with pytest.raises(UserError, match=message):
         sources.index("sources.code.files", "code", [f"{tmp_path}/*.x"], format, span_bytes=16)
+
+
+def test_lines_that_cannot_be_used_are_kept_aside(tmp_path):
+    a = write(tmp_path / "a.jsonl", b'\n{"text": "one"}\n{"text": "caf\xe9"}\n{"text": "' + b"long " * 9 + b'"}\n')
+    b = write(tmp_path / "b.jsonl", b"\xef\xbb\xbf" + b"x" * 300 + b'\n \n{"text": "\xe4\xb8\xad"}\n{"text": ""}')
+    write(tmp_path / "c.jsonl", "\n\n")
+    corpus = sources.index("sources.code.files", "code", [f"{tmp_path}/*"], "jsonl", span_bytes=16)
+    not_json = "not JSON: Expecting value: line 1 column 1 (char 0)"
+    assert corpus.rejected == (
+        {"file": a, "line": 3, "byte": 17, "reason": "not UTF-8 at byte 30 (0xe9)", "sample": '{"text": "caf\\xe9"}\n'},
+        {"file": b, "line": 1, "byte": 3, "reason": not_json, "sample": "x" * 200},
+        {"file": b, "line": 4, "byte": 322, "reason": "the text is empty", "sample": '{"text": ""}'},
+    )
+    assert corpus.account() == (
+        f"sources.code.files: 3 of 6 documents cannot be used; the first is {a}, line 3: not UTF-8 at byte 30 (0xe9)"
+    )
+    texts = [corpus.text(i) for i in range(len(corpus))]
+    assert len(texts) > 3 and "".join(texts) == "one" + "long " * 9 + "中" and corpus.last.sum() == 3
+    raw = [(tmp_path / name).read_bytes().removeprefix(b"\xef\xbb\xbf") for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    assert corpus.checksum == f"{zlib.crc32(b''.join(raw)):08x}", "of what cannot be used as well"
+
+
+def test_of_a_text_file_that_is_not_utf8_nothing_is_used(tmp_path):
+    raw = [b"one\n" * 5, b"two\n" * 10 + b"\xff" + b"two\n" * 10, b"three\n" * 5]
+    files = [write(tmp_path / f"{i}.txt", data) for i, data in enumerate(raw)]
+    corpus = sources.index("sources.code.files", "code", files, "text", span_bytes=16)
+    sample = "two\n" * 2 + "\\xff" + "two\n"  # of the span that was read
+    reject = {"file": files[1], "byte": 32, "reason": "not UTF-8 at byte 40 (0xff)", "sample": sample}
+    assert corpus.rejected == (reject,)
+    assert "".join(corpus.text(i) for i in range(len(corpus))) == "one\n" * 5 + "three\n" * 5
+    assert corpus.account().startswith("sources.code.files: 1 of 3 documents cannot be used; the first is")
+    assert corpus.checksum == f"{zlib.crc32(b''.join(raw)):08x}"
+
+
+def test_a_reject_of_a_file_whose_name_is_not_utf8_can_be_written(tmp_path):
+    write(tmp_path / "a.txt", "fine")
+    write(tmp_path / os.fsdecode(b"caf\xe9.txt"), b"\xff")
+    corpus = sources.index("x", "x", [f"{tmp_path}/*.txt"], "text")
+    shards.write_rejected(tmp_path / "deep" / "x.jsonl", corpus.rejected)
+    (line,) = (tmp_path / "deep" / "x.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(line)["file"] == f"{tmp_path}/caf\\xe9.txt"
+    shards.write_rejected(tmp_path / "deep" / "x.jsonl", ())
+    assert not list((tmp_path / "deep").iterdir()), "nothing is left of an earlier start"
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

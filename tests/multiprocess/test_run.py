@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 HERE = Path(__file__).parent
 
 def get_config():
-    source = dict(files=(str(HERE / "text.jsonl"),), validation_files=(str(HERE / "text.jsonl"),), format="jsonl")
+    source = dict(files=(str(HERE / "text.jsonl"),), validation_files=(str(HERE / "held_out.jsonl"),), format="jsonl")
     data = dict(tokenizer=str(HERE / "tokenizer.model"), sources=dict(text=source), eval_bytes=2000)
     shared = dict(data=dict(data, cache=str(HERE / "rows")), batch_size=8, seq_len=32, log_every=1, checkpoint_every=4)
     shared = dict(shared, optimizer=dict(learning_rate=3e-3))
@@ -126,6 +126,7 @@ def place(tmp_path_factory):
     words = ["".join(rng.choices("abcdefgh", k=rng.randint(3, 8))) for _ in range(300)]
     lines = [json.dumps({"text": f"text {i}: {' '.join(rng.choices(words, k=20))}"}) for i in range(400)]
     (directory / "text.jsonl").write_text("".join(line + "\n" for line in lines))
+    (directory / "held_out.jsonl").write_text("no JSON\n" + "".join(line + "\n" for line in lines[:50]))
     arguments = ["tokenizer", "train", "--preset", "tele_flm", "--vocab-size", "480", "--out"]
     assert main([*arguments, str(directory / "tokenizer.model"), str(directory / "text.jsonl")]) == 0
     (directory / "all.py").write_text(PAGE.format(run=("small", "grow", "large")))
@@ -168,6 +169,10 @@ def test_sigterm_to_one_process_stops_all_with_the_state_saved(stopped):
     # Process 0 alone speaks; Gloo and the preemption service of JAX write for themselves.
     theirs = [x for x in outcomes[1][1].splitlines() if "preemption_notifier" in x or GLOO.fullmatch(x)]
     assert outcomes[1][1].splitlines() == theirs
+    aside = workdir / "small" / "rejected" / "text.validation_files.jsonl"
+    assert outcomes[0][1].count("1 of 51 documents cannot be used") == 1 and str(aside) in outcomes[0][1]
+    assert [json.loads(line)["line"] for line in aside.read_text().splitlines()] == [1]
+    assert sorted(path.name for path in aside.parent.iterdir()) == [aside.name]
 
 
 def test_four_processes_go_on_from_two_and_one_from_four(place, one, stopped):
