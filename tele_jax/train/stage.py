@@ -71,7 +71,8 @@ class Training:
         self.masks = (lambda step: None) if plan is None else mask_schedule(stage, plan)
         self.closed_steps = {} if plan is None else self.masks.closed_steps()
         self.data = {"tokenizer": tokenizer, "domains": sorted(feeds.resolve(stage.data).sources)}
-        rows = {"kind": stage.kind, "seq_len": stage.seq_len, "batch_size": stage.batch_size, "aside": self._keep_aside}
+        corpora: list[Corpus] = []
+        rows = {"kind": stage.kind, "seq_len": stage.seq_len, "batch_size": stage.batch_size, "aside": corpora.append}
         self.feed = feeds.open_feed(
             stage.data,
             **rows,
@@ -85,6 +86,8 @@ class Training:
         self.checkpoints = checkpoint.Manager(directory / "checkpoints", keep=stage.keep_checkpoints)
         self.tokens, self.loss, self.grad_norm = 0, 0.0, 0.0
         self._restore(previous)
+        for corpus in corpora:  # not before: what an earlier start kept aside stays where this one is refused
+            self._keep_aside(corpus)
         self.writer = metrics.Metrics(directory / "metrics", self.first_step)
 
     def _keep_aside(self, corpus: Corpus) -> None:
