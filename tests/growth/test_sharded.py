@@ -7,9 +7,10 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 import tele_jax as tele
-from tele_jax import growth
+from tele_jax import growth, surgery
 from tele_jax.axes import flatten, unflatten
 from tele_jax.growth import exchange, liveness
 from tele_jax.model.spec import abstract_params
@@ -73,6 +74,26 @@ def test_growth_on_a_mesh_gives_the_bits_of_one_device(policy, mesh, dtype):
             assert leaf.sharding == shardings[name]
             assert np.asarray(leaf).tobytes() == np.asarray(flatten(wanted)[name]).tobytes(), name
     assert grown.count == 7
+
+
+def test_surgery_on_a_mesh_gives_the_bits_of_one_device():
+    """Units in another order, fewer, under another name: not a model any more, and laid on the mesh all the same."""
+    order = np.random.default_rng(2).permutation(16)
+    taken = {"embed": order, "mlp": order[order < 12][:8]}
+    plan = surgery.take(surgery.take(SRC, "embed", taken["embed"]), "mlp", taken["mlp"])
+    plan = surgery.rename(plan, {"lm_head.kernel": "head"})
+    params = jax.tree.map(jnp.float32, reference.random_params(SRC, np.random.default_rng(0), 1.0))
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    on_mesh = jax.device_put(params, param_shardings(tele.spec(SRC), mesh))
+    state = optax.ScaleByAdamState(count=np.int32(7), mu=on_mesh, nu=on_mesh)
+    made, grown = growth.sharded(plan, mesh, state)(on_mesh, state)
+    assert made["head"].sharding.spec == grown.mu["head"].sharding.spec == P("fsdp", "tensor")
+    for name, spec in flatten(tele.spec(SRC)).items():
+        rows = [taken.get(axis, np.arange(size)) for axis, size in zip(spec.axes, spec.shape, strict=True)]
+        wanted = np.asarray(flatten(params)[name])[np.ix_(*rows)]
+        for tree in (made, grown.mu, grown.nu):
+            leaf = flatten(tree)["head" if name == "lm_head.kernel" else name]
+            assert np.asarray(leaf).tobytes() == wanted.tobytes(), name
 
 
 def test_no_device_holds_a_whole_axis():
