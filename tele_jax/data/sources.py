@@ -135,7 +135,7 @@ def check_plain(path: str) -> None:
     """Raises UserError where a file is empty or compressed: text is read at any byte of it."""
     with open(path, "rb") as file:
         start = file.read(10)
-    if not start:
+    if start in (b"", codecs.BOM_UTF8):
         raise UserError(f"{path}: the file is empty")
     for name, magic in _PACKED.items():
         if re.match(magic, start):

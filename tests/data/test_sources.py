@@ -89,6 +89,7 @@ USER = {"role": "user", "content": "q"}
     [
         ("text", b"", r"bad\.x: the file is empty"),
         ("jsonl", b"", r"bad\.x: the file is empty"),
+        ("text", b"\xef\xbb\xbf", r"bad\.x: the file is empty"),
         ("jsonl", b"\n \n", "NONE; its files hold nothing but blank lines"),
         ("text", b"fine " * 20 + b"\xe4\xb8", r"NONE; the first is .*bad\.x, byte 96: not UTF-8 at byte 100 \(0xe4\)"),
         ("text", b"\x80", r"NONE; the first is .*bad\.x, byte 0: not UTF-8 at byte 0 \(0x80\)"),
