@@ -1,5 +1,7 @@
 """Growth on a mesh: the bits of growth on one device, and no device that ever holds a whole axis of what is cut."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,3 +140,29 @@ def test_what_cannot_learn_is_found_on_a_mesh_without_reading_leaves(monkeypatch
     dead = {"heads[6] in layers.attn.q", "layers[1] in layers.mlp.up", "embed[20] in lm_head.kernel"}
     assert set(liveness.dead(plan, jax.device_put(unflatten(leaves), lies))) == dead
     assert 0 < max(read) <= 2 * max(m.dst_size for axis, m in plan.maps.items() if axis != "vocab")
+
+
+@pytest.mark.usefixtures("quick_compilation")  # for the last test of the module: the others look at programs
+def test_liveness_needs_two_gradients_and_moments_beside_the_parameters(monkeypatch):
+    """Arrays that are there after each program that it runs."""
+    src = SRC.replace(remat="none", dtype="float32")
+    plan = growth.plan(src, src.replace(embed_dim=128, mlp_dim=256, vocab_size=512))
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    params = reference.random_params(plan.dst_cfg, np.random.default_rng(0), 0.1)
+    big = jax.device_put(jax.tree.map(np.float32, params), param_shardings(tele.spec(plan.dst_cfg), mesh))
+    live = lambda: sum(array.nbytes for array in jax.live_arrays())  # noqa: E731
+    before, after = live(), []
+
+    def measured(function, **how):
+        compiled = jax.jit(function, **how)
+
+        def run(*arguments):
+            out = jax.block_until_ready(compiled(*arguments))
+            after.append(live())
+            return out
+
+        return run
+
+    monkeypatch.setattr(liveness, "jax", types.SimpleNamespace(**{**vars(jax), "jit": measured}))
+    liveness.liveness(plan, big, np.arange(8 * 9, dtype=np.int32).reshape(8, 9) % 16)
+    assert len(after) >= 8 and max(after) - before < 4.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(big))
