@@ -29,7 +29,7 @@ SEQ_LEN = 4096
 TRAIN = [
     ("tele_flm_52b", "v5p:8x8x16", dict(fsdp=512, tensor=2), 1536, 1, "products"),
     ("tele_flm_102b", "v5p:8x8x16", dict(fsdp=256, tensor=4), 1536, 2, "products"),
-    ("tele_flm_1t", "v5p:8x16x16", dict(fsdp=512, tensor=4), 1536, 1, "full"),
+    ("tele_flm_1t", "v5p:8x16x16", dict(fsdp=256, tensor=8), 1536, 6, "products"),
     ("tele_flm_52b", "v6e:16x16", dict(fsdp=128, tensor=2), 1536, 2, "full"),
     ("tele_flm_102b", "v6e:16x16", dict(fsdp=64, tensor=4), 1536, 4, "full"),
     ("tele_flm_52b", "tpu7x:4x8x8", dict(fsdp=256, tensor=2), 1536, 1, "attention"),
@@ -48,7 +48,7 @@ TRAIN = [
 # small, large, slice, mesh: where the large model is trained
 GROW = [
     ("tele_flm_52b", "tele_flm_102b", "v5p:8x8x16", dict(fsdp=256, tensor=4)),
-    ("tele_flm_102b", "tele_flm_1t", "v5p:8x16x16", dict(fsdp=512, tensor=4)),
+    ("tele_flm_102b", "tele_flm_1t", "v5p:8x16x16", dict(fsdp=256, tensor=8)),
 ]
 # model, slice, mesh, rows of 4,096 tokens
 DECODE = [

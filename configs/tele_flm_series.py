@@ -38,7 +38,7 @@ PARTS = {
     None: Part(("pretrain_52b", "grow_102b", "pretrain_102b", "grow_1t", "pretrain_1t"), dict()),
     "52b": Part(("pretrain_52b",), dict(fsdp=512, tensor=2), 1_536, remat="products"),  # v5p:8x8x16
     "102b": Part(("grow_102b", "pretrain_102b"), dict(fsdp=256, tensor=4), 1_536, 2, "products", "52b"),  # v5p:8x8x16
-    "1t": Part(("grow_1t", "pretrain_1t"), dict(fsdp=512, tensor=4), 1_536, before="102b"),  # v5p:8x16x16
+    "1t": Part(("grow_1t", "pretrain_1t"), dict(fsdp=256, tensor=8), 1_536, 6, "products", "102b"),  # v5p:8x16x16
 }
 MUP = ("input_mult", "output_mult", "mup_base_width", "matrix_init_std")
 
