@@ -1,0 +1,81 @@
+"""Verification in units that need nothing of each other, shared by processes where the models lie on a mesh.
+
+A unit is a layer of the grown model, with its source; one more, None, is all that is not stacked: embedding, head and
+final norm.
+
+    each(plan, src, dst, examine)     [examine(unit, src, dst) for every unit], in every process
+
+Of 32 layers on 8 processes each process examines four or five units; it holds one of them at a time.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from tele_jax.axes import ParamSpec
+from tele_jax.growth.axis_map import NEW
+from tele_jax.growth.plan import Growth
+from tele_jax.processes import from_all
+from tele_jax.sharding import fetch, is_spread
+
+Leaves = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer of a stacked leaf, in memory; read as the leaf is: leaf[layer, 8:16] or leaf[layer : layer + 1]."""
+
+    layer: int
+    values: np.ndarray
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        first, *others = key if isinstance(key, tuple) else (key,)
+        if isinstance(first, slice):
+            inside = (first.start, first.stop) == (self.layer, self.layer + 1)
+            first = slice(None)
+        else:
+            inside, first = first == self.layer, 0
+        if not inside:
+            raise IndexError(f"{key}: only layer {self.layer} is held here")
+        return self.values[None][(first, *others)]
+
+
+def each(plan: Growth, src: Leaves, dst: Leaves, examine: Callable[[int | None, Leaves, Leaves], Any]) -> list[Any]:
+    """What examine(unit, src, dst) returns, JSON, for every unit: first None, then the layers.
+
+    src, dst: {dotted name: leaf}. Where some lie on a mesh, each process fetches and examines its share of the units,
+    one in a round; all have to call this alike. Elsewhere leaves are handed on as they are, and not held.
+    """
+    units = [None, *range(plan.dst_cfg.num_layers)]
+    if not any(map(is_spread, [*src.values(), *dst.values()])):
+        return [examine(unit, src, dst) for unit in units]
+    count, index, mine = jax.process_count(), jax.process_index(), []
+    for start in range(0, len(units), count):
+        turn = enumerate(units[start : start + count])
+        held = [(unit, *_of_unit(plan, src, dst, unit, process)) for process, unit in turn]
+        mine += [examine(*own) for own in held[index : index + 1]]
+        del held  # before the next is fetched
+    shares = from_all(mine)
+    return [shares[number % count][number // count] for number in range(len(units))]
+
+
+def _of_unit(plan: Growth, src: Leaves, dst: Leaves, unit: int | None, reader: int) -> tuple[Leaves, Leaves]:
+    """The leaves of a unit and those of its source, in the memory of process `reader`."""
+    source = None if unit is None else int(plan.maps["layers"].index[unit])
+    before = {} if source == NEW else _fetched(src, plan.src_spec, source, reader)
+    return before, _fetched(dst, plan.dst_spec, unit, reader)
+
+
+def _fetched(leaves: Leaves, spec: Mapping[str, ParamSpec], layer: int | None, reader: int) -> Leaves:
+    """A layer of the leaves that are stacked; where it is None, the other leaves."""
+    found = {}
+    for name, leaf in leaves.items():
+        if bool(spec[name].stack) == (layer is not None):
+            if is_spread(leaf):
+                values = fetch(leaf, layer, reader)
+                leaf = values if layer is None else Layer(layer, values)
+            found[name] = leaf
+    return found
