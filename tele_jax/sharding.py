@@ -132,38 +132,40 @@ def to_host(array: Any) -> np.ndarray:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
-def is_spread(array: Any) -> bool:
-    """Whether an array lies on several devices of a mesh, of this process or of others: `fetch` reads it."""
-    named = isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding)
-    return named and len(array.sharding.device_set) > 1
+def is_remote(array: Any) -> bool:
+    """Whether some of an array lies on devices of other processes, so that `fetch` has to read it."""
+    return isinstance(array, jax.Array) and not array.is_fully_addressable
 
 
-def fetch(array: jax.Array, index: int | None, reader: int) -> np.ndarray | None:
-    """array[index], or all of the array (None), in the memory of process `reader`; None in the others.
+def fetch(array: jax.Array, wanted: Mapping[int, int | None]) -> np.ndarray | None:
+    """array[wanted[p]], or all of the array (None), in the memory of every process p that is in `wanted`; else None.
 
-    Every process has to call this alike. What travels, to all devices, are blocks of BLOCK_BYTES: in each the devices
+    Every process has to call this alike. What travels, to all devices, are blocks of BLOCK_BYTES: for each the devices
     send the same rows of their own parts. (Of array[index, rows], with rows that are cut over the mesh, the compiler
     gathers all of the array on every device.)
 
-    index: along the first dimension, which must not be cut.
+    wanted: {process: index along the first dimension, which must not be cut}; None in all or in none.
     """
-    stack = () if index is None else (index,)
-    parts = array.sharding.shard_shape(array.shape)[len(stack) :]
-    ways = [size // part for size, part in zip(array.shape[len(stack) :], parts, strict=True)]
-    here = jax.process_index() == reader
+    leading = 0 if None in wanted.values() else 1
+    shape, parts = array.shape[leading:], array.sharding.shard_shape(array.shape)[leading:]
+    ways = [size // part for size, part in zip(shape, parts, strict=True)]
+    process = jax.process_index()
     # Both apart along every dimension: [which part, where in it, ...].
     apart = lambda lengths: [n for pair in zip(ways, lengths, strict=True) for n in pair]  # noqa: E731
-    out = np.empty(apart(parts), array.dtype) if here else None
+    out = np.empty(apart(parts), array.dtype) if process in wanted else None
     for tile in tiles(parts, array.dtype.itemsize * math.prod(ways), BLOCK_BYTES):
-        lengths = tuple(cut.stop - cut.start for cut in tile)
-        start = (*stack, *(cut.start for cut in tile))
-        block = _on_all(array, start, (1,) * len(stack) + lengths, array.sharding)
-        if here:
-            where = tuple(cut for one in tile for cut in (slice(None), one))
-            out[where] = np.asarray(block.addressable_data(0)).reshape(apart(lengths))
-        else:
+        starts, lengths = [cut.start for cut in tile], [cut.stop - cut.start for cut in tile]
+        for reader, index in wanted.items():
+            start = (*starts,) if index is None else (index, *starts)
+            block = _on_all(array, start, (*[1] * leading, *lengths), array.sharding)
+            if reader == process:
+                mine = block.addressable_data(0)
+                mine.copy_to_host_async()  # while the others have their turn
             block.block_until_ready()  # or many would be on their way at once, and in memory
-    return out.reshape(array.shape[len(stack) :]) if here else None
+        if out is not None:
+            where = tuple(cut for one in tile for cut in (slice(None), one))
+            out[where] = np.asarray(mine).reshape(apart(lengths))
+    return None if out is None else out.reshape(shape)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

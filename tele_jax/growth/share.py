@@ -1,4 +1,4 @@
-"""Verification in units that need nothing of each other, shared by processes where the models lie on a mesh.
+"""Verification in units that need nothing of each other, shared by processes whose devices hold the models together.
 
 A unit is a layer of the grown model, with its source; one more, None, is all that is not stacked: embedding, head and
 final norm.
@@ -19,7 +19,7 @@ from tele_jax.axes import ParamSpec
 from tele_jax.growth.axis_map import NEW
 from tele_jax.growth.plan import Growth
 from tele_jax.processes import from_all
-from tele_jax.sharding import fetch, is_spread
+from tele_jax.sharding import fetch, is_remote
 
 Leaves = Mapping[str, Any]
 
@@ -46,36 +46,35 @@ class Layer:
 def each(plan: Growth, src: Leaves, dst: Leaves, examine: Callable[[int | None, Leaves, Leaves], Any]) -> list[Any]:
     """What examine(unit, src, dst) returns, JSON, for every unit: first None, then the layers.
 
-    src, dst: {dotted name: leaf}. Where some lie on a mesh, each process fetches and examines its share of the units,
-    one in a round; all have to call this alike. Elsewhere leaves are handed on as they are, and not held.
+    src, dst: {dotted name: leaf}. Where some lie on devices of several processes, each process fetches and examines
+    its share of the units, one in a round; all have to call this alike. Elsewhere leaves are handed on, and not held.
     """
     units = [None, *range(plan.dst_cfg.num_layers)]
-    if not any(map(is_spread, [*src.values(), *dst.values()])):
+    if not any(map(is_remote, [*src.values(), *dst.values()])):
         return [examine(unit, src, dst) for unit in units]
-    count, index, mine = jax.process_count(), jax.process_index(), []
+    process, count = jax.process_index(), jax.process_count()
+    mine = []
     for start in range(0, len(units), count):
-        turn = enumerate(units[start : start + count])
-        held = [(unit, *_of_unit(plan, src, dst, unit, process)) for process, unit in turn]
-        mine += [examine(*own) for own in held[index : index + 1]]
-        del held  # before the next is fetched
+        turn = dict(enumerate(units[start : start + count]))
+        sources = {p: None if unit is None else int(plan.maps["layers"].index[unit]) for p, unit in turn.items()}
+        before = _fetched(src, plan.src_spec, {p: source for p, source in sources.items() if source != NEW})
+        after = _fetched(dst, plan.dst_spec, turn)
+        if process in turn:
+            mine.append(examine(turn[process], before, after))
+        del before, after  # or the next round would be held beside them
     shares = from_all(mine)
     return [shares[number % count][number // count] for number in range(len(units))]
 
 
-def _of_unit(plan: Growth, src: Leaves, dst: Leaves, unit: int | None, reader: int) -> tuple[Leaves, Leaves]:
-    """The leaves of a unit and those of its source, in the memory of process `reader`."""
-    source = None if unit is None else int(plan.maps["layers"].index[unit])
-    before = {} if source == NEW else _fetched(src, plan.src_spec, source, reader)
-    return before, _fetched(dst, plan.dst_spec, unit, reader)
-
-
-def _fetched(leaves: Leaves, spec: Mapping[str, ParamSpec], layer: int | None, reader: int) -> Leaves:
-    """A layer of the leaves that are stacked; where it is None, the other leaves."""
-    found = {}
+def _fetched(leaves: Leaves, spec: Mapping[str, ParamSpec], wanted: Mapping[int, int | None]) -> Leaves:
+    """What this process wants, {process: layer}: that layer of the leaves that are stacked, or (None) the others."""
+    process, found = jax.process_index(), {}
     for name, leaf in leaves.items():
-        if bool(spec[name].stack) == (layer is not None):
-            if is_spread(leaf):
-                values = fetch(leaf, layer, reader)
-                leaf = values if layer is None else Layer(layer, values)
+        stacked = bool(spec[name].stack)
+        readers = {p: layer for p, layer in wanted.items() if (layer is not None) == stacked}
+        if is_remote(leaf) and readers:
+            values = fetch(leaf, readers)
+            leaf = Layer(readers.get(process), values) if stacked else values
+        if process in readers:
             found[name] = leaf
     return found

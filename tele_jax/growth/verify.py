@@ -150,8 +150,8 @@ def verify_stored(
 ) -> Report:
     """The two levels that work for models larger than memory: structure, and function part by part.
 
-    src, dst: trees of arrays or of checkpoint.LazyArray (checkpoint.open_lazy(path).params), read block by block. What
-      lies on a mesh is read layer by layer, by the processes in turn (`share`): all of them have to call this.
+    src, dst: trees of arrays or of checkpoint.LazyArray (checkpoint.open_lazy(path).params), read block by block. Of
+      what several processes hold together each reads its share, layer by layer (`share`): all have to call this.
     layers: destination layers whose function is looked at; all by default.
 
     Raises:
