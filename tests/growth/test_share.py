@@ -3,6 +3,8 @@
 By several processes: tests/multiprocess/test_verify.py.
 """
 
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,6 +115,29 @@ def test_a_block_is_all_that_travels():
     assert received(block) <= 2 * part
     indexed = jax.jit(lambda x, i: jax.lax.dynamic_slice(x, (i, 8, 0), (1, 8, 96))).lower(array, 3).compile()
     assert received(indexed) > whole / 4
+
+
+def test_one_unit_and_its_source_are_held_at_a_time(monkeypatch):
+    alive, most = [], 0
+
+    def counted(array, wanted):
+        nonlocal most
+        found = sharding.fetch(array, wanted)
+        alive.append(weakref.ref(found))
+        most = max(most, sum(one().nbytes for one in alive if one() is not None))
+        return found
+
+    monkeypatch.setattr(share, "is_remote", lambda leaf: isinstance(leaf, jax.Array))
+    monkeypatch.setattr(share, "fetch", counted)
+    case = on_mesh(make_mesh(MeshConfig(fsdp=4, tensor=2)), *grown())
+    assert growth.verify_stored(*case).ok
+    plan = case[0]
+    units = [
+        sum(s.size // (cfg.num_layers if s.stack else 1) * 4 for s in spec.values() if bool(s.stack) == stacked)
+        for cfg, spec in ((plan.src_cfg, plan.src_spec), (plan.dst_cfg, plan.dst_spec))
+        for stacked in (False, True)
+    ]
+    assert most == max(units[0] + units[2], units[1] + units[3])
 
 
 def test_a_layer_that_is_not_held_is_not_read():
