@@ -51,8 +51,8 @@ def get_config(name: str | None = None) -> ConfigDict:
     data = dict(tokenizer="tokenizer.model", cache="CACHE")
     batch = dict(batch_size=part.batch_size, seq_len=LENGTH, microbatches=part.microbatches, checkpoint_every=500)
 
-    def growth(name: str) -> dict:
-        larger = get_model(name)
+    def growth(to: str) -> dict:
+        larger = get_model(to)
         model = {field: getattr(larger, field) for field in (*SIZES, *MUP)} | dict(remat=part.remat)
         return dict(kind="grow", policy="msg", layers="distance", model=model)
 

@@ -249,12 +249,15 @@ def _from_page(args: argparse.Namespace) -> tuple[Any, dict[str, Any], float | N
         stage = config.stages[before]
         if isinstance(stage, GrowStage):
             small, cfg = cfg, cfg.replace_from(stage.model, f"config.{before}.model")
+            # Which layers are copied does not change what a growth costs; scores for it need a model that is there.
+            try:
+                plan = plan_of(small, cfg, stage, layers="uniform" if stage.layers == "distance" else None)
+            except UserError as error:
+                raise UserError(f"config.{before}: {error}") from None
         else:
             cfg, optimizer = stage.model or cfg, stage.optimizer
     where = {"mesh": config.mesh, "num_slices": config.num_slices}
     if isinstance(stage, GrowStage):
-        # Which layers are copied does not change what a growth costs; scores for it need a model that is there.
-        plan = plan_of(small, cfg, stage, layers="uniform" if stage.layers == "distance" else None)
         values = {"plan": plan, "optimizer_state": stage.optimizer_state, **where}
         return cfg, values | ({"optimizer": optimizer} if optimizer else {}), None
     values = {key: getattr(stage, key) for key in ("batch_size", "seq_len", "microbatches", "optimizer")} | where

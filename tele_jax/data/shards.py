@@ -148,7 +148,7 @@ class _Reader:
                 offset += len(data)
 
     def _read(self, part: Part, offset: int, data: bytes) -> Any:
-        return sources.read_document(part.path, offset, data, self.unit.format, self.rejected)
+        return sources.read_document(part.path, offset, data, self.unit.format, self.rejected.append)
 
 
 class _Tokenizer:

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +29,7 @@ WHOLE = 1 << 62  # larger than any document: no cutting
 # of its first bytes}, and "line" where it is known.
 Reject = dict[str, Any]
 EMPTY = "the text is empty"  # the reason of one of them
+KEPT = 10_000  # so many of a domain are kept in memory, and counted beyond: every line of a large corpus may be bad
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,7 +47,8 @@ class Corpus:
       last: bool [N], whether the document ends with this span.
       num_bytes: int64 [N], UTF-8 bytes of text in the span.
       checksum: of all files in order, hexadecimal; of what was rejected too.
-      rejected: the documents that cannot be used, in order.
+      rejected: the first KEPT of the documents that cannot be used, in order.
+      num_rejected: how many there are.
     """
 
     name: str
@@ -62,13 +64,14 @@ class Corpus:
     num_bytes: np.ndarray
     checksum: str
     rejected: tuple[Reject, ...]
+    num_rejected: int
 
     def __len__(self) -> int:
         return len(self.file)
 
     def account(self) -> str:
         """How many of the documents were rejected, and why the first: a line for whoever trains on the rest."""
-        count, used = len(self.rejected), int(self.last.sum())
+        count, used = self.num_rejected, int(self.last.sum())
         first = f"; the first is {place(self.rejected[0])}" if count else ""
         return f"{self.where}: {count:,} of {count + used:,} documents cannot be used{first}"
 
@@ -135,7 +138,7 @@ def check_plain(path: str) -> None:
     """Raises UserError where a file is empty or compressed: text is read at any byte of it."""
     with open(path, "rb") as file:
         start = file.read(10)
-    if not start:
+    if start in (b"", codecs.BOM_UTF8):
         raise UserError(f"{path}: the file is empty")
     for name, magic in _PACKED.items():
         if re.match(magic, start):
@@ -164,21 +167,21 @@ def index(where: str, name: str, patterns: Sequence[str], format: Format, *, spa
     """
     files = expand(patterns, where)
     spans: list[tuple[int, ...]] = []
-    rejected: list[Reject] = []
+    rejected = _Rejects()
     checksum = 0
     for number, path in enumerate(files):
         check_plain(path)
-        used, bad = len(spans), len(rejected)
+        used, bad = len(spans), rejected.count
         scan = _scan_text if format == "text" else _scan_lines
         with open(path, "rb") as file:
-            for span, data in scan(path, file, format, span_bytes, rejected):
+            for span, data in scan(path, file, format, span_bytes, rejected.add):
                 checksum = zlib.crc32(data, checksum)
                 if span is not None:
                     spans.append((number, *span))
-        if format == "text" and len(rejected) > bad:
+        if format == "text" and rejected.count > bad:
             del spans[used:]
     if not spans:
-        raise nothing_usable(where, place(rejected[0]) if rejected else None)
+        raise nothing_usable(where, place(rejected.first[0]) if rejected.count else None)
     columns = [np.array(column) for column in zip(*spans, strict=True)]
     file, offset, length, begin, end, last, num_bytes = columns
     return Corpus(
@@ -194,15 +197,29 @@ def index(where: str, name: str, patterns: Sequence[str], format: Format, *, spa
         last=last,
         num_bytes=num_bytes,
         checksum=f"{checksum:08x}",
-        rejected=tuple(rejected),
+        rejected=tuple(rejected.first),
+        num_rejected=rejected.count,
     )
+
+
+class _Rejects:
+    """How many, and the first KEPT of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[Reject] = []
+
+    def add(self, reject: Reject) -> None:
+        self.count += 1
+        if self.count <= KEPT:
+            self.first.append(reject)
 
 
 _Span = tuple[int, int, int, int, bool, int]  # offset, length, begin, end, last, num_bytes
 
 
 def _scan_text(
-    path: str, file: Any, format: Format, span_bytes: int, rejected: list[Reject]
+    path: str, file: Any, format: Format, span_bytes: int, reject: Callable[[Reject], None]
 ) -> Iterator[tuple[_Span | None, bytes]]:
     size = os.fstat(file.fileno()).st_size
     offset = begin_of(file)
@@ -213,23 +230,20 @@ def _scan_text(
         last = offset + len(data) >= size
         if not last:
             data = data[: cut_bytes(data)]
-        good = good and read_document(path, offset, data, format, rejected) is not None
+        good = good and read_document(path, offset, data, format, reject) is not None
         yield (offset, len(data), 0, 0, last, len(data)) if good else None, data
         offset += len(data)
 
 
 def _scan_lines(
-    path: str, file: Any, format: Format, span_bytes: int, rejected: list[Reject]
+    path: str, file: Any, format: Format, span_bytes: int, reject: Callable[[Reject], None]
 ) -> Iterator[tuple[_Span | None, bytes]]:
     offset = begin_of(file)
     for line, data in enumerate(file, start=1):
         # What comes after the first span of a line belongs to data that was given out already.
         fresh = data
         if data.strip():
-            value = read_document(path, offset, data, format, rejected)
-            if value is None:
-                rejected[-1]["line"] = line
-            text = text_of(value or "")
+            text = text_of(read_document(path, offset, data, format, reject, line) or "")
             for begin, end in cut_text(text, span_bytes if format == "jsonl" else WHOLE):
                 num_bytes = len(text[begin:end].encode())
                 yield (offset, len(data), begin, end, end == len(text), num_bytes), fresh
@@ -246,14 +260,17 @@ def begin_of(file: Any) -> int:
     return begin
 
 
-def read_document(path: str, offset: int, data: bytes, format: Format, rejected: list[Reject]) -> Any:
-    """The text in the bytes of a document, or its messages; None where it cannot be used, which `rejected` then tells.
+def read_document(
+    path: str, offset: int, data: bytes, format: Format, reject: Callable[[Reject], None], line: int | None = None
+) -> Any:
+    """The text in the bytes of a document, or its messages; None where it cannot be used, which `reject` is then told.
 
     Args:
       path, offset: where the bytes begin.
       data: a line; of a text file all, or a stretch that ends with a character.
       format: of the file.
-      rejected: gets an entry.
+      reject: is given an entry.
+      line: the number of the line, where it is known.
     """
     try:
         text = data.decode("utf-8")
@@ -264,7 +281,8 @@ def read_document(path: str, offset: int, data: bytes, format: Format, rejected:
         reason = str(error)
     sample = data[:200].decode(errors="backslashreplace")
     file = os.fsencode(path).decode(errors="backslashreplace")  # a name may be what no file of text can hold
-    rejected.append({"file": file, "byte": offset, "reason": reason, "sample": sample})
+    entry = {"file": file, "byte": offset, "reason": reason, "sample": sample}
+    reject(entry if line is None else entry | {"line": line})
     return None
 
 

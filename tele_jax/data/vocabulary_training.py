@@ -272,6 +272,8 @@ def sample_texts(patterns: Sequence[str], *, max_bytes: int | None, seed: int) -
         for reject in corpus.rejected:
             if reject["reason"] != sources.EMPTY:
                 raise UserError(f"{sources.place(reject)}; convert or leave out")
+        if corpus.num_rejected > len(corpus.rejected):
+            raise UserError(f"{corpus.account()}; leave them out")
     places = [(corpus, i) for corpus in corpora for i in range(len(corpus))]
     sizes = np.concatenate([corpus.num_bytes for corpus in corpora])
     chosen = np.arange(len(places))

@@ -49,7 +49,7 @@ def liveness(plan: Growth, big: Mapping[str, Any], tokens: np.ndarray) -> tuple[
         return optax.apply_updates(params, updates), state
 
     gradient = jax.jit(jax.grad(mean_loss), out_shardings=lies)
-    update = jax.jit(update, out_shardings=(lies, state_lies))
+    update = jax.jit(update, out_shardings=(lies, state_lies), donate_argnums=(1, 2))
     state = jax.jit(optimizer.init, out_shardings=state_lies)(big)
     for _ in range(2):
         big, state = update(big, gradient(big), state)

@@ -7,24 +7,24 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tele_jax.axes import map_param_subtrees
+from tele_jax.axes import map_param_subtrees, unflatten
 from tele_jax.growth import exchange
 from tele_jax.growth.apply import apply_opt, grow_leaf, grow_params, grow_state
 from tele_jax.growth.plan import Growth, LeafPlan, Plan
-from tele_jax.model.spec import spec
 from tele_jax.sharding import RULES, param_shardings, replicated
 
 
 def state_shardings(plan: Growth, mesh: Mesh, opt_state: Any) -> Any:
     """Where the grown optimizer state lies, for the state before (arrays or shapes): moments as their parameters."""
     shapes = jax.eval_shape(lambda state: apply_opt(plan, state), opt_state)
-    params = param_shardings(spec(plan.dst_cfg), mesh)
-    return map_param_subtrees(lambda path, tree: params, shapes, spec(plan.dst_cfg), lambda *_: replicated(mesh))
+    spec = unflatten(plan.dst_spec)
+    params = param_shardings(spec, mesh)
+    return map_param_subtrees(lambda path, tree: params, shapes, spec, lambda *_: replicated(mesh))
 
 
 def sharded(plan: Growth, mesh: Mesh, opt_state: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
     """(parameters, optimizer state) -> the grown ones, jitted for a mesh; opt_state, arrays or shapes, may be None."""
-    params = param_shardings(spec(plan.dst_cfg), mesh)
+    params = param_shardings(unflatten(plan.dst_spec), mesh)
 
     def grow(step: Plan, name: str, leaf: LeafPlan, array: Any, power: int = 1) -> jax.Array:
         axes = step.dst_spec[name].axes

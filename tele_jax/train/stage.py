@@ -15,8 +15,7 @@ from tqdm import tqdm
 from tele_jax import checkpoint
 from tele_jax.config import ModelConfig
 from tele_jax.data import feed as feeds
-from tele_jax.data import shards
-from tele_jax.data.sources import Corpus
+from tele_jax.data import shards, sources
 from tele_jax.errors import FailedError
 from tele_jax.eval.bpb import bits_per_byte
 from tele_jax.growth import MaskSchedule, Plan
@@ -71,7 +70,8 @@ class Training:
         self.masks = (lambda step: None) if plan is None else mask_schedule(stage, plan)
         self.closed_steps = {} if plan is None else self.masks.closed_steps()
         self.data = {"tokenizer": tokenizer, "domains": sorted(feeds.resolve(stage.data).sources)}
-        rows = {"kind": stage.kind, "seq_len": stage.seq_len, "batch_size": stage.batch_size, "aside": self._keep_aside}
+        corpora: list[sources.Corpus] = []
+        rows = {"kind": stage.kind, "seq_len": stage.seq_len, "batch_size": stage.batch_size, "aside": corpora.append}
         self.feed = feeds.open_feed(
             stage.data,
             **rows,
@@ -85,14 +85,17 @@ class Training:
         self.checkpoints = checkpoint.Manager(directory / "checkpoints", keep=stage.keep_checkpoints)
         self.tokens, self.loss, self.grad_norm = 0, 0.0, 0.0
         self._restore(previous)
+        for corpus in corpora:  # not before: what an earlier start kept aside stays where this one is refused
+            self._keep_aside(corpus)
         self.writer = metrics.Metrics(directory / "metrics", self.first_step)
 
-    def _keep_aside(self, corpus: Corpus) -> None:
+    def _keep_aside(self, corpus: sources.Corpus) -> None:
         """Writes down which documents of a domain cannot be used, and says so."""
         file = self.directory / "rejected" / f"{corpus.where.removeprefix('sources.')}.jsonl"
         from_first(lambda: shards.write_rejected(file, corpus.rejected))
         if corpus.rejected:
-            self.say(f"  {corpus.account()}; all are in {file}")
+            told = "all are" if corpus.num_rejected == len(corpus.rejected) else f"the first {sources.KEPT:,} are"
+            self.say(f"  {corpus.account()}; {told} in {file}")
 
     def _restore(self, previous: Path | None) -> None:
         """This stage's own state where there is some, else what the stage before left, else fresh parameters."""

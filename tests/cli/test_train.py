@@ -337,7 +337,8 @@ def test_lines_that_cannot_be_used_are_kept_aside_and_training_goes_on(place, ca
     page, workdir = tmp_path / "page.py", tmp_path / "w"
     page.write_text(text)
     overrides = [f"--config.small.data.sources.text.{n}=({str(file)!r},)" for n in ("files", "validation_files")]
-    assert main(["train", "--config", str(page), "--workdir", str(workdir), *overrides]) == 0
+    command = ["train", "--config", str(page), "--workdir", str(workdir), *overrides]
+    assert main(command) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "cannot be used" in line]
     for line, field in zip(said, ("files", "validation_files"), strict=True):
         aside = workdir / "small" / "rejected" / f"text.{field}.jsonl"
@@ -348,6 +349,12 @@ def test_lines_that_cannot_be_used_are_kept_aside_and_training_goes_on(place, ca
         entries = [json.loads(line) for line in aside.read_text().splitlines()]
         assert [(e["line"], e["sample"]) for e in entries] == [(21, '{"text": "caf\\xe9"}\n'), (402, "no JSON\n")]
     assert checkpoint.open_lazy(workdir).step == 2
+    # A start that is refused, for a file that was mended meanwhile, leaves what the run was trained without.
+    (workdir / "small" / "summary.json").unlink()
+    kept = {path: path.read_bytes() for path in (workdir / "small").rglob("*") if path.is_file()}
+    file.write_bytes(b"".join(lines))
+    assert "saved for another feed: sources.text.checksum was" in fails(capsys, 2, *command)
+    assert {path: path.read_bytes() for path in (workdir / "small").rglob("*") if path.is_file()} == kept
 
 
 def test_another_config_in_the_same_work_directory_is_refused(place, finished, capsys):

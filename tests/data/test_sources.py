@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tele_jax.data import shards, sources
+from tele_jax.data import shards, sources, vocabulary_training
 from tele_jax.errors import UserError
 
 LINES = st.lists(st.text() | st.sampled_from(["\n", "\r\n", "中文字", "a b c\n" * 5]), min_size=1).map("".join)
@@ -89,6 +89,7 @@ USER = {"role": "user", "content": "q"}
     [
         ("text", b"", r"bad\.x: the file is empty"),
         ("jsonl", b"", r"bad\.x: the file is empty"),
+        ("text", b"\xef\xbb\xbf", r"bad\.x: the file is empty"),
         ("jsonl", b"\n \n", "NONE; its files hold nothing but blank lines"),
         ("text", b"fine " * 20 + b"\xe4\xb8", r"NONE; the first is .*bad\.x, byte 96: not UTF-8 at byte 100 \(0xe4\)"),
         ("text", b"\x80", r"NONE; the first is .*bad\.x, byte 0: not UTF-8 at byte 0 \(0x80\)"),
@@ -139,6 +140,16 @@ def test_lines_that_cannot_be_used_are_kept_aside(tmp_path):
     assert len(texts) > 3 and "".join(texts) == "one" + "long " * 9 + "中" and corpus.last.sum() == 3
     raw = [(tmp_path / name).read_bytes().removeprefix(b"\xef\xbb\xbf") for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
     assert corpus.checksum == f"{zlib.crc32(b''.join(raw)):08x}", "of what cannot be used as well"
+
+
+def test_of_many_documents_that_cannot_be_used_the_first_are_kept_and_all_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "KEPT", 2)
+    a = write(tmp_path / "a.jsonl", b'{"text": ""}\n' * 3 + b'{"text": "one"}\n' + b'{"text": ""}\n')
+    corpus = sources.index("sources.a.files", "a", [a], "jsonl")
+    assert [reject["line"] for reject in corpus.rejected] == [1, 2]
+    assert corpus.account().startswith("sources.a.files: 4 of 5 documents cannot be used; the first is")
+    with pytest.raises(UserError, match=r"4 of 5 documents cannot be used; .*; leave them out"):
+        list(vocabulary_training.sample_texts([a], max_bytes=None, seed=0))
 
 
 def test_of_a_text_file_that_is_not_utf8_nothing_is_used(tmp_path):

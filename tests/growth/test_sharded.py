@@ -1,5 +1,7 @@
 """Growth on a mesh: the bits of growth on one device, and no device that ever holds a whole axis of what is cut."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,10 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 import tele_jax as tele
-from tele_jax import growth
+from tele_jax import growth, surgery
 from tele_jax.axes import flatten, unflatten
 from tele_jax.growth import exchange, liveness
 from tele_jax.model.spec import abstract_params
@@ -75,6 +78,26 @@ def test_growth_on_a_mesh_gives_the_bits_of_one_device(policy, mesh, dtype):
     assert grown.count == 7
 
 
+def test_surgery_on_a_mesh_gives_the_bits_of_one_device():
+    """Units in another order, fewer, under another name: not a model any more, and laid on the mesh all the same."""
+    order = np.random.default_rng(2).permutation(16)
+    taken = {"embed": order, "mlp": order[order < 12][:8]}
+    plan = surgery.take(surgery.take(SRC, "embed", taken["embed"]), "mlp", taken["mlp"])
+    plan = surgery.rename(plan, {"lm_head.kernel": "head"})
+    params = jax.tree.map(jnp.float32, reference.random_params(SRC, np.random.default_rng(0), 1.0))
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    on_mesh = jax.device_put(params, param_shardings(tele.spec(SRC), mesh))
+    state = optax.ScaleByAdamState(count=np.int32(7), mu=on_mesh, nu=on_mesh)
+    made, grown = growth.sharded(plan, mesh, state)(on_mesh, state)
+    assert made["head"].sharding.spec == grown.mu["head"].sharding.spec == P("fsdp", "tensor")
+    for name, spec in flatten(tele.spec(SRC)).items():
+        rows = [taken.get(axis, np.arange(size)) for axis, size in zip(spec.axes, spec.shape, strict=True)]
+        wanted = np.asarray(flatten(params)[name])[np.ix_(*rows)]
+        for tree in (made, grown.mu, grown.nu):
+            leaf = flatten(tree)["head" if name == "lm_head.kernel" else name]
+            assert np.asarray(leaf).tobytes() == wanted.tobytes(), name
+
+
 def test_no_device_holds_a_whole_axis():
     """Read from the compiled program: nothing is gathered, and what a device receives is less than twice its part of
     the source. Taking along an axis that is cut gathers it: 11 times the part, and 7 times the part of the result in
@@ -117,3 +140,29 @@ def test_what_cannot_learn_is_found_on_a_mesh_without_reading_leaves(monkeypatch
     dead = {"heads[6] in layers.attn.q", "layers[1] in layers.mlp.up", "embed[20] in lm_head.kernel"}
     assert set(liveness.dead(plan, jax.device_put(unflatten(leaves), lies))) == dead
     assert 0 < max(read) <= 2 * max(m.dst_size for axis, m in plan.maps.items() if axis != "vocab")
+
+
+@pytest.mark.usefixtures("quick_compilation")  # for the last test of the module: the others look at programs
+def test_liveness_needs_two_gradients_and_moments_beside_the_parameters(monkeypatch):
+    """Arrays that are there after each program that it runs."""
+    src = SRC.replace(remat="none", dtype="float32")
+    plan = growth.plan(src, src.replace(embed_dim=128, mlp_dim=256, vocab_size=512))
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    params = reference.random_params(plan.dst_cfg, np.random.default_rng(0), 0.1)
+    big = jax.device_put(jax.tree.map(np.float32, params), param_shardings(tele.spec(plan.dst_cfg), mesh))
+    live = lambda: sum(array.nbytes for array in jax.live_arrays())  # noqa: E731
+    before, after = live(), []
+
+    def measured(function, **how):
+        compiled = jax.jit(function, **how)
+
+        def run(*arguments):
+            out = jax.block_until_ready(compiled(*arguments))
+            after.append(live())
+            return out
+
+        return run
+
+    monkeypatch.setattr(liveness, "jax", types.SimpleNamespace(**{**vars(jax), "jit": measured}))
+    liveness.liveness(plan, big, np.arange(8 * 9, dtype=np.int32).reshape(8, 9) % 16)
+    assert len(after) >= 8 and max(after) - before < 4.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(big))

@@ -80,6 +80,34 @@ def test_projections_have_the_gradients_of_the_product(letters, x, kernel):
     np.testing.assert_allclose(of_kernel, np.einsum(f"{first},{third}->{second}", x, gradient), rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("kernel", [(6, 3, 4), (6, 8)])
+def test_kernels_rounded_on_tpus_are_those_of_the_cast(monkeypatch, kernel):
+    """Value and gradients to the bit, of stacked float32 kernels in a scan with remat, in bfloat16."""
+    rng = np.random.default_rng(0)
+    x, stacked = jnp.asarray(rng.standard_normal((2, 5, 6)), jnp.bfloat16), rng.standard_normal((4, *kernel))
+    stacked[0].flat[:4] = 1 + 2.0**-8, 1 + 3 * 2.0**-8, np.nextafter(np.float32(1 + 2.0**-8), 2), -1e38
+    letters = "BSD,DNH->BSNH" if len(kernel) == 3 else "BSD,DF->BSF"
+
+    def run(product):
+        @jax.checkpoint
+        def layer(x, kernel):
+            y = product(x, kernel)
+            return jnp.tanh(x + y.reshape(*x.shape[:2], -1)[..., :6]), y
+
+        function = lambda x, stacked: jax.lax.scan(layer, x, stacked)  # noqa: E731
+        values, pullback = jax.vjp(jax.jit(function), x, jnp.asarray(stacked, jnp.float32))
+        return values, pullback(jax.tree.map(lambda v: (v * 0.7).astype(v.dtype), values))
+
+    expected = run(lambda x, kernel: jnp.einsum(letters, x, kernel.astype(x.dtype)))
+    monkeypatch.setattr(products, "platform", lambda: "tpu")
+    rounded = run(lambda x, kernel: products.project(letters, x, kernel))
+    text = str(jax.make_jaxpr(lambda x, kernel: products.project(letters, x, kernel))(x, stacked[0].astype("float32")))
+    assert "reduce_precision" in text and ("optimization_barrier" in text) == (len(kernel) == 3)
+    assert rounded[1][1].dtype == jnp.float32
+    for a, b in zip(jax.tree.leaves(rounded), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
 def test_the_gated_product_has_the_gradient_of_silu_times_up():
     rng = np.random.default_rng(0)
     gate, up, gradient = rng.standard_normal((3, 50)) * 3

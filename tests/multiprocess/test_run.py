@@ -62,7 +62,7 @@ def get_config():
 
 # Gloo writes its sentence in pieces, from several threads: what they make together is not always one line each.
 GLOO = re.compile(
-    r"(\[Gloo\] |Rank |\d+| is connected to | peer ranks\. |Expected number of connected peer ranks is : |\s)*"
+    r"(\[Gloo\] |Rank |\d| is connected to | peer ranks\. |Expected number of connected peer ranks is : |\s)*"
 )
 
 

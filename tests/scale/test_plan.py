@@ -92,9 +92,10 @@ def test_the_model_of_a_page_s_start_is_looked_for_there_or_named(going_on, page
     on = ["plan", "--topology", "v5e:2x2"]
     assert main([*on, "--config", going_on]) == 2
     assert "not/there: no such directory" in (err := capsys.readouterr().err) and "--model NAME says which" in err
-    # TeleChat 7B has more layers than the 4 that this page grows to: it is what is grown.
-    assert main([*on, "--config", going_on, "--stage", "grow", "--model", "telechat_7b"]) == 2
-    assert "num_layers would shrink, 30 -> 4" in capsys.readouterr().err
+    # TeleChat 7B has more layers than the 4 that this page grows to: it is what is grown, before the last stage too.
+    for stage in (["--stage", "grow"], []):
+        assert main([*on, "--config", going_on, *stage, "--model", "telechat_7b"]) == 2
+        assert "config.grow: num_layers would shrink, 30 -> 4" in capsys.readouterr().err
     assert main([*on, "--config", page, "--model", "telechat_7b"]) == 2
     assert "has a model of its own" in capsys.readouterr().err
 
