@@ -37,7 +37,8 @@ def run(stage: str, policy: str) -> dict:
     growth.check(plan)
     params = synthetic.tree(src)
     began = time.monotonic()
-    parts = dict(layerwise.parts(plan, flatten(params), flatten(growth.lazy(plan, params)), layers=[0, 1]))
+    old, new = flatten(params), flatten(growth.lazy(plan, params))
+    parts = {part: value for unit in (None, 0, 1) for part, value in layerwise.parts(plan, old, new, unit).items()}
     return {
         "stage": stage,
         "policy": policy,

@@ -3,6 +3,7 @@
     start(Place("10.0.0.1:1234", num_processes=2, process_id=0))    # on a TPU slice: start(None)
     if is_first(): ...                          # process 0 prints, and writes what is not a part of an array
     step = from_first(lambda: latest_step())    # looked up in process 0; the same in all
+    sizes = from_all(size)                      # [that of process 0, that of process 1, ...] in all
     with StopSignal() as stop: ...              # stop(): SIGTERM came to any of them; True in all at the same call
 
 With one process all of this does nothing, and jax.distributed need not be started.
@@ -143,6 +144,23 @@ def from_first(make: Callable[[], Any]) -> Any:
         client.key_value_set(key, json.dumps(value))
         return value
     return json.loads(client.blocking_key_value_get(key, _FOREVER_MS))
+
+
+def from_all(value: Any) -> list[Any]:
+    """The values of all processes, JSON of kilobytes, in the order of the processes; the same list in every one."""
+    client = _client()
+    if client is None:
+        return [value]
+    place = f"tele_jax/from_all/{next(_call)}"
+    client.key_value_set(f"{place}/{jax.process_index()}", json.dumps(value))
+
+    def collect() -> list[Any]:  # in one process: if all asked for all, the service would be asked P^2 times
+        keys = [f"{place}/{process}" for process in range(jax.process_count())]
+        values = [json.loads(client.blocking_key_value_get(key, _FOREVER_MS)) for key in keys]
+        client.key_value_delete(f"{place}/")
+        return values
+
+    return from_first(collect)
 
 
 def barrier() -> None:

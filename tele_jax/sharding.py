@@ -6,8 +6,10 @@
 A kernel [embed, mlp] is cut along embed into 4 and along mlp into 2: each device holds an eighth.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +40,7 @@ RULES: Rules = {
     "mlp": "tensor",
 }
 LARGE_BYTES = 64 * 2**20  # a leaf above this must not lie whole on every device
+BLOCK_BYTES = 64 * 2**20  # of an array, that `fetch` moves at once
 
 
 def make_mesh(
@@ -129,34 +132,69 @@ def to_host(array: Any) -> np.ndarray:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Remote:
-    """An array that lies on devices of several processes, read by index like one in memory: array[0, 8:16].
+def is_remote(array: Any) -> bool:
+    """Whether some of an array lies on devices of other processes, so that `fetch` has to read it."""
+    return isinstance(array, jax.Array) and not array.is_fully_addressable
 
-    All processes have to read the same parts in the same order.
+
+def fetch(array: jax.Array, wanted: Mapping[int, int | None]) -> np.ndarray | None:
+    """array[wanted[p]], or all of the array (None), in the memory of every process p that is in `wanted`; else None.
+
+    Every process has to call this alike. What travels, to all devices, are blocks of BLOCK_BYTES: for each the devices
+    send the same rows of their own parts. (Of array[index, rows], with rows that are cut over the mesh, the compiler
+    gathers all of the array on every device.)
+
+    wanted: {process: index along the first dimension, which must not be cut}; None in all or in none.
     """
+    leading = 0 if None in wanted.values() else 1
+    shape, parts = array.shape[leading:], array.sharding.shard_shape(array.shape)[leading:]
+    ways = [size // part for size, part in zip(shape, parts, strict=True)]
+    process = jax.process_index()
+    # Both apart along every dimension: [which part, where in it, ...].
+    apart = lambda lengths: [n for pair in zip(ways, lengths, strict=True) for n in pair]  # noqa: E731
+    out = np.empty(apart(parts), array.dtype) if process in wanted else None
+    for tile in tiles(parts, array.dtype.itemsize * math.prod(ways), BLOCK_BYTES):
+        starts, lengths = [cut.start for cut in tile], [cut.stop - cut.start for cut in tile]
+        for reader, index in wanted.items():
+            start = (*starts,) if index is None else (index, *starts)
+            block = _on_all(array, start, (*[1] * leading, *lengths), array.sharding)
+            if reader == process:
+                mine = block.addressable_data(0)
+                mine.copy_to_host_async()  # while the others have their turn
+            block.block_until_ready()  # or many would be on their way at once, and in memory
+        if out is not None:
+            where = tuple(cut for one in tile for cut in (slice(None), one))
+            out[where] = np.asarray(mine).reshape(apart(lengths))
+    return None if out is None else out.reshape(shape)
 
-    array: jax.Array
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _on_all(array: jax.Array, start: tuple[int, ...], lengths: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+    """The same rectangle of every device's part of an array, side by side; whole on every device."""
 
-    @property
-    def dtype(self) -> np.dtype:
-        return self.array.dtype
+    def gather(part: jax.Array, start: tuple[jax.Array, ...]) -> jax.Array:
+        part = jax.lax.dynamic_slice(part, start, lengths)
+        for dimension, mesh_axes in enumerate(sharding.spec):
+            if mesh_axes is not None:
+                part = jax.lax.all_gather(part, mesh_axes, axis=dimension, tiled=True)
+        return part
 
-    def __getitem__(self, index: Any) -> np.ndarray:
-        return to_host(self.array[index])
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(to_host(self.array), dtype)
+    return jax.shard_map(gather, mesh=sharding.mesh, in_specs=(sharding.spec, P()), out_specs=P(), check_vma=False)(
+        array, start
+    )
 
 
-def readable(tree: Any) -> Any:
-    """The same tree with everything in it readable from this process: see `Remote`."""
-    is_remote = lambda leaf: isinstance(leaf, jax.Array) and not leaf.is_fully_addressable  # noqa: E731
-    return jax.tree.map(lambda leaf: Remote(leaf) if is_remote(leaf) else leaf, tree)
+def tiles(shape: Sequence[int], itemsize: int, nbytes: int) -> Iterator[tuple[slice, ...]]:
+    """Rectangles of about nbytes that cover a shape, cut along the first axis where that is enough."""
+    lengths = list(shape)
+    for dimension in range(len(shape)):
+        below = math.prod(shape[dimension + 1 :]) * itemsize
+        lengths[dimension] = max(1, min(shape[dimension], nbytes // max(1, below)))
+        if lengths[dimension] > 1:
+            break
+    starts = [range(0, size, length) for size, length in zip(shape, lengths, strict=True)]
+    for corner in itertools.product(*starts):
+        yield tuple(slice(s, min(s + n, size)) for s, n, size in zip(corner, lengths, shape, strict=True))
 
 
 def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:

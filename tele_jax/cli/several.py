@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from tele_jax.cli import outcome
 from tele_jax.errors import UserError
@@ -103,6 +103,10 @@ def _end(error: BaseException) -> None:
 
     known = outcome.of(error)
     if known is None:
+        # What is exchanged with a process that has left breaks here: no failure of its own.
+        failure = processes.failure_of_others()
+        if failure is not None:
+            _follow(failure)
         traceback.print_exception(error)
         known = (f"{type(error).__name__}: {error}", 1)
     line, code = outcome.one_line(known[0]), known[1]
@@ -114,20 +118,25 @@ def _end(error: BaseException) -> None:
 
 def _watch(done: threading.Event) -> None:
     """Ends this process when another has failed, whatever its main thread waits for."""
-    import jax
-
     from tele_jax import processes
 
     while not done.wait(_LOOK_SECONDS):
         failure = processes.failure_of_others()
         if failure is not None and not done.wait(_GRACE_SECONDS):
-            line = f"process {failure['process']} failed: {failure['line']}"
-            index = jax.process_index()
-            print(f"tele: {line}" if index == 0 else f"tele: process {index} stops: {line}", file=sys.stderr)
-            _exit(failure["code"])
+            _follow(failure)
 
 
-def _exit(code: int) -> None:
+def _follow(failure: dict[str, Any]) -> NoReturn:
+    """Ends this process as another has ended, which told it."""
+    import jax
+
+    line = f"process {failure['process']} failed: {failure['line']}"
+    index = jax.process_index()
+    print(f"tele: {line}" if index == 0 else f"tele: process {index} stops: {line}", file=sys.stderr)
+    _exit(failure["code"])
+
+
+def _exit(code: int) -> NoReturn:
     from tele_jax import processes
 
     sys.stdout.flush()

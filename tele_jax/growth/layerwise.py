@@ -7,7 +7,7 @@ leaves are read in blocks, so that a layer need not fit into memory.
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,32 +42,45 @@ class Side:
         return np.asarray(self.leaves[name][... if layer is None else layer]).astype(np.float64)
 
 
-def parts(plan: "Growth", src: Tree, dst: Tree, layers: Collection[int] | None = None) -> Iterator[tuple[str, float]]:
-    """(part, largest difference relative to the largest value of its row), from the embedding to the head.
+def parts(plan: "Growth", src: Tree, dst: Tree, unit: int | None) -> dict[str, float]:
+    """{part: largest difference relative to the largest value of its row} of one unit: see `share`.
 
-    layers: destination layers to look at; all by default.
+    That is a destination layer, or, where unit is None, the embedding and the head. Each part has random inputs of its
+    own, whichever others are looked at. src, dst: with the leaves of that unit at least.
     """
-    rng = np.random.default_rng(0)
     masks = {axis: np.where(m.fresh, 0.0, 1.0) for axis, m in plan.maps.items()} if plan.masked else {}
     old = Side(plan.src_cfg, plan.src_spec, src)
     new = Side(plan.dst_cfg, plan.dst_spec, dst, masks)
-    after_ids, before_ids = shared_tokens(plan)
-    tokens = rng.integers(0, len(after_ids), 64)
     # New channels hold zeros, and have to; behind masks they may hold anything.
     known = ~plan.maps["embed"].fresh if plan.masked else np.ones(plan.dst_cfg.embed_dim, bool)
+    if unit is not None:
+        return {f"layers[{unit}]": _layer(plan, old, new, known, unit)}
+    return {"embed": _embedding(plan, old, new, known), "head": _head(plan, old, new)}
+
+
+def _embedding(plan: "Growth", old: Side, new: Side, known: np.ndarray) -> float:
+    after_ids, before_ids = shared_tokens(plan)
+    tokens = np.random.default_rng(0).integers(0, len(after_ids), 64)
     made, expected = embed(new, after_ids[tokens]), _lift(plan, embed(old, before_ids[tokens]))
-    yield "embed", _difference(made[:, known], expected[:, known])
-    count = plan.dst_cfg.num_layers
-    for layer in range(count) if layers is None else sorted(layers):
-        x = _inputs(rng, plan.src_cfg.embed_dim)
-        lifted = _with_noise(plan, _lift(plan, x), rng)
-        fresh, source = plan.maps["layers"].fresh[layer], int(plan.maps["layers"].index[layer])
-        expected = x if fresh or source < 0 else block(old, source, x)
-        made = block(new, layer, lifted)
-        yield f"layers[{layer}]", _difference(made[..., known], _lift(plan, expected)[..., known])
+    return _difference(made[:, known], expected[:, known])
+
+
+def _layer(plan: "Growth", old: Side, new: Side, known: np.ndarray, layer: int) -> float:
+    rng = np.random.default_rng([1, layer])
+    x = _inputs(rng, plan.src_cfg.embed_dim)
+    lifted = _with_noise(plan, _lift(plan, x), rng)
+    fresh, source = plan.maps["layers"].fresh[layer], int(plan.maps["layers"].index[layer])
+    expected = x if fresh or source < 0 else block(old, source, x)
+    made = block(new, layer, lifted)
+    return _difference(made[..., known], _lift(plan, expected)[..., known])
+
+
+def _head(plan: "Growth", old: Side, new: Side) -> float:
+    rng = np.random.default_rng(2)
+    after_ids, before_ids = shared_tokens(plan)
     x = _inputs(rng, plan.src_cfg.embed_dim)
     before, after = logits(old, x), logits(new, _with_noise(plan, _lift(plan, x), rng))
-    yield "head", _difference(after[..., after_ids], before[..., before_ids])
+    return _difference(after[..., after_ids], before[..., before_ids])
 
 
 def shared_tokens(plan: "Growth") -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,6 @@ should. Leaves are read in tiles, from arrays in memory or from checkpoints that
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from tele_jax.growth import fate
 from tele_jax.growth.plan import Growth, Plan
+from tele_jax.sharding import tiles
 
 TILE_BYTES = 16 * 2**20
 _SIGMAS = 7  # how far a moment of fresh values may be from what is expected
@@ -23,13 +23,9 @@ _LARGEST = 3.6  # kernel.normal ends at 3.464 standard deviations; bfloat16 roun
 
 
 @dataclasses.dataclass
-class _Moments:
-    """Of the fresh values of one step in one leaf, divided by the standard deviation that they should have.
+class Moments:
+    """Of the fresh values of one step in one leaf, divided by the standard deviation that they should have."""
 
-    repeats: how often a later step copied each at most; copies say nothing new of the moments.
-    """
-
-    repeats: int = 1
     number: int = 0
     total: float = 0.0
     squares: float = 0.0
@@ -41,9 +37,14 @@ class _Moments:
         self.squares += float((values**2).sum())
         self.largest = max(self.largest, float(np.abs(values).max(initial=0.0)))
 
-    def problem(self) -> str | None:
+    def __add__(self, other: "Moments") -> "Moments":
+        sums = (self.number + other.number, self.total + other.total, self.squares + other.squares)
+        return Moments(*sums, max(self.largest, other.largest))
+
+    def problem(self, repeats: int) -> str | None:
+        """repeats: how often a later step copied each value at most; copies say nothing new of the moments."""
         mean, variance = self.total / self.number, self.squares / self.number
-        independent = self.number / self.repeats
+        independent = self.number / repeats
         if abs(mean) > _SIGMAS / math.sqrt(independent):
             return f"fresh values have the mean {mean:.3g} std over {self.number:,} entries, expected 0"
         # The second term (Bernstein's) is for a few values only, whose squares are far from normal.
@@ -52,17 +53,61 @@ class _Moments:
         return None if self.largest <= _LARGEST else f"a fresh value is {self.largest:.3g} std large"
 
 
-def altered(plan: Growth, src: Mapping[str, Any], dst: Mapping[str, Any]) -> dict[str, str]:
+@dataclasses.dataclass
+class Look:
+    """What was seen of one layer of a leaf, or of one that has none.
+
+    problem: an entry that is not what it should be; the rest was then not looked at. moments: by step of the leaf.
+    """
+
+    problem: str | None
+    moments: list[Moments]
+
+    def to_json(self) -> list[Any]:
+        return [self.problem, [dataclasses.astuple(moments) for moments in self.moments]]
+
+    @classmethod
+    def from_json(cls, data: list[Any]) -> "Look":
+        return cls(data[0], [Moments(*moments) for moments in data[1]])
+
+
+def look(plan: Growth, src: Mapping[str, Any], dst: Mapping[str, Any], unit: int | None) -> dict[str, Look]:
+    """{leaf: what is seen of it} for the leaves of one unit of the grown tree: see `share`.
+
+    src, dst: {dotted name: array, or checkpoint.LazyArray}, with the leaves of that unit at least.
+    """
+    looks = {}
+    for name, spec in plan.dst_spec.items():
+        if bool(spec.stack) == (unit is not None):
+            moments = [Moments() for _ in plan.leaf_steps(name)]
+            # Where nothing comes from the source, its leaf may be missing.
+            found = _problems(plan, name, src.get(plan.sources[name]), dst[name], unit, moments)
+            looks[name] = Look(next(found, None), moments)
+    return looks
+
+
+def altered(plan: Growth, looks: Sequence[Mapping[str, Look]]) -> dict[str, str]:
     """{leaf: what is wrong with it} for every leaf of the grown tree that is not what the plan makes of the source.
 
-    src, dst: {dotted name: array, or checkpoint.LazyArray}.
+    looks: of all units, in order.
     """
-    found = {}
+    wrong = {}
     for name in plan.dst_spec:
-        problem = next(_problems(plan, name, src[plan.sources[name]], dst[name]), None)
+        seen = [units[name] for units in looks if name in units]
+        problem = next((one.problem for one in seen if one.problem is not None), None) or _judged(plan, name, seen)
         if problem is not None:
-            found[name] = problem
-    return found
+            wrong[name] = problem
+    return wrong
+
+
+def _judged(plan: Growth, name: str, seen: Sequence[Look]) -> str | None:
+    steps = [step for step, _ in plan.leaf_steps(name)]
+    for k in range(len(steps)):
+        moments = sum((one.moments[k] for one in seen), Moments())
+        problem = moments.problem(_repeats(steps[k + 1 :], plan.dst_spec[name].axes)) if moments.number else None
+        if problem is not None:
+            return problem
+    return None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,9 +131,11 @@ class Unrounded:
         where = tuple(k if isinstance(k, slice) else slice(int(k), int(k) + 1) for k in keys)
         parts = [fate.along(self.plan, self.name, dimension, part) for dimension, part in enumerate(where)]
         values = np.asarray(self.made[where]).astype(np.float64)
-        products = _products(self.plan, self.name, self.source, parts)
-        rounded = (fate.kinds(parts) == fate.KEPT) & _is_rounded(self.plan, self.name, values, products)
-        values[rounded] = products[rounded]
+        kept = fate.kinds(parts) == fate.KEPT
+        if kept.any():
+            products = _products(self.plan, self.name, self.source, parts)
+            rounded = kept & _is_rounded(self.plan, self.name, values, products)
+            values[rounded] = products[rounded]
         return values.reshape([n for n, k in zip(values.shape, keys, strict=True) if isinstance(k, slice)])
 
 
@@ -108,12 +155,16 @@ def _is_rounded(plan: Growth, name: str, values: np.ndarray, products: np.ndarra
     return np.abs(values - products) <= slack * np.abs(products) + float(info.tiny)
 
 
-def _problems(plan: Growth, name: str, source: Any, made: Any) -> Iterator[str]:
+def _problems(
+    plan: Growth, name: str, source: Any, made: Any, unit: int | None, moments: list[Moments]
+) -> Iterator[str]:
+    """What is wrong in one unit of a leaf; adds to the moments on the way."""
     spec, steps = plan.dst_spec[name], plan.leaf_steps(name)
     coefficients = np.cumprod([1.0, *(step.leaves[leaf].coefficient for step, leaf in reversed(steps))])
-    unit = float(jnp.finfo(spec.dtype).eps)
-    moments = [_Moments(_repeats([later for later, _ in steps[k + 1 :]], spec.axes)) for k in range(len(steps))]
-    for where in _tiles(spec.shape, len(spec.stack), np.dtype(spec.dtype).itemsize):
+    eps = float(jnp.finfo(spec.dtype).eps)
+    stack = () if unit is None else (slice(unit, unit + 1),)
+    for tile in tiles(spec.shape[len(stack) :], np.dtype(spec.dtype).itemsize, TILE_BYTES):
+        where = (*stack, *tile)
         parts = [fate.along(plan, name, dimension, part) for dimension, part in enumerate(where)]
         kinds = fate.kinds(parts)
         values = np.asarray(made[where]).astype(np.float64)
@@ -140,11 +191,10 @@ def _problems(plan: Growth, name: str, source: Any, made: Any) -> Iterator[str]:
             if leaf.fill == "normal":
                 moments[k].add(values[filled] / scale[filled])
                 continue
-            wrong = filled & (np.abs(values - scale) > 2 * max(1, later) * unit * np.abs(scale))
+            wrong = filled & (np.abs(values - scale) > 2 * max(1, later) * eps * np.abs(scale))
             if wrong.any():
                 place = at(np.argwhere(wrong)[0])
                 yield f"a new entry is {values[wrong][0]:.6g} {place}, planned {scale[wrong][0]:.6g}"
-    yield from filter(None, (m.problem() for m in moments if m.number))
 
 
 def _repeats(steps: Sequence[Plan], axes: Sequence[str]) -> int:
@@ -159,19 +209,6 @@ def _outer(vectors: Sequence[np.ndarray]) -> np.ndarray:
         if not (vector == 1).all():
             out = out * vector.reshape([-1 if d == dimension else 1 for d in range(len(vectors))])
     return out
-
-
-def _tiles(shape: Sequence[int], stacked: int, itemsize: int) -> Iterator[tuple[slice, ...]]:
-    """Rectangles of about TILE_BYTES that cover a leaf: one index of what is stacked, cut along the first axis."""
-    lengths = [1] * stacked + list(shape[stacked:])
-    for dimension in range(stacked, len(shape)):
-        below = math.prod(lengths[dimension + 1 :]) * itemsize
-        lengths[dimension] = max(1, min(shape[dimension], TILE_BYTES // max(1, below)))
-        if lengths[dimension] > 1:
-            break
-    starts = [range(0, size, length) for size, length in zip(shape, lengths, strict=True)]
-    for corner in itertools.product(*starts):
-        yield tuple(slice(s, min(s + n, size)) for s, n, size in zip(corner, lengths, shape, strict=True))
 
 
 def _gather(array: Any, parts: Sequence[fate.Along]) -> np.ndarray:

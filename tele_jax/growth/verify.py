@@ -18,13 +18,13 @@ import numpy as np
 
 from tele_jax.axes import flatten
 from tele_jax.config import require
-from tele_jax.growth import layerwise, structure
+from tele_jax.growth import layerwise, share, structure
 from tele_jax.growth.apply import check_tree
 from tele_jax.growth.liveness import liveness
 from tele_jax.growth.masks import vectors
 from tele_jax.growth.plan import Growth
 from tele_jax.model import decoder
-from tele_jax.sharding import readable, to_host
+from tele_jax.sharding import to_host
 
 # Largest logit difference, relative to the largest logit, that rounding explains.
 RELATIVE_TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "bfloat16": 5e-2}
@@ -113,7 +113,7 @@ def verify(plan: Growth, params: Mapping[str, Any], big: Mapping[str, Any], toke
       UserError: a tree is not what the plan's config describes, rows shorter than 3 tokens, tokens that are in only one
         of the two vocabularies.
     """
-    report = verify_stored(plan, readable(params), readable(big))
+    report = verify_stored(plan, params, big)
     tokens = np.asarray(tokens)
     # A single position has nothing to attend to, so that its queries and keys could not show that they live.
     fits = tokens.ndim == 2 and tokens.shape[1] >= 3
@@ -150,7 +150,8 @@ def verify_stored(
 ) -> Report:
     """The two levels that work for models larger than memory: structure, and function part by part.
 
-    src, dst: trees of arrays or of checkpoint.LazyArray (checkpoint.open_lazy(path).params), read block by block.
+    src, dst: trees of arrays or of checkpoint.LazyArray (checkpoint.open_lazy(path).params), read block by block. Of
+      what several processes hold together each reads its share, layer by layer (`share`): all have to call this.
     layers: destination layers whose function is looked at; all by default.
 
     Raises:
@@ -161,14 +162,14 @@ def verify_stored(
     src, dst = flatten(src), flatten(dst)
     check_tree(src, plan.src_spec)
     check_tree(dst, plan.dst_spec)
-    wrong = structure.altered(plan, src, dst)
-    # That products are rounded right is known from there; how their rounding spreads is no matter of the plan.
-    made = {
-        name: leaf if plan.moves_exactly(name) else structure.Unrounded(plan, name, src[plan.sources[name]], leaf)
-        for name, leaf in dst.items()
-    }
-    with np.errstate(all="ignore"):  # what is no number is found in `altered`
-        parts = dict(layerwise.parts(plan, src, made, layers))
+    found = share.each(plan, src, dst, lambda *unit: _examine(plan, layers, *unit))
+    looks = [{name: structure.Look.from_json(seen) for name, seen in unit.items()} for unit, _ in found]
+    wrong = structure.altered(plan, looks)
+    (_, ends), *others = found
+    parts = {"embed": ends["embed"]}
+    for _, layer in others:
+        parts |= layer
+    parts["head"] = ends["head"]
     return Report(
         policy=plan.policy,
         plan=plan.digest,
@@ -179,6 +180,22 @@ def verify_stored(
         parts=parts,
         parts_tolerance=PARTS_TOLERANCE,
     )
+
+
+def _examine(
+    plan: Growth, layers: Collection[int] | None, unit: int | None, src: Mapping[str, Any], dst: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """What both levels find in one unit (see `share`), as JSON: ({leaf: structure.Look}, {part: difference})."""
+    looks = {name: seen.to_json() for name, seen in structure.look(plan, src, dst, unit).items()}
+    if not (unit is None or layers is None or unit in layers):
+        return looks, {}
+    # That products are rounded right is known from there; how their rounding spreads is no matter of the plan.
+    made = {
+        name: leaf if plan.moves_exactly(name) else structure.Unrounded(plan, name, src.get(plan.sources[name]), leaf)
+        for name, leaf in dst.items()
+    }
+    with np.errstate(all="ignore"):  # what is no number is found in `looks`
+        return looks, layerwise.parts(plan, src, made, unit)
 
 
 def _dtypes(plan: Growth) -> set[str]:

@@ -20,7 +20,8 @@ def test_a_layer_of_52b_grown_to_102b_does_what_it_did():
     plan = growth.plan(src, tele.get_model("tele_flm_102b").replace(num_layers=3, **VOCAB), layers=[0, 0, 1])
     assert (plan.src_cfg.embed_dim, plan.dst_cfg.embed_dim, plan.dst_cfg.mlp_dim) == (8_192, 10_240, 27_264)
     params = synthetic.tree(src)
-    parts = dict(layerwise.parts(plan, flatten(params), flatten(growth.lazy(plan, params)), layers=[0]))
+    old, new = flatten(params), flatten(growth.lazy(plan, params))
+    parts = layerwise.parts(plan, old, new, 0) | layerwise.parts(plan, old, new, None)
     # Norm scales are rounded to float32 once; everything else is float64.
     assert parts["layers[0]"] <= 5e-7 and parts["embed"] == 0.0
 
@@ -33,5 +34,5 @@ def test_the_same_layer_with_the_published_epsilon_does_not():
     wrong = dataclasses.replace(plan, dst_cfg=plan.dst_cfg.replace(rms_eps=1e-5))
     params = synthetic.tree(src)
     for made, low, high in ((plan, 0.0, 5e-7), (wrong, 1e-2, 1.0)):
-        parts = dict(layerwise.parts(made, flatten(params), flatten(growth.lazy(made, params)), layers=[1]))
+        parts = layerwise.parts(made, flatten(params), flatten(growth.lazy(made, params)), 1)
         assert low <= parts["layers[1]"] <= high
