@@ -19,7 +19,7 @@ from tele_jax.axes import ParamSpec
 from tele_jax.growth.axis_map import NEW
 from tele_jax.growth.plan import Growth
 from tele_jax.processes import from_all
-from tele_jax.sharding import fetch, is_remote
+from tele_jax.sharding import fetch, is_spread
 
 Leaves = Mapping[str, Any]
 
@@ -46,11 +46,11 @@ class Layer:
 def each(plan: Growth, src: Leaves, dst: Leaves, examine: Callable[[int | None, Leaves, Leaves], Any]) -> list[Any]:
     """What examine(unit, src, dst) returns, JSON, for every unit: first None, then the layers.
 
-    src, dst: {dotted name: leaf}. Where some lie on devices of several processes, each process fetches and examines
-    its share of the units, one in a round; all have to call this alike. Elsewhere leaves are handed on, and not held.
+    src, dst: {dotted name: leaf}. Where some lie on several devices, each process fetches and examines its share of
+    the units, one in a round; all have to call this alike. Elsewhere leaves are handed on, and not held.
     """
     units = [None, *range(plan.dst_cfg.num_layers)]
-    if not any(map(is_remote, [*src.values(), *dst.values()])):
+    if not any(map(is_spread, [*src.values(), *dst.values()])):
         return [examine(unit, src, dst) for unit in units]
     process, count = jax.process_index(), jax.process_count()
     mine = []
@@ -72,7 +72,7 @@ def _fetched(leaves: Leaves, spec: Mapping[str, ParamSpec], wanted: Mapping[int,
     for name, leaf in leaves.items():
         stacked = bool(spec[name].stack)
         readers = {p: layer for p, layer in wanted.items() if (layer is not None) == stacked}
-        if is_remote(leaf) and readers:
+        if is_spread(leaf) and readers:
             values = fetch(leaf, readers)
             leaf = Layer(readers.get(process), values) if stacked else values
         if process in readers:
