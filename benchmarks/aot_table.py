@@ -21,7 +21,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-STORE, MAXTEXT = HERE / "aot_table.json", HERE / "aot_vs_maxtext.json"
+STORE, MAXTEXT, COST = (HERE / f"{name}.json" for name in ("aot_table", "aot_vs_maxtext", "compile_cost"))
 SEQ_LEN = 4096
 
 # model, slice, mesh, sequences a step, microbatches, remat. Batches are the multiples of 512 nearest to the published
@@ -194,6 +194,26 @@ def best(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def cost_of_layers() -> str:
+    if not COST.exists():
+        return ""
+    found = json.loads(COST.read_text())
+    head = "layers | processor seconds to compile | memory of the compiler, GiB | characters of the program"
+    rows = [
+        f"{run['layers']} | {run['cpu_seconds']} | {run['peak_gib']} | {run['program_characters']:,}"
+        for run in found["runs"]
+    ]
+    ratios = found["ratios"]
+    return f"""
+## Layers
+
+Written by `benchmarks/compile_cost.py`: a step with embed 512 for {found["topology"]}. The most over the least:
+{ratios["cpu_seconds"]:.3f} of the time, {ratios["peak_gib"]:.3f} of the memory.
+
+{table(head, rows)}
+"""
+
+
 def against_maxtext() -> str:
     if not MAXTEXT.exists():
         return ""
@@ -268,7 +288,7 @@ until the growth is verified.
 A token for every row, against a cache of 4,096 tokens that is full; parameters in bfloat16.
 
 {tables["decode"]}
-{against_maxtext()}"""
+{cost_of_layers()}{against_maxtext()}"""
 
 
 KINDS = {"train": (TRAIN_HEAD, train_line), "grow": (GROW_HEAD, grow_line), "decode": (DECODE_HEAD, decode_line)}
