@@ -189,6 +189,8 @@ def _cut_vocabulary(
     if vocab_size is not None:
         if not 0 < vocab_size <= rows:
             raise UserError(f"vocab_size {vocab_size}: the embedding has {rows:,} rows")
+        if counted is not None and vocab_size < counted[0]:
+            raise UserError(f"vocab_size {vocab_size}: {path / counted[1]} has {counted[0]:,} ids")
         source = "as told"
     elif counted is not None and format != "llama":
         vocab_size, source = counted[0], f"that many ids are in {counted[1]}"

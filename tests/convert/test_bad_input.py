@@ -200,6 +200,8 @@ def test_the_tokenizer_of_another_model(release, tmp_path):
     src = release()
     (src / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 56}}}))
     refused(src, tmp_path, UserError, r"tokenizer.json: has 57 ids, but the embedding only 56 rows")
+    (src / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 54}}}))
+    refused(src, tmp_path, UserError, r"vocab_size 54: \S+tokenizer.json has 55 ids", vocab_size=54)
     (src / "tokenizer.json").write_text("{}")
     refused(src, tmp_path, UserError, r"tokenizer.json: not a tokenizer file")
     (src / "tokenizer.json").unlink()
