@@ -133,36 +133,20 @@ def to_host(array: Any) -> np.ndarray:
 
 
 def is_spread(array: Any) -> bool:
-    """Whether an array lies on several devices, of this process or of others, so that `fetch` has to read it."""
-    return isinstance(array, jax.Array) and len(array.sharding.device_set) > 1
+    """Whether an array lies on several devices of a mesh, of this process or of others, so that `fetch` reads it."""
+    on_mesh = isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding)
+    return on_mesh and len(array.sharding.device_set) > 1
 
 
 def fetch(array: jax.Array, wanted: Mapping[int, int | None]) -> np.ndarray | None:
     """array[wanted[p]], or all of the array (None), in the memory of every process p that is in `wanted`; else None.
 
-    Every process has to call this alike. (Of array[index, rows], with rows that are cut over the mesh, the compiler
+    Every process has to call this alike. What travels, to all devices, are blocks of BLOCK_BYTES: for each the devices
+    send the same rows of their own parts. (Of array[index, rows], with rows that are cut over the mesh, the compiler
     gathers all of the array on every device.)
 
     wanted: {process: index along the first dimension, which must not be cut}; None in all or in none.
     """
-    if not array.is_fully_addressable:
-        return _from_all_devices(array, wanted)
-    process = jax.process_index()
-    return _from_own_devices(array, wanted[process]) if process in wanted else None
-
-
-def _from_own_devices(array: jax.Array, index: int | None) -> np.ndarray:
-    """array[index], or all of it: every device's part goes to the host."""
-    stack = () if index is None else (index,)
-    out = np.empty(array.shape[len(stack) :], array.dtype)
-    for shard in array.addressable_shards:
-        if shard.replica_id == 0:
-            out[shard.index[len(stack) :]] = np.asarray(shard.data[stack])
-    return out
-
-
-def _from_all_devices(array: jax.Array, wanted: Mapping[int, int | None]) -> np.ndarray | None:
-    """As `fetch`. What travels, to all devices, are blocks of BLOCK_BYTES, each the same rows of all devices' parts."""
     leading = 0 if None in wanted.values() else 1
     shape, parts = array.shape[leading:], array.sharding.shard_shape(array.shape)[leading:]
     ways = [size // part for size, part in zip(shape, parts, strict=True)]

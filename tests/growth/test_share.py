@@ -82,10 +82,8 @@ def test_the_report_on_a_mesh_is_that_on_arrays_in_memory(mesh, policy, wrong, m
     assert expected.ok == (not wrong), str(expected)
     assert set(expected.altered) == {name for name, _, _ in wrong}
     case = on_mesh(make_mesh(mesh), *case)
-    assert growth.verify_stored(*case) == expected
-    # As if other processes had some of the devices.
-    monkeypatch.setattr(share, "fetch", sharding._from_all_devices)
-    assert growth.verify_stored(*case) == expected
+    with jax.set_mesh(make_mesh(mesh)):  # as in a run
+        assert growth.verify_stored(*case) == expected
 
 
 @pytest.mark.parametrize("nbytes", [1, 100, 700, 2**20])
@@ -95,12 +93,11 @@ def test_what_is_fetched_is_the_array(spec, nbytes, monkeypatch):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     values = np.random.default_rng(0).standard_normal((3, 8, 6, 5)).astype(jnp.bfloat16)
     array = jax.device_put(values, NamedSharding(mesh, spec))
-    for fetch in (sharding.fetch, sharding._from_all_devices):  # the latter: as if other processes had some of them
-        for index in (None, 0, 2):
-            found, expected = fetch(array, {0: index}), values if index is None else values[index]
-            assert found.dtype == values.dtype and found.tobytes() == expected.tobytes()
-        assert fetch(array, {1: 1}) is None
-        assert fetch(array, {2: 0, 0: 1}).tobytes() == values[1].tobytes()
+    for index in (None, 0, 2):
+        found, expected = sharding.fetch(array, {0: index}), values if index is None else values[index]
+        assert found.dtype == values.dtype and found.tobytes() == expected.tobytes()
+    assert sharding.fetch(array, {1: 1}) is None
+    assert sharding.fetch(array, {2: 0, 0: 1}).tobytes() == values[1].tobytes()
 
 
 def test_a_block_is_all_that_travels():
