@@ -1,19 +1,42 @@
 """Talking to a fine-tuned model: a conversation and its history, tokens to text as they come, the tokenizer's place."""
 
 import codecs
+import dataclasses
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 from tele_jax.checkpoint import locate
 from tele_jax.config import ModelConfig, require
 from tele_jax.data import dialogue, templates
+from tele_jax.data.dialogue import Prompt
 from tele_jax.data.templates import Template
 from tele_jax.data.vocabulary import TOKENIZER_FILES, Vocabulary, tokenizer_in
 from tele_jax.errors import UserError
-from tele_jax.generate import check_seed, generate, prepare, sampling
+from tele_jax.generate import check_seed, generate, prepare, sampling, whole
 
 MAX_NEW_TOKENS = 1024  # not published: ours, an answer of about two pages
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """An answer, and what a caller may want to know of it.
+
+    Attributes:
+      text: the answer.
+      prompt: what it was drawn after, as fitted into the context.
+      tokens: what was drawn, without what ended it.
+      ended: why it ended: "eos" (the model ended it), "length" (it has max_new_tokens), "context" (it has them, and
+        prompt and answer fill the model's context).
+      remembered: whether question and answer are in the history now: an empty answer is not, for no template has a way
+        to write one.
+    """
+
+    text: str
+    prompt: Prompt
+    tokens: list[int]
+    ended: Literal["eos", "length", "context"]
+    remembered: bool
 
 
 class Chat:
@@ -24,15 +47,18 @@ class Chat:
     'Paris'
     >>> chat.messages[-1]
     {'role': 'assistant', 'content': 'Paris'}
+    >>> chat.last.ended
+    'eos'
 
-    What does not fit beside max_new_tokens in cfg.max_seq_len is trimmed as released: the oldest turns go, then the
-    left end of the question. `messages` keeps all of it.
+    What does not fit beside max_new_tokens in cfg.max_seq_len is trimmed: the oldest turns go, then the left end of the
+    question; `last.prompt` says so. `messages` keeps all of it. Answers stand in later prompts by the very ids that
+    were drawn.
 
     Attributes:
       messages: {"role", "content"} of the system message, if any, and of every exchange.
       template: how the dialogue is written.
-      prompt_tokens: what the last reply was drawn after.
-      reply_tokens: of the last reply, without what ended it.
+      last: the last reply; None before the first.
+      max_new_tokens, max_seq_len: the longest reply, and what prompt and reply may be together.
     """
 
     def __init__(
@@ -45,6 +71,7 @@ class Chat:
         system: str | None = None,
         max_new_tokens: int | None = None,
         seed: int = 0,
+        stop_ids: Sequence[int] = (),
         **options: Any,
     ):
         """Prepares the model; with the options as they are the likeliest token is always taken.
@@ -52,8 +79,9 @@ class Chat:
         template: that of the vocabulary by default.
         max_new_tokens: longest reply; by default 1,024, or half of cfg.max_seq_len where that is less.
         seed: the n-th reply is drawn with seed + n.
-        options: temperature, top_k, top_p and repetition_penalty as in generate.sampling; template.sampling has what a
-          family was released with.
+        stop_ids: more ids that end a reply, beside those of the template.
+        options: temperature, top_k, top_p and repetition_penalty as in generate.sampling; template.sampling and
+          template.greedy have what a family was released with.
 
         Raises:
           UserError: an option out of its range; a vocabulary without the template's markers, or larger than the
@@ -66,20 +94,21 @@ class Chat:
         shortest = dialogue.shortest(vocabulary, self.template)
         if max_new_tokens is None:
             max_new_tokens = min(MAX_NEW_TOKENS, cfg.max_seq_len // 2)
-        require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
+        require(whole(max_new_tokens, "max_new_tokens") >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
         self._max_prompt = cfg.max_seq_len - max_new_tokens
         require(
             self._max_prompt >= shortest,
             f"max_new_tokens={max_new_tokens} leaves {max(self._max_prompt, 0)} of the model's max_seq_len="
             f"{cfg.max_seq_len} tokens to the question, which needs {shortest}; give less",
         )
-        stop_ids = templates.stop_ids(self.template, vocabulary)
+        stop_ids = sorted({*templates.stop_ids(self.template, vocabulary), *stop_ids})
+        self.max_new_tokens, self.max_seq_len = max_new_tokens, cfg.max_seq_len
         self._options = dict(max_new_tokens=max_new_tokens, stop_ids=stop_ids, **options)
         self._cfg, self._params, self._vocabulary = cfg, prepare(cfg, params), vocabulary
         self._seed, self._replies = seed, 0
         self.messages: list[dict[str, str]] = []
-        self.prompt_tokens: list[int] = []
-        self.reply_tokens: list[int] = []
+        self.last: Reply | None = None
+        self._drawn: dict[int, tuple[str, list[int]]] = {}  # by index in messages: an answer and its ids
         self.reset(system)
 
     def reset(self, system: str | None = None) -> None:
@@ -93,7 +122,7 @@ class Chat:
             dialogue.render_prompt(
                 [*messages, {"role": "user", "content": "?"}], self._vocabulary, template=self.template
             )
-        self.messages = messages
+        self.messages, self._drawn = messages, {}
 
     def reply(self, question: str, on_text: Callable[[str], None] | None = None) -> str:
         """Answers, and takes question and answer into the history, unless the answer is empty or interrupted.
@@ -106,7 +135,9 @@ class Chat:
         """
         require(bool(question), "the question is empty")
         asked = [*self.messages, {"role": "user", "content": question}]
-        prompt = dialogue.render_prompt(asked, self._vocabulary, self._max_prompt, self.template)
+        # A caller may have put another text in the place of an answer: then the ids are no longer those of it.
+        drawn = {i: ids for i, (said, ids) in self._drawn.items() if i < len(asked) and asked[i]["content"] == said}
+        prompt = dialogue.fit_prompt(asked, self._vocabulary, self._max_prompt, self.template, drawn)
         text = TextStream(self._vocabulary)
         parts: list[str] = []
 
@@ -118,19 +149,30 @@ class Chat:
         (tokens,) = generate(
             self._cfg,
             self._params,
-            [prompt],
+            [prompt.tokens],
             seed=(self._seed + self._replies) % 2**32,
             on_token=lambda _, token: hear(text.add(token)),
             **self._options,
         )
         if rest := text.end():
             hear(rest)
-        self.prompt_tokens, self.reply_tokens = prompt, tokens
         self._replies += 1
         answer = "".join(parts)
+        ended = why_ended(self._cfg, prompt.tokens, tokens, self.max_new_tokens)
+        self.last = Reply(answer, prompt, tokens, ended, remembered=bool(answer))
         if answer:
             self.messages = [*asked, {"role": "assistant", "content": answer}]
+            self._drawn[len(asked)] = answer, tokens
         return answer
+
+
+def why_ended(
+    cfg: ModelConfig, prompt: Sequence[int], drawn: Sequence[int], max_new_tokens: int
+) -> Literal["eos", "length", "context"]:
+    """The reason why no more tokens were drawn: a stop id, the length, or both fill the model's context."""
+    if len(drawn) < max_new_tokens:
+        return "eos"
+    return "context" if cfg.rope.ntk is None and len(prompt) + len(drawn) >= cfg.max_seq_len else "length"
 
 
 class TextStream:
@@ -141,13 +183,16 @@ class TextStream:
     ['', '', '中']
     """
 
-    def __init__(self, vocabulary: Vocabulary):
-        self._bytes = vocabulary.piece_bytes
+    def __init__(self, vocabulary: Vocabulary, *, continues: bool = False):
+        """Begins a text, or with `continues` goes on after one: then a space of the first token is no dummy prefix."""
+        self._vocabulary, self._at_start = vocabulary, not continues
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
         """The text that is certain now and was not before. Control tokens, and ids beyond the vocabulary, have none."""
-        return self._decoder.decode(self._bytes[token] if token < len(self._bytes) else b"")
+        spelled = self._vocabulary.spelled(token, first=self._at_start)
+        self._at_start = self._at_start and not spelled
+        return self._decoder.decode(spelled)
 
     def end(self) -> str:
         """What is left: U+FFFD where the last character was never completed, otherwise nothing."""

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from tele_jax.axes import flatten, unflatten
 from tele_jax.config import ModelConfig, require
-from tele_jax.errors import UserError
+from tele_jax.errors import FailedError, UserError
 from tele_jax.model import decoder
 from tele_jax.model.attention import SLOT_BLOCK
 from tele_jax.model.spec import flat_spec
@@ -47,7 +47,8 @@ class State(struct.PyTreeNode):
     tokens: jax.Array  # int32[B, T]
     lengths: jax.Array  # int32[B]
     token: jax.Array  # int32[B], drawn last; of a row that is done, without meaning
-    done: jax.Array  # bool[B], a stop id was drawn
+    done: jax.Array  # bool[B], a stop id was drawn, or nothing could be
+    broken: jax.Array  # bool[B], the logits were not finite
     step: jax.Array  # int32[], tokens drawn so far
     slot: jax.Array  # int32[], where in the cache the token drawn last goes
     keys: jax.Array  # random keys [B], one per row
@@ -91,6 +92,7 @@ def generate(
     Raises:
       UserError: no prompt, an empty one, an id that is not in the vocabulary, a total length or a sampling option out
         of its range.
+      FailedError: logits that are not finite numbers; says whether a parameter is not.
     """
     how = sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
     prompts = [_ids(cfg, prompt, f"prompts[{row}]") for row, prompt in enumerate(prompts)]
@@ -128,6 +130,9 @@ def sampling(
     top_k: at least 1; only the k largest stay.
     top_p: in (0, 1]; of those, only the largest stay, up to and with the one that brings their probability to p.
     """
+    for name, value in (("temperature", temperature), ("top_p", top_p), ("repetition_penalty", repetition_penalty)):
+        is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        require(is_number or (name == "top_p" and value is None), f"{name}={value!r} must be a number")
     require(math.isfinite(temperature) and temperature >= 0, f"temperature={temperature} must be 0 (greedy) or above")
     require(top_k is None or whole(top_k, "top_k") >= 1, f"top_k={top_k} must be at least 1")
     require(top_p is None or 0 < top_p <= 1, f"top_p={top_p} must be in (0, 1]")
@@ -241,8 +246,29 @@ def _generate_batch(cfg, params, prompts, keys, how, stop_ids, max_new_tokens, r
             cache, last = _prefill(cfg, rope_length, params, cache, last, piece, np.int32(start), lengths)
         state = _begin(cfg, params, last, tokens, lengths, np.arange(len(prompts)) >= rows, keys, how, stop_ids)
         state = _draw_all(cfg, rope_length, params, cache, state, how, stop_ids, max_new_tokens, emit)
-        tokens, ends = jax.device_get((state.tokens, state.lengths))
+        tokens, ends, broken = jax.device_get((state.tokens, state.lengths, state.broken))
+    if broken[:rows].any():
+        _fail(cfg, params, int(ends[:rows][broken[:rows]].min()) - 1)
     return [tokens[row, lengths[row] : ends[row]].tolist() for row in range(rows)]
+
+
+def _fail(cfg: ModelConfig, params: Mapping[str, Any], position: int) -> None:
+    """Raises FailedError for logits that are not finite, and looks for the reason."""
+    what = f"the logits at position {position} are not finite numbers"
+    for name, leaf in flatten({key: value for key, value in params.items() if key != "layers"}).items():
+        _require_finite(what, name, leaf)
+    layers = params["layers"]
+    for i, layer in enumerate([layers] if isinstance(layers, Mapping) else layers):
+        for name, leaf in flatten(layer).items():
+            _require_finite(what, f"layers.{name}" + ("" if isinstance(layers, Mapping) else f" of layer {i}"), leaf)
+    dtype = jnp.dtype(cfg.dtype).name
+    hint = "" if dtype in ("float32", "float64") else f': numbers overflow in {dtype}; try dtype="float32"'
+    raise FailedError(f"{what}, though every parameter is one{hint}")
+
+
+def _require_finite(what: str, name: str, leaf: Any) -> None:
+    if not bool(jnp.isfinite(leaf).all()):
+        raise FailedError(f"{what}: the parameter {name} holds NaN or infinity; the checkpoint is of no use")
 
 
 def _draw_all(cfg, rope_length, params, cache, state, how, stop_ids, max_new_tokens, emit) -> State:
@@ -308,6 +334,7 @@ def _begin(cfg, params, last, tokens, lengths, done, keys, how, stop_ids):
         lengths=lengths,
         token=jnp.zeros(batch, jnp.int32),
         done=done,
+        broken=jnp.zeros_like(done),
         step=jnp.int32(0),
         slot=jnp.max(lengths) - 1,
         keys=keys,
@@ -338,8 +365,10 @@ def decode_step(cfg, rope_length, params, state: State, cache: decoder.Cache, ho
 def _append(cfg, params, x, state: State, how: Sampling, stop_ids) -> State:
     """Draws a token for every row from its final hidden state [B, D], and appends it unless the row is done."""
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.step)
-    token = draw(decoder.logits_of(cfg, params, x), state.seen, keys, how)
-    done = state.done | jnp.isin(token, stop_ids)
+    logits = decoder.logits_of(cfg, params, x)
+    token = draw(logits, state.seen, keys, how)
+    broken = ~state.done & ~jnp.isfinite(jnp.max(logits, axis=-1))  # the largest of numbers and NaN is NaN
+    done = state.done | broken | jnp.isin(token, stop_ids)
     rows = jnp.arange(token.shape[0])
     end = jnp.where(done, state.tokens.shape[1], state.lengths)  # beyond the end: dropped
     return State(
@@ -347,6 +376,7 @@ def _append(cfg, params, x, state: State, how: Sampling, stop_ids) -> State:
         lengths=state.lengths + ~done,
         token=token,
         done=done,
+        broken=state.broken | broken,
         step=state.step + 1,
         slot=state.slot + 1,
         keys=state.keys,
@@ -382,8 +412,10 @@ def rope_length_of(cfg: ModelConfig, total: int) -> int:
 
 
 def whole(value: Any, what: str) -> int:
-    """The value as an int. Raises UserError unless it is a whole number; 3.0 and "3" are not."""
+    """The value as an int. Raises UserError unless it is a whole number; 3.0, "3" and True are not."""
     try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
         return operator.index(value)
     except TypeError:
         raise UserError(f"{what}={value!r} must be a whole number") from None

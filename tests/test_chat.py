@@ -80,22 +80,24 @@ def scripted(monkeypatch, *replies):
 def test_a_real_model_answers_after_the_rendered_history(vocabulary):
     cfg, params = model()
     talk = Chat(cfg, params, vocabulary, system="Be brief.", max_new_tokens=6)
-    heard = []
+    heard, drawn = [], {}
     for question in ("The cat?", "画蛇"):
         asked = [*talk.messages, {"role": "user", "content": question}]
-        prompt = dialogue.render_prompt(asked, vocabulary, 58)
+        prompt = dialogue.fit_prompt(asked, vocabulary, 58, drawn=drawn).tokens
         stop_ids = [vocabulary.end_id, vocabulary.user_id, vocabulary.bot_id]
         (tokens,) = generate(cfg, params, [prompt], max_new_tokens=6, stop_ids=stop_ids)
         heard.clear()
         answer = talk.reply(question, on_text=heard.append)
-        assert talk.prompt_tokens == prompt
-        assert talk.reply_tokens == tokens
+        assert talk.last.prompt.tokens == prompt
+        assert talk.last.tokens == tokens
         assert (
             answer
             == "".join(heard)
             == b"".join(vocabulary.piece_bytes[t] for t in tokens if t < 440).decode(errors="replace")
         )
         assert talk.messages == [*asked, {"role": "assistant", "content": answer}]
+        assert (talk.last.text, talk.last.ended) == (answer, "length" if len(tokens) == 6 else "eos")
+        drawn[len(asked)] = tokens
 
 
 def test_replies_are_drawn_apart_and_again_the_same(vocabulary):
@@ -172,7 +174,8 @@ def test_in_a_template_of_text_markers_a_reply_ends_with_the_end_of_sequence(tel
     prompts = scripted(monkeypatch, [*cat, tele_flm.user_id, tele_flm.eos_id, *cat], [*cat, tele_flm.eos_id])
     talk = Chat(*model(), tele_flm, template=template, max_new_tokens=6)
     assert [talk.reply("A?"), talk.reply("<_bot>B?")] == ["The cat", "The cat"]
-    assert prompts[1] == dialogue.render_prompt(talk.messages[:-1], tele_flm, 58, template)
+    drawn = {1: [*cat, tele_flm.user_id]}  # the very ids, also of what has no text
+    assert prompts[1] == dialogue.fit_prompt(talk.messages[:-1], tele_flm, 58, template, drawn).tokens
 
 
 def test_a_system_message_that_has_no_place_forgets_nothing(tele_flm, monkeypatch):
@@ -305,3 +308,46 @@ def test_the_tokenizer_is_not_looked_for_above_the_work_directory(tmp_path):
         find_tokenizer(work)
     with pytest.raises(tele.UserError, match="nowhere: no such directory"):
         find_tokenizer(tmp_path / "nowhere")
+
+
+def test_why_a_reply_ended_and_what_was_left_out(vocabulary, monkeypatch):
+    cat = vocabulary.encode("The cat")
+    ended = [*cat, vocabulary.end_id]
+    scripted(monkeypatch, ended, [cat[0]] * 34, [vocabulary.end_id], ended)
+    talk = Chat(*model(), vocabulary, system="S", max_new_tokens=34)
+    assert talk.last is None
+    talk.reply("A?")
+    assert (talk.last.ended, talk.last.remembered, talk.last.prompt.dropped_turns) == ("eos", True, 0)
+    talk.reply("B?")
+    assert talk.last.ended == "length"
+    talk.reply("C?")
+    assert (talk.last.ended, talk.last.text, talk.last.remembered) == ("eos", "", False)
+    assert talk.last.prompt.dropped_turns == 2  # the second answer alone is longer than 30 tokens
+    assert [m["content"] for m in talk.messages if m["role"] == "user"] == ["A?", "B?"]
+    talk.reply("0123456789" * 4)
+    assert talk.last.prompt.cut_question and not talk.last.prompt.dropped_system
+
+
+def test_a_reply_that_fills_the_context_says_so(vocabulary, monkeypatch):
+    cat = vocabulary.encode("The cat")
+    scripted(monkeypatch, [cat[0]] * 34)
+    talk = Chat(*model(), vocabulary, max_new_tokens=34)
+    talk.reply("0123456789" * 4)
+    assert len(talk.last.prompt.tokens) == 30 and talk.last.ended == "context"
+
+
+def test_an_answer_that_a_caller_changed_is_encoded_again(vocabulary, monkeypatch):
+    letters = [vocabulary.id_of(piece) for piece in "cat"]
+    assert letters != vocabulary.encode("cat") and vocabulary.decode(letters) == "cat"
+    prompts = scripted(monkeypatch, letters, letters, letters)
+    talk = Chat(*model(), vocabulary)
+    talk.reply("A?")
+    talk.reply("B?")
+    assert "".join(map(chr, prompts[1])).count("".join(map(chr, letters))) == 1
+    talk.messages[1]["content"] = "No"
+    talk.reply("C?")
+    assert prompts[2] == [
+        *[vocabulary.user_id, *vocabulary.encode("A?"), vocabulary.bot_id, *vocabulary.encode("No"), vocabulary.end_id],
+        *[vocabulary.user_id, *vocabulary.encode("B?"), vocabulary.bot_id, *letters, vocabulary.end_id],
+        *[vocabulary.user_id, *vocabulary.encode("C?"), vocabulary.bot_id],
+    ]

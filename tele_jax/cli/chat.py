@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,26 +35,45 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for flag in ("message", "system"):
         if getattr(args, flag) is not None:
             setattr(args, flag, generate.utf8(getattr(args, flag), f"--{flag}"))
-    cfg, params, vocabulary, template = generate.load_model(args)
+    model = generate.load_model(args)
     chat = Chat(
-        cfg,
-        params,
-        vocabulary,
-        template=template,
+        model.cfg,
+        model.params,
+        model.vocabulary,
+        template=model.template,
         system=args.system,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
-        **generate.sampling_options(args, template),
+        stop_ids=model.stop_ids,
+        **model.options,
     )
+    stage = _last_on_plain_text(model.provenance)
+    if stage is not None:
+        _say(f"{args.ckpt} was last trained on plain text (stage {stage}), not on dialogues: expect it to continue "
+             "text rather than to answer")  # fmt: skip
     replies: list[dict[str, Any]] = []
     if args.message is not None:
-        _answer(chat, args.message, replies)
+        _answer(chat, args.message, replies, set())
     else:
         _converse(chat, replies)
-    return {"replies": replies, "messages": chat.messages}
+    return {
+        "replies": replies,
+        "messages": chat.messages,
+        "template": chat.template.name,
+        "sampling": model.options,
+        "trained_on_dialogues": stage is None,
+    }
+
+
+def _last_on_plain_text(provenance: Sequence[Mapping[str, Any]]) -> str | None:
+    """The stage of pretraining after which neither fine-tuning nor an import came; None where there is none."""
+    kinds = ("import", "pretrain", "sft")
+    last = next((entry for entry in reversed(provenance) if entry.get("kind") in kinds), {})
+    return last.get("stage", "pretrain") if last.get("kind") == "pretrain" else None
 
 
 def _converse(chat: Any, replies: list[dict[str, Any]]) -> None:
+    said: set[str] = set()
     if sys.stdin.isatty():
         print("/help lists the commands.", file=sys.stderr)
     for line in _lines():
@@ -65,15 +84,22 @@ def _converse(chat: Any, replies: list[dict[str, Any]]) -> None:
                 if name == "/quit":
                     return
                 _command(chat, name, rest.strip())
+                if name in ("/reset", "/system"):
+                    said.clear()
             elif line.strip():
-                _answer(chat, line.strip(), replies)
+                _answer(chat, line.strip(), replies, said)
         except UserError as error:  # of this line; the conversation goes on
-            print(f"tele: {error}", file=sys.stderr)
+            _say(error)
         except KeyboardInterrupt:
             print("\n(stopped)", file=sys.stderr)
 
 
-def _answer(chat: Any, question: str, replies: list[dict[str, Any]]) -> None:
+def _say(message: object) -> None:
+    print(f"tele: {message}", file=sys.stderr)
+
+
+def _answer(chat: Any, question: str, replies: list[dict[str, Any]], said: set[str]) -> None:
+    """Prints the answer as it comes, and on standard error what the conversation has not been told yet (`said`)."""
     clock = generate.Clock()
 
     def show(text: str) -> None:
@@ -82,9 +108,41 @@ def _answer(chat: Any, question: str, replies: list[dict[str, Any]]) -> None:
 
     chat.reply(question, on_text=show)
     generate.emit("\n")
-    figures = clock.figures() | {"prompt_tokens": len(chat.prompt_tokens), "new_tokens": len(chat.reply_tokens)}
-    generate.report(figures)
-    replies.append(figures)
+    reply = chat.last
+    figures = {
+        "prompt_tokens": len(reply.prompt.tokens),
+        "new_tokens": len(reply.tokens),
+        "ended": reply.ended,
+        "remembered": reply.remembered,
+        "dropped_turns": reply.prompt.dropped_turns,
+        "cut_question": reply.prompt.cut_question,
+        "dropped_system": reply.prompt.dropped_system,
+    }
+    replies.append(clock.figures() | figures)
+    generate.report(replies[-1])
+    for note in _notes(chat):
+        if note not in said:
+            said.add(note)
+            _say(note)
+
+
+def _notes(chat: Any) -> list[str]:
+    """What happened to the last reply that its text does not show."""
+    reply, notes = chat.last, []
+    room = f"beside an answer of {chat.max_new_tokens:,} tokens in the model's context of {chat.max_seq_len:,}"
+    if reply.prompt.dropped_turns:
+        notes.append(f"the conversation does not fit {room}: its oldest turns are left out from here on")
+    if reply.prompt.cut_question:
+        notes.append(f"the question does not fit {room}: its beginning is left out")
+    if reply.prompt.dropped_system:
+        notes.append(f"the system message does not fit {room}: it is left out")
+    if not reply.remembered:
+        notes.append("the answer is empty: it and its question are left out of the conversation")
+    if reply.ended == "length":
+        notes.append(f"the answer was cut after {chat.max_new_tokens:,} tokens (--max-new-tokens)")
+    if reply.ended == "context":
+        notes.append(f"the answer was cut: it fills the model's context of {chat.max_seq_len:,} tokens")
+    return notes
 
 
 def _command(chat: Any, name: str, rest: str) -> None:

@@ -1,8 +1,10 @@
 """tele generate CKPT --prompt TEXT: continues one prompt on the terminal as it is made, or several as a batch."""
 
 import argparse
+import dataclasses
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tele_jax.errors import UserError
@@ -23,17 +25,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prints the continuations, without the prompts, and returns them with their counts and times."""
-    from tele_jax.chat import TextStream
+    from tele_jax.chat import TextStream, why_ended
+    from tele_jax.data.examples import document_start
     from tele_jax.data.templates import marker_ids
     from tele_jax.generate import generate
 
     asked = [utf8(text, "--prompt") for text in args.prompt]
-    cfg, params, vocabulary, template = load_model(args)
-    prompts = [vocabulary.encode(text) for text in asked]
-    ends = {vocabulary.eos_id} - {-1}
+    model = load_model(args)
+    cfg, vocabulary, template = model.cfg, model.vocabulary, model.template
+    start = document_start(vocabulary, model.provenance)
+    before = [] if start is None else [start]
+    prompts = [before + vocabulary.encode(text) for text in asked]
+    ends = ({vocabulary.eos_id} - {-1}) | set(model.stop_ids)
     if template is not None:  # a fine-tuned model may end with another one
         ends |= set(marker_ids(template, vocabulary).end)
-    streams = [TextStream(vocabulary) for _ in prompts]
+    length = args.max_new_tokens or _default_length(cfg, max(map(len, prompts)))
+    streams = [TextStream(vocabulary, continues=True) for _ in prompts]
     texts = ["" for _ in prompts]
     clock = Clock(len(prompts))
 
@@ -48,13 +55,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     outputs = generate(
         cfg,
-        params,
+        model.params,
         prompts,
-        max_new_tokens=args.max_new_tokens or _default_length(cfg, max(map(len, prompts))),
+        max_new_tokens=length,
         stop_ids=sorted(ends),
         seed=args.seed,
         on_token=on_token,
-        **sampling_options(args, template),
+        **model.options,
     )
     for row, stream in enumerate(streams):
         show(row, stream.end())
@@ -67,10 +74,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     report(speed)
     rows = zip(asked, texts, prompts, outputs, strict=True)
     return speed | {
+        "document_start": start,
+        "sampling": model.options,
         "continuations": [
-            {"prompt": prompt, "text": text, "prompt_tokens": len(ids), "new_tokens": len(output)}
+            {
+                "prompt": prompt,
+                "text": text,
+                "prompt_tokens": len(ids),
+                "new_tokens": len(output),
+                "ended": why_ended(cfg, ids, output, length),
+            }
             for prompt, text, ids, output in rows
-        ]
+        ],
     }
 
 
@@ -93,29 +108,69 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sample",
         action="store_true",
-        help="draw as the model family was released, TeleChat-7B with temperature 0.3, top-k 5, top-p 0.85 and "
-        "repetition penalty 1.03; a flag below replaces its value",
+        help="draw as the model was released when asked to sample, TeleChat-7B with temperature 0.3, top-k 5, top-p "
+        "0.85 and repetition penalty 1.03; without it the likeliest token is taken, of a released model after its "
+        "repetition penalty, unless its generation_config.json has do_sample; a flag below replaces its value",
     )
-    parser.add_argument("--temperature", type=float, metavar="T", help="default 0: always the likeliest token")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest; default: all")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that sum to P; default: all")
-    parser.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: avoid repeats; default 1")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="0 takes the likeliest token; default as released"
+    )
+    parser.add_argument(
+        "--top-k", type=int, metavar="K", help="draw among the K likeliest; default as released, or all"
+    )
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw among the likeliest that sum to P; default as released, or all"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, metavar="R", help="above 1: avoid repeats; default as released, or 1"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws; default 0")
 
 
-def sampling_options(args: argparse.Namespace, template: Any) -> dict[str, Any]:
-    """Keywords for generate.sampling; with --sample the template's, each replaced by the flag of its name."""
+def sampling_options(
+    args: argparse.Namespace, template: Any, released: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Keywords for generate.sampling: as the model was released, or with --sample as it draws then, and the flags.
+
+    released: of the checkpoint's import, what generation_config.json says (convert/conventions.py); None where the
+      model does not come from a release that says something: then the template's family does.
+    """
     names = ("temperature", "top_k", "top_p", "repetition_penalty")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return (dict(template.sampling) if args.sample else {}) | given
+    if released is not None:
+        sampled, penalty = released["sampling"], released["sampling"].get("repetition_penalty")
+        greedy = {} if penalty is None else {"repetition_penalty": penalty}
+        default = sampled if args.sample or released["do_sample"] else greedy
+    elif template is not None:
+        default = template.sampling if args.sample else template.greedy
+    else:
+        default = {}
+    return dict(default) | given
 
 
-def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
-    """(cfg, params, vocabulary, template) of a command line; what is quick to find wrong is looked at first.
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model as `tele generate` and `tele chat` use it.
 
-    For `tele generate` the template is None where none is needed and nothing says which it is. The parameters are
-    prepared, and with --mesh they lie on the mesh.
+    Attributes:
+      template: how dialogues are written; None where `tele generate` needs none and nothing says which it is.
+      params: prepared (generate.prepare); with --mesh they lie on the mesh.
+      options: keywords for generate.sampling.
+      stop_ids: what ends a text, by the files of its release.
+      provenance: of the checkpoint.
     """
+
+    cfg: Any
+    params: Any
+    vocabulary: Any
+    template: Any
+    options: dict[str, Any]
+    stop_ids: list[int]
+    provenance: Sequence[Mapping[str, Any]]
+
+
+def load_model(args: argparse.Namespace) -> Model:
+    """The model of a command line; what is quick to find wrong is looked at first."""
     from tele_jax import checkpoint
     from tele_jax.chat import check_vocabulary, find_tokenizer
     from tele_jax.cli import meshes
@@ -131,19 +186,25 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     vocabulary = load_vocabulary(find_tokenizer(args.ckpt, args.tokenizer))
     lazy = checkpoint.open_lazy(args.ckpt)
     check_vocabulary(lazy.cfg, vocabulary)
+    released = next(
+        (entry.get("generation") for entry in reversed(lazy.provenance) if entry.get("kind") == "import"), {}
+    )
+    drawing = released if released and released["sampling"] else None
     try:
         template = templates.choose(vocabulary, args.template, lazy.provenance)
     except UserError as error:
-        if args.verb == "chat" or args.sample:
+        if args.verb == "chat" or (args.sample and drawing is None):
             raise UserError(f"{error}: name it with --template") from None
         template = None
-    sampling(**sampling_options(args, template))
+    options = sampling_options(args, template, drawing)
+    sampling(**options)
     require_unmasked(lazy.provenance, args.ckpt)
     # Nothing here holds what is loaded, so that it does not lie beside what is made of it.
     params = prepare(lazy.cfg, checkpoint.load(args.ckpt, mesh, items=("params",)).params)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?", and goes on
-    return lazy.cfg, params, vocabulary, template
+    stop_ids = [i for i in (released or {}).get("eos_token_ids", []) if i < lazy.cfg.vocab_size]
+    return Model(lazy.cfg, params, vocabulary, template, options, stop_ids, lazy.provenance)
 
 
 def utf8(text: str, where: str) -> str:

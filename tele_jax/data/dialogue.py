@@ -3,9 +3,14 @@
 
     <_system> system text <_user> question <_bot> answer <_end> <_user> question <_bot> answer <_end> ...
 
-`<_system>` is there only if the dialogue has a system message. There is no BOS: the first marker is where a dialogue
-begins, in training as in chat. Text is encoded apart from markers, also where those are text themselves (ours: the
-released code of TeleChat-52B encodes a whole prompt at once).
+`<_system>` is there only if the dialogue has a system message. There is no BOS but TeleChat2's `<_start>`: the first
+marker is where a dialogue begins, in training as in chat.
+
+Ids are those of the released code, of which there are two kinds (FACTS section 6). Where markers are ids, every text is
+encoded apart from them, and from each other. Where they are text (TeleChat-52B, Tele-FLM Instruct), a prompt is encoded
+as one string, markers, questions and answers together; in training the string of a turn is its question with its
+markers, then the answer is a string of its own. Tokenizers with a dummy prefix, as the released ones, begin every
+such string with a space.
 
 What is learned, exactly: a token has weight 1 when it belongs to an answer or is the `<_end>` after it, and weight 0
 otherwise. So the position that holds `<_bot>` learns the first token of the answer, and the last token of the answer
@@ -17,16 +22,17 @@ A message is {"role": "system" | "user" | "assistant", "content": str}; "bot" is
 system message comes first, if at all; then user and assistant take turns, and the user begins.
 """
 
-from collections.abc import Mapping, Sequence
+import bisect
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tele_jax.data import templates
-from tele_jax.data.templates import Markers, Template
+from tele_jax.data.templates import Said, Template
 from tele_jax.data.vocabulary import Vocabulary
 from tele_jax.errors import UserError
 
 Message = Mapping[str, str]
-_Turn = tuple[list[int], list[int] | None]  # ids of the question, and of the answer if there is one
 
 
 def check(messages: Any, *, complete: bool = True) -> None:
@@ -81,18 +87,27 @@ def render(
         template has no place for one; max_tokens too small for the markers and a token of the answer.
     """
     check(messages)
-    template = template or templates.choose(vocabulary)
-    markers = templates.marker_ids(template, vocabulary)
-    system, turns = _encode(messages, vocabulary, template, markers)
-    system, turns = _fit(system, turns, max_tokens, markers)
-    tokens = list(system)
-    weights = [0] * len(tokens)
-    for number, (question, answer) in enumerate(turns, start=1):
-        end = markers.end if number == len(turns) else markers.between
-        prompt = [*markers.user, *question, *markers.bot]
-        tokens += [*prompt, *answer, *end]
-        weights += [0] * len(prompt) + [1] * len(answer) + [int(end == markers.end)] * len(end)
+    encoder = _Encoder(vocabulary, template)
+    fitted = _fit(*encoder.open(messages), max_tokens, encoder.shortest, encoder.sample)
+    tokens, weights = encoder.sample(fitted.system, fitted.turns)
     return tokens[:max_tokens], weights[:max_tokens]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A dialogue as the tokens after which the model answers, and what of it did not fit.
+
+    Attributes:
+      tokens: they end in `<_bot>`.
+      dropped_turns: the oldest questions with their answers that were left out.
+      cut_question: whether the left end of the question was left out.
+      dropped_system: whether the system message was left out.
+    """
+
+    tokens: list[int]
+    dropped_turns: int = 0
+    cut_question: bool = False
+    dropped_system: bool = False
 
 
 def render_prompt(
@@ -110,73 +125,185 @@ def render_prompt(
     Raises:
       UserError: as `render`.
     """
+    return fit_prompt(messages, vocabulary, max_tokens, template).tokens
+
+
+def fit_prompt(
+    messages: Sequence[Message],
+    vocabulary: Vocabulary,
+    max_tokens: int | None = None,
+    template: Template | None = None,
+    drawn: Mapping[int, Sequence[int]] | None = None,
+) -> Prompt:
+    """`render_prompt`, and what had to be left out.
+
+    drawn: by the index of an answer in messages, the ids that the model drew for it, without what ended it. They stand
+      in the prompt as they are; text that is encoded again can have other ids.
+    """
     check(messages, complete=False)
-    template = template or templates.choose(vocabulary)
-    markers = templates.marker_ids(template, vocabulary)
-    system, turns = _encode(messages, vocabulary, template, markers)
-    system, turns = _fit(system, turns, max_tokens, markers)
-    tokens = list(system)
-    for question, answer in turns:
-        tokens += [*markers.user, *question, *markers.bot]
-        tokens += [] if answer is None else [*answer, *markers.between]
-    return tokens
+    encoder = _Encoder(vocabulary, template)
+    system, turns = encoder.open(messages, drawn or {})
+    fitted = _fit(system, turns, max_tokens, encoder.shortest, encoder.prompt)
+    tokens, _ = encoder.prompt(fitted.system, fitted.turns)
+    return Prompt(
+        tokens,
+        dropped_turns=len(turns) - len(fitted.turns),
+        cut_question=len(fitted.turns[-1].question) < len(turns[-1].question),
+        dropped_system=system is not None and fitted.system is None,
+    )
 
 
 def shortest(vocabulary: Vocabulary, template: Template | None = None) -> int:
     """The least max_tokens that `render` and `render_prompt` take: markers, end, and one token of an answer."""
-    return _shortest(templates.marker_ids(template or templates.choose(vocabulary), vocabulary))
+    return _Encoder(vocabulary, template).shortest
 
 
-def _shortest(markers: Markers) -> int:
-    return len(markers.user) + len(markers.bot) + len(markers.end) + 1
+@dataclasses.dataclass(frozen=True)
+class _Turn:
+    """A question and its answer, as ids or as text: what can be cut. The answer is None where it is asked for."""
+
+    question: str | list[int]
+    answer: str | list[int] | None
 
 
-def _encode(
-    messages: Sequence[Message], vocabulary: Vocabulary, template: Template, markers: Markers
-) -> tuple[list[int], list[_Turn]]:
-    """The system message with its marker, and the turns."""
+@dataclasses.dataclass(frozen=True)
+class _Fitted:
+    system: str | list[int] | None
+    turns: list[_Turn]
 
-    def encode(text: str) -> list[int]:
-        return templates.encode_content(template, vocabulary, text)
 
-    has_system = messages[0]["role"] == "system"
-    if has_system and markers.system is None:
-        raise UserError(
-            f"the template {template.name} has no place for a system message"
-            if template.system is None
-            else f"tokenizer {vocabulary.path}: it has no piece {template.system!r} for the system message"
-        )
-    system = [*markers.system, *encode(messages[0]["content"])] if has_system else []
-    spoken = [message["content"] for message in messages[int(has_system) :]]
-    questions = [question.strip() if template.strips else question for question in spoken[0::2]]
-    answers = [*map(encode, spoken[1::2]), None]  # the None stays unused when the last question has its answer
-    return system, list(zip(map(encode, questions), answers, strict=False))
+class _Encoder:
+    """A template in a vocabulary: dialogues to tokens and weights, in the strings that the released code encodes.
+
+    Attributes:
+      shortest: tokens of the markers, of what ends a reply, and of one token of an answer.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, template: Template | None):
+        self._vocabulary, self._template = vocabulary, template or templates.choose(vocabulary)
+        self._markers = templates.marker_ids(self._template, vocabulary)
+        self._is_text = self._template.markers == "text"
+        empty = _Turn("" if self._is_text else [], None)
+        self.shortest = len(self.prompt(None, [empty])[0]) + len(self._markers.end) + 1
+
+    def open(
+        self, messages: Sequence[Message], drawn: Mapping[int, Sequence[int]] | None = None
+    ) -> tuple[str | list[int] | None, list[_Turn]]:
+        """The system message, if there is one, and the turns: texts where markers are text, otherwise ids."""
+        template, vocabulary = self._template, self._vocabulary
+        first = int(messages[0]["role"] == "system")
+        if first and self._markers.system is None:
+            raise UserError(
+                f"the template {template.name} has no place for a system message"
+                if template.system is None
+                else f"tokenizer {vocabulary.path}: it has no piece {template.system!r} for the system message"
+            )
+        take = (lambda text: text) if self._is_text else vocabulary.encode
+        turns = []
+        for i in range(first, len(messages), 2):
+            question = messages[i]["content"]
+            answer = None
+            if i + 1 < len(messages):
+                ids = (drawn or {}).get(i + 1)
+                answer = take(messages[i + 1]["content"]) if ids is None else list(ids)
+            turns.append(_Turn(take(question.strip() if template.strips else question), answer))
+        system = messages[0]["content"].strip() if self._is_text else messages[0]["content"]
+        return (take(system) if first else None), turns
+
+    def prompt(self, system: str | list[int] | None, turns: Sequence[_Turn]) -> tuple[list[int], list[int]]:
+        """Tokens, and weights that are all 0, of a dialogue that ends with a question."""
+        if not self._is_text:
+            return self._of_ids(system, turns)
+        parts: list[str | Said | list[int]] = self._opening(system)
+        for turn in turns:
+            parts += self._asked(turn)
+            if turn.answer is not None:
+                parts += [Said(turn.answer) if isinstance(turn.answer, str) else turn.answer, self._template.between]
+        tokens = templates.encode_parts(self._template, self._vocabulary, parts)
+        return tokens, [0] * len(tokens)
+
+    def sample(self, system: str | list[int] | None, turns: Sequence[_Turn]) -> tuple[list[int], list[int]]:
+        """Tokens and weights of a dialogue that ends with an answer."""
+        if not self._is_text:
+            return self._of_ids(system, turns)
+        tokens: list[int] = []
+        weights: list[int] = []
+        opening, end = self._opening(system), self._markers.end
+        for number, turn in enumerate(turns, start=1):
+            asked = templates.encode_parts(self._template, self._vocabulary, [*opening, *self._asked(turn)])
+            opening = []
+            between = self._template.between if number < len(turns) else ""
+            answer = templates.encode_parts(self._template, self._vocabulary, [Said(turn.answer), between])
+            learned = self._before(answer, between)
+            tokens += asked + answer
+            weights += [0] * len(asked) + [1] * learned + [0] * (len(answer) - learned)
+        return tokens + end, weights + [1] * len(end)
+
+    def _opening(self, system: str | None) -> list[str | Said | list[int]]:
+        return [] if system is None else [self._template.system, Said(system)]
+
+    def _asked(self, turn: _Turn) -> list[str | Said | list[int]]:
+        return [self._template.user, Said(turn.question), self._template.bot]
+
+    def _before(self, tokens: Sequence[int], tail: str) -> int:
+        """Count of the tokens before those that the text at their end has a part in."""
+        left, count = len(tail.encode()), len(tokens)
+        while left > 0:
+            count -= 1
+            left -= len(self._vocabulary.piece_bytes[tokens[count]])
+        return count
+
+    def _of_ids(self, system: list[int] | None, turns: Sequence[_Turn]) -> tuple[list[int], list[int]]:
+        markers = self._markers
+        tokens = markers.start + ([] if system is None else markers.system + system)
+        weights = [0] * len(tokens)
+        for number, turn in enumerate(turns, start=1):
+            asked = [*markers.user, *turn.question, *markers.bot]
+            tokens += asked
+            weights += [0] * len(asked)
+            if turn.answer is not None:
+                end = markers.end if number == len(turns) else markers.between
+                tokens += [*turn.answer, *end]
+                weights += [1] * len(turn.answer) + [int(end == markers.end)] * len(end)
+        return tokens, weights
 
 
 def _fit(
-    system: list[int], turns: list[_Turn], max_tokens: int | None, markers: Markers
-) -> tuple[list[int], list[_Turn]]:
-    """Drops and cuts what `render` says; only the right end of the last answer is left for the caller to cut."""
+    system: str | list[int] | None,
+    turns: list[_Turn],
+    max_tokens: int | None,
+    least: int,
+    encode: Callable[[Any, Sequence[_Turn]], tuple[list[int], list[int]]],
+) -> _Fitted:
+    """Drops and cuts what `render` says; only the right end of the last answer is left for the caller to cut.
+
+    The released code also drops the oldest messages, but one by one: there half a turn can stay.
+    """
     if max_tokens is None:
-        return system, turns
-    if max_tokens < _shortest(markers):
-        raise UserError(f"max_tokens={max_tokens}: a dialogue needs at least {_shortest(markers)}")
+        return _Fitted(system, turns)
+    if max_tokens < least:
+        raise UserError(f"max_tokens={max_tokens}: a dialogue needs at least {least}")
 
-    def size(turn: _Turn, end: list[int]) -> int:
-        question, answer = turn
-        asked = len(markers.user) + len(question) + len(markers.bot)
-        return asked + (0 if answer is None else len(answer) + len(end))
+    def fits(system: str | list[int] | None, turns: Sequence[_Turn]) -> bool:
+        return len(encode(system, turns)[0]) <= max_tokens
 
-    def excess() -> int:
-        return (
-            len(system) + sum(size(t, markers.between) for t in turns[:-1]) + size(turns[-1], markers.end) - max_tokens
-        )
+    def first_that_fits(count: int, is_enough: Callable[[int], bool]) -> int:
+        """The least number below count that is enough, or count; what is enough for one is for those above."""
+        return bisect.bisect_left(range(count), True, key=is_enough)
 
-    while excess() > 0 and len(turns) > 1:
-        turns = turns[1:]
-    question, answer = turns[0] if len(turns) == 1 else ([], None)
-    if excess() >= len(question) > 0:
-        system = []
-    if excess() > 0:
-        turns = [(question[excess() :], answer)]
-    return system, turns
+    if fits(system, turns):
+        return _Fitted(system, turns)
+    turns = turns[min(first_that_fits(len(turns), lambda n: fits(system, turns[n:])), len(turns) - 1) :]
+    if fits(system, turns):
+        return _Fitted(system, turns)
+    last = turns[0]
+
+    def without(n: int) -> _Turn:
+        return dataclasses.replace(last, question=last.question[n:])
+
+    length = len(last.question)
+    cut = first_that_fits(length, lambda n: fits(system, [without(n)]))
+    if cut >= length and length:  # nothing would be left of the question
+        system = None
+        cut = first_that_fits(length, lambda n: fits(None, [without(n)]))
+    return _Fitted(system, [without(cut)])

@@ -1,13 +1,14 @@
 """A span of a document, or a dialogue, as one training example: inputs, targets and loss weights, position by position.
 
 A document is its tokens and then the end-of-sequence token. Its inputs are its targets moved right by one, with the
-end-of-sequence token in front, which so becomes what separates documents: every token is predicted, the first too.
+end-of-sequence token in front, which so becomes what separates documents (`separator`): every token is predicted, the
+first too. Generation and evaluation put the same token before a document (`document_start`).
 A dialogue begins with its first marker instead, which is given, not predicted: inputs are tokens[:-1], targets
 tokens[1:], exactly as the released template without BOS.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,6 +19,30 @@ from tele_jax.errors import UserError
 
 Kind = Literal["pretrain", "sft"]
 COLUMNS = ("inputs", "targets", "loss_weights")  # rows of an example
+
+
+def separator(vocabulary: Vocabulary) -> int:
+    """The id that stands after every document in training, and so conditions the first token of the next one."""
+    return vocabulary.eos_id
+
+
+def document_start(vocabulary: Vocabulary, provenance: Sequence[Mapping[str, Any]]) -> int | None:
+    """The id that conditions the first token of a document in a model; None where nothing does.
+
+    That is the separator where the model was trained here on documents, by the last stage that was; else what the code
+    of a release puts before a text, as its files say (the import notes it). Fine-tuning on dialogues, which begin with
+    their first marker, and growth change nothing of that.
+
+    Args:
+      vocabulary: of the model.
+      provenance: of the checkpoint.
+    """
+    for entry in reversed(provenance):
+        if entry.get("kind") == "pretrain":
+            return separator(vocabulary)
+        if entry.get("kind") == "import":
+            return entry.get("generation", {}).get("document_start")
+    return None
 
 
 def check_format(domain: str, format: Format, kind: Kind) -> None:
@@ -80,5 +105,5 @@ def example(
             text, ends = text.encode()[:max_bytes].decode(errors="ignore"), False
         targets = vocabulary.encode(text)
     if ends:
-        targets.append(vocabulary.eos_id)
-    return np.array([[vocabulary.eos_id, *targets][: len(targets)], targets, [1] * len(targets)], np.int32)
+        targets.append(separator(vocabulary))
+    return np.array([[separator(vocabulary), *targets][: len(targets)], targets, [1] * len(targets)], np.int32)

@@ -6,7 +6,7 @@ vocabulary of Tele-FLM, which has none, are told apart by where they were import
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from tele_jax.data.vocabulary import Vocabulary
@@ -15,22 +15,28 @@ from tele_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Template:
-    """What stands around the parts of a dialogue.
+    """The markers around the parts of a dialogue.
 
-        [system text] user question bot answer between user question bot answer end
+        start [system text] user question bot answer between user question bot answer end
 
     Attributes:
       name: in TEMPLATES.
-      markers: whether user, bot, system and between are ids or text. `end` is always an id: what a reply ends with.
-      system: before a system message, which is the first thing in a dialogue; "" for nothing; None: no place for one.
+      markers: whether start, user, bot, system and between are ids or text. `end` is always an id: what a reply ends
+        with. Texts between ids are encoded apart from each other; where markers are text, they are encoded together
+        with the question, and in a prompt together with all of the dialogue (encode_parts).
+      start: what a dialogue begins with, once; "" for nothing.
+      system: before a system message, which is the first message of a dialogue; "" for nothing; None: no place for one.
       user, bot, end: see above.
       between: after an answer that another question follows; "" for nothing. Learned if it is the same as end.
       strips: whether white space around a question is dropped.
       sampling: how it draws when asked to sample, keywords of generate.sampling.
+      greedy: the same for when it is not asked: the released models take the likeliest token, after a repetition
+        penalty.
     """
 
     name: str
     markers: Literal["ids", "text"] = "ids"
+    start: str = ""
     system: str | None = "<_system>"
     user: str = "<_user>"
     bot: str = "<_bot>"
@@ -38,24 +44,30 @@ class Template:
     between: str = "<_end>"
     strips: bool = False
     sampling: Mapping[str, Any]
+    greedy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _sampling(repetition_penalty: float) -> Mapping[str, Any]:
-    """TeleChat's, generation_config.json of every size: only the penalty differs."""
-    return {"temperature": 0.3, "top_k": 5, "top_p": 0.85, "repetition_penalty": repetition_penalty}
+def _as_released(repetition_penalty: float) -> dict[str, Mapping[str, Any]]:
+    """How TeleChat draws, by generation_config.json of every size: only the penalty differs, and applies always."""
+    penalty = {"repetition_penalty": repetition_penalty}
+    return {"sampling": {"temperature": 0.3, "top_k": 5, "top_p": 0.85, **penalty}, "greedy": penalty}
 
 
 TEMPLATES: Mapping[str, Template] = {
     template.name: template
     for template in (
         # Ours: TeleChat's, for a vocabulary that has the markers at other ids, as `tele tokenizer train` makes it.
-        Template(name="telechat", sampling=_sampling(1.03)),
+        Template(name="telechat", sampling=_as_released(1.03)["sampling"]),
         # FACTS section 5. No id for a system message is published.
-        Template(name="telechat_7b", system=None, sampling=_sampling(1.03)),
-        Template(name="telechat_12b", sampling=_sampling(1.01)),
+        Template(name="telechat_7b", system=None, **_as_released(1.03)),
+        Template(name="telechat_12b", **_as_released(1.01)),
+        # Tele-AI/TeleChat2 on GitHub: deepspeed-telechat/utils/data/data_utils.py, and its code for MindSpore.
+        # That a system message follows <_start> is ours: the released chat has no place for one.
+        Template(name="telechat2", start="<_start>", **_as_released(1.03)),
         # Tele-AI/TeleChat-52B on GitHub: models/modeling_telechat.py (chat), models/generation_config.json,
-        # vllm_inf/template_telechat.jinja (the system message), deepspeed-finetune (the last answer ends with </s>).
-        Template(name="telechat_52b", markers="text", system="", end="</s>", sampling=_sampling(1.02)),
+        # vllm_inf/template_telechat.jinja (the system message, stripped), deepspeed-finetune (the last answer ends with
+        # </s>).
+        Template(name="telechat_52b", markers="text", system="", end="</s>", **_as_released(1.02)),
         # vllm-project/vllm, examples/template_teleflm.jinja, without the white space of its layout. It drops a system
         # message; here it is refused. The model card of CofeAI/FLM-2-52B-Instruct-2407 has the penalty, and draws
         # greedily.
@@ -67,6 +79,7 @@ TEMPLATES: Mapping[str, Template] = {
             between="",
             strips=True,
             sampling={"repetition_penalty": 1.03},
+            greedy={"repetition_penalty": 1.03},
         ),
     )
 }
@@ -74,13 +87,24 @@ TEMPLATES: Mapping[str, Template] = {
 
 @dataclasses.dataclass(frozen=True)
 class Markers:
-    """A template in the ids of a vocabulary; `system` is None where a system message has no place or no id."""
+    """The markers of a template as ids of a vocabulary, as far as they are ids.
 
+    Where they are text, only `end` has any. `system` is None where a system message has no place or no id.
+    """
+
+    start: list[int]
     system: list[int] | None
     user: list[int]
     bot: list[int]
     between: list[int]
     end: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """Text that somebody wrote: markers in it are no markers."""
+
+    text: str
 
 
 def choose(vocabulary: Vocabulary, name: str | None = None, provenance: Iterable[Mapping[str, Any]] = ()) -> Template:
@@ -116,43 +140,58 @@ def marker_ids(template: Template, vocabulary: Vocabulary) -> Markers:
     Raises:
       UserError: the vocabulary has no such piece.
     """
-    if template.markers == "ids":
-        user, bot, end = [vocabulary.user_id], [vocabulary.bot_id], [vocabulary.end_id]
-        try:
-            system = None if template.system is None else [vocabulary.system_id]
-        except UserError:  # said when a dialogue has one
-            system = None
-        return Markers(system=system, user=user, bot=bot, between=end, end=end)
-    return Markers(
-        system=None if template.system is None else vocabulary.encode(template.system),
-        user=vocabulary.encode(template.user),
-        bot=vocabulary.encode(template.bot),
-        between=vocabulary.encode(template.between),
-        end=[vocabulary.id_of(template.end)],
-    )
+    if template.markers == "text":
+        system = None if template.system is None else []
+        return Markers(start=[], system=system, user=[], bot=[], between=[], end=[vocabulary.id_of(template.end)])
+    user, bot, end = [vocabulary.user_id], [vocabulary.bot_id], [vocabulary.end_id]
+    start = [vocabulary.id_of(template.start)] if template.start else []
+    try:
+        system = None if template.system is None else [vocabulary.system_id]
+    except UserError:  # said when a dialogue has one
+        system = None
+    return Markers(start=start, system=system, user=user, bot=bot, between=end, end=end)
 
 
-def encode_content(template: Template, vocabulary: Vocabulary, text: str) -> list[int]:
-    """The ids of what somebody said, in which nothing is a marker.
+def encode_parts(template: Template, vocabulary: Vocabulary, parts: Sequence[str | Said | list[int]]) -> list[int]:
+    """The ids of a string that is made of the template's own text, of what somebody wrote, and of ids.
 
-    Where markers are text, one that somebody typed is spelled with one of its letters in bytes: the same text in other
-    ids than the marker's.
+    The text is encoded as one string, as the released code does, so that its ids are those of the whole: pieces reach
+    over the ends of the parts. Where markers are text, one that somebody typed is spelled with one of its letters in
+    bytes: the same text in other ids than the marker's. Ids that are handed in stand where they are.
 
     Raises:
-      UserError: a marker in the text, and a vocabulary that has only bytes for all of its letters.
+      UserError: a marker in the text that somebody wrote, and a vocabulary that has only bytes for all of its letters.
     """
-    if template.markers == "ids":
-        return vocabulary.encode(text)
     markers = [marker for marker in (template.user, template.bot, template.between) if marker]
-    ids = []
-    rest = text
-    while found := [(rest.index(marker), marker) for marker in markers if marker in rest]:
-        place, marker = min(found)
-        place += _letter_apart(vocabulary, marker)
-        ids += vocabulary.encode(rest[:place]) if place else []
-        ids += _in_bytes(vocabulary, rest[place])
-        rest = rest[place + 1 :]
-    return ids + vocabulary.encode(rest) if rest else ids
+    ids: list[int] = []
+    run = ""  # text that is not encoded yet
+
+    def encode_run() -> None:
+        nonlocal run
+        ids.extend(vocabulary.encode_continuation(run) if ids else vocabulary.encode(run))
+        run = ""
+
+    for part in parts:
+        if isinstance(part, str):
+            run += part
+            continue
+        if isinstance(part, list):
+            encode_run()
+            ids += part
+            continue
+        rest = part.text
+        while template.markers == "text" and (found := [(rest.index(m), m) for m in markers if m in rest]):
+            place, marker = min(found)
+            place += _letter_apart(vocabulary, marker)
+            run += rest[:place]
+            if not run and not ids and vocabulary.adds_dummy_prefix:  # the space that every string begins with
+                ids += vocabulary.encode_continuation(" ")
+            encode_run()
+            ids += _in_bytes(vocabulary, rest[place])
+            rest = rest[place + 1 :]
+        run += rest
+    encode_run()
+    return ids
 
 
 def _letter_apart(vocabulary: Vocabulary, marker: str) -> int:

@@ -8,13 +8,15 @@ import abc
 import copy
 import functools
 import hashlib
+import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tele_jax import files
 from tele_jax.errors import UserError
 
 MARKERS = ("<_user>", "<_bot>", "<_end>", "<_system>", "<_start>", "<_pad>")  # never to be matched in plain text
@@ -25,6 +27,7 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 SPECIAL_IDS: Mapping[str, Mapping[str, int]] = {
     "telechat_7b": {"<_user>": 160130, "<_bot>": 160131, "<_start>": 160132, "<_end>": 160133, "<pad>": 3},
     "telechat_12b": {"<_start>": 1, "<_end>": 2, "<_pad>": 3, "<_user>": 20, "<_bot>": 21, "<_system>": 22},
+    "telechat2": {"<_start>": 1, "<_end>": 2, "<_pad>": 3, "<_user>": 4, "<_bot>": 5, "<_system>": 6},
 }
 # The names in the released file are known of its ends alone (tokenizer_config.json); these have a number for sure.
 BY_NUMBER: Mapping[str, tuple[str, ...]] = {"telechat_7b": ("<_user>", "<_bot>")}
@@ -49,12 +52,14 @@ class Vocabulary(abc.ABC):
       vocab_size: number of ids.
       unk_id, bos_id, eos_id, pad_id: int; -1 where there is none.
       spells_bytes: whether it has a piece for every byte, so that nothing is unknown.
-      adds_dummy_prefix: whether it puts a space before every text. Ours do not.
+      adds_dummy_prefix: whether `encode` puts a space before every text, which `decode` takes away again. Vocabularies
+        that are trained here do not; the released SentencePiece files do.
       template: name of the dialogue template to use with it (data/templates.py); None: the one it was made for.
     """
 
     extra_ids = 0
     template: str | None = None
+    _space_byte_id = -1  # the piece of the byte 0x20, which no dummy prefix makes
     vocab_size: int
     unk_id: int
     bos_id: int
@@ -78,9 +83,35 @@ class Vocabulary(abc.ABC):
     def _open(self, serialized: bytes) -> None:
         """Sets the attributes."""
 
-    @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without BOS or EOS."""
+        """The ids of `text`, without BOS or EOS; UserError where it is no text or holds half a surrogate pair."""
+        return self._checked(self._encode, text)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """The ids of `text` where it goes on after other text: `encode` without the space of a dummy prefix."""
+        return self._checked(self._encode_bare if self.adds_dummy_prefix else self._encode, text)
+
+    def _checked(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise UserError(f"tokenizer {self.path}: {text!r} is not a text")
+        try:
+            return encode(text)
+        except Exception:  # the libraries raise TypeError and RuntimeError for what is no UTF-8
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(
+                    f"tokenizer {self.path}: character {error.start} of the text is half a surrogate pair"
+                ) from None
+            raise
+
+    @abc.abstractmethod
+    def _encode(self, text: str) -> list[int]:
+        """The ids of `text`."""
+
+    @abc.abstractmethod
+    def _encode_bare(self, text: str) -> list[int]:
+        """The ids of `text` without the space of the dummy prefix; asked for only where there is one."""
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """int32[n] for every text, the same ids as `encode`; on so many threads where the library has them."""
@@ -108,12 +139,32 @@ class Vocabulary(abc.ABC):
         """tf.int32 [n] or [B, n] -> tf.string [] or [B], up to the first EOS."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids` up to the first EOS; control pieces vanish, bytes that are not UTF-8 become U+FFFD."""
-        spelled = (self.piece_bytes[i] if i < self.vocab_size else b"" for i in self._until_end(ids))
-        return b"".join(spelled).decode("utf-8", errors="replace")
+        """The text of `ids` up to the first EOS, without the space of a dummy prefix.
+
+        Control pieces and ids beyond the vocabulary have no text; bytes that are not UTF-8 become U+FFFD.
+        chat.TextStream gives the same text token by token.
+
+        Raises:
+          UserError: something is no id.
+        """
+        spelled = b""
+        for i in self._until_end(ids):
+            spelled += self.spelled(i, first=not spelled)
+        return spelled.decode("utf-8", errors="replace")
+
+    def spelled(self, i: int, *, first: bool = False) -> bytes:
+        """The bytes of an id, none where it has no text; of the first of a text without the space of a dummy prefix."""
+        spelled = self.piece_bytes[i] if i < self.vocab_size else b""
+        is_prefixed = first and self.adds_dummy_prefix and i != self._space_byte_id and spelled[:1] == b" "
+        return spelled[1:] if is_prefixed else spelled
 
     def _until_end(self, ids: Iterable[int]) -> list[int]:
-        ids = [int(i) for i in ids]
+        try:
+            ids = [operator.index(i) for i in ids]
+        except TypeError:
+            raise UserError(f"tokenizer {self.path}: the ids are no whole numbers") from None
+        if ids and min(ids) < 0:
+            raise UserError(f"tokenizer {self.path}: {min(ids)} is no id")
         return ids[: ids.index(self.eos_id)] if self.eos_id in ids else ids
 
     def id_of(self, piece: str) -> int:
@@ -181,12 +232,11 @@ class Vocabulary(abc.ABC):
         return f"{type(self).__name__}({self.path!r}, vocab_size={self.vocab_size}, sha256={self.sha256[:12]})"
 
 
+_MISSING = "No such file or directory; train one with: tele tokenizer train"
+
+
 def _bytes_of(path: str | os.PathLike) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        hint = "; train one with: tele tokenizer train" if isinstance(error, FileNotFoundError) else ""
-        raise UserError(f"tokenizer {path}: {error.strerror}{hint}") from None
+    return files.read_bytes(path, "tokenizer ", missing=_MISSING)
 
 
 @functools.lru_cache(maxsize=8)
@@ -203,7 +253,7 @@ def _read(path: str, size: int, modified: int) -> Vocabulary:
 
 def is_tokenizers_json(path: str | os.PathLike) -> bool:
     """Whether the file is JSON, told by its first byte; a SentencePiece model begins with another one."""
-    return _bytes_of(path)[:64].lstrip()[:1] == b"{"
+    return _bytes_of(path)[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
 
 
 def load_vocabulary(path: str | os.PathLike) -> Vocabulary:
@@ -212,11 +262,8 @@ def load_vocabulary(path: str | os.PathLike) -> Vocabulary:
     Raises:
       UserError: there is no such file, it is of neither kind, or the library for it is not installed.
     """
-    try:
-        status = os.stat(path)
-    except OSError:
-        _bytes_of(path)  # says what is wrong
-        raise
+    files.require_regular(path, "tokenizer ", missing=_MISSING)
+    status = os.stat(path)
     return _read(str(path), status.st_size, status.st_mtime_ns)
 
 

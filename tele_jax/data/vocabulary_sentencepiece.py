@@ -1,7 +1,7 @@
 """Reading a SentencePiece vocabulary."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
 
 class SentencePieceVocabulary(Vocabulary):
-    """A SentencePiece model; see Vocabulary.
+    """A SentencePiece model that leaves text as it is; see Vocabulary.
 
     Two things differ from the bare model. The character U+2581, which SentencePiece cannot tell from a space, is
     spelled in bytes. And dialogue markers that the file says to find in text are not found in text.
@@ -32,12 +32,15 @@ class SentencePieceVocabulary(Vocabulary):
             if not model.pieces:
                 raise ValueError("no pieces: an empty file is one, to protobuf")
             types = model_pb2.ModelProto.SentencePiece
+            _check_lossless(self.path, model)
             for piece in model.pieces:
                 if piece.piece in MARKERS and piece.type == types.USER_DEFINED:
                     piece.type = types.CONTROL
             self.sp_model = model.SerializeToString()
             self.tokenizer = sentencepiece.SentencePieceProcessor(model_proto=self.sp_model)
             self.vocab_size = self.tokenizer.get_piece_size()
+        except UserError:
+            raise
         except Exception:  # protobuf and sentencepiece raise several unrelated types
             raise UserError(
                 f"tokenizer {self.path}: not a SentencePiece model, and no JSON file of the tokenizers library"
@@ -49,11 +52,12 @@ class SentencePieceVocabulary(Vocabulary):
         self._space_ids = [self.tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self.spells_bytes = self.unk_id not in self._space_ids
         self.adds_dummy_prefix = model.normalizer_spec.add_dummy_prefix
-        # With a dummy prefix, parts encoded apart would each get one; such a model stays as lossy as it was released.
+        self._space_byte_id = self.tokenizer.piece_to_id("<0x20>") if self.spells_bytes else -1
+        # The released models, which have a dummy prefix, took U+2581 for a space in their training: they get the ids
+        # that they know.
         self._spells_space = self.spells_bytes and not self.adds_dummy_prefix
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without BOS or EOS."""
+    def _encode(self, text: str) -> list[int]:
         if SPACE not in text or not self._spells_space:
             return self.tokenizer.encode(text)
         ids = []
@@ -61,11 +65,18 @@ class SentencePieceVocabulary(Vocabulary):
             ids += (self._space_ids if i else []) + self.tokenizer.encode(part)
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids` up to the first EOS; control pieces vanish, bytes that are not UTF-8 become U+FFFD."""
-        return self.tokenizer.decode([i if i < self.vocab_size else self.unk_id for i in self._until_end(ids)])
+    def _encode_bare(self, text: str) -> list[int]:
+        return self._bare_tokenizer.encode(text)
+
+    @functools.cached_property
+    def _bare_tokenizer(self) -> Any:
+        """The same model without its dummy prefix."""
+        model = need("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(self.sp_model)
+        model.normalizer_spec.add_dummy_prefix = False
+        return need("sentencepiece").SentencePieceProcessor(model_proto=model.SerializeToString())
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """int32[n] for every text, the same ids as `encode`, on so many threads."""
         ids = self.tokenizer.encode(list(texts), num_threads=threads, return_type="numpy")
         for i, text in enumerate(texts):
             if SPACE in text:  # which SentencePiece cannot tell from a space
@@ -108,3 +119,20 @@ class SentencePieceVocabulary(Vocabulary):
         tf = need("tensorflow")
         ended = tf.cumsum(tf.cast(ids == self.eos_id, tf.int32), axis=-1) > 0
         return self.tf_tokenizer.detokenize(tf.where(ended, self.eos_id, tf.where(ids < self.vocab_size, ids, 0)))
+
+
+def _check_lossless(path: str, model: Any) -> None:
+    """Raises UserError unless text comes back from its ids exactly, but for the space of a dummy prefix."""
+    normalizer = model.normalizer_spec
+    changes = {
+        f"its normalizer {normalizer.name!r} changes characters": normalizer.precompiled_charsmap,
+        "it joins repeated spaces (remove_extra_whitespaces)": normalizer.remove_extra_whitespaces,
+        "it does not mark spaces (escape_whitespaces)": not normalizer.escape_whitespaces,
+        "it moves spaces behind words (treat_whitespace_as_suffix)": model.trainer_spec.treat_whitespace_as_suffix,
+    }
+    if found := [change for change, holds in changes.items() if holds]:
+        raise UserError(
+            f"tokenizer {path}: {'; '.join(found)}, so that text would not come back as it was; tele tokenizer train "
+            "makes one that leaves text as it is (in SentencePiece: normalization_rule_name=identity, "
+            "remove_extra_whitespaces=false)"
+        )

@@ -46,14 +46,11 @@ class TokenizersVocabulary(Vocabulary):
             for name, token in added.items():
                 token["special"] = token["special"] or name in MARKERS
                 token["lstrip"] = token["rstrip"] = False  # they take white space away
-            self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
+            self.tokenizer = _quiet(tokenizers.Tokenizer.from_str(json.dumps(description)))
         except UserError:
             raise
         except Exception as error:  # json's own, KeyError and the like, and the bare Exception of tokenizers
             raise UserError(f"tokenizer {self.path}: not a JSON file of the tokenizers library ({error})") from None
-        self.tokenizer.encode_special_tokens = True  # meaning: as the text that they are
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
         self._ids: dict[str, int] = self.tokenizer.get_vocab(with_added_tokens=True)
         for name, token in added.items():
             if self._ids.get(name) != token["id"]:
@@ -66,7 +63,13 @@ class TokenizersVocabulary(Vocabulary):
         self.spells_bytes = True
         if missing := [byte for byte in sorted(_IN_UTF8) if _LETTERS[byte] not in self._ids]:
             raise UserError(f"tokenizer {self.path}: no piece for {len(missing)} bytes, the first 0x{missing[0]:02X}")
-        self.adds_dummy_prefix = any(part.get("add_prefix_space") for part in _parts(description, "pre_tokenizer"))
+        prefixing = [part for part in _parts(description, "pre_tokenizer") if part.get("add_prefix_space")]
+        self.adds_dummy_prefix = bool(prefixing)
+        for part in prefixing:  # the same objects as in the description
+            part["add_prefix_space"] = False
+        self._bare_tokenizer = (
+            _quiet(tokenizers.Tokenizer.from_str(json.dumps(description))) if prefixing else self.tokenizer
+        )
         self._control = {self._ids[name] for name, token in added.items() if token["special"]}
         self._control |= {self._ids[name] for name in (*MARKERS, *_UNK) if name in self._ids}
         if self.family is not None:
@@ -80,9 +83,14 @@ class TokenizersVocabulary(Vocabulary):
     def _first(self, names: tuple[str, ...]) -> int:
         return next((self._ids[name] for name in names if name in self._ids), -1)
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without BOS or EOS."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+    def _encode(self, text: str) -> list[int]:
+        return self._ids_of(self.tokenizer, text)
+
+    def _encode_bare(self, text: str) -> list[int]:
+        return self._ids_of(self._bare_tokenizer, text)
+
+    def _ids_of(self, tokenizer: Any, text: str) -> list[int]:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
         if self._control.isdisjoint(ids):
             return ids
         # A special token that the vocabulary of the model also holds as a word: letter by letter it is none.
@@ -125,6 +133,14 @@ class TokenizersVocabulary(Vocabulary):
 
         text = tf.numpy_function(decode, [ids], tf.string, stateful=False)
         return tf.ensure_shape(text, tf.convert_to_tensor(ids).shape[:-1])
+
+
+def _quiet(tokenizer: Any) -> Any:
+    """The tokenizer, told to take special tokens for the text that they are, and to cut and pad nothing."""
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _parts(description: dict[str, Any], field: str) -> list[dict[str, Any]]:

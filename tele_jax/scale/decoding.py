@@ -48,6 +48,7 @@ def lower_step(cfg: ModelConfig, mesh: Mesh, *, batch_size: int, length: int) ->
         lengths=rows(jnp.int32),
         token=rows(jnp.int32),
         done=rows(bool),
+        broken=rows(bool),
         step=jax.ShapeDtypeStruct((), jnp.int32),
         slot=None,
         keys=rows(jax.eval_shape(lambda: jax.random.key(0)).dtype),

@@ -21,6 +21,8 @@ from tele_jax.generate import generate
 from tests.data.test_vocabulary_tokenizers import byte_level
 from tests.test_chat import model, tokenizer_bytes, work_directory
 
+RELEASED = {"repetition_penalty": 1.01}  # of the 12B, whose tokenizer's layout the checkpoints here have
+
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
@@ -60,11 +62,14 @@ def test_one_prompt_is_continued(work, vocabulary, capsys, tmp_path):
         capsys, "generate", work, "--prompt", "The 蛇", "--max-new-tokens", 7, "--json", tmp_path / "figures.json"
     )
     ids = vocabulary.encode("The 蛇")
-    (tokens,) = generate(*model(), [ids], max_new_tokens=7, stop_ids=[vocabulary.end_id])
+    (tokens,) = generate(*model(), [ids], max_new_tokens=7, stop_ids=[vocabulary.end_id], **RELEASED)
     assert printed == spoken(vocabulary, tokens) + "\n"
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["continuations"] == [
-        {"prompt": "The 蛇", "text": printed[:-1], "prompt_tokens": len(ids), "new_tokens": len(tokens)}
+        {
+            **{"prompt": "The 蛇", "text": printed[:-1], "prompt_tokens": len(ids), "new_tokens": len(tokens)},
+            "ended": "length",
+        }
     ]
     assert figures["new_tokens"] == len(tokens)
     assert figures["tokens_per_second"] > 0 and figures["seconds_to_first_token"] > 0
@@ -91,12 +96,12 @@ def test_several_prompts_are_continued_as_a_batch_with_the_options(work, vocabul
 def test_without_a_length_the_context_is_filled(work, capsys, tmp_path):
     tele(capsys, "generate", work, "--prompt", "The cat", "--json", tmp_path / "figures.json")
     (figures,) = json.loads((tmp_path / "figures.json").read_text())["continuations"]
-    assert figures["prompt_tokens"] + figures["new_tokens"] == 64
+    assert figures["prompt_tokens"] + figures["new_tokens"] == 64 and figures["ended"] == "context"
 
 
 def test_sampling_as_released_and_with_one_flag_changed(work, vocabulary, capsys):
     common = ("generate", work, "--prompt", "The", "--max-new-tokens", 5)
-    released = dict(temperature=0.3, top_k=5, top_p=0.85, repetition_penalty=1.03)
+    released = dict(temperature=0.3, top_k=5, top_p=0.85, **RELEASED)
     for flags, options in (
         (["--sample"], released),
         (["--sample", "--temperature=2"], released | {"temperature": 2.0}),
@@ -115,7 +120,7 @@ def test_one_message_is_answered(work, vocabulary, capsys, tmp_path):
     asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The cat?"}]
     prompt = dialogue.render_prompt(asked, vocabulary)
     stop_ids = [vocabulary.end_id, vocabulary.user_id, vocabulary.bot_id]
-    (tokens,) = generate(*model(), [prompt], max_new_tokens=6, stop_ids=stop_ids)
+    (tokens,) = generate(*model(), [prompt], max_new_tokens=6, stop_ids=stop_ids, **RELEASED)
     assert printed == spoken(vocabulary, tokens) + "\n"
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["messages"] == [*asked, {"role": "assistant", "content": printed[:-1]}]
@@ -185,14 +190,21 @@ def test_a_conversation_over_a_pipe(work, monkeypatch, capsys, tmp_path):
     assert [m["content"] for m in second["messages"]][:2] == ["Be brief.", "/help is not a command here"]
     assert printed.startswith(first["messages"][1]["content"] + "\n" + first["messages"][3]["content"] + "\n")
     assert answers.count(first["messages"][1]["content"]) >= 2  # after /reset the same question, the same answer
+    cut = "tele: the answer was cut after 6 tokens (--max-new-tokens)"  # said once a conversation
     assert complaints.splitlines() == [
+        *[cut, cut, cut],
         "tele: /nonsense: no such command; /help lists them, and a space before it sends the line as it is",
         f"tele: {tmp_path / 'no' / 'such' / 'directory'}: No such file or directory",
         "tele: '~nobody-here/x': Could not determine home directory.",
         "tele: 'a\\x00b': embedded null byte",
     ]
     written = json.loads(figures.read_text())
-    assert len(written["replies"]) == 4
+    assert [reply["ended"] for reply in written["replies"]] == ["length"] * 4
+    assert (written["template"], written["trained_on_dialogues"], written["sampling"]) == (
+        "telechat_12b",
+        True,
+        RELEASED,
+    )
     assert written["messages"] == second["messages"]
 
 
@@ -382,5 +394,62 @@ def test_an_interrupted_answer_does_not_end_the_conversation(work, monkeypatch, 
 
     monkeypatch.setattr(Chat, "reply", reply)
     code, printed, complaints = converse(monkeypatch, capsys, work, "long\nHello\n")
-    assert (code, complaints) == (0, "\n(stopped)\n")
+    assert (code, complaints.splitlines()[:2]) == (0, ["", "(stopped)"])
     assert printed.startswith("Well") and len(printed) > len("Well")
+
+
+def test_chat_says_once_what_it_leaves_out(work, monkeypatch, capsys, tmp_path):
+    long = "0123456789" * 7
+    code, _, complaints = converse(
+        monkeypatch, capsys, work, f"Hello\n{long}\n{long}\n", "--json", tmp_path / "figures.json"
+    )
+    room = "beside an answer of 6 tokens in the model's context of 64"
+    assert code == 0
+    assert complaints.splitlines() == [
+        "tele: the answer was cut after 6 tokens (--max-new-tokens)",
+        f"tele: the conversation does not fit {room}: its oldest turns are left out from here on",
+        f"tele: the question does not fit {room}: its beginning is left out",
+        "tele: the answer was cut: it fills the model's context of 64 tokens",
+    ]
+    replies = json.loads((tmp_path / "figures.json").read_text())["replies"]
+    assert [reply["dropped_turns"] for reply in replies] == [0, 1, 2]
+    assert [reply["cut_question"] for reply in replies] == [False, True, True]
+    assert [reply["ended"] for reply in replies] == ["length", "context", "context"]
+
+
+def test_chat_says_that_an_answer_is_empty_and_a_model_not_made_for_chat(tmp_path, monkeypatch, capsys):
+    work = work_directory(tmp_path / "W")
+    step = work / "pretrain" / "checkpoints" / "1"
+    checkpoint.save(step, *model(), step=1, provenance=[{"stage": "pretrain", "kind": "pretrain", "step": 1}])
+    (step / "tokenizer.model").write_bytes(tokenizer_bytes())
+    ends = lambda *a, on_token, **options: [[]]  # noqa: E731
+    monkeypatch.setattr("tele_jax.chat.generate", ends)
+    code, printed, complaints = converse(
+        monkeypatch, capsys, step, "Hello\nHello\n", "--json", tmp_path / "figures.json"
+    )
+    assert (code, printed) == (0, "\n\n")
+    assert complaints.splitlines() == [
+        f"tele: {step} was last trained on plain text (stage pretrain), not on dialogues: expect it to continue text "
+        "rather than to answer",
+        "tele: the answer is empty: it and its question are left out of the conversation",
+    ]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["messages"] == [] and not figures["trained_on_dialogues"]
+    assert [(r["ended"], r["remembered"]) for r in figures["replies"]] == [("eos", False)] * 2
+
+
+def test_what_conditions_the_first_token_in_training_does_so_in_generation(tmp_path, capsys):
+    """A model that was trained here saw a separator before every document; so does a prompt."""
+    provenance = [{"stage": "pretrain", "kind": "pretrain"}, {"stage": "grow", "kind": "grow"}, {"kind": "sft"}]
+    step = tmp_path / "10"
+    checkpoint.save(step, *model(), step=10, provenance=provenance)
+    (step / "tokenizer.model").write_bytes(tokenizer_bytes())
+    vocabulary = load_vocabulary(step / "tokenizer.model")
+    figures = tmp_path / "figures.json"
+    printed = tele(capsys, "generate", step, "--prompt", "The cat", "--max-new-tokens", 5, "--json", figures)
+    prompt = [vocabulary.eos_id, *vocabulary.encode("The cat")]
+    (tokens,) = generate(*model(), [prompt], max_new_tokens=5, stop_ids=[vocabulary.end_id], **RELEASED)
+    assert printed == spoken(vocabulary, tokens) + "\n"
+    written = json.loads(figures.read_text())
+    assert written["document_start"] == vocabulary.eos_id
+    assert written["continuations"][0]["prompt_tokens"] == len(prompt)

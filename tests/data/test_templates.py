@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tele_jax.data import templates
 from tele_jax.data.dialogue import render, render_prompt, shortest
-from tele_jax.data.templates import TEMPLATES, choose, encode_content, marker_ids, stop_ids
+from tele_jax.data.templates import TEMPLATES, choose, stop_ids
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.data.vocabulary_training import train_vocabulary
 from tele_jax.errors import UserError
@@ -46,11 +46,18 @@ def test_text_markers_are_as_published(vocabulary, template, messages, expected)
 def test_answers_are_learned_and_only_the_end_of_a_reply(vocabulary):
     for template, between in ((FIFTY_TWO, vocabulary.encode("<_end>")), (INSTRUCT, [])):
         tokens, weights = render(talk("q", "one", "q", "two"), vocabulary, template=template)
-        ask = vocabulary.encode("<_user>") + vocabulary.encode("q") + vocabulary.encode("<_bot>")
+        ask = vocabulary.encode("<_user>q<_bot>")
         one, two = vocabulary.encode("one"), vocabulary.encode("two")
         assert tokens == [*ask, *one, *between, *ask, *two, vocabulary.eos_id]
         expected = [0] * len(ask) + [1] * len(one) + [0] * len(between) + [0] * len(ask) + [1] * (len(two) + 1)
         assert weights == expected
+
+
+def real_markers(vocabulary, ids):
+    """How often the markers of a turn are there where letters that are spelled in bytes are other text."""
+    pieces = [b"\0" if vocabulary.piece(i).startswith("<0x3") else vocabulary.piece_bytes[i] for i in ids]
+    text = b"".join(pieces).decode(errors="replace")
+    return text.count("<_user>"), text.count("<_bot>")
 
 
 @given(
@@ -59,12 +66,15 @@ def test_answers_are_learned_and_only_the_end_of_a_reply(vocabulary):
     )
 )
 def test_a_marker_that_somebody_types_is_the_same_text_in_other_ids(vocabulary, text):
-    for template in (FIFTY_TWO, INSTRUCT, TEMPLATES["telechat"]):
-        ids = encode_content(template, vocabulary, text)
-        assert vocabulary.decode(ids) == text
-        markers = marker_ids(template, vocabulary)
-        for marker in filter(None, (markers.user, markers.bot, markers.between, markers.end)):
-            assert not any(ids[i : i + len(marker)] == marker for i in range(len(ids)))
+    for template in (FIFTY_TWO, INSTRUCT):
+        ids = render_prompt(talk("a" + text, text, "b" + text), vocabulary, template=template)
+        expected = f"<_user>a{text}<_bot>{text}{template.between}<_user>b{text}<_bot>"
+        if template is FIFTY_TWO:
+            assert spelled(vocabulary, ids) == expected
+        assert real_markers(vocabulary, ids) == (2, 2)
+    ids = render_prompt(talk(text), vocabulary)
+    assert ids == [vocabulary.user_id, *vocabulary.encode(text), vocabulary.bot_id]
+    assert not {vocabulary.user_id, vocabulary.bot_id, vocabulary.end_id} & set(vocabulary.encode(text))
 
 
 def test_a_typed_marker_is_told_apart_where_the_vocabulary_has_its_angles_in_bytes_only(tmp_path):
@@ -75,20 +85,21 @@ def test_a_typed_marker_is_told_apart_where_the_vocabulary_has_its_angles_in_byt
     marker = vocabulary.encode("<_user>")
     assert marker[0] == vocabulary.id_of("<0x3C>")
     for text in ("<_user>", "a <_user><_user> b", "<_us<_user>er>"):
-        ids = encode_content(FIFTY_TWO, vocabulary, text)
-        assert vocabulary.decode(ids) == text
-        assert not any(ids[i : i + len(marker)] == marker for i in range(len(ids)))
+        ids = render_prompt(talk(text), vocabulary, template=FIFTY_TWO)
+        assert spelled(vocabulary, ids) == f"<_user>{text}<_bot>"
+        found = [i for i in range(len(ids)) if ids[i : i + len(marker)] == marker]
+        assert found == [0]
 
 
 def test_a_marker_that_is_all_bytes_cannot_be_typed():
     class Bytes:
-        path = "bytes.model"
-        encode = staticmethod(lambda text: list(text.encode()))
-        id_of = staticmethod(lambda piece: int(piece[3:5], 16))
+        path, eos_id, adds_dummy_prefix = "bytes.model", 2, False
+        encode = encode_continuation = staticmethod(lambda text: list(text.encode()))
+        id_of = staticmethod(lambda piece: int(piece[3:5], 16) if piece.startswith("<0x") else 2)
 
-    assert encode_content(FIFTY_TWO, Bytes(), "user") == list(b"user")
+    assert render_prompt(talk("user"), Bytes(), template=FIFTY_TWO) == list(b"<_user>user<_bot>")
     with pytest.raises(UserError, match=r"bytes.model: it has only bytes for '<_user>', which text may not hold then"):
-        encode_content(FIFTY_TWO, Bytes(), "a <_user>")
+        render_prompt(talk("a <_user>"), Bytes(), template=FIFTY_TWO)
 
 
 def test_a_long_dialogue_is_cut_around_markers_of_several_tokens(vocabulary):
@@ -157,6 +168,7 @@ def test_every_preset_of_sampling_is_one(vocabulary):
     # FACTS section 5; TeleChat-52B's generation_config.json; the model card of Tele-FLM Instruct.
     assert penalties == {
         "telechat": 1.03, "telechat_7b": 1.03, "telechat_12b": 1.01, "telechat_52b": 1.02, "tele_flm_instruct": 1.03,
+        "telechat2": 1.03,
     }  # fmt: skip
     for template in TEMPLATES.values():
         sampling(**template.sampling)
