@@ -4,7 +4,7 @@
     if is_first(): ...                          # process 0 prints, and writes what is not a part of an array
     step = from_first(lambda: latest_step())    # looked up in process 0; the same in all
     sizes = from_all(size)                      # [that of process 0, that of process 1, ...] in all
-    with StopSignal() as stop: ...              # stop(): SIGTERM came to any of them; True in all at the same call
+    with StopSignal() as stop: ...              # stop(): SIGTERM or Ctrl-C came to any; True in all at the same call
 
 With one process all of this does nothing, and jax.distributed need not be started.
 """
@@ -171,33 +171,49 @@ def barrier() -> None:
 
 
 class StopSignal(contextlib.AbstractContextManager):
-    """While it is entered, SIGTERM does not end the process. stop() says whether it came, to any process.
+    """While it is entered, SIGTERM and Ctrl-C do not end the process. stop() says whether one came, to any process.
 
     Processes have to ask equally often: each call is a point in the program where all get the same answer. Once True,
-    it stays so.
+    it stays so. A second Ctrl-C raises KeyboardInterrupt at once.
     """
 
     def __init__(self) -> None:
         self._received: list[int] = []
         self._stopped = False
-        self._restore: Callable[[], None] = lambda: None
+        self._restore = contextlib.ExitStack()
 
     def __enter__(self) -> "StopSignal":
-        if jax.process_count() > 1:
-            return self  # JAX's preemption service has taken SIGTERM, and tells the others
         # In a thread, as in a notebook's worker, there is nothing to install.
         with contextlib.suppress(ValueError):
-            before = signal.signal(signal.SIGTERM, lambda number, frame: self._received.append(number))
-            self._restore = lambda: signal.signal(signal.SIGTERM, before)
+            self._handle(signal.SIGINT)
+            if jax.process_count() == 1:  # or JAX's preemption service has taken SIGTERM, and tells the others
+                self._handle(signal.SIGTERM)
         return self
 
+    def _handle(self, number: int) -> None:
+        before = signal.signal(number, self._receive)
+        self._restore.callback(signal.signal, number, before)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT:
+            if signal.SIGINT in self._received:
+                raise KeyboardInterrupt
+            os.write(2, b"\nstops after this step and saves; Ctrl-C again ends at once, without saving\n")
+            if jax.process_count() > 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        self._received.append(number)
+
     def __exit__(self, *exception: object) -> None:
-        self._restore()
+        self._restore.close()
 
     def __call__(self) -> bool:
         if not self._stopped:
             self._stopped = bool(self._received) if jax.process_count() == 1 else _preempted(next(_polls))
         return self._stopped
+
+    def interrupted(self) -> bool:
+        """Whether it was Ctrl-C that came, to any process; all have to ask."""
+        return any(from_all(signal.SIGINT in self._received))
 
 
 _polls = itertools.count()  # JAX's service asks for numbers that rise by one, in the life of a process

@@ -7,6 +7,7 @@ A page in configs/ returns a ConfigDict with `run`, the names of the stages in o
 """
 
 import dataclasses
+import difflib
 import itertools
 import math
 from collections.abc import Mapping
@@ -46,6 +47,9 @@ class DataConfig:
     cache: str | None = None  # directory that `tele data cache` wrote; None: files are read while training goes on
     template: str | None = None  # how dialogues are written, see data/templates.py; None: as the tokenizer says
     eval_bytes: int = 200_000  # UTF-8 bytes of held-out text per domain
+    # A domain that an earlier stage (or the run that config.start is of) has read goes on where it was left. True: this
+    # stage reads everything from the beginning.
+    restart: bool = False
 
     def __post_init__(self):
         require(self.cache is not None or len(self.sources) > 0, "sources must name at least one domain, or give cache")
@@ -259,7 +263,10 @@ def run_config(page: Mapping[str, Any]) -> RunConfig:
     for name in names:
         require(name in page, f"config.run names the stage {name!r}, but config.{name} is missing")
     for key in page:
-        require(key in names, f"config.{key}: unknown key; stages have to be named in config.run = {names}")
+        if key not in names:
+            near = difflib.get_close_matches(key, (*names, "mesh", "num_slices", "start"), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"config.{key}: unknown key{hint}; stages have to be named in config.run = {names}")
     stages = {name: _stage(page[name], f"config.{name}") for name in names}
     first = stages[names[0]]
     if start is None and isinstance(first, GrowStage):

@@ -1,8 +1,11 @@
 """Config pages: a Python file with get_config() -> ConfigDict, and changes to it from the command line."""
 
 import ast
+import contextlib
+import importlib
 import importlib.util
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,13 @@ from tele_jax.errors import UserError
 def load_page(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """The ConfigDict of a page, with overrides such as "--config.pretrain.steps=100" applied.
 
-    "page.py:7b" calls get_config("7b"), as ml_collections' flags do.
+    "page.py:7b" calls get_config("7b"), as ml_collections' flags do. A page can import the files beside it. An override
+    makes the tables that lead to its key, where the page leaves them at their defaults; whoever reads the ConfigDict
+    refuses keys that do not exist.
 
     Raises:
-      UserError: no such file, a page that fails or has no get_config, an override of a key that the page does not set.
+      UserError: no such file, a page that fails or has no get_config, an override that is not understood or leads
+        through a value.
     """
     file, arguments = Path(path), []
     if not file.exists() and ":" in path:
@@ -25,16 +31,15 @@ def load_page(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
         file, arguments = Path(name), [argument]
     if not file.is_file():
         raise UserError(f"--config {path}: no such file")
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("config_page", file))
     try:
-        module.__spec__.loader.exec_module(module)
-        page = module.get_config(*arguments)
+        with _neighbours(file.resolve().parent):
+            module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("config_page", file))
+            module.__spec__.loader.exec_module(module)
+            if not hasattr(module, "get_config"):
+                raise UserError(f"--config {path}: the page defines no get_config()")
+            page = module.get_config(*arguments)
     except UserError:
         raise
-    except AttributeError as error:
-        if "get_config" in str(error):
-            raise UserError(f"--config {path}: the page defines no get_config()") from None
-        raise UserError(f"--config {path}: the page fails: {error}") from error
     except Exception as error:
         raise UserError(f"--config {path}: the page fails: {type(error).__name__}: {error}") from error
     if not isinstance(page, ConfigDict):
@@ -53,16 +58,16 @@ def _override(page: ConfigDict, override: str) -> None:
     *tables, key = name.removeprefix("--config.").split(".")
     table: Any = page
     for depth, part in enumerate(tables):
-        if not hasattr(table, "keys") or part not in table:
-            raise UserError(f"{override}: the page has no table config.{'.'.join(tables[: depth + 1])}")
+        with table.unlocked():
+            if table.get(part) is None:
+                table[part] = ConfigDict()
         table = table[part]
-    if not hasattr(table, "keys"):
-        raise UserError(f"{override}: config.{'.'.join(tables)} is a value, not a table")
+        if not isinstance(table, ConfigDict):
+            raise UserError(f"{override}: config.{'.'.join(tables[: depth + 1])} is a value, not a table")
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
-    # A key that the page leaves at its default may be set too; run_config refuses keys that do not exist.
     with table.unlocked():
         if key in table:
             del table[key]
@@ -70,3 +75,32 @@ def _override(page: ConfigDict, override: str) -> None:
             table[key] = value
         except ValueError as error:  # a key inside the value that ml_collections does not take
             raise UserError(f"{override}: {error}") from None
+
+
+@contextlib.contextmanager
+def _neighbours(directory: Path) -> Iterator[None]:
+    """Lets a page import the files beside it, as a script can.
+
+    What was imported stays, as every module does. A neighbour of another page that has the name of one of this page is
+    forgotten first.
+    """
+    here = {child.stem for child in directory.iterdir()}
+    for name in here & sys.modules.keys():
+        if _beside(sys.modules[name]) not in (None, directory):
+            del sys.modules[name]
+    before = set(sys.modules)
+    sys.path.insert(0, str(directory))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(directory))
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file is not None and directory in Path(file).resolve().parents:
+                sys.modules[name].__page_directory__ = directory
+
+
+def _beside(module: Any) -> Path | None:
+    """The directory of the page that imported a module as its neighbour; None for every other module."""
+    return getattr(module, "__page_directory__", None)

@@ -13,9 +13,31 @@ OVERRIDES = True
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="a page with get_config(), as in configs/")
-    parser.add_argument("--workdir", required=True, type=Path, metavar="W", help="where the run lives")
+    parser.add_argument("--workdir", required=True, type=_directory, metavar="W", help="directory of the run alone")
+    parser.add_argument(
+        "--from",
+        dest="from_step",
+        type=_step,
+        metavar="STEP",
+        help="go back to this checkpoint of the last stage, and change its optimizer, schedule or steps from there on",
+    )
     several.arguments(parser)
-    parser.epilog = "--config.STAGE.KEY=VALUE changes a value of the config, as often as wanted"
+    parser.epilog = (
+        "--config.STAGE.KEY=VALUE changes a value of the config, as often as wanted. Exit codes: 0 done, 2 a mistake "
+        "in the command or config, 1 a failure, 130 after Ctrl-C, 143 after SIGTERM (both saved)."
+    )
+
+
+def _directory(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty name is no directory")
+    return Path(text)
+
+
+def _step(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a step")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -54,11 +76,12 @@ def _run(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     from tele_jax.train import loop
 
     try:
-        summaries = loop.run(config, args.workdir)
+        summaries = loop.run(config, args.workdir, from_step=args.from_step)
     except loop.Stopped as stopped:
         if processes.is_first():
             print(stopped, file=sys.stderr)
-        raise SystemExit(143) from None  # 128 + SIGTERM: a launcher sees that the run is not finished
+        # 128 and the signal's number: a launcher sees that the run is not finished.
+        raise SystemExit(130 if stopped.interrupted else 143) from None
     if processes.is_first():
         print(report.write(args.workdir, summaries))
     else:

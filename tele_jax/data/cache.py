@@ -42,6 +42,7 @@ class Shard:
     rows: int
     file_bytes: int
     crc32: int
+    text: str | None = None  # checksum of the text that it was made from (shards.text_checksum)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,7 @@ class Domain:
     counts: Counts
     shards: tuple[Shard, ...]
     source: SourceConfig  # as the page that made the cache had it
+    text_files: tuple[int, ...] = ()  # bytes of the files that it was made from, in order
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,12 @@ class Manifest:
     def digest(self) -> str:
         """Names the content: caches of the same rows have the same digest."""
         return _digest(dataclasses.asdict(self))
+
+    def checksum(self, domain: str) -> str:
+        """Names the rows of a domain, wherever the cache and the text it was made from lie."""
+        shards = [(shard.rows, shard.file_bytes, shard.crc32) for shard in self.domains[domain].shards]
+        shape = [self.kind, self.seq_len, self.tokenizer_sha256, self.vocab_size, self.pad_id, self.template]
+        return hashlib.sha256(json.dumps([shape, shards]).encode()).hexdigest()[:32]
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tele_jax.data import feed, shards, sources, templates
+from tele_jax.data import beam_workers, feed, shards, sources, templates
 from tele_jax.data.cache import FORMAT, MANIFEST, Counts, Domain, Manifest, incomplete, read_manifest
 from tele_jax.data.cached_feed import difference
 from tele_jax.data.extras import need
@@ -67,12 +67,13 @@ def make(
     units = shards.plan(config)
     work = incomplete(out)
     with _failing_in_one_line(work), _one_maker(work):
-        if _begun(work, config, vocabulary, units):
+        if _begun(work, config, vocabulary, units, say):
             say(f"{work}: goes on where it was")
         with _watched(work, units, progress):
             here = runner == SERIAL or (runner == "DirectRunner" and workers == 1)
             threads = len(os.sched_getaffinity(0)) if here else 1
             run(units, _Work(config, work, vocabulary.sha256, threads))
+        _require_same_text(work, units)
         manifest = _assemble(work, config, vocabulary, units)
         shutil.rmtree(work / shards.ACCOUNTS)
         (work / PLAN).unlink()
@@ -102,24 +103,76 @@ def _one_maker(work: Path) -> Iterator[None]:
         yield
 
 
-def _begun(work: Path, config: CacheConfig, vocabulary: Vocabulary, units: list[shards.Unit]) -> bool:
-    """Writes the plan, or compares with the one that is there; removes what a kill left half-written."""
+def _begun(
+    work: Path,
+    config: CacheConfig,
+    vocabulary: Vocabulary,
+    units: list[shards.Unit],
+    say: Callable[[str], None] = lambda line: None,
+) -> bool:
+    """Writes the plan, or compares with the one that is there; removes what a kill left half-written.
+
+    Shards of a file that has changed since are made again: a cache never mixes two versions of a text.
+    """
     plan = {"config": dataclasses.asdict(config), "tokenizer": vocabulary.sha256, "format": FORMAT}
     plan["units"] = hashlib.sha256(json.dumps([dataclasses.asdict(unit) for unit in units]).encode()).hexdigest()
-    plan = json.loads(json.dumps(plan))
+    plan, files = json.loads(json.dumps(plan)), _stamps(units)
     file = work / PLAN
     if not file.exists():
-        shards.replace(file, json.dumps(plan))
+        shards.replace(file, json.dumps(plan | {"files": files}))
         return False
-    try:
-        before = json.loads(file.read_text())
-    except ValueError:
-        raise DamageError(f"{file}: damaged; remove {work}") from None
+    before, stamps = _read_plan(work)
     if changed := difference(before, plan):
         raise UserError(f"{work}: was begun for something else ({changed}); remove it, or choose another --out")
     for leftover in work.rglob(".*.array_record.*"):
         leftover.unlink()
+    stale = _stale(work, units, stamps, files)
+    for unit in stale:
+        shards.account_file(work, unit).unlink()
+    if stale:
+        paths = sorted({part.path for unit in stale for part in unit.parts if files[part.path] != stamps[part.path]})
+        say(f"{', '.join(paths)}: changed since this cache was begun; {len(stale)} finished shards are made again")
+    shards.replace(file, json.dumps(plan | {"files": files}))
     return True
+
+
+def _read_plan(work: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """(what the cache was begun for, the stamps of its files then)."""
+    try:
+        plan = json.loads((work / PLAN).read_text())
+        return plan, dict(plan.pop("files").items())
+    except (ValueError, KeyError, AttributeError, RecursionError):
+        raise DamageError(f"{work / PLAN}: damaged; remove {work}") from None
+
+
+def _stamps(units: Sequence[shards.Unit]) -> dict[str, list[int]]:
+    """What changes with every file that is written anew: a look at each, without reading any."""
+    found = {}
+    for path in sorted({part.path for unit in units for part in unit.parts}):
+        stat = os.stat(path)
+        found[path] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    return found
+
+
+def _stale(
+    work: Path, units: Sequence[shards.Unit], before: dict[str, list[int]], now: dict[str, list[int]]
+) -> list[shards.Unit]:
+    """Finished units whose text is not what they were made from. Text is read only where a file's stamp differs."""
+    changed = {path for path in now if before.get(path) != now[path]}
+    found = []
+    for unit in units:
+        done = shards.finished(work, unit) if any(part.path in changed for part in unit.parts) else None
+        if done is not None and done.text != shards.text_checksum(unit):
+            found.append(unit)
+    return found
+
+
+def _require_same_text(work: Path, units: Sequence[shards.Unit]) -> None:
+    """Raises UserError where a file changed while the cache was made."""
+    _, before = _read_plan(work)
+    if stale := _stale(work, units, before, _stamps(units)):
+        paths = ", ".join(part.path for part in stale[0].parts)
+        raise UserError(f"{paths}: changed while this cache was made; start again, and its shards are made anew")
 
 
 @contextlib.contextmanager
@@ -168,7 +221,7 @@ def _pipeline(runner: str, workers: int, options: Sequence[str]) -> Callable[[Se
     """What does the work by Beam; made before anything is written, since Beam checks the options here."""
     options = [*options, "--default_sdk_harness_log_level=ERROR"]
     if workers > 1:
-        options += [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing"]
+        options += [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing", beam_workers.OPTION]
     with _quiet():
         beam = need("apache_beam", how="pip install tele_jax[data,beam], or --runner serial")
         try:
@@ -178,7 +231,7 @@ def _pipeline(runner: str, workers: int, options: Sequence[str]) -> Callable[[Se
 
     def run(units: Sequence[shards.Unit], work: _Work) -> None:
         try:
-            with _quiet(), pipeline:
+            with _quiet(), beam_workers.ending_with_us(), pipeline:
                 # Reshuffle lets every unit go to another worker.
                 _ = pipeline | beam.Create(units) | beam.Reshuffle() | "write" >> beam.Map(work)
         except (RuntimeError, ValueError, ImportError) as error:
@@ -241,10 +294,20 @@ def _assemble(work: Path, config: CacheConfig, vocabulary: Vocabulary, units: li
         vocab_size=vocabulary.vocab_size,
         pad_id=max(vocabulary.pad_id, 0),
         domains={
-            name: Domain(counts=domain["counts"], shards=tuple(domain["shards"]), source=config.data.sources[name])
+            name: Domain(
+                counts=domain["counts"],
+                shards=tuple(domain["shards"]),
+                source=config.data.sources[name],
+                text_files=_sizes([unit for unit in units if unit.domain == name]),
+            )
             for name, domain in domains.items()
         },
         template=templates.choose(vocabulary).name if feed.has_dialogues(config.data, config.kind) else None,
     )
     shards.replace(work / MANIFEST, manifest.to_text())
     return read_manifest(work)
+
+
+def _sizes(units: Sequence[shards.Unit]) -> tuple[int, ...]:
+    """Bytes of the files of some units, in order."""
+    return tuple({part.path: part.file_bytes for unit in units for part in unit.parts}.values())

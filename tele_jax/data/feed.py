@@ -5,28 +5,30 @@
 
 import dataclasses
 import difflib
-import io
 import json
-import tempfile
+import os
 import warnings
-import weakref
-import zipfile
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from tele_jax.data import cache, examples, packing, sources, templates
-from tele_jax.data.cached_feed import Batch, CachedFeed, difference
+from tele_jax.data import cache, examples, live_feed, order, packing, sources, templates
+from tele_jax.data import position as positions_
+from tele_jax.data.cached_feed import AHEAD, Batch, CachedFeed, difference, parse_state
+from tele_jax.data.position import Position
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
-from tele_jax.errors import DamageError, UserError
-from tele_jax.run import DataConfig
+from tele_jax.errors import UserError
+from tele_jax.run import DataConfig, SourceConfig
 
 SPAN_BYTES = 16_384
 SPAN_BYTES_PER_TOKEN = 32  # a span is about eight rows of English
 
 Aside = Callable[[sources.Corpus], None]
+Index = Callable[..., sources.Corpus]  # sources.index, or a sources.Indexes
 
 
 def warn(corpus: sources.Corpus) -> None:
@@ -49,6 +51,8 @@ def open_feed(
     rows: Sequence[int] | None = None,
     place: Callable[[Batch], Any] = lambda batch: batch,
     aside: Aside = warn,
+    known: Sequence[Position] = (),
+    index: Index = sources.index,
 ) -> "LiveFeed | CachedFeed":
     """The feed of a stage. Its batches have been through `place`, which may put them on devices.
 
@@ -57,17 +61,19 @@ def open_feed(
       rows: which rows of every batch this process needs; None: all. A live feed gives all in every process.
       place: is given every batch; by a cached feed ahead of time.
       aside: as LiveFeed. (What a cache could not use was kept aside when it was made.)
+      known, index: as LiveFeed.
 
     Raises:
       UserError: as LiveFeed and check.
       DamageError: as cache.RowCache.
     """
     if data.cache is None:
-        return LiveFeed(data, kind=kind, seq_len=seq_len, batch_size=batch_size, seed=seed, place=place, aside=aside)
-    check(data, kind=kind, seq_len=seq_len)
+        shape = {"kind": kind, "seq_len": seq_len, "batch_size": batch_size}
+        return LiveFeed(data, **shape, seed=seed, place=place, aside=aside, known=known, index=index)
+    check(data, kind=kind, seq_len=seq_len, index=index)
     rates = {name: source.rate for name, source in resolve(data).sources.items()}
     row_cache = cache.RowCache(data.cache)
-    return CachedFeed(row_cache, rates, batch_size=batch_size, seed=seed, rows=rows, place=place)
+    return CachedFeed(row_cache, rates, batch_size=batch_size, seed=seed, rows=rows, place=place, known=known)
 
 
 def resolve(data: DataConfig) -> DataConfig:
@@ -85,7 +91,7 @@ def resolve(data: DataConfig) -> DataConfig:
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(domains)}"
             raise UserError(f"sources.{name}: the cache {data.cache} has no such domain; {hint}")
         made_from = domains[name].source.files
-        if source.files and source.files != made_from:
+        if source.files and source.files != made_from and not _same_sizes(source, domains[name], name):
             raise UserError(
                 f"sources.{name}.files: the cache {data.cache} was made from {', '.join(made_from)}; make it again, or "
                 "leave files out"
@@ -93,7 +99,16 @@ def resolve(data: DataConfig) -> DataConfig:
     return dataclasses.replace(data, sources=data.sources or {name: d.source for name, d in domains.items()})
 
 
-def check(data: DataConfig, *, kind: examples.Kind, seq_len: int) -> Vocabulary:
+def _same_sizes(source: SourceConfig, domain: cache.Domain, name: str) -> bool:
+    """Whether files are as large as those that a cache was made from: they may lie elsewhere now, and are not read."""
+    try:
+        files = sources.expand(source.files, f"sources.{name}.files")
+    except UserError:
+        return False
+    return tuple(os.path.getsize(file) for file in files) == domain.text_files
+
+
+def check(data: DataConfig, *, kind: examples.Kind, seq_len: int, index: Index = sources.index) -> Vocabulary:
     """Looks through all that `data` names, as a feed would, and returns the tokenizer. Of rejects it says nothing.
 
     Raises:
@@ -102,7 +117,7 @@ def check(data: DataConfig, *, kind: examples.Kind, seq_len: int) -> Vocabulary:
     """
     vocabulary = open_vocabulary(data, kind)
     if data.cache is None:
-        open_corpora(data, vocabulary, kind, seq_len, "files", aside=ignore)
+        open_corpora(data, vocabulary, kind, seq_len, "files", aside=ignore, index=index)
     else:
         cache.check_fits(
             cache.RowCache(data.cache).manifest,
@@ -113,7 +128,7 @@ def check(data: DataConfig, *, kind: examples.Kind, seq_len: int) -> Vocabulary:
             sha256=vocabulary.sha256,
             template=data.template,
         )
-    open_corpora(resolve(data), vocabulary, kind, seq_len, "validation_files", aside=ignore)
+    open_corpora(resolve(data), vocabulary, kind, seq_len, "validation_files", aside=ignore, index=index)
     return vocabulary
 
 
@@ -125,7 +140,8 @@ class LiveFeed:
 
     Every epoch of a domain has every document once, in an order of its own. The domains' shares of the rows are their
     rates. The same configuration, files and seed give the same batches, bit for bit, and `state` and `restore` go on
-    in the middle as if nothing had happened, in another process too.
+    in the middle as if nothing had happened, in any epoch and in another process too. What is read is compared with the
+    checksums of the index: a file that changes meanwhile ends the run, and never mixes two versions.
     """
 
     def __init__(
@@ -138,54 +154,85 @@ class LiveFeed:
         seed: int,
         place: Callable[[Batch], Any] = lambda batch: batch,
         aside: Aside = warn,
+        known: Sequence[Position] = (),
+        index: Index = sources.index,
     ):
-        """Checks all files, and builds the pipeline.
+        """Checks all files; reading begins with the first batch.
 
         Args:
           data: domains, rates and the tokenizer.
           kind: "pretrain": every token counts; "sft": answers only, of dialogues.
           seq_len: tokens in a row.
           batch_size: rows in a batch.
-          seed: of the orders and of the mixture.
-          place: is given every batch before it is given out.
+          seed: of the orders; a domain that goes on keeps that of the stage which began to read it.
+          place: is given every batch, in a thread, before it is asked for.
           aside: is given the index of every domain, whose `rejected` are the documents that cannot be used.
+          known: positions that earlier stages came to, the latest first; a domain goes on where it was left.
+          index: makes the indexes; sources.Indexes() where several feeds read the same files.
 
         Raises:
           UserError: files that are missing, empty or compressed; a domain without one usable document (sources.index);
-            a tokenizer that is missing or lacks what is needed; a system message that its template has no place for;
-            `[data]` not installed.
+            a tokenizer that is missing or lacks what is needed; a system message that its template has no place for.
         """
-        vocabulary = open_vocabulary(data, kind)
-        corpora = open_corpora(data, vocabulary, kind, seq_len, "files", aside=aside)
-        from tele_jax.data import tasks  # TensorFlow
-
-        self._errors: list[Exception] = []
-        built = [
-            tasks.task(corpus, vocabulary, kind=kind, seq_len=seq_len, report=self._errors.append)
-            for corpus in corpora.values()
-        ]
-        converter = tasks.RowConverter(vocabulary, kind)
-        mixture = tasks.mixture(
-            built, [data.sources[name].rate for name in corpora], converter=converter, seq_len=seq_len
-        )
-        self._tf = tasks.tf
-        self._holder = [iter(tasks.row_dataset(mixture, seed=seed, batch_size=batch_size))]
-        # Its threads call Python. They have to be stopped while there still is an interpreter: finalize sees to that
-        # at exit, and as soon as the feed is dropped.
-        self._finalize = weakref.finalize(self, self._holder.clear)
-        self._place = place
-        self._batches = 0
+        self._vocabulary = open_vocabulary(data, kind)
+        corpora = open_corpora(data, self._vocabulary, kind, seq_len, "files", aside=aside, index=index)
+        self._documents = {
+            name: live_feed.CorpusDocuments(corpora[name], self._vocabulary, kind, seq_len, _span_bytes(seq_len))
+            for name in sorted(corpora)
+        }
+        self._shape = {"kind": kind, "seq_len": seq_len}
+        self._batch_size, self._place = batch_size, place
+        self._weights = order.integer_weights([data.sources[name].rate for name in self._documents])
+        self.taken_over = positions_.choose(known, {name: each.checksum for name, each in self._documents.items()})
         self._identity = {
-            "kind": kind,
-            "seq_len": seq_len,
+            "feed": "live",
+            **self._shape,
             "batch_size": batch_size,
             "seed": seed,
-            "tokenizer": vocabulary.sha256,
+            "tokenizer": self._vocabulary.sha256,
+            "order": order.VERSION,
             "sources": {
                 name: {"checksum": corpus.checksum, "format": corpus.format, "rate": data.sources[name].rate}
                 for name, corpus in corpora.items()
             },
         }
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="documents")
+        self._pending: deque[Future] = deque()
+        self._begin(
+            {
+                name: live_feed.go_on(self.taken_over.get(name), name, documents, **self._shape, seed=seed)
+                for name, documents in self._documents.items()
+            },
+            batches=0,
+        )
+
+    def _begin(self, starts: dict[str, Position], batches: int) -> None:
+        """Sets where the next batch comes from; nothing may be at work."""
+        self._batches, self._made, self._positions, self._starts = batches, batches, starts, starts
+        self._rows: list[Any] = []
+
+    def _packers(self) -> list[Any]:
+        """One of each domain, made in the thread that reads: what was open is read again."""
+        pad_id, separator = max(self._vocabulary.pad_id, 0), self._vocabulary.eos_id
+        made = []
+        for name, documents in self._documents.items():
+            start = self._starts[name]
+            read = live_feed.Reader(documents, start)
+            if self._shape["kind"] == "pretrain":
+                made.append(live_feed.CutRows(read, start, separator=separator, pad_id=pad_id))
+            else:
+                made.append(live_feed.WholeRows(read, start, pad_id=pad_id))
+        return made
+
+    def _make(self) -> tuple[Any, dict[str, Position]]:
+        """The next batch, and where every domain is after it."""
+        self._rows = self._rows or self._packers()
+        first = self._made * self._batch_size
+        domain, _ = order.mixture(np.arange(first, first + self._batch_size), self._weights)
+        rows = np.stack([self._rows[i].row() for i in domain.tolist()])
+        self._made += 1
+        positions = {name: packer.position() for name, packer in zip(self._documents, self._rows, strict=True)}
+        return self._place(packing.to_batch(rows)), positions
 
     def __iter__(self) -> "LiveFeed":
         return self
@@ -194,32 +241,39 @@ class LiveFeed:
         """The next batch, as `place` gives it.
 
         Raises:
-          UserError: a file has changed since the feed was made.
+          UserError: a file has changed, or is gone, since the feed was made.
         """
-        batch = next(self._holder[0])
-        if self._errors:
-            raise self._errors[0]
+        while len(self._pending) <= AHEAD:
+            self._pending.append(self._pool.submit(self._make))
+        batch, self._positions = self._pending.popleft().result()
         self._batches += 1
-        return self._place({name: tensor.numpy() for name, tensor in batch.items()})
+        return batch
 
     def close(self) -> None:
-        """Stops reading ahead and frees what the feed holds; it cannot be used after."""
-        self._finalize()
+        """Stops reading ahead; the feed cannot be used after."""
+        self._forget()
+        self._pool.shutdown()
+
+    def _forget(self) -> None:
+        """Returns when nothing is read any more."""
+        for future in self._pending:
+            future.cancel()
+        wait([future for future in self._pending if not future.cancelled()])
+        self._pending.clear()
 
     @property
     def batches(self) -> int:
         """How many batches have been given out, those before a restore included."""
         return self._batches
 
+    def positions(self) -> dict[str, Position]:
+        """Where every domain is after the last batch that was returned; what `known` takes in a later stage."""
+        return self._positions
+
     def state(self) -> bytes:
         """The place in the data after the last batch that was returned."""
-        out = io.BytesIO()
-        with tempfile.TemporaryDirectory() as directory, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-            self._tf.train.Checkpoint(iterator=self._holder[0]).write(f"{directory}/feed")
-            archive.writestr("feed.json", json.dumps({"batches": self._batches, **self._identity}))
-            for path in sorted(Path(directory).iterdir()):
-                archive.write(path, path.name)
-        return out.getvalue()
+        positions = {name: position.to_json() for name, position in self._positions.items()}
+        return json.dumps({"batches": self._batches, **self._identity, "positions": positions}).encode()
 
     def restore(self, state: bytes) -> None:
         """Goes to a place that `state` gave; the next batch is the one that came after it.
@@ -228,21 +282,15 @@ class LiveFeed:
           UserError: the state is of a feed of other files, rates, tokenizer, sizes or seed.
           DamageError: the bytes are not what `state` gave.
         """
-        if state[:1] == b"{":
+        saved, batches, positions = parse_state(state)
+        if saved.get("feed") == "cache":
             raise UserError("the position in the data was saved for a feed from a cache")
-        try:
-            with tempfile.TemporaryDirectory() as directory, zipfile.ZipFile(io.BytesIO(state)) as archive:
-                header = json.loads(archive.read("feed.json"))
-                batches = header.pop("batches")
-                changed = difference(header, self._identity)
-                if not changed:
-                    archive.extractall(directory)
-                    self._tf.train.Checkpoint(iterator=self._holder[0]).read(f"{directory}/feed").assert_consumed()
-        except (zipfile.BadZipFile, zipfile.zlib.error, KeyError, ValueError, self._tf.errors.OpError) as error:
-            raise DamageError(f"the saved position in the data is damaged: {error}") from None
-        if changed:
+        if changed := difference(saved, self._identity):
             raise UserError(f"the position in the data was saved for another feed: {changed}")
-        self._batches = batches
+        for name, documents in self._documents.items():
+            live_feed.check_own(positions.get(name), name, documents, **self._shape)
+        self._forget()
+        self._begin({name: positions[name] for name in self._documents}, batches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +313,13 @@ class HeldOut:
 
 
 def held_out(
-    data: DataConfig, *, kind: examples.Kind, seq_len: int, batch_size: int, aside: Aside = warn
+    data: DataConfig,
+    *,
+    kind: examples.Kind,
+    seq_len: int,
+    batch_size: int,
+    aside: Aside = warn,
+    index: Index = sources.index,
 ) -> dict[str, HeldOut]:
     """The first data.eval_bytes of the validation files of each domain that has some, always the same batches.
 
@@ -277,7 +331,7 @@ def held_out(
       UserError: as LiveFeed.
     """
     vocabulary = open_vocabulary(data, kind)
-    corpora = open_corpora(resolve(data), vocabulary, kind, seq_len, "validation_files", aside=aside)
+    corpora = open_corpora(resolve(data), vocabulary, kind, seq_len, "validation_files", aside=aside, index=index)
     return {
         name: _held_out(corpus, vocabulary, kind, seq_len, batch_size, data.eval_bytes)
         for name, corpus in corpora.items()
@@ -343,6 +397,7 @@ def open_corpora(
     field: Literal["files", "validation_files"],
     *,
     aside: Aside = warn,
+    index: Index = sources.index,
 ) -> dict[str, sources.Corpus]:
     """The indexed files of every domain that has some in `field`; each has been given to `aside`.
 
@@ -354,12 +409,15 @@ def open_corpora(
     for name, source in data.sources.items():
         if patterns := getattr(source, field):
             examples.check_format(name, source.format, kind)
-            # Rows of one document come near each other: a span is short enough to bound how many, and long enough that
-            # few rows begin inside a document.
-            span_bytes = max(SPAN_BYTES, SPAN_BYTES_PER_TOKEN * seq_len)
-            corpora[name] = sources.index(
-                f"sources.{name}.{field}", name, patterns, source.format, span_bytes=span_bytes
-            )
+            span_bytes = _span_bytes(seq_len)
+            corpora[name] = index(f"sources.{name}.{field}", name, patterns, source.format, span_bytes=span_bytes)
             examples.check_systems(corpora[name], vocabulary)
             aside(corpora[name])
     return corpora
+
+
+def _span_bytes(seq_len: int) -> int:
+    """Where long documents are cut. Rows of one document come near each other: a span is short enough to bound how
+    many, and long enough that few rows begin inside a document.
+    """
+    return max(SPAN_BYTES, SPAN_BYTES_PER_TOKEN * seq_len)

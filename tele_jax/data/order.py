@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -57,6 +57,16 @@ def mixture(index: np.ndarray, weights: Sequence[int]) -> tuple[np.ndarray, np.n
     return domain, before
 
 
+def counts_before(place: int, weights: Sequence[int]) -> list[int]:
+    """How many of the first `place` places are of each domain, in the time of one place."""
+    found, here, remaining = [], place, sum(weights)
+    for weight in weights:
+        left = here * (remaining - weight) // remaining
+        found.append(here - left)
+        here, remaining = left, remaining - weight
+    return found
+
+
 def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
     """A permutation of range(size) at the places `index`, int64 [n], chosen by `key`, uint64 [ROUNDS].
 
@@ -83,6 +93,11 @@ def _mix(value: np.ndarray) -> np.ndarray:
     return value ^ (value >> np.uint64(31))
 
 
+def in_epoch(index: np.ndarray, size: int, seed: int, domain: str, epoch: int) -> np.ndarray:
+    """Which of `size` rows (or documents) of a domain come at the places `index`, int64 [n], of an epoch."""
+    return permute(index, size, _key(seed, domain, epoch))
+
+
 @functools.lru_cache(maxsize=4096)
 def _key(seed: int, domain: str, epoch: int) -> np.ndarray:
     digest = hashlib.blake2b(f"{seed} {epoch} {domain}".encode(), digest_size=8 * ROUNDS).digest()
@@ -98,12 +113,15 @@ class Order:
       rows: number of rows in each.
       rates: of each, relative.
       seed: of the permutations. The mixture has none: every run has the same domain at the same place.
+      begins: where a domain goes on that an earlier stage has read, by name: (rows of it before, name and seed of the
+        permutations there).
     """
 
     domains: tuple[str, ...]
     rows: tuple[int, ...]
     rates: tuple[float, ...]
     seed: int
+    begins: Mapping[str, tuple[int, str, int]] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def _canonical(self) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -119,17 +137,20 @@ class Order:
         by_name, weights = self._canonical
         place, before = mixture(np.asarray(index, np.int64), weights)
         domain = by_name[place]
+        begins = [self.begins.get(name, (0, name, self.seed)) for name in self.domains]
+        before = before + np.array([begin for begin, _, _ in begins])[domain]
         epoch, row = np.divmod(before, np.array(self.rows)[domain])
         for i, number in set(zip(domain.tolist(), epoch.tolist())):
             here = (domain == i) & (epoch == number)
-            row[here] = permute(row[here], self.rows[i], _key(self.seed, self.domains[i], number))
+            _, name, seed = begins[i]
+            row[here] = in_epoch(row[here], self.rows[i], seed, name, number)
         return domain, epoch, row
 
     def counts(self, rows: int) -> dict[str, int]:
         """How many of the first `rows` rows of a run are of each domain; which ones they are is not computed."""
         by_name, weights = self._canonical
-        place, _ = mixture(np.arange(rows), weights)
-        found = np.bincount(by_name[place], minlength=len(weights))
+        found = np.zeros(len(weights), np.int64)
+        found[by_name] = counts_before(rows, weights)
         return dict(zip(self.domains, found.tolist(), strict=True))
 
     def epochs(self, rows: int) -> dict[str, float]:

@@ -89,16 +89,22 @@ def fit_rows(open_rows: np.ndarray, examples: Iterable[np.ndarray], *, pad_id: i
     rows = list(open_rows.copy())
     seq_len, starts, full = open_rows.shape[2], [used(row) for row in rows], []
     for example in examples:
-        fitting = [k for k, start in enumerate(starts) if start + example.shape[1] <= seq_len]
-        if fitting:
-            k = max(fitting, key=starts.__getitem__)
-        else:
-            k = max(range(len(rows)), key=starts.__getitem__)
+        k, fits = best_row(starts, example.shape[1], seq_len)
+        if not fits:
             full.append(rows[k])
             rows[k], starts[k] = empty_rows(1, seq_len, pad_id)[0], 0
         _append(rows[k], starts[k], example)
         starts[k] += example.shape[1]
     return np.stack(rows), _stack(full, seq_len)
+
+
+def best_row(filled: Sequence[int], length: int, seq_len: int) -> tuple[int, bool]:
+    """(the row that an example of `length` leaves the least room in, True), or (the fullest row, to be closed, False).
+
+    filled: positions that are taken in every open row.
+    """
+    fitting = [k for k, taken in enumerate(filled) if taken + length <= seq_len]
+    return max(fitting or range(len(filled)), key=filled.__getitem__), bool(fitting)
 
 
 def spread(rows: np.ndarray, distance: int) -> np.ndarray:

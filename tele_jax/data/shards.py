@@ -6,6 +6,7 @@ are shuffled by a hash; each keeps its tokens together, however long it is. What
 rows of all units are shuffled when they are read (order.py).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -63,6 +64,7 @@ class Done:
     shard: Shard | None
     counts: Counts
     first_reason: str | None  # of a rejection
+    text: str  # `text_checksum` of what was read
 
 
 def plan(config: CacheConfig) -> list[Unit]:
@@ -102,6 +104,13 @@ class _Reader:
     seed: int
     vocabulary: Vocabulary | None = None  # whose template has to have a place for the system messages
     rejected: list[sources.Reject] = dataclasses.field(default_factory=list)
+    read: dict[Part, Any] = dataclasses.field(default_factory=dict)  # BLAKE2 of what was read of every part
+
+    @property
+    def checksum(self) -> str:
+        """Of all that was read, in the order of the parts."""
+        digests = b"".join(self.read[part].digest() for part in self.unit.parts)
+        return hashlib.blake2b(digests, digest_size=16).hexdigest()
 
     def documents(self) -> Iterator[tuple[Any, bool]]:
         """(text or messages, whether the document ends with it)."""
@@ -119,12 +128,10 @@ class _Reader:
 
     def _lines(self, part: Part) -> Iterator[tuple[int, bytes | None]]:
         """(offset, line) of every line that begins in the part and is not blank; (0, None) for a text file."""
-        with open(part.path, "rb") as file:
-            if os.fstat(file.fileno()).st_size != part.file_bytes:
-                raise UserError(f"{part.path}: has changed since this cache was begun; remove what was begun")
-            if self.unit.format == "text":
-                yield 0, None
-                return
+        if self.unit.format == "text":
+            yield 0, None
+            return
+        with self._open(part) as file:
             file.seek(max(0, part.begin - 1))
             if part.begin:
                 file.readline()  # the line that begins before; if it ends right at `begin`, this is its last byte
@@ -132,23 +139,56 @@ class _Reader:
                 if offset == 0:
                     offset = sources.begin_of(file)
                 line = file.readline()
+                self.read[part].update(line)
                 if line.strip():
                     yield offset, line
 
+    @contextlib.contextmanager
+    def _open(self, part: Part) -> Iterator[Any]:
+        try:
+            with open(part.path, "rb") as file:
+                if os.fstat(file.fileno()).st_size != part.file_bytes:
+                    raise UserError(f"{part.path}: has changed since this cache was begun; remove what was begun")
+                self.read[part] = hashlib.blake2b(digest_size=16)
+                yield file
+        except FileNotFoundError:
+            raise UserError(f"{part.path}: was there when this cache was begun, and is gone") from None
+
     def _text(self, part: Part) -> Iterator[tuple[str, bool]]:
-        with open(part.path, "rb") as file:
+        for offset, data, last in self._stretches(part):
+            if (text := self._read(part, offset, data)) is not None:
+                yield text, last
+
+    def _stretches(self, part: Part) -> Iterator[tuple[int, bytes, bool]]:
+        """(offset, bytes, whether the file ends with them) of a text file."""
+        with self._open(part) as file:
             offset = sources.begin_of(file)
             while offset < part.file_bytes:
                 file.seek(offset)
                 data = file.read(DOCUMENT_BYTES)
+                if not data:
+                    raise UserError(f"{part.path}: has become shorter while it was read")
                 last = offset + len(data) >= part.file_bytes
                 data = data if last else data[: sources.cut_bytes(data)]
-                if (text := self._read(part, offset, data)) is not None:
-                    yield text, last
+                self.read[part].update(data)
+                yield offset, data, last
                 offset += len(data)
 
     def _read(self, part: Part, offset: int, data: bytes) -> Any:
         return sources.read_document(part.path, offset, data, self.unit.format, self.rejected.append)
+
+
+def text_checksum(unit: Unit) -> str:
+    """What the text of a unit is known by: reads all of it.
+
+    Raises:
+      UserError: a file is gone, or has another size than when the plan was made.
+    """
+    reader = _Reader(unit, seed=0)
+    for part in unit.parts:
+        for _ in reader._stretches(part) if unit.format == "text" else reader._lines(part):
+            pass
+    return reader.checksum
 
 
 class _Tokenizer:
@@ -299,7 +339,9 @@ def _write(
     finally:
         temporary.unlink(missing_ok=True)
     reason = sources.place(reader.rejected[0]) if reader.rejected else None
-    return Done(shard=shard, counts=counts, first_reason=reason), reader.rejected
+    if shard is not None:
+        shard = dataclasses.replace(shard, text=reader.checksum)
+    return Done(shard=shard, counts=counts, first_reason=reason, text=reader.checksum), reader.rejected
 
 
 def _keep(temporary: Path, target: Path, rows: int, out: Path) -> Shard | None:

@@ -10,6 +10,7 @@ A document that cannot be used is left out and kept aside (Reject), here and in 
 import codecs
 import dataclasses
 import glob
+import hashlib
 import json
 import os
 import re
@@ -46,7 +47,8 @@ class Corpus:
       begin, end: int64 [N], characters of the record's text (jsonl only).
       last: bool [N], whether the document ends with this span.
       num_bytes: int64 [N], UTF-8 bytes of text in the span.
-      checksum: of all files in order, hexadecimal; of what was rejected too.
+      crc32: uint32 [N], of the bytes of its record: what is read later is known to be what was indexed.
+      checksum: BLAKE2 of all files in order and of their sizes, hexadecimal; of what was rejected too.
       rejected: the first KEPT of the documents that cannot be used, in order.
       num_rejected: how many there are.
     """
@@ -62,6 +64,7 @@ class Corpus:
     end: np.ndarray
     last: np.ndarray
     num_bytes: np.ndarray
+    crc32: np.ndarray
     checksum: str
     rejected: tuple[Reject, ...]
     num_rejected: int
@@ -80,40 +83,46 @@ class Corpus:
         record = self._record(i)
         if self.format == "text":
             return record
-        return self._parse(record, i)["text"][self.begin[i] : self.end[i]]
+        return json.loads(record)["text"][self.begin[i] : self.end[i]]
 
     def messages(self, i: int) -> list[dict[str, str]]:
         """The messages of dialogue `i` (format dialogues)."""
-        return self._parse(self._record(i), i)["messages"]
+        return json.loads(self._record(i))["messages"]
 
     def _record(self, i: int) -> str:
         path = self.files[self.file[i]]
-        with open(path, "rb") as file:
-            file.seek(self.offset[i])
-            data = file.read(self.length[i])
         try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: has changed since this run began to read it") from None
-
-    def _parse(self, record: str, i: int) -> Any:
-        try:
-            return json.loads(record)
-        except ValueError:
-            raise UserError(f"{self.files[self.file[i]]}: has changed since this run began to read it") from None
+            with open(path, "rb") as file:
+                file.seek(self.offset[i])
+                data = file.read(self.length[i])
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; the file was there when this run began to read it") from None
+        if zlib.crc32(data) != self.crc32[i]:
+            raise UserError(
+                f"{path}: has changed since this run began to read it (byte {self.offset[i]:,}); put the file back as "
+                "it was, or start anew in another work directory"
+            )
+        return data.decode("utf-8")
 
 
 def expand(patterns: Sequence[str], where: str) -> tuple[str, ...]:
     """The files that the glob patterns match (`**` crosses directories), each once, sorted.
 
-    A file that is found by two paths (`a.txt` and `./a.txt`, a link) is one file: its first path stands for it.
+    A path that exists is that file, whatever brackets or stars its name has. A file that is found by two paths (`a.txt`
+    and `./a.txt`, a link) is one file: its first path stands for it.
 
     Raises:
-      UserError: a pattern matches no file; `where` says whose pattern it was.
+      UserError: a pattern matches no file, or something else than a plain file; `where` says whose pattern it was.
     """
     found = set()
     for pattern in patterns:
-        matches = [path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path)]
+        paths = (
+            [pattern] if os.path.exists(pattern) and not os.path.isdir(pattern) else glob.glob(pattern, recursive=True)
+        )
+        matches = [path for path in paths if not os.path.isdir(path)]
+        for path in matches:
+            if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+                raise UserError(f"{where}: {path} is not a plain file, and text is read at any byte of it")
         if not matches:
             if os.path.isdir(pattern):
                 raise UserError(f"{where}: {pattern} is a directory; give a pattern, e.g. {pattern.rstrip('/')}/*.txt")
@@ -168,22 +177,25 @@ def index(where: str, name: str, patterns: Sequence[str], format: Format, *, spa
     files = expand(patterns, where)
     spans: list[tuple[int, ...]] = []
     rejected = _Rejects()
-    checksum = 0
+    checksum = hashlib.blake2b(digest_size=16)
     for number, path in enumerate(files):
         check_plain(path)
         used, bad = len(spans), rejected.count
         scan = _scan_text if format == "text" else _scan_lines
+        size = 0
         with open(path, "rb") as file:
             for span, data in scan(path, file, format, span_bytes, rejected.add):
-                checksum = zlib.crc32(data, checksum)
+                checksum.update(data)
+                size += len(data)
                 if span is not None:
                     spans.append((number, *span))
+        checksum.update(size.to_bytes(8, "little"))  # where one file ends and the next begins
         if format == "text" and rejected.count > bad:
             del spans[used:]
     if not spans:
         raise nothing_usable(where, place(rejected.first[0]) if rejected.count else None)
     columns = [np.array(column) for column in zip(*spans, strict=True)]
-    file, offset, length, begin, end, last, num_bytes = columns
+    file, offset, length, begin, end, last, num_bytes, crc32 = columns
     return Corpus(
         name=name,
         where=where,
@@ -196,10 +208,28 @@ def index(where: str, name: str, patterns: Sequence[str], format: Format, *, spa
         end=end,
         last=last,
         num_bytes=num_bytes,
-        checksum=f"{checksum:08x}",
+        crc32=crc32.astype(np.uint32),
+        checksum=checksum.hexdigest(),
         rejected=tuple(rejected.first),
         num_rejected=rejected.count,
     )
+
+
+class Indexes:
+    """Makes each index once: stages of a run that read the same files share it. Called as `index` is."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Corpus] = {}
+
+    def __call__(
+        self, where: str, name: str, patterns: Sequence[str], format: Format, *, span_bytes: int = WHOLE
+    ) -> Corpus:
+        stats = [(path, os.stat(path)) for path in expand(patterns, where)]
+        known = tuple((path, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in stats)
+        key = (known, format, span_bytes)
+        if key not in self._made:
+            self._made[key] = index(where, name, patterns, format, span_bytes=span_bytes)
+        return dataclasses.replace(self._made[key], where=where, name=name)
 
 
 class _Rejects:
@@ -215,7 +245,7 @@ class _Rejects:
             self.first.append(reject)
 
 
-_Span = tuple[int, int, int, int, bool, int]  # offset, length, begin, end, last, num_bytes
+_Span = tuple[int, int, int, int, bool, int, int]  # offset, length, begin, end, last, num_bytes, crc32
 
 
 def _scan_text(
@@ -231,7 +261,7 @@ def _scan_text(
         if not last:
             data = data[: cut_bytes(data)]
         good = good and read_document(path, offset, data, format, reject) is not None
-        yield (offset, len(data), 0, 0, last, len(data)) if good else None, data
+        yield (offset, len(data), 0, 0, last, len(data), zlib.crc32(data)) if good else None, data
         offset += len(data)
 
 
@@ -244,9 +274,10 @@ def _scan_lines(
         fresh = data
         if data.strip():
             text = text_of(read_document(path, offset, data, format, reject, line) or "")
+            crc32 = zlib.crc32(data)
             for begin, end in cut_text(text, span_bytes if format == "jsonl" else WHOLE):
                 num_bytes = len(text[begin:end].encode())
-                yield (offset, len(data), begin, end, end == len(text), num_bytes), fresh
+                yield (offset, len(data), begin, end, end == len(text), num_bytes, crc32), fresh
                 fresh = b""
         if fresh:
             yield None, fresh

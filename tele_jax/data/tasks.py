@@ -224,22 +224,6 @@ def mixture(
     return seqio.Mixture(name, list(zip(tasks, rates, strict=True)), sample_fn=sample)
 
 
-def row_dataset(mixture: "seqio.Mixture", *, seed: int, batch_size: int) -> Any:
-    """Endless batches of rows as a tf.data.Dataset whose iterator can be saved and restored exactly."""
-    rows = mixture.get_dataset(
-        shuffle=True,
-        seed=seed,
-        num_epochs=1,  # of each task; `sample` repeats it, after the shuffling and before the packing
-        trim_output_features=False,
-        try_in_mem_cache=False,
-        log_mixing_proportions=False,
-    )
-    options = tf.data.Options()
-    options.deterministic = True
-    options.threading.private_threadpool_size = 2  # on top of JAX's own; one document is read at a time anyway
-    return rows.batch(batch_size, drop_remainder=True).prefetch(2).with_options(options)
-
-
 def register(name: str, config: CacheConfig) -> "seqio.Mixture":
     """Registers a Task `name`.`domain` for every domain of a page, and the Mixture `name` of their rates; returns it.
 

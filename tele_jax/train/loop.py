@@ -7,6 +7,8 @@ A work directory W:
     W/<stage>/checkpoints/<step>/     see checkpoint/
     W/<stage>/metrics/                metrics.jsonl and TensorBoard events
     W/<stage>/rejected/               documents that cannot be used: <domain>.files.jsonl or .validation_files.jsonl
+    W/<stage>/changes.json            what was changed on request while the stage was under way, see workdir.py
+    W/<stage>/set_aside/<n>/          checkpoints of later steps, after a start with --from STEP
     W/<stage>/growth_receipt.json     of a growth stage, with plan.json
     W/<stage>/summary.json            written last: the stage is complete
 
@@ -17,14 +19,8 @@ W and writes to it, and the others take from it what it found; each writes its o
 """
 
 import contextlib
-import dataclasses
-import fcntl
 import hashlib
-import json
-import os
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +29,18 @@ import numpy as np
 from tqdm import tqdm
 
 from tele_jax import checkpoint
-from tele_jax.config import ModelConfig, to_dict
+from tele_jax.config import ModelConfig
 from tele_jax.data import feed as feeds
-from tele_jax.data.vocabulary import tokenizer_name
+from tele_jax.data import sources
 from tele_jax.errors import UserError
 from tele_jax.growth import Plan
 from tele_jax.growth.masks import require_unmasked
 from tele_jax.model.spec import count_params, spec
 from tele_jax.processes import StopSignal, from_first, is_first
-from tele_jax.run import GrowStage, RunConfig, TrainStage, run_config
+from tele_jax.run import GrowStage, RunConfig, TrainStage
 from tele_jax.sharding import batch_sharding, make_mesh, param_shardings
 from tele_jax.train import growing
+from tele_jax.train import workdir as own
 from tele_jax.train.schedule import schedule
 from tele_jax.train.stage import Stopped, Training, mask_schedule
 
@@ -52,30 +49,42 @@ __all__ = ["Stopped", "run"]
 VERIFY_ROWS, VERIFY_TOKENS = 4, 256  # of held-out text, to verify a growth on
 
 
-def run(config: RunConfig, workdir: Path) -> list[dict[str, Any]]:
+def run(config: RunConfig, workdir: Path, *, from_step: int | None = None) -> list[dict[str, Any]]:
     """Runs every stage that is not complete yet, and returns the summaries of all, in order.
 
+    from_step: checkpoint that the last stage which has begun goes back to, with what the config changes in its
+      optimizer, schedule and steps; None: it goes on from its latest. Asked for again, it is not done again.
+
     Raises:
-      UserError: W belongs to another config or is in use; the tokenizer does not fit the model; the mesh leaves out
-        devices of one of several processes, or these were started with different configs.
+      UserError: W holds something else, belongs to another config or is in use; the tokenizer does not fit the model;
+        the mesh leaves out devices of one of several processes, or these were started with different configs.
       FailedError: the loss is not finite; a growth that does not preserve.
-      Stopped: SIGTERM came, to any process; the state is saved.
+      Stopped: SIGTERM or Ctrl-C came, to any process; the state is saved.
     """
-    _same_everywhere(config)
+    _same_everywhere(config, from_step)
     mesh = _open_mesh(config)
-    with _locked(workdir), StopSignal() as stop:
-        tokenizer = _check(config, mesh)
-        from_first(lambda: _claim(config, tokenizer, workdir))
+    with contextlib.ExitStack() as held:
+        stop = held.enter_context(StopSignal())
+        from_first(lambda: own.require_own(workdir))
+        there = from_first(workdir.exists)
+        if there:  # who else is at work in it is found before all text is read
+            held.enter_context(own.locked(workdir))
+        index = sources.Indexes()
+        tokenizer, models = _check(config, mesh, index)
+        if not there:  # a config that cannot be leaves no trace
+            held.enter_context(own.locked(workdir))
+        from_first(lambda: _claim(config, tokenizer, workdir, from_step))
         previous: Path | None = None if config.start is None else Path(config.start)
         plan: Plan | None = None
         for name in config.run:
             stage, directory = config.stages[name], workdir / name
             if not from_first((directory / "summary.json").exists):
                 if stop():
-                    raise Stopped(f"stopped before stage {name}; start again to go on")
+                    raise Stopped(f"stopped before stage {name}; start again to go on", stop.interrupted())
                 _say(f"stage {name}: {stage.kind}")
                 if isinstance(stage, GrowStage):
-                    summary = _grow_stage(stage, directory, previous, mesh, _text_for(config, name), f"config.{name}")
+                    text = _text_for(config, name)
+                    summary = _grow_stage(stage, directory, previous, mesh, text, f"config.{name}", index)
                 else:
                     training = Training(
                         stage,
@@ -83,7 +92,9 @@ def run(config: RunConfig, workdir: Path) -> list[dict[str, Any]]:
                         previous=previous,
                         plan=plan,
                         mesh=mesh,
+                        model=models[name],
                         tokenizer=tokenizer["sha256"],
+                        index=index,
                         say=_say,
                     )
                     summary = training.run(stop)
@@ -94,14 +105,21 @@ def run(config: RunConfig, workdir: Path) -> list[dict[str, Any]]:
     return from_first(lambda: [growing.read_json(workdir / name / "summary.json") for name in config.run])
 
 
-def _same_everywhere(config: RunConfig) -> None:
+def _same_everywhere(config: RunConfig, from_step: int | None) -> None:
     """Several processes would wait for each other for ever where one of them does something else."""
-    mine = _as_json(config)
-    changed = _differences(from_first(lambda: mine), mine, "config", but=())
+    mine = own.as_json(config) | {"from": from_step}
+    changed = own.differences(from_first(lambda: mine), mine)
     if changed:
         raise UserError(
-            f"started with another config than process 0: {'; '.join(changed)}; start the same command in all"
+            f"started with another config than process 0: {own.said(changed, 'config')}; start the same command in all"
         )
+
+
+def _claim(config: RunConfig, tokenizer: dict[str, Any], workdir: Path, from_step: int | None) -> None:
+    if (workdir / own.CONFIG).exists():  # before anything is changed
+        own.adopt_tokenizer(tokenizer, workdir)
+    own.claim(config, workdir, from_step, _say)
+    own.adopt_tokenizer(tokenizer, workdir)
 
 
 def _open_mesh(config: RunConfig) -> jax.sharding.Mesh:
@@ -120,7 +138,13 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 
 
 def _grow_stage(
-    stage: GrowStage, directory: Path, previous: Path, mesh: jax.sharding.Mesh, text: TrainStage, where: str
+    stage: GrowStage,
+    directory: Path,
+    previous: Path,
+    mesh: jax.sharding.Mesh,
+    text: TrainStage,
+    where: str,
+    index: sources.Indexes,
 ) -> dict[str, Any]:
     saved = directory / "checkpoints"
     receipt_file = directory / growing.RECEIPT_FILE
@@ -128,7 +152,7 @@ def _grow_stage(
     try:
         if manager.latest_step() is None:
             loaded = checkpoint.load(previous, mesh=mesh)
-            tokens = _verify_tokens(text)
+            tokens = _verify_tokens(text, index)
             plan, params, opt_state, receipt = growing.grow(
                 loaded.cfg, loaded.params, loaded.opt_state, stage, mesh, tokens, where
             )
@@ -158,15 +182,17 @@ def _complete_receipt(directory: Path, previous: Path, saved: Path) -> dict[str,
     return receipt
 
 
-def _verify_tokens(text: TrainStage) -> np.ndarray:
+def _verify_tokens(text: TrainStage, index: sources.Indexes) -> np.ndarray:
     """Rows of held-out text of every domain in turn, int32[VERIFY_ROWS, VERIFY_TOKENS] or as long as rows are."""
-    shape = {"kind": text.kind, "seq_len": text.seq_len, "batch_size": text.batch_size, "aside": feeds.ignore}
+    shape = {"kind": text.kind, "seq_len": text.seq_len, "batch_size": text.batch_size}
+    shape |= {"aside": feeds.ignore, "index": index}
     held_out = feeds.held_out(text.data, **shape)
     if held_out:
         rows = [np.asarray(domain.batches[0]["tokens"]) for domain in held_out.values()]
         rows = np.stack([part[i] for i in range(min(len(part) for part in rows)) for part in rows])
     else:
-        rows = next(feeds.open_feed(text.data, **shape, seed=text.seed))["tokens"]
+        with contextlib.closing(feeds.open_feed(text.data, **shape, seed=text.seed)) as feed:
+            rows = next(feed)["tokens"]
     return np.asarray(rows)[:VERIFY_ROWS, :VERIFY_TOKENS]
 
 
@@ -181,69 +207,18 @@ def _read_plan(directory: Path) -> Plan:
     return Plan.from_json(growing.read_json(directory / growing.PLAN_FILE))
 
 
-# ------------------------------------------------------------------------------------------------ the work directory
+# ----------------------------------------------------------------------------------------------- before the first step
 
 
-@contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[None]:
-    if not is_first():
-        yield
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{workdir}: another run is at work in this directory") from None
-        yield
-
-
-def _claim(config: RunConfig, tokenizer: dict[str, Any], workdir: Path) -> None:
-    _same_config(config, workdir / "config.json")
-    _adopt_tokenizer(tokenizer, workdir)
-
-
-# What may change while a run is under way: it alters when things are written, not what is computed.
-_CADENCE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
-
-
-def _same_config(config: RunConfig, path: Path) -> None:
-    """Writes W/config.json, or compares with it: stages may be added at the end; mesh, slices, cadence may change."""
-    now = _as_json(config)
-    if path.exists():
-        # Read as a page is: a field that came later has its default, which is how the run was started.
-        before = _as_json(run_config(growing.read_json(path)))
-        kept = {name: before[name] for name in before["run"]}
-        changed = _differences(kept, {name: now.get(name) for name in kept}, "config")
-        if now["run"][: len(kept)] != before["run"]:
-            changed.append(f"config.run was {before['run']}, is {now['run']}")
-        changed += _differences(before["start"], now["start"], "config.start")
-        if changed:
-            raise UserError(
-                f"{path.parent}: was started with another config: {'; '.join(changed)}; use another --workdir"
-            )
-    growing.write_json(path, now)
-
-
-def _as_json(config: RunConfig) -> dict[str, Any]:
-    page = {"run": list(config.run), **{name: to_dict(stage) for name, stage in config.stages.items()}}
-    where = {"mesh": dataclasses.asdict(config.mesh), "num_slices": config.num_slices, "start": config.start}
-    return json.loads(json.dumps(page | where))
-
-
-def _differences(before: Any, now: Any, where: str, but: Sequence[str] = _CADENCE) -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted((before.keys() | now.keys()) - set(but))
-        return [d for key in keys for d in _differences(before.get(key), now.get(key), f"{where}.{key}", but)]
-    return [] if before == now else [f"{where} was {before!r}, is {now!r}"]
-
-
-def _check(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def _check(
+    config: RunConfig, mesh: jax.sharding.Mesh, index: sources.Indexes
+) -> tuple[dict[str, Any], dict[str, ModelConfig]]:
     """Everything that can be known to be wrong before the first step: hours of training should not end in a typo.
 
-    Returns the path, the size and the SHA-256 of the run's tokenizer.
+    Returns the path, the size and the SHA-256 of the run's tokenizer, and the model of every stage.
     """
     cfg: ModelConfig | None = None
+    models: dict[str, ModelConfig] = {}
     if config.start is not None:
         start = checkpoint.open_lazy(config.start)
         require_unmasked(start.provenance, f"config.start={config.start}")
@@ -274,7 +249,7 @@ def _check(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
                 raise UserError(f"config.{name}.{error}") from None
             schedule(stage.schedule, stage.steps, stage.batch_size * stage.seq_len)
             batch_sharding(mesh, stage.batch_size // stage.microbatches)
-            size = feeds.check(stage.data, kind=stage.kind, seq_len=stage.seq_len).vocab_size
+            size = feeds.check(stage.data, kind=stage.kind, seq_len=stage.seq_len, index=index).vocab_size
             if size > cfg.vocab_size:
                 raise UserError(
                     f"config.{name}: the tokenizer has {size} ids, but the model's vocab_size is {cfg.vocab_size}"
@@ -282,19 +257,10 @@ def _check(config: RunConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
             path = Path(stage.data.tokenizer)
             tokenizers[path] = {"path": path, "size": size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         param_shardings(spec(cfg), mesh)
+        models[name] = cfg
     if len({tokenizer["sha256"] for tokenizer in tokenizers.values()}) > 1:
         raise UserError(f"the stages of a run have to share one tokenizer, but name {', '.join(map(str, tokenizers))}")
-    return next(iter(tokenizers.values()))
-
-
-def _adopt_tokenizer(tokenizer: dict[str, Any], workdir: Path) -> None:
-    """Copies the run's tokenizer into W, so that the checkpoints can be used without the place it came from."""
-    copy = workdir / tokenizer_name(tokenizer["path"])
-    if not copy.exists():
-        shutil.copyfile(tokenizer["path"], copy.with_suffix(".tmp"))
-        os.replace(copy.with_suffix(".tmp"), copy)
-    elif hashlib.sha256(copy.read_bytes()).hexdigest() != tokenizer["sha256"]:
-        raise UserError(f"{tokenizer['path']}: is another tokenizer than the one this run was started with, {copy}")
+    return next(iter(tokenizers.values())), models
 
 
 def _say(line: str) -> None:

@@ -1,6 +1,10 @@
-"""Figures of a stage: metrics.jsonl, one object a line, and TensorBoard events with the same names."""
+"""Figures of a stage: metrics.jsonl, one object a line, and TensorBoard events with the same names.
+
+JSON has no NaN and no infinity (RFC 8259): in metrics.jsonl such a figure is null, and `read` gives NaN for it.
+"""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +23,7 @@ PEAK_FLOPS = {
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
+    "TPU7x": 2307e12 / 2,  # a chip is two devices
 }
 
 
@@ -49,7 +53,7 @@ class Metrics:
         self._path = directory / "metrics.jsonl"
         kept = [line for line in read(self._path) if line["step"] <= first_step]
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.write_text("".join(_to_line(line) for line in kept))
         os.replace(temporary, self._path)
         self._file = self._path.open("a", buffering=1)
         self._events = SummaryWriter(str(directory), purge_step=first_step + 1, flush_secs=30)
@@ -59,9 +63,15 @@ class Metrics:
         if not self._writes:
             return
         figures = {name: float(value) for name, value in figures.items() if value is not None}
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._file.write(_to_line({"step": step, **figures}))
         for name, value in figures.items():
             self._events.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Puts everything on disk: what lies before a checkpoint is never written again after a kill."""
+        if self._writes:
+            self._file.flush()
+            self._events.flush()
 
     def close(self) -> None:
         if not self._writes:
@@ -70,12 +80,20 @@ class Metrics:
         self._events.close()
 
 
+def _to_line(figures: Mapping[str, float]) -> str:
+    finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
 def read(path: Path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
+            figures = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(figures, dict):
+            break
+        lines.append({name: math.nan if value is None else value for name, value in figures.items()})
     return lines

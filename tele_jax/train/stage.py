@@ -1,9 +1,10 @@
 """One training stage: a model, a feed and an optimizer, from where the last start came to, to the last step."""
 
+import datetime
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from tele_jax import checkpoint
 from tele_jax.config import ModelConfig
 from tele_jax.data import feed as feeds
-from tele_jax.data import shards, sources
+from tele_jax.data import position, shards, sources
 from tele_jax.errors import FailedError
 from tele_jax.eval.bpb import bits_per_byte
 from tele_jax.growth import MaskSchedule, Plan
@@ -23,14 +24,18 @@ from tele_jax.model.decoder import init
 from tele_jax.model.spec import abstract_params, count_params
 from tele_jax.processes import from_first, is_first
 from tele_jax.run import TrainStage
-from tele_jax.train import metrics
+from tele_jax.train import metrics, workdir
 from tele_jax.train.optimizer import delay_births, optimizer, restart_schedule
 from tele_jax.train.schedule import schedule
 from tele_jax.train.step import flops_per_token, local_rows, make_step, put_batch, state_shardings
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved its state; so have all processes of it."""
+    """The run was asked to stop, and has saved its state; so have all processes of it. interrupted: by Ctrl-C."""
+
+    def __init__(self, message: str, interrupted: bool = False):
+        super().__init__(message)
+        self.interrupted = interrupted
 
 
 def mask_schedule(stage: TrainStage, plan: Plan) -> MaskSchedule:
@@ -50,7 +55,9 @@ class Training:
         previous: Path | None,
         plan: Plan | None,
         mesh: Mesh,
+        model: ModelConfig,
         tokenizer: str,
+        index: sources.Indexes,
         say: Callable[[str], None],
     ):
         """Restores or initialises everything; the step is compiled when it first runs.
@@ -59,31 +66,40 @@ class Training:
           directory: of the stage in the work directory.
           previous: checkpoints of the stage before; None for the first.
           plan: of the growth that came right before, whose masks rise in this stage.
+          model: as the page has it, which says how it is computed (remat, attention); what it is, checkpoints say.
           tokenizer: SHA-256 of the tokenizer, for the provenance.
+          index: makes the indexes of text files, once for all stages.
           say: prints a line.
         """
         self.stage, self.directory, self.mesh, self.say = stage, directory, mesh, say
-        self.cfg: ModelConfig = stage.model if previous is None else checkpoint.open_lazy(previous).cfg
+        before = None if previous is None else checkpoint.open_lazy(previous)
+        self.cfg: ModelConfig = model
+        if before is not None:
+            self.cfg = before.cfg.replace(remat=model.remat, attention=model.attention)
         self.tokens_per_step = stage.tokens_per_step
         self.factor = schedule(stage.schedule, stage.steps, self.tokens_per_step)
         self.tx = optimizer(self.cfg, stage.optimizer, self.factor)
         self.masks = (lambda step: None) if plan is None else mask_schedule(stage, plan)
         self.closed_steps = {} if plan is None else self.masks.closed_steps()
         self.data = {"tokenizer": tokenizer, "domains": sorted(feeds.resolve(stage.data).sources)}
+        self.changes = from_first(lambda: workdir.read_changes(directory))
         corpora: list[sources.Corpus] = []
         rows = {"kind": stage.kind, "seq_len": stage.seq_len, "batch_size": stage.batch_size, "aside": corpora.append}
+        rows["index"] = index
+        known = [] if before is None or stage.data.restart else position.in_provenance(before.provenance)
         self.feed = feeds.open_feed(
             stage.data,
             **rows,
             seed=stage.seed,
             rows=local_rows(mesh, stage.batch_size),
             place=functools.partial(put_batch, mesh=mesh, batch_size=stage.batch_size),
+            known=known,
         )
         # A batch of evaluation is what goes through the devices at once in training.
         rows["batch_size"] //= stage.microbatches
         self.held_out = feeds.held_out(stage.data, **rows)
         self.checkpoints = checkpoint.Manager(directory / "checkpoints", keep=stage.keep_checkpoints)
-        self.tokens, self.loss, self.grad_norm = 0, 0.0, 0.0
+        self.tokens = 0
         self._restore(previous)
         for corpus in corpora:  # not before: what an earlier start kept aside stays where this one is refused
             self._keep_aside(corpus)
@@ -109,22 +125,40 @@ class Training:
             self.params, self.opt_state = loaded.params, jax.device_put(loaded.opt_state, opt_state)
             self.feed.restore(loaded.data_state)
             self.tokens, self.history = loaded.provenance[-1]["tokens"], loaded.provenance[:-1]
-            self.say(f"  goes on at step {latest} of {self.stage.steps}")
+            self.say(f"  goes on at step {latest} of {self.stage.steps}: parameters, optimizer and data as they were")
+            self._say_data({name: at for name, at in self.feed.positions().items() if at.next})
             return
+        self._take_over(previous, fits, params, opt_state)
+        self._say_data(self.feed.taken_over)
+
+    def _take_over(self, previous: Path | None, fits: dict[str, Any], params: Any, opt_state: Any) -> None:
+        """What the stage before left, else fresh parameters; says which. params, opt_state: their shardings."""
         if previous is not None and self._keeps_optimizer(previous):
             loaded = checkpoint.load(previous, **fits)
             self.params, self.history = loaded.params, loaded.provenance
             goes_on = lambda state: delay_births(restart_schedule(state), self.closed_steps)  # noqa: E731
             self.opt_state = jax.jit(goes_on, out_shardings=opt_state, donate_argnums=0)(loaded.opt_state)
+            self.say(f"  takes over parameters and optimizer state from {previous}; begins at step 0, as its schedule")
             return
         if previous is not None:
             loaded = checkpoint.load(previous, cfg=self.cfg, shardings=params, items=("params",))
             self.params, self.history = loaded.params, loaded.provenance
+            self.say(f"  takes over parameters from {previous}; the optimizer is new; begins at step 0")
         else:
             fresh = jax.jit(lambda key: init(self.cfg, key), out_shardings=params)
             self.params = fresh(jax.random.key(self.stage.seed))
+            self.say("  parameters and optimizer are new; begins at step 0")
         start = lambda params: delay_births(self.tx.init(params), self.closed_steps)  # noqa: E731
         self.opt_state = jax.jit(start, out_shardings=opt_state)(self.params)
+
+    def _say_data(self, positions: Mapping[str, position.Position]) -> None:
+        """Says where the data goes on: a domain that is not there is read from its beginning."""
+        unit = "document" if self.stage.data.cache is None else "row"
+        new = [name for name in self.data["domains"] if name not in positions]
+        parts = [f"{name} at {unit} {at.next:,} ({at.epochs:.2f} epochs)" for name, at in positions.items()]
+        goes_on = f"goes on with {', '.join(parts)}" if parts else ""
+        begins = f"begins {', '.join(new)}" if new else ""
+        self.say(f"  data: {'; '.join(filter(None, (goes_on, begins)))}")
 
     def _keeps_optimizer(self, previous: Path) -> bool:
         """Whether the moments of the stage before go on: fine-tuning starts with its own, on other data and goals."""
@@ -157,20 +191,20 @@ class Training:
         )
         quiet = not (is_first() and sys.stderr.isatty())
         bar = tqdm(total=stage.steps, initial=self.first_step, desc=self.directory.name, disable=quiet)
-        since, since_step, weights = time.perf_counter(), self.first_step, []
+        since, since_step, window = time.perf_counter(), self.first_step, []
         for step in range(self.first_step, stage.steps):
             # A step is dispatched and not waited for, except where a figure is read.
-            batch = next(self.feed)  # on the mesh; from a cache it was read and put there while the last steps ran
+            batch = next(self.feed)  # on the mesh; it was read and put there while the last steps ran
             self.params, self.opt_state, figures = step_function(self.params, self.opt_state, batch, self.masks(step))
-            weights.append(figures["weight"])
+            window.append(figures)
             done = step + 1
             bar.update()
             stopped, last = stop(), done == stage.steps
             saves = done % stage.checkpoint_every == 0 or last or stopped
             if done % stage.log_every == 0 or saves:
-                self.tokens += int(sum(float(weight) for weight in weights))
-                self._log(done, figures, (time.perf_counter() - since) / (done - since_step), bar)
-                weights, since_step, since = [], done, time.perf_counter()
+                window = jax.device_get(window)  # waits for the steps, before the clock is looked at
+                self._log(done, window, (time.perf_counter() - since) / (done - since_step), bar)
+                window, since_step, since = [], done, time.perf_counter()
             paused = time.perf_counter()
             if stage.eval_every and done % stage.eval_every == 0 and not last:
                 self._evaluate(done)
@@ -178,44 +212,85 @@ class Training:
                 self._save(done)
             since += time.perf_counter() - paused  # saving and evaluating are not training time
             if stopped and not last:
+                self.checkpoints.wait()
                 where = f"step {done} of {stage.steps} in stage {self.directory.name}"
-                raise Stopped(f"stopped at {where}; start again to go on")
+                raise Stopped(f"stopped at {where}, which is saved; start again to go on", stop.interrupted())
         bar.close()
 
-    def _log(self, step: int, figures: dict[str, jax.Array], seconds: float, bar: tqdm) -> None:
-        """One line of figures; `seconds` per step."""
-        self.loss, self.grad_norm = float(figures["loss"]), float(figures["grad_norm"])
-        flops = flops_per_token(self.cfg, self.stage.seq_len) * self.tokens_per_step
+    def _log(self, step: int, window: Sequence[Mapping[str, Any]], seconds: float, bar: tqdm) -> None:
+        """One line of figures; `window` holds those of all steps since the last line, `seconds` is the time of one.
+
+        Raises:
+          FailedError: one of them is not finite.
+        """
+        loss, grad_norm, weight = (
+            np.array([f[k] for f in window], np.float64) for k in ("loss", "grad_norm", "weight")
+        )
+        self.tokens += int(weight.sum())
+        flops = flops_per_token(self.cfg, self.stage.seq_len) * self.tokens_per_step / seconds
+        peaks, factor = self.stage.optimizer, float(self.factor(step - 1))
+        matrix = peaks.learning_rate if peaks.matrix_learning_rate is None else peaks.matrix_learning_rate
         line = {
-            "loss": self.loss,
-            "grad_norm": self.grad_norm,
-            "learning_rate": self.stage.optimizer.learning_rate * float(self.factor(step - 1)),
+            # The mean over the tokens since the last line; without one token that counts there is no loss.
+            "loss": float((loss * weight).sum() / weight.sum()) if weight.sum() else 0.0,
+            "grad_norm": float(grad_norm[-1]),
+            "learning_rate": peaks.learning_rate * factor,  # of vector-like parameters
+            "matrix_learning_rate": matrix / self.cfg.width_ratio * factor,
             "tokens": self.tokens,
             "tokens_per_second": self.tokens_per_step / seconds,
-            "mfu": metrics.utilisation(flops / seconds, self.mesh.size),
+            "model_flops_per_second": flops,
+            "mfu": metrics.utilisation(flops, self.mesh.size),
         }
         self.writer.write(step, line)
-        bar.set_postfix(loss=f"{self.loss:.3f}")
+        bar.set_postfix(loss=f"{line['loss']:.3f}", grad_norm=f"{line['grad_norm']:.2f}")
         if bar.disable:
-            speed = f"{line['tokens_per_second']:,.0f} tokens/s"
-            self.say(f"  step {step}/{self.stage.steps}: loss {self.loss:.4f}, {speed}")
+            self.say(f"  step {step}/{self.stage.steps}: {self._described(line, step, seconds)}")
+        bad = np.flatnonzero(~np.isfinite(loss) | ~np.isfinite(grad_norm))  # either makes the parameters after it NaN
+        if bad.size:
+            first = int(bad[0])
+            at = step - len(window) + 1 + first
+            self.writer.flush()
+            raise FailedError(
+                f"{self.directory.name}: loss {loss[first]:g}, gradient norm {grad_norm[first]:g} at step {at}; "
+                f"{self._last_checkpoint()}; lower the learning rate or look at the data"
+            )
+
+    def _described(self, line: Mapping[str, float | None], step: int, seconds: float) -> str:
+        """The figures of a line for people."""
+        rates = [f"{line[name]:.2e}" for name in ("learning_rate", "matrix_learning_rate")]
+        rate = f"rate {rates[0]}" if rates[0] == rates[1] else f"rates {rates[0]} and {rates[1]}"
+        used = f"{line['model_flops_per_second']:.3g} model FLOP/s"
+        if line["mfu"] is not None:
+            used = f"{line['mfu']:.1%} MFU"
+        left = datetime.timedelta(seconds=round(seconds * (self.stage.steps - step)))
+        return (
+            f"loss {line['loss']:.4f}, gradient norm {line['grad_norm']:.3g}, {rate}, "
+            f"{line['tokens_per_second']:,.0f} tokens/s, {used}, ends in {left}"
+        )
+
+    def _last_checkpoint(self) -> str:
+        """What there is to go on from, for a message."""
+        self.checkpoints.wait()  # a save may be under way
+        latest = self.checkpoints.latest_step()
+        if latest is None:
+            return "this stage has no checkpoint yet"
+        return f"the last checkpoint is that of step {latest}, in {self.checkpoints.directory}"
 
     def _save(self, step: int) -> None:
-        if not np.isfinite([self.loss, self.grad_norm]).all():  # either makes the parameters after this step NaN
-            raise FailedError(
-                f"{self.directory.name}: loss {self.loss}, gradient norm {self.grad_norm} at step {step}; the last "
-                f"checkpoint is that of step {self.checkpoints.latest_step() or 0}; lower the learning rate or look at "
-                "the data"
-            )
         mask = self.masks(step)
         entry = {"stage": self.directory.name, "kind": self.stage.kind, "step": step, "tokens": self.tokens}
         entry["mask"] = None if mask is None else float(min(vector.min() for vector in mask.values()))
-        entry["data"] = self.data
+        positions = {name: at.to_json() for name, at in self.feed.positions().items()}
+        entry["data"] = self.data | {"positions": positions}
+        if self.changes:
+            entry["changes"] = self.changes
+        self.writer.flush()  # what lies before a checkpoint is not written again
         self.checkpoints.save(step, self.cfg, self.params, self.opt_state, [*self.history, entry], self.feed.state())
 
     def _evaluate(self, step: int) -> None:
         figures = bits_per_byte(self.cfg, self.params, self.held_out, self.mesh, self.masks(step))
         self.writer.write(step, {metrics.EVALUATION + domain: value for domain, value in figures.items()})
+        self.writer.flush()  # nor is this made again
         if figures:
             self.say(f"  step {step}: bits per byte " + ", ".join(f"{d} {v:.4f}" for d, v in figures.items()))
 

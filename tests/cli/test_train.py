@@ -203,6 +203,7 @@ def test_stopped_while_masks_rise_one_after_another_it_goes_on_exactly(place, fi
     workdir = tmp_path / "in_turn"
     for stage in ("small", "grow"):  # as they are there
         shutil.copytree(finished / stage, workdir / stage)
+    shutil.copyfile(finished / "config.json", workdir / "config.json")  # what has not begun may change
     page = tmp_path / "page.py"
     text = PAGE.replace("Path(__file__).parent", repr(place)).replace("PosixPath", "Path")
     page.write_text(text.replace("return config", "config.run = config.run[:3]\n    del config.sft\n    return config"))
@@ -271,7 +272,7 @@ def test_a_run_starts_from_a_checkpoint_that_is_there(place, finished, tmp_path,
     ("override", "expected"),
     [
         ("--config.small.stepz=5", "config.small.stepz: unknown key of TrainStage; did you mean 'steps'?"),
-        ("--config.smal.steps=5", "the page has no table config.smal"),
+        ("--config.smal.steps=5", "config.smal: unknown key; did you mean 'small'?"),
         ("--config.small.model.num_kv_heads=3", "num_heads=2 does not divide into num_kv_heads=3"),
         ("--config.small.model.head_dim=7", "head_dim=7 must be even"),
         ("--config.small.seq_len=9999", "seq_len=9999 is above the model's max_seq_len=4096"),
@@ -304,7 +305,7 @@ def test_wrong_configs_are_refused_in_one_line(place, capsys, tmp_path, override
     workdir = tmp_path / "w"
     line = fails(capsys, 2, "train", "--config", str(place / "page.py"), "--workdir", str(workdir), override)
     assert expected in line
-    assert not list(workdir.rglob("checkpoints/*"))
+    assert not workdir.exists()
 
 
 @pytest.mark.parametrize(
@@ -323,7 +324,7 @@ def test_bad_text_is_refused_in_one_line(place, capsys, tmp_path, content, expec
         file.write_bytes(content)
     override = f"--config.small.data.sources.text.files=({str(file)!r},)"
     assert expected in fails(capsys, 2, "train", "--config", str(page), "--workdir", str(tmp_path / "w"), override)
-    assert sorted(path.name for path in (tmp_path / "w").rglob("*")) == [".lock"], "nothing was begun"
+    assert not (tmp_path / "w").exists(), "nothing was begun"
 
 
 def test_lines_that_cannot_be_used_are_kept_aside_and_training_goes_on(place, capsys, tmp_path):

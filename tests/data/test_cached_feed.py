@@ -177,7 +177,7 @@ def test_to_go_to_a_step_reads_that_batch_and_nothing_else(place, step):
     assert sum(opened.seen) == 0, "nothing is read to get there"
     made.read(step)
     assert sum(opened.seen) == 8
-    assert made.batches == step and len(made.state()) < 1000
+    assert made.batches == step and len(made.state()) < 1200
     assert len(opened.manifest.domains["en"].shards) > 1
 
 
@@ -188,7 +188,7 @@ def test_a_state_is_for_one_feed_only(data):
         (make(data, batch_size=16), "batch_size was 8, now 16"),
         (
             make(DataConfig(tokenizer=data.tokenizer, cache=data.cache, sources={"en": SourceConfig()})),
-            r"rates\.en was 3\.0, now 1\.0; rates\.zhonghua was 1\.0, now None",
+            r"sources\.en\.rate was 3\.0, now 1\.0; sources\.zhonghua was .*, now None",
         ),
     ):
         with pytest.raises(UserError, match=f"saved for another feed: {message}"):
@@ -200,7 +200,7 @@ def test_a_state_is_for_one_feed_only(data):
         with pytest.raises(DamageError, match="the saved position in the data is damaged"):
             make(data).restore(damaged)
     with pytest.raises(UserError, match="was saved for a feed without a cache"):
-        make(data).restore(b"PK a zip, as feed.LiveFeed has it")
+        make(data).restore(b'{"batches": 1, "feed": "live", "positions": {}}')
 
 
 def test_batches_are_placed_ahead_of_time_in_another_thread(data):
@@ -239,6 +239,8 @@ def test_what_does_not_fit_a_cache_is_one_clear_line(data, place, model_file, tm
 
     check()
     check(sources={"en": SourceConfig(files=(str(place / "en.jsonl"),))})
+    (tmp_path / "moved.jsonl").write_bytes((place / "en.jsonl").read_bytes())
+    check(sources={"en": SourceConfig(files=(str(tmp_path / "moved.jsonl"),))})
     for changes, message in (
         (dict(seq_len=64), "its rows have seq_len=32, the stage asks for seq_len=64"),
         (dict(kind="sft"), "its rows have kind=pretrain, the stage asks for kind=sft"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -119,6 +120,75 @@ def test_a_finished_shard_that_is_gone_or_whose_account_is_damaged_is_made_again
     caches.make(made, tmp_path / "rows")
     caches.make(made, tmp_path / "undisturbed")
     assert content(tmp_path / "rows") == content(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("format", ["jsonl", "text"])
+def test_a_build_that_goes_on_never_mixes_two_versions_of_a_text(model_file, texts, tmp_path, monkeypatch, format):
+    """Of the same size, and as it may be left by a kill: the shards of what changed are made again, and no others."""
+    for name in ("a", "b"):
+        lines = [f"{name} old {i:04d} {line}" for i, line in enumerate(texts[0].splitlines())]
+        records = [json.dumps({"text": line}) for line in lines] if format == "jsonl" else lines
+        (tmp_path / f"{name}.{format}").write_text("\n".join(records))
+    sources = {name: (tmp_path / f"{name}.{format}", format, 1) for name in ("a", "b")}
+    made = caches.config(model_file, sources, shard_bytes=8000)
+    monkeypatch.setattr(caching, "_assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        caches.make(made, tmp_path / "rows")
+    monkeypatch.undo()
+    changed = tmp_path / f"b.{format}"
+    text = changed.read_text()
+    changed.write_text(text.replace("old 0000", "new 0000", 1))
+    os.utime(tmp_path / f"a.{format}")  # touched, with the same content
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "rows.incomplete").rglob("*.array_record")}
+    said = []
+    caching.make(made, tmp_path / "rows", runner="serial", say=said.append)
+    assert said[0].startswith(f"{changed}: changed since this cache was begun; 1 finished shards are made again")
+    again = [
+        path
+        for path in kept
+        if kept[path] != (tmp_path / "rows" / path.relative_to(path.parents[1])).stat().st_mtime_ns
+    ]
+    assert [path.parent.name for path in again] == ["b"]
+    caches.make(made, tmp_path / "undisturbed")
+    assert content(tmp_path / "rows") == content(tmp_path / "undisturbed")
+
+
+def test_a_text_that_changes_while_its_cache_is_made_is_named(made, tmp_path, monkeypatch):
+    file = tmp_path / "text/code.jsonl"
+    before = file.read_text()
+    original = caching._serial
+
+    def run_and_change(units, work):
+        original(units, work)
+        file.write_text(before.replace('"text": "', '"text": "#', 1).replace('"}\n', "}\n", 1)[: len(before)])
+
+    monkeypatch.setattr(caching, "_serial", run_and_change)
+    with pytest.raises(UserError, match=r"code\.jsonl: changed while this cache was made; start again"):
+        caches.make(made, tmp_path / "rows")
+    assert not (tmp_path / "rows").exists()
+    monkeypatch.undo()
+    caches.make(made, tmp_path / "rows")
+    caches.make(made, tmp_path / "undisturbed")
+    assert content(tmp_path / "rows") == content(tmp_path / "undisturbed")
+
+
+def test_workers_end_with_the_command_that_started_them_whatever_ends_it(tmp_path):
+    """Without Beam: its workers import the module with this variable set, and this one would wait for ever."""
+    worker = "import tele_jax.data.beam_workers, signal; print('ready', flush=True); signal.pause()"
+    command = (
+        "import subprocess, sys\n"
+        "from tele_jax.data import beam_workers\n"
+        "with beam_workers.ending_with_us():\n"
+        f"    worker = subprocess.Popen([sys.executable, '-c', {worker!r}], stdout=sys.stdout)\n"
+        "    print(worker.pid, flush=True)\n"
+        "    worker.wait()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, text=True)
+    said = [process.stdout.readline() for _ in range(2)]
+    assert "ready\n" in said
+    process.kill()
+    process.wait()
+    assert process.stdout.read() == "", "which comes when the worker has ended, and not before"
 
 
 KILLED = """

@@ -2,10 +2,10 @@
 
 import bz2
 import gzip
+import hashlib
 import json
 import lzma
 import os
-import zlib
 
 import pytest
 from hypothesis import given, settings
@@ -57,6 +57,31 @@ def test_a_long_document_is_cut_after_line_ends(tmp_path):
     assert len(corpus) < 2 * len(text) / 100 + 1
 
 
+def test_a_path_that_exists_is_that_file_whatever_its_name(tmp_path):
+    for name in ("run[1]", "a*b", "what?"):
+        (tmp_path / name).mkdir()
+        path = write(tmp_path / name / "a.txt", "one")
+        assert sources.expand([path], "x") == (path,)
+    other = write(tmp_path / "run1", "two")
+    assert sources.expand([f"{tmp_path}/run[1]"], "x") == (other,), "a directory is no file, so this is a pattern"
+    with pytest.raises(UserError, match=r"x: no file matches .*run\[2\]"):
+        sources.expand([f"{tmp_path}/run[2]"], "x")
+    os.mkfifo(tmp_path / "pipe")
+    for pattern in ("pipe", "pip*"):
+        with pytest.raises(UserError, match="pipe is not a plain file"):
+            sources.expand([f"{tmp_path}/{pattern}"], "x")
+
+
+def test_stages_that_read_the_same_files_share_an_index(tmp_path):
+    path = write(tmp_path / "a.txt", "one")
+    index = sources.Indexes()
+    first, second = (index(where, name, [path], "text") for where, name in (("x.files", "x"), ("y.files", "y")))
+    assert (second.where, second.name) == ("y.files", "y") and second.offset is first.offset
+    write(tmp_path / "b.txt", "two")
+    os.replace(tmp_path / "b.txt", path)
+    assert index("x", "x", [path], "text").checksum == checksum_of(b"two"), "another file is read again"
+
+
 def test_patterns_find_every_file_once_in_order(tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     paths = [write(tmp_path / name, name) for name in ("b.txt", "a.txt", "deep/er/c.txt")]
@@ -64,14 +89,22 @@ def test_patterns_find_every_file_once_in_order(tmp_path):
     assert list(found) == sorted(paths)
 
 
+def checksum_of(*contents):
+    """What a corpus of files with these bytes is known by."""
+    made = hashlib.blake2b(digest_size=16)
+    for content in contents:
+        made.update(content + len(content).to_bytes(8, "little"))
+    return made.hexdigest()
+
+
 def test_the_checksum_is_of_all_bytes_in_order(tmp_path):
     data = [json.dumps({"text": "x" * 100}) + "\n\n", json.dumps({"text": "y"})]
     files = [write(tmp_path / f"{i}.jsonl", each) for i, each in enumerate(data)]
     corpus = sources.index("x", "x", files, "jsonl", span_bytes=16)
-    assert corpus.checksum == f"{zlib.crc32(''.join(data).encode()):08x}"
+    assert corpus.checksum == checksum_of(*(each.encode() for each in data))
     text = "long text\n" * 50
     corpus = sources.index("x", "x", [write(tmp_path / "a.txt", text)], "text", span_bytes=16)
-    assert corpus.checksum == f"{zlib.crc32(text.encode()):08x}"
+    assert corpus.checksum == checksum_of(text.encode())
 
 
 def test_dialogues_are_read_whole(tmp_path):
@@ -139,7 +172,7 @@ def test_lines_that_cannot_be_used_are_kept_aside(tmp_path):
     texts = [corpus.text(i) for i in range(len(corpus))]
     assert len(texts) > 3 and "".join(texts) == "one" + "long " * 9 + "中" and corpus.last.sum() == 3
     raw = [(tmp_path / name).read_bytes().removeprefix(b"\xef\xbb\xbf") for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
-    assert corpus.checksum == f"{zlib.crc32(b''.join(raw)):08x}", "of what cannot be used as well"
+    assert corpus.checksum == checksum_of(*raw), "of what cannot be used as well"
 
 
 def test_of_many_documents_that_cannot_be_used_the_first_are_kept_and_all_are_counted(tmp_path, monkeypatch):
@@ -161,7 +194,7 @@ def test_of_a_text_file_that_is_not_utf8_nothing_is_used(tmp_path):
     assert corpus.rejected == (reject,)
     assert "".join(corpus.text(i) for i in range(len(corpus))) == "one\n" * 5 + "three\n" * 5
     assert corpus.account().startswith("sources.code.files: 1 of 3 documents cannot be used; the first is")
-    assert corpus.checksum == f"{zlib.crc32(b''.join(raw)):08x}"
+    assert corpus.checksum == checksum_of(*raw)
 
 
 def test_a_reject_of_a_file_whose_name_is_not_utf8_can_be_written(tmp_path):

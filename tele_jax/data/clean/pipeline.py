@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tele_jax.config import to_dict
+from tele_jax.data import beam_workers
 from tele_jax.data.clean import reading, report, stages, writing
 from tele_jax.data.clean.settings import CleanConfig
 from tele_jax.data.extras import need
@@ -109,7 +110,8 @@ def clean(
     say(f"{len(files):,} files, {total:,} bytes; {len(config.stages)} stages")
     with _partial(out) as directory:
         try:
-            _run(config, files, directory, options)
+            with beam_workers.ending_with_us():
+                _run(config, files, directory, [*options, beam_workers.OPTION])
         except Exception as error:
             raise _cause(error) from error
         figures = _read_json(directory, "figures.json")

@@ -1,0 +1,275 @@
+"""The work directory of a run: who may use it, for which config, and what changes when a run goes on with another one.
+
+What may change while a run is under way:
+
+    freely      mesh, slices, microbatches, remat, attention, cadence, evaluation, and where data and tokenizer lie:
+                none of these is part of what is computed; what is read is known by its checksum
+    freely      everything of a stage that has not begun
+    by itself   `steps` of the last stage, where its schedule does not follow the length of the stage
+    --from STEP optimizer, schedule and steps of the last stage, from its checkpoint of that step on
+
+All else would make the record of the run untrue, and is refused. What was changed is in W/<stage>/changes.json and in
+the provenance of every later checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tele_jax.checkpoint import locate
+from tele_jax.config import to_dict
+from tele_jax.data.vocabulary import tokenizer_name
+from tele_jax.errors import DamageError, UserError
+from tele_jax.processes import is_first
+from tele_jax.run import GrowStage, RunConfig, TrainStage, run_config
+from tele_jax.train import growing
+
+CONFIG, CHANGES, SUMMARY, LOCK = "config.json", "changes.json", "summary.json", ".lock"
+SET_ASIDE = "set_aside"  # directory of a stage: what came after the checkpoint that --from went back to
+
+# Paths inside a stage, as patterns: what says how, where and how often, and not what is computed.
+_FREE = re.compile(
+    r"log_every|eval_every|checkpoint_every|keep_checkpoints|microbatches|tolerance|model\.(remat|attention)"
+    r"|data\.(cache|tokenizer|eval_bytes|sources\.[^.]+\.(files|validation_files))(\..*)?"
+)
+_ON_REQUEST = re.compile(
+    r"steps|schedule\..*|optimizer\.(learning_rate|matrix_learning_rate|beta1|beta2|eps|weight_decay|clip_norm)"
+)
+
+
+def require_own(workdir: Path) -> None:
+    """Raises UserError where `workdir` holds something that is not of a run: nothing of it may be overwritten."""
+    if not os.path.lexists(workdir):
+        return
+    if not workdir.is_dir():
+        raise UserError(f"{workdir}: is not a directory; --workdir names the one that the run lives in")
+    config = workdir / CONFIG
+    if config.exists():
+        try:
+            page = json.loads(config.read_text())
+            own = isinstance(page, dict) and isinstance(page.get("run"), list) and set(page["run"]) <= set(page)
+        except (ValueError, TypeError, RecursionError):
+            own = False
+        if own:
+            return
+        raise UserError(f"{workdir}: its {CONFIG} is not that of a run; give a new or an empty directory")
+    others = sorted(path.name for path in workdir.iterdir() if path.name not in (LOCK, "config.tmp"))
+    if others:
+        some = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        raise UserError(f"{workdir}: holds {some}, but no {CONFIG} of a run; give a new or an empty directory")
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Holds the directory for this run, which makes it where needed; process 0 does.
+
+    Raises:
+      UserError: another run has it.
+    """
+    if not is_first():
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{workdir}: another run is at work in this directory") from None
+        yield
+
+
+def as_json(config: RunConfig) -> dict[str, Any]:
+    """The config as it is written down."""
+    page = {"run": list(config.run), **{name: to_dict(stage) for name, stage in config.stages.items()}}
+    where = {"mesh": dataclasses.asdict(config.mesh), "num_slices": config.num_slices, "start": config.start}
+    return json.loads(json.dumps(page | where))
+
+
+def differences(before: Any, now: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+    """(value before, value now) of everything that differs, by path inside the two."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in sorted(before.keys() | now.keys()):
+            found |= differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+        return found
+    return {} if before == now else {path: (before, now)}
+
+
+def said(changes: dict[str, tuple[Any, Any]], where: str) -> str:
+    """Differences as one line."""
+    return "; ".join(f"{where}.{path} was {before!r}, is {now!r}" for path, (before, now) in changes.items())
+
+
+def claim(config: RunConfig, workdir: Path, from_step: int | None, say: Callable[[str], None]) -> None:
+    """Compares the config with that of the run in `workdir`, changes what may be and is asked for, and writes it down.
+
+    from_step: checkpoint that the last stage goes back to; None: it goes on from its latest.
+
+    Raises:
+      UserError: a change that is not allowed, or not asked for; no such checkpoint.
+      DamageError: a document of the run is damaged.
+    """
+    path, now = workdir / CONFIG, as_json(config)
+    if not path.exists():
+        if from_step is not None:
+            raise UserError(f"--from {from_step}: {workdir} holds no run yet")
+        growing.write_json(path, now)
+        return
+    # Read as a page is: a field that came later has its default, which is how the run was started.
+    before = as_json(run_config(growing.read_json(path)))
+    begun = [name for name in before["run"] if _has_begun(workdir / name)]
+    refused = []
+    if now["run"][: len(begun)] != begun:
+        refused.append(f"config.run was {before['run']}, is {now['run']}, and {', '.join(begun)} have begun")
+    changes = {}
+    for name in begun:
+        found = differences(before[name], now.get(name, {}), "")
+        changes[name] = {key: pair for key, pair in found.items() if not _is_free(key, before[name], now.get(name, {}))}
+    if begun:
+        refused += [said(d, "config") for d in [differences(before["start"], now["start"], "start")] if d]
+    last = begun[-1] if begun else None
+    refused += [said(found, f"config.{name}") for name, found in changes.items() if found and name != last]
+    if refused:
+        raise UserError(
+            f"{workdir}: was started with another config: {'; '.join(refused)}; use another --workdir (config.start "
+            "names a checkpoint to start from)"
+        )
+    if last is not None:
+        _change_last(config, workdir, last, changes[last], from_step, say)
+    elif from_step is not None:
+        raise UserError(f"--from {from_step}: no stage of {workdir} has begun")
+    for name in before["run"]:
+        later = differences(before[name], now[name], "") if name not in begun and name in now else {}
+        if later:
+            say(f"stage {name} has not begun, and changes: {said(later, f'config.{name}')}")
+    growing.write_json(path, now)
+
+
+def _has_begun(directory: Path) -> bool:
+    return (directory / SUMMARY).exists() or bool(locate.list_steps(directory / "checkpoints"))
+
+
+def _is_free(path: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a difference inside a stage says nothing of what is computed."""
+    if _FREE.fullmatch(path):
+        return True
+    # Sources that are left to the cache are those of the cache: their checksums and rates are compared by the feed.
+    cached = all((stage.get("data") or {}).get("cache") for stage in (before, now))
+    return cached and re.fullmatch(r"data\.sources(\.[^.]+)?(\.format)?", path) is not None
+
+
+def _change_last(
+    config: RunConfig,
+    workdir: Path,
+    name: str,
+    changed: dict[str, tuple[Any, Any]],
+    from_step: int | None,
+    say: Callable[[str], None],
+) -> None:
+    """Goes back to `from_step` where that is asked for, and writes down what changes in the last stage that has begun.
+
+    Every part can be done twice: a kill between them leaves what the same command goes on with.
+    """
+    stage, directory, where = config.stages[name], workdir / name, f"config.{name}"
+    steps = locate.list_steps(directory / "checkpoints")
+    if from_step is not None and (isinstance(stage, GrowStage) or from_step not in steps):
+        have = f"has {', '.join(map(str, steps))}" if not isinstance(stage, GrowStage) else "grows, and does not train"
+        raise UserError(f"--from {from_step}: no such checkpoint; the last stage that has begun, {name}, {have}")
+    known = read_changes(directory)
+    if from_step is not None and not changed and known and known[-1]["from"] == from_step:
+        say(f"--from {from_step} was done by an earlier start")
+        return
+    if from_step is None and not changed:
+        return
+    for path, (before, now) in changed.items():
+        if not _ON_REQUEST.fullmatch(path) or (from_step is None and path != "steps"):
+            raise UserError(f"{workdir}: {_refusal(path, before, now, where, steps)}")
+    if from_step is None:
+        _require_steps_alone(stage, changed["steps"], steps, where, workdir)
+    start = steps[-1] if from_step is None else from_step
+    if stage.steps < start:
+        raise UserError(f"{where}.steps={stage.steps}: the stage goes on from step {start}, which is beyond")
+    _set_aside(directory, [step for step in steps if step > start], say)
+    entry = {"from": start, "config": {path: list(pair) for path, pair in changed.items()}}
+    if known[-1:] != [entry]:
+        growing.write_json(directory / CHANGES, {"changes": [*known, entry]})
+    what = f": {said(changed, where)}" if changed else ""
+    say(f"stage {name} goes on from step {start}{what}")
+
+
+def _refusal(path: str, before: Any, now: Any, where: str, steps: Sequence[int]) -> str:
+    change = f"was started with another config: {where}.{path} was {before!r}, is {now!r}"
+    if not _ON_REQUEST.fullmatch(path):
+        return f"{change}; use another --workdir (config.start names a checkpoint to start from)"
+    have = ", ".join(map(str, steps))
+    return f"{change}; --from STEP changes it from a checkpoint on (there are {have}), or use another --workdir"
+
+
+def _require_steps_alone(
+    stage: TrainStage, changed: tuple[int, int], steps: Sequence[int], where: str, workdir: Path
+) -> None:
+    """Raises UserError where another number of steps is another schedule, for the steps that are done as well."""
+    schedule = stage.schedule
+    if schedule.kind != "constant" and schedule.total is None:
+        before, now = changed
+        raise UserError(
+            f"{workdir}: {where}.steps was {before}, is {now}, and the schedule follows the length of the stage; keep "
+            f"it by --{where}.schedule.total={before}"
+            + (f" --{where}.schedule.unit=steps" if schedule.unit != "steps" else "")
+            + f", or change it by --from STEP from a checkpoint on (there are {', '.join(map(str, steps))})"
+        )
+
+
+def _set_aside(directory: Path, later: Sequence[int], say: Callable[[str], None]) -> None:
+    """Moves checkpoints, and keeps a copy of the figures, so that the stage goes on from the latest that is left."""
+    if later:
+        number = 1 + max((int(p.name) for p in directory.glob(f"{SET_ASIDE}/*") if p.name.isdecimal()), default=0)
+        aside = directory / SET_ASIDE / str(number)
+        aside.mkdir(parents=True)
+        metrics = directory / "metrics" / "metrics.jsonl"
+        if metrics.exists():
+            shutil.copyfile(metrics, aside / metrics.name)
+        for step in sorted(later, reverse=True):  # a kill leaves the steps before
+            os.rename(directory / "checkpoints" / str(step), aside / str(step))
+        say(f"checkpoints of later steps ({', '.join(map(str, later))}) are set aside in {aside}")
+    (directory / SUMMARY).unlink(missing_ok=True)
+
+
+def read_changes(directory: Path) -> list[dict[str, Any]]:
+    """What was changed in a stage while it was under way, oldest first: {"from": step, "config": {path: [was, is]}}.
+
+    Raises:
+      DamageError: the document is not what was written.
+    """
+    path = directory / CHANGES
+    if not path.exists():
+        return []
+    try:
+        changes = growing.read_json(path)["changes"]
+        if all(type(entry["from"]) is int and isinstance(entry["config"], dict) for entry in changes):
+            return list(changes)
+    except (KeyError, TypeError):
+        pass
+    raise DamageError(f"{path}: damaged, not the changes of a stage")
+
+
+def adopt_tokenizer(tokenizer: dict[str, Any], workdir: Path) -> None:
+    """Copies the run's tokenizer into W, so that the checkpoints can be used without the place it came from.
+
+    Raises:
+      UserError: the run was started with another one.
+    """
+    copy = workdir / tokenizer_name(tokenizer["path"])
+    if not copy.exists():
+        shutil.copyfile(tokenizer["path"], copy.with_suffix(".tmp"))
+        os.replace(copy.with_suffix(".tmp"), copy)
+    elif hashlib.sha256(copy.read_bytes()).hexdigest() != tokenizer["sha256"]:
+        raise UserError(f"{tokenizer['path']}: is another tokenizer than the one this run was started with, {copy}")
