@@ -77,5 +77,5 @@ def read_table(path: str | os.PathLike, what: str = "", *, missing: str = "") ->
     except ValueError as error:
         raise UserError(f"{where}: not JSON ({error})") from None
     if not isinstance(values, dict):
-        raise UserError(f"{where}: holds {type(values).__name__}, not a table")
+        raise UserError(f"{where}: not a table, but {type(values).__name__}")
     return values

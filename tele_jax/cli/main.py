@@ -80,12 +80,21 @@ def parse(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
     return module, args
 
 
+def _require_writable(target: Path) -> None:
+    """Raises UserError where the figures could not be written: now, and not after hours of work."""
+    if target.is_dir():
+        raise UserError(f"--json {target}: is a directory; name a file")
+    if not target.parent.is_dir():
+        raise UserError(f"--json {target}: there is no directory {target.parent}")
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise UserError(f"--json {target}: cannot be written")
+
+
 def _main(argv: list[str], own_process: bool) -> int:
     module, args = parse(argv)
     args.own_process = own_process
-    target = getattr(args, "json", None)
-    if target is not None and not target.parent.is_dir():  # noticed now, and not after hours of work
-        raise UserError(f"--json {target}: there is no directory {target.parent}")
+    if getattr(args, "json", None) is not None:
+        _require_writable(args.json)
     figures = module.run(args)
     if getattr(args, "json", None) is not None:
         args.json.write_text(json.dumps(figures or {}, indent=2) + "\n")

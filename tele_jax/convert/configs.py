@@ -9,8 +9,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from tele_jax import files
 from tele_jax.config import ModelConfig, Ntk, Rope
 from tele_jax.convert import FORMATS, fold
+from tele_jax.convert.keys import require_known
 from tele_jax.errors import UserError
 
 _REQUIRED = object()
@@ -60,17 +62,8 @@ class Keys:
 def read_json(path: Path) -> Keys:
     """The config.json of a directory. Raises UserError."""
     file = path / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{file}: missing; a released checkpoint is a directory with config.json and its weights"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: not a table")
-    return Keys(values, str(file))
+    missing = "missing; a released checkpoint is a directory with config.json and its weights"
+    return Keys(files.read_table(file, missing=missing), str(file))
 
 
 def detect(keys: Keys) -> str:
@@ -92,13 +85,17 @@ def read(keys: Keys, format: str) -> ModelConfig:
     """The model that a config.json describes; all rows of its vocabulary count as tokens.
 
     Raises:
-      UserError: a key is missing, of another type, or says what tele_jax cannot do.
+      UserError: a key is missing, of another type, says what tele_jax cannot do, or is set and not known (keys.py).
     """
+    noted = keys.values if isinstance(keys.values, _Noting) else _Noting(keys.values)
+    keys = Keys(noted, keys.where)
     if keys.values.get("quantization_config") is not None:
         raise UserError(f"{keys.where}: quantized weights (quantization_config); tele_jax reads plain ones only")
     fields = {"tele_flm": _read_tele_flm, "telechat": _read_telechat, "telechat_52b": _read_52b, "llama": _read_llama}
     try:
-        return ModelConfig(**fields[format](keys))
+        cfg = ModelConfig(**fields[format](keys))
+        require_known(noted, noted.read, keys.where, format)
+        return cfg
     except UserError as error:
         message = str(error)
         raise error if message.startswith(keys.where) else UserError(f"{keys.where}: {message}") from None
@@ -127,7 +124,8 @@ def write(cfg: ModelConfig, format: str, dtype: Any, release: Mapping[str, Any] 
     if _describes(noted, cfg, format):
         return {**source, **spelled}
     kept = {key: value for key, value in source.items() if key not in noted.read}
-    return {**kept, **writers[format](cfg), **spelled}
+    layers = {"layer_types": ["full_attention"] * cfg.num_layers} if source.get("layer_types") else {}
+    return {**kept, **writers[format](cfg), **layers, **spelled}
 
 
 class _Noting(dict):
@@ -154,6 +152,7 @@ def _describes(source: Mapping[str, Any], cfg: ModelConfig, format: str) -> bool
 
 def _read_llama(keys: Keys) -> dict[str, Any]:
     keys.expect(hidden_act="silu", partial_rotary_factor=1.0, sliding_window=None)
+    _read_layer_types(keys)
     embed, heads = keys.get("hidden_size", int), keys.get("num_attention_heads", int)
     biases = keys.get("attention_bias", bool, False), keys.get("mlp_bias", bool, False)
     if biases[0] != biases[1]:
@@ -179,14 +178,33 @@ def _read_llama(keys: Keys) -> dict[str, Any]:
 
 
 def _read_theta(keys: Keys) -> float:
-    """transformers wrote rope_theta and rope_scaling up to version 4, rope_parameters from 5 on."""
-    newer, older = keys.get("rope_parameters", dict, {}), keys.get("rope_scaling", dict, {})
-    parameters = newer or older
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"{keys.where}: rotary scaling {kind!r} of Llama is none that tele_jax has")
-    stated = keys.get("rope_theta", float, 10_000.0)
-    return Keys(parameters, keys.where).get("rope_theta", float, stated)
+    """transformers wrote rope_theta and rope_scaling up to version 4, rope_parameters from 5 on; all have to agree."""
+    bases = {"rope_theta": keys.get("rope_theta", float, None)}
+    for name in ("rope_parameters", "rope_scaling"):
+        table = keys.get(name, dict, {})
+        inner = Keys(table, f"{keys.where}: {name}")
+        kind = table.get("rope_type", table.get("type", "default"))
+        if kind != "default":
+            raise UserError(f"{keys.where}: {name}: rotary scaling {kind!r} of Llama is none that tele_jax has")
+        inner.expect(partial_rotary_factor=1.0)
+        known = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+        if unknown := [key for key, value in table.items() if key not in known and value is not None]:
+            raise UserError(f"{inner.where}: {unknown[0]} is {table[unknown[0]]!r}, which tele_jax does not know there")
+        bases[f"rope_theta in {name}"] = inner.get("rope_theta", float, None)
+    stated = {name: base for name, base in bases.items() if base is not None}
+    if len(set(stated.values())) > 1:
+        said = ", ".join(f"{name} is {base:g}" for name, base in stated.items())
+        raise UserError(f"{keys.where}: {said}: two rotary bases, of which programs take one or the other")
+    return next(iter(stated.values()), 10_000.0)
+
+
+def _read_layer_types(keys: Keys) -> None:
+    """Every layer of ours has full attention; newer configs say it layer by layer."""
+    kinds, layers = keys.get("layer_types", list, []), keys.get("num_hidden_layers", int)
+    if other := [kind for kind in kinds if kind != "full_attention"]:
+        raise UserError(f"{keys.where}: layer_types holds {other[0]!r}, but tele_jax has only full_attention")
+    if kinds and len(kinds) != layers:
+        raise UserError(f"{keys.where}: layer_types describes {len(kinds)} layers, but num_hidden_layers is {layers}")
 
 
 def _write_llama(cfg: ModelConfig) -> dict[str, Any]:

@@ -104,8 +104,23 @@ TELECHAT_52B = (
     _row("lm_head.weight", "vocab, embed", "lm_head.kernel"),
 )
 TABLES = {"tele_flm": TELE_FLM, "telechat": TELECHAT, "telechat_52b": TELECHAT_52B, "llama": LLAMA}
-# Tensors that some copies have and that say nothing new: Llama's frequencies, computed from the config.
-IGNORED_ENDINGS = (".rotary_emb.inv_freq",)
+# Buffers that some copies have and that say nothing: rotary frequencies and tables, computed from the config; the
+# causal mask; positions 0, 1, 2, ... By the end of the name, the dtypes that such a buffer has.
+_FLOATS, _INTEGERS = ("F64", "F32", "F16", "BF16"), ("I64", "I32")
+BUFFERS = {
+    "inv_freq": _FLOATS,
+    "rotary_emb.cos_cached": _FLOATS,
+    "rotary_emb.sin_cached": _FLOATS,
+    "attn.bias": ("BOOL", "U8"),
+    "position_ids": _INTEGERS,
+}
+
+
+def is_buffer(name: str, dtype: str) -> bool:
+    """Whether a tensor of a release carries nothing; dtype: its name in the file."""
+    return any(
+        (name == ending or name.endswith("." + ending)) and dtype in dtypes for ending, dtypes in BUFFERS.items()
+    )
 
 
 @dataclasses.dataclass(frozen=True)

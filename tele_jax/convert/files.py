@@ -19,6 +19,7 @@ import numpy as np
 
 from tele_jax.convert.families import Tensor
 from tele_jax.errors import UserError
+from tele_jax.files import read_table, require_no_pointer, require_regular
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -27,6 +28,13 @@ DTYPES = {
     "F32": jnp.dtype("float32"),
     "F16": jnp.dtype("float16"),
     "BF16": jnp.dtype("bfloat16"),
+}
+# Of dtypes that no weight of ours has, but buffers beside them may: masks, positions.
+_ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16"), 2),
+    **dict.fromkeys(("U32", "I32"), 4),
+    **dict.fromkeys(("U64", "I64"), 8),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -46,7 +54,7 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
     def __str__(self) -> str:
         return f"{self.file.name}: {self.name}"
@@ -55,11 +63,16 @@ class Stored:
 def read_directory(path: Path) -> dict[str, Stored]:
     """All tensors of a released checkpoint, by name; reads headers only.
 
+    As transformers does it: model.safetensors is the checkpoint where it is there, else the files that the index names;
+    other files beside them (of an adapter, of another program) are left alone. Without either, all files together.
+
     Raises:
       UserError: no safetensors, pickle files instead, a shard that is missing, or not what the index says; a file is
         cut short or its header is damaged.
     """
-    indexes = [index for index in path.glob(f"*{INDEX.removeprefix('model')}") if index.is_file()]
+    if os.path.lexists(path / SINGLE):
+        return read_header(path / SINGLE)
+    indexes = list(path.glob(f"*{INDEX.removeprefix('model')}"))
     if path / INDEX in indexes or len(indexes) == 1:
         return _read_indexed(path / INDEX if path / INDEX in indexes else indexes[0])
     files = sorted(path.glob("*.safetensors"))
@@ -82,8 +95,10 @@ def read_directory(path: Path) -> dict[str, Stored]:
 
 def _read_indexed(index: Path) -> dict[str, Stored]:
     try:
-        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        places = dict(read_table(index)["weight_map"])
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index}: damaged, not an index of safetensors ({error!r})") from None
     for tensor, place in places.items():
         if not isinstance(place, str) or not place:
@@ -94,9 +109,8 @@ def _read_indexed(index: Path) -> dict[str, Stored]:
         listed = sorted(tensor for tensor, place in places.items() if place == name)
         if Path(name).name != name:
             raise UserError(f"{index}: {listed[0]} is placed in {name!r}, which is no file beside it")
-        if not file.is_file():
-            raise UserError(f"{file}: missing; {index.name} has {len(listed)} tensors in it, such as {listed[0]}")
-        header = read_header(file)
+        missing = f"missing; {index.name} has {len(listed)} tensors in it, such as {listed[0]}"
+        header = read_header(file, missing=missing)
         if absent := [tensor for tensor in listed if tensor not in header]:
             raise UserError(f"{file}: has no {absent[0]}, though {index.name} says so ({len(absent)} such tensors)")
         if extra := sorted(header.keys() - set(listed)):
@@ -107,14 +121,25 @@ def _read_indexed(index: Path) -> dict[str, Stored]:
     return tensors
 
 
-def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of one file. Raises UserError naming the file, and the tensor where one is at fault."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise UserError(f"{file}: damaged or cut short: {size:,} bytes cannot hold the header that it announces")
-        text = stream.read(length)
+def read_header(file: Path, missing: str = "") -> dict[str, Stored]:
+    """The tensors of one file. Raises UserError naming the file, and the tensor where one is at fault.
+
+    missing: what to say where there is none.
+    """
+    size = require_regular(file, missing=missing)
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(64)
+            require_no_pointer(start, str(file))
+            length = int.from_bytes(start[:8], "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise UserError(
+                    f"{file}: damaged or cut short: {size:,} bytes cannot hold the header that it announces"
+                )
+            stream.seek(8)
+            text = stream.read(length)
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
     try:
         header = json.loads(text, object_pairs_hook=_no_doubles)
         header.pop("__metadata__", None)
@@ -149,7 +174,7 @@ def _stored(name: str, file: Path, start: int, entry: Mapping[str, Any]) -> Stor
     shape = tuple(entry["shape"])
     if not all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape)):
         raise ValueError(f"{name}: {entry}")
-    if entry["dtype"] not in DTYPES:
+    if entry["dtype"] not in _ITEM_BYTES:
         raise UserError(f"{file}: {name} is of dtype {entry['dtype']}; known are {', '.join(DTYPES)}")
     stored = Stored(name, file, start + begin, shape, entry["dtype"])
     if end - begin != stored.nbytes:
@@ -235,7 +260,12 @@ class Files:
             buffers = [rows[begin:end].reshape(-1)] if whole else list(rows[begin:end])
             position = int(offsets[begin])
             while buffers:
-                moved = call(descriptor, buffers[:_MAX_BUFFERS], position)
+                try:
+                    moved = call(descriptor, buffers[:_MAX_BUFFERS], position)
+                except OSError as error:
+                    if call is os.preadv:
+                        raise UserError(f"{file}: could not be read at byte {position:,} ({error.strerror})") from None
+                    raise
                 if moved == 0:
                     raise UserError(f"{file}: cut short at byte {position:,} while it was read")
                 position += moved
@@ -247,7 +277,10 @@ class Files:
     def _descriptor(self, file: Path) -> int:
         with self._lock:
             if file not in self._open:
-                self._open[file] = os.open(file, self._flags)
+                try:
+                    self._open[file] = os.open(file, self._flags)
+                except OSError as error:
+                    raise UserError(f"{file}: {error.strerror}") from None
             return self._open[file]
 
     def close(self) -> None:

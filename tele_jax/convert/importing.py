@@ -133,7 +133,7 @@ def provenance_entry(release: Release, stage: str) -> dict[str, Any]:
         entry["prefix"] = release.prefix
     if release.constants:
         entry["constants"] = release.constants
-    return entry | {"config": dict(release.keys.values)}
+    return entry | {"config": dict(release.keys.values), "generation": release.generation}
 
 
 def _leaf(spec: ParamSpec, part: Part, chunk_bytes: int) -> layout.Leaf:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tele_jax.config import ModelConfig
-from tele_jax.convert import FORMATS, configs, families, files, sidecar
+from tele_jax.convert import FORMATS, configs, conventions, families, files, sidecar
 from tele_jax.convert.families import Part, Tensor
 from tele_jax.convert.files import Stored
 from tele_jax.errors import UserError
@@ -24,7 +24,8 @@ class Release:
 
     cfg: with the dtype that the parameters will have. keys: its config.json. parts: by leaf and layer, the part and the
     tensor in which it lies. files: that travel along. notes: one line each, for the user. constants: by name, buffers
-    that carry nothing and are not what such buffers usually are; kept to be written again.
+    that carry nothing and are not what such buffers usually are; kept to be written again. generation: how its code
+    generates (conventions.py).
     """
 
     path: Path
@@ -36,6 +37,7 @@ class Release:
     notes: list[str]
     prefix: str
     constants: dict[str, float]
+    generation: dict[str, Any]
 
     @property
     def fingerprint(self) -> str:
@@ -92,6 +94,9 @@ def open_release(
         cfg = cfg.replace(rope=dataclasses.replace(cfg.rope, tables=rope_tables))
     travelling = sidecar.find(path)
     cfg, notes = _cut_vocabulary(path, cfg, found, travelling, vocab_size)
+    generation, unfollowed = conventions.read(path, keys)
+    if alone := _left_alone(path, stored):
+        notes.append(f"left alone: {', '.join(alone)}, which {files.SINGLE} or its index does not need")
     return Release(
         path=path,
         format=found,
@@ -99,10 +104,17 @@ def open_release(
         keys=keys,
         parts={(part.leaf, part.layer): (part, stored[t.name]) for t in expected for part in t.parts},
         files=travelling,
-        notes=notes,
+        notes=[*notes, *unfollowed],
         prefix=prefix,
+        generation=generation,
         constants=_read_constants(expected, stored),
     )
+
+
+def _left_alone(path: Path, stored: Mapping[str, Stored]) -> list[str]:
+    """Names of files of weights beside those that were read."""
+    read = {tensor.file.name for tensor in stored.values()}
+    return sorted(file.name for file in path.glob("*.safetensors") if file.name not in read)
 
 
 def _compare(path: Path, cfg: ModelConfig, expected: list[Tensor], stored: dict[str, Stored]) -> list[Stored]:
@@ -116,6 +128,9 @@ def _compare(path: Path, cfg: ModelConfig, expected: list[Tensor], stored: dict[
                     f"{stored[tensor.name].file}: {tensor.name} has {have:,} rows, but vocab_size in config.json is "
                     f"{tensor.shape[0]:,}: config and weights are of different vocabularies"
                 )
+    for have in stored.values():
+        if have.dtype not in files.DTYPES and not families.is_buffer(have.name, have.dtype):
+            raise UserError(f"{have.file}: {have.name} is of dtype {have.dtype}; known are {', '.join(files.DTYPES)}")
     lines = []
     for tensor in expected:
         if tensor.name not in stored:
@@ -130,7 +145,7 @@ def _compare(path: Path, cfg: ModelConfig, expected: list[Tensor], stored: dict[
     for name in sorted(stored.keys() - names):
         if name == "lm_head.weight" and cfg.tie_embeddings:
             _require_same(stored[name], stored[rows[0].name])
-        elif not name.endswith(families.IGNORED_ENDINGS):
+        elif not families.is_buffer(name, stored[name].dtype):
             lines.append(f"{stored[name].file.name}: {name} {list(stored[name].shape)}: unknown")
     if lines:
         more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""

@@ -1,13 +1,16 @@
 """The small files beside the weights: the tokenizer and what belongs to it. They travel along as they are found."""
 
 import contextlib
-import json
+import fnmatch
+import operator
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from tele_jax.chat import find_tokenizer
 from tele_jax.errors import UserError
+from tele_jax.files import read_bytes, read_table, require_regular
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 # Patterns of what travels. Programs of a release (*.py) go back only into the format that they are for.
@@ -20,9 +23,13 @@ _PROGRAMS = ("configuration_*.py", "modeling_*.py", "generation_*.py")
 
 
 def find(directory: Path, programs: bool = True) -> list[Path]:
-    """The files of a directory that travel, sorted."""
+    """The files of a directory that travel, sorted. UserError where one of their names is no file."""
     patterns = _TOKENIZER_FILES + (_PROGRAMS if programs else ())
-    return sorted({file for pattern in patterns for file in directory.glob(pattern) if file.is_file()})
+    names = [name for name in os.listdir(directory) if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    found = [directory / name for name in sorted(names)]
+    for file in found:
+        require_regular(file)
+    return found
 
 
 def find_beside(step_dir: Path, programs: bool) -> list[Path]:
@@ -48,13 +55,15 @@ def count_ids(files: Iterable[Path]) -> tuple[int, str] | None:
     counters = {
         "tokenizer.model": _count_pieces,
         "tokenizer.json": _count_tokenizers,
-        "added_tokens.json": lambda file: max(json.loads(file.read_text("utf-8")).values(), default=-1) + 1,
+        "added_tokens.json": lambda file: max(map(operator.index, read_table(file).values()), default=-1) + 1,
     }
     counts = []
     for file in files:
         if file.name in counters:
             try:
                 counts.append((counters[file.name](file), file.name))
+            except UserError:
+                raise
             except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
                 raise UserError(f"{file}: not a tokenizer file") from None
     return max(counts) if {name for _, name in counts} & set(TOKENIZERS) else None
@@ -62,7 +71,7 @@ def count_ids(files: Iterable[Path]) -> tuple[int, str] | None:
 
 def _count_pieces(file: Path) -> int:
     """Of a SentencePiece model: a protobuf message whose field 1, repeated, is a piece. Needs no extra installed."""
-    data, position, count = file.read_bytes(), 0, 0
+    data, position, count = read_bytes(file), 0, 0
 
     def varint() -> int:
         nonlocal position
@@ -89,8 +98,8 @@ def _count_pieces(file: Path) -> int:
 
 def _count_tokenizers(file: Path) -> int:
     """Of the `tokenizers` library's JSON: vocabulary and added tokens."""
-    document = json.loads(file.read_text("utf-8"))
+    document = read_table(file)
     vocabulary = document["model"]["vocab"]
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
     ids += [token["id"] for token in document.get("added_tokens") or []]
-    return max(ids) + 1
+    return max(map(operator.index, ids)) + 1

@@ -154,7 +154,9 @@ def test_the_provenance_says_where_it_came_from_and_stays(tmp_path):
     format, config, _, src = release("tele_flm", tmp_path)
     imported(src, tmp_path / "ck")
     (entry,) = checkpoint.open_lazy(tmp_path / "ck").provenance
-    assert entry == {"stage": "ck", "kind": "import", "format": format, "source": "release", "config": config}
+    generation = {"eos_token_ids": [2], "do_sample": False, "sampling": {}, "document_start": None}
+    said = {"stage": "ck", "kind": "import", "format": format, "source": "release", "config": config}
+    assert entry == said | {"generation": generation}
 
 
 def test_what_grew_keeps_the_other_keys_of_its_release(tmp_path):
@@ -180,9 +182,15 @@ def test_what_grew_keeps_the_other_keys_of_its_release(tmp_path):
         ("telechat", {"num_key_value_heads": 2}, {"num_kv_heads": 6}, "num_key_value_heads", None),
         ("telechat", {}, {"rope": Rope(ntk=Ntk(original_length=4096, trained_length=32))}, "base_seqlen", None),
         ("tele_flm", {"mup_base_width": 8}, {"mup_base_width": 12}, "mup_base_width", None),
-        ("tele_flm", {"rope_scaling": {"rope_theta": 700.0}}, {"rope": Rope(theta=900.0)}, "rope_scaling", None),
+        (
+            "tele_flm",
+            {"rope_theta": None, "rope_scaling": {"rope_theta": 700.0}},
+            {"rope": Rope(theta=900.0)},
+            "rope_scaling",
+            None,
+        ),
         ("telechat_52b", {}, {"mup_base_width": None}, "mup_base_width", None),
-        ("llama", {"rope_parameters": {"rope_theta": 9.0}}, {"num_layers": 4}, "auto_map", "kept"),
+        ("llama", {"rope_theta": None, "rope_parameters": {"rope_theta": 9.0}}, {"num_layers": 4}, "auto_map", "kept"),
     ],
 )
 def test_no_key_of_the_release_outlives_what_it_said(format, stated, change, key, found):
