@@ -11,6 +11,7 @@ HELP = "write a checkpoint for other programs to read"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     from tele_jax.convert import FORMATS
+    from tele_jax.data.templates import TEMPLATES
 
     parser.add_argument("src", metavar="SRC", help="checkpoint, stage directory or work directory")
     parser.add_argument("dst", metavar="DST", nargs="?", help="the directory to write; must not exist")
@@ -26,6 +27,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="of the files; by default that of the parameters. Given, it rounds where it has to",
     )
     parser.add_argument("--max-seq-len", type=int, metavar="N", help="the context to promise; by default the model's")
+    parser.add_argument(
+        "--template",
+        choices=TEMPLATES,
+        metavar="NAME",
+        help=f"how dialogues are written, for the chat template of a llama export: {', '.join(TEMPLATES)}; default: as "
+        "the tokenizer and the checkpoint say",
+    )
     parser.add_argument(
         "--shard-gb", type=float, default=5.0, metavar="G", help="10^9 bytes a file at most (default 5)"
     )
@@ -49,6 +57,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.list:
         return _list(args)
+    if args.template is not None and args.format != "llama":
+        raise UserError(f"--template {args.template}: only an export as llama gets a chat template")
     if args.dst is None:
         raise UserError("tele export: DST is missing; see tele export --help")
     done = convert.export_checkpoint(
@@ -57,6 +67,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         format=args.format,
         dtype=args.dtype,
         max_seq_len=args.max_seq_len,
+        template=args.template,
         shard_gb=args.shard_gb,
         memory_gb=args.memory_gb,
         workers=args.workers,

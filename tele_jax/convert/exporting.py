@@ -23,9 +23,10 @@ import numpy as np
 
 from tele_jax.checkpoint import chunks, layout, tiles
 from tele_jax.config import ModelConfig, require
-from tele_jax.convert import FORMATS, configs, families, fold, region, sidecar
+from tele_jax.convert import FORMATS, chat_files, configs, families, fold, region, sidecar
 from tele_jax.convert.families import Part, Tensor
 from tele_jax.convert.files import DTYPES, Files, Stored, create, split
+from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import DamageError, UserError
 
 SHARD_GB = 5.0  # of numbers in a file, as transformers cuts them
@@ -141,6 +142,7 @@ def export_checkpoint(
     format: str,
     dtype: str | None = None,
     max_seq_len: int | None = None,
+    template: str | None = None,
     shard_gb: float = SHARD_GB,
     memory_gb: float = 1.0,
     workers: int | None = None,
@@ -152,6 +154,8 @@ def export_checkpoint(
       src: a checkpoint, as checkpoint.open_lazy takes it.
       dst: the directory to write; must not exist.
       format, dtype, max_seq_len: as `outline` takes them.
+      template: name of the dialogue template that a llama export gets (chat_files.py); by default that of the tokenizer
+        or of the release.
       shard_gb: 10^9 bytes of numbers in a file, at most, unless a tensor has more.
       memory_gb: 10^9 bytes that may be used above what the process has already.
       workers: threads, by default as many as cores; fewer where memory is short.
@@ -177,7 +181,34 @@ def export_checkpoint(
         buffers.put(chunks.allocate(largest))
     pieces = [piece for array in arrays.values() for piece in _chunks_of(array, buffers)]
     beside = sidecar.find_beside(Path(os.fspath(lazy.path)), programs=_comes_from(lazy.provenance, format))
-    return write(dst, plan, pieces, beside, shard_gb=shard_gb, workers=threads, progress=progress)
+    documents: dict[str, Any] = {}
+    if format == "llama" and (template is not None or not _is_a_release_of(lazy.provenance, format)):
+        beside, documents, ids, notes = _ready_to_chat(beside, lazy.provenance, plan.folded.cfg.max_seq_len, template)
+        plan = dataclasses.replace(plan, document=plan.document | ids, notes=plan.notes + notes)
+    return write(dst, plan, pieces, beside, documents, shard_gb=shard_gb, workers=threads, progress=progress)
+
+
+# What belongs to a tokenizer as it was released, and does not to the one that is written instead.
+_OF_THE_RELEASE = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+
+
+def _ready_to_chat(
+    beside: list[Path], provenance: Sequence[Mapping[str, Any]], max_seq_len: int, template: str | None
+) -> tuple[list[Path], dict[str, Any], dict[str, Any], list[str]]:
+    """(files to copy, documents to write, special ids, notes) of a model whose tokenizer is translated for others."""
+    tokenizer = next((file for name in sidecar.TOKENIZERS for file in beside if file.name == name), None)
+    if tokenizer is None:
+        return beside, {}, {}, ["no tokenizer beside the checkpoint: the export has none, and no chat template"]
+    documents, ids, notes = chat_files.make(load_vocabulary(tokenizer), provenance, max_seq_len, template)
+    replaced = {*documents, *_OF_THE_RELEASE}
+    kept = [file for file in beside if file.name not in replaced and file.suffix not in (".py", ".jinja")]
+    return [file for file in kept if file.name != "chat_template.json"], documents, ids, notes
+
+
+def _is_a_release_of(provenance: Sequence[Mapping[str, Any]], format: str) -> bool:
+    """Whether the model is as it was imported from this format, or grown from that: its files are still right."""
+    trained = [entry for entry in provenance if entry.get("kind") in ("import", "pretrain", "sft")]
+    return bool(trained) and _comes_from(trained[-1:], format)
 
 
 def _comes_from(provenance: Sequence[Mapping[str, Any]], format: str) -> bool:
@@ -216,12 +247,13 @@ def write(
     plan: Outline,
     pieces: Sequence[Piece],
     beside: Sequence[Path],
+    documents: Mapping[str, Any] | None = None,
     *,
     shard_gb: float,
     workers: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Exported:
-    """Writes the directory: weights, config.json and the files beside. Raises as export_checkpoint."""
+    """Writes weights, config.json, the files beside, and documents by name. Raises as export_checkpoint."""
     began = time.monotonic()
     require(0 < shard_gb < math.inf, f"shard_gb={shard_gb:g} must be above 0, and finite")
     target = tiles.local_path(dst, "an export")
@@ -245,6 +277,8 @@ def write(
                 raise
         (directory / "config.json").write_text(json.dumps(plan.document, indent=2) + "\n")
         sidecar.copy(beside, directory)
+        for name, document in (documents or {}).items():
+            (directory / name).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return Exported(
         cfg=plan.folded.cfg,
         seconds=time.monotonic() - began,

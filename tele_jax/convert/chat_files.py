@@ -1,0 +1,198 @@
+"""The files with which other programs talk to an exported model: tokenizer, chat template, and how it generates.
+
+A Llama export is complete with them: transformers, vLLM and others read tokenizer.json, tokenizer_config.json (with the
+chat template) and generation_config.json, with nothing of ours installed, and `apply_chat_template` gives the ids of
+`tele chat`. Only the protection against typed markers stays here: those programs read a marker in a message as one.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tele_jax.data import templates
+from tele_jax.data.examples import document_start
+from tele_jax.data.templates import Template
+from tele_jax.data.vocabulary import Vocabulary
+from tele_jax.errors import UserError
+
+SPACE = "\u2581"
+
+
+def make(
+    vocabulary: Vocabulary,
+    provenance: Sequence[Mapping[str, Any]],
+    max_seq_len: int,
+    template: str | None = None,
+) -> tuple[dict[str, Any], dict[str, int | list[int]], list[str]]:
+    """The documents by file name, the special ids for config.json, and notes for the user.
+
+    Args:
+      vocabulary: of the model.
+      provenance: of the checkpoint: whether it was fine-tuned on dialogues, and on which release.
+      max_seq_len: the context that is promised.
+      template: name of the dialogue template; by default that of the vocabulary or of the release.
+
+    Raises:
+      UserError: there is no template of this name, or the vocabulary lacks its markers.
+    """
+    chosen, notes = _template(vocabulary, provenance, template)
+    ends = [vocabulary.eos_id] if chosen is None else templates.stop_ids(chosen, vocabulary)
+    end = vocabulary.eos_id if chosen is None else templates.marker_ids(chosen, vocabulary).end[0]
+    start = document_start(vocabulary, provenance)
+    ids: dict[str, int | list[int]] = {"eos_token_id": [end, *(i for i in ends if i != end)] if len(ends) > 1 else end}
+    for name, i in (("bos_token_id", vocabulary.bos_id), ("pad_token_id", vocabulary.pad_id)):
+        if i >= 0:
+            ids[name] = i
+    names = {"unk_token": vocabulary.unk_id, "bos_token": vocabulary.bos_id, "eos_token": end}
+    names["pad_token"] = vocabulary.pad_id
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_seq_len,
+        "clean_up_tokenization_spaces": False,
+        **{name: vocabulary.piece(i) for name, i in names.items() if i >= 0},
+    }
+    if chosen is not None:
+        config["chat_template"] = chat_template(chosen, vocabulary)
+    generation = {**ids, "do_sample": False, **({} if chosen is None else chosen.greedy)}
+    document = tokenizer_json(vocabulary, start)
+    return (
+        {"tokenizer.json": document, "tokenizer_config.json": config, "generation_config.json": generation},
+        ids,
+        notes,
+    )
+
+
+def _template(
+    vocabulary: Vocabulary, provenance: Sequence[Mapping[str, Any]], name: str | None
+) -> tuple[Template | None, list[str]]:
+    kinds = [entry.get("kind") for entry in provenance if entry.get("kind") in ("import", "pretrain", "sft")]
+    if name is None and kinds[-1:] == ["pretrain"]:
+        return None, ["no chat template: the model was last trained on plain text; --template NAME writes one"]
+    try:
+        return templates.choose(vocabulary, name, provenance), []
+    except UserError as error:
+        if name is not None:
+            raise
+        return None, [f"no chat template: {error}; --template NAME writes one"]
+
+
+def chat_template(template: Template, vocabulary: Vocabulary) -> str:
+    """The Jinja template whose text has, tokenized by tokenizer.json, the ids of dialogue.render_prompt."""
+    if template.markers == "ids":
+        markers = templates.marker_ids(template, vocabulary)
+        name = lambda ids: "".join(map(vocabulary.piece, ids))  # noqa: E731
+        start, user, bot, between, end = map(
+            name, (markers.start, markers.user, markers.bot, markers.between, markers.end)
+        )
+        system = None if markers.system is None else name(markers.system)
+    else:
+        start, user, bot, between, end = "", template.user, template.bot, template.between, template.end
+        system = template.system
+    content = "message['content']"
+    question = f"{content}.strip()" if template.strips else content
+    said = f"{content}.strip()" if template.markers == "text" else content
+    first = (
+        "{{ raise_exception('this model has no place for a system message') }}"
+        if system is None
+        else f"{{{{ {json.dumps(system, ensure_ascii=False)} + {said} }}}}"
+    )
+    quoted = {k: json.dumps(v, ensure_ascii=False) for k, v in dict(u=user, b=bot, m=between, e=end, s=start).items()}
+    return (
+        (f"{{{{ {quoted['s']} }}}}" if start else "")
+        + "{% for message in messages %}"
+        + "{% if message['role'] == 'system' %}"
+        + "{% if not loop.first %}{{ raise_exception('the system message has to come first') }}{% endif %}"
+        + first
+        + "{% elif message['role'] == 'user' %}"
+        + f"{{{{ {quoted['u']} + {question} + {quoted['b']} }}}}"
+        + "{% elif message['role'] == 'assistant' %}"
+        + f"{{{{ {content} + ({quoted['e']} if loop.last else {quoted['m']}) }}}}"
+        + "{% else %}{{ raise_exception('the role ' + message['role'] + ' is none of this model') }}{% endif %}"
+        + "{% endfor %}"
+    )
+
+
+def tokenizer_json(vocabulary: Vocabulary, start: int | None) -> dict[str, Any]:
+    """A document of the `tokenizers` library that gives the vocabulary's ids.
+
+    start: the id that stands before a text where special tokens are asked for (examples.document_start).
+    """
+    from tele_jax.data.vocabulary_sentencepiece import SentencePieceVocabulary
+
+    if isinstance(vocabulary, SentencePieceVocabulary):
+        document = _from_sentencepiece(vocabulary)
+    else:
+        document = json.loads(Path(vocabulary.path).read_bytes().decode("utf-8-sig"))
+    if start is not None:
+        name = vocabulary.piece(start)
+        special = {"id": name, "ids": [start], "tokens": [name]}
+        part = {"Sequence": {"id": "A", "type_id": 0}}
+        first = {"SpecialToken": {"id": name, "type_id": 0}}
+        document["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [first, part],
+            "pair": [first, part, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {name: special},
+        }
+    return document
+
+
+def _from_sentencepiece(vocabulary: Any) -> dict[str, Any]:
+    """SentencePiece's BPE as that of `tokenizers`.
+
+    Pieces that SentencePiece finds in text before all else (digits, say) are cut out by a pattern, and found whole by
+    `ignore_merges`. Every way to put a learned piece together from two others is a merge; the order is that of scores.
+    """
+    from tele_jax.data.extras import need
+
+    model = need("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(vocabulary.sp_model)
+    kinds = model.SentencePiece
+    vocab = {piece.piece: i for i, piece in enumerate(model.pieces)}
+    special = [i for i, piece in enumerate(model.pieces) if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]
+    fixed = [piece.piece for piece in model.pieces if piece.type == kinds.USER_DEFINED]
+    normal = {piece.piece for piece in model.pieces if piece.type == kinds.NORMAL}
+    learned = sorted((piece for piece in model.pieces if piece.type == kinds.NORMAL), key=lambda piece: -piece.score)
+    merges = []
+    for piece in learned:
+        text = piece.piece
+        halves = [(text[:i], text[i:]) for i in range(1, len(text))]
+        merges += sorted(
+            ([left, right] for left, right in halves if left in normal and right in normal),
+            key=lambda pair: (vocab[pair[0]], vocab[pair[1]]),
+        )
+    steps: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if vocabulary.adds_dummy_prefix:
+        steps.insert(0, {"type": "Prepend", "prepend": SPACE})
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    pattern = "|".join(map(re.escape, sorted(fixed, key=len, reverse=True)))
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": model.pieces[i].piece, **flags} for i in special],
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "pre_tokenizer": split if fixed else None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": model.pieces[vocabulary.unk_id].piece if vocabulary.unk_id >= 0 else None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": True,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
