@@ -199,7 +199,13 @@ def _ready_to_chat(
     tokenizer = next((file for name in sidecar.TOKENIZERS for file in beside if file.name == name), None)
     if tokenizer is None:
         return beside, {}, {}, ["no tokenizer beside the checkpoint: the export has none, and no chat template"]
-    documents, ids, notes = chat_files.make(load_vocabulary(tokenizer), provenance, max_seq_len, template)
+    try:
+        vocabulary = load_vocabulary(tokenizer)
+    except UserError as error:
+        if template is not None:
+            raise
+        return beside, {}, {}, [f"the tokenizer is copied as it is, without a chat template: {error}"]
+    documents, ids, notes = chat_files.make(vocabulary, provenance, max_seq_len, template)
     replaced = {*documents, *_OF_THE_RELEASE}
     kept = [file for file in beside if file.name not in replaced and file.suffix not in (".py", ".jinja")]
     return [file for file in kept if file.name != "chat_template.json"], documents, ids, notes

@@ -45,6 +45,13 @@ def document_start(vocabulary: Vocabulary, provenance: Sequence[Mapping[str, Any
     return None
 
 
+def continues(corpus: Corpus, i: int, vocabulary: Vocabulary) -> bool:
+    """Whether span `i` goes on within its document and the tokenizer would put a space before it: none is there."""
+    if not vocabulary.adds_dummy_prefix or corpus.format == "dialogues":
+        return False
+    return bool(corpus.begin[i] > 0 or (corpus.format == "text" and corpus.offset[i] > 0))
+
+
 def check_format(domain: str, format: Format, kind: Kind) -> None:
     """Raises UserError if fine-tuning is to be fed with something that has no answers."""
     if kind == "sft" and format != "dialogues":
@@ -103,7 +110,7 @@ def example(
         text = corpus.text(i)
         if max_bytes is not None and corpus.num_bytes[i] > max_bytes:
             text, ends = text.encode()[:max_bytes].decode(errors="ignore"), False
-        targets = vocabulary.encode(text)
+        targets = vocabulary.encode_continuation(text) if continues(corpus, i, vocabulary) else vocabulary.encode(text)
     if ends:
         targets.append(separator(vocabulary))
     return np.array([[separator(vocabulary), *targets][: len(targets)], targets, [1] * len(targets)], np.int32)

@@ -213,7 +213,7 @@ class LiveFeed:
 
     def _packers(self) -> list[Any]:
         """One of each domain, made in the thread that reads: what was open is read again."""
-        pad_id, separator = max(self._vocabulary.pad_id, 0), self._vocabulary.eos_id
+        pad_id, separator = max(self._vocabulary.pad_id, 0), examples.separator(self._vocabulary)
         made = []
         for name, documents in self._documents.items():
             start = self._starts[name]
@@ -351,12 +351,13 @@ def _held_out(
         weights *= sizes[targets] > 0
         num_tokens += int(weights.sum())
         num_bytes += int((sizes[targets] * weights).sum())
-        if vocabulary.adds_dummy_prefix:  # a space that is not in the text, at the start of each
+        # A space that is not in the text, at the start of each.
+        if vocabulary.adds_dummy_prefix and not examples.continues(corpus, i, vocabulary):
             num_bytes -= int(np.count_nonzero(np.diff(weights, prepend=0) == 1))
         for start in range(0, example.shape[1], seq_len):
             piece = example[:, start : start + seq_len].copy()
             if start:
-                piece[0, 0] = vocabulary.eos_id
+                piece[0, 0] = examples.separator(vocabulary)
             pieces.append(piece)
     if not num_bytes:
         raise UserError(

@@ -197,6 +197,8 @@ class _Tokenizer:
     def __init__(self, vocabulary: Vocabulary, config: CacheConfig, threads: int):
         self.vocabulary, self._kind, self._seq_len, self._threads = vocabulary, config.kind, config.seq_len, threads
         self._spelled = np.array([len(spelled) for spelled in vocabulary.piece_bytes])
+        self._separator = examples.separator(vocabulary)
+        self.goes_on = False  # whether the last document was a part of one, which the next goes on with
         self.counts = Counts()
 
     def block(self, documents: Sequence[tuple[Any, bool]]) -> tuple[np.ndarray, np.ndarray]:
@@ -211,7 +213,7 @@ class _Tokenizer:
             targets, lengths = self._all(documents) if dialogues else self._texts(documents)
             columns = np.empty((3, len(targets)), np.int32)
             columns[0, 1:], columns[1], columns[2] = targets[:-1], targets, 1
-            columns[0, np.cumsum(lengths) - lengths] = self.vocabulary.eos_id
+            columns[0, np.cumsum(lengths) - lengths] = self._separator
         self.counts += Counts(
             documents=sum(ends for _, ends in documents),
             shortened=shortened,
@@ -225,18 +227,22 @@ class _Tokenizer:
 
     def _texts(self, documents: Sequence[tuple[str, bool]]) -> tuple[np.ndarray, np.ndarray]:
         """Targets and lengths of documents that are texts; spans are encoded apart and put together again."""
-        spans, first_span = [], []
-        for text, _ in documents:
+        spans, first_span, begins = [], [], []
+        for text, ends in documents:
             first_span.append(len(spans))
-            if 4 * len(text) <= SPAN_BYTES:
-                spans.append(text)
-            else:
-                spans += [text[begin:end] for begin, end in sources.cut_text(text, SPAN_BYTES)]
+            cut = [(0, len(text))] if 4 * len(text) <= SPAN_BYTES else sources.cut_text(text, SPAN_BYTES)
+            parts = [text[begin:end] for begin, end in cut]
+            spans += parts
+            begins += [not self.goes_on, *[False] * (len(parts) - 1)]
+            self.goes_on = not ends
         ids = self.vocabulary.encode_batch(spans, self._threads)
+        if self.vocabulary.adds_dummy_prefix:  # there is no space where a document goes on
+            for i in np.flatnonzero(~np.array(begins)):
+                ids[i] = np.array(self.vocabulary.encode_continuation(spans[i]), np.int32)
         texts = np.concatenate(ids)
         lengths = np.add.reduceat(np.fromiter(map(len, ids), np.int64, len(ids)), first_span)
         ends = np.array([ends for _, ends in documents])
-        targets = np.full(len(texts) + ends.sum(), self.vocabulary.eos_id, np.int32)
+        targets = np.full(len(texts) + ends.sum(), self._separator, np.int32)
         targets[np.arange(len(texts)) + np.repeat(np.cumsum(ends) - ends, lengths)] = texts
         return targets, lengths + ends
 
@@ -248,9 +254,7 @@ class _Tokenizer:
 
     def _all(self, documents: Sequence[tuple[Any, bool]]) -> tuple[np.ndarray, np.ndarray]:
         """Targets and lengths of dialogues of which every token is learned."""
-        rendered = [
-            [*dialogue.render(messages, self.vocabulary)[0], self.vocabulary.eos_id] for messages, _ in documents
-        ]
+        rendered = [[*dialogue.render(messages, self.vocabulary)[0], self._separator] for messages, _ in documents]
         return np.concatenate([np.array(tokens, np.int32) for tokens in rendered]), np.array([*map(len, rendered)])
 
     def _answers(self, messages: Any) -> tuple[np.ndarray, bool]:
@@ -282,7 +286,7 @@ def _packed(reader: _Reader, tokenizer: _Tokenizer, config: CacheConfig) -> Iter
     for block in _blocks(reader.documents()):
         columns, lengths = tokenizer.block(block)
         if config.kind == "pretrain":
-            separator = vocabulary.eos_id
+            separator = examples.separator(vocabulary)
             open_rows, rows = packing.cut_rows(open_rows, columns, lengths, separator=separator, pad_id=pad_id)
         else:
             parts = np.split(columns, np.cumsum(lengths)[:-1], axis=1)
@@ -318,6 +322,8 @@ def _write(
     unit: Unit, config: CacheConfig, vocabulary: Vocabulary, out: Path, threads: int
 ) -> tuple[Done, list[sources.Reject]]:
     reader, tokenizer = _Reader(unit, config.seed, vocabulary), _Tokenizer(vocabulary, config, threads)
+    # A unit may begin in the middle of a long text.
+    tokenizer.goes_on = unit.format == "text" and unit.parts[0].begin > 0
     dtype = records.id_type(vocabulary.vocab_size)
     target = out / f"{unit.name}.array_record"
     temporary = target.with_name(f".{target.name}.{os.getpid()}")

@@ -167,7 +167,7 @@ class RowConverter(seqio.FeatureConverter):
     def __init__(self, vocabulary: Vocabulary, kind: examples.Kind):
         """`kind` pretrain cuts examples where a row is full; sft keeps them whole."""
         # The lengths are right by construction, and the check costs more than the packing.
-        super().__init__(pack=True, apply_length_check=False, bos_id=vocabulary.eos_id)
+        super().__init__(pack=True, apply_length_check=False, bos_id=examples.separator(vocabulary))
         self._pad_id = max(vocabulary.pad_id, 0)
         self._cut = kind == "pretrain"
 
