@@ -157,30 +157,50 @@ def map_param_subtrees(function: Callable[[tuple[str, ...], Any], Any], tree: An
 
     `tree` is any pytree, such as an optax state; `spec` a nested dict of ParamSpec (or of anything with a shape). Other
     leaves are passed on, or through other(path, leaf). path is made of field names and keys, e.g. ("0", "nu"). Where a
-    subtree holds only some of the parameters (optax.masked puts an empty node in place of the others), those places
-    stay empty, whatever function returns there; a subtree that is whole may become one of another structure.
+    subtree holds only some of the parameters (optax.masked puts an empty node in place of the others, or of a whole
+    branch of them), function gets an empty node for each of the others, and the places stay as they were, whatever
+    function returns there; a subtree that is whole may become one of another structure.
     """
-    below = lambda node: not isinstance(node, Mapping)  # noqa: E731
-    structure = jax.tree.structure(spec)
-    shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(spec)]
-
-    def is_params(node: Any) -> bool:
-        if not isinstance(node, Mapping) or jax.tree.structure(node, is_leaf=below) != structure:
-            return False
-        leaves = jax.tree.leaves(node, is_leaf=below)
-        fits = [is_empty(x) or tuple(getattr(x, "shape", ())) == shape for x, shape in zip(leaves, shapes, strict=True)]
-        return all(fits) and not all(map(is_empty, leaves))
 
     def visit(path, node):
         names = tuple(str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path)
-        if not is_params(node):
+        whole = _whole_tree(node, spec)
+        if whole is None:
             return node if other is None else other(names, node)
-        keep = lambda old, new: old if is_empty(old) else new  # noqa: E731
-        made = function(names, node)
-        has_gaps = any(map(is_empty, jax.tree.leaves(node, is_leaf=below)))
-        return jax.tree.map(keep, node, made, is_leaf=below) if has_gaps else made
+        made = function(names, whole)
+        has_gaps = any(map(is_empty, flatten(whole).values()))
+        return _keep_gaps(node, made) if has_gaps else made
 
-    return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=is_params)
+    return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=lambda node: _whole_tree(node, spec) is not None)
+
+
+def _whole_tree(node: Any, spec: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The node with an empty one in every place that it leaves out; None where it is no tree of parameters."""
+    if not isinstance(node, Mapping):
+        return None
+    whole = _fill_in(node, spec)
+    return None if whole is _OTHER or all(map(is_empty, flatten(whole).values())) else whole
+
+
+_OTHER = object()  # of other structure or shapes than the parameters
+
+
+def _fill_in(node: Any, spec: Any) -> Any:
+    if is_empty(node):
+        return jax.tree.map(lambda _: node, spec) if isinstance(spec, Mapping) else node
+    if not isinstance(spec, Mapping):
+        fits = not isinstance(node, Mapping) and tuple(getattr(node, "shape", (None,))) == tuple(spec.shape)
+        return node if fits else _OTHER
+    if not isinstance(node, Mapping) or node.keys() != spec.keys():
+        return _OTHER
+    filled = {key: _fill_in(node[key], spec[key]) for key in node}
+    return _OTHER if any(child is _OTHER for child in filled.values()) else filled
+
+
+def _keep_gaps(node: Any, made: Any) -> Any:
+    if is_empty(node):
+        return node
+    return {key: _keep_gaps(node[key], made[key]) for key in node} if isinstance(node, Mapping) else made
 
 
 def is_empty(node: Any) -> bool:

@@ -357,7 +357,8 @@ def test_streaming_gives_the_bits_of_apply(name, tmp_path):
     params, mu = (
         jax.tree.map(np.float32, reference.random_params(CFG, np.random.default_rng(seed), 1.0)) for seed in (0, 1)
     )
-    state = {"count": np.int32(3), "mu": mu, "nu": jax.tree.map(np.square, mu)}
+    born = {axis: np.zeros(size, np.int32) for axis, size in CFG.axis_sizes.items()}
+    state = {"count": np.int32(3), "mu": mu, "nu": jax.tree.map(np.square, mu), "born": born}
     checkpoint.save(tmp_path / "src", CFG32, params, opt_state=state)
     growth.stream(plan, tmp_path / "src", tmp_path / "dst", opt=True, chunk_bytes=400, memory_gb=0.2)
     lazy = checkpoint.open_lazy(tmp_path / "dst")

@@ -14,7 +14,7 @@ growth.compose(plan, other)                    two growths in one go
 growth.widen_mlp(cfg, 300), insert_layers, ...  one axis at a time, see operators.py
 """
 
-from tele_jax.growth.apply import apply, apply_opt, shrink
+from tele_jax.growth.apply import apply, shrink
 from tele_jax.growth.axis_map import AxisMap
 from tele_jax.growth.check import check
 from tele_jax.growth.compose import Composed, compose
@@ -29,6 +29,7 @@ from tele_jax.growth.operators import (
     widen_heads,
     widen_mlp,
 )
+from tele_jax.growth.opt_state import apply_opt
 from tele_jax.growth.plan import Growth, LeafPlan, Plan
 from tele_jax.growth.policies import plan
 from tele_jax.growth.sharded import sharded, state_shardings

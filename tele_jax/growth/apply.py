@@ -1,4 +1,4 @@
-"""Growth of arrays in memory: parameters, optimizer state, and the way back."""
+"""Growth of parameters in memory, and the way back. Optimizer states: see opt_state.py."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -8,14 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tele_jax.axes import ParamSpec, flatten, is_empty, map_param_subtrees, unflatten
+from tele_jax.axes import ParamSpec, flatten, unflatten
 from tele_jax.errors import UserError
-from tele_jax.growth.axis_map import AxisMap
 from tele_jax.growth.kernel import leaf_key, tile
 from tele_jax.growth.plan import Growth, LeafPlan, Plan
-
-# What power of the gradient a moment of optax averages, by its name.
-_MOMENTS = {"mu": 1, "trace": 1, "acc_grads": 1, "nu": 2, "nu_max": 2, "sum_of_squares": 2}
 
 
 def apply(plan: Growth, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,81 +61,6 @@ def _shrink_leaves(step: Plan, leaves: Mapping[str, Any]) -> dict[str, Any]:
         back = LeafPlan(1 / factor, (), leaf.scaled, leaf.shared)
         small[name] = _evaluate(back, [inverse[a] for a in spec.axes], leaves[kept[name]], (0, 0), spec.shape)
     return small
-
-
-def apply_opt(plan: Growth, opt_state: Any) -> Any:
-    """The optimizer state of the grown parameters, for any optax state.
-
-    Every subtree that has the names and shapes of the parameters is grown: theta' = a*theta makes m' = m/a and, for
-    second moments (named `nu`), v' = v/a^2; new entries are zero. Where the state keeps `born` beside `count` (see
-    train.optimizer), new units are marked as born now. Everything else is passed on as it is.
-
-    Raises:
-      UserError: an array of the state is neither of the shape of a parameter nor a known moment (adafactor's factors).
-    """
-    return grow_state(plan, opt_state, grow_leaf)
-
-
-def grow_state(plan: Growth, opt_state: Any, grow: Callable[[Plan, str, LeafPlan, Any, int], Any]) -> Any:
-    """As `apply_opt`, with grow(step, leaf name, plan of the moment, moment, power of the factors) for the kernel."""
-    for step in plan.steps:
-        opt_state = _grow_state(step, opt_state, grow)
-    return opt_state
-
-
-def _grow_state(step: Plan, opt_state: Any, grow: Callable[[Plan, str, LeafPlan, Any, int], Any]) -> Any:
-    spec = unflatten(step.src_spec)
-
-    def grow_moments(path: tuple[str, ...], tree: Any) -> Any:
-        power = _MOMENTS.get(path[-1] if path else "")
-        if power is None:
-            raise UserError(f"optimizer state {'.'.join(path)}: not one of the known moments {', '.join(_MOMENTS)}")
-        moments = flatten(tree)
-        if step.tree is not None and any(map(is_empty, moments.values())):
-            raise UserError(f"optimizer state {'.'.join(path)}: holds some leaves only, and {step.policy} renames them")
-        return unflatten(
-            {
-                name: moments[source]
-                if is_empty(moments[source])
-                else grow(step, name, step.leaves[name].moment(step.dst_spec[name], step.maps), moments[source], power)
-                for name, source in step.sources.items()
-            }
-        )
-
-    def keep(path: tuple[str, ...], leaf: Any) -> Any:
-        if len(getattr(leaf, "shape", ())) and "born" not in path:
-            raise UserError(f"optimizer state {'.'.join(path)}: {leaf.shape} is not of the shape of a parameter")
-        return leaf
-
-    grown = map_param_subtrees(grow_moments, opt_state, spec, keep)
-    return _mark_born(step, grown)
-
-
-def _mark_born(plan: Plan, state: Any) -> Any:
-    """Sets `born` of every fresh unit to the current count, wherever a node of the state has both."""
-    fields = _fields(state)
-    if fields is None:
-        return state
-    if isinstance(state, (list, tuple)) and not hasattr(state, "_fields"):
-        return type(state)(_mark_born(plan, child) for child in state)
-    changes = {key: _mark_born(plan, child) for key, child in fields.items()}
-    if "born" in fields and "count" in fields:
-        changes["born"] = {axis: _born(plan.maps[axis], old, fields["count"]) for axis, old in fields["born"].items()}
-    return state._replace(**changes) if hasattr(state, "_fields") else type(state)({**state, **changes})
-
-
-def _born(axis_map: AxisMap, old: Any, count: Any) -> Any:
-    xp = jnp if isinstance(old, jax.Array) else np  # what growth.stream reads from disk needs no compiled program
-    inherited = xp.asarray(old)[np.maximum(axis_map.index, 0)]
-    return xp.where(axis_map.fresh, xp.asarray(count, inherited.dtype), inherited)
-
-
-def _fields(state: Any) -> dict[str, Any] | None:
-    if hasattr(state, "_fields"):
-        return dict(zip(state._fields, state, strict=True))
-    if isinstance(state, Mapping):
-        return dict(state)
-    return {str(i): child for i, child in enumerate(state)} if isinstance(state, (list, tuple)) else None
 
 
 def check_tree(leaves: Mapping[str, Any], spec: Mapping[str, ParamSpec]) -> None:

@@ -9,21 +9,29 @@ from jax.sharding import Mesh
 
 from tele_jax.axes import map_param_subtrees, unflatten
 from tele_jax.growth import exchange
-from tele_jax.growth.apply import apply_opt, grow_leaf, grow_params, grow_state
+from tele_jax.growth.apply import grow_leaf, grow_params
+from tele_jax.growth.opt_state import grow_state, kinds
 from tele_jax.growth.plan import Growth, LeafPlan, Plan
 from tele_jax.sharding import RULES, param_shardings, replicated
 
 
-def state_shardings(plan: Growth, mesh: Mesh, opt_state: Any) -> Any:
-    """Where the grown optimizer state lies, for the state before (arrays or shapes): moments as their parameters."""
-    shapes = jax.eval_shape(lambda state: apply_opt(plan, state), opt_state)
+def state_shardings(plan: Growth, mesh: Mesh, opt_state: Any, optimizer: Any = None) -> Any:
+    """Where the grown optimizer state lies, for the state before (arrays or shapes): moments as their parameters.
+
+    optimizer: as for apply_opt.
+    """
+    known = kinds(plan, opt_state, optimizer)
+    shapes = jax.eval_shape(lambda state: grow_state(plan, state, grow_leaf, known), opt_state)
     spec = unflatten(plan.dst_spec)
     params = param_shardings(spec, mesh)
     return map_param_subtrees(lambda path, tree: params, shapes, spec, lambda *_: replicated(mesh))
 
 
-def sharded(plan: Growth, mesh: Mesh, opt_state: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """(parameters, optimizer state) -> the grown ones, jitted for a mesh; opt_state, arrays or shapes, may be None."""
+def sharded(plan: Growth, mesh: Mesh, opt_state: Any, optimizer: Any = None) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """(parameters, optimizer state) -> the grown ones, jitted for a mesh; opt_state, arrays or shapes, may be None.
+
+    optimizer: what made the state, for every state but the trainer's; see apply_opt.
+    """
     params = param_shardings(unflatten(plan.dst_spec), mesh)
 
     def grow(step: Plan, name: str, leaf: LeafPlan, array: Any, power: int = 1) -> jax.Array:
@@ -37,8 +45,11 @@ def sharded(plan: Growth, mesh: Mesh, opt_state: Any) -> Callable[[Any, Any], tu
 
     if opt_state is None:
         return jax.jit(lambda p, _: (grow_params(plan, p, grow), None), out_shardings=(params, None))
-    out = (params, state_shardings(plan, mesh, opt_state))
-    return jax.jit(lambda p, state: (grow_params(plan, p, grow), grow_state(plan, state, grow)), out_shardings=out)
+    known = kinds(plan, opt_state, optimizer)
+    out = (params, state_shardings(plan, mesh, opt_state, optimizer))
+    return jax.jit(
+        lambda p, state: (grow_params(plan, p, grow), grow_state(plan, state, grow, known)), out_shardings=out
+    )
 
 
 def _cut(mesh: Mesh, axis: str, *sizes: int) -> str | None:

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from tele_jax.axes import ParamSpec, flatten, is_empty, unflatten
+from tele_jax.axes import ParamSpec, unflatten
 from tele_jax.checkpoint import chunks, layout, tiles
 from tele_jax.config import to_dict
 from tele_jax.errors import DamageError, UserError
 from tele_jax.growth import axis_map, host
-from tele_jax.growth.apply import grow_state
 from tele_jax.growth.axis_map import NEW, AxisMap
 from tele_jax.growth.kernel import leaf_key
+from tele_jax.growth.opt_state import grow_state, kinds
 from tele_jax.growth.plan import Growth, LeafPlan, Plan
 
 if TYPE_CHECKING:  # they bring Orbax and TensorStore, which are imported by the call
@@ -80,7 +80,7 @@ def stream(
     Args:
       src: a checkpoint, as checkpoint.open_lazy takes it.
       dst: the step directory to write; must not exist.
-      opt: grow the optimizer state as well, as growth.apply_opt does.
+      opt: grow the optimizer state as well, as growth.apply_opt does; one that tele_jax trained with.
       memory_gb: 10^9 bytes that may be used above what the process has already.
       workers: threads, by default two a core, for half of them wait for the disk; fewer where memory is short.
       resume: go on with what an earlier call began; False removes that first.
@@ -92,7 +92,8 @@ def stream(
 
     Raises:
       UserError: `dst` exists; src is not of plan.src_cfg (names the leaves that differ), or has no optimizer state; too
-        little memory for the largest chunk, or too little disk; what was begun belongs to another plan or source.
+        little memory for the largest chunk, or too little disk; what was begun belongs to another plan or source; the
+        optimizer state is not the trainer's (files do not say which optimizer made it).
       DamageError: a chunk of src is damaged (names leaf and file), or files could not be written.
     """
     began = time.monotonic()
@@ -240,14 +241,16 @@ def _jobs(plan: Growth, lazy: "Lazy", opt: bool, chunk_bytes: int) -> list[_Job]
     jobs = [_job(plan, "params", name, grown, chunk_bytes) for name, grown in sorted(leaves.items())]
     if not opt:
         return jobs
-    for name, grown in flatten(grow_state(plan, _with_gaps(lazy), _Grown)).items():
+    state = unflatten(lazy.items["opt_state"])
+    grown_state = grow_state(plan, state, _Grown, kinds(plan, state))
+    for name, grown in sorted(layout.named_leaves(grown_state).items()):
         if isinstance(grown, _Grown):
             jobs.append(_job(plan, "opt_state", name, grown, chunk_bytes))
         elif grown is lazy.items["opt_state"].get(name):
             leaf = _stored(_owner(plan, name, grown.shape) or ParamSpec(grown.shape, grown.dtype), grown, chunk_bytes)
             maps = [axis_map.identity(str(dimension), size) for dimension, size in enumerate(grown.shape)]
             jobs.append(_Job("opt_state", name, leaf, maps, grown, (_Step(LeafPlan(), maps, (0, 0), leaf.chunks),)))
-        elif not is_empty(grown):
+        else:
             values = np.asarray(grown)
             leaf = _stored(ParamSpec(values.shape, values.dtype), lazy.items["opt_state"][name], chunk_bytes)
             jobs.append(_Job("opt_state", name, leaf, [], None, values=values))
@@ -257,17 +260,6 @@ def _jobs(plan: Growth, lazy: "Lazy", opt: bool, chunk_bytes: int) -> list[_Job]
 def _owner(plan: Growth, name: str, shape: tuple[int, ...]) -> ParamSpec | None:
     """The parameter that a leaf of the optimizer state belongs to."""
     return plan.dst_spec.get(layout.matching_param(name, shape, plan.dst_spec))
-
-
-def _with_gaps(lazy: "Lazy") -> dict[str, Any]:
-    """The stored optimizer state, with an empty node for every parameter that optax.masked left out of a moment."""
-    stored, params = lazy.items["opt_state"], lazy.items["params"]
-    gaps: dict[str, Any] = {}
-    for name, array in stored.items():
-        owner = layout.matching_param(name, array.shape, params)
-        if owner is not None:
-            gaps |= {name.removesuffix(owner) + parameter: () for parameter in params}
-    return unflatten(gaps | stored)
 
 
 def _job(plan: Growth, item: str, name: str, grown: _Grown, chunk_bytes: int) -> _Job:

@@ -5,7 +5,7 @@ unit has been there, so the state keeps, per axis, the step at which each unit w
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +13,9 @@ import optax
 
 from tele_jax.axes import ParamSpec, flatten, unflatten
 from tele_jax.config import ModelConfig
+from tele_jax.growth.opt_state import AdamState
 from tele_jax.model.spec import spec as spec_of
 from tele_jax.run import OptimizerConfig
-
-
-class AdamState(NamedTuple):
-    """count: int32 steps done. mu, nu: moments, trees like the parameters. born: int32[size] per axis name.
-
-    A unit behind a closed mask is born when the mask begins to rise, in a later step: see `delay_births`.
-    """
-
-    count: jax.Array
-    mu: Any
-    nu: Any
-    born: dict[str, jax.Array]
 
 
 def optimizer(

@@ -104,7 +104,7 @@ def test_a_checkpoint_is_grown_with_its_optimizer_state_and_verified_on_text(pla
         plan = growth.plan(CFG, CFG.replace(**LARGER), seed=3)
         loaded = checkpoint.load(dst)
         assert_same(jax.tree.map(np.asarray, loaded.params), growth.apply(plan, params_of(CFG)))
-        mu = flatten(growth.apply_opt(plan, {"mu": checkpoint.load(place / "src").opt_state["1"]["mu"]})["mu"])
+        mu = flatten(growth.apply_opt(plan, checkpoint.load(place / "src").opt_state)["1"]["mu"])
     assert_same(jax.tree.map(np.asarray, flatten(loaded.opt_state["1"]["mu"])), jax.tree.map(np.asarray, mu))
     assert (loaded.cfg, loaded.step) == (plan.dst_cfg, 7)
     assert growth.Plan.from_json(json.loads((dst / "plan.json").read_text())) == plan

@@ -5,7 +5,6 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +14,7 @@ import tele_jax as tele
 from tele_jax import growth, surgery
 from tele_jax.axes import flatten, unflatten
 from tele_jax.growth import exchange, liveness
+from tele_jax.growth.opt_state import AdamState
 from tele_jax.model.spec import abstract_params
 from tele_jax.run import MeshConfig
 from tele_jax.scale import counts, hlo
@@ -64,7 +64,7 @@ def test_growth_on_a_mesh_gives_the_bits_of_one_device(policy, mesh, dtype):
     draw = lambda seed: jax.tree.map(  # noqa: E731
         lambda x: jnp.asarray(x, dtype), reference.random_params(src, np.random.default_rng(seed), 1.0)
     )
-    params, state = draw(0), optax.ScaleByAdamState(count=np.int32(7), mu=draw(1), nu=draw(2))
+    params, state = draw(0), AdamState(np.int32(7), draw(1), draw(2), {})
     mesh = make_mesh(mesh)
     lies = param_shardings(tele.spec(src), mesh)
     on_mesh = state._replace(mu=jax.device_put(state.mu, lies), nu=jax.device_put(state.nu, lies))
@@ -87,7 +87,7 @@ def test_surgery_on_a_mesh_gives_the_bits_of_one_device():
     params = jax.tree.map(jnp.float32, reference.random_params(SRC, np.random.default_rng(0), 1.0))
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     on_mesh = jax.device_put(params, param_shardings(tele.spec(SRC), mesh))
-    state = optax.ScaleByAdamState(count=np.int32(7), mu=on_mesh, nu=on_mesh)
+    state = AdamState(np.int32(7), on_mesh, on_mesh, {})
     made, grown = growth.sharded(plan, mesh, state)(on_mesh, state)
     assert made["head"].sharding.spec == grown.mu["head"].sharding.spec == P("fsdp", "tensor")
     for name, spec in flatten(tele.spec(SRC)).items():

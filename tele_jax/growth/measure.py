@@ -1,0 +1,220 @@
+"""What an optimizer keeps, measured on the optimizer itself: which power of the gradient each part of its state is.
+
+Small parameters and gradients go through the optimizer for a few steps, in float64. Then they grow as a plan lets them
+grow (every leaf scaled by a number of its own, its gradient divided by another; new entries with gradients of zero) and
+go through it again. A part of the state that a power of the gradient brings from the one run to the other, and that is
+zero where the parameters are new, can be grown; any other cannot, and the reason is which change it did not follow.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from optax import contrib
+
+from tele_jax.axes import ParamSpec, flatten, is_empty, map_param_subtrees, unflatten
+from tele_jax.errors import UserError
+from tele_jax.growth.opt_state import Kind, Path, is_zero, nodes, shown, type_at
+from tele_jax.growth.plan import Growth
+
+_BEFORE, _AFTER = 2, 3  # sizes of every axis
+# A part that is still zero after so many steps, such as what waits for accumulated gradients, is run on.
+_STEPS, _MOST_STEPS = 3, 64
+_GRADIENT = 1e-4  # below usual thresholds of clipping; an epsilon that is added to its square shows
+_FACTORS = (2.0, 0.25, 0.5, 4.0, 0.125)  # powers of 2: exact in every dtype
+
+# Second copies of the parameters, which the optimizer moves: they grow as parameters, not with the gradients.
+_ITERATES = {contrib.ScheduleFreeState: ("z",)}
+
+
+# What an optimizer raises that wants other arguments, or parameters of other sizes.
+_ERRORS = (TypeError, ValueError, AttributeError, LookupError, AssertionError, NotImplementedError)
+
+
+class _Change(NamedTuple):
+    """How the second run differs: leaves are scaled, gradients are divided, there are new entries."""
+
+    parameters: bool = False
+    gradients: bool = False
+    entries: bool = False
+
+
+class _Parts(NamedTuple):
+    """A state taken apart. trees: {path: {leaf: array}} of the shapes of parameters; others: {path: leaf}."""
+
+    trees: dict[Path, dict[str, Any]]
+    others: dict[Path, Any]
+
+    @property
+    def shapes(self) -> dict[Path, tuple[int, ...]]:
+        return {path: np.shape(leaf) for path, leaf in self.others.items()}
+
+
+# Why a part does not grow: the first change that it does not follow.
+_REASONS = {
+    _Change(entries=True): "where parameters are added it is not zero, or it changes elsewhere (it begins at a value "
+    "other than zero, or depends on whole leaves)",
+    _Change(gradients=True): "it is no power of the gradient (an epsilon, a start value or a norm is in it)",
+    _Change(parameters=True): "it depends on the values of the parameters (weight decay, norms, distances)",
+}
+
+
+def measure(plan: Growth, opt_state: Any, optimizer: optax.GradientTransformation) -> dict[Path, Kind]:
+    """{path: kind} of every part of the states that an optimizer makes, one of which is opt_state.
+
+    Where the plan scales no leaf, nothing but new entries is tried.
+
+    Raises:
+      UserError: names the part of the state that does not grow; the optimizer cannot be run on gradients alone.
+    """
+    leaves = [leaf for step in plan.steps for leaf in step.leaves.values()]
+    scales = not all(leaf.moves_exactly for leaf in leaves)
+    sign = -1.0 if any(leaf.coefficient < 0 for leaf in leaves) else 1.0
+    paired = any(isinstance(node, optax.LookaheadState) for _, node in nodes(opt_state))
+    iterates = {
+        (*path, field) for path, node in nodes(opt_state) for field in _ITERATES.get(type(node), ()) if node is not None
+    }
+
+    def compare(change: _Change) -> tuple[dict[Path, set[Kind]], set[Path], dict[Path, tuple[int, ...]]]:
+        fits, moved, shapes = _compare(plan.src_spec, optimizer, change, sign, paired)
+        return fits | {path: {"parameters"} for path in iterates}, moved - iterates, shapes
+
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        fits, moved, shapes = compare(_Change(scales, scales, True))
+        failed = sorted({path for path, found in fits.items() if not found} | moved)
+        for path in failed[:1]:
+            reason = "it does not follow a change of parameters, gradients and sizes together"
+            for change, why in _REASONS.items():
+                again, others, _ = compare(change)
+                if path in others or not again.get(path, ()):
+                    reason = why
+                    break
+            raise UserError(f"optimizer state {shown(path)} ({type_at(opt_state, path)}) cannot be grown: {reason}")
+    kinds = {path: next(iter(found)) for path, found in fits.items() if len(found) == 1}
+
+    def settle(path: Path, tree: Any) -> Any:
+        if path not in kinds:
+            if not is_zero(tree):
+                raise UserError(
+                    f"optimizer state {shown(path)} ({type_at(opt_state, path)}) cannot be grown: it was still zero "
+                    f"after {_MOST_STEPS} steps of a trial, so that what it is was not seen"
+                )
+            kinds[path] = 1
+        return tree
+
+    def carry(path: Path, leaf: Any) -> Any:
+        if np.shape(leaf) != shapes.get(path):
+            raise UserError(
+                f"optimizer state {shown(path)} ({type_at(opt_state, path)}) cannot be grown: its shape "
+                f"{list(np.shape(leaf))} is not that of a parameter, and changes with the sizes of the parameters"
+            )
+        return leaf
+
+    map_param_subtrees(settle, opt_state, unflatten(plan.src_spec), carry)
+    return kinds
+
+
+def _compare(
+    spec: Mapping[str, ParamSpec], optimizer: Any, change: _Change, sign: float, paired: bool
+) -> tuple[dict[Path, set[Kind]], set[Path], dict[Path, tuple[int, ...]]]:
+    """({path: the kinds that fit}, paths of other leaves that moved, shapes of other leaves) under one change."""
+    of_params, of_gradients = (
+        {n: sign * _FACTORS[(i + shift) % len(_FACTORS)] if asked else 1.0 for i, n in enumerate(spec)}
+        for shift, asked in ((1, change.parameters), (0, change.gradients))
+    )
+    size = _AFTER if change.entries else _BEFORE
+    rng = np.random.default_rng(0)
+    shapes = {n: (_BEFORE,) * len(spec[n].shape) for n in spec}
+    large = {n: rng.normal(size=(size,) * len(shape)) for n, shape in shapes.items()}
+    fits: dict[Path, set[Kind]] = {}
+    moved: set[Path] = set()
+    before = _Parts({}, {})
+    grown = (
+        (
+            {n: _place(x * of_params[n], large[n]) for n, x in params.items()},
+            {n: _place(g / of_gradients[n], np.zeros_like(large[n])) for n, g in gradients.items()},
+        )
+        for params, gradients in _steps(shapes)
+    )
+    states = zip(_run(optimizer, _steps(shapes), paired), _run(optimizer, grown, paired), strict=True)
+    for step, (before, after) in enumerate(states, 1):
+        moved |= before.trees.keys() ^ after.trees.keys()
+        moved |= {p for p, x in before.others.items() if p not in after.others or not _same(x, after.others[p])}
+        for path in before.trees.keys() & after.trees.keys():
+            pairs = [(n, x, after.trees[path][n]) for n, x in before.trees[path].items() if not is_empty(x)]
+            found = {
+                kind
+                for kind in ((0, 1, 2) if change.gradients else (1,)) + ("parameters",)
+                if all(_fits(kind, x, y, of_gradients[n], of_params[n], large[n]) for n, x, y in pairs)
+            }
+            fits[path] = fits.get(path, found) & found
+        if step >= _STEPS and all(len(found) < 2 for found in fits.values()):
+            break
+    carried = {path: {"carried"} for path in before.others}
+    return carried | fits, moved, before.shapes
+
+
+def _steps(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """(parameters, gradients) of every step. The parameters move by themselves, not as the optimizer moves them."""
+    rng = np.random.default_rng(1)
+    for _ in range(_MOST_STEPS):
+        params = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+        # Not near zero, where a bound from below (ADOPT's epsilon) would act.
+        sizes = {name: rng.uniform(0.5, 1.5, shape) * _GRADIENT for name, shape in shapes.items()}
+        yield params, {name: size * rng.choice((-1.0, 1.0), size.shape) for name, size in sizes.items()}
+
+
+def _place(inner: np.ndarray, outer: np.ndarray) -> np.ndarray:
+    """A copy of `outer` with `inner` in its first corner."""
+    placed = outer.copy()
+    placed[tuple(map(slice, inner.shape))] = inner
+    return placed
+
+
+def _run(optimizer: Any, steps: Iterator[tuple[Any, Any]], paired: bool) -> Iterator[_Parts]:
+    """The state after every step of (parameters, gradients)."""
+    with_arguments = optax.with_extra_args_support(optimizer).update
+    # One program: operations one by one would each be compiled for every shape.
+    update = jax.jit(lambda g, state, p: with_arguments(g, state, p, value=1.0, grad=g)[1])
+    state = None
+    for step in steps:
+        tree, gradient = (jax.tree.map(jax.numpy.asarray, unflatten(leaves)) for leaves in step)
+        params = optax.LookaheadParams.init_synced(tree) if paired else tree
+        try:
+            state = optimizer.init(params) if state is None else state
+            state = update(gradient, state, params)
+        except _ERRORS as error:
+            what = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"the optimizer cannot be tried on gradients alone, which growing needs: {what}") from None
+        yield _parts(state, tree)
+
+
+def _parts(state: Any, like: Any) -> _Parts:
+    parts = _Parts({}, {})
+
+    def keep_tree(path: Path, tree: Any) -> Any:
+        parts.trees[path] = flatten(tree)
+        return tree
+
+    def keep_other(path: Path, leaf: Any) -> Any:
+        parts.others[path] = leaf
+        return leaf
+
+    map_param_subtrees(keep_tree, state, like, keep_other)
+    return parts
+
+
+def _fits(kind: Kind, before: Any, after: Any, of_gradient: float, of_params: float, params: np.ndarray) -> bool:
+    """Whether a leaf of the second run is what growth makes of the first's."""
+    before, after = (np.asarray(x).astype(np.float64) for x in (before, after))
+    factor, new = (of_params, params) if kind == "parameters" else (of_gradient**-kind, np.zeros_like(after))
+    expected = _place(before * factor, new)
+    return np.allclose(after, expected, rtol=1e-9, atol=1e-12 * np.abs(expected).max(initial=0.0))
+
+
+def _same(a: Any, b: Any) -> bool:
+    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
+    a, b = (np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in map(jax.numpy.asarray, (a, b)))
+    return a.shape == b.shape and np.allclose(a, b, rtol=1e-9, atol=0, equal_nan=True)
