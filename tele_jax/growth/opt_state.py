@@ -255,8 +255,8 @@ def type_at(opt_state: Any, path: Path) -> str:
 def _needs_optimizer(opt_state: Any, path: Path) -> str:
     return (
         f"optimizer state {shown(path)}: its type, {type_at(opt_state, path)}, does not say how it grows (Adam, AdaMax "
-        "and ADOPT share one). Give the optimizer that made it, apply_opt(plan, opt_state, optimizer); of a checkpoint, "
-        "only a state that tele_jax trained with can be grown"
+        "and ADOPT share one). Give the optimizer that made it, apply_opt(plan, opt_state, optimizer); of a "
+        "checkpoint, only a state that tele_jax trained with can be grown"
     )
 
 

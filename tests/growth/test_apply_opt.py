@@ -128,7 +128,7 @@ def test_a_state_whose_shapes_follow_the_sizes_of_parameters_is_refused():
 def test_a_state_is_grown_exactly_or_refused(name, x64):
     """Every optimizer of the installed optax; docs/growth.md says which is which, and is made by the same function."""
     row = optimizers.look(name, optimizers.factories()[name])
-    assert row.deviation is None or row.deviation < 8  # units of rounding
+    assert row.deviation is None or row.deviation < 32  # units of rounding
     assert name in _documented()[row.verdict]
 
 

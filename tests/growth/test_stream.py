@@ -128,7 +128,7 @@ def test_a_state_of_another_optimizer_is_refused(tmp_path):
     )
     checkpoint.save(tmp_path / "src", SRC, random_tree(SRC, 1), opt_state=state)
     plan = growth.plan(SRC, DST, seed=3)
-    with pytest.raises(tele.UserError, match="optimizer state 0.inner_state.mu"):
+    with pytest.raises(tele.UserError, match=r"optimizer state 0\.inner_state\.mu"):
         growth.stream(plan, tmp_path / "src", tmp_path / "dst", opt=True, **SMALL)
     assert not list(tmp_path.glob("dst*"))
 
