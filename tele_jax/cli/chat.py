@@ -10,6 +10,7 @@ from typing import Any
 
 from tele_jax.cli import generate
 from tele_jax.errors import UserError
+from tele_jax.files import require_regular
 
 HELP = "talk to a fine-tuned model"
 COMMANDS = """\
@@ -127,7 +128,7 @@ def _answer(chat: Any, question: str, replies: list[dict[str, Any]], said: set[s
 
 
 def _notes(chat: Any) -> list[str]:
-    """What happened to the last reply that its text does not show."""
+    """Lines on what happened to the last reply and does not show in its text."""
     reply, notes = chat.last, []
     room = f"beside an answer of {chat.max_new_tokens:,} tokens in the model's context of {chat.max_seq_len:,}"
     if reply.prompt.dropped_turns:
@@ -157,10 +158,15 @@ def _command(chat: Any, name: str, rest: str) -> None:
         if len(chat.messages) < 2:
             raise UserError("there is nothing to save yet")
         try:
-            with Path(rest).expanduser().open("a", encoding="utf-8") as file:
+            target = Path(rest).expanduser()
+            if target.exists():
+                require_regular(target)
+            with target.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"messages": chat.messages}, ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(f"{rest}: {error.strerror}") from None
+        except UserError:
+            raise
         except (RuntimeError, ValueError) as error:  # ~nobody/, a name with a zero byte
             raise UserError(f"{rest!r}: {error}") from None
     elif name == "/help":

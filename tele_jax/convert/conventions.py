@@ -1,4 +1,4 @@
-"""How the code of a release generates: what ends a text, how tokens are drawn, and what stands before a text.
+"""The way in which the code of a release generates: what ends a text, how tokens are drawn, what stands first.
 
 It is read from generation_config.json, tokenizer_config.json, tokenizer.json and config.json at an import, and travels
 in the checkpoint's provenance, through training and growth:

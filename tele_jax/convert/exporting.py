@@ -212,7 +212,7 @@ def _ready_to_chat(
 
 
 def _is_a_release_of(provenance: Sequence[Mapping[str, Any]], format: str) -> bool:
-    """Whether the model is as it was imported from this format, or grown from that: its files are still right."""
+    """Tells whether the model is as imported from this format, or grown from that: its files are still right."""
     trained = [entry for entry in provenance if entry.get("kind") in ("import", "pretrain", "sft")]
     return bool(trained) and _comes_from(trained[-1:], format)
 

@@ -117,7 +117,7 @@ BUFFERS = {
 
 
 def is_buffer(name: str, dtype: str) -> bool:
-    """Whether a tensor of a release carries nothing; dtype: its name in the file."""
+    """Tells whether a tensor of a release carries nothing; dtype: its name in the file."""
     return any(
         (name == ending or name.endswith("." + ending)) and dtype in dtypes for ending, dtypes in BUFFERS.items()
     )

@@ -46,7 +46,7 @@ def document_start(vocabulary: Vocabulary, provenance: Sequence[Mapping[str, Any
 
 
 def continues(corpus: Corpus, i: int, vocabulary: Vocabulary) -> bool:
-    """Whether span `i` goes on within its document and the tokenizer would put a space before it: none is there."""
+    """Tells whether span `i` goes on within its document, and the tokenizer would put a space there that is none."""
     if not vocabulary.adds_dummy_prefix or corpus.format == "dialogues":
         return False
     return bool(corpus.begin[i] > 0 or (corpus.format == "text" and corpus.offset[i] > 0))

@@ -162,7 +162,8 @@ def converse(monkeypatch, capsys, work, text, *flags):
 
 
 def test_a_conversation_over_a_pipe(work, monkeypatch, capsys, tmp_path):
-    saved, figures = tmp_path / "dialogues.jsonl", tmp_path / "figures.json"
+    saved, figures, pipe = tmp_path / "dialogues.jsonl", tmp_path / "figures.json", tmp_path / "pipe"
+    os.mkfifo(pipe)
     lines = [
         "Hello",
         "",
@@ -177,6 +178,7 @@ def test_a_conversation_over_a_pipe(work, monkeypatch, capsys, tmp_path):
         f"/save {tmp_path / 'no' / 'such' / 'directory'}",
         "/save ~nobody-here/x",
         "/save a\0b",
+        f"/save {pipe}",
         "/quit",
         "never asked",
     ]
@@ -197,6 +199,7 @@ def test_a_conversation_over_a_pipe(work, monkeypatch, capsys, tmp_path):
         f"tele: {tmp_path / 'no' / 'such' / 'directory'}: No such file or directory",
         "tele: '~nobody-here/x': Could not determine home directory.",
         "tele: 'a\\x00b': embedded null byte",
+        f"tele: {pipe}: is a named pipe, not a file",
     ]
     written = json.loads(figures.read_text())
     assert [reply["ended"] for reply in written["replies"]] == ["length"] * 4

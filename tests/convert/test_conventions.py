@@ -1,4 +1,4 @@
-"""How a release generates travels with its import, and generation follows it unless told otherwise."""
+"""An import notes the way in which a release generates, and generation follows it unless told otherwise."""
 
 import argparse
 import json
