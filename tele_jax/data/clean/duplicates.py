@@ -58,7 +58,8 @@ def keys(
 ) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
     """For every method and block or band: (KEYED [N], uint8 payloads [N, ...]) of a batch's documents.
 
-    Exact keys are of the tokens: case, punctuation and white space make no difference, except in code.
+    Exact copies are equal up to case and white space, and in code to the letter: an operator, a sign or a decimal point
+    makes another text. Copies that differ in more are near copies.
     """
     result = {}
     sequences = [hashing.tokens(d.text) for d in documents]
@@ -70,11 +71,8 @@ def keys(
         return table, payload
 
     if "exact" in config.methods:
-        bodies = [
-            hashing.tokens_of_characters(d.text) if d.language == "code" or not len(s) else s
-            for d, s in zip(documents, sequences)
-        ]
-        values = np.concatenate([hashing.fingerprints(s) for s in bodies])
+        bodies = [d.text if d.language == "code" else " ".join(d.text.lower().split()) for d in documents]
+        values = np.concatenate([hashing.fingerprints(hashing.tokens_of_characters(body)) for body in bodies])
         result["exact", 0] = entry(np.arange(len(uids)), values, np.zeros((len(uids), 0), np.uint8))
     sets = [np.unique(hashing.ngrams(s, config.ngram)) for s in sequences]
     rows = np.array([i for i, s in enumerate(sets) if len(s) >= config.min_shingles], np.int64)

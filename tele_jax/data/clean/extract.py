@@ -6,6 +6,7 @@ resiliparse extracts: of the libraries that find the main content it is the one 
 
 import re
 import unicodedata
+from typing import Any
 
 from tele_jax.data.clean.document import Document, Drop
 from tele_jax.data.clean.settings import ExtractConfig, NormaliseConfig
@@ -17,10 +18,47 @@ def extract(document: Document, config: ExtractConfig) -> Document | Drop:
     if not document.html:
         return document
     parse = need("resiliparse.extract.html2text").extract_plain_text
-    text = parse(document.text, main_content=config.main_content, alt_texts=False).strip()
+    tree = need("resiliparse.parse.html").HTMLTree.parse(document.text)
+    text = parse(tree, main_content=config.main_content, alt_texts=False).strip()
+    if config.main_content and "<pre" in document.text.lower() and _keep_listings(tree, text):
+        text = parse(tree, main_content=True, alt_texts=False).strip()
     if len(text) < config.min_chars:
         return Drop("no text in page", f"{len(text)} characters")
     return document.replace(text=text, html=False)
+
+
+_NAVIGATION = frozenset(("nav", "header", "footer", "aside", "form"))
+MAX_WRAPPER = 0.5  # of a page's text: an element with more is the page, and its marks are left alone (ours)
+
+
+def _keep_listings(tree: Any, text: str) -> bool:
+    """Unmarks, in the tree, what keeps preformatted text out of the main content; whether there was any.
+
+    The search for the main content goes by the names of classes: what is called "section" or "sidebar" goes as a whole,
+    with the listings in it. A listing is seldom navigation, so the elements around one lose the marks that they are
+    judged by; not those that say by their tag that they are navigation.
+    """
+    kept = {line.strip() for line in text.split("\n")}
+    size = len(tree.body.text) if tree.body is not None else 0
+    found = False
+    for listing in tree.document.query_selector_all("pre"):
+        lines = [line.strip() for line in listing.text.split("\n")]
+        if all(line in kept for line in lines if line):
+            continue
+        around, parent = [], listing.parent
+        while parent is not None and parent.tag not in ("body", "html", ""):
+            around.append(parent)
+            parent = parent.parent
+        if any(element.tag in _NAVIGATION for element in around):
+            continue
+        for element in around:
+            if len(element.text) > MAX_WRAPPER * size:
+                break
+            for mark in ("class", "id"):
+                if mark in (element.attrs or ()):
+                    del element[mark]
+                    found = True
+    return found
 
 
 # C0 and C1 controls without tab, line and form feed, deletion, byte order marks inside, noncharacters U+FFFE, U+FFFF.

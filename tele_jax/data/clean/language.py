@@ -17,7 +17,7 @@ _UNFIT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff\ud800
 # assignment, a comment or a tag on a line of its own.
 _CODE_LINE = re.compile(
     r"""
-    .*[;{}]\s*$
+    .*[{}]\s*$
     | \s*[\])}]+[;,]?\s*$
     | \s*(?:def|class)\s+\w+\s*[(:].*
     | \s*(?:import\s+[\w.]+(?:\s+as\s+\w+)?|from\s+[\w.]+\s+import\s.*)\s*$
@@ -34,7 +34,20 @@ _CODE_LINE = re.compile(
     re.X,
 )
 _STRONG_LINE = re.compile(
-    r".*[;{}]\s*$|\s*(?:def|class)\s+\w+\s*[(:]|\s*\#\s*include\b|.*\w\(.*\)|.*[\w\]]\s*(?:=|==)\s*\S"
+    r".*[{}]\s*$|\s*(?:def|class)\s+\w+\s*[(:]|\s*\#\s*include\b|.*\w\(.*\)|.*[\w\]]\s*(?:=|==)\s*\S"
+)
+# Of a line that ends in a semicolon. Items of a list in prose end so too, so that the rest of the line has to look like
+# code: a call, an assignment, an operator or an index; a call in GNU style; or few words, the first of them a keyword.
+_SYNTAX = re.compile(
+    r"""\w\(|[\w\])"']\s*[-+*/|&%^:]?=|->|::|\[\w*\]|[&*$@]\w|\+\+|--\w|<<|>>|^\s*[\w.>-]+\ \(.*\)\s*;$|^\s*[)\]}]""",
+    re.X,
+)
+_DECLARES = re.compile(
+    r"""\s*(?:return|break|continue|goto|throw|delete|import|package|using|use|let|var|const|static|extern|typedef|struct
+    |class|enum|namespace|template|friend|virtual|explicit|inline|constexpr|extends|sub|require|no|shift|undef|die
+    |int|char|float|double|void|bool|unsigned|signed|long|short|public|private|protected|final|my|our|end|begin|commit
+    |[a-z]\w*_t)\b""",
+    re.X,
 )
 MIN_CODE_LINES = 0.4  # of the lines that are not blank (ours; measured in docs/clean.md)
 MIN_STRONG_LINES = 0.1
@@ -48,9 +61,18 @@ def looks_like_code(text: str) -> bool:
     lines = [line[:400] for line in lines]
     if sum(len(line) for line in lines) / len(lines) > 120:
         return False
-    shaped = sum(bool(_CODE_LINE.match(line)) for line in lines)
-    strong = sum(bool(_STRONG_LINE.match(line)) for line in lines)
+    statements = [_is_statement(line) for line in lines]
+    shaped = sum(found or bool(_CODE_LINE.match(line)) for found, line in zip(statements, lines))
+    strong = sum(found or bool(_STRONG_LINE.match(line)) for found, line in zip(statements, lines))
     return shaped >= MIN_CODE_LINES * len(lines) and strong >= MIN_STRONG_LINES * len(lines)
+
+
+def _is_statement(line: str) -> bool:
+    line = line.rstrip()
+    if not line.endswith(";"):
+        return False
+    continues = line.count(")") > line.count("(")  # a call that began on a line before
+    return continues or bool(_SYNTAX.search(line)) or (bool(_DECLARES.match(line)) and len(line.split()) <= 6)
 
 
 def identify(text: str) -> tuple[str, str, float]:

@@ -5,6 +5,7 @@ Paths may be local or anything that Beam's file systems open (gs://...).
 
 import bz2
 import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -220,15 +221,137 @@ def _parquet(part: Range, config: SourceConfig) -> _Read:
 def _warc(part: Range, config: SourceConfig) -> _Read:
     warc = need("fastwarc.warc")
     types = warc.WarcRecordType.response | warc.WarcRecordType.conversion
-    with open_raw(part.path) as file:
-        for place, record in enumerate(warc.ArchiveIterator(file, record_types=types, parse_http=True)):
-            data = record.reader.read()
-            kind = (record.http_content_type or "text/html").lower()
-            if not kind.startswith(("text/html", "application/xhtml", "text/plain")):
-                continue
-            text = _page(data, config.encodings, record.http_charset)
-            url = record.headers.get("WARC-Target-URI")
-            yield place, f"#{place}", _Record(text, url) if isinstance(text, str) else text
+    # Decompressed here: where a file is cut off, this says so, and the iterator's own means end without a word.
+    with open_stream(part.path) as file:
+        # The bodies are decoded here: asked to do that itself, the iterator ends, without a word, at the first record
+        # whose header names an encoding that its body does not have.
+        for place, record in enumerate(warc.ArchiveIterator(_AsItComes(file), record_types=types, parse_http=True)):
+            yield place, f"#{place}", _response(record, config)
+
+
+class _AsItComes(io.RawIOBase):
+    """A file that gives what it has, so that what lies before a damaged place is read before the error is raised."""
+
+    def __init__(self, file: BinaryIO):
+        super().__init__()
+        self._file, self._place = file, 0
+        self._some = getattr(file, "read1", file.read)
+
+    def readable(self) -> bool:
+        """A file that is read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills the buffer, or a part of it."""
+        data = self._some(len(buffer))
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        """Bytes read so far."""
+        return self._place
+
+
+def _response(record: Any, config: SourceConfig) -> _Record | _Bad:
+    """The page of a WARC record, if its request succeeded and it is text."""
+    url, http = record.headers.get("WARC-Target-URI"), record.http_headers
+    data = record.reader.read()
+    if len(data) < record.content_length:
+        return _Bad("damaged body", f"{url}: {len(data)} bytes of {record.content_length}: the file is cut off", data)
+    status = None if http is None else http.status_code
+    if status is not None and status not in config.statuses:
+        return _Bad(f"HTTP status {status}", f"{url}", b"")
+    kind = (record.http_content_type or "text/html").lower()
+    if not kind.startswith(("text/html", "application/xhtml", "text/plain")):
+        return _Bad("not a page", f"{url}: {kind}", b"")
+    try:
+        for name in _encodings(http):
+            data = _decoded(data, name)
+            if len(data) > MAX_RECORD_BYTES:
+                return _Bad("too long", f"{url}: more than {MAX_RECORD_BYTES:,} bytes in one document", b"")
+    except KeyError as error:
+        return _Bad("unknown encoding", f"{url}: {error.args[0]}", data)
+    except READ_ERRORS as error:
+        return _Bad("damaged body", f"{url}: {error}", data)
+    text = _page(data, config.encodings, record.http_charset)
+    return _Record(text, url) if isinstance(text, str) else text
+
+
+def _encodings(http: Any) -> list[str]:
+    """What was done to a body last comes first: Transfer-Encoding, then Content-Encoding, each from its end."""
+    if http is None:
+        return []
+    fields = {name.lower(): value.lower() for name, value in http.items()}
+    names = [
+        name.strip()
+        for field in ("transfer-encoding", "content-encoding")
+        for name in reversed(fields.get(field, "").split(","))
+    ]
+    return [name for name in names if name not in ("", "identity")]
+
+
+def _decoded(data: bytes, name: str) -> bytes:
+    """A body without one encoding. What is HTML as it stands was decoded by whoever wrote the archive."""
+    decode = _DECODERS[name]
+    try:
+        return decode(data)
+    except READ_ERRORS:
+        if data.lstrip()[:1] == b"<":
+            return data
+        raise
+
+
+_CHUNK = re.compile(rb"[ \t]*([0-9A-Fa-f]+)[ \t]*(?:;[^\r\n]*)?\r?\n")
+
+
+def _unchunk(data: bytes) -> bytes:
+    """The body of a chunked message (RFC 9112, section 7.1)."""
+    parts, place = [], 0
+    while True:
+        size = _CHUNK.match(data, place)
+        if size is None:
+            raise OSError(f"chunked, but there is no chunk size at byte {place}")
+        begin, length = size.end(), int(size[1], 16)
+        if length == 0:
+            return b"".join(parts)
+        if begin + length > len(data):
+            raise EOFError(f"chunked, but cut off after {len(data)} bytes")
+        parts.append(data[begin : begin + length])
+        place = begin + length
+        place += 2 if data[place : place + 2] == b"\r\n" else 1
+
+
+def _inflate(data: bytes, bits: int) -> bytes:
+    inflater = zlib.decompressobj(bits)
+    whole = inflater.decompress(data, MAX_RECORD_BYTES + 1)
+    if not inflater.eof and len(whole) <= MAX_RECORD_BYTES:
+        raise EOFError(f"compressed, but cut off after {len(data)} bytes")
+    return whole
+
+
+def _undeflate(data: bytes) -> bytes:
+    """Inflates "deflate", which is a zlib stream by RFC 9110, and from some servers a bare one."""
+    zlib_head = len(data) > 1 and data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0
+    return _inflate(data, zlib.MAX_WBITS if zlib_head else -zlib.MAX_WBITS)
+
+
+def _unpacked(codec: str) -> Callable[[bytes], bytes]:
+    def unpack(data: bytes) -> bytes:
+        stream = need("pyarrow").CompressedInputStream(need("pyarrow").BufferReader(data), codec)
+        return stream.read(MAX_RECORD_BYTES + 1)
+
+    return unpack
+
+
+_DECODERS: dict[str, Callable[[bytes], bytes]] = {
+    "chunked": _unchunk,
+    "gzip": functools.partial(_inflate, bits=16 + zlib.MAX_WBITS),
+    "x-gzip": functools.partial(_inflate, bits=16 + zlib.MAX_WBITS),
+    "deflate": _undeflate,
+    "br": _unpacked("brotli"),
+    "zstd": _unpacked("zstd"),
+}
 
 
 _READERS: dict[str, Callable[[Range, SourceConfig], _Read]] = {

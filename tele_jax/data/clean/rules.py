@@ -95,7 +95,9 @@ def _characters(text: str, config: RuleConfig) -> Iterator[Drop]:
 
 
 def _lines(text: str, lines: list[str], config: RuleConfig) -> Iterator[Drop]:
-    count = max(len(lines), 1)
+    count = len(lines)
+    if count < config.min_lines:
+        return
     if config.max_bullet_lines is not None:
         yield from _above(
             "bullet lines", sum(line.startswith(_BULLETS) for line in lines) / count, config.max_bullet_lines
@@ -135,7 +137,8 @@ def _repetition(text: str, lines: list[str], hashes: np.ndarray, config: RuleCon
     if len(lines) > 1:
         seen: set[str] = set()
         repeated = [line for line in lines if line in seen or seen.add(line)]
-        yield from _above("repeated lines", len(repeated) / len(lines), config.max_duplicate_lines)
+        if len(lines) >= config.min_lines:
+            yield from _above("repeated lines", len(repeated) / len(lines), config.max_duplicate_lines)
         chars = sum(map(len, repeated)) / max(len(text), 1)
         yield from _above("repeated lines", chars, config.max_duplicate_line_chars)
     count = max(len(hashes), 1)

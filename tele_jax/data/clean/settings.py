@@ -40,6 +40,7 @@ class SourceConfig:
     text_field: str = "text"  # jsonl, parquet
     url_field: str = "url"  # jsonl, parquet; a record without it has no URL
     html: bool = False  # jsonl, parquet: the text is HTML
+    statuses: tuple[int, ...] = (200,)  # warc: HTTP statuses of responses that are documents; others are counted
     encodings: tuple[str, ...] = ("utf-8",)  # tried in order, each strictly; html and warc pages declare their own
 
     def __post_init__(self):
@@ -94,6 +95,7 @@ class RuleConfig:
     min_letters: float | None = None
     max_bullet_lines: float | None = None
     max_ellipsis_lines: float | None = None
+    min_lines: int = 5  # rules on shares of lines need so many: of two lines one is half (ours)
     min_stop_words: int | None = None
     max_duplicate_lines: float | None = None
     max_duplicate_line_chars: float | None = None

@@ -130,8 +130,30 @@ def test_the_first_stays_whatever_the_order_of_arrival():
     assert found[4][1] == "exact" and found[2][1] in ("minhash", "simhash")
 
 
-def test_case_and_punctuation_make_no_difference_but_in_code():
-    texts = ["The bridge, it fell.", "the bridge it fell"]
+@given(st.text(alphabet=st.sampled_from("aB 1.+-#'/€模\n\u3000"), max_size=8), st.data())
+def test_exact_copies_are_equal_up_to_case_and_white_space(text, data):
+    other = data.draw(st.one_of(st.just(text.swapcase().replace(" ", "  ")), st.text("aB 1.+-#'/€模", max_size=8)))
+    same = text.lower().split() == other.lower().split()
+    assert dropped([text, other]) == ({1: (0, "exact")} if same else {})
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("for all x: x > 0", "for all x: x < 0"),
+        ("7 + 2 = ?", "7 - 2 = ?"),
+        ("it was -8 degrees", "it was 8 degrees"),
+        ("the sum is 1.25", "the sum is 1, 25"),
+        ("Written in C++.", "Written in C#."),
+        ("价格：5元", "价格：-5元"),
+    ],
+)
+def test_an_operator_a_sign_or_a_point_makes_another_text(texts):
+    assert dropped(list(texts)) == {}
+
+
+def test_case_makes_no_difference_but_in_code():
+    texts = ["The bridge, it fell.", "the bridge,\nit  fell."]
     assert dropped(texts) == {1: (0, "exact")}
     assert dropped(texts, language="code") == {}
     assert dropped(["x = 1", "x = 1"], language="code") == {1: (0, "exact")}

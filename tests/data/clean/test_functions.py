@@ -89,9 +89,30 @@ def test_extract_takes_the_text_and_not_the_navigation():
     assert extract.extract(plain, settings.ExtractConfig()) is plain
 
 
+@pytest.mark.parametrize("wrapper", ['div class="section"', 'div class="sidebar"', 'div id="comments"', "section"])
+def test_extract_keeps_listings_wherever_they_stand(wrapper):
+    pytest.importorskip("resiliparse", reason="resiliparse is not installed: extra [clean]")
+    listing = "# adduser fish\n    export EDITOR=mcedit"
+    inner = f"<{wrapper}><h3>Title</h3><p>A word.</p><pre class=screen>{listing}</pre></{wrapper.split()[0]}>"
+    menu = "<nav><ul><li>Home</li></ul><pre>menu --all</pre></nav>"
+    page = f"<html><body>{menu}<main><h1>River</h1><p>{ENGLISH * 3}</p>{inner}<p>{CHINESE * 3}</p></main></body></html>"
+    text = extract.extract(document(page, html=True), settings.ExtractConfig()).text
+    assert listing in text and ENGLISH in text and "menu --all" not in text
+
+
 @pytest.mark.parametrize("text", [ENGLISH, "# A title\n\n" + ENGLISH + "\n\n- one\n- two"])
 def test_plain_english_breaks_no_rule(text):
     assert list(rules.violations(text, "en", settings.EN)) == []
+
+
+def test_rules_on_shares_of_lines_ask_for_several_lines():
+    headline = "城北石桥修复工程开工 ..."
+    assert list(rules.violations(headline + "\n\n" + CHINESE, "zh", settings.ZH)) == []
+    assert list(rules.violations("• " + CHINESE, "zh", settings.ZH)) == []
+    assert list(rules.violations("River\n" + ENGLISH + "\nRiver", "en", settings.EN)) == []
+    # What is said twice is still found by its characters, however few its lines are.
+    twice = [drop.reason for drop in rules.violations(CHINESE + "\n" + CHINESE, "zh", settings.ZH)]
+    assert "repeated lines" in twice
 
 
 def test_plain_chinese_and_code_break_no_rule():
@@ -154,6 +175,19 @@ def test_repeated_ngram_share_equals_the_count_by_hand():
         ("from 8.8.8.8 and 2001:4860:4860::8888 to 192.168.0.1", "from <ip> and <ip> to 192.168.0.1"),
         *((t, t) for t in ("version 1.2.3, 2023-10-11 12:30:45, pi 3.14159265358979",)),
         ("x = 0x13912345678; id_13912345678", "x = 0x13912345678; id_13912345678"),
+        ("sha e13912345678ab and 0.13912345678", "sha e13912345678ab and 0.13912345678"),
+        # Chinese numbers with dashes and digits of another width, and with letters beside them.
+        ("电话:0372—3156006，0750－3861699", "电话:<phone>，<phone>"),
+        ("电话：１３９１２３４５６７８（办公）", "电话：<phone>（办公）"),
+        ("手机13912345678qq:5321，tel13912345678微信", "手机<phone>qq:5321，tel<phone>微信"),
+        ("传真010-85785068e-mail，热线(0539)7125818，电话:05397125818", "传真<phone>e-mail，热线<phone>，电话:<phone>"),
+        ("收件人ｌｉ＠ｐｋｕ", "收件人ｌｉ＠ｐｋｕ"),
+        ("（１２）和2017—20180922，2019/0217/c1002-30759189", "（１２）和2017—20180922，2019/0217/c1002-30759189"),
+        # Numbers of four parts that count sections and versions, and those that are addresses.
+        *((t, t) for t in ("12.6.2.1. 编译并安装", "see Section 4.5.4.1.", "LibreOffice 7.4.7.2", "kernel 5.10.0.132")),
+        *((t, t) for t in ("第2.3.1.55节", "Firefox/78.0.1.12", "pkg 2.36.1.90-1+b2", "OID 1.3.6.41", "v2.6.32.71")),
+        ("IP:93.184.216.34 at http://93.184.216.34:8080/x", "IP:<ip> at http://<ip>:8080/x"),
+        ("服务器地址12.6.2.1，ping 12.6.2.2", "服务器地址<ip>，ping <ip>"),
     ],
 )  # fmt: skip
 def test_identifiers_are_masked_and_numbers_are_not(text, masked):

@@ -57,3 +57,42 @@ def test_code_is_told_from_prose():
     prose = [text for text in topics.topics.values() if len(text) > 500]
     wrong = sum(map(looks_like_code, prose)) / len(prose)
     assert len(prose) > 50 and wrong < 0.15, wrong  # chapters about the language's syntax, with examples
+
+
+ITEMS = {
+    "de": (
+        "auth und authpriv: für die Authentifizierung",
+        "daemon: betrifft einen Daemon (DNS, NTP usw.)",
+        "kern: Kernel",
+    ),
+    "fr": (
+        "fournit les services décrits à l'annexe 1 (voir page 3) ",
+        "respecte les délais convenus entre les parties ",
+    ),
+    "en": (
+        "the chair shall be elected each year (by secret ballot)",
+        "fees are due in March",
+        "use of the hall is free",
+    ),
+    "zh": ("国家机关", "事业单位（含学校）", "社会团体"),
+}
+
+
+@pytest.mark.parametrize("name", ITEMS)
+@pytest.mark.parametrize("bullet", ["", "- ", "  • "])
+def test_items_of_a_list_in_prose_are_not_code(name, bullet):
+    text = SENTENCES[name] + "\n" + "".join(f"{bullet}{item};\n" for item in ITEMS[name] * 2)
+    assert not looks_like_code(text) and identify(text)[0] != "code"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "int total;\nfor (i = 0; i < n; i++)\n  total += a[i];\nreturn total;",
+        "use strict;\nmy $x = shift;\nprint $x;\nexit;",
+        'printf ("%d", x);\nfoo (bar);\nbaz->next = NULL;\nbreak;',
+        "class Device;\nstatic const unsigned flags;\nnamespace a = b;\n    other, third);",
+    ],
+)
+def test_statements_are_code(text):
+    assert looks_like_code(text)

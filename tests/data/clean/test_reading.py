@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import random
+import zlib
 
 import pytest
 from hypothesis import given, settings
@@ -71,33 +72,105 @@ def test_parquet_is_read(tmp_path):
     assert texts(read(path, "parquet", text_field="body")) == ["! unreadable"]
 
 
-def warc(path):
-    """By hand, from ISO 28500."""
-    pages = [
-        (b"text/html", b"<p>Plain page</p>"),
-        (b"image/png", b"\x89PNG"),
-        (b"text/html", "<meta charset=gbk><p>中文网页</p>".encode("gbk")),
-        (b"text/html", b"<p>\xff\xfe broken \xc3\x28"),
-    ]
-    with open(path, "wb") as file:
-        for i, (kind, body) in enumerate(pages):
-            head = b"HTTP/1.1 200 OK\r\nContent-Type: " + kind + b"\r\nContent-Length: %d\r\n\r\n" % len(body)
-            block = head + body
-            fields = f"WARC-Type: response\r\nWARC-Target-URI: https://a.org/{i}\r\nWARC-Date: 2020-01-01T00:00:00Z\r\n"
-            fields += f"WARC-Record-ID: <urn:uuid:{i}>\r\nContent-Type: application/http; msgtype=response\r\n"
-            file.write(f"WARC/1.0\r\n{fields}Content-Length: {len(block)}\r\n\r\n".encode() + block + b"\r\n\r\n")
+def response(url, body, status="200 OK", kind="text/html", **fields):
+    """A record of a response, by hand from ISO 28500 and RFC 9112."""
+    names = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items())
+    block = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\n{names}\r\n".encode() + body
+    head = f"WARC-Type: response\r\nWARC-Target-URI: {url}\r\nWARC-Date: 2020-01-01T00:00:00Z\r\n"
+    head += "WARC-Record-ID: <urn:uuid:0>\r\nContent-Type: application/http; msgtype=response\r\n"
+    return f"WARC/1.0\r\n{head}Content-Length: {len(block)}\r\n\r\n".encode() + block + b"\r\n\r\n"
 
 
-def test_warc_is_read_in_the_encoding_of_each_page(tmp_path):
+def chunked(body, size=7):
+    parts = [body[i : i + size] for i in range(0, len(body), size)]
+    return b"".join(b"%X;x=y\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+
+
+@pytest.fixture
+def warc(tmp_path):
     pytest.importorskip("fastwarc", reason="fastwarc is not installed: extra [clean]")
-    path = tmp_path / "a.warc"
-    warc(path)
-    items = read(path, "warc")
-    assert texts(items) == ["<p>Plain page</p>", "<meta charset=gbk><p>中文网页</p>", "! not UTF-8"]
-    assert [i.url for i in items[:2]] == ["https://a.org/0", "https://a.org/2"] and items[0].html
-    packed = tmp_path / "a.warc.gz"
-    packed.write_bytes(gzip.compress(path.read_bytes()))
-    assert texts(read(packed, "warc")) == texts(items)
+
+    def found(*records, pack=bytes, cut=None):
+        path = tmp_path / ("a.warc.gz" if pack is gzip.compress else "a.warc")
+        path.write_bytes(pack(b"".join(records))[:cut])
+        return read(path, "warc")
+
+    return found
+
+
+def test_warc_is_read_in_the_encoding_of_each_page(warc):
+    records = [
+        response("https://a.org/0", b"<p>Plain page</p>"),
+        response("https://a.org/1", b"\x89PNG", kind="image/png"),
+        response("https://a.org/2", "<meta charset=gbk><p>中文网页</p>".encode("gbk")),
+        response("https://a.org/3", b"<p>\xff\xfe broken \xc3\x28"),
+    ]
+    items = warc(*records)
+    assert texts(items) == ["<p>Plain page</p>", "! not a page", "<meta charset=gbk><p>中文网页</p>", "! not UTF-8"]
+    assert [items[i].url for i in (0, 2)] == ["https://a.org/0", "https://a.org/2"] and items[0].html
+    assert items[1].detail == "https://a.org/1: image/png"
+    assert texts(warc(*records, pack=gzip.compress)) == texts(items)
+
+
+PAGE = "<p>Grüße aus 北京, eine Seite.</p>".encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "fields"),
+    [
+        (chunked(PAGE), dict(Transfer_Encoding="chunked")),
+        (gzip.compress(PAGE), dict(Content_Encoding="gzip")),
+        (zlib.compress(PAGE), dict(Content_Encoding="deflate")),
+        (zlib.compress(PAGE)[2:-4], dict(content_encoding="DEFLATE")),
+        (chunked(gzip.compress(PAGE)), dict(Transfer_Encoding="chunked", Content_Encoding="gzip")),
+        (chunked(gzip.compress(PAGE)), dict(Transfer_Encoding="gzip, chunked")),
+        (gzip.compress(zlib.compress(PAGE)), dict(Content_Encoding="deflate, gzip")),
+        (PAGE, dict(Content_Encoding="gzip")),  # whoever wrote the archive has decoded it
+        (PAGE, dict(Transfer_Encoding="chunked")),
+        (PAGE, dict(Content_Encoding="br")),
+        (PAGE, dict(Content_Encoding="identity")),
+    ],
+)
+def test_bodies_of_a_warc_are_decoded(warc, body, fields):
+    items = warc(response("https://a.org", body, **fields), response("https://b.org", PAGE))
+    assert texts(items) == [PAGE.decode()] * 2
+
+
+def test_bodies_compressed_by_other_libraries_are_decoded(warc):
+    brotli = pytest.importorskip("brotli", reason="brotli is not installed: extra [clean]")
+    bodies = [(brotli.compress(PAGE), "br"), (zstd(PAGE), "zstd")]
+    items = warc(*(response("https://a.org", body, Content_Encoding=name) for body, name in bodies))
+    assert texts(items) == [PAGE.decode()] * 2
+
+
+def test_responses_that_are_no_success_are_counted_by_their_status(warc):
+    statuses = ["200 OK", "301 Moved Permanently", "404 Not Found", "500 Internal Server Error", "204 No Content"]
+    items = warc(*(response(f"https://a.org/{status[:3]}", PAGE, status) for status in statuses))
+    assert texts(items) == [PAGE.decode(), *(f"! HTTP status {status[:3]}" for status in statuses[1:])]
+
+
+@pytest.mark.parametrize(
+    ("body", "fields", "reason"),
+    [
+        (gzip.compress(PAGE)[:-12], dict(Content_Encoding="gzip"), "damaged body"),
+        (chunked(PAGE)[:20], dict(Transfer_Encoding="chunked"), "damaged body"),
+        (b"words", dict(Content_Encoding="gzip"), "damaged body"),
+        (PAGE, dict(Content_Encoding="zzz"), "unknown encoding"),
+    ],
+)
+def test_a_damaged_body_is_set_aside_and_the_next_is_read(warc, body, fields, reason):
+    items = warc(response("https://a.org", body, **fields), response("https://b.org", PAGE))
+    assert texts(items) == [f"! {reason}", PAGE.decode()] and "https://a.org" in items[0].detail
+
+
+def test_a_warc_that_is_cut_off_says_so(warc):
+    records = [response(f"https://a.org/{i}", PAGE + random.Random(i).randbytes(300).hex().encode()) for i in range(20)]
+    whole = b"".join(records)
+    for count in (1, 10, 20):  # records, the last of them without its last bytes
+        items = warc(whole, cut=sum(map(len, records[:count])) - 50)
+        assert [text == "! damaged body" for text in texts(items)] == [False] * (count - 1) + [True]
+    items = warc(whole, pack=gzip.compress, cut=-2000)
+    assert texts(items)[-1] == "! unreadable" and len(items) > 2
 
 
 def test_bad_records_are_set_aside_with_their_bytes(jsonl):
