@@ -11,6 +11,8 @@ from tele_jax.errors import FailedError, UserError
 from tele_jax.generate import generate, prepare, sampling
 from tests.test_chat import model, tokenizer_bytes
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def broken(name, value, row=0):
     cfg, params = model()

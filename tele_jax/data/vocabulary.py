@@ -147,10 +147,11 @@ class Vocabulary(abc.ABC):
         Raises:
           UserError: something is no id.
         """
-        spelled = b""
+        parts: list[bytes] = []
         for i in self._until_end(ids):
-            spelled += self.spelled(i, first=not spelled)
-        return spelled.decode("utf-8", errors="replace")
+            if spelled := self.piece_bytes[i] if i < self.vocab_size else b"":
+                parts.append(spelled if parts else self.spelled(i, first=True))
+        return b"".join(parts).decode("utf-8", errors="replace")
 
     def spelled(self, i: int, *, first: bool = False) -> bytes:
         """The bytes of an id, none where it has no text; of the first of a text without the space of a dummy prefix."""

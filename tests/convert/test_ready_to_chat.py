@@ -12,7 +12,7 @@ from tele_jax.data.templates import TEMPLATES, stop_ids
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.generate import generate
 from tests.data import released_prompts as released
-from tests.data.test_released_prompts import RELEASED
+from tests.data.test_released_prompts import RELEASED, bare, small_tokenizers
 from tests.test_chat import model, tokenizer_bytes
 
 CONVERSATIONS = released.conversations(40, seed=1)
@@ -28,6 +28,11 @@ def ids_of(tokenizer, messages, **options):
 def transformers():
     pytest.importorskip("torch", reason="torch is missing: pip install 'tele_jax[hf]'")
     return pytest.importorskip("transformers", reason="transformers is missing: pip install 'tele_jax[hf]'")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return small_tokenizers(tmp_path_factory.mktemp("tokenizers"))
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +76,22 @@ def test_transformers_gives_the_ids_and_the_answer_of_chat(transformers, step, t
     assert [i for i in drawn if i not in ends] == expected
 
 
-@pytest.mark.parametrize("family", ["telechat2", "telechat_52b"])
-def test_the_released_tokenizers_give_the_ids_of_the_released_code_in_transformers(transformers, family, tmp_path):
-    file = RELEASED / ("telechat_52b" if family == "tele_flm_instruct" else family) / "tokenizer.model"
-    if not file.is_file():
-        pytest.skip(f"the released tokenizer is not here: {family} in the folder of released files")
+@pytest.mark.parametrize("family", ["telechat_7b", "telechat2", "telechat_52b", "tele_flm_instruct", "released"])
+def test_prompts_have_the_ids_of_the_released_code_in_transformers(transformers, family, small, tmp_path):
+    """With small tokenizers that have a dummy prefix or are byte-level, and with one that was released."""
+    file = RELEASED / "telechat_52b" / "tokenizer.model"
+    if family == "released":
+        if not file.is_file():
+            pytest.skip("the released tokenizer is not here: telechat_52b in the folder of released files")
+        family = "telechat_52b"
+    else:
+        file = small["telechat_52b" if family == "tele_flm_instruct" else family]
     documents, _, notes = make(load_vocabulary(file), [SFT], 4096, family)
     assert notes == []
     for name, document in documents.items():
         (tmp_path / name).write_text(json.dumps(document), encoding="utf-8")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    encode = __import__("sentencepiece").SentencePieceProcessor(model_file=str(file)).encode
+    encode = bare(file)
     same = sum(
         ids_of(tokenizer, released.messages(texts), add_generation_prompt=True)
         == getattr(released, family)(encode, texts)

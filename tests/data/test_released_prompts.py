@@ -25,10 +25,8 @@ CONVERSATIONS = released.conversations(300)
 TEXTS = ["".join(texts) for texts in CONVERSATIONS[:100]] * 2 + ["<_user>Hi<_bot>Hello<_end>"] * 30
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def small_tokenizers(folder):
     """Two tokenizers with a dummy prefix, in the layouts of Tele-FLM and of TeleChat2, and one in that of the 7B."""
-    folder = tmp_path_factory.mktemp("tokenizers")
     files = {"telechat_52b": folder / "flm.model", "telechat2": folder / "two.model", "telechat_7b": folder / "7b.json"}
     for name, bos, eos, controls in (
         ("telechat_52b", "<s>", "</s>", []),
@@ -46,6 +44,19 @@ def small(tmp_path_factory):
     return files
 
 
+def bare(file):
+    """`encode` of the library that the file is of."""
+    if file.suffix != ".json":
+        return sentencepiece.SentencePieceProcessor(model_file=str(file)).encode
+    theirs = tokenizers.Tokenizer.from_file(str(file))
+    return lambda text: theirs.encode(text, add_special_tokens=False).ids
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return small_tokenizers(tmp_path_factory.mktemp("tokenizers"))
+
+
 @pytest.fixture(params=["telechat_7b", "telechat_12b", "telechat_52b", "tele_flm_instruct", "telechat2"])
 def family(request):
     return request.param
@@ -61,12 +72,7 @@ def opened(request, family, small):
         file = RELEASED / folder / "tokenizer.model"
         if not file.is_file():
             pytest.skip(f"the released tokenizer is not here: {folder} in the folder of released files")
-    if file.suffix == ".json":
-        theirs = tokenizers.Tokenizer.from_file(str(file))
-        encode = lambda text: theirs.encode(text, add_special_tokens=False).ids  # noqa: E731
-    else:
-        encode = sentencepiece.SentencePieceProcessor(model_file=str(file)).encode
-    return load_vocabulary(file), encode, TEMPLATES[family]
+    return load_vocabulary(file), bare(file), TEMPLATES[family]
 
 
 def rule(family, vocabulary):
