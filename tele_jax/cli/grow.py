@@ -164,9 +164,10 @@ def _tokens(args: argparse.Namespace, cfg: Any) -> tuple[Any, str]:
         return np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, length), np.int32), "random tokens, seed 0"
     from tele_jax.chat import find_tokenizer
     from tele_jax.data.vocabulary import load_vocabulary
+    from tele_jax.files import read_bytes
 
     try:
-        text = args.text.read_text(encoding="utf-8")
+        text = read_bytes(args.text).decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{args.text}: not UTF-8 at byte {error.start}") from None
     vocabulary = load_vocabulary(find_tokenizer(args.src))

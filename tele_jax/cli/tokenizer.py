@@ -9,6 +9,7 @@ from typing import Any
 from tele_jax.data import sources, vocabulary_training
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
 from tele_jax.errors import UserError
+from tele_jax.files import require_regular
 
 HELP = "train or inspect a tokenizer"
 
@@ -54,6 +55,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
+    if args.out.exists():  # whether it is the same model is known later, but no other thing is replaced
+        require_regular(args.out, "--out ")
     texts = list(vocabulary_training.sample_texts(args.inputs, max_bytes=args.input_bytes, seed=args.seed))
     print(f"training {args.preset}, {args.vocab_size:,} ids, on {len(texts):,} pieces of text ...", file=sys.stderr)
     trained = vocabulary_training.train_vocabulary(

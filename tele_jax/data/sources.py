@@ -22,6 +22,7 @@ import numpy as np
 
 from tele_jax.data import dialogue
 from tele_jax.errors import UserError
+from tele_jax.files import require_regular
 
 Format = Literal["text", "jsonl", "dialogues"]
 WHOLE = 1 << 62  # larger than any document: no cutting
@@ -144,7 +145,8 @@ _PACKED = {
 
 
 def check_plain(path: str) -> None:
-    """Raises UserError where a file is empty or compressed: text is read at any byte of it."""
+    """Raises UserError where a file is none, empty or compressed: text is read at any byte of it."""
+    require_regular(path)
     with open(path, "rb") as file:
         start = file.read(10)
     if start in (b"", codecs.BOM_UTF8):

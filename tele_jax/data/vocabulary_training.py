@@ -15,6 +15,7 @@ from tele_jax.data.extras import need
 from tele_jax.data.vocabulary import Vocabulary
 from tele_jax.data.vocabulary_sentencepiece import SPACE, SentencePieceVocabulary
 from tele_jax.errors import UserError
+from tele_jax.files import read_bytes, require_regular
 
 DIGITS = tuple("0123456789")
 # The released file has ten emoji here, which label what a teacher thought of a text. Which ones they are is not
@@ -231,7 +232,7 @@ def write_vocabulary(trained: Trained, path: Path, *, preset: str, force: bool =
       UserError: another file is there and `force` is not given.
       AssertionError: a special piece is not at its id: SentencePiece does not do what it did when this was written.
     """
-    if path.exists() and path.read_bytes() == trained.model:
+    if path.exists() and read_bytes(path) == trained.model:
         return SentencePieceVocabulary(path)
     if path.exists() and not force:
         raise UserError(f"{path}: is there already and differs; choose another name, or replace it with --force")
@@ -251,6 +252,7 @@ def format_of(path: str) -> sources.Format:
     """The format of an input file: by its name `text` or JSON lines; these by the first of them."""
     if not path.endswith(".jsonl"):
         return "text"
+    require_regular(path)
     with open(path, "rb") as file:
         return "dialogues" if b'"messages"' in file.readline() else "jsonl"
 
