@@ -31,7 +31,8 @@ _ANYWHERE = _names(
     attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal
     _flash_attn_2_enabled flash_attn use_flash_attn enable_flash_attn gradient_checkpointing pretraining_tp
     initializer_range initializer_factor attention_dropout hidden_dropout attn_dropout resid_dropout embd_dropout
-    attn_pdrop resid_pdrop embd_pdrop max_sequence_length
+    attn_pdrop resid_pdrop embd_pdrop hidden_dropout_prob attention_probs_dropout_prob max_sequence_length
+    model_max_length transformers.js_config
     """
 )
 _BY_FORMAT: Mapping[str, frozenset[str]] = {
@@ -55,6 +56,11 @@ _ONLY: Mapping[str, Any] = {
     "add_cross_attention": False,
     "tie_encoder_decoder": False,
     "use_sliding_window": False,
+    "is_llama_config": True,
+    "rope_interleaved": False,
+    "use_mrope": False,
+    "use_qk_norm": False,
+    "use_parallel_residual": False,
     "pruned_heads": {},
     "scale_attn_weights": True,
     "rotary_use_xpos": False,

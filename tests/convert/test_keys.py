@@ -6,11 +6,12 @@ import pytest
 
 import tele_jax as tele
 from tele_jax import checkpoint, convert
-from tele_jax.convert import configs
+from tele_jax.convert import configs, conventions
 from tele_jax.convert.release import open_release
 from tele_jax.errors import UserError
 from tests.convert import releases
 from tests.convert.test_published import CONFIGS
+from tests.data.test_released_prompts import RELEASED
 
 
 def read(format, **change):
@@ -40,6 +41,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
         ("llama", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
         ("llama", {"use_qk_norm": True}, "use_qk_norm is True"),
         ("llama", {"embedding_multiplier": 12.0}, "embedding_multiplier is 12.0"),
+        ("llama", {"rope_interleaved": True}, "rope_interleaved is True, but tele_jax has only False"),
         ("llama", {"is_encoder_decoder": True}, "is_encoder_decoder is True, but tele_jax has only False"),
         ("llama", {"pruned_heads": {"0": [1]}}, "pruned_heads is {'0': .*, but tele_jax has only {}"),
         ("tele_flm", {"mup_attention_scale": 2.0}, "mup_attention_scale is 2.0, .* in format tele_flm"),
@@ -60,6 +62,7 @@ def test_a_key_that_may_mean_another_model_is_refused_by_name(format, change, me
     ("format", "change"),
     [
         ("llama", {"attention_dropout": 0.1, "pretraining_tp": 2, "use_cache": False, "_name_or_path": "x"}),
+        ("llama", {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"a": 1}}),  # SmolLM2
         ("llama", {"no_rope_layers": None, "is_encoder_decoder": False, "pruned_heads": {}, "do_sample": True}),
         ("llama", {"layer_types": ["full_attention"] * releases.L, "rope_scaling": None}),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rope_scaling": {}}),
@@ -90,3 +93,21 @@ def test_what_describes_every_layer_follows_a_growth(tmp_path):
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (written["num_hidden_layers"], written["layer_types"]) == (5, ["full_attention"] * 5)
     assert open_release(tmp_path / "out").cfg.num_layers == 5
+
+
+@pytest.mark.parametrize("name", ["telechat_7b", "telechat_12b", "telechat_52b", "telechat2"])
+def test_the_released_files_are_read(name):
+    """The files themselves: every key is known, and generation follows them."""
+    if not (folder := RELEASED / name).is_dir():
+        pytest.skip(f"the released files are not here: {name} in the folder of released files")
+    keys = configs.read_json(folder)
+    cfg = configs.read(keys, configs.detect(keys))
+    found, notes = conventions.read(folder, keys)
+    stated = json.loads((folder / "generation_config.json").read_text())
+    assert cfg.vocab_size == keys.values["vocab_size"] and notes == []
+    assert found == {
+        "eos_token_ids": [stated["eos_token_id"]],
+        "do_sample": False,
+        "sampling": {name: stated[name] for name in ("temperature", "top_k", "top_p", "repetition_penalty")},
+        "document_start": None,
+    }
