@@ -216,3 +216,10 @@ def test_every_generation_key_with_every_kind_of_value_is_read_or_refused(tmp_pa
                 conventions.read(tmp_path, empty)
             except UserError as error:
                 assert ".json: " in str(error)
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_json_tokenizer_that_is_none_is_named(kind, tmp_path):
+    TEXTS[kind][0](tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match=r"tokenizer .*tokenizer.json: not a "):
+        load_vocabulary(tmp_path / "tokenizer.json")
