@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from tele_jax.checkpoint import locate
-from tele_jax.config import ModelConfig, require
+from tele_jax.config import ModelConfig, check_seed, require, whole
 from tele_jax.data import dialogue, templates
 from tele_jax.data.dialogue import Prompt
 from tele_jax.data.templates import Template
 from tele_jax.data.vocabulary import TOKENIZER_FILES, Vocabulary, tokenizer_in
 from tele_jax.errors import UserError
-from tele_jax.generate import check_seed, generate, prepare, sampling, whole
+from tele_jax.generate import generate, prepare, sampling
 
 MAX_NEW_TOKENS = 1024  # not published: ours, an answer of about two pages
 

@@ -6,10 +6,14 @@ Everything that can be wrong with a value is said here, when the value enters; t
 import dataclasses
 import difflib
 import math
+import numbers
+import operator
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
+
+import numpy as np
 
 from tele_jax.errors import UserError
 
@@ -94,6 +98,28 @@ def require(condition: bool, message: str) -> None:
     """Raises UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def whole(value: Any, what: str) -> int:
+    """The value as an int. Raises UserError unless it is a whole number; 3.0, "3" and True are not."""
+    try:
+        require(not isinstance(value, (bool, np.bool_)), f"{what}={value!r} must be a whole number")
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f"{what}={value!r} must be a whole number") from None
+
+
+def check_seed(seed: Any, what: str = "seed") -> int:
+    """The seed as an int. Raises UserError unless 0 <= seed < 2^32, what every kind of random key takes."""
+    require(0 <= whole(seed, what) < 2**32, f"{what}={seed} must be in [0, 2^32)")
+    return whole(seed, what)
+
+
+def finite(value: Any, what: str) -> float:
+    """The value as a float. Raises UserError unless it is a number, and finite; text, True and NaN are not."""
+    is_number = isinstance(value, (numbers.Real, np.number)) and not isinstance(value, (bool, np.bool_))
+    require(is_number and math.isfinite(value), f"{what}={value!r} must be a finite number")
+    return float(value)
 
 
 def require_positive(config: Any, *names: str) -> None:

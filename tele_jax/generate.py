@@ -9,7 +9,6 @@ import collections
 import contextlib
 import functools
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tele_jax.axes import flatten, unflatten
-from tele_jax.config import ModelConfig, require
+from tele_jax.config import ModelConfig, check_seed, require, whole
 from tele_jax.errors import FailedError, UserError
 from tele_jax.model import decoder
 from tele_jax.model.attention import SLOT_BLOCK
@@ -411,16 +410,6 @@ def rope_length_of(cfg: ModelConfig, total: int) -> int:
     return total
 
 
-def whole(value: Any, what: str) -> int:
-    """The value as an int. Raises UserError unless it is a whole number; 3.0, "3" and True are not."""
-    try:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise UserError(f"{what}={value!r} must be a whole number") from None
-
-
 def _ids(cfg: ModelConfig, ids: Sequence[int], what: str) -> list[int]:
     if isinstance(ids, str) or not hasattr(ids, "__iter__"):
         raise UserError(f"{what} is {ids!r}, not a list of token ids; text becomes ids by vocabulary.encode")
@@ -428,11 +417,6 @@ def _ids(cfg: ModelConfig, ids: Sequence[int], what: str) -> list[int]:
     for i in ids:
         require(0 <= i < cfg.vocab_size, f"{what}: id {i} is not in the vocabulary of {cfg.vocab_size} tokens")
     return ids
-
-
-def check_seed(seed: int) -> None:
-    """Raises UserError unless 0 <= seed < 2^32, what every kind of random key takes."""
-    require(0 <= whole(seed, "seed") < 2**32, f"seed={seed} must be in [0, 2^32)")
 
 
 def _check(cfg: ModelConfig, prompts: list[list[int]], max_new_tokens: int) -> None:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from tele_jax.config import ModelConfig, convert, from_dict, require, require_positive
+from tele_jax.config import ModelConfig, check_seed, convert, from_dict, require, require_positive
 from tele_jax.errors import UserError
 
 
@@ -79,7 +79,7 @@ class CacheConfig:
 
     def __post_init__(self):
         require_positive(self, "seq_len")
-        require(self.seed >= 0, f"seed={self.seed} must not be negative")
+        check_seed(self.seed)
         require(self.data.cache is None, "data.cache: a cache is made from files, not from another cache")
         if self.shard_bytes is None:
             object.__setattr__(self, "shard_bytes", 65_536 * self.seq_len)
@@ -179,7 +179,7 @@ class TrainStage:
             f"batch_size={self.batch_size} does not divide into microbatches={self.microbatches}",
         )
         require(self.eval_every >= 0, f"eval_every={self.eval_every} must not be negative")
-        require(self.seed >= 0, f"seed={self.seed} must not be negative")
+        check_seed(self.seed)
         fresh = self.reset_optimizer or self.kind == "sft"
         require(
             not (fresh and self.optimizer.new_warmup_steps),
@@ -223,6 +223,9 @@ class GrowStage:
     seed: int = 0
     optimizer_state: bool = True
     tolerance: float | None = None  # largest logit difference allowed; None: what rounding explains in the dtype
+
+    def __post_init__(self):
+        check_seed(self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

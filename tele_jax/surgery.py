@@ -11,16 +11,13 @@ what is new learn is `growth.plan`.
 
 import dataclasses
 import fnmatch
-import math
-import numbers
-import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from tele_jax.axes import ParamSpec, flatten
-from tele_jax.config import ModelConfig, require
+from tele_jax.config import ModelConfig, finite, require, whole
 from tele_jax.errors import UserError
 from tele_jax.growth import axis_map
 from tele_jax.growth.axis_map import AxisMap
@@ -86,7 +83,7 @@ def duplicate(model: Model, ids: Collection[int]) -> Growth:
 def cut(model: Model, axis: str, size: int) -> Growth:
     """The first `size` units of an axis. Of the vocabulary, rows: cutting no more than its padding changes nothing."""
     cfg = config_of(model)
-    have, size = _size(cfg, axis), _whole(size, "cut")
+    have, size = _size(cfg, axis), whole(size, "cut: the size")
     require(0 < size <= have, f"cut: {axis} has {have} units, and cannot be cut to {size}")
     if axis != "vocab" or size < cfg.vocab_size:
         return take(model, axis, range(size))
@@ -103,7 +100,7 @@ def pad(model: Model, axis: str, size: int) -> Growth:
       UserError: another axis, fewer units than there are, heads that do not make whole groups.
     """
     cfg = config_of(model)
-    have, size = _size(cfg, axis), _whole(size, "pad")
+    have, size = _size(cfg, axis), whole(size, "pad: the size")
     require(axis in ("layers", "heads", "mlp", "vocab"), f"pad: {axis} cannot be padded; widen it with growth.plan")
     require(size >= have, f"pad: {axis} has {have} units already, more than {size}; see surgery.cut")
     if axis == "heads":
@@ -206,8 +203,9 @@ def rescale(model: Model, factors: Mapping[str, float]) -> Growth:
     """Leaves multiplied by a factor each, {name or pattern: factor}; where several patterns fit, the last counts."""
     coefficients: dict[str, float] = {}
     for pattern, factor in factors.items():
-        fits = isinstance(factor, numbers.Real) and math.isfinite(factor) and factor != 0
-        require(fits, f"rescale: factor {factor!r} of {pattern}; must be a finite number other than 0")
+        require(
+            finite(factor, f"rescale: the factor of {pattern}") != 0, f"rescale: the factor of {pattern} must not be 0"
+        )
         coefficients |= dict.fromkeys(find(model, pattern), float(factor))
     changed = {name: factor for name, factor in coefficients.items() if factor != 1}
     notes = tuple(f"{name} is multiplied by {factor:g}" for name, factor in changed.items())
@@ -337,19 +335,11 @@ def _units(cfg: ModelConfig, axis: str) -> int:
     return cfg.vocab_size if axis == "vocab" else _size(cfg, axis)
 
 
-def _whole(number: int, what: str) -> int:
-    try:
-        return operator.index(number)
-    except TypeError:
-        raise UserError(f"{what}: the size has to be a whole number, got {number!r}") from None
-
-
 def _ids(cfg: ModelConfig, axis: str, ids: Collection[int], what: str) -> list[int]:
     size = _units(cfg, axis)
-    try:
-        ids = [operator.index(i) for i in ids]
-    except TypeError:
-        raise UserError(f"{what}: {axis} ids have to be a list of whole numbers, got {ids!r}") from None
+    listed = isinstance(ids, Iterable) and not isinstance(ids, str)
+    require(listed, f"{what}: {axis} ids have to be a list of whole numbers, got {ids!r}")
+    ids = [whole(i, f"{what}: {axis} ids[{n}]") for n, i in enumerate(ids)]
     wrong = sorted({i for i in ids if not 0 <= i < size})
     require(not wrong, f"{what}: {axis} has {size} units, 0 to {size - 1}; not {', '.join(map(str, wrong[:8]))}")
     return ids

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tele_jax.config import check_seed
 from tele_jax.errors import UserError
 
 HELP = "print rows of a cache as text, with segment borders and loss weights"
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 f"--step {args.step} --batch-size {args.batch_size}: a run has at most {order.MAX_ROWS:,} rows"
             )
         index = args.step * args.batch_size + np.arange(args.count)
+        check_seed(args.seed, "--seed")
         located = stats.order(cache.manifest, args.seed).locate(index)
         places = [(list(cache.rows)[d], epoch, row) for d, epoch, row in zip(*(column.tolist() for column in located))]
     batch = cache.read([domain for domain, _, _ in places], [row for _, _, row in places])

@@ -174,9 +174,10 @@ def load_model(args: argparse.Namespace) -> Model:
     from tele_jax import checkpoint
     from tele_jax.chat import check_vocabulary, find_tokenizer
     from tele_jax.cli import meshes
+    from tele_jax.config import check_seed
     from tele_jax.data import templates
     from tele_jax.data.vocabulary import load_vocabulary
-    from tele_jax.generate import check_seed, prepare, sampling
+    from tele_jax.generate import prepare, sampling
     from tele_jax.growth.masks import require_unmasked
 
     check_seed(args.seed)

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tele_jax.config import check_seed
 from tele_jax.data import sources, vocabulary_training
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
 from tele_jax.errors import UserError
@@ -48,8 +49,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Raises UserError for a bad input, before anything is written."""
     if args.input_bytes <= 0:
         raise UserError(f"--input-bytes {args.input_bytes}: must be above 0")
-    if getattr(args, "seed", 0) < 0:
-        raise UserError(f"--seed {args.seed}: must not be negative")
+    check_seed(getattr(args, "seed", 0), "--seed")
     return train(args) if args.action == "train" else inspect(args)
 
 

@@ -18,7 +18,8 @@ def apply(plan: Growth, params: Mapping[str, Any]) -> dict[str, Any]:
     """The grown parameters; a pure function. For arrays that lie on a mesh, see `sharded`.
 
     Raises:
-      UserError: params are not what plan.src_cfg describes; every leaf that differs is named.
+      UserError: params are not what plan.src_cfg describes, every leaf that differs is named; float64 without
+        jax_enable_x64.
     """
     return grow_params(plan, params, grow_leaf)
 
@@ -94,6 +95,12 @@ def grow_leaf(step: Plan, name: str, leaf: LeafPlan, array: Any, power: int = 1,
 
 
 def _evaluate(leaf: LeafPlan, maps, array: Any, key: tuple[int, int], shape, power=1, take: Take = take) -> jax.Array:
+    dtype = array.dtype
     array = jnp.asarray(array)
+    if array.dtype != dtype:
+        raise UserError(
+            f"a leaf of {dtype} would be cut to {array.dtype}: jax.config.update('jax_enable_x64', True) keeps it; "
+            "growth.stream and growth.lazy work without"
+        )
     where = [np.arange(size) for size in shape]
     return tile(leaf, maps, where, functools.partial(take, array), key, shape, array.dtype, power)

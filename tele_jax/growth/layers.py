@@ -1,14 +1,14 @@
 """Which layers are copied when a model gets deeper, and where the copies go: each right after its source."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from tele_jax.axes import flatten
-from tele_jax.config import ModelConfig, require
+from tele_jax.config import ModelConfig, finite, require, whole
 from tele_jax.errors import UserError
 from tele_jax.growth import layerwise
 from tele_jax.model import decoder
@@ -31,7 +31,8 @@ def choose(how: str | Sequence[int], src_layers: int, dst_layers: int, scores: S
     """
     extra = dst_layers - src_layers
     if not isinstance(how, str):
-        ids = [int(i) for i in how]
+        require(isinstance(how, Iterable), f"layers={how!r}: neither a name nor a list of ids")
+        ids = [whole(i, f"layers[{n}]") for n, i in enumerate(how)]
         require(len(ids) == dst_layers, f"layers: {len(ids)} ids given for {dst_layers} destination layers")
         first = list(dict.fromkeys(ids))
         require(
@@ -48,6 +49,10 @@ def choose(how: str | Sequence[int], src_layers: int, dst_layers: int, scores: S
         copies = _cycle(sorted(range(src_layers), key=lambda i: (abs(i - centre), i)), extra, src_layers)
     elif how == "distance":
         require(scores is not None, 'layers="distance" needs scores, one per source layer; see growth.layers.distances')
+        require(
+            isinstance(scores, Iterable) and not isinstance(scores, str), f"scores={scores!r}: not a list of numbers"
+        )
+        scores = [finite(score, f"scores[{n}]") for n, score in enumerate(scores)]
         require(len(scores) == src_layers, f"layers: {len(scores)} scores given for {src_layers} source layers")
         inner = range(1, src_layers - 1) if src_layers > 2 else range(src_layers)
         copies = _cycle(sorted(inner, key=lambda i: (scores[i], i)), extra, src_layers)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tele_jax.config import require
+from tele_jax.config import require, whole
 from tele_jax.errors import UserError
 from tele_jax.growth.plan import Plan
 from tele_jax.model.decoder import MASKED_AXES
@@ -82,6 +82,8 @@ class MaskSchedule:
     tokens_per_step: int | None = None
 
     def __post_init__(self):
+        for name in ("start", "ramp") + (() if self.tokens_per_step is None else ("tokens_per_step",)):
+            object.__setattr__(self, name, whole(getattr(self, name), name))
         require(self.start >= 0 and self.ramp >= 0, f"start={self.start} and ramp={self.ramp} must not be negative")
         require(self.unit in ("steps", "tokens"), f"unit: {self.unit!r} is not one of 'steps', 'tokens'")
         require(self.shape in _SHAPES, f"shape: {self.shape!r} is not one of {', '.join(map(repr, _SHAPES))}")
@@ -97,7 +99,7 @@ class MaskSchedule:
             object.__setattr__(self, "order", tuple(self.order))
 
     def __call__(self, step: int) -> dict[str, np.ndarray] | None:
-        begins, elapsed, shape = self._begins(), int(step) * self._units_per_step, _SHAPES[self.shape]
+        begins, elapsed, shape = self._begins(), whole(step, "step") * self._units_per_step, _SHAPES[self.shape]
         if not begins or elapsed >= max(begins.values()) + self.ramp:
             return None
         # All in integers up to one division: the same c in steps as in tokens.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from tele_jax.axes import ParamSpec, fresh_std
-from tele_jax.config import ModelConfig
+from tele_jax.config import ModelConfig, check_seed
 from tele_jax.errors import UserError
 from tele_jax.growth import axis_map, layers
 from tele_jax.growth.axis_map import AxisMap
@@ -68,8 +68,9 @@ def plan(
         raise UserError(f"policy {policy!r} is not one of {', '.join(POLICIES)}")
     if epsilon not in ("scale", "keep"):
         raise UserError(f"epsilon {epsilon!r} is not one of 'scale', 'keep'")
+    seed = check_seed(seed)
     _check(src_cfg, dst_cfg)
-    if policy in ("stack", "random") and layers != "uniform":
+    if policy in ("stack", "random") and not (isinstance(layers, str) and layers == "uniform"):
         raise UserError(f"layers={layers!r}: policy {policy} places the layers itself; leave it out")
     made = POLICIES[policy](src_cfg, dst_cfg, _maps(src_cfg, dst_cfg, layers, scores), seed, epsilon)
     return dataclasses.replace(made, notes=(*made.notes, *_notes(src_cfg, dst_cfg, made)))

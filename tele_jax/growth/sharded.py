@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tele_jax.axes import map_param_subtrees, unflatten
+from tele_jax.errors import UserError
 from tele_jax.growth import exchange
 from tele_jax.growth.apply import grow_leaf, grow_params
 from tele_jax.growth.opt_state import grow_state, kinds
@@ -45,6 +46,10 @@ def sharded(plan: Growth, mesh: Mesh, opt_state: Any, optimizer: Any = None) -> 
 
     if opt_state is None:
         return jax.jit(lambda p, _: (grow_params(plan, p, grow), None), out_shardings=(params, None))
+    for leaf in jax.tree.leaves(opt_state):  # jit would cut it without a word
+        wide = hasattr(leaf, "dtype") and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+        if wide and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+            raise UserError(f"optimizer state: {leaf.dtype} needs jax.config.update('jax_enable_x64', True)")
     known = kinds(plan, opt_state, optimizer)
     out = (params, state_shardings(plan, mesh, opt_state, optimizer))
     return jax.jit(

@@ -43,6 +43,7 @@ from tele_jax.train import growing
 from tele_jax.train import workdir as own
 from tele_jax.train.schedule import schedule
 from tele_jax.train.stage import Stopped, Training, mask_schedule
+from tele_jax.train.step import trained_as
 
 __all__ = ["Stopped", "run"]
 
@@ -236,7 +237,7 @@ def _check(
                 raise UserError(f"config.{name}: {error}") from None
             cfg = plan.dst_cfg
         else:
-            cfg = stage.model or cfg
+            cfg = trained_as(stage.model or cfg)
             if plan is not None:
                 try:
                     mask_schedule(stage, plan)

@@ -27,7 +27,7 @@ from tele_jax.run import TrainStage
 from tele_jax.train import metrics, workdir
 from tele_jax.train.optimizer import delay_births, optimizer, restart_schedule
 from tele_jax.train.schedule import schedule
-from tele_jax.train.step import flops_per_token, local_rows, make_step, put_batch, state_shardings
+from tele_jax.train.step import flops_per_token, local_rows, make_step, put_batch, state_shardings, trained_as
 
 
 class Stopped(Exception):
@@ -75,7 +75,9 @@ class Training:
         before = None if previous is None else checkpoint.open_lazy(previous)
         self.cfg: ModelConfig = model
         if before is not None:
-            self.cfg = before.cfg.replace(remat=model.remat, attention=model.attention)
+            self.cfg = trained_as(before.cfg.replace(remat=model.remat, attention=model.attention))
+            if self.cfg.param_dtype != before.cfg.param_dtype:
+                say(f"  parameters are {before.cfg.param_dtype}, and are trained and saved in {self.cfg.param_dtype}")
         self.tokens_per_step = stage.tokens_per_step
         self.factor = schedule(stage.schedule, stage.steps, self.tokens_per_step)
         self.tx = optimizer(self.cfg, stage.optimizer, self.factor)
@@ -133,16 +135,18 @@ class Training:
 
     def _take_over(self, previous: Path | None, fits: dict[str, Any], params: Any, opt_state: Any) -> None:
         """What the stage before left, else fresh parameters; says which. params, opt_state: their shardings."""
+        if previous is not None:
+            fits = fits | {"cfg": self.cfg.replace(param_dtype=checkpoint.open_lazy(previous).cfg.param_dtype)}
         if previous is not None and self._keeps_optimizer(previous):
             loaded = checkpoint.load(previous, **fits)
-            self.params, self.history = loaded.params, loaded.provenance
+            self.params, self.history = self._widened(loaded.params, params), loaded.provenance
             goes_on = lambda state: delay_births(restart_schedule(state), self.closed_steps)  # noqa: E731
             self.opt_state = jax.jit(goes_on, out_shardings=opt_state, donate_argnums=0)(loaded.opt_state)
             self.say(f"  takes over parameters and optimizer state from {previous}; begins at step 0, as its schedule")
             return
         if previous is not None:
-            loaded = checkpoint.load(previous, cfg=self.cfg, shardings=params, items=("params",))
-            self.params, self.history = loaded.params, loaded.provenance
+            loaded = checkpoint.load(previous, cfg=fits["cfg"], shardings=params, items=("params",))
+            self.params, self.history = self._widened(loaded.params, params), loaded.provenance
             self.say(f"  takes over parameters from {previous}; the optimizer is new; begins at step 0")
         else:
             fresh = jax.jit(lambda key: init(self.cfg, key), out_shardings=params)
@@ -150,6 +154,13 @@ class Training:
             self.say("  parameters and optimizer are new; begins at step 0")
         start = lambda params: delay_births(self.tx.init(params), self.closed_steps)  # noqa: E731
         self.opt_state = jax.jit(start, out_shardings=opt_state)(self.params)
+
+    def _widened(self, params: Any, shardings: Any) -> Any:
+        """The parameters in the dtype that they are trained in; wider, so that none changes."""
+        dtype = jax.numpy.dtype(self.cfg.param_dtype)
+        if all(leaf.dtype == dtype for leaf in jax.tree.leaves(params)):
+            return params
+        return jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree), out_shardings=shardings)(params)
 
     def _say_data(self, positions: Mapping[str, position.Position]) -> None:
         """Says where the data goes on: a domain that is not there is read from its beginning."""

@@ -1,5 +1,6 @@
 """The training step: one pure function, compiled for a mesh."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,15 @@ from tele_jax.sharding import BATCH, batch_sharding, param_shardings, replicated
 Step = Callable[[Any, Any, Mapping[str, jax.Array], Any], tuple[Any, Any, dict[str, jax.Array]]]
 
 
+def trained_as(cfg: ModelConfig) -> ModelConfig:
+    """The config that a model is trained in: bfloat16 parameters become float32, which holds each of them exactly.
+
+    bfloat16 resolves 2^-8 of a value. An update is often less, and would be rounded away; products are computed in
+    cfg.dtype all the same.
+    """
+    return cfg.replace(param_dtype="float32") if cfg.param_dtype == "bfloat16" else cfg
+
+
 def state_shardings(cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[Any, Any]:
     """(of the parameters, of the optimizer state): moments lie where their parameters lie, the rest everywhere."""
     params = param_shardings(spec(cfg), mesh)
@@ -34,8 +44,14 @@ def make_step(
     params and opt_state are donated. batch holds arrays [batch_size, S] as data.feed gives them; the loss is the mean
     over the weights of the whole batch, in nats per token, however many microbatches it is computed in; gradients are
     accumulated in float32 or better. masks (see growth.masks) may change without compiling again; None is the plain
-    model, compiled on its own.
+    model, compiled on its own. Warns of bfloat16 parameters, which lose small updates: see `trained_as`.
     """
+    if trained_as(cfg) != cfg:
+        warnings.warn(
+            f"param_dtype={cfg.param_dtype!r}: updates below 2^-9 of a parameter are rounded away; cast the parameters "
+            "to float32 and train with trained_as(cfg)",
+            stacklevel=2,
+        )
     compiled = _jitted(cfg, tx, mesh, batch_size, microbatches)
 
     def run(params, opt_state, batch, masks=None):
