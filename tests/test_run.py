@@ -120,7 +120,7 @@ def test_with_a_cache_sources_and_files_may_be_left_out():
     ("changes", "match"),
     [
         (dict(seq_len=0), r"config: seq_len=0 must be above 0"),
-        (dict(seed=-1), r"config: seed=-1 must not be negative"),
+        (dict(seed=-1), r"config: seed=-1 must be in \[0, 2\^32\)"),
         (dict(kind="grow"), r"config\.kind: 'grow' is not one of 'pretrain', 'sft'"),
         (dict(shard_bytes=0), r"config: shard_bytes=0 must be above 0"),
         (dict(data=dict(tokenizer="t.model", cache="rows")), r"data\.cache: a cache is made from files"),

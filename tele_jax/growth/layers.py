@@ -30,6 +30,10 @@ def choose(how: str | Sequence[int], src_layers: int, dst_layers: int, scores: S
       UserError: an unknown name, ids that lose or reorder a source layer, "distance" without scores.
     """
     extra = dst_layers - src_layers
+    if scores is not None:
+        listed = isinstance(scores, Iterable) and not isinstance(scores, str)
+        require(listed, f"scores={scores!r}: not a list of numbers")
+        scores = [finite(score, f"scores[{n}]") for n, score in enumerate(scores)]
     if not isinstance(how, str):
         require(isinstance(how, Iterable), f"layers={how!r}: neither a name nor a list of ids")
         ids = [whole(i, f"layers[{n}]") for n, i in enumerate(how)]
@@ -49,10 +53,6 @@ def choose(how: str | Sequence[int], src_layers: int, dst_layers: int, scores: S
         copies = _cycle(sorted(range(src_layers), key=lambda i: (abs(i - centre), i)), extra, src_layers)
     elif how == "distance":
         require(scores is not None, 'layers="distance" needs scores, one per source layer; see growth.layers.distances')
-        require(
-            isinstance(scores, Iterable) and not isinstance(scores, str), f"scores={scores!r}: not a list of numbers"
-        )
-        scores = [finite(score, f"scores[{n}]") for n, score in enumerate(scores)]
         require(len(scores) == src_layers, f"layers: {len(scores)} scores given for {src_layers} source layers")
         inner = range(1, src_layers - 1) if src_layers > 2 else range(src_layers)
         copies = _cycle(sorted(inner, key=lambda i: (scores[i], i)), extra, src_layers)

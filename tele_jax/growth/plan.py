@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tele_jax.axes import ParamSpec
-from tele_jax.config import ModelConfig, convert, from_dict, require, to_dict
+from tele_jax.config import ModelConfig, check_seed, convert, from_dict, require, to_dict
 from tele_jax.errors import UserError
 from tele_jax.growth import fate
 from tele_jax.growth.axis_map import AxisMap
@@ -222,7 +222,7 @@ class Plan(Growth):
                 src_cfg=from_dict(ModelConfig, data["src_cfg"], "plan.src_cfg"),
                 dst_cfg=from_dict(ModelConfig, data["dst_cfg"], "plan.dst_cfg"),
                 policy=convert(str, data["policy"], "plan.policy"),
-                seed=convert(int, data["seed"], "plan.seed"),
+                seed=check_seed(data["seed"], "plan.seed"),
                 masked=convert(bool, data["masked"], "plan.masked"),
                 preserving=convert(bool, data["preserving"], "plan.preserving"),
                 lively=convert(bool, data["lively"], "plan.lively"),

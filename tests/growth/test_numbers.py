@@ -1,0 +1,116 @@
+"""Ids, seeds, scores and steps that are something else are refused by the same rule, wherever they enter."""
+
+import jax
+import numpy as np
+import pytest
+
+import tele_jax as tele
+from tele_jax import growth, surgery
+from tele_jax.cli.main import main
+from tele_jax.config import from_dict
+from tele_jax.run import GrowStage
+
+CFG = tele.ModelConfig(num_layers=3, embed_dim=8, num_heads=2, head_dim=4, mlp_dim=6, vocab_size=10)
+DEEPER = CFG.replace(num_layers=4)
+MASKED = growth.plan(CFG, CFG.replace(mlp_dim=8), policy="msg")
+NOT_WHOLE = (True, np.True_, 1.7, 1.0, "1", None, float("nan"))
+
+
+def planned(**how):
+    return growth.plan(CFG, DEEPER, **how)
+
+
+def refused(call, *words):
+    with pytest.raises(tele.UserError) as error:
+        call()
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("value", NOT_WHOLE, ids=repr)
+def test_what_is_no_whole_number_is_no_id_and_no_step(value):
+    word = "must be a whole number"
+    refused(lambda: planned(layers=[0, value, 1, 2]), "layers[1]", word)
+    refused(lambda: growth.insert_layers(CFG, [0, value, 1, 2]), "layers[1]", word)
+    refused(lambda: planned(seed=value), "seed", word)
+    for change in (surgery.take, surgery.drop):
+        for axis in surgery.FIELDS:
+            refused(lambda change=change, axis=axis: change(CFG, axis, [0, value]), f"{axis} ids[1]", word)
+    refused(lambda: surgery.duplicate(CFG, [value]), word)
+    refused(lambda: surgery.submodel(CFG, mlp=[0, value]), word)
+    refused(lambda: surgery.cut(CFG, "mlp", value), word)
+    refused(lambda: surgery.pad(CFG, "mlp", value), word)
+    refused(lambda: growth.MaskSchedule(MASKED, start=value), "start", word)
+    refused(lambda: growth.MaskSchedule(MASKED, ramp=value), "ramp", word)
+    refused(lambda: growth.MaskSchedule(MASKED)(value), "step", word)
+    if value is not None:
+        refused(lambda: growth.MaskSchedule(MASKED, unit="tokens", tokens_per_step=value), "tokens_per_step", word)
+
+
+def test_numpy_integers_are_whole():
+    assert planned(layers=np.array([0, 0, 1, 2]), seed=np.int64(3)) == planned(layers=[0, 0, 1, 2], seed=3)
+    assert surgery.take(CFG, "mlp", np.arange(2)).dst_cfg.mlp_dim == 2
+    assert growth.MaskSchedule(MASKED, start=np.int32(2), ramp=4)(np.int64(2))["mlp"].tolist() == [1.0] * 6 + [0.0] * 2
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, "7", True, 0.5])
+def test_seeds(seed, tmp_path):
+    refused(lambda: planned(seed=seed), "seed")
+    refused(lambda: from_dict(GrowStage, {"kind": "grow", "model": {}, "seed": seed}), "seed")
+    refused(lambda: tele.generate(CFG, tele.init(CFG, jax.random.key(0)), [[1]], max_new_tokens=1, seed=seed), "seed")
+    changed = planned().to_json() | {"seed": seed}
+    refused(lambda: growth.Plan.from_json(changed), "seed")
+
+
+@pytest.mark.parametrize("seed", ["-1", "1.5", "x"])
+def test_seeds_on_the_command_line(seed, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("some text")
+    commands = [
+        [
+            "tokenizer",
+            "train",
+            "--preset",
+            "tele_flm",
+            "--vocab-size",
+            "300",
+            "--out",
+            str(tmp_path / "t.model"),
+            str(text),
+        ],
+        ["generate", str(tmp_path), "--prompt", "hello"],
+    ]
+    for command in commands:
+        assert main([*command, f"--seed={seed}"]) == 2
+        assert "seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), "0.5", None, True], ids=repr)
+def test_scores_are_finite_numbers(score):
+    refused(lambda: planned(layers="distance", scores=[0.1, score, 0.2]), "scores[1]", "finite number")
+    refused(lambda: planned(scores=[0.1, score, 0.2]), "scores[1]", "finite number")  # not used, and wrong all the same
+    refused(lambda: planned(layers="distance", scores="abc"), "scores")
+    refused(lambda: planned(layers="distance", scores=0.5), "scores")
+    refused(lambda: surgery.rescale(CFG, {"lm_head.*": score}), "finite number")
+
+
+def test_layers_that_are_no_list():
+    for layers in (3, None, 1.5):
+        refused(lambda layers=layers: planned(layers=layers), "layers")
+
+
+def test_float64_is_not_cut_to_float32():
+    """Neither parameters nor optimizer states, where JAX computes in 32 bits; what works on the host keeps all bits."""
+    src = CFG.replace(dtype="float64", param_dtype="float64")
+    plan = growth.plan(src, src.replace(mlp_dim=8, embed_dim=12))
+    params = jax.tree.map(lambda s: np.random.default_rng(0).normal(size=s.shape), tele.spec(src))
+    big = jax.tree.map(lambda s: np.zeros(s.shape), tele.spec(plan.dst_cfg))
+    born = {axis: np.zeros(size, np.int32) for axis, size in src.axis_sizes.items()}
+    state = {"count": np.int32(1), "mu": params, "nu": params, "born": born}
+    refused(lambda: growth.apply(plan, params), "float64", "jax_enable_x64")
+    refused(lambda: growth.apply_opt(plan, state), "float64", "jax_enable_x64")
+    refused(lambda: growth.shrink(plan, big), "float64", "jax_enable_x64")
+    refused(lambda: growth.apply(surgery.cut(src, "mlp", 4), params), "float64", "jax_enable_x64")
+    lazy = growth.lazy(plan, params)
+    assert lazy["final_norm"]["scale"][:8].dtype == np.float64
+    kept = params["final_norm"]["scale"] * np.sqrt(8 / 12)
+    np.testing.assert_allclose(lazy["final_norm"]["scale"][:8], kept, rtol=1e-15)
