@@ -5,7 +5,7 @@ What may change while a run is under way:
     freely      mesh, slices, microbatches, remat, attention, cadence, evaluation, and where data and tokenizer lie:
                 none of these is part of what is computed; what is read is known by its checksum
     freely      everything of a stage that has not begun
-    by itself   `steps` of the last stage, where its schedule does not follow the length of the stage
+    by itself   `steps` of the last stage, where its schedule stays the same: a schedule without `total` follows them
     --from STEP optimizer, schedule and steps of the last stage, from its checkpoint of that step on
 
 All else would make the record of the run untrue, and is refused. What was changed is in W/<stage>/changes.json and in
@@ -29,7 +29,7 @@ from tele_jax.config import to_dict
 from tele_jax.data.vocabulary import tokenizer_name
 from tele_jax.errors import DamageError, UserError
 from tele_jax.processes import is_first
-from tele_jax.run import GrowStage, RunConfig, TrainStage, run_config
+from tele_jax.run import GrowStage, RunConfig, run_config
 from tele_jax.train import growing
 
 CONFIG, CHANGES, SUMMARY, LOCK = "config.json", "changes.json", "summary.json", ".lock"
@@ -131,7 +131,7 @@ def claim(config: RunConfig, workdir: Path, from_step: int | None, say: Callable
         refused.append(f"config.run was {before['run']}, is {now['run']}, and {', '.join(begun)} have begun")
     changes = {}
     for name in begun:
-        found = differences(before[name], now.get(name, {}), "")
+        found = differences(_resolved(before[name]), _resolved(now.get(name, {})))
         changes[name] = {key: pair for key, pair in found.items() if not _is_free(key, before[name], now.get(name, {}))}
     if begun:
         refused += [said(d, "config") for d in [differences(before["start"], now["start"], "start")] if d]
@@ -147,7 +147,7 @@ def claim(config: RunConfig, workdir: Path, from_step: int | None, say: Callable
     elif from_step is not None:
         raise UserError(f"--from {from_step}: no stage of {workdir} has begun")
     for name in before["run"]:
-        later = differences(before[name], now[name], "") if name not in begun and name in now else {}
+        later = differences(before[name], now[name]) if name not in begun and name in now else {}
         if later:
             say(f"stage {name} has not begun, and changes: {said(later, f'config.{name}')}")
     growing.write_json(path, now)
@@ -155,6 +155,16 @@ def claim(config: RunConfig, workdir: Path, from_step: int | None, say: Callable
 
 def _has_begun(directory: Path) -> bool:
     return (directory / SUMMARY).exists() or bool(locate.list_steps(directory / "checkpoints"))
+
+
+def _resolved(stage: dict[str, Any]) -> dict[str, Any]:
+    """A stage whose schedule says how long it is: to change `steps` changes it, or does not."""
+    schedule = stage.get("schedule")
+    if schedule is None:
+        return stage
+    per_step = 1 if schedule["unit"] == "steps" else stage["batch_size"] * stage["seq_len"]
+    total = stage["steps"] * per_step if schedule["total"] is None else schedule["total"]
+    return {**stage, "schedule": {**schedule, "total": None if schedule["kind"] == "constant" else total}}
 
 
 def _is_free(path: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -189,11 +199,8 @@ def _change_last(
         return
     if from_step is None and not changed:
         return
-    for path, (before, now) in changed.items():
-        if not _ON_REQUEST.fullmatch(path) or (from_step is None and path != "steps"):
-            raise UserError(f"{workdir}: {_refusal(path, before, now, where, steps)}")
-    if from_step is None:
-        _require_steps_alone(stage, changed["steps"], steps, where, workdir)
+    if from_step is None or not all(map(_ON_REQUEST.fullmatch, changed)):
+        _require_steps_alone(changed, where, workdir, steps)
     start = steps[-1] if from_step is None else from_step
     if stage.steps < start:
         raise UserError(f"{where}.steps={stage.steps}: the stage goes on from step {start}, which is beyond")
@@ -205,27 +212,18 @@ def _change_last(
     say(f"stage {name} goes on from step {start}{what}")
 
 
-def _refusal(path: str, before: Any, now: Any, where: str, steps: Sequence[int]) -> str:
-    change = f"was started with another config: {where}.{path} was {before!r}, is {now!r}"
-    if not _ON_REQUEST.fullmatch(path):
-        return f"{change}; use another --workdir (config.start names a checkpoint to start from)"
-    have = ", ".join(map(str, steps))
-    return f"{change}; --from STEP changes it from a checkpoint on (there are {have}), or use another --workdir"
-
-
-def _require_steps_alone(
-    stage: TrainStage, changed: tuple[int, int], steps: Sequence[int], where: str, workdir: Path
-) -> None:
-    """Raises UserError where another number of steps is another schedule, for the steps that are done as well."""
-    schedule = stage.schedule
-    if schedule.kind != "constant" and schedule.total is None:
-        before, now = changed
-        raise UserError(
-            f"{workdir}: {where}.steps was {before}, is {now}, and the schedule follows the length of the stage; keep "
-            f"it by --{where}.schedule.total={before}"
-            + (f" --{where}.schedule.unit=steps" if schedule.unit != "steps" else "")
-            + f", or change it by --from STEP from a checkpoint on (there are {', '.join(map(str, steps))})"
-        )
+def _require_steps_alone(changed: dict[str, tuple[Any, Any]], where: str, workdir: Path, steps: Sequence[int]) -> None:
+    """Raises UserError for changes beside that of `steps`, and says how they could be made."""
+    others = {path: pair for path, pair in changed.items() if path != "steps"}
+    if not others:
+        return
+    how = "use another --workdir (config.start names a checkpoint to start from)"
+    if all(map(_ON_REQUEST.fullmatch, others)):
+        how = f"--from STEP changes it from a checkpoint on (there are {', '.join(map(str, steps))}), or {how}"
+    if "steps" in changed and list(others) == ["schedule.total"]:
+        before = others["schedule.total"][0]
+        how = f"the schedule follows the length of the stage; --{where}.schedule.total={before} keeps it, {how}"
+    raise UserError(f"{workdir}: was started with another config: {said(changed, where)}; {how}")
 
 
 def _set_aside(directory: Path, later: Sequence[int], say: Callable[[str], None]) -> None:
