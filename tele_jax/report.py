@@ -49,7 +49,7 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
                 f"{summary['parameters']:,}",
                 f"{summary['tokens']:,}" if "tokens" in summary else "",
                 f"{summary['flops']:.2e}" if "flops" in summary else "",
-                *(f"{before[d]:.3f} -> {after[d]:.3f}" if d in after else "" for d in domains),
+                *(_change(before.get(d), after.get(d)) for d in domains),
                 "" if receipt is None else f"{receipt['max_abs']:.1e} ({receipt['policy']})",
             ]
         )
@@ -59,6 +59,13 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
         for r in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _change(before: float | None, after: float | None) -> str:
+    """Bits per byte over a stage; a domain may have got its held-out text while the stage was under way."""
+    if after is None:
+        return ""
+    return f"{after:.3f}" if before is None else f"{before:.3f} -> {after:.3f}"
 
 
 def curves(

@@ -6,6 +6,7 @@ JSON has no NaN and no infinity (RFC 8259): in metrics.jsonl such a figure is nu
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,6 +28,7 @@ PEAK_FLOPS = {
 }
 
 
+FLUSH_SECONDS = 30  # between two flushes at most, for those who watch
 EVALUATION = "eval/bits_per_byte/"  # and the domain
 
 
@@ -47,7 +49,9 @@ class Metrics:
         if not self._writes:
             return
         with held_back(["torch"]):  # which takes two seconds, for tensors that nobody hands it
-            from tensorboardX import SummaryWriter
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.proto.summary_pb2 import Summary
 
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "metrics.jsonl"
@@ -56,7 +60,12 @@ class Metrics:
         temporary.write_text("".join(_to_line(line) for line in kept))
         os.replace(temporary, self._path)
         self._file = self._path.open("a", buffering=1)
-        self._events = SummaryWriter(str(directory), purge_step=first_step + 1, flush_secs=30)
+        # SummaryWriter has a queue and a thread between, and its flush does not wait for them.
+        self._events = EventsWriter(str(directory / "events"), filename_suffix=f".{time.time_ns()}")
+        self._event, self._summary = Event, Summary
+        begins = SessionLog(status=SessionLog.START)  # from this step on, TensorBoard forgets what was written before
+        self._events.write_event(Event(wall_time=time.time(), step=first_step + 1, session_log=begins))
+        self._flushed = time.monotonic()
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """One line, with `step`; figures that are None are left out."""
@@ -64,14 +73,17 @@ class Metrics:
             return
         figures = {name: float(value) for name, value in figures.items() if value is not None}
         self._file.write(_to_line({"step": step, **figures}))
-        for name, value in figures.items():
-            self._events.add_scalar(name, value, step)
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
+        self._events.write_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
 
     def flush(self) -> None:
         """Puts everything on disk: what lies before a checkpoint is never written again after a kill."""
         if self._writes:
             self._file.flush()
             self._events.flush()
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
         if not self._writes:

@@ -299,11 +299,12 @@ class Training:
         self.checkpoints.save(step, self.cfg, self.params, self.opt_state, [*self.history, entry], self.feed.state())
 
     def _evaluate(self, step: int) -> None:
+        if not self.held_out:
+            return
         figures = bits_per_byte(self.cfg, self.params, self.held_out, self.mesh, self.masks(step))
         self.writer.write(step, {metrics.EVALUATION + domain: value for domain, value in figures.items()})
         self.writer.flush()  # nor is this made again
-        if figures:
-            self.say(f"  step {step}: bits per byte " + ", ".join(f"{d} {v:.4f}" for d, v in figures.items()))
+        self.say(f"  step {step}: bits per byte " + ", ".join(f"{d} {v:.4f}" for d, v in figures.items()))
 
     def _evaluations(self) -> dict[int, dict[str, float]]:
         """Bits per byte by domain, by step."""

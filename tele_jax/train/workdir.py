@@ -45,8 +45,13 @@ _ON_REQUEST = re.compile(
 )
 
 
-def require_own(workdir: Path) -> None:
-    """Raises UserError where `workdir` holds something that is not of a run: nothing of it may be overwritten."""
+def require_own(workdir: Path, from_step: int | None = None) -> None:
+    """Raises UserError where `workdir` holds something that is not of a run: nothing of it may be overwritten.
+
+    from_step: as in `claim`, for which there has to be a run.
+    """
+    if from_step is not None and not (workdir / CONFIG).exists():
+        raise UserError(f"--from {from_step}: {workdir} holds no run yet")
     if not os.path.lexists(workdir):
         return
     if not workdir.is_dir():
@@ -119,8 +124,6 @@ def claim(config: RunConfig, workdir: Path, from_step: int | None, say: Callable
     """
     path, now = workdir / CONFIG, as_json(config)
     if not path.exists():
-        if from_step is not None:
-            raise UserError(f"--from {from_step}: {workdir} holds no run yet")
         growing.write_json(path, now)
         return
     # Read as a page is: a field that came later has its default, which is how the run was started.

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -104,6 +105,10 @@ def test_a_run_trains_grows_and_reports(place, finished, capsys):
     provenance = checkpoint.open_lazy(finished).provenance
     assert [entry["stage"] for entry in provenance] == ["small", "grow", "large", "sft"]
     assert provenance[-1]["step"] == 8
+    # The second stage on the same text goes on where the first one ended, through the growth between them.
+    small, _, large, sft = (entry.get("data", {}).get("positions", {}) for entry in provenance)
+    assert large["text"]["checksum"] == small["text"]["checksum"] and large["text"]["next"] > small["text"]["next"]
+    assert sft.keys() == {"dialogues"}
 
 
 def test_only_a_process_of_its_own_keeps_freed_memory(monkeypatch):
@@ -177,17 +182,20 @@ def test_killed_at_any_moment_it_finishes_with_the_same_parameters(place, finish
         assert steps[0] == steps[1]  # no line lost, none twice
 
 
-def test_sigterm_saves_and_a_new_start_goes_on(place):
-    workdir = place / "stopped"
+@pytest.mark.parametrize(("which", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
+def test_asked_to_stop_it_saves_and_a_new_start_goes_on(place, tmp_path, which, code):
+    workdir = tmp_path / "stopped"
     process = start(place, workdir)
     assert wait_for(process, workdir, "small/checkpoints/4"), process.stdout.read()
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(which)
     output = process.communicate()[0]
     if process.returncode == 0:
         pytest.fail("the run was over before the signal came; give it more steps")
-    assert process.returncode == 143, output
-    assert "start again to go on" in output
-    assert checkpoint.open_lazy(workdir).opt_state is not None
+    assert process.returncode == code, output
+    assert "which is saved; start again to go on" in output and "Traceback" not in output
+    step = int(re.search(r"stopped at step (\d+) of 12", output)[1])
+    lazy = checkpoint.open_lazy(workdir)
+    assert lazy.step == step and lazy.opt_state is not None
 
 
 MASKS_IN_TURN = [
