@@ -210,6 +210,7 @@ class LiveFeed:
         """Sets where the next batch comes from; nothing may be at work."""
         self._batches, self._made, self._positions, self._starts = batches, batches, starts, starts
         self._rows: list[Any] = []
+        self._broken: Exception | None = None
 
     def _packers(self) -> list[Any]:
         """One of each domain, made in the thread that reads: what was open is read again."""
@@ -226,6 +227,15 @@ class LiveFeed:
 
     def _make(self) -> tuple[Any, dict[str, Position]]:
         """The next batch, and where every domain is after it."""
+        if self._broken is not None:  # a packer may stand in the middle of a row
+            raise self._broken
+        try:
+            return self._make_next()
+        except Exception as error:
+            self._broken = error
+            raise
+
+    def _make_next(self) -> tuple[Any, dict[str, Position]]:
         self._rows = self._rows or self._packers()
         first = self._made * self._batch_size
         domain, _ = order.mixture(np.arange(first, first + self._batch_size), self._weights)

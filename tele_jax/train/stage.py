@@ -253,9 +253,11 @@ class Training:
             "mfu": metrics.utilisation(flops, self.mesh.size),
         }
         self.writer.write(step, line)
-        bar.set_postfix(loss=f"{line['loss']:.3f}", grad_norm=f"{line['grad_norm']:.2f}")
+        described = self._described(line)
+        bar.set_postfix_str(described)
         if bar.disable:
-            self.say(f"  step {step}/{self.stage.steps}: {self._described(line, step, seconds)}")
+            left = datetime.timedelta(seconds=round(seconds * (self.stage.steps - step)))
+            self.say(f"  step {step}/{self.stage.steps}: {described}, ends in {left}")
         bad = np.flatnonzero(~np.isfinite(loss) | ~np.isfinite(grad_norm))  # either makes the parameters after it NaN
         if bad.size:
             first = int(bad[0])
@@ -266,17 +268,16 @@ class Training:
                 f"{self._last_checkpoint()}; lower the learning rate or look at the data"
             )
 
-    def _described(self, line: Mapping[str, float | None], step: int, seconds: float) -> str:
+    def _described(self, line: Mapping[str, float | None]) -> str:
         """The figures of a line for people."""
         rates = [f"{line[name]:.2e}" for name in ("learning_rate", "matrix_learning_rate")]
         rate = f"rate {rates[0]}" if rates[0] == rates[1] else f"rates {rates[0]} and {rates[1]}"
         used = f"{line['model_flops_per_second']:.3g} model FLOP/s"
         if line["mfu"] is not None:
             used = f"{line['mfu']:.1%} MFU"
-        left = datetime.timedelta(seconds=round(seconds * (self.stage.steps - step)))
         return (
             f"loss {line['loss']:.4f}, gradient norm {line['grad_norm']:.3g}, {rate}, "
-            f"{line['tokens_per_second']:,.0f} tokens/s, {used}, ends in {left}"
+            f"{line['tokens_per_second']:,.0f} tokens/s, {used}"
         )
 
     def _last_checkpoint(self) -> str:

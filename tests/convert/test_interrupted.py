@@ -9,6 +9,7 @@ import textwrap
 import pytest
 
 from tele_jax import checkpoint, convert
+from tele_jax.cli.main import main
 from tele_jax.errors import UserError
 from tests.convert import releases
 from tests.growth.test_stream import same_files
@@ -48,6 +49,25 @@ def test_an_import_that_was_killed_goes_on_and_gives_the_same_files(src, tmp_pat
     convert.import_checkpoint(src, tmp_path / "other" / "ck", **how)
     same_files(tmp_path / "ck", tmp_path / "other" / "ck")
     assert not (tmp_path / "ck.partial").exists()
+
+
+def test_ctrl_c_while_a_release_is_imported_is_one_line(src, tmp_path, monkeypatch, capsys):
+    """The command's progress is where the signal comes; what is finished is kept."""
+
+    class Interrupting:
+        def __init__(self, what):
+            pass
+
+        def __call__(self, done, total):
+            if done > total / 2:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("tele_jax.cli.progress.Progress", Interrupting)
+    assert main(["import", str(src), str(tmp_path / "ck")]) == 130
+    assert capsys.readouterr().err == "tele: interrupted\n"
+    assert not (tmp_path / "ck").exists() and (tmp_path / "ck.partial").exists()
+    monkeypatch.undo()
+    assert main(["import", str(src), str(tmp_path / "ck")]) == 0
 
 
 def test_an_import_that_was_killed_starts_over_where_that_is_asked_for_or_the_source_changed(src, tmp_path):
