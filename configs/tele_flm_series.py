@@ -4,9 +4,9 @@
     tele train --config configs/tele_flm_series.py:102b --workdir runs/102b     one stage, from runs/52b; so 52b and 1t
 
 Published: the sizes and tokens of every stage (2.0T, 0.3T, 15.7B), growth by Masked Structural Growth in width and
-depth with layers chosen by distance, the multipliers. Every stage reads on in the cache where the one before ended. Where a stage has a slice of its own, run them one by one: each
-grows what the one before left (launch/README.md). `tele grow` grows the checkpoints themselves, on one machine
-(--stage grow_102b).
+depth with layers chosen by distance, the multipliers. Every stage reads on in the cache where the one before ended.
+Where a stage has a slice of its own, run them one by one: each grows what the one before left (launch/README.md).
+`tele grow` grows the checkpoints themselves, on one machine (--stage grow_102b).
 Ours: learning rates after growth (1.5e-4 and 1.0e-4 at the start, each a little below the stage before, as FLM-101B's
 stages had them, arXiv 2309.03852), the short new warm-up, the ramp of the masks (a few hundred steps: the last stage
 has 2,852), the metric of the distance, and what configs/tele_flm_52b.py says.

@@ -80,7 +80,16 @@ def _print(figures: dict[str, Any]) -> None:
     print(f"written by       {', '.join(f'{name} {version}' for name, version in figures['versions'].items())}")
     print("\nprovenance, oldest first" if figures["provenance"] else "\nprovenance       none")
     for entry in figures["provenance"]:
-        print(f"  {json.dumps(entry, ensure_ascii=False)}")
+        print(f"  {json.dumps(_short(entry), ensure_ascii=False)}")
+
+
+def _short(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry with the positions in the data as "next / total" of every domain; --json has all of them."""
+    positions = entry["data"].get("positions") if isinstance(entry.get("data"), dict) else None
+    if not isinstance(positions, dict):
+        return entry
+    short = {name: f"{at.get('next')} / {at.get('total')}" for name, at in positions.items() if isinstance(at, dict)}
+    return entry | {"data": entry["data"] | {"positions": short}}
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
