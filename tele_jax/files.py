@@ -4,6 +4,7 @@ A directory, a named pipe (which would be waited for without end), a link to its
 that is not UTF-8, JSON that is too deep: all are a UserError that names the path.
 """
 
+import codecs
 import json
 import os
 import stat
@@ -69,7 +70,7 @@ def read_table(path: str | os.PathLike, what: str = "", *, missing: str = "") ->
     where = f"{what}{os.fspath(path)}"
     data = read_bytes(path, what, missing=missing)
     try:
-        values = json.loads(data.decode("utf-8-sig"))
+        values = json.loads(data.removeprefix(codecs.BOM_UTF8).decode())
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 at byte {error.start:,}") from None
     except RecursionError:

@@ -8,7 +8,6 @@ chat template) and generation_config.json, with nothing of ours installed, and `
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tele_jax.data import templates
@@ -16,6 +15,7 @@ from tele_jax.data.examples import document_start
 from tele_jax.data.templates import Template
 from tele_jax.data.vocabulary import Vocabulary
 from tele_jax.errors import UserError
+from tele_jax.files import read_table
 
 SPACE = "\u2581"
 
@@ -124,7 +124,7 @@ def tokenizer_json(vocabulary: Vocabulary, start: int | None) -> dict[str, Any]:
     if isinstance(vocabulary, SentencePieceVocabulary):
         document = _from_sentencepiece(vocabulary)
     else:
-        document = json.loads(Path(vocabulary.path).read_bytes().decode("utf-8-sig"))
+        document = read_table(vocabulary.path)
     if start is not None:
         name = vocabulary.piece(start)
         special = {"id": name, "ids": [start], "tokens": [name]}
