@@ -15,6 +15,7 @@ tele.convert                                 released checkpoints         tele_j
 
 import importlib
 
+from tele_jax import _command  # noqa: F401 (first: it is there while the others load)
 from tele_jax.axes import ParamSpec
 from tele_jax.config import ModelConfig, Ntk, Rope
 from tele_jax.errors import DamageError, UserError

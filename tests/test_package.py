@@ -49,6 +49,30 @@ def test_the_command_is_installed():
     assert script.load() is main
 
 
+LOADING = """
+import signal, sys
+sys.argv = ["/usr/bin/tele", "inspect", "x"]
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+from tele_jax.cli.main import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("module", ["jaxlib", "tele_jax.cli.inspect"])
+def test_ctrl_c_while_the_command_loads_is_one_line(module):
+    done = python("-c", LOADING.format(module=module))
+    assert (done.returncode, done.stderr) == (130, "tele: interrupted\n")
+
+
+def test_a_program_that_imports_the_package_keeps_its_ctrl_c():
+    code = "import signal, tele_jax; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    assert python("-c", code).stdout.split() == ["True"]
+
+
 @pytest.mark.parametrize("verb", WRITTEN)
 def test_every_verb_explains_itself(verb, capsys):
     with pytest.raises(SystemExit) as exit:

@@ -218,7 +218,7 @@ class LiveFeed:
         made = []
         for name, documents in self._documents.items():
             start = self._starts[name]
-            read = live_feed.Reader(documents, start)
+            read = documents.reader(start)
             if self._shape["kind"] == "pretrain":
                 made.append(live_feed.CutRows(read, start, separator=separator, pad_id=pad_id))
             else:

@@ -34,13 +34,13 @@ class Documents(Protocol):
     cut: int
 
     def __len__(self) -> int:
-        """Number of documents in an epoch; a document that is very long counts as several."""
+        """Number of documents in an epoch; a document that is cut counts as several."""
 
-    def example(self, i: int) -> np.ndarray:
-        """Document `i` as int32 [3, n], n > 0: inputs, targets, loss weights (examples.COLUMNS).
+    def reader(self, start: Position) -> Callable[[int], np.ndarray]:
+        """Gives documents by their running number, through all epochs, as int32 [3, n], n > 0 (examples.COLUMNS).
 
-        Raises:
-          UserError: what it is read from has changed.
+        Which document has which number is a pure function of `start.name` and `start.seed`. Numbers are asked for
+        mostly in order; after a restore, first those that were open.
         """
 
 
@@ -56,24 +56,28 @@ class CorpusDocuments:
     def __len__(self) -> int:
         return len(self._corpus)
 
-    def example(self, i: int) -> np.ndarray:
-        """Raises UserError where the file has changed."""
-        return examples.example(self._corpus, i, self._vocabulary, self._kind, self._seq_len)
+    def reader(self, start: Position) -> Callable[[int], np.ndarray]:
+        """What it gives raises UserError where a file has changed."""
+
+        def example(i: int) -> np.ndarray:
+            return examples.example(self._corpus, i, self._vocabulary, self._kind, self._seq_len)
+
+        return Shuffled(example, start)
 
 
-class Reader:
-    """The documents of a domain by their running number, through all epochs."""
+class Shuffled:
+    """Documents that can be read at random, by their running number: every epoch in an order of its own (order.py)."""
 
-    def __init__(self, documents: Documents, start: Position):
-        """start: gives the name and the seed of the order."""
-        self._documents, self._start = documents, start
+    def __init__(self, example: Callable[[int], np.ndarray], start: Position):
+        """example: reads document `i` of start.total."""
+        self._example, self._start = example, start
         self._ordered: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def __call__(self, number: int) -> np.ndarray:
         block = number // ORDERED
         if self._ordered[0] != block:
             self._ordered = (block, self._order(block * ORDERED))
-        return self._documents.example(int(self._ordered[1][number % ORDERED]))
+        return self._example(int(self._ordered[1][number % ORDERED]))
 
     def _order(self, first: int) -> np.ndarray:
         size = self._start.total

@@ -100,6 +100,17 @@ def same_parameters(workdir, other, atol):
         np.testing.assert_allclose(np.asarray(ours[name]), np.asarray(value), rtol=0, atol=atol, err_msg=name)
 
 
+def test_what_a_kill_leaves_goes_on_to_the_same_bits_in_any_epoch(place, finished, tmp_path):
+    workdir = copy(finished, tmp_path, last=4)
+    assert train(place, workdir) == 0
+    ours, theirs = (checkpoint.load(w) for w in (workdir, finished))
+    assert json.loads(theirs.data_state)["positions"]["text"]["next"] > 30, "more than two epochs of 15 documents"
+    assert ours.data_state == theirs.data_state
+    same_parameters(workdir, finished, 0)
+    figures = [[(line["step"], line["loss"], line["grad_norm"]) for line in lines_of(w)] for w in (workdir, finished)]
+    assert figures[0] == figures[1]
+
+
 def test_it_goes_on_with_all_that_is_not_part_of_what_is_computed(place, finished, tmp_path, capsys):
     """Text and tokenizer elsewhere, parts of the batch, mesh, remat, attention, cadence and evaluation."""
     workdir = copy(finished, tmp_path, last=8)
