@@ -89,8 +89,7 @@ def render(
     check(messages)
     encoder = _Encoder(vocabulary, template)
     fitted = _fit(*encoder.open(messages), max_tokens, encoder.shortest, encoder.sample)
-    tokens, weights = encoder.sample(fitted.system, fitted.turns)
-    return tokens[:max_tokens], weights[:max_tokens]
+    return fitted.tokens[:max_tokens], fitted.weights[:max_tokens]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +143,8 @@ def fit_prompt(
     encoder = _Encoder(vocabulary, template)
     system, turns = encoder.open(messages, drawn or {})
     fitted = _fit(system, turns, max_tokens, encoder.shortest, encoder.prompt)
-    tokens, _ = encoder.prompt(fitted.system, fitted.turns)
     return Prompt(
-        tokens,
+        fitted.tokens,
         dropped_turns=len(turns) - len(fitted.turns),
         cut_question=len(fitted.turns[-1].question) < len(turns[-1].question),
         dropped_system=system is not None and fitted.system is None,
@@ -170,6 +168,8 @@ class _Turn:
 class _Fitted:
     system: str | list[int] | None
     turns: list[_Turn]
+    tokens: list[int]
+    weights: list[int]
 
 
 class _Encoder:
@@ -280,7 +280,7 @@ def _fit(
     The released code also drops the oldest messages, but one by one: there half a turn can stay.
     """
     if max_tokens is None:
-        return _Fitted(system, turns)
+        return _Fitted(system, turns, *encode(system, turns))
     if max_tokens < least:
         raise UserError(f"max_tokens={max_tokens}: a dialogue needs at least {least}")
 
@@ -291,12 +291,13 @@ def _fit(
         """The least number below count that is enough, or count; what is enough for one is for those above."""
         return bisect.bisect_left(range(count), True, key=is_enough)
 
-    if fits(system, turns):
-        return _Fitted(system, turns)
-    turns = turns[min(first_that_fits(len(turns), lambda n: fits(system, turns[n:])), len(turns) - 1) :]
-    if fits(system, turns):
-        return _Fitted(system, turns)
-    last = turns[0]
+    whole = _Fitted(system, turns, *encode(system, turns))
+    if len(whole.tokens) <= max_tokens:
+        return whole
+    first = first_that_fits(len(turns), lambda n: fits(system, turns[n:]))
+    if first < len(turns):
+        return _Fitted(system, turns[first:], *encode(system, turns[first:]))
+    last = turns[-1]
 
     def without(n: int) -> _Turn:
         return dataclasses.replace(last, question=last.question[n:])
@@ -306,4 +307,4 @@ def _fit(
     if cut >= length and length:  # nothing would be left of the question
         system = None
         cut = first_that_fits(length, lambda n: fits(None, [without(n)]))
-    return _Fitted(system, [without(cut)])
+    return _Fitted(system, [without(cut)], *encode(system, [without(cut)]))
