@@ -1,6 +1,7 @@
 """`tele import SRC DST`: a released checkpoint becomes one of ours."""
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 HELP = "read a released checkpoint"
@@ -36,6 +37,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _drawing(generation: Mapping[str, Any]) -> str:
+    """A line on how the model will generate by default; nothing where its release does not say."""
+    sampling = generation["sampling"]
+    if generation["do_sample"]:
+        return "generates as released: samples, " + ", ".join(f"{key} {value:g}" for key, value in sampling.items())
+    if "repetition_penalty" in sampling:
+        return f"generates as released: the likeliest token, repetition penalty {sampling['repetition_penalty']:g}"
+    return ""
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prints what was read, and returns it.
 
@@ -69,6 +80,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(note)
     names = [file.name for file in release.files]
     print(f"beside the weights: {', '.join(names)}" if names else "no tokenizer in SRC: name one to generate and chat")
+    if line := _drawing(release.generation):
+        print(line)
     if done.resumed_tiles:
         print(f"{done.resumed_tiles} of {done.tiles} parts were there from an import that was interrupted")
     print(f"wrote {args.dst}: {done.bytes_written:,} bytes in {done.seconds:.1f} s")
@@ -78,6 +91,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "parameters": count_params(cfg),
         "files": names,
         "notes": release.notes,
+        "generation": release.generation,
         "seconds": done.seconds,
         "bytes_read": done.bytes_read,
         "bytes_written": done.bytes_written,

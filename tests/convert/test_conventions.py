@@ -84,7 +84,7 @@ def test_what_is_not_followed_is_said_and_nonsense_is_refused(tmp_path):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_an_imported_model_generates_as_released(tmp_path):
+def test_an_imported_model_generates_as_released(tmp_path, capsys):
     """Greedy with the penalty, until any of the eos ids, after the token that its tokenizer puts first."""
     config, tensors = releases.llama(vocab_size=440)
     random = releases.Random(3, tensors["model.norm.weight"].dtype)
@@ -103,6 +103,7 @@ def test_an_imported_model_generates_as_released(tmp_path):
     stated = TELECHAT | {"bos_token_id": 1, "eos_token_id": [2, end]}
     (src / "generation_config.json").write_text(json.dumps(stated))
     assert main(["import", str(src), str(tmp_path / "ck")]) == 0
+    assert "generates as released: the likeliest token, repetition penalty 1.5\n" in capsys.readouterr().out
     figures = tmp_path / "figures.json"
     words = ["generate", tmp_path / "ck", "--prompt", "The cat", "--max-new-tokens", "12", "--json", figures]
     assert main(list(map(str, words))) == 0

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tele_jax.chat import TextStream
 from tele_jax.data import templates
@@ -154,6 +156,22 @@ def test_streamed_and_decoded_text_are_one_and_have_no_space_of_the_tokenizer(op
             streamed = "".join([*map(stream.add, ids), stream.end()])
             assert streamed == vocabulary.decode(ids) == text
         assert vocabulary.decode([*vocabulary.encode("a"), *vocabulary.encode_continuation(text)]) == "a" + text
+
+
+@given(st.data())
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_ids_are_streamed_as_they_are_decoded_and_as_the_library_decodes_them(small, data):
+    file = small[data.draw(st.sampled_from(["telechat2", "telechat_52b"]))]
+    vocabulary, bare_model = load_vocabulary(file), sentencepiece.SentencePieceProcessor(model_file=str(file))
+    every = [i for i in range(vocabulary.vocab_size) if i not in (vocabulary.eos_id, vocabulary.unk_id)]
+    ids = data.draw(
+        st.lists(st.sampled_from([*every, vocabulary.id_of("<0x20>"), vocabulary.id_of("<0xE4>")]), max_size=9)
+    )
+    stream = TextStream(vocabulary)
+    streamed = "".join([*map(stream.add, ids), stream.end()])
+    assert streamed == vocabulary.decode(ids)
+    if "\ufffd" not in streamed:  # of bytes that are not UTF-8 the library makes more of them
+        assert streamed == bare_model.decode(ids)
 
 
 def test_a_second_turn_holds_the_very_ids_that_were_drawn(opened, family):
