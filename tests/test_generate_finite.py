@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tele_jax import checkpoint
 from tele_jax.axes import flatten, unflatten
 from tele_jax.chat import Chat
+from tele_jax.cli.main import main
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import FailedError, UserError
 from tele_jax.generate import generate, prepare, sampling
@@ -84,3 +86,13 @@ def test_ids_and_lengths_of_another_type():
         with pytest.raises(UserError):
             generate(cfg, params, prompts, max_new_tokens=limit)
     assert jax.tree.leaves(params)
+
+
+def test_the_command_ends_in_one_line_and_exit_code_1(tmp_path, capsys):
+    checkpoint.save(tmp_path / "10", *broken("final_norm.scale", jnp.nan), step=10)
+    (tmp_path / "10" / "tokenizer.model").write_bytes(tokenizer_bytes())
+    for words in (["generate", "--prompt", "The"], ["chat", "--message", "The"]):
+        assert main([words[0], str(tmp_path / "10"), *words[1:], "--max-new-tokens", "5"]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("tele: the logits at position") and error.count("\n") == 1
+        assert "final_norm.scale holds NaN or infinity" in error
