@@ -25,12 +25,11 @@ class SourceConfig:
     format: Literal["text", "jsonl", "dialogues"] = "text"
     # text: a file is one document; jsonl: {"text": ...} a line; dialogues: {"messages": [{"role", "content"}, ...]}
     # a line
-    rate: float = 1.0  # relative; the mixture divides by the sum
+    rate: float = 1.0  # relative; the mixture divides by the sum. 0: the domain is left out
     validation_files: tuple[str, ...] = ()  # held out, for bits per byte; none: the domain is not evaluated
 
     def __post_init__(self):
-        require_positive(self, "rate")
-        require(math.isfinite(self.rate), f"rate={self.rate} must be finite")
+        require(math.isfinite(self.rate) and self.rate >= 0, f"rate={self.rate} must be 0 or above, and finite")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +52,9 @@ class DataConfig:
 
     def __post_init__(self):
         require(self.cache is not None or len(self.sources) > 0, "sources must name at least one domain, or give cache")
+        drawn = {name: source for name, source in self.sources.items() if source.rate > 0}
+        require(bool(drawn) or not self.sources, "sources: rate=0 leaves every domain out")
+        object.__setattr__(self, "sources", drawn)
         for name, source in self.sources.items():
             require(
                 self.cache is not None or len(source.files) > 0,

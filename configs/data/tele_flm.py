@@ -1,8 +1,11 @@
 """The published pretraining mixture of Tele-FLM (FACTS section 2, arXiv 2404.16645), English to Chinese about 2 to 1.
 
+    tele data clean --config CLEAN_PAGE --out corpora          what it writes is where this page looks
     tele data cache --config configs/data/tele_flm.py --out CACHE
+    tele data cache --config configs/data/tele_flm.py:WebText,Code --out CACHE                       these domains alone
+    tele data cache --config configs/data/tele_flm.py --out CACHE --config.data.sources.Book.rate=0  all but this one
 
-Where your text is: change CORPORA, or the patterns of single domains, or leave a domain out. A new one is five lines:
+Where your text is: change CORPORA, or the patterns of single domains. A new domain is five lines:
 
     config.data.sources["Poetry"] = dict(
         files=("corpora/Poetry/*.jsonl",),
@@ -16,6 +19,8 @@ ClassicalChinese 2.5, all others 1.0.
 """
 
 from ml_collections import ConfigDict
+
+from tele_jax.errors import UserError
 
 CORPORA = "corpora"
 TOKENIZER = "tokenizer.model"
@@ -34,7 +39,11 @@ RATES = {  # percent of the tokens, and the published size on disk
 }
 
 
-def get_config() -> ConfigDict:
+def get_config(domains: str = ",".join(RATES)) -> ConfigDict:
+    chosen = domains.split(",")
+    unknown = [name for name in chosen if name not in RATES]
+    if unknown:
+        raise UserError(f"{unknown[0]}: not one of the published domains, {', '.join(RATES)}")
     config = ConfigDict()
     config.kind = "pretrain"
     config.seq_len = 4096  # published
@@ -49,6 +58,7 @@ def get_config() -> ConfigDict:
                 rate=rate,
             )
             for domain, rate in RATES.items()
+            if domain in chosen
         },
     )
     return config

@@ -19,7 +19,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--runner", default="DirectRunner", metavar="NAME", help="of Apache Beam (DirectRunner), or serial: no Beam"
     )
     parser.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes of the DirectRunner (1: this one, on all cores)"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes of the DirectRunner (one for every core, and for every shard)",
     )
     parser.add_argument("beam", nargs="*", metavar="-- BEAM_OPTION", help="options of Beam or the runner, after --")
     parser.epilog = "--config.KEY=VALUE changes a value of the page. Started again, it keeps the shards that are done."
@@ -34,7 +37,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from tele_jax.data import caching
     from tele_jax.run import cache_config
 
-    if args.workers < 1:
+    if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be above 0")
     config = cache_config(load_page(args.config, args.overrides))
     began = time.perf_counter()

@@ -36,7 +36,7 @@ def make(
     out: Path,
     *,
     runner: str = "DirectRunner",
-    workers: int = 1,
+    workers: int | None = 1,
     options: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda line: None,
@@ -47,7 +47,8 @@ def make(
       config: what to make.
       out: a directory that is not there yet. All workers have to see it, and the files, by the same path.
       runner: of Beam, by name; or "serial": one unit after the other in this process, without Beam.
-      workers: processes of the DirectRunner. With 1 everything is done in this one, tokenising on all its cores.
+      workers: processes of the DirectRunner. With 1 everything is done in this one, tokenising on all its cores. None:
+        one for every core, and at most one for every unit.
       options: more for Beam, as on its command line.
       progress: called now and then with the number of finished units and of all.
       say: gets lines about what is being done.
@@ -58,13 +59,15 @@ def make(
       FailedError: the disk is full, or Beam fails.
     """
     need("array_record.python.array_record_module")
-    if workers != 1 and runner != "DirectRunner":
+    if workers not in (1, None) and runner != "DirectRunner":
         raise UserError(f"workers={workers} is for the DirectRunner; {runner} has options of its own, or none")
     if out.exists():
         raise UserError(f"{out}: is there already; choose another --out, or remove it")
-    run = _serial if runner == SERIAL else _pipeline(runner, workers, options)
     vocabulary = feed.open_vocabulary(config.data, config.kind)
     units = shards.plan(config)
+    if workers is None:
+        workers = min(len(os.sched_getaffinity(0)), len(units)) if runner == "DirectRunner" else 1
+    run = _serial if runner == SERIAL else _pipeline(runner, workers, options)
     work = incomplete(out)
     with _failing_in_one_line(work), _one_maker(work):
         if _begun(work, config, vocabulary, units, say):

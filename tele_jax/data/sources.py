@@ -127,7 +127,8 @@ def expand(patterns: Sequence[str], where: str) -> tuple[str, ...]:
         if not matches:
             if os.path.isdir(pattern):
                 raise UserError(f"{where}: {pattern} is a directory; give a pattern, e.g. {pattern.rstrip('/')}/*.txt")
-            raise UserError(f"{where}: no file matches {pattern}")
+            hint = "; rate=0 leaves the domain out" if where.startswith("sources.") else ""
+            raise UserError(f"{where}: no file matches {pattern}{hint}")
         found.update(matches)
     first: dict[str, str] = {}
     for path in sorted(found):

@@ -243,14 +243,24 @@ class SafetyConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """Shards: how many follows from the input, so that it does not depend on the workers."""
+    """Shards: how many follows from the input, so that it does not depend on the workers.
+
+    Of every domain the documents whose texts have the smallest hashes are held out, for validation: the same text is
+    on the same side in every run, and equal texts are on one side.
+    """
 
     shard_bytes: int = 268_435_456  # of input
-    compression: Literal["gz", "none"] = "gz"  # none: what `tele data cache` and training read directly
+    compression: Literal["gz", "none"] = "none"  # `tele data cache` and training read plain files; gz is to be kept
     level: int = 6  # of gzip
+    validation_documents: int = 1_000  # held out of a domain (ours); 0: none
+    validation_share: float = 0.01  # of a domain's documents at most, but one where it has two (ours)
 
     def __post_init__(self):
         require_positive(self, "shard_bytes")
+        require(
+            self.validation_documents >= 0, f"validation_documents={self.validation_documents} must not be negative"
+        )
+        _fraction(self, "validation_share")
         require(1 <= self.level <= 9, f"level={self.level} must be 1 to 9")
 
 

@@ -249,25 +249,72 @@ GLOBAL = {stage.name: stage for stage in (Urls, Duplicates, Paragraphs)}
 
 
 class Shards(beam.PTransform):
-    """Batches -> entries of the manifest: (domain, entry), one for every shard that was written."""
+    """Batches -> entries of the manifest: (domain, entry), one for every shard that was written.
+
+    Of every domain the split "validation" is one shard, all others are "train".
+    """
 
     def __init__(self, directory: str, shards: dict[str, int], config: OutputConfig):
         super().__init__()
         self.directory, self.shards, self.config = directory, shards, config
 
     def expand(self, pcoll):
-        return pcoll | beam.FlatMap(self._split) | beam.GroupByKey() | beam.MapTuple(self._write)
+        limits = (
+            pcoll
+            | beam.FlatMap(lambda batch: [(d.domain, writing.content_order(d)) for d in batch.documents])
+            | "Hold out" >> beam.CombinePerKey(_HeldOut(self.config))
+        )
+        keyed = pcoll | "Split" >> beam.FlatMap(self._split, beam.pvalue.AsDict(limits))
+        return keyed | beam.GroupByKey() | beam.MapTuple(self._write)
 
-    def _split(self, batch: Batch):
+    def _split(self, batch: Batch, limits: dict[str, int]):
         parts = defaultdict(list)
         for document in batch.documents:
-            parts[document.domain, writing.shard_of(document.uid, self.shards[document.domain])].append(document)
+            if writing.content_order(document) < limits[document.domain]:
+                key = document.domain, "validation", 0
+            else:
+                key = document.domain, "train", writing.shard_of(document.uid, self.shards[document.domain])
+            parts[key].append(document)
         yield from parts.items()
 
-    def _write(self, key: tuple[str, int], parts: Iterable[list[Document]]):
-        domain, shard = key
+    def _write(self, key: tuple[str, str, int], parts: Iterable[list[Document]]):
+        domain, split, shard = key
         documents = [document for part in parts for document in part]
-        return domain, writing.write_shard(self.directory, domain, shard, self.shards[domain], documents, self.config)
+        shards = 1 if split == "validation" else self.shards[domain]
+        return domain, writing.write_shard(self.directory, domain, split, shard, shards, documents, self.config)
+
+
+class _HeldOut(beam.CombineFn):
+    """The order below which documents are held out, from the orders of all of a domain."""
+
+    def __init__(self, config: OutputConfig):
+        self.config = config
+
+    def create_accumulator(self):
+        """How many, and the smallest orders, one more than may be held out."""
+        return 0, []
+
+    def add_input(self, accumulator, order):
+        """Counts one."""
+        count, orders = accumulator
+        orders.append(order)
+        return count + 1, orders if len(orders) < 2 * self.config.validation_documents + 64 else self._smallest(orders)
+
+    def merge_accumulators(self, accumulators):
+        """Adds many."""
+        counts, orders = zip(*accumulators)
+        return sum(counts), self._smallest([order for part in orders for order in part])
+
+    def extract_output(self, accumulator):
+        """A limit below which as many distinct texts lie as are held out; texts that are equal stay together."""
+        count, orders = accumulator
+        distinct = sorted(set(orders))
+        share = max(int(count * self.config.validation_share), 1 if len(distinct) > 1 else 0)
+        held = min(self.config.validation_documents, share, len(distinct) - 1)
+        return distinct[held] if held > 0 else 0
+
+    def _smallest(self, orders: list[int]) -> list[int]:
+        return sorted(set(orders))[: self.config.validation_documents + 1]
 
 
 class MergeTallies(beam.CombineFn):

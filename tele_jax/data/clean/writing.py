@@ -78,6 +78,12 @@ def shard_of(uid: int, shards: int) -> int:
     return int.from_bytes(hashlib.blake2b(uid.to_bytes(16, "big"), digest_size=8).digest(), "big") % shards
 
 
+def content_order(document: Document) -> int:
+    """A hash of the text, 64 bits: documents with the smallest are held out."""
+    data = document.text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=b"validation").digest(), "big")
+
+
 def record(document: Document) -> str:
     """A document as a line of JSON."""
     fields = {"text": document.text, "language": document.language, "source": document.source, "url": document.url}
@@ -86,11 +92,17 @@ def record(document: Document) -> str:
 
 
 def write_shard(
-    directory: str, domain: str, shard: int, shards: int, documents: Iterable[Document], config: OutputConfig
+    directory: str,
+    domain: str,
+    split: str,
+    shard: int,
+    shards: int,
+    documents: Iterable[Document],
+    config: OutputConfig,
 ) -> dict[str, Any]:
     """Writes one shard in the order of uids; returns its entry in the manifest."""
     documents = sorted(documents, key=lambda document: document.uid)
-    name = f"{domain}/{shard:05d}-of-{shards:05d}.jsonl"
+    name = f"{domain}/{split}-{shard:05d}-of-{shards:05d}.jsonl"
     if config.compression == "gz":
         name, data = f"{name}.gz", compress(map(record, documents), config.level)
     else:
@@ -100,6 +112,7 @@ def write_shard(
     replace_file(os.path.join(directory, name), data)
     return {
         "file": name,
+        "split": split,
         "documents": len(documents),
         "text_bytes": sum(num_bytes(document.text) for document in documents),
         "bytes": len(data),

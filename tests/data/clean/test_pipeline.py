@@ -26,11 +26,12 @@ def outputs(out):
     return {str(p.relative_to(out)): p.read_bytes() for p in sorted(Path(out).rglob("*")) if p.is_file()}
 
 
-def records(out, pattern="*/*-of-*.jsonl.gz"):
+def records(out, pattern="*/*-of-*.jsonl*"):
     found = []
     for path in sorted(Path(out).glob(pattern)):
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            found += [json.loads(line) for line in file]
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        found += [json.loads(line) for line in data.decode().splitlines()]
     return found
 
 
@@ -66,7 +67,12 @@ def page(jsonl, tmp_path, prose, chinese):
         "mixed": dict(files=(str(tmp_path / "mixed.jsonl"),), format="jsonl", domain="mixed", rank=1),
         "html": dict(files=(str(tmp_path / "*.html"),), format="html", domain="html", rank=2),
     }
-    return dict(sources=sources, stages=STAGES, safety=dict(words=("casino",)), output=dict(shard_bytes=20_000))
+    return dict(
+        sources=sources,
+        stages=STAGES,
+        safety=dict(words=("casino",)),
+        output=dict(shard_bytes=20_000, compression="gz"),
+    )
 
 
 def clean(page, out, *, options=IN_MEMORY):
@@ -134,9 +140,28 @@ def test_uncompressed_shards_are_read_by_what_training_reads(tmp_path, jsonl, pr
     from tele_jax.data import sources
 
     jsonl("a.jsonl", [{"text": text} for text in prose[:6]])
-    clean({**only(tmp_path), "output": dict(compression="none")}, tmp_path / "out")
-    corpus = sources.index("sources.a.files", "a", [str(tmp_path / "out/d/*.jsonl")], "jsonl")
-    assert [corpus.text(i) for i in range(len(corpus))] == prose[:6]
+    clean(only(tmp_path), tmp_path / "out")
+    corpora = [
+        sources.index("sources.a.files", "a", [str(tmp_path / f"out/d/{split}*.jsonl")], "jsonl")
+        for split in ("train", "validation")
+    ]
+    train, validation = ([corpus.text(i) for i in range(len(corpus))] for corpus in corpora)
+    assert len(validation) == 1 and train == [text for text in prose[:6] if text not in validation]
+
+
+@pytest.mark.parametrize(("most", "share", "held"), [(4, 1.0, 4), (100, 0.1, 3), (100, 0.001, 1), (0, 1.0, 0)])
+def test_documents_are_held_out_by_their_text_alone(tmp_path, jsonl, prose, most, share, held):
+    output = dict(validation_documents=most, validation_share=share)
+    stages = dict(stages=("language", "rules"), output=output)  # no duplicates are dropped
+    jsonl("a.jsonl", [{"text": text} for text in [*prose[:28], prose[0], prose[1]]])
+    clean({**only(tmp_path), **stages}, tmp_path / "out")
+    split = {name: {r["text"] for r in records(tmp_path / "out", f"d/{name}-*")} for name in ("train", "validation")}
+    assert len(split["validation"]) == held and not split["train"] & split["validation"]
+    assert split["train"] | split["validation"] == set(prose[:28])
+    jsonl("a.jsonl", [{"text": text} for text in reversed(prose[:28])])  # in another order, without the copies
+    clean({**only(tmp_path), **stages}, tmp_path / "again")
+    again = {r["text"] for r in records(tmp_path / "again", "d/validation-*")}
+    assert again <= split["validation"] and len(again) >= held - 1
 
 
 def test_the_report_is_a_page_that_needs_nothing_else(page, tmp_path):
@@ -218,12 +243,12 @@ def test_what_a_killed_run_left_is_cleared_and_a_running_one_is_not(tmp_path, js
     jsonl("a.jsonl", [{"text": prose[0]}])
     partial = tmp_path / ".out.partial"
     (partial / "d").mkdir(parents=True)
-    (partial / "d/00000-of-00001.jsonl.gz").write_bytes(b"half")
+    (partial / "d/train-00000-of-00001.jsonl").write_bytes(b"half")
     lock = os.open(partial, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     with pytest.raises(UserError, match="another run is writing it"):
         clean(only(tmp_path), tmp_path / "out")
-    assert (partial / "d/00000-of-00001.jsonl.gz").exists()
+    assert (partial / "d/train-00000-of-00001.jsonl").exists()
     os.close(lock)
     clean(only(tmp_path), tmp_path / "out")
     assert [r["text"] for r in records(tmp_path / "out")] == [prose[0]] and not partial.exists()
