@@ -9,13 +9,13 @@ PYTHON ?= python3
 VENV ?= .venv
 # worksteal: tests of a module, which share what they made and compiled, mostly stay in one process.
 PYTEST_FLAGS ?= -n 2 --dist worksteal
-QUICKSTART_DIR ?= runs/quickstart
+QUICKSTART_DIR ?= runs/quickstart/run
 QUICKSTART_FLAGS ?=
 
 EXTRAS := data,beam,clean,plots,notebooks,dev
 PY := $(VENV)/bin/python
 TELE := JAX_PLATFORMS=cpu $(VENV)/bin/tele
-# Where configs/quickstart.py looks for them; QUICKSTART_DIR holds only the run.
+# Where configs/quickstart.py looks for them; QUICKSTART_DIR holds the run and nothing else.
 TEXT := runs/quickstart/text
 TOKENIZER := runs/quickstart/tokenizer.model
 

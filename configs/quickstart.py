@@ -1,6 +1,6 @@
 """The main job in small: pretrain a Tele-FLM, grow it twice along all four axes, fine-tune it on dialogues.
 
-    tele train --config configs/quickstart.py --workdir runs/quickstart
+    tele train --config configs/quickstart.py --workdir runs/quickstart/run
 
 The proportions are near those of Tele-FLM 52B -> 102B -> 1T. Embed and heads grow x 1.25 and x 1.8 (published x 1.25
 and x 2: a ratio that is no integer proves more), layers x 1.25 and x 1.6 (x 1.25 and x 1.75), mlp x 1.25 and x 3.24

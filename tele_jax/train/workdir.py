@@ -129,22 +129,22 @@ def claim(config: RunConfig, workdir: Path, from_step: int | None, say: Callable
     # Read as a page is: a field that came later has its default, which is how the run was started.
     before = as_json(run_config(growing.read_json(path)))
     begun = [name for name in before["run"] if _has_begun(workdir / name)]
-    refused = []
+    elsewhere = "use another --workdir (config.start names a checkpoint to start from)"
     if now["run"][: len(begun)] != begun:
-        refused.append(f"config.run was {before['run']}, is {now['run']}, and {', '.join(begun)} have begun")
-    changes = {}
+        raise UserError(
+            f"{workdir}: was started with another config: config.run was {before['run']}, is {now['run']}, and "
+            f"{', '.join(begun)} have begun; {elsewhere}"
+        )
+    changes, refused = {}, []
     for name in begun:
-        found = differences(_resolved(before[name]), _resolved(now.get(name, {})))
-        changes[name] = {key: pair for key, pair in found.items() if not _is_free(key, before[name], now.get(name, {}))}
+        found = differences(_resolved(before[name]), _resolved(now[name]))
+        changes[name] = {key: pair for key, pair in found.items() if not _is_free(key, before[name], now[name])}
     if begun:
         refused += [said(d, "config") for d in [differences(before["start"], now["start"], "start")] if d]
     last = begun[-1] if begun else None
     refused += [said(found, f"config.{name}") for name, found in changes.items() if found and name != last]
     if refused:
-        raise UserError(
-            f"{workdir}: was started with another config: {'; '.join(refused)}; use another --workdir (config.start "
-            "names a checkpoint to start from)"
-        )
+        raise UserError(f"{workdir}: was started with another config: {'; '.join(refused)}; {elsewhere}")
     if last is not None:
         _change_last(config, workdir, last, changes[last], from_step, say)
     elif from_step is not None:
@@ -153,6 +153,7 @@ def claim(config: RunConfig, workdir: Path, from_step: int | None, say: Callable
         later = differences(before[name], now[name]) if name not in begun and name in now else {}
         if later:
             say(f"stage {name} has not begun, and changes: {said(later, f'config.{name}')}")
+            shutil.rmtree(workdir / name / "metrics", ignore_errors=True)  # of a start that came to no checkpoint
     growing.write_json(path, now)
 
 

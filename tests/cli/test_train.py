@@ -266,6 +266,8 @@ def test_a_run_starts_from_a_checkpoint_that_is_there(place, finished, tmp_path,
     grown = checkpoint.open_lazy(workdir)
     assert [entry["stage"] for entry in grown.provenance] == ["small", "grow", "large"]
     assert grown.cfg.embed_dim == 24 and grown.opt_state is not None
+    before, after = (grown.provenance[i]["data"]["positions"]["text"]["next"] for i in (0, 2))
+    assert after > before, "the data goes on where the other run left it, through the growth"
     capsys.readouterr()
     line = fails(capsys, 2, "train", "--config", str(page), "--workdir", str(workdir))
     assert "there is nothing to grow yet; config.start names a checkpoint" in line

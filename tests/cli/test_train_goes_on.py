@@ -82,9 +82,9 @@ def copy(finished, tmp_path, *, last=12):
     return workdir
 
 
-def fails(capsys, code, *arguments):
+def fails(capsys, code, *arguments, **how):
     capsys.readouterr()
-    assert train(*arguments) == code
+    assert train(*arguments, **how) == code
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     return lines[0]
@@ -311,3 +311,23 @@ def test_a_flag_makes_the_tables_that_lead_to_it(tmp_path, capsys):
     assert made.to_dict() == {"a": 1, "b": {"c": {"d": "x", "e": 2}}, "mesh": {"fsdp": 8}}
     with pytest.raises(UserError, match=r"config\.a is a value, not a table"):
         load_page(str(page), ["--config.a.b=1"])
+
+
+def test_a_stage_that_has_not_begun_may_change_and_one_that_has_may_not_go(place, finished, tmp_path, capsys):
+    workdir = copy(finished, tmp_path)
+    (place / "two.py").write_text(
+        PAGE.replace('("only",)', '("only", "then")').replace(
+            "only=stage()", "only=stage(), then=stage(model=None, steps=2)"
+        )
+    )
+    flags = ["--config.then.steps=1", "--config.then.schedule.kind=constant"]
+    assert train(place, workdir, *flags, page="two.py") == 0  # a stage is added
+    assert [entry["stage"] for entry in checkpoint.open_lazy(workdir).provenance] == ["only", "then"]
+    assert "config.run was ['only', 'then'], is ['only'], and only, then have begun" in fails(capsys, 2, place, workdir)
+    line = fails(capsys, 2, place, workdir, *flags, "--config.only.steps=13", page="two.py")
+    assert "config.only.steps was 12, is 13" in line and "--from" not in line, "another stage was made from it"
+    shutil.rmtree(workdir / "then")
+    assert train(place, workdir, "--config.then.steps=3", page="two.py") == 0
+    out = capsys.readouterr().out
+    assert "stage then has not begun, and changes: config.then.schedule.kind was 'constant', is 'cosine'; " in out
+    assert checkpoint.open_lazy(workdir).step == 3
