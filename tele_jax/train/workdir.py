@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tele_jax import checkpoint
 from tele_jax.checkpoint import locate
 from tele_jax.config import to_dict
 from tele_jax.data.vocabulary import tokenizer_name
@@ -139,8 +140,8 @@ def claim(config: RunConfig, workdir: Path, from_step: int | None, say: Callable
     for name in begun:
         found = differences(_resolved(before[name]), _resolved(now[name]))
         changes[name] = {key: pair for key, pair in found.items() if not _is_free(key, before[name], now[name])}
-    if begun:
-        refused += [said(d, "config") for d in [differences(before["start"], now["start"], "start")] if d]
+    if begun and before["start"] != now["start"] and not _same_start(before["start"], now["start"], workdir / begun[0]):
+        refused.append(said({"start": (before["start"], now["start"])}, "config"))
     last = begun[-1] if begun else None
     refused += [said(found, f"config.{name}") for name, found in changes.items() if found and name != last]
     if refused:
@@ -159,6 +160,14 @@ def claim(config: RunConfig, workdir: Path, from_step: int | None, say: Callable
 
 def _has_begun(directory: Path) -> bool:
     return (directory / SUMMARY).exists() or bool(locate.list_steps(directory / "checkpoints"))
+
+
+def _same_start(before: str | None, now: str | None, first: Path) -> bool:
+    """Whether a run starts from the checkpoint that its first stage was made from, which lies elsewhere now."""
+    if before is None or now is None or not locate.list_steps(first / "checkpoints"):
+        return False
+    made_from = checkpoint.open_lazy(first).provenance[:-1]
+    return tuple(checkpoint.open_lazy(now).provenance) == tuple(made_from)
 
 
 def _resolved(stage: dict[str, Any]) -> dict[str, Any]:
@@ -194,17 +203,19 @@ def _change_last(
     """
     stage, directory, where = config.stages[name], workdir / name, f"config.{name}"
     steps = locate.list_steps(directory / "checkpoints")
-    if from_step is not None and (isinstance(stage, GrowStage) or from_step not in steps):
-        have = f"has {', '.join(map(str, steps))}" if not isinstance(stage, GrowStage) else "grows, and does not train"
-        raise UserError(f"--from {from_step}: no such checkpoint; the last stage that has begun, {name}, {have}")
     known = read_changes(directory)
     if from_step is not None and not changed and known and known[-1]["from"] == from_step:
         say(f"--from {from_step} was done by an earlier start")
         return
+    if from_step is not None and (isinstance(stage, GrowStage) or from_step not in steps):
+        have = f"has {', '.join(map(str, steps))}" if not isinstance(stage, GrowStage) else "grows, and does not train"
+        raise UserError(f"--from {from_step}: no such checkpoint; the last stage that has begun, {name}, {have}")
     if from_step is None and not changed:
         return
     if from_step is None or not all(map(_ON_REQUEST.fullmatch, changed)):
         _require_steps_alone(changed, where, workdir, steps)
+    if not steps:
+        raise UserError(f"{directory}: is complete, but has no checkpoint left to go on from")
     start = steps[-1] if from_step is None else from_step
     if stage.steps < start:
         raise UserError(f"{where}.steps={stage.steps}: the stage goes on from step {start}, which is beyond")

@@ -191,7 +191,8 @@ def test_a_lower_rate_from_an_earlier_checkpoint_on(place, finished, tmp_path, c
     entry = checkpoint.open_lazy(workdir).provenance[-1]
     assert entry["changes"][0]["from"] == 8
     assert entry["changes"][0]["config"]["optimizer.learning_rate"] == [1e-3, 1e-4]
-    # A launcher repeats the command that it was given: what is done is not done again.
+    # A launcher repeats the command that it was given: what is done is not done again, whatever is left of it.
+    shutil.rmtree(workdir / "only/checkpoints/8")
     stamp = (workdir / "only/checkpoints/12/meta/meta.json").stat().st_mtime_ns
     assert train(place, workdir, *lower, "--from", "8") == 0
     assert "--from 8 was done by an earlier start" in capsys.readouterr().out
@@ -212,6 +213,10 @@ def test_a_run_from_a_checkpoint_goes_on_in_its_data(place, finished, tmp_path, 
     assert f"data: goes on with text at document {position['next']:,} (" in out
     now = checkpoint.open_lazy(tmp_path / "a").provenance[-1]["data"]["positions"]["text"]
     assert now["next"] > position["next"] and now["seed"] == 0
+    shutil.copytree(finished, tmp_path / "moved")
+    moved, other = (f"--config.start={str(tmp_path / 'moved' / end)!r}" for end in ("", "only/checkpoints/8"))
+    assert train(place, tmp_path / "a", moved, page="from.py") == 0, "the same checkpoint in another place"
+    assert "config.start was" in fails(capsys, 2, place, tmp_path / "a", other, page="from.py")
     assert train(place, tmp_path / "b", start, "--config.only.data.restart=True", page="from.py") == 0
     assert "data: begins text" in capsys.readouterr().out
     again = checkpoint.open_lazy(tmp_path / "b").provenance[-1]["data"]["positions"]["text"]
