@@ -111,7 +111,7 @@ def _search(args: argparse.Namespace, job: Any, tokens: float | None) -> dict[st
             f"none of the {len(tried)} tried leaves {search.MARGIN:.0%} of the HBM free (the best {worst:.0%}); "
             "give more --tries, or a larger slice"
         )}  # fmt: skip
-    best = min(good, key=lambda f: (f["seconds"]["step"], -f["margin"]))
+    best = min(good, key=lambda f: (f["seconds"]["scheduled"], -f["margin"]))
     print("\nthe best:\n" + cost.table(best))
     return {**best, "tried": [f for _, f in tried]}
 
@@ -121,7 +121,8 @@ def _line(f: dict[str, Any]) -> str:
     head = f"mesh {mesh:28} microbatches {f['microbatches']:2} remat {f['remat']:9} margin {f['margin']:5.0%}"
     if not f["fits"]:
         return f"{head}  does not fit"
-    return f"{head}  step {f['seconds']['step']:.4g} s, {f['limit']}, utilisation {f['utilisation_bound']:.1%}"
+    seconds = f["seconds"]
+    return f"{head}  step at least {seconds['scheduled']:.4g} s as scheduled, {seconds['step']:.4g} if all overlaps"
 
 
 # --------------------------------------------------------------------------------------------------- what is asked for

@@ -1,6 +1,8 @@
-"""From counts to time: the roofline of a compiled step on its slice, tokens per day, chip-hours.
+"""From counts to time: bounds on a compiled step on its slice, tokens per day, chip-hours.
 
-A bound, not a prediction: each resource is taken to run at its peak, and all of them at the same time.
+Two bounds, no prediction. `seconds`: each resource runs at its peak, and all of them at the same time. `scheduled`: the
+instructions run one after another, as the compiler has ordered them, each at the peak of the resource that it needs
+most, and the device waits for every collective that the schedule does not overlap. A real step takes longer than both.
 """
 
 import dataclasses
@@ -19,13 +21,23 @@ DAY = 86_400.0
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds that one step takes at least, by resource, and what follows. Utilisation counts model FLOPs only."""
+    """Seconds that one step takes at least: by resource, and by the schedule of its instructions.
+
+    waiting_seconds: the part of ici_seconds and dcn_seconds in collectives that nothing overlaps.
+    """
 
     compute_seconds: float
     hbm_seconds: float
     ici_seconds: float
     dcn_seconds: float
+    work_seconds: float  # of all other instructions, one after another
+    waiting_seconds: float
     model_flops: float  # of one device and step
+
+    @property
+    def scheduled_seconds(self) -> float:
+        """The larger bound of the two: the schedule's, or that of the slowest resource."""
+        return max(self.work_seconds + self.waiting_seconds, self.seconds)
 
     @property
     def seconds(self) -> float:
@@ -45,14 +57,18 @@ class Roofline:
 def roofline(job: OnSlice, program: Program) -> Roofline:
     """The roofline of a program that was compiled."""
     counts, places = program.counts, Places(job.slice, np.array(program.device_order))
-    ici = dcn = 0.0
+    flops, bandwidth = job.slice.device_flops, job.slice.device_hbm_bandwidth
+    ici = dcn = waiting = 0.0
     for collective in counts.collectives:
         over_ici, over_dcn = collective_seconds(collective, places)
         ici += over_ici
         dcn += over_dcn
+        waiting += 0.0 if collective.overlapped else over_ici + over_dcn
     return Roofline(
-        compute_seconds=counts.flops / job.slice.device_flops,
-        hbm_seconds=counts.hbm_bytes / job.slice.device_hbm_bandwidth,
+        compute_seconds=counts.flops / flops,
+        hbm_seconds=counts.hbm_bytes / bandwidth,
+        work_seconds=sum(times * max(work / flops, size / bandwidth) for work, size, times in counts.work),
+        waiting_seconds=waiting,
         ici_seconds=ici,
         dcn_seconds=dcn,
         model_flops=job.model_flops / job.slice.num_devices,
@@ -135,7 +151,6 @@ def figures(job: OnSlice, program: Program, tokens: float | None = None) -> dict
     if program.counts is None:
         return result
     line = roofline(job, program)
-    mfu = line.model_flops / (line.seconds * job.slice.device_flops)
     counts = program.counts
     result |= {
         "flops": {"matmul": counts.matmul_flops, "attention": counts.kernel_flops, "model": line.model_flops},
@@ -148,17 +163,39 @@ def figures(job: OnSlice, program: Program, tokens: float | None = None) -> dict
             "hbm": line.hbm_seconds,
             "ici": line.ici_seconds,
             "dcn": line.dcn_seconds,
+            "scheduled": line.scheduled_seconds,
+            "waiting": line.waiting_seconds,
         },
         "limit": line.limit,
     }
     if not job.tokens:
         return result
-    tokens_per_day = job.tokens * DAY / line.seconds
-    result |= {"utilisation_bound": mfu, "tokens_per_day": tokens_per_day}
+    # At the peak of the slice a step of the model's FLOPs alone would take this long.
+    ideal = line.model_flops / job.slice.device_flops
+    tokens_per_day = job.tokens * DAY / line.scheduled_seconds
+    result |= {
+        "compute_bound": ideal / line.seconds,
+        "scheduled_bound": ideal / line.scheduled_seconds,
+        "tokens_per_day": tokens_per_day,
+    }
+    if job.kind != "train":
+        return result
+    published = [(ideal / share, share) for share, _ in job.slice.generation.published_mfu]
+    if published:
+        result["published_mfu"] = [share for _, share in published]
+        result["tokens_per_day_published"] = [job.tokens * DAY / seconds for seconds, _ in published]
     if tokens is not None:
-        days = tokens / tokens_per_day
-        result |= {"stage_tokens": tokens, "days": days, "chip_hours": days * 24 * job.slice.chips}
+        result |= {"stage_tokens": tokens, **_duration(tokens, tokens_per_day, job.slice.chips)}
+        if published:
+            result["published"] = [
+                _duration(tokens, rate, job.slice.chips) for rate in result["tokens_per_day_published"]
+            ]
     return result
+
+
+def _duration(tokens: float, tokens_per_day: float, chips: int) -> dict[str, float]:
+    days = tokens / tokens_per_day
+    return {"days": days, "chip_hours": days * 24 * chips}
 
 
 def _by_kind(collectives: Sequence[Collective]) -> dict[str, dict[str, float]]:
@@ -198,6 +235,9 @@ def table(figures: dict[str, Any]) -> str:
     if "days" in f:
         tokens = f"{f['stage_tokens'] / 1e9:,.1f} billion tokens"
         rows.append(("stage", f"{tokens}: at least {f['days']:,.2f} days, {f['chip_hours']:,.0f} chip-hours"))
+        for share, one in zip(f.get("published_mfu", ()), f.get("published", ()), strict=True):
+            runs = f"at {share:.1%}, as published of comparable runs: {one['days']:,.2f} days, "
+            rows.append(("", f"{runs}{one['chip_hours']:,.0f} chip-hours"))
     cached = ", from the cache" if f["from_cache"] else ""
     rows.append(("compiled", f"in {f['compile_seconds']:.0f} s{cached}"))
     width = max(len(name) for name, _ in rows)
@@ -229,11 +269,17 @@ def _roofline_rows(f: dict[str, Any]) -> list[tuple[str, str]]:
           for kind, c in list(f["collectives"].items())[:6]),
         ("growth at least" if f["kind"] == "grow" else "step at least",
          f"{seconds['step']:.4g} s: compute {seconds['compute']:.4g}, HBM {seconds['hbm']:.4g}, "
-         f"ICI {seconds['ici']:.4g}, DCN {seconds['dcn']:.4g}; limited by {f['limit']}"),
+         f"ICI {seconds['ici']:.4g}, DCN {seconds['dcn']:.4g}; limited by {f['limit']}, all overlapped"),
+        ("  as scheduled", f"{seconds['scheduled']:.4g} s, of which {seconds['waiting']:.4g} in collectives that "
+                           "nothing overlaps"),
     ]  # fmt: skip
     if "tokens_per_day" in f:
         rows += [
-            ("utilisation", f"at most {f['utilisation_bound']:.1%} of peak FLOPs (model FLOPs only)"),
+            (
+                "model FLOPs",
+                f"at most {f['compute_bound']:.1%} of the peak if all overlaps, "
+                f"{f['scheduled_bound']:.1%} as scheduled",
+            ),
             ("tokens a day", f"at most {f['tokens_per_day'] / 1e9:,.2f} billion"),
         ]
     return rows

@@ -24,6 +24,7 @@ _DONE = ("copy", "slice", "async", "call", "all-gather", "all-reduce", "collecti
 _FREE = frozenset(
     (*_NAMES, "opt-barrier", "optimization-barrier", "domain", "iota", "async-update", *(f"{op}-done" for op in _DONE))
 )
+_CALLS = ("while", "conditional", "call", "async-start", "call-start")
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -34,7 +35,8 @@ class Collective:
     times: how often it runs. operand_bytes, result_bytes: of one device and one time. group: positions in the mesh of
     the devices that the first group connects. source: the operation of the model that asked for it. channel: its
     number in the program. slices: how many it connects, over the network between them; each device of a slice then
-    exchanges with those in its place in the others, and group only numbers the slices.
+    exchanges with those in its place in the others, and group only numbers the slices. overlapped: the schedule lets
+    other work run meanwhile; otherwise the device waits for it.
     """
 
     kind: str
@@ -45,12 +47,16 @@ class Collective:
     source: str
     channel: str | None
     slices: int = 1
+    overlapped: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Of one device and one execution: matmul_flops of dots and convolutions, kernel_flops of attention kernels,
+    """Counts of one device and one execution: matmul_flops of dots and convolutions, kernel_flops of attention kernels,
     hbm_bytes read and written, host_bytes moved to and from the host's memory.
+
+    work: (FLOPs, HBM bytes, times) of the instructions that run one after another, as the schedule has them. Copies
+    and collectives that the schedule overlaps with others are not among them.
     """
 
     matmul_flops: float
@@ -60,6 +66,7 @@ class Counts:
     saved_bytes: int  # kept by the loop over layers for the backward pass
     collectives: tuple[Collective, ...]
     loops: tuple[tuple[str, int], ...]
+    work: tuple[tuple[float, float, float], ...] = ()
 
     @property
     def flops(self) -> float:
@@ -87,6 +94,7 @@ def count(module: Module) -> Counts:
         saved_bytes=_saved(module),
         collectives=tuple(sorted(total.collectives.values(), key=lambda c: -c.times * c.result_bytes)),
         loops=tuple(counter.loops),
+        work=tuple((flops, size, times) for (flops, size), times in total.work.items()),
     )
 
 
@@ -97,6 +105,7 @@ class _Sum:
     hbm: float = 0.0
     host: float = 0.0
     collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
+    work: dict[tuple[float, float], float] = dataclasses.field(default_factory=dict)  # (FLOPs, HBM bytes) -> times
 
     def add(self, other: "_Sum", times: float = 1.0, *, own: str = "") -> None:
         """Adds another so many times. `own` makes the names of its collectives those of a loop of its own."""
@@ -104,11 +113,18 @@ class _Sum:
         self.kernel += times * other.kernel
         self.hbm += times * other.hbm
         self.host += times * other.host
+        for piece, count in other.work.items():
+            self.work[piece] = self.work.get(piece, 0.0) + times * count
         for key, collective in other.collectives.items():
             new = dataclasses.replace(collective, times=collective.times * times)
             old = self.collectives.get(own + key)
             if old is None or old.times * old.result_bytes < new.times * new.result_bytes:
                 self.collectives[own + key] = new
+
+
+def _overlapped(i: Instruction) -> bool:
+    """Whether an instruction only starts something that runs beside those after it, until another says it is done."""
+    return i.opcode.endswith("-start") or i.opcode in ("send", "recv")
 
 
 def _by_channel(collectives: Mapping[str, Collective]) -> dict[str, Collective]:
@@ -129,10 +145,20 @@ class _Counter:
     def _computation(self, name: str) -> _Sum:
         computation, total = self.module.computations[name], _Sum()
         for instruction in computation.instructions.values():
-            self._instruction(computation, instruction, total)
+            if instruction.opcode in _CALLS:
+                self._call(computation, instruction, total)
+            else:
+                own = _Sum()
+                self._instruction(computation, instruction, own)
+                # Where a device waits for a collective, the collective's own time stands for it.
+                waits = any(not collective.overlapped for collective in own.collectives.values())
+                if (own.matmul or own.kernel or own.hbm) and not waits and not _overlapped(instruction):
+                    own.work = {(own.matmul + own.kernel, own.hbm): 1.0}
+                total.add(own)
         return total
 
-    def _instruction(self, computation: Computation, i: Instruction, total: _Sum) -> None:
+    def _call(self, computation: Computation, i: Instruction, total: _Sum) -> None:
+        """Adds what a loop, a branch or a call runs: its computation's instructions, one after another."""
         if i.opcode == "while":
             trips = hlo.trip_count(self.module, i, computation)
             self.loops.append((i.name, trips))
@@ -142,18 +168,30 @@ class _Counter:
             branches = [self.computation(name) for name in _branches(i)]
             total.add(max(branches, key=lambda branch: (branch.matmul, branch.hbm)))
             return
-        if i.opcode in ("call", "async-start", "call-start"):
-            total.add(self.computation(i.called("to_apply") or i.called("calls")), own=f"{i.name}/")
-            return
+        inner = self.computation(i.called("to_apply") or i.called("calls"))
+        if _overlapped(i):
+            collectives = {key: dataclasses.replace(c, overlapped=True) for key, c in inner.collectives.items()}
+            inner = dataclasses.replace(inner, collectives=collectives, work={})
+        total.add(inner, own=f"{i.name}/")
+
+    def _instruction(self, computation: Computation, i: Instruction, total: _Sum) -> None:
         if i.opcode == "fusion":
             inner = self.computation(i.called("calls"))
-            total.add(dataclasses.replace(inner, hbm=0.0, host=0.0, collectives=_by_channel(inner.collectives)))
+            # A fusion that multiplies and exchanges in one does both at the same time.
+            both = inner.matmul + inner.kernel > 0
+            collectives = {
+                key: dataclasses.replace(c, overlapped=c.overlapped or both)
+                for key, c in _by_channel(inner.collectives).items()
+            }
+            total.add(dataclasses.replace(inner, hbm=0.0, host=0.0, collectives=collectives, work={}))
         self._arithmetic(computation, i, total)
         kind = i.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            total.add(_Sum(collectives={i.name: self._collective(computation, i, kind)}))
+            found = dataclasses.replace(self._collective(computation, i, kind), overlapped=_overlapped(i))
+            total.add(_Sum(collectives={i.name: found}))
         elif i.opcode == "send" and "xla_megascale_runtime" in i.attributes:
-            total.add(_Sum(collectives={i.name: _between_slices(computation, i)}))
+            found = dataclasses.replace(_between_slices(computation, i), overlapped=True)
+            total.add(_Sum(collectives={i.name: found}))
         if i.opcode not in _FREE:
             self._memory(computation, i, total)
 

@@ -183,53 +183,146 @@ def arrays(text: str) -> tuple[Array, ...]:
 
 
 def trip_count(module: Module, loop: Instruction, within: Computation) -> int:
-    """How often a while loop runs, read from its condition: a counter compared with a constant.
+    """How often a while loop runs: from its counter's start, its bound, and what its body adds to it each time.
+
+    The compiler widens some loops, so that an iteration does the work of two and the counter moves by two.
 
     Raises:
-      ValueError: the condition is of another form, so that the loop's length is not known when compiling.
+      ValueError: the loop is of another form, so that its length is not known when compiling.
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
+    unknown = ValueError(f"the length of the loop {loop.name} is not in the compiled program")
+    carried = _Carried(module, loop, within)
     condition = module.computations[loop.called("condition")]
-    compare = condition.root
+    found = _comparison(module, condition, carried)
+    if found is None:
+        raise unknown
+    index, direction, bound = found
+    start, stride = carried.start(index), carried.stride(index)
+    if start is None or not stride:
+        raise unknown
+    if stride < 0:  # counts down: the same loop with all signs turned
+        start, stride, bound = -start, -stride, -bound
+        direction = _MIRRORED[direction]
+    distance = bound - start
+    if direction == "LT" or (direction == "NE" and distance % stride == 0):
+        return max(-(-distance // stride), 0)
+    if direction == "LE":
+        return max(distance // stride + 1, 0)
+    raise unknown  # it would not end, or only after the counter has overflowed
+
+
+_MIRRORED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE", "EQ": "EQ"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Linear:
+    """A value of a loop as `constant`, plus element `index` of the loop's state, if that is not None."""
+
+    constant: int
+    index: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Carried:
+    """The integers that a loop carries from one iteration to the next."""
+
+    module: Module
+    loop: Instruction
+    within: Computation
+
+    def start(self, index: int) -> int | None:
+        """The element of the initial state, if it is a constant."""
+        initial = self.within.instructions[self.loop.operands[0]]
+        if initial.opcode != "tuple":
+            return None
+        value = _linear(self.module, self.within, initial.operands[index])
+        return None if value is None or value.index is not None else value.constant
+
+    def stride(self, index: int) -> int | None:
+        """The constant that the body adds to the element, 0 where it is handed on as it is."""
+        body = self.module.computations[self.loop.called("body")]
+        if body.root.opcode != "tuple":
+            return None
+        value = _linear(self.module, body, body.root.operands[index])
+        return value.constant if value is not None and value.index == index else None
+
+    def constant(self, value: _Linear | None) -> int | None:
+        """A value that is the same in every iteration: a constant, or an element that the body only hands on."""
+        if value is None or value.index is None:
+            return value and value.constant
+        start = self.start(value.index)
+        return None if start is None or self.stride(value.index) != 0 else start + value.constant
+
+
+def _comparison(module: Module, condition: Computation, carried: _Carried) -> tuple[int, str, int] | None:
+    """(index of the counter in the loop's state, direction, bound) of a condition `counter direction bound`."""
+    computation, compare, arguments = condition, condition.root, None
     while compare.opcode in ("fusion", "call", "bitcast", "copy"):
-        if compare.opcode == "fusion":
-            condition = module.computations[compare.called("calls")]
-            compare = condition.root
+        if compare.opcode in ("fusion", "call"):
+            arguments = [_linear(module, computation, name, arguments) for name in compare.operands]
+            computation = module.computations[compare.called("calls") or compare.called("to_apply")]
+            compare = computation.root
         else:
-            compare = condition.instructions[compare.operands[0]]
-    bound = _constants(module.computations[loop.called("condition")], module)
+            compare = computation.instructions[compare.operands[0]]
     direction = compare.attribute("direction")
-    start = _start(module, loop, within)
-    if compare.opcode != "compare" or direction not in ("LT", "LE", "NE", "GT", "GE") or len(bound) != 1:
-        raise ValueError(f"the length of the loop {loop.name} is not in the compiled program")
-    count = bound[0] - start if direction in ("LT", "NE") else bound[0] - start + 1
-    return abs(count) if direction in ("GT", "GE") else count
+    if compare.opcode != "compare" or direction not in _MIRRORED:
+        return None
+    left, right = (_linear(module, computation, name, arguments) for name in compare.operands)
+    for counter, other, turned in ((left, right, direction), (right, left, _MIRRORED[direction])):
+        bound = carried.constant(other)
+        if counter is not None and counter.index is not None and bound is not None and carried.stride(counter.index):
+            return counter.index, turned, bound - counter.constant
+    return None
 
 
-def _constants(condition: Computation, module: Module) -> list[int]:
-    """The integer constants that a condition compares with, those inside its fusions included."""
-    found = []
-    for instruction in condition.instructions.values():
-        if instruction.opcode == "constant" and instruction.shape[0].dtype in ("s32", "u32", "s64", "u64"):
-            found.append(int(instruction.literal))
-        elif instruction.opcode == "fusion":
-            found += _constants(module.computations[instruction.called("calls")], module)
-    return found
+def _linear(
+    module: Module, computation: Computation, name: str, arguments: Sequence[_Linear | None] | None = None
+) -> _Linear | None:
+    """The integer that an instruction gives, in terms of the state of the loop whose body or condition it is in.
+
+    arguments: what the parameters of a fused or called computation stand for; None in the body or condition itself,
+    whose only parameter is the state. None is returned for a value of any other form.
+    """
+    i = computation.instructions[name]
+    if i.opcode == "constant":
+        integer = i.shape[0].dtype in ("s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64") and not i.shape[0].dims
+        return _Linear(int(i.literal)) if integer else None
+    if i.opcode == "parameter":
+        return arguments[int(i.literal)] if arguments is not None else None
+    if i.opcode in ("copy", "bitcast", "convert"):
+        return _linear(module, computation, i.operands[0], arguments)
+    if i.opcode == "get-tuple-element":
+        index, of = int(i.attribute("index")), computation.instructions[i.operands[0]]
+        if of.opcode == "parameter" and arguments is None:
+            return _Linear(0, index)
+        return _result(module, computation, of, arguments, index)
+    if i.opcode in ("add", "subtract"):
+        left, right = (_linear(module, computation, operand, arguments) for operand in i.operands)
+        if (
+            left is None
+            or right is None
+            or (right.index is not None and (i.opcode == "subtract" or left.index is not None))
+        ):
+            return None
+        sign = -1 if i.opcode == "subtract" else 1
+        return _Linear(left.constant + sign * right.constant, right.index if left.index is None else left.index)
+    return _result(module, computation, i, arguments, None)
 
 
-def _start(module: Module, loop: Instruction, within: Computation) -> int:
-    """What the counter starts from: the element of the initial tuple that the condition reads, if it is a constant."""
-    condition = module.computations[loop.called("condition")]
-    reads = [i for i in condition.instructions.values() if i.opcode == "get-tuple-element"]
-    initial = within.instructions[loop.operands[0]]
-    if len(reads) != 1 or initial.opcode != "tuple":
-        return 0
-    value = within.instructions[initial.operands[int(reads[0].attribute("index"))]]
-    while value.opcode in ("copy", "bitcast") and value.operands:
-        value = within.instructions[value.operands[0]]
-    return int(value.literal) if value.opcode == "constant" else 0
+def _result(
+    module: Module, computation: Computation, i: Instruction, arguments: Sequence[_Linear | None] | None, at: int | None
+) -> _Linear | None:
+    """A result of a fusion or call as _linear gives it; `at` chooses among several."""
+    if i.opcode not in ("fusion", "call"):
+        return None
+    inner = module.computations[i.called("calls") or i.called("to_apply")]
+    inside = [_linear(module, computation, operand, arguments) for operand in i.operands]
+    if at is None:
+        return _linear(module, inner, inner.root.name, inside)
+    return _linear(module, inner, inner.root.operands[at], inside) if inner.root.opcode == "tuple" else None
 
 
 def device_groups(instruction: Instruction) -> np.ndarray:

@@ -38,13 +38,24 @@ class Generation:
     devices: int  # JAX devices a chip: two cores are one device where they share their HBM (megacore)
     ring: int  # a dimension has wraparound links where its size is a multiple of this
     source: str
+    published_mfu: tuple[tuple[float, str], ...] = ()  # model FLOPs over the peak, as measured by others, and on what
 
 
 # ICI: Google gives the sum over links of both directions, e.g. 1,200 GB/s for the six links of a v5p, 100 GB/s each
 # way; v4's from arXiv 2304.01433. DCN: v4's from jax-ml.github.io/scaling-book/tpus, 25 GB/s a host of four chips.
 # HBM: what the compiler lets a program use is another figure than the nominal capacity.
+# MFU: MaxText's table of optimized models (maxtext.readthedocs.io, reference/models/tiering): dense models in bfloat16.
+_MFU = {
+    "v5p": ((0.654, "Llama 2 70B, 512 chips, sequences of 4,096"),),
+    "v6e": (
+        (0.438, "Llama 2 70B, 256 chips, sequences of 4,096"),
+        (0.5033, "Llama 3.1 70B, 256 chips, sequences of 8,192"),
+    ),
+}
 GENERATIONS = {
-    row[0]: Generation(*row[:-1], source=f"cloud.google.com/tpu/docs/{row[-1]}")
+    row[0]: Generation(
+        *row[:-1], source=f"cloud.google.com/tpu/docs/{row[-1]}", published_mfu=_MFU.get(row[0], ())
+    )
     for row in (
         # name    FLOP/s   HBM        usable, a device HBM B/s   link   DCN      torus and largest; cores, devices, ring
         ("v4",    275e12,  32 * GIB,  30.75 * GIB,     1.2e12,   50e9,  6.25e9,  3, (16, 16, 16), 2, 1, 4, "v4"),

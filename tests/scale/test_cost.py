@@ -1,5 +1,6 @@
 """The roofline by hand: which links a group of devices uses, and which resource limits a step."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -71,6 +72,20 @@ def program(counts, **more):
     return Program(**{**values, **more}, device_order=order, counts=counts)
 
 
+def test_the_schedule_adds_what_runs_one_after_another():
+    overlapped, waited = (
+        dataclasses.replace(collective("all-gather", range(8), 10**9), overlapped=free) for free in (True, False)
+    )
+    work = ((459e12, 1e9, 2.0), (1e12, 2.765e12, 1.0))  # twice a second of compute, once a second of HBM
+    both = Counts(2 * 459e12 + 1e12, 0, 2.765e12 + 2e9, 0, 0, (overlapped, waited), (), work)
+    f = cost.figures(job(), program(both))
+    gather = 1e9 * 7 / 8 / (2 * 100e9)  # one whole ring of two links
+    assert f["seconds"]["waiting"] == pytest.approx(gather)
+    assert f["seconds"]["scheduled"] == pytest.approx(3.0 + gather)
+    assert f["seconds"]["step"] == pytest.approx(2 + 1 / 459)
+    assert f["scheduled_bound"] == pytest.approx(f["compute_bound"] * (2 + 1 / 459) / (3.0 + gather))
+
+
 def test_the_slowest_resource_limits_the_step():
     compute = Counts(459e12, 0, 1e9, 0, 7 * 2**30, (), ())
     f = cost.figures(job(), program(compute), tokens=86400 * 64 * 4096)
@@ -82,7 +97,9 @@ def test_the_slowest_resource_limits_the_step():
     assert f["days"] == pytest.approx(1.0) and f["chip_hours"] == pytest.approx(24 * 128)
     kernels = 64 * (4 * 8192**2 + 3 * 8192 * 21824) + 80384 * 8192
     model = (6 * kernels + 6 * 64 * 8192 * 4096) * 64 * 4096 / 128
-    assert f["utilisation_bound"] == pytest.approx(model / 459e12)
+    assert f["compute_bound"] == f["scheduled_bound"] == pytest.approx(model / 459e12)
+    assert f["published_mfu"] == [0.654]  # of v5p, by MaxText
+    assert f["published"][0]["days"] == pytest.approx(model / 459e12 / 0.654)
     memory = Counts(459e12, 0, 2 * 2.765e12, 0, 0, (), ())
     assert cost.figures(job(), program(memory))["limit"] == "HBM"
     network = Counts(459e12, 0, 0, 0, 0, (collective("all-gather", range(128), 10**12 * 128 // 127),), ())

@@ -171,3 +171,42 @@ def test_attention_kernels_count_the_blocks_they_visit(phase, products):
         f'"xprof_metadata":"{metadata}"\n}}}}'
     )
     assert found.kernel_flops == products * 2 * blocks * block_q * block_kv * width * batch * heads
+
+
+# ------------------------------------------------------------------------------------------------------- the schedule
+
+SCHEDULED = """
+  %a = f32[8]{0} parameter(0)
+  %x = f32[64,64]{1,0} broadcast(%a), dimensions={}
+  %g = f32[128,64]{1,0} all-gather(%x), channel_id=1, replica_groups=[1,2]<=[2], dimensions={0}
+  %s = (f32[64,64]{1,0}, f32[128,64]{1,0}) all-gather-start(%x), channel_id=2, replica_groups=[1,2]<=[2], dimensions={0}
+  %d = f32[128,64]{1,0} dot(%g, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %e = f32[128,64]{1,0} all-gather-done(%s)
+  %b = f32[128,64]{1,0} fusion(%d, %x), kind=kOutput, calls=%both
+  %w = f32[128,64]{1,0} fusion(%x), kind=kCustom, calls=%waits
+  ROOT %r = f32[8]{0} slice(%w), slice={[0:8]}
+"""
+FUSED = """
+%both (p: f32[128,64], q: f32[64,64]) -> f32[128,64] {
+  %p = f32[128,64]{1,0} parameter(0)
+  %q = f32[64,64]{1,0} parameter(1)
+  %h = f32[128,64]{1,0} all-gather(%q), channel_id=3, replica_groups=[1,2]<=[2], dimensions={0}
+  ROOT %m = f32[128,64]{1,0} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+%waits (q: f32[64,64]) -> f32[128,64] {
+  %q = f32[64,64]{1,0} parameter(0)
+  ROOT %k = f32[128,64]{1,0} all-gather(%q), channel_id=4, replica_groups=[1,2]<=[2], dimensions={0}
+}
+"""
+
+
+def test_the_device_waits_for_collectives_that_nothing_overlaps():
+    found = program(SCHEDULED, FUSED)
+    # Started and waited for later: 2; merged with a product: 3. Plain, or alone in a fusion: 1 and 4.
+    assert {c.channel: c.overlapped for c in found.collectives} == {"1": False, "2": True, "3": True, "4": False}
+    # The work is that of the two products; what a collective reads and writes belongs to its own time.
+    products = [flops for flops, _, times in found.work for _ in range(int(times)) if flops]
+    assert products == [2 * 128 * 64 * 64] * 2
+    assert sum(flops * times for flops, _, times in found.work) == found.matmul_flops
+    waited = 2 * (64 * 64 + 128 * 64) * 4
+    assert sum(size * times for _, size, times in found.work) < found.hbm_bytes - waited
