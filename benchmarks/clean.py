@@ -11,7 +11,6 @@ import argparse
 import gzip
 import json
 import os
-import platform
 import re
 import resource
 import shutil
@@ -23,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, os.getcwd())
 
 import clean_corpus
+from machine import machine
 
 THRESHOLD = 0.7
 NAMES = ("code", "en", "zh", "exact", "near", "url", "spam", "other", "broken")
@@ -179,9 +179,7 @@ def main() -> None:
     root = args.work / "text"
     built = clean_corpus.build(args.work / "packages", root, args.scale)
     result = {
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 1),
+        "machine": machine(),
         "bytes": {name: size for name, (size, _) in built["sizes"].items()},
         "documents": {name: count for name, (_, count) in built["sizes"].items()},
     }

@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from machine import machine
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 BOUND = 1.3
@@ -72,6 +74,7 @@ def main() -> None:
         key: round(max(r[key] for r in runs) / min(r[key] for r in runs), 3) for key in ("cpu_seconds", "peak_gib")
     }
     found = {
+        "machine": machine(),
         "topology": args.topology,
         "ratios": ratios,
         "bound": BOUND,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from files import copy_seconds, memory, read_all, tree_bytes
+from machine import machine
 
 LAYERS = {"full": 7, "one_layer": 1}
 BLOCK = 64 * 2**20
@@ -38,7 +39,7 @@ def main() -> None:
         print(json.dumps({"make": make, "convert": convert}[args.child](**json.loads(sys.stdin.read()))))
         return
     with tempfile.TemporaryDirectory(prefix="convert_", dir=args.dir) as directory:
-        print(json.dumps(measure(Path(directory), args), indent=2))
+        print(json.dumps({"machine": machine(), **measure(Path(directory), args)}, indent=2))
 
 
 def measure(directory: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from machine import machine
+
 SHAPE = dict(num_layers=12, embed_dim=768, num_heads=12, head_dim=64, mlp_dim=2048, vocab_size=16384, max_seq_len=2048)
 
 
@@ -39,7 +41,7 @@ def main() -> None:
     if args.child:
         serve({"ours": ours, "theirs": theirs}[args.child](Path(args.weights)))
     else:
-        print(json.dumps(measure(args), indent=2))
+        print(json.dumps({"machine": machine(), **measure(args)}, indent=2))
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

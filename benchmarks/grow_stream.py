@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from files import copy_seconds, memory, read_all, tree_bytes
+from machine import machine
 
 COMMON = dict(embed_dim=1024, num_heads=8, head_dim=128, mlp_dim=2816, vocab_size=16384)
 WIDER = dict(embed_dim=1280, num_heads=10, num_kv_heads=10, mlp_dim=3840)
@@ -40,7 +41,7 @@ def main() -> None:
         print(json.dumps({"save": save, "stream": stream}[args.child](**json.loads(sys.stdin.read()))))
         return
     with tempfile.TemporaryDirectory(prefix="grow_stream_", dir=args.dir) as directory:
-        print(json.dumps(measure(Path(directory), args), indent=2))
+        print(json.dumps({"machine": machine(), **measure(Path(directory), args)}, indent=2))
 
 
 def measure(directory: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import machine
 from tokenize_text import prepare
 
 BATCH = 16
@@ -35,7 +36,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="read_rows_") as directory:
         text, tokenizer = prepare(Path(directory), args.text, args.tokenizer)
-        print(json.dumps(measure(Path(directory), text, tokenizer, args.seconds), indent=2))
+        found = measure(Path(directory), text, tokenizer, args.seconds)
+        print(json.dumps({"machine": machine(), **found}, indent=2))
 
 
 def measure(directory: Path, text: Path, tokenizer: Path, seconds: float) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from machine import machine
+
 SEQ_LEN = 4096
 
 
@@ -31,7 +33,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tokenize_") as directory:
         text, tokenizer = prepare(Path(directory), args.text, args.tokenizer)
-        print(json.dumps(measure(Path(directory), text, tokenizer, args.repeats), indent=2))
+        found = measure(Path(directory), text, tokenizer, args.repeats)
+        print(json.dumps({"machine": machine(), **found}, indent=2))
 
 
 def prepare(directory: Path, text: Path | None, tokenizer: Path | None, vocab_size: int = 32_000) -> tuple[Path, Path]:

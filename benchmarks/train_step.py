@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import machine
 
 SHAPE = dict(num_layers=8, embed_dim=256, num_heads=4, head_dim=64, mlp_dim=704, vocab_size=8192, max_seq_len=512)
 ROWS, LENGTH, BATCHES = 8, 512, 4
@@ -53,7 +54,7 @@ def main() -> None:
             keep_freed_memory()
         serve(LIBRARIES[args.child], Path(args.weights))
     else:
-        print(json.dumps(measure(args), indent=2))
+        print(json.dumps({"machine": machine(), **measure(args)}, indent=2))
 
 
 def batches() -> list[dict[str, np.ndarray]]:

@@ -1,6 +1,9 @@
 """Every notebook runs from its first cell to its last; the outputs that are committed are those of its cells."""
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,52 @@ def test_it_runs_at_smoke_size_and_what_it_asserts_holds(notebook, tmp_path):
 def test_it_installs_what_it_needs_in_its_first_code_cell(notebook):
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     assert "%pip install" in first.source
+
+
+INSTALLS = re.compile(r'%pip install --quiet "(.+)"')
+
+
+def first_cell(directory, source=""):
+    """What the first code cell installs, run in `directory` by a Python that has no packages; or its last message."""
+    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    code = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    code = code.replace('SOURCE = ""', f"SOURCE = {source!r}")
+    code = INSTALLS.sub(r'print(f"\1")', code)
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=directory, capture_output=True, text=True)
+    return (done.stdout or done.stderr).strip()
+
+
+def a_copy(directory):
+    (directory / "tele_jax").mkdir(parents=True)
+    (directory / "setup.py").write_text("")
+    return directory
+
+
+def test_the_first_cell_finds_the_copy_that_it_is_given(tmp_path):
+    clone = a_copy(tmp_path / "clone")
+    (clone / "notebooks").mkdir()
+    assert first_cell(clone / "notebooks") == f"{clone}[plots]"  # the notebook of a clone
+
+    uploaded = tmp_path / "uploaded"
+    a_copy(uploaded / "tele_jax")
+    assert first_cell(uploaded) == f"{uploaded / 'tele_jax'}[plots]"  # the folder beside it
+
+    zipped = tmp_path / "zipped"
+    zipped.mkdir()
+    shutil.make_archive(zipped / "tele_jax-main", "zip", tmp_path / "clone")
+    shutil.make_archive(tmp_path / "whole", "gztar", uploaded)  # with a folder around it
+    assert first_cell(zipped) == f"{zipped / 'tele_jax_unpacked'}[plots]"
+    assert first_cell(tmp_path, "whole.tar.gz") == f"{tmp_path / 'tele_jax_unpacked' / 'tele_jax'}[plots]"
+
+    address = "git+https://example.com/tele_jax.git"
+    assert first_cell(tmp_path, address) == f"tele_jax[plots] @ {address}"
+
+
+def test_the_first_cell_says_what_to_do_without_a_copy(tmp_path):
+    empty = tmp_path / "here" / "notebooks"
+    empty.mkdir(parents=True)
+    for source in ("", "nowhere"):
+        assert f"SOURCE={source!r}: no copy of tele_jax is there; set SOURCE" in first_cell(empty, source)
 
 
 def test_committed_outputs_are_those_of_the_cells(notebook):

@@ -165,7 +165,7 @@ def test_the_step_of_decoding_is_compiled_and_counted(page, tmp_path, capsys):
     assert found["flops"]["matmul"] == pytest.approx(8 * 2 * weights / 4, rel=1e-9)
     assert found["hbm"]["cache"] == pytest.approx(2 * 2 * 4 * 8 * 2 * 512 * 128 / 4, rel=0.01)
     assert found["hbm"]["parameters"] == pytest.approx(2 * (weights + 256 * 1024) / 4, rel=0.01)
-    assert found["tokens_per_day"] * found["seconds"]["step"] == pytest.approx(8 * 86400)
+    assert found["tokens_per_day"] * found["seconds"]["scheduled"] == pytest.approx(8 * 86400)
 
 
 @needs_libtpu
