@@ -14,7 +14,7 @@ the lengths of the documents.
 import difflib
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -44,7 +44,8 @@ class SpanSource(seqio.DataSource):
     """The spans of a domain as {"split", "span": int64 []}, shuffled by a permutation that costs no memory or buffer.
 
     The permutation is a keyed hash of the index. Its key is drawn anew each time that the dataset is repeated, so that
-    an iterator's state holds the key and a position, not a buffer of documents.
+    an iterator's state holds the key and a position, not a buffer of documents. It holds no keys of later epochs: a
+    run that has to go on exactly is fed by feed.LiveFeed.
     """
 
     def __init__(self, corpora: Mapping[str, Corpus]):
@@ -92,7 +93,6 @@ def task(
     seq_len: int,
     validation: Corpus | None = None,
     name: str | None = None,
-    report: Callable[[Exception], None] | None = None,
 ) -> "seqio.Task":
     """The Task of one domain, with the int32 features inputs, targets and loss_weights (0 or 1).
 
@@ -103,8 +103,6 @@ def task(
       seq_len: the longest that a dialogue may be.
       validation: becomes the split of this name, beside "train".
       name: of the task; None: after the domain.
-      report: gets what goes wrong while a document is read; what the dataset gives from then on is void. None: it is
-        raised, and TensorFlow makes of it what it does, with pages of its own.
 
     Raises:
       UserError: a corpus without answers for fine-tuning.
@@ -113,15 +111,8 @@ def task(
     corpora = {"train": corpus} | ({} if validation is None else {"validation": validation})
 
     def read(split: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        try:
-            part = list(corpora.values())[split[0]]
-            block = [examples.example(part, i, vocabulary, kind, seq_len) for i in numbers.tolist()]
-        except Exception as error:
-            if report is None:
-                raise
-            report(error)
-            # Something that fills a row, so that whoever waits for one wakes up and finds the error.
-            block = [np.zeros((len(examples.COLUMNS), seq_len), np.int32)]
+        part = list(corpora.values())[split[0]]
+        block = [examples.example(part, i, vocabulary, kind, seq_len) for i in numbers.tolist()]
         return np.concatenate(block, axis=1), np.array([example.shape[1] for example in block])
 
     def encode(dataset: Any) -> Any:
