@@ -4,8 +4,8 @@
 
 Makes a checkpoint of 2.1 GB (parameters and Adam moments in float32, random), grows it to 4.1 GB with its optimizer
 state, and copies the result, in turns. Both find what they read in the page cache, and are timed until the last byte is
-on the disk. Then the same at a quarter of the size, for the memory: layers are left out, chunks stay as large. Prints
-JSON. Needs 11 GB in DIR.
+on the disk. Then the result is verified (growth.verify_stored), read from the page cache. Then the same at a quarter of
+the size, for the memory: layers are left out, chunks stay as large. Prints JSON. Needs 11 GB in DIR.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)  # what a process of its own does: save or stream
     args = parser.parse_args()
     if args.child:
-        print(json.dumps({"save": save, "stream": stream}[args.child](**json.loads(sys.stdin.read()))))
+        print(json.dumps({"save": save, "stream": stream, "verify": verify}[args.child](**json.loads(sys.stdin.read()))))
         return
     with tempfile.TemporaryDirectory(prefix="grow_stream_", dir=args.dir) as directory:
         print(json.dumps({"machine": machine(), **measure(Path(directory), args)}, indent=2))
@@ -62,6 +62,7 @@ def measure(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
             runs.append(run)
             print(f"{size}: {run}", file=sys.stderr)
         written = tree_bytes(dst)
+        verified = child("verify", size=size, src=str(src), dst=str(dst), policy=args.policy)
         sizes[size] = {
             "source_bytes": tree_bytes(src),
             "destination_bytes": written,
@@ -69,6 +70,7 @@ def measure(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
             "cp_bytes_per_second": round(written / statistics.median(run["cp_seconds"] for run in runs)),
             "ratio": round(statistics.median(run["cp_seconds"] / run["seconds"] for run in runs), 3),
             "peak_bytes_above_interpreter": max(run["peak_bytes_above_interpreter"] for run in runs),
+            "verified": verified,
             "runs": runs,
         }
         for path in (src, dst, copy):
@@ -139,6 +141,27 @@ def stream(size: str, src: str, dst: str, policy: str, **how: Any) -> dict[str, 
         "bytes_written": figures.bytes_written,
         "tiles": figures.tiles,
         "workers": figures.workers,
+    }
+
+
+def verify(size: str, src: str, dst: str, policy: str) -> dict[str, Any]:
+    import jax
+
+    from tele_jax import checkpoint, growth
+
+    jax.devices()
+    plan = growth.plan(*configs(size), policy=policy)
+    old, new = checkpoint.open_lazy(src), checkpoint.open_lazy(dst)
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    began, cpu = time.perf_counter(), time.process_time()
+    report = growth.verify_stored(plan, old, new)
+    return {
+        "ok": report.ok,
+        "levels": report.levels,
+        "seconds": round(time.perf_counter() - began, 3),
+        "cpu_seconds": round(time.process_time() - cpu, 3),
+        "peak_bytes_above_interpreter": memory("VmHWM") - before,
     }
 
 

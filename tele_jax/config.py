@@ -19,6 +19,9 @@ from tele_jax.errors import UserError
 
 T = TypeVar("T")
 
+# Fields of ModelConfig that say how a model is computed, not which model it is: a checkpoint may be read with others.
+EXECUTION_FIELDS = frozenset({"dtype", "remat", "attention"})
+
 
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
     """Makes the frozen dataclass `cls` from a mapping (dict or ConfigDict), nested dataclasses included.
@@ -54,6 +57,12 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") ->
 def to_dict(config: Any) -> dict[str, Any]:
     """The inverse of `from_dict`: nested plain dicts and lists, ready for JSON."""
     return dataclasses.asdict(config)
+
+
+def differing_fields(have: "ModelConfig", want: "ModelConfig") -> dict[str, tuple[Any, Any]]:
+    """{field: (value, wanted value)} where two configs are different models; EXECUTION_FIELDS are free."""
+    have, want = to_dict(have), to_dict(want)
+    return {n: (have[n], want[n]) for n in have if have[n] != want[n] and n not in EXECUTION_FIELDS}
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:

@@ -14,13 +14,11 @@ from tele_jax import axes
 from tele_jax.axes import ParamSpec
 from tele_jax.checkpoint import layout, store
 from tele_jax.checkpoint.lazy import Lazy, LazyArray, open_lazy
-from tele_jax.config import ModelConfig, to_dict
+from tele_jax.config import ModelConfig, differing_fields
 from tele_jax.errors import UserError
 from tele_jax.model.spec import flat_spec
 from tele_jax.sharding import param_shardings
 
-# They say how a model is computed, not which model it is: a checkpoint may be read with others.
-EXECUTION_FIELDS = frozenset({"dtype", "remat", "attention"})
 _IN_FLIGHT_BYTES = 2 * 2**30  # host memory for what has been read and is not yet on the devices
 
 
@@ -119,7 +117,7 @@ def _check_x64(lazy: Lazy, items: Collection[str]) -> None:
 
 
 def _check_expected(lazy: Lazy, cfg: ModelConfig | None, expect: Mapping[str, Any] | None) -> None:
-    lines = [] if cfg is None else _config_differences(lazy.cfg, cfg)
+    lines = [] if cfg is None else config_differences(lazy.cfg, cfg)
     if expect is None:
         expected = flat_spec(lazy.cfg if cfg is None else cfg)
     else:
@@ -129,13 +127,10 @@ def _check_expected(lazy: Lazy, cfg: ModelConfig | None, expect: Mapping[str, An
         raise UserError(f"{lazy.path}: not a checkpoint of the model that is expected: " + ";\n  ".join(lines))
 
 
-def _config_differences(stored: ModelConfig, expected: ModelConfig) -> list[str]:
-    a, b = to_dict(stored), to_dict(expected)
-    return [
-        f"config.{name}: stored {a[name]!r}, expected {b[name]!r}"
-        for name in a
-        if a[name] != b[name] and name not in EXECUTION_FIELDS
-    ]
+def config_differences(stored: ModelConfig, expected: ModelConfig, where: str = "expected") -> list[str]:
+    """One line for every field in which two configs are different models."""
+    found = differing_fields(stored, expected).items()
+    return [f"config.{name}: stored {have!r}, {where} {want!r}" for name, (have, want) in found]
 
 
 def _opt_arrays(lazy: Lazy, like: Mapping[str, Any] | None) -> dict[str, LazyArray]:

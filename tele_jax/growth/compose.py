@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tele_jax.axes import ParamSpec
@@ -106,4 +106,9 @@ def compose(first: Growth, then: Growth) -> Growth:
             f"compose: {first.policy} and {then.policy} cannot be done in one go: {why}; "
             "train until the masks are 1, then grow again"
         )
-    return Composed((*first.steps, *then.steps))
+    return combined((*first.steps, *then.steps))
+
+
+def combined(steps: Sequence[Plan]) -> Growth:
+    """Steps that follow each other, as one growth."""
+    return steps[0] if len(steps) == 1 else Composed(tuple(steps))

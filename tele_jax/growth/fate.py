@@ -28,13 +28,14 @@ KEPT, ZERO, FILLED = 0, 1, 2  # FILLED + i: by the i-th step of the leaf
 class Along:
     """What the steps of a leaf say of some destination indices along one dimension, the last step first.
 
-    zero, new: bool[steps, n], what each makes zero or fills here. origin: int64[n], source indices (0 where there is
-    none). factors: float64[steps + 1, n], what the values that come out of each step are multiplied by later on; the
-    last row is for what comes from the source.
+    zero, new: bool[steps, n], what each makes zero or fills here. place: int64[steps, n], the index in what each step
+    makes. origin: int64[n], source indices (0 where there is none). factors: float64[steps + 1, n], what the values
+    that come out of each step are multiplied by later on; the last row is for what comes from the source.
     """
 
     zero: np.ndarray
     new: np.ndarray
+    place: np.ndarray
     origin: np.ndarray
     factors: np.ndarray
 
@@ -45,16 +46,17 @@ def along(growth: "Growth", name: str, dimension: int, where: np.ndarray | slice
     index = np.arange(growth.maps[axis].dst_size)[where]
     known = np.ones(len(index), bool)
     factors = [np.ones(len(index))]
-    zero, new = [], []
+    zero, new, place = [], [], []
     for step, leaf_name in reversed(growth.leaf_steps(name)):
         axis_map, leaf = step.maps[axis], step.leaves[leaf_name]
+        place.append(index)
         zero.append(known & axis_map.fresh[index] if axis in leaf.zero else np.zeros_like(known))
         new.append(known & (axis_map.index[index] == NEW))
         along_axis = leaf.factors(axis_map)
         factors.append(factors[-1] if along_axis is None else factors[-1] * along_axis[index])
         known = known & ~new[-1]
         index = np.where(known, axis_map.index[index], 0)
-    return Along(np.array(zero), np.array(new), index, np.array(factors))
+    return Along(np.array(zero), np.array(new), np.array(place), index, np.array(factors))
 
 
 def kinds(parts: Sequence[Along]) -> np.ndarray:
@@ -82,7 +84,7 @@ def tally(growth: "Growth", name: str) -> dict[str, int]:
             np.concatenate([part.zero, part.new]), axis=1, return_index=True, return_counts=True
         )
         del columns
-        picked = Along(part.zero[:, first], part.new[:, first], part.origin[first], part.factors[:, first])
+        picked = Along(*(rows[..., first] for rows in dataclasses.astuple(part)))
         classes.append((picked, counts.tolist()))
     counts = dict.fromkeys(KINDS, 0)
     found = kinds([picked for picked, _ in classes])

@@ -241,6 +241,19 @@ def _fill_normal(matrix: np.ndarray, rows, columns, std: float, maps, start, sha
         matrix[_at(rows[r], columns[c])] = drawn[:size].reshape(shape)
 
 
+def normal(key: tuple[int, int], rows: np.ndarray, columns: np.ndarray, std: float, dtype) -> np.ndarray:
+    """Fresh values dtype[n] at (row, column) of a leaf, two uint32[n]; its leading dimensions count as one of rows."""
+    out = np.empty(len(rows), dtype)
+    counters, words, scale = np.zeros((2, BLOCK), np.uint32), np.array(key, np.uint32), np.float32(std / SUM_STD)
+    for first in range(0, len(rows), BLOCK):
+        part = slice(first, min(first + BLOCK, len(rows)))
+        size = part.stop - first
+        counters[0, :size], counters[1, :size] = rows[part], columns[part]
+        with _on_host():
+            out[part] = np.asarray(_normal(*words, *counters, scale, dtype=out.dtype))[:size]
+    return out
+
+
 @contextlib.contextmanager
 def _on_host() -> Iterator[None]:
     """On the CPU whatever else there is, and with float64 where the leaf has it."""

@@ -16,7 +16,7 @@ from optax import contrib
 
 from tele_jax.axes import ParamSpec, flatten, is_empty, map_param_subtrees, unflatten
 from tele_jax.errors import UserError
-from tele_jax.growth.opt_state import Kind, Path, is_zero, nodes, shown, type_at
+from tele_jax.growth.opt_state import Kind, Parts, Path, is_zero, nodes, shown, take_apart, type_at
 from tele_jax.growth.plan import Growth
 
 _BEFORE, _AFTER = 2, 3  # sizes of every axis
@@ -39,17 +39,6 @@ class _Change(NamedTuple):
     parameters: bool = False
     gradients: bool = False
     entries: bool = False
-
-
-class _Parts(NamedTuple):
-    """A state taken apart. trees: {path: {leaf: array}} of the shapes of parameters; others: {path: leaf}."""
-
-    trees: dict[Path, dict[str, Any]]
-    others: dict[Path, Any]
-
-    @property
-    def shapes(self) -> dict[Path, tuple[int, ...]]:
-        return {path: np.shape(leaf) for path, leaf in self.others.items()}
 
 
 # Why a part does not grow: the first change that it does not follow.
@@ -130,7 +119,7 @@ def _compare(
     large = {n: rng.normal(size=(size,) * len(shape)) for n, shape in shapes.items()}
     fits: dict[Path, set[Kind]] = {}
     moved: set[Path] = set()
-    before = _Parts({}, {})
+    before = Parts({}, {})
     grown = (
         (
             {n: _place(x * of_params[n], large[n]) for n, x in params.items()},
@@ -173,7 +162,7 @@ def _place(inner: np.ndarray, outer: np.ndarray) -> np.ndarray:
     return placed
 
 
-def _run(optimizer: Any, steps: Iterator[tuple[Any, Any]], paired: bool) -> Iterator[_Parts]:
+def _run(optimizer: Any, steps: Iterator[tuple[Any, Any]], paired: bool) -> Iterator[Parts]:
     """The state after every step of (parameters, gradients)."""
     with_arguments = optax.with_extra_args_support(optimizer).update
     # One program: operations one by one would each be compiled for every shape.
@@ -188,22 +177,7 @@ def _run(optimizer: Any, steps: Iterator[tuple[Any, Any]], paired: bool) -> Iter
         except _ERRORS as error:
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"the optimizer cannot be tried on gradients alone, which growing needs: {what}") from None
-        yield _parts(state, tree)
-
-
-def _parts(state: Any, like: Any) -> _Parts:
-    parts = _Parts({}, {})
-
-    def keep_tree(path: Path, tree: Any) -> Any:
-        parts.trees[path] = flatten(tree)
-        return tree
-
-    def keep_other(path: Path, leaf: Any) -> Any:
-        parts.others[path] = leaf
-        return leaf
-
-    map_param_subtrees(keep_tree, state, like, keep_other)
-    return parts
+        yield take_apart(state, tree)
 
 
 def _fits(kind: Kind, before: Any, after: Any, of_gradient: float, of_params: float, params: np.ndarray) -> bool:

@@ -6,6 +6,7 @@ Where it does not (Adam, AdaMax and ADOPT all keep a ScaleByAdamState), the opti
 measured (tele_jax.growth.measure).
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +19,11 @@ from tele_jax.axes import flatten, is_empty, map_param_subtrees, unflatten
 from tele_jax.errors import UserError
 from tele_jax.growth.apply import grow_leaf
 from tele_jax.growth.axis_map import AxisMap
+from tele_jax.growth.compose import combined
 from tele_jax.growth.plan import Growth, LeafPlan, Plan
+from tele_jax.sharding import tiles
+
+_BLOCK_BYTES = 16 * 2**20  # of an array on disk, read at once
 
 # What a tree of the shapes of the parameters is: a power of the gradient (0: scaling the gradient does not change it),
 # or parameters, which grow as the model's own. Of another array: "carried", passed on as it is.
@@ -26,6 +31,33 @@ Kind = int | Literal["parameters", "carried"]
 Path = tuple[str, ...]
 Kinds = Mapping[Path, Kind]
 Grow = Callable[[Plan, str, LeafPlan, Any, int], Any]
+
+
+class Parts(NamedTuple):
+    """A state taken apart. trees: {path: {leaf: array}} of the shapes of parameters; others: {path: leaf}."""
+
+    trees: dict[Path, dict[str, Any]]
+    others: dict[Path, Any]
+
+    @property
+    def shapes(self) -> dict[Path, tuple[int, ...]]:
+        return {path: np.shape(leaf) for path, leaf in self.others.items()}
+
+
+def take_apart(state: Any, like: Any) -> Parts:
+    """The parts of a state; like: a nested dict of what has the shapes of the parameters."""
+    parts = Parts({}, {})
+
+    def keep_tree(path: Path, tree: Any) -> Any:
+        parts.trees[path] = flatten(tree)
+        return tree
+
+    def keep_other(path: Path, leaf: Any) -> Any:
+        parts.others[path] = leaf
+        return leaf
+
+    map_param_subtrees(keep_tree, state, like, keep_other)
+    return parts
 
 
 class AdamState(NamedTuple):
@@ -63,7 +95,7 @@ def apply_opt(plan: Growth, opt_state: Any, optimizer: optax.GradientTransformat
 
 def kinds(plan: Growth, opt_state: Any, optimizer: optax.GradientTransformation | None = None) -> dict[Path, Kind]:
     """What every part of a state is, by its path (field names, keys and positions). Raises UserError as apply_opt."""
-    own = any(_is_adam(node) for _, node in nodes(opt_state))
+    own = any(is_adam(node) for _, node in nodes(opt_state))
     only_counts = not any(_is_number(leaf) for leaf in jax.tree.leaves(opt_state))
     if optimizer is not None and not own and not only_counts:
         from tele_jax.growth.measure import measure
@@ -71,7 +103,7 @@ def kinds(plan: Growth, opt_state: Any, optimizer: optax.GradientTransformation 
         return measure(plan, opt_state, optimizer)
     found: dict[Path, Kind] = {}
     for path, node in nodes(opt_state):
-        if _is_adam(node):
+        if is_adam(node):
             found |= {(*path, "mu"): 1, (*path, "nu"): 2}
             born = node["born"] if isinstance(node, Mapping) else node.born
             found |= {(*path, "born", axis): "carried" for axis in born}
@@ -100,7 +132,7 @@ def kinds(plan: Growth, opt_state: Any, optimizer: optax.GradientTransformation 
     return found
 
 
-def _is_adam(node: Any) -> bool:
+def is_adam(node: Any) -> bool:
     """Whether a node is the trainer's state, or the nested dict that a checkpoint gives back of it.
 
     Files name fields, not types; these four, of which one is the births of the units of every axis, are its own.
@@ -115,6 +147,24 @@ def grow_state(plan: Growth, opt_state: Any, grow: Grow, known: Kinds) -> Any:
     for step in plan.steps:
         opt_state = _grow_state(step, opt_state, grow, known)
     return opt_state
+
+
+def part_plan(plan: Growth, kind: Kind) -> Growth:
+    """The plan by which a part of a state grows, where `plan` is that of the parameters; see `apply_opt`."""
+    if kind == "parameters":
+        return plan
+    return combined([_part_step(step, kind) for step in plan.steps])
+
+
+def _part_step(step: Plan, power: int) -> Plan:
+    moments = {name: leaf.moment(step.dst_spec[name], step.maps) for name, leaf in step.leaves.items()}
+    return dataclasses.replace(
+        step,
+        leaves={n: dataclasses.replace(m, coefficient=float(m.coefficient) ** power) for n, m in moments.items()},
+        maps={
+            axis: dataclasses.replace(m, scale=m.scale**power, share=m.share**power) for axis, m in step.maps.items()
+        },
+    )
 
 
 def _grow_state(step: Plan, opt_state: Any, grow: Grow, known: Kinds) -> Any:
@@ -145,7 +195,7 @@ def _grow_state(step: Plan, opt_state: Any, grow: Grow, known: Kinds) -> Any:
         return leaf
 
     grown = map_param_subtrees(grow_tree, opt_state, unflatten(step.src_spec), keep)
-    return jax.tree.map(lambda node: _mark_born(step, node) if _is_adam(node) else node, grown, is_leaf=_is_adam)
+    return jax.tree.map(lambda node: _mark_born(step, node) if is_adam(node) else node, grown, is_leaf=is_adam)
 
 
 def _mark_born(plan: Plan, state: Any) -> Any:
@@ -224,14 +274,21 @@ def _is_number(leaf: Any) -> bool:
 
 
 def is_zero(tree: Mapping[str, Any]) -> bool:
-    """Whether all entries are known to be zero; an array under jit, elsewhere or on disk is not known."""
-    leaves = jax.tree.leaves(tree)
-    here = all(
-        isinstance(x, np.ndarray)
-        or (isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_fully_addressable)
-        for x in leaves
-    )
-    return here and not any(np.any(np.asarray(x)) for x in leaves)
+    """Whether all entries are known to be zero; an array under jit, or of other processes, is not known.
+
+    Of arrays on disk (checkpoint.LazyArray) the first blocks are read, up to an entry that is not zero.
+    """
+    return all(map(_is_zero_leaf, jax.tree.leaves(tree)))
+
+
+def _is_zero_leaf(leaf: Any) -> bool:
+    if isinstance(leaf, jax.Array):
+        return not isinstance(leaf, jax.core.Tracer) and leaf.is_fully_addressable and not np.any(np.asarray(leaf))
+    if isinstance(leaf, np.ndarray):
+        return not leaf.any()
+    if not hasattr(leaf, "nbytes") or not hasattr(leaf, "__getitem__"):
+        return False
+    return not any(np.any(leaf[tile]) for tile in tiles(leaf.shape, leaf.dtype.itemsize, _BLOCK_BYTES))
 
 
 def _is_constant(opt_state: Any, path: Path) -> bool:

@@ -24,7 +24,6 @@ import numpy as np
 
 from tele_jax.axes import ParamSpec, unflatten
 from tele_jax.checkpoint import chunks, layout, tiles
-from tele_jax.config import to_dict
 from tele_jax.errors import DamageError, UserError
 from tele_jax.growth import axis_map, host
 from tele_jax.growth.axis_map import NEW, AxisMap
@@ -219,12 +218,7 @@ def _open(plan: Growth, src: Any, opt: bool) -> "Lazy":
 
     tiles.local_path(src)
     lazy = open_lazy(src)
-    stored, planned = to_dict(lazy.cfg), to_dict(plan.src_cfg)
-    lines = [
-        f"config.{name}: stored {stored[name]!r}, in the plan {planned[name]!r}"
-        for name in stored
-        if stored[name] != planned[name] and name not in read.EXECUTION_FIELDS
-    ]
+    lines = read.config_differences(lazy.cfg, plan.src_cfg, "in the plan")
     lines += read.differences({name: array.leaf.spec for name, array in lazy.items["params"].items()}, plan.src_spec)
     if lines:
         raise UserError(f"{lazy.path}: not a checkpoint of the model that the plan grows: " + ";\n  ".join(lines))

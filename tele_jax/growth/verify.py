@@ -1,30 +1,37 @@
-"""Verification of a growth, at three levels:
+"""Verification of a growth. A report names the levels that it looked at:
 
-structural   every entry is what the plan says: kept to the bit, zero, or fresh with the right moments    structure.py
-by parts     embedding, every layer and head do what they did, on random inputs, in float64               layerwise.py
-as a whole   the logits on tokens before and after; whether all that is new can learn           here, liveness.py
+configs            the configs that two checkpoints hold are those of the plan                            here
+parameters         every entry is what the plan says: kept to the bit, zero, or the fresh value of its place   structure.py
+optimizer state    every moment, count and birth is what growth makes of the source's                     structure_opt.py
+parts              embedding, every layer and head do what they did, on random inputs, in float64         layerwise.py
+logits, liveness   the logits on tokens before and after; whether all that is new can learn               here, liveness.py
 
-`verify` does all three; `verify_stored` the first two, which need no more memory than a block of a leaf.
+`verify_stored` does all but the last two, and needs no more memory than blocks of leaves; `verify` does all.
 """
 
 import dataclasses
 import hashlib
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from tele_jax.axes import flatten
-from tele_jax.config import require
-from tele_jax.growth import layerwise, share, structure
+from tele_jax.config import ModelConfig, differing_fields, require
+from tele_jax.errors import DamageError
+from tele_jax.growth import layerwise, share, structure, structure_opt
 from tele_jax.growth.apply import check_tree
 from tele_jax.growth.liveness import liveness
 from tele_jax.growth.masks import vectors
 from tele_jax.growth.plan import Growth
 from tele_jax.model import decoder
 from tele_jax.sharding import to_host
+
+if TYPE_CHECKING:  # it brings TensorStore
+    from tele_jax.checkpoint import Lazy
 
 # Largest logit difference, relative to the largest logit, that rounding explains.
 RELATIVE_TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "bfloat16": 5e-2}
@@ -38,9 +45,11 @@ class Report:
     """What `verify` or `verify_stored` found. What was not looked at is None.
 
     Attributes:
+      levels: what was looked at, of "configs", "parameters", "optimizer state", "parts", "logits" and "liveness".
       max_abs: largest difference of a logit of the old tokens; max_rel: the same over the largest logit.
       kl: mean KL divergence of the grown model's predictions from the source's, over the old tokens, in nats.
-      altered: leaves that are not what the plan makes of the source; problems says how.
+      altered: leaves that are not what the plan makes of the source, "opt_state.PART" of the optimizer state, and
+        "config.FIELD" where a checkpoint holds another config than the plan; problems says how.
       parts: {part: largest relative difference of what comes out of it}, of embedding, layers and head, in float64 and
         without the rounding of products to the dtype of the parameters, which `altered` looks at.
       parts_tolerance: of those.
@@ -54,6 +63,7 @@ class Report:
     plan: str
     preserving: bool
     lively: bool
+    levels: tuple[str, ...]
     altered: tuple[str, ...]
     problems: tuple[str, ...]
     parts: Mapping[str, float]
@@ -86,6 +96,7 @@ class Report:
     def __str__(self) -> str:
         name, difference = self.worst_part
         lines = [
+            f"looked at: {', '.join(self.levels)}",
             f"altered leaves: {_listed(self.problems)}",
             f"parts: {len(self.parts)} looked at, largest relative difference {difference:.3g} in {name or 'none'}",
         ]
@@ -104,26 +115,26 @@ def _listed(names: tuple[str, ...]) -> str:
     return "none" if not names else ", ".join(names[:8]) + (f", and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def verify(plan: Growth, params: Mapping[str, Any], big: Mapping[str, Any], tokens: jax.Array) -> Report:
-    """Compares the grown parameters with the source's, at all three levels; logits on tokens int32[B, S].
+def verify(
+    plan: Growth,
+    params: Any,
+    big: Any,
+    tokens: jax.Array,
+    *,
+    opt_state: tuple[Any, Any] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Report:
+    """Compares the grown parameters with the source's, at all levels; logits on tokens int32[B, S].
 
-    Needs memory for both trees, two gradients and Adam's moments of the larger one.
+    Needs memory for both trees, two gradients and Adam's moments of the larger one. Other arguments as `verify_stored`;
+    checkpoints are loaded after they were looked at as they are stored.
 
     Raises:
-      UserError: a tree is not what the plan's config describes, rows shorter than 3 tokens, tokens that are in only one
-        of the two vocabularies.
+      UserError: as verify_stored; rows shorter than 3 tokens, tokens that are in only one of the two vocabularies.
     """
-    report = verify_stored(plan, params, big)
-    tokens = np.asarray(tokens)
-    # A single position has nothing to attend to, so that its queries and keys could not show that they live.
-    fits = tokens.ndim == 2 and tokens.shape[1] >= 3
-    require(fits, f"verify: tokens of shape {tokens.shape}; rows of at least 3 tokens are needed")
-    after_ids, before_ids = layerwise.shared_tokens(plan)
-    unknown = np.setdiff1d(tokens, before_ids)
-    require(unknown.size == 0, f"verify: tokens {', '.join(map(str, unknown[:8]))} are not in both vocabularies")
-    new_ids = np.zeros(plan.src_cfg.vocab_size, np.int32)
-    new_ids[before_ids] = after_ids
-    old_tokens, new_tokens = np.asarray(tokens, np.int32), new_ids[tokens]  # not on one process's device
+    old_tokens, new_tokens, before_ids, after_ids = _tokens(plan, tokens)
+    report = verify_stored(plan, params, big, opt_state=opt_state, optimizer=optimizer)
+    params, big = _loaded(params), _loaded(big)
     masks = vectors(plan, 0.0) if plan.masked else None
     # On TPUs the default precision multiplies in bfloat16, whose rounding would hide what is looked for.
     with jax.default_matmul_precision("highest"):
@@ -135,6 +146,7 @@ def verify(plan: Growth, params: Mapping[str, Any], big: Mapping[str, Any], toke
     old, new = jax.nn.log_softmax(before), jax.nn.log_softmax(after)
     return dataclasses.replace(
         report,
+        levels=(*report.levels, "logits", "liveness"),
         max_abs=max_abs,
         max_rel=max_abs / max(float(jnp.max(jnp.abs(before))), 1e-30),
         tolerance=max(RELATIVE_TOLERANCE[dtype] for dtype in _dtypes(plan)),
@@ -145,26 +157,68 @@ def verify(plan: Growth, params: Mapping[str, Any], big: Mapping[str, Any], toke
     )
 
 
-def verify_stored(
-    plan: Growth, src: Mapping[str, Any], dst: Mapping[str, Any], *, layers: Collection[int] | None = None
-) -> Report:
-    """The two levels that work for models larger than memory: structure, and function part by part.
+def _tokens(plan: Growth, tokens: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens for the source, for the grown model, the ids that both share: of the source, of the grown model)."""
+    tokens = np.asarray(tokens)
+    # A single position has nothing to attend to, so that its queries and keys could not show that they live.
+    fits = tokens.ndim == 2 and tokens.shape[1] >= 3
+    require(fits, f"verify: tokens of shape {tokens.shape}; rows of at least 3 tokens are needed")
+    after_ids, before_ids = layerwise.shared_tokens(plan)
+    unknown = np.setdiff1d(tokens, before_ids)
+    require(unknown.size == 0, f"verify: tokens {', '.join(map(str, unknown[:8]))} are not in both vocabularies")
+    new_ids = np.zeros(plan.src_cfg.vocab_size, np.int32)
+    new_ids[before_ids] = after_ids
+    return np.asarray(tokens, np.int32), new_ids[tokens], before_ids, after_ids  # not on one process's device
 
-    src, dst: trees of arrays or of checkpoint.LazyArray (checkpoint.open_lazy(path).params), read block by block. Of
-      what several processes hold together each reads its share, layer by layer (`share`): all have to call this.
+
+def _loaded(model: Any) -> Mapping[str, Any]:
+    if isinstance(model, Mapping):
+        return model
+    from tele_jax import checkpoint
+
+    return checkpoint.load(model.path, items=("params",)).params
+
+
+def verify_stored(
+    plan: Growth,
+    src: Any,
+    dst: Any,
+    *,
+    layers: Collection[int] | None = None,
+    opt_state: tuple[Any, Any] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Report:
+    """The levels that work for models larger than memory: every entry, and the function part by part.
+
+    src, dst: trees of arrays or of checkpoint.LazyArray, or open checkpoints (checkpoint.open_lazy), of which the
+      configs and, where `dst` holds one, the optimizer state are compared too. All is read block by block. Of what
+      several processes hold together each reads its share, layer by layer (`share`): all have to call this.
     layers: destination layers whose function is looked at; all by default.
+    opt_state: the optimizer states (before, after), where src and dst are trees.
+    optimizer: what made the state, for every state but the trainer's; see apply_opt.
 
     Raises:
       UserError: a tree is not what the plan's config describes, or the plan does not lead to a whole model.
       DamageError: a stored leaf is damaged.
     """
     require(plan.is_model, f"verify: the plan ({plan.policy}) leads to a part of a model, or to other names")
+    levels, wrong = ["parameters"], {}
+    if not isinstance(src, Mapping) and not isinstance(dst, Mapping):
+        levels.insert(0, "configs")
+        wrong |= _config_problems(plan, src.cfg, dst.cfg)
+        if dst.opt_state is not None:
+            require(src.opt_state is not None, f"{src.path}: holds no optimizer state, but {dst.path} does")
+            opt_state = (src.opt_state, dst.opt_state)
+        src, dst = src.params, dst.params
     src, dst = flatten(src), flatten(dst)
     check_tree(src, plan.src_spec)
     check_tree(dst, plan.dst_spec)
     found = share.each(plan, src, dst, lambda *unit: _examine(plan, layers, *unit))
-    looks = [{name: structure.Look.from_json(seen) for name, seen in unit.items()} for unit, _ in found]
-    wrong = structure.altered(plan, looks)
+    wrong |= structure.altered(plan, [problems for problems, _ in found])
+    if opt_state is not None:
+        levels.append("optimizer state")
+        problems = structure_opt.altered(plan, *opt_state, optimizer)
+        wrong |= {f"opt_state.{part}": problem for part, problem in problems.items()}
     (_, ends), *others = found
     parts = {"embed": ends["embed"]}
     for _, layer in others:
@@ -175,6 +229,7 @@ def verify_stored(
         plan=plan.digest,
         preserving=plan.preserving,
         lively=plan.lively,
+        levels=(*levels, "parts"),
         altered=tuple(wrong),
         problems=tuple(f"{name}: {problem}" for name, problem in wrong.items()),
         parts=parts,
@@ -182,20 +237,35 @@ def verify_stored(
     )
 
 
+def _config_problems(plan: Growth, src: ModelConfig, dst: ModelConfig) -> dict[str, str]:
+    """{config.FIELD: problem} where two checkpoints hold other configs than the plan; how a model is computed is free."""
+    return {
+        f"config.{field}": f"the {which} holds {have!r}, the plan {want!r}"
+        for which, stored, planned in (("source", src, plan.src_cfg), ("grown checkpoint", dst, plan.dst_cfg))
+        for field, (have, want) in differing_fields(stored, planned).items()
+    }
+
+
+def require_configs(plan: Growth, src: "Lazy", dst: "Lazy") -> None:
+    """Raises DamageError where two open checkpoints hold other configs than the plan."""
+    if problems := _config_problems(plan, src.cfg, dst.cfg):
+        raise DamageError(f"{dst.path}: {'; '.join(f'{field}: {what}' for field, what in problems.items())}")
+
+
 def _examine(
     plan: Growth, layers: Collection[int] | None, unit: int | None, src: Mapping[str, Any], dst: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """What both levels find in one unit (see `share`), as JSON: ({leaf: structure.Look}, {part: difference})."""
-    looks = {name: seen.to_json() for name, seen in structure.look(plan, src, dst, unit).items()}
+) -> tuple[dict[str, str], dict[str, float]]:
+    """What both levels find in one unit (see `share`), as JSON: ({leaf: problem}, {part: difference})."""
+    problems = structure.look(plan, src, dst, unit)
     if not (unit is None or layers is None or unit in layers):
-        return looks, {}
+        return problems, {}
     # That products are rounded right is known from there; how their rounding spreads is no matter of the plan.
     made = {
         name: leaf if plan.moves_exactly(name) else structure.Unrounded(plan, name, src.get(plan.sources[name]), leaf)
         for name, leaf in dst.items()
     }
-    with np.errstate(all="ignore"):  # what is no number is found in `looks`
-        return looks, layerwise.parts(plan, src, made, unit)
+    with np.errstate(all="ignore"):  # what is no number is found in `problems`
+        return problems, layerwise.parts(plan, src, made, unit)
 
 
 def _dtypes(plan: Growth) -> set[str]:

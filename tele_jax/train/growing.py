@@ -57,7 +57,8 @@ def grow(
     state = opt_state if stage.optimizer_state else None
     with jax.set_mesh(mesh):
         big, grown_state = growth.sharded(plan, mesh, state)(params, state)
-        report = growth.verify(plan, params, big, tokens)
+        states = None if state is None else (state, grown_state)
+        report = growth.verify(plan, params, big, tokens, opt_state=states)
     require_ok(report, stage, where)
     return plan, big, grown_state, receipt(plan, report, stage, scores, optimizer_state=grown_state is not None)
 
@@ -117,8 +118,12 @@ def require_receipt(directory: Path, src: "checkpoint.Lazy", dst: "checkpoint.La
     if not dst.provenance or dst.provenance[-1].get("plan") != digest:
         raise UserError(f"{dst.path}: was made by another plan than that of {directory / RECEIPT_FILE}")
     for lazy, which in ((src, "source"), (dst, "destination")):
-        for item, known in receipt.get(which, {}).items():
-            if item in ("params", "opt_state") and fingerprints(lazy).get(item) != known:
+        if which not in receipt:  # a growth stage that was killed before it could look at its checkpoint
+            continue
+        known, found = receipt[which], fingerprints(lazy)
+        # An item that is in the destination alone is one that nobody looked at.
+        for item in {*(found if which == "destination" else ()), *(known.keys() & {"params", "opt_state"})}:
+            if found.get(item) != known.get(item):
                 raise UserError(f"{lazy.path}: its {item} are not those of the {which} in {directory / RECEIPT_FILE}")
     return receipt
 

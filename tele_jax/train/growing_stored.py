@@ -126,9 +126,8 @@ def verify(plan: growth.Growth, src: Any, dst: Any, tokens: np.ndarray, memory_g
     """The report on two open checkpoints: at all levels where memory_gb holds both models, else without logits."""
     small, large = (sum(a.nbytes for a in lazy.items["params"].values()) for lazy in (src, dst))
     if small + _LARGE_TREES * large > memory_gb * 1e9 or not _computes(plan.dst_cfg):
-        return growth.verify_stored(plan, src.params, dst.params)
-    before, after = (checkpoint.load(lazy.path, items=("params",)) for lazy in (src, dst))
-    return growth.verify(plan, before.params, after.params, tokens)
+        return growth.verify_stored(plan, src, dst)
+    return growth.verify(plan, src, dst, tokens)
 
 
 def _computes(cfg: ModelConfig) -> bool:
@@ -142,7 +141,9 @@ def recheck(src: str, dst: Path, tokens: np.ndarray, memory_gb: float) -> growth
       UserError: no receipt, or that of another plan, source or destination.
     """
     old, new = checkpoint.open_lazy(src), checkpoint.open_lazy(dst)
-    growing.require_receipt(Path(dst), old, new)
+    receipt = growing.require_receipt(Path(dst), old, new)
+    if "source" not in receipt or "destination" not in receipt:
+        raise UserError(f"{dst}: {growing.RECEIPT_FILE} does not say what was grown into what; `tele grow` writes that")
     plan = growth.Plan.from_json(growing.read_json(Path(dst) / growing.PLAN_FILE))
     return verify(plan, old, new, tokens, memory_gb)
 

@@ -35,6 +35,7 @@ from tele_jax.data import sources
 from tele_jax.errors import UserError
 from tele_jax.growth import Plan
 from tele_jax.growth.masks import require_unmasked
+from tele_jax.growth.verify import require_configs
 from tele_jax.model.spec import count_params, spec
 from tele_jax.processes import StopSignal, from_first, is_first
 from tele_jax.run import GrowStage, RunConfig, TrainStage
@@ -178,6 +179,8 @@ def _complete_receipt(directory: Path, previous: Path, saved: Path) -> dict[str,
     source, grown = (checkpoint.open_lazy(path) for path in (previous, saved))
     receipt = growing.require_receipt(directory, source, grown)
     if "destination" not in receipt:  # a kill may fall between the checkpoint and this
+        require_configs(_read_plan(directory), source, grown)
+        receipt["levels"] = ["configs", *receipt["levels"]]
         receipt["source"] = {"path": str(source.path), "step": source.step, **growing.fingerprints(source)}
         growing.write_json(directory / growing.RECEIPT_FILE, receipt | {"destination": growing.fingerprints(grown)})
     return receipt

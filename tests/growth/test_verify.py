@@ -198,7 +198,9 @@ def test_identical_new_units_are_found_locked(x64):
 
     report = verify(growth.plan(*configs()), twins)
     assert report.locked == ("mlp[6] = mlp[5]",)
-    assert not report.ok and not report.dead and not report.altered
+    # They learn, but alike; and they are not the values that the seed gives.
+    assert not report.ok and not report.dead and set(report.altered) <= {"layers.mlp.gate", "layers.mlp.up"}
+    assert report.altered
 
 
 def _flip_last_bit(leaves):
