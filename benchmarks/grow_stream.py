@@ -38,7 +38,9 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)  # what a process of its own does: save or stream
     args = parser.parse_args()
     if args.child:
-        print(json.dumps({"save": save, "stream": stream, "verify": verify}[args.child](**json.loads(sys.stdin.read()))))
+        print(
+            json.dumps({"save": save, "stream": stream, "verify": verify}[args.child](**json.loads(sys.stdin.read())))
+        )
         return
     with tempfile.TemporaryDirectory(prefix="grow_stream_", dir=args.dir) as directory:
         print(json.dumps({"machine": machine(), **measure(Path(directory), args)}, indent=2))
