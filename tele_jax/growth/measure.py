@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from optax import contrib
 
-from tele_jax.axes import ParamSpec, flatten, is_empty, map_param_subtrees, unflatten
+from tele_jax.axes import ParamSpec, is_empty, map_param_subtrees, unflatten
 from tele_jax.errors import UserError
 from tele_jax.growth.opt_state import Kind, Parts, Path, is_zero, nodes, shown, take_apart, type_at
 from tele_jax.growth.plan import Growth

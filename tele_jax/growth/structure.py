@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from tele_jax.checkpoint import chunks, layout
 from tele_jax.growth import fate, host
 from tele_jax.growth.kernel import leaf_key
 from tele_jax.growth.plan import Growth, Plan
@@ -30,7 +31,8 @@ def look(plan: Growth, src: Mapping[str, Any], dst: Mapping[str, Any], unit: int
     for name, spec in plan.dst_spec.items():
         if bool(spec.stack) == (unit is not None) and name in dst:
             # Where nothing comes from the source, its leaf may be missing.
-            problem = next(_problems(plan, name, src.get(plan.sources[name]), dst[name], unit), None)
+            source, made = (_Chunkwise.of(leaf) for leaf in (src.get(plan.sources[name]), dst[name]))
+            problem = next(_problems(plan, name, source, made, unit), None)
             if problem is not None:
                 found[name] = problem
     return found
@@ -42,6 +44,38 @@ def altered(plan: Growth, found: Sequence[Mapping[str, str]]) -> dict[str, str]:
     for unit in reversed(found):
         first |= unit
     return {name: first[name] for name in plan.dst_spec if name in first}
+
+
+class _Chunkwise:
+    """A stored leaf of which the last chunk stays in memory: tiles are smaller than chunks, which are read whole."""
+
+    def __init__(self, stored: Any):
+        self._stored, self._place, self._chunk = stored, None, None
+        self._buffer = np.empty(stored.leaf.chunk_bytes, np.uint8)
+
+    @classmethod
+    def of(cls, leaf: Any) -> Any:
+        """The leaf itself where it is in memory."""
+        return cls(leaf) if hasattr(leaf, "chunks") and leaf.shape else leaf
+
+    def __getitem__(self, key: tuple[slice, ...]) -> np.ndarray:
+        sizes = self._stored.chunks
+        place = tuple(part.start // size for part, size in zip(key, sizes, strict=True))
+        if any((part.stop - 1) // size > i for part, size, i in zip(key, sizes, place, strict=True)):
+            return self._stored[key]  # of several chunks
+        if place != self._place:
+            self._place, self._chunk = place, self._read(place)
+        return self._chunk[
+            tuple(slice(p.start - i * n, p.stop - i * n) for p, i, n in zip(key, place, sizes, strict=True))
+        ]
+
+    def _read(self, place: tuple[int, ...]) -> np.ndarray:
+        stored = self._stored
+        if "://" in str(stored.path):
+            ends = zip(place, stored.chunks, stored.shape, strict=True)
+            return stored[tuple(slice(i * n, min((i + 1) * n, size)) for i, n, size in ends)]
+        chunks.read_chunk(stored, place, self._buffer)
+        return self._buffer[: -layout.CRC_BYTES].view(stored.dtype).reshape(stored.chunks)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

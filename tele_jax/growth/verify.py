@@ -1,10 +1,10 @@
 """Verification of a growth. A report names the levels that it looked at:
 
-configs            the configs that two checkpoints hold are those of the plan                            here
-parameters         every entry is what the plan says: kept to the bit, zero, or the fresh value of its place   structure.py
-optimizer state    every moment, count and birth is what growth makes of the source's                     structure_opt.py
-parts              embedding, every layer and head do what they did, on random inputs, in float64         layerwise.py
-logits, liveness   the logits on tokens before and after; whether all that is new can learn               here, liveness.py
+configs            the configs that two checkpoints hold are those of the plan
+parameters         every entry is kept to the bit, zero, or the fresh value of its place      structure.py
+optimizer state    every moment, count and birth is what growth makes of the source's         structure_opt.py
+parts              embedding, every layer and head do what they did, on random inputs         layerwise.py
+logits, liveness   the logits on tokens before and after; whether all that is new can learn   liveness.py
 
 `verify_stored` does all but the last two, and needs no more memory than blocks of leaves; `verify` does all.
 """
@@ -238,7 +238,7 @@ def verify_stored(
 
 
 def _config_problems(plan: Growth, src: ModelConfig, dst: ModelConfig) -> dict[str, str]:
-    """{config.FIELD: problem} where two checkpoints hold other configs than the plan; how a model is computed is free."""
+    """{config.FIELD: problem} where two checkpoints hold another model than the plan."""
     return {
         f"config.{field}": f"the {which} holds {have!r}, the plan {want!r}"
         for which, stored, planned in (("source", src, plan.src_cfg), ("grown checkpoint", dst, plan.dst_cfg))
