@@ -212,7 +212,7 @@ class StopSignal(contextlib.AbstractContextManager):
         return self._stopped
 
     def interrupted(self) -> bool:
-        """Whether it was Ctrl-C that came, to any process; all have to ask."""
+        """True if it was Ctrl-C that came, to any process; all have to ask."""
         return any(from_all(signal.SIGINT in self._received))
 
 

@@ -139,7 +139,7 @@ class CachedFeed:
         return json.dumps({"batches": self._batches, **self._identity, "positions": starts}).encode()
 
     def positions(self) -> dict[str, Position]:
-        """Where every domain is after the last batch that was returned; what `known` takes in a later stage."""
+        """The position of every domain after the last batch that was returned, for `known` of a later stage."""
         counts = self.order.counts(self._batches * self._batch_size)
         return {
             name: dataclasses.replace(start, next=start.next + counts[name]) for name, start in self._starts.items()

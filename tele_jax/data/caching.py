@@ -149,7 +149,7 @@ def _read_plan(work: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
 
 
 def _stamps(units: Sequence[shards.Unit]) -> dict[str, list[int]]:
-    """What changes with every file that is written anew: a look at each, without reading any."""
+    """Size, times and inode of every file: they change when it is written anew, and nothing is read for them."""
     found = {}
     for path in sorted({part.path for unit in units for part in unit.parts}):
         stat = os.stat(path)

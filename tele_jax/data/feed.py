@@ -100,7 +100,7 @@ def resolve(data: DataConfig) -> DataConfig:
 
 
 def _same_sizes(source: SourceConfig, domain: cache.Domain, name: str) -> bool:
-    """Whether files are as large as those that a cache was made from: they may lie elsewhere now, and are not read."""
+    """Compares the sizes of files with those that a cache was made from: they may lie elsewhere, and are not read."""
     try:
         files = sources.expand(source.files, f"sources.{name}.files")
     except UserError:
@@ -226,7 +226,7 @@ class LiveFeed:
         return made
 
     def _make(self) -> tuple[Any, dict[str, Position]]:
-        """The next batch, and where every domain is after it."""
+        """The next batch, and the position of every domain after it."""
         if self._broken is not None:  # a packer may stand in the middle of a row
             raise self._broken
         try:
@@ -277,7 +277,7 @@ class LiveFeed:
         return self._batches
 
     def positions(self) -> dict[str, Position]:
-        """Where every domain is after the last batch that was returned; what `known` takes in a later stage."""
+        """The position of every domain after the last batch that was returned, for `known` of a later stage."""
         return self._positions
 
     def state(self) -> bytes:
@@ -428,7 +428,9 @@ def open_corpora(
 
 
 def _span_bytes(seq_len: int) -> int:
-    """Where long documents are cut. Rows of one document come near each other: a span is short enough to bound how
-    many, and long enough that few rows begin inside a document.
+    """Bytes at which long documents are cut.
+
+    Rows of one document come near each other: a span is short enough to bound how many, and long enough that few rows
+    begin inside a document.
     """
     return max(SPAN_BYTES, SPAN_BYTES_PER_TOKEN * seq_len)

@@ -1,4 +1,4 @@
-"""Rows of one domain straight from its documents: what `feed.LiveFeed` draws from, without a buffer to be saved.
+"""Rows of one domain straight from its documents, for `feed.LiveFeed`, without a buffer to be saved.
 
 Documents come in an order that is a pure function of the domain's name, the seed and the epoch (order.py), and a packer
 lays them into rows. Where a packer is, is a `Position`: the number of the next document, and which documents its open
@@ -23,7 +23,7 @@ ORDERED = 256  # places of the order that are computed together
 
 
 class Documents(Protocol):
-    """What a domain has to offer to be read live.
+    """A domain that can be read live.
 
     Attributes:
       checksum: of all that is read.
@@ -57,7 +57,7 @@ class CorpusDocuments:
         return len(self._corpus)
 
     def reader(self, start: Position) -> Callable[[int], np.ndarray]:
-        """What it gives raises UserError where a file has changed."""
+        """The reader raises UserError where a file has changed."""
 
         def example(i: int) -> np.ndarray:
             return examples.example(self._corpus, i, self._vocabulary, self._kind, self._seq_len)
@@ -129,7 +129,7 @@ class CutRows:
         return number, 0, self._read(number)
 
     def position(self) -> Position:
-        """Where the next row comes from."""
+        """The position that the next row comes from."""
         rows = tuple(() if lane is None else ((lane[0], lane[1]),) for lane in self._lanes)
         return dataclasses.replace(
             self._start, next=self._next, first=tuple(self._first), turn=self._turn, open=rows if any(rows) else ()
@@ -163,7 +163,7 @@ class WholeRows:
             return packing.fit_rows(empty, [columns for _, columns in full], pad_id=self._pad_id)[0][0]
 
     def position(self) -> Position:
-        """Where the next row comes from."""
+        """The position that the next row comes from."""
         rows = tuple(tuple((number, 0) for number, _ in row) for row in self._rows)
         return dataclasses.replace(
             self._start, next=self._next, first=tuple(self._first), turn=self._turn, open=rows if any(rows) else ()
@@ -171,11 +171,13 @@ class WholeRows:
 
 
 def go_on(before: Position | None, name: str, documents: Documents, *, kind: str, seq_len: int, seed: int) -> Position:
-    """Where a feed of rows of `kind` and `seq_len` begins, after what an earlier one has read; None: at the beginning.
+    """The position at which a feed of rows of `kind` and `seq_len` begins, after what an earlier one has read.
 
     Rows of pretraining go on inside the documents that are cut, at any row length. Whole dialogues that wait in the
     open rows of fine-tuning stay there if the row length is the same, and come first otherwise. Where another row
     length cuts long documents at other places, the next epoch begins.
+
+    before: None for the beginning.
     """
     shape = {"kind": kind, "seq_len": seq_len, "total": len(documents), "cut": documents.cut}
     if before is None:

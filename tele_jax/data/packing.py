@@ -99,7 +99,7 @@ def fit_rows(open_rows: np.ndarray, examples: Iterable[np.ndarray], *, pad_id: i
 
 
 def best_row(filled: Sequence[int], length: int, seq_len: int) -> tuple[int, bool]:
-    """(the row that an example of `length` leaves the least room in, True), or (the fullest row, to be closed, False).
+    """The row that an example of `length` fills best, and True; else the fullest one, to be closed, and False.
 
     filled: positions that are taken in every open row.
     """

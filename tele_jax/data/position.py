@@ -1,4 +1,4 @@
-"""`Position`: where a run is in the data of one domain, as numbers that a checkpoint's provenance holds.
+"""The place of a run in the data of one domain, as numbers that a checkpoint's provenance holds.
 
 A position is found again by the checksum of what is read, whatever the domain is called and wherever its files lie. It
 counts rows of a cache or documents of a live feed, and not steps, so that a later stage with another batch size (and,
@@ -15,7 +15,7 @@ from tele_jax.errors import DamageError, UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Position:
-    """What of a domain has been read.
+    """The part of a domain that has been read.
 
     Attributes:
       checksum: of what is read: the rows of a cache, or the files of a live feed.
@@ -44,7 +44,7 @@ class Position:
 
     @property
     def epochs(self) -> float:
-        """How often the domain has been gone through."""
+        """Number of times that the domain has been gone through."""
         return self.next / self.total
 
     def to_json(self) -> dict[str, Any]:

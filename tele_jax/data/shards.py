@@ -179,7 +179,7 @@ class _Reader:
 
 
 def text_checksum(unit: Unit) -> str:
-    """What the text of a unit is known by: reads all of it.
+    """The checksum of the text of a unit, of which all is read.
 
     Raises:
       UserError: a file is gone, or has another size than when the plan was made.

@@ -134,7 +134,7 @@ class Training:
         self._say_data(self.feed.taken_over)
 
     def _take_over(self, previous: Path | None, fits: dict[str, Any], params: Any, opt_state: Any) -> None:
-        """What the stage before left, else fresh parameters; says which. params, opt_state: their shardings."""
+        """Takes what the stage before left, else fresh parameters; says which. params, opt_state: their shardings."""
         if previous is not None:
             fits = fits | {"cfg": self.cfg.replace(param_dtype=checkpoint.open_lazy(previous).cfg.param_dtype)}
         if previous is not None and self._keeps_optimizer(previous):
@@ -281,7 +281,7 @@ class Training:
         )
 
     def _last_checkpoint(self) -> str:
-        """What there is to go on from, for a message."""
+        """Names the checkpoint that there is to go on from, for a message."""
         self.checkpoints.wait()  # a save may be under way
         latest = self.checkpoints.latest_step()
         if latest is None:

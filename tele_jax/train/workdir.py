@@ -163,7 +163,7 @@ def _has_begun(directory: Path) -> bool:
 
 
 def _same_start(before: str | None, now: str | None, first: Path) -> bool:
-    """Whether a run starts from the checkpoint that its first stage was made from, which lies elsewhere now."""
+    """True where a run starts from the checkpoint that its first stage was made from, which lies elsewhere now."""
     if before is None or now is None or not locate.list_steps(first / "checkpoints"):
         return False
     made_from = checkpoint.open_lazy(first).provenance[:-1]
@@ -181,7 +181,7 @@ def _resolved(stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_free(path: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether a difference inside a stage says nothing of what is computed."""
+    """True for a difference inside a stage that says nothing of what is computed."""
     if _FREE.fullmatch(path):
         return True
     # Sources that are left to the cache are those of the cache: their checksums and rates are compared by the feed.
@@ -257,7 +257,7 @@ def _set_aside(directory: Path, later: Sequence[int], say: Callable[[str], None]
 
 
 def read_changes(directory: Path) -> list[dict[str, Any]]:
-    """What was changed in a stage while it was under way, oldest first: {"from": step, "config": {path: [was, is]}}.
+    """The changes of a stage that was under way, oldest first: {"from": step, "config": {path: [was, is]}}.
 
     Raises:
       DamageError: the document is not what was written.

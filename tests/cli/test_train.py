@@ -438,6 +438,9 @@ def test_growing_from_the_command_line(place, finished, capsys, tmp_path):
     loaded = checkpoint.load(destination)
     assert loaded.cfg.embed_dim == 31 and loaded.opt_state is not None
     assert loaded.cfg.rms_eps == pytest.approx(1e-5 * 24 / 31)
+    assert loaded.provenance[-2]["data"]["positions"]["text"]["next"] > 0, (
+        "by which a run from here goes on in its data"
+    )
     assert "exists already" in fails(capsys, 2, *arguments)
     behind_masks = ["grow", str(finished / "grow"), str(tmp_path / "other"), *arguments[3:]]
     assert "masks that stand at 0.00" in fails(capsys, 2, *behind_masks)

@@ -7,6 +7,7 @@ checkpoint.
 import collections
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -222,6 +223,22 @@ def test_the_same_data_is_known_by_its_content_and_other_data_begins(place, mode
         (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text().replace("a0:", "a9:"))
         _, taken = first_batch(dataclasses.replace(stage, data=alone), provenance)
         assert not taken, "another content of the same size in the same place"
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
+def test_what_is_read_may_lie_elsewhere_when_a_stage_goes_on(place, model_file, tmp_path, cached):
+    shape = {"kind": "pretrain", "seq_len": 16, "batch_size": 4, "seed": 0}
+    opened = feed.open_feed(data_of(place, model_file, cached), **shape)
+    for _ in range(5):
+        next(opened)
+    state, expected = opened.state(), [next(opened) for _ in range(20)]
+    opened.close()
+    shutil.copytree(place, tmp_path / "moved")
+    shutil.copyfile(model_file, tmp_path / "moved.model")
+    again = feed.open_feed(data_of(tmp_path / "moved", tmp_path / "moved.model", cached), **shape)
+    again.restore(state)
+    assert all(caches.same(next(again), batch) for batch in expected)
+    again.close()
 
 
 def talks_of(place, model_file):
