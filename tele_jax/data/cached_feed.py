@@ -18,6 +18,7 @@ from tele_jax.errors import DamageError, UserError
 Batch = dict[str, np.ndarray]
 
 AHEAD = 2  # batches that are read while training goes on
+ELSEWHERE = "go on with what it was saved for, or from the checkpoint in another work directory (config.start)"
 
 
 class CachedFeed:
@@ -156,7 +157,7 @@ class CachedFeed:
         if saved.get("feed") == "live":
             raise UserError("the position in the data was saved for a feed without a cache")
         if changed := difference(saved, self._identity):
-            raise UserError(f"the position in the data was saved for another feed: {changed}")
+            raise UserError(f"the position in the data was saved for another feed: {changed}; {ELSEWHERE}")
         for name, start in starts.items():
             if name not in self._rates or start.total != self._cache.rows[name]:
                 raise DamageError(f"the saved position in the data is damaged: positions.{name} is not of this cache")

@@ -18,7 +18,7 @@ import numpy as np
 
 from tele_jax.data import cache, examples, live_feed, order, packing, sources, templates
 from tele_jax.data import position as positions_
-from tele_jax.data.cached_feed import AHEAD, Batch, CachedFeed, difference, parse_state
+from tele_jax.data.cached_feed import AHEAD, ELSEWHERE, Batch, CachedFeed, difference, parse_state
 from tele_jax.data.position import Position
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
 from tele_jax.errors import UserError
@@ -296,7 +296,7 @@ class LiveFeed:
         if saved.get("feed") == "cache":
             raise UserError("the position in the data was saved for a feed from a cache")
         if changed := difference(saved, self._identity):
-            raise UserError(f"the position in the data was saved for another feed: {changed}")
+            raise UserError(f"the position in the data was saved for another feed: {changed}; {ELSEWHERE}")
         for name, documents in self._documents.items():
             live_feed.check_own(positions.get(name), name, documents, **self._shape)
         self._forget()

@@ -88,14 +88,14 @@ class Training:
         corpora: list[sources.Corpus] = []
         rows = {"kind": stage.kind, "seq_len": stage.seq_len, "batch_size": stage.batch_size, "aside": corpora.append}
         rows["index"] = index
-        known = [] if before is None or stage.data.restart else position.in_provenance(before.provenance)
+        self.known = [] if before is None or stage.data.restart else position.in_provenance(before.provenance)
         self.feed = feeds.open_feed(
             stage.data,
             **rows,
             seed=stage.seed,
             rows=local_rows(mesh, stage.batch_size),
             place=functools.partial(put_batch, mesh=mesh, batch_size=stage.batch_size),
-            known=known,
+            known=self.known,
         )
         # A batch of evaluation is what goes through the devices at once in training.
         rows["batch_size"] //= stage.microbatches
@@ -165,7 +165,9 @@ class Training:
     def _say_data(self, positions: Mapping[str, position.Position]) -> None:
         """Says where the data goes on: a domain that is not there is read from its beginning."""
         unit = "document" if self.stage.data.cache is None else "row"
-        new = [name for name in self.data["domains"] if name not in positions]
+        known = {at.name for at in self.known}
+        other = " (its content is another than an earlier stage has read)"
+        new = [name + (other if name in known else "") for name in self.data["domains"] if name not in positions]
         parts = [f"{name} at {unit} {at.next:,} ({at.epochs:.2f} epochs)" for name, at in positions.items()]
         goes_on = f"goes on with {', '.join(parts)}" if parts else ""
         begins = f"begins {', '.join(new)}" if new else ""

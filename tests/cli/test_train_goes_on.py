@@ -217,6 +217,10 @@ def test_a_run_from_a_checkpoint_goes_on_in_its_data(place, finished, tmp_path, 
     moved, other = (f"--config.start={str(tmp_path / 'moved' / end)!r}" for end in ("", "only/checkpoints/8"))
     assert train(place, tmp_path / "a", moved, page="from.py") == 0, "the same checkpoint in another place"
     assert "config.start was" in fails(capsys, 2, place, tmp_path / "a", other, page="from.py")
+    (tmp_path / "text.jsonl").write_text((place / "text.jsonl").read_text() * 2)
+    longer = f"--config.only.data.sources.text.files=({str(tmp_path / 'text.jsonl')!r},)"
+    assert train(place, tmp_path / "c", start, longer, page="from.py") == 0
+    assert "data: begins text (its content is another than an earlier stage has read)" in capsys.readouterr().out
     assert train(place, tmp_path / "b", start, "--config.only.data.restart=True", page="from.py") == 0
     assert "data: begins text" in capsys.readouterr().out
     again = checkpoint.open_lazy(tmp_path / "b").provenance[-1]["data"]["positions"]["text"]
