@@ -52,7 +52,7 @@ def get_config(domains: str = ",".join(RATES)) -> ConfigDict:
         tokenizer=TOKENIZER,
         sources={
             domain: dict(
-                files=(f"{CORPORA}/{domain}/train*.jsonl",),
+                files=(f"{CORPORA}/{domain}/[0-9]*.jsonl",),
                 validation_files=(f"{CORPORA}/{domain}/validation*.jsonl",),
                 format="jsonl",
                 rate=rate,

@@ -62,18 +62,19 @@ def test_raw_text_is_cleaned_cached_and_trained_on(tmp_path, monkeypatch, capsys
     Path("train.py").write_text(TRAIN_PAGE)
 
     assert main(["data", "clean", "--config", "clean.py", "--out", "corpora"]) == 0
-    split = {(d, s): texts(f"corpora/{d}/{s}-*.jsonl") for d in ("WebText", "Code") for s in ("train", "validation")}
+    files = {"train": "[0-9]*.jsonl", "validation": "validation-*.jsonl"}
+    split = {(d, s): texts(f"corpora/{d}/{files[s]}") for d in ("WebText", "Code") for s in files}
     for domain in ("WebText", "Code"):
         train, held_out = (set(split[domain, name]) for name in ("train", "validation"))
         assert len(train) > 5 * len(held_out) > 0 and not train & held_out
     sizes = ["--preset", "tele_flm", "--vocab-size", "600"]
-    assert main(["tokenizer", "train", *sizes, "--out", "tokenizer.model", "corpora/*/train-*.jsonl"]) == 0
+    assert main(["tokenizer", "train", *sizes, "--out", "tokenizer.model", "corpora/*/[0-9]*.jsonl"]) == 0
 
     cache = ["data", "cache", "--out", "CACHE", "--config.seq_len=64", "--config.shard_bytes=100000"]
     assert main([*cache, "--config", f"{DATA_PAGE}:WebText,Poetry"]) == 2
     assert "Poetry: not one of the published domains" in capsys.readouterr().err
     assert main([*cache, "--config", str(DATA_PAGE)]) == 2
-    missing = "sources.AcademicPaper.files: no file matches corpora/AcademicPaper/train*.jsonl; rate=0 leaves"
+    missing = "sources.AcademicPaper.files: no file matches corpora/AcademicPaper/[0-9]*.jsonl; rate=0 leaves"
     assert missing in capsys.readouterr().err
     assert main([*cache, "--config", f"{DATA_PAGE}:WebText,Code,Book", "--config.data.sources.Book.rate=0"]) == 0
     manifest = read_manifest(Path("CACHE"))

@@ -253,7 +253,7 @@ class OutputConfig:
     compression: Literal["gz", "none"] = "none"  # `tele data cache` and training read plain files; gz is to be kept
     level: int = 6  # of gzip
     validation_documents: int = 1_000  # held out of a domain (ours); 0: none
-    validation_share: float = 0.01  # of a domain's documents at most, but one where it has two (ours)
+    validation_share: float = 0.01  # of a domain's documents at most: none of fewer than a hundred (ours)
 
     def __post_init__(self):
         require_positive(self, "shard_bytes")

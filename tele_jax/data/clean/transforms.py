@@ -251,7 +251,7 @@ GLOBAL = {stage.name: stage for stage in (Urls, Duplicates, Paragraphs)}
 class Shards(beam.PTransform):
     """Batches -> entries of the manifest: (domain, entry), one for every shard that was written.
 
-    Of every domain the split "validation" is one shard, all others are "train".
+    Of every domain the split VALIDATION is one shard, all others are TRAIN.
     """
 
     def __init__(self, directory: str, shards: dict[str, int], config: OutputConfig):
@@ -271,16 +271,16 @@ class Shards(beam.PTransform):
         parts = defaultdict(list)
         for document in batch.documents:
             if writing.content_order(document) < limits[document.domain]:
-                key = document.domain, "validation", 0
+                key = document.domain, writing.VALIDATION, 0
             else:
-                key = document.domain, "train", writing.shard_of(document.uid, self.shards[document.domain])
+                key = document.domain, writing.TRAIN, writing.shard_of(document.uid, self.shards[document.domain])
             parts[key].append(document)
         yield from parts.items()
 
     def _write(self, key: tuple[str, str, int], parts: Iterable[list[Document]]):
         domain, split, shard = key
         documents = [document for part in parts for document in part]
-        shards = 1 if split == "validation" else self.shards[domain]
+        shards = 1 if split == writing.VALIDATION else self.shards[domain]
         return domain, writing.write_shard(self.directory, domain, split, shard, shards, documents, self.config)
 
 
@@ -309,8 +309,7 @@ class _HeldOut(beam.CombineFn):
         """A limit below which as many distinct texts lie as are held out; texts that are equal stay together."""
         count, orders = accumulator
         distinct = sorted(set(orders))
-        share = max(int(count * self.config.validation_share), 1 if len(distinct) > 1 else 0)
-        held = min(self.config.validation_documents, share, len(distinct) - 1)
+        held = min(self.config.validation_documents, int(count * self.config.validation_share), len(distinct) - 1)
         return distinct[held] if held > 0 else 0
 
     def _smallest(self, orders: list[int]) -> list[int]:

@@ -18,7 +18,8 @@ from tele_jax.data.clean.settings import OutputConfig
 from tele_jax.data.extras import need
 from tele_jax.errors import FailedError, UserError
 
-FORMAT = "tele_jax cleaned text 1"
+FORMAT = "tele_jax cleaned text 2"
+TRAIN, VALIDATION = "train", "validation"  # splits; the files of training have no more than their number
 
 
 def replace_file(path: str | Path, data: bytes) -> None:
@@ -102,7 +103,8 @@ def write_shard(
 ) -> dict[str, Any]:
     """Writes one shard in the order of uids; returns its entry in the manifest."""
     documents = sorted(documents, key=lambda document: document.uid)
-    name = f"{domain}/{split}-{shard:05d}-of-{shards:05d}.jsonl"
+    prefix = f"{VALIDATION}-" if split == VALIDATION else ""
+    name = f"{domain}/{prefix}{shard:05d}-of-{shards:05d}.jsonl"
     if config.compression == "gz":
         name, data = f"{name}.gz", compress(map(record, documents), config.level)
     else:
