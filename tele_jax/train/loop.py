@@ -68,7 +68,7 @@ def run(config: RunConfig, workdir: Path, *, from_step: int | None = None) -> li
     with contextlib.ExitStack() as held:
         stop = held.enter_context(StopSignal())
         from_first(lambda: own.require_own(workdir, from_step))
-        there = from_first(workdir.exists)
+        there = from_first((workdir / own.CONFIG).exists)
         if there:  # who else is at work in it is found before all text is read
             held.enter_context(own.locked(workdir))
         index = sources.Indexes()

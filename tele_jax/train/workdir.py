@@ -50,6 +50,8 @@ def require_own(workdir: Path, from_step: int | None = None) -> None:
     """Raises UserError where `workdir` holds something that is not of a run: nothing of it may be overwritten.
 
     from_step: as in `claim`, for which there has to be a run.
+
+    Raises DamageError where the document of the run is not JSON.
     """
     if from_step is not None and not (workdir / CONFIG).exists():
         raise UserError(f"--from {from_step}: {workdir} holds no run yet")
@@ -61,10 +63,11 @@ def require_own(workdir: Path, from_step: int | None = None) -> None:
     if config.exists():
         try:
             page = json.loads(config.read_text())
-            own = isinstance(page, dict) and isinstance(page.get("run"), list) and set(page["run"]) <= set(page)
-        except (ValueError, TypeError, RecursionError):
-            own = False
-        if own:
+        except (ValueError, RecursionError) as error:
+            what = "of something else, or damaged: it is not JSON"
+            raise DamageError(f"{config}: {what} ({error}); give a new or an empty directory") from None
+        names = page.get("run") if isinstance(page, dict) else None
+        if isinstance(names, list) and all(isinstance(name, str) and name in page for name in names):
             return
         raise UserError(f"{workdir}: its {CONFIG} is not that of a run; give a new or an empty directory")
     others = sorted(path.name for path in workdir.iterdir() if path.name not in (LOCK, "config.tmp"))

@@ -287,6 +287,23 @@ def test_a_directory_that_holds_anything_else_is_refused(place, finished, tmp_pa
     assert before == {p: p.read_bytes() for p in [workdir, *workdir.rglob("*")] if p.is_file()}
 
 
+def test_a_damaged_document_of_a_run_is_named(place, finished, tmp_path, capsys):
+    workdir = copy(finished, tmp_path)
+    for name, text in (("only/changes.json", '{"changes": [5]}'), ("config.json", '{"run": ["on')):
+        (workdir / name).write_text(text)
+        line = fails(capsys, 1, place, workdir, *(["--from", "8"] if name != "config.json" else []))
+        assert f"{workdir}/{name}: " in line and "damaged" in line
+
+
+def test_a_config_that_cannot_be_leaves_an_empty_directory_empty(place, tmp_path, capsys):
+    for workdir in (tmp_path / "new", tmp_path / "there"):
+        if workdir.name == "there":
+            workdir.mkdir()
+        fails(capsys, 2, place, workdir, "--config.only.steps=0")
+        fails(capsys, 2, place, workdir, "--config.only.seq_len=9999")
+        assert not workdir.exists() or os.listdir(workdir) == []
+
+
 def test_an_empty_name_is_no_work_directory(place, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "an empty name is no directory" in fails(capsys, 2, place, "")
