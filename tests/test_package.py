@@ -68,6 +68,23 @@ def test_ctrl_c_while_the_command_loads_is_one_line(module):
     assert (done.returncode, done.stderr) == (130, "tele: interrupted\n")
 
 
+BUSY = """
+import sys, threading
+sys.argv = ["tele", "inspect", "x"]
+from tele_jax.cli import inspect, main
+def run(args):
+    threading.Thread(target=threading.Event().wait).start()
+    raise KeyboardInterrupt
+inspect.run = run
+sys.exit(main.main())
+"""
+
+
+def test_ctrl_c_does_not_wait_for_threads_that_are_at_work():
+    done = python("-c", BUSY)
+    assert (done.returncode, done.stderr) == (130, "tele: interrupted\n")
+
+
 def test_a_program_that_imports_the_package_keeps_its_ctrl_c():
     code = "import signal, tele_jax; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     assert python("-c", code).stdout.split() == ["True"]

@@ -59,6 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if known is None:
             raise
         print(f"tele: {outcome.one_line(known[0])}", file=sys.stderr)
+        if own_process and isinstance(error, KeyboardInterrupt):
+            # Threads that are at work would be waited for, and print pages of what was taken from them. What they write
+            # is safe from a kill.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(known[1])
         return known[1]
 
 

@@ -174,7 +174,7 @@ def test_a_text_that_changes_while_its_cache_is_made_is_named(made, tmp_path, mo
 
 def test_workers_end_with_the_command_that_started_them_whatever_ends_it(tmp_path):
     """Without Beam: its workers import the module with this variable set, and this one would wait for ever."""
-    worker = "import tele_jax.data.beam_workers, signal; print('ready', flush=True); signal.pause()"
+    worker = "import tele_jax.data.beam_workers, signal; print('ready', flush=True)\nwhile True: signal.pause()"
     command = (
         "import subprocess, sys\n"
         "from tele_jax.data import beam_workers\n"
@@ -186,6 +186,8 @@ def test_workers_end_with_the_command_that_started_them_whatever_ends_it(tmp_pat
     process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, text=True)
     said = [process.stdout.readline() for _ in range(2)]
     assert "ready\n" in said
+    said.remove("ready\n")
+    os.kill(int(said[0]), signal.SIGINT)  # Ctrl-C comes to all, and is left to the command
     process.kill()
     process.wait()
     assert process.stdout.read() == "", "which comes when the worker has ended, and not before"
