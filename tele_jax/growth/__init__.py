@@ -3,11 +3,11 @@
 plan = growth.plan(small_cfg, large_cfg)       what happens to every leaf; print it, check it
 big = growth.apply(plan, params)               the grown parameters
 opt = growth.apply_opt(plan, opt_state)        moments that belong to them
-rep = growth.verify(plan, params, big, tokens) proof: same logits, everything new can learn
+rep = growth.verify(plan, params, big, tokens) a comparison: same logits, everything new can learn
 growth.check(plan, mesh)                       what can be known to be wrong before a byte moves
 small = growth.shrink(plan, big)               the left inverse
 growth.stream(plan, src, dst)                  the same from checkpoint to checkpoint, in bounded memory
-growth.verify_stored(plan, src, dst)           and the proof, block by block
+growth.verify_stored(plan, src, dst)           and the comparison, block by block
 growth.sharded(plan, mesh, state)              the same compiled for arrays that lie on a mesh
 growth.lazy(plan, params)                      grown leaves that are computed where they are read
 growth.compose(plan, other)                    two growths in one go

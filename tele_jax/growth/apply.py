@@ -34,7 +34,10 @@ def grow_params(plan: Growth, params: Mapping[str, Any], grow: Callable[[Plan, s
 
 
 def shrink(plan: Growth, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The left inverse of `apply`: bitwise where nothing was scaled, to one ulp a step elsewhere.
+    """The left inverse of `apply`: to the bit where nothing was scaled, to rounding elsewhere.
+
+    Of each step that is one unit in the last place where a leaf has a coefficient alone, and in float32 two where its
+    units were split into copies (policy copy).
 
     Raises:
       UserError: params are not what plan.dst_cfg describes; the plan drops something, which nothing brings back.
@@ -57,7 +60,7 @@ def _shrink_leaves(step: Plan, leaves: Mapping[str, Any]) -> dict[str, Any]:
     small = {}
     for name, spec in step.src_spec.items():
         leaf = step.leaves[kept[name]]
-        # The inverse of what growth multiplied by, rounding included, brings every entry back to one ulp.
+        # The inverse of what growth multiplied by, with its rounding: entries come back to one unit in the last place.
         factor = float(np.asarray(leaf.coefficient, jnp.promote_types(spec.dtype, jnp.float32)))
         back = LeafPlan(1 / factor, (), leaf.scaled, leaf.shared)
         small[name] = _evaluate(back, [inverse[a] for a in spec.axes], leaves[kept[name]], (0, 0), spec.shape)

@@ -27,7 +27,7 @@ def check(plan: Growth, mesh: jax.sharding.Mesh | None = None) -> None:
     width. What it cannot see is what the numbers do: see growth.verify.
 
     Raises:
-      UserError: naming everything that is wrong.
+      UserError: naming everything that it sees to be wrong; where sizes are wrong, these and the mesh alone.
     """
     problems = [problem for step in plan.steps for problem in _problems(step)]
     if mesh is not None:

@@ -1,4 +1,4 @@
-"""Index maps along axes that are cut over the devices of a mesh, without any device holding a whole axis.
+"""Index maps along axes that are cut over the devices of a mesh, without a device holding a whole axis.
 
 jnp.take along such an axis makes the compiler gather all of it on every device. Here each device sends the others what
 they take from its own part: widening 8,192 channels on 256 devices to 10,240, each needs the parts of two or three.

@@ -1,7 +1,8 @@
 """The tile kernel: any rectangle of a grown leaf, from the plan and from whatever it needs of the source.
 
-The same arithmetic serves arrays in memory, sharded arrays and checkpoints on disk. All of it is exact or correctly
-rounded elementwise (copies, one multiplication, integers), so that a result does not depend on how it was tiled.
+It serves arrays in memory and on a mesh; host.py follows the same rules in numpy for checkpoints on disk, and tests
+compare the bits of the two. All arithmetic is exact or correctly rounded elementwise (copies, one multiplication,
+integers), so that a result does not depend on how it was tiled.
 """
 
 import hashlib
@@ -83,7 +84,8 @@ def normal(key: tuple[int, int], where: Sequence[np.ndarray], shape: Sequence[in
 
     Threefry (Salmon et al. 2011) of (row, column) gives 64 bits; their four 16-bit parts are added up. The sum of four
     uniform values is near normal (kurtosis 2.7, cut off at 3.46 std, like a truncated normal) and, unlike a logarithm
-    or an inverse error function, the same to the last bit on every platform and under every tiling.
+    or an inverse error function, needs only integers and one product that is rounded once: the same bits under every
+    tiling, and on every platform that rounds as IEEE 754 says (compared on CPUs).
     """
     # jnp, not numpy: under jit only the vectors become constants of the program, not every row of the leaf.
     rows = jnp.zeros((1,) * (len(shape) - 1), jnp.uint32)

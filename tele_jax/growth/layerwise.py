@@ -1,8 +1,9 @@
 """The second level of verification: every part of the grown model does what that part of the source does.
 
-Random inputs go through the embedding, each layer, and the head, before and after, each part on its own: where all
-agree, the functions agree. It is computed here in float64 numpy, from the formulas and not by the model's own code, and
-leaves are read in blocks, so that a layer need not fit into memory.
+Random inputs go through the embedding, each layer, and the head, before and after, each part on its own: the functions
+agree where all parts do. These are a few short rows: evidence, and no proof for other inputs. All is computed here in
+float64 numpy, from the formulas and not by the model's own code, and leaves are read in blocks, so that a layer need
+not fit into memory.
 """
 
 import dataclasses

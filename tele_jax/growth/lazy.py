@@ -2,7 +2,7 @@
 
 big = growth.lazy(plan, checkpoint.open_lazy(path).params)
 big["layers"]["mlp"]["up"][3, :64]        the same bits as growth.apply(plan, params)["layers"]["mlp"]["up"][3, :64]
-growth.verify_stored(plan, params, big)   proof before a byte is written
+growth.verify_stored(plan, params, big)   a comparison before a byte is written
 """
 
 import contextlib

@@ -54,7 +54,7 @@ def vectors(plan: Plan, c: float | Mapping[str, float]) -> dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class MaskSchedule:
-    """masks = MaskSchedule(plan, start=100, ramp=5000)(step): 0 up to `start`, then linear to 1 over `ramp` steps.
+    """masks = MaskSchedule(plan, start=100, ramp=5000)(step): 0 up to `start`, then up to 1 over `ramp`.
 
     Gives {axis: float32[size]}, or None from the end of the ramp on (c would be 1 everywhere: the model is the plain
     one then) and for plans that need no masks.

@@ -61,7 +61,7 @@ def take_apart(state: Any, like: Any) -> Parts:
 
 
 class AdamState(NamedTuple):
-    """State of the trainer's Adam (train.optimizer), the one type that growth knows without the optimizer.
+    """State of the trainer's Adam (train.optimizer), which growth knows wherever it stands in a state.
 
     count: int32 steps done. mu, nu: moments, trees like the parameters. born: int32[size] per axis name.
     A unit behind a closed mask is born when the mask begins to rise, in a later step: see `delay_births`.
@@ -81,8 +81,10 @@ def apply_opt(plan: Growth, opt_state: Any, optimizer: optax.GradientTransformat
     the trainer's state (AdamState) new units are marked as born now.
 
     Args:
-      optimizer: what made the state, for every state but the trainer's. Small parameters are run through it, with and
-        without growth, and a part of its state that does not come out as above is refused.
+      optimizer: what made the state. The trainer's state does without, and so do states of zeros and a few types of
+        optax where they stand first in a chain. Small parameters are run through the optimizer, with and without
+        growth, and a part of its state that does not come out as above is refused. These are a few steps: an
+        optimizer that changes its rule later is not found out.
 
     Raises:
       UserError: names the part of the state that cannot be grown, and why; the optimizer is needed and not given.

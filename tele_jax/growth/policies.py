@@ -59,7 +59,8 @@ def plan(
         divides what is written to the residual stream instead ("keep").
 
     Raises:
-      UserError: an axis that would shrink, another difference between the configs than size, an unknown policy.
+      UserError: an axis that would shrink; a difference between the configs that is neither a size nor a multiplier,
+        init std, epsilon, length, dtype or how it is computed; an unknown policy.
 
     >>> plan(small, small.replace(embed_dim=80, mlp_dim=300)).dst_cfg.rms_eps    # from 64 embed, 1e-5
     8e-06

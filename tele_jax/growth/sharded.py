@@ -31,7 +31,7 @@ def state_shardings(plan: Growth, mesh: Mesh, opt_state: Any, optimizer: Any = N
 def sharded(plan: Growth, mesh: Mesh, opt_state: Any, optimizer: Any = None) -> Callable[[Any, Any], tuple[Any, Any]]:
     """(parameters, optimizer state) -> the grown ones, jitted for a mesh; opt_state, arrays or shapes, may be None.
 
-    optimizer: what made the state, for every state but the trainer's; see apply_opt.
+    optimizer: as for apply_opt.
     """
     params = param_shardings(unflatten(plan.dst_spec), mesh)
 

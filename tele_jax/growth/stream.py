@@ -5,7 +5,9 @@
     stream(plan, src, dst, shard=(i, n))                                        in each of n processes
 
 The destination is what checkpoint.save would have written of growth.apply and growth.apply_opt, to the bit. It is made
-chunk by chunk: a chunk of the destination and the chunks of the source that it needs are all that is in memory.
+chunk by chunk. In memory are, for every thread, a chunk of the destination and one of the source (of a composed growth
+also one for each step between them), and the last chunks of the source, for the next tiles: as many as memory_gb has
+room for.
 """
 
 import contextlib

@@ -1,8 +1,10 @@
-"""The first level of verification: every entry of the grown tree is what the plan says, to the bit.
+"""The first level of verification: every entry of the grown tree is what the plan says.
 
-Kept entries equal the source's, zeros are zero, constants are the constant, and fresh values are those that the seed,
-the name of the leaf and the index give. Leaves are read in tiles, from arrays in memory or from checkpoints that do not
-fit there. The optimizer state is looked at in the same way, with the plan of each part of it (opt_state.part_plan).
+Kept entries are the source's, to the bit or, where the plan multiplies them, within their roundings; zeros are zero (of
+either sign), constants are the constant, and fresh values are those that the seed, the name of the leaf and the index
+give, to the bit unless a later step of a composed plan multiplies them. Leaves are read in tiles, from arrays in memory
+or from checkpoints that do not fit there. The optimizer state is looked at in the same way, with the plan of each part
+of it (opt_state.part_plan).
 """
 
 import dataclasses

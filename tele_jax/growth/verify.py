@@ -1,12 +1,14 @@
 """Verification of a growth. A report names the levels that it looked at:
 
 configs            the configs that two checkpoints hold are those of the plan
-parameters         every entry is kept to the bit, zero, or the fresh value of its place      structure.py
+parameters         every entry is kept (to the bit, or to rounding where a factor was         structure.py
+                   planned), zero, or the fresh value of its place
 optimizer state    every moment, count and birth is what growth makes of the source's         structure_opt.py
 parts              embedding, every layer and head do what they did, on random inputs         layerwise.py
 logits, liveness   the logits on tokens before and after; whether all that is new can learn   liveness.py
 
-`verify_stored` does all but the last two, and needs no more memory than blocks of leaves; `verify` does all.
+`verify_stored` does all but the last two, and needs no more memory than blocks of leaves; `verify` does all. Configs
+are those of open checkpoints: trees have none. The optimizer state is looked at where one is given or stored.
 """
 
 import dataclasses
@@ -124,7 +126,7 @@ def verify(
     opt_state: tuple[Any, Any] | None = None,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Report:
-    """Compares the grown parameters with the source's, at all levels; logits on tokens int32[B, S].
+    """Compares the grown parameters with the source's, at all levels that apply; logits on tokens int32[B, S].
 
     Needs memory for both trees, two gradients and Adam's moments of the larger one. Other arguments as `verify_stored`;
     checkpoints are loaded after they were looked at as they are stored.
@@ -195,7 +197,7 @@ def verify_stored(
       several processes hold together each reads its share, layer by layer (`share`): all have to call this.
     layers: destination layers whose function is looked at; all by default.
     opt_state: the optimizer states (before, after), where src and dst are trees.
-    optimizer: what made the state, for every state but the trainer's; see apply_opt.
+    optimizer: as for apply_opt.
 
     Raises:
       UserError: a tree is not what the plan's config describes, or the plan does not lead to a whole model.
