@@ -1,8 +1,8 @@
 """Chunk files read and written directly: a chunk is its numbers and their CRC-32C, and nothing else.
 
-TensorStore reads and writes the same files, and everything else here uses it. But it allocates a chunk three times on
-the way, which takes more time than the copying, and memory that cannot be counted beforehand: for growth.stream, which
-has a budget and moves terabytes, there are these.
+TensorStore reads and writes the same files, and saving, loading and single reads use it. But it allocates a chunk three
+times on the way, which takes more time than the copying, and memory that cannot be counted beforehand: for what has a
+budget and moves terabytes (growth.stream, imports, the verification of what is stored), there are these.
 """
 
 import collections

@@ -24,7 +24,10 @@ class Damage:
 
 
 def verify(lazy: Lazy) -> Iterator[Damage]:
-    """Yields every chunk that is missing, of another size, or without its checksum; host memory stays below 1 GiB."""
+    """Yields every chunk that is missing, of another size, or without its checksum.
+
+    What is read and not yet checked is 512 MiB, or one chunk where that is larger.
+    """
     for arrays in lazy.items.values():
         for array in arrays.values():
             yield from _verify_array(array)

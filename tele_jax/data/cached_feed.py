@@ -1,4 +1,4 @@
-"""`CachedFeed`: batches of rows from a cache, each a pure function of the seed, the step and the rows asked for."""
+"""`CachedFeed`: batches of rows from a cache, each a pure function of seed, step, rows asked for and earlier stages."""
 
 import dataclasses
 import json

@@ -1,8 +1,10 @@
 """Which row of which domain comes when: a pure function of the seed and of the row's place in the whole training run.
 
+A stage that goes on in data which an earlier one has read adds where that ended (Order.begins).
+
 Two pieces of integer arithmetic, with no buffer and nothing to remember:
 
-    mixture       place in the run -> (domain, how many rows of it came before)     exact shares at every length
+    mixture       place in the run -> (domain, how many rows of it came before)     shares to a few rows, at any length
     permutation   how many came before -> (epoch, row)                              every row once an epoch
 
 They are written out here because a run depends on them for months: the order must not change with a library's next
@@ -40,7 +42,8 @@ def mixture(index: np.ndarray, weights: Sequence[int]) -> tuple[np.ndarray, np.n
     """(domain, number of rows of that domain before), int64 [n] each, for the places `index`, int64 [n].
 
     The first domain takes a place where floor(k * its share) moves on; the places that are left over are shared out in
-    the same way among the rest. After any number of rows every domain has its share to within one row per domain.
+    the same way among the rest. After any number of rows each domain is off its share by fewer rows than there are
+    domains: by 7.3 at most in the first million rows at the rates of configs/data/tele_flm.py, which has eleven.
     """
     if len(index) and not 0 <= int(index.min()) <= int(index.max()) < MAX_ROWS:
         raise ValueError(f"places {int(index.min())} to {int(index.max())} are not all in the {MAX_ROWS} rows of a run")

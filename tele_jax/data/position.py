@@ -2,7 +2,7 @@
 
 A position is found again by the checksum of what is read, whatever the domain is called and wherever its files lie. It
 counts rows of a cache or documents of a live feed, and not steps, so that a later stage with another batch size (and,
-live, with another row length) goes on exactly where the earlier one ended.
+live, with another row length) goes on where the earlier one ended; live_feed.go_on says when not to the document.
 """
 
 import dataclasses

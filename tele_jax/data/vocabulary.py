@@ -1,4 +1,4 @@
-"""Vocabularies: text to ids and back, exactly, and the ids that mean something to us.
+"""Vocabularies: text to ids and back without loss, and the ids that mean something to us.
 
 A file is a SentencePiece model (vocabulary_sentencepiece.py) or a JSON file of the `tokenizers` library
 (vocabulary_tokenizers.py); both give the same interface.
@@ -35,6 +35,8 @@ BY_NUMBER: Mapping[str, tuple[str, ...]] = {"telechat_7b": ("<_user>", "<_bot>")
 
 class Vocabulary(abc.ABC):
     r"""A vocabulary: lossless on valid UTF-8, with the special ids of this project by name.
+
+    One exception: U+2581 becomes a space in a SentencePiece file with a dummy prefix, as the released ones are.
 
     >>> vocabulary.decode(vocabulary.encode("  def f():\n\treturn 1 \n"))
     '  def f():\n\treturn 1 \n'

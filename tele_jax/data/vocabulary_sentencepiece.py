@@ -17,7 +17,8 @@ class SentencePieceVocabulary(Vocabulary):
     """A SentencePiece model that leaves text as it is; see Vocabulary.
 
     Two things differ from the bare model. The character U+2581, which SentencePiece cannot tell from a space, is
-    spelled in bytes. And dialogue markers that the file says to find in text are not found in text.
+    spelled in bytes, unless the model puts a space before every text: the released ones took it for a space in their
+    training. And dialogue markers that the file says to find in text are not found in text.
 
     Attributes:
       sp_model: the serialized model as it is used here.

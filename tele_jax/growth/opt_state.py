@@ -83,8 +83,8 @@ def apply_opt(plan: Growth, opt_state: Any, optimizer: optax.GradientTransformat
     Args:
       optimizer: what made the state. The trainer's state does without, and so do states of zeros and a few types of
         optax where they stand first in a chain. Small parameters are run through the optimizer, with and without
-        growth, and a part of its state that does not come out as above is refused. These are a few steps: an
-        optimizer that changes its rule later is not found out.
+        growth, and a part of its state that does not come out as above is refused. These are a few steps with small
+        gradients: a rule that changes later, or a clip that acts, is not seen.
 
     Raises:
       UserError: names the part of the state that cannot be grown, and why; the optimizer is needed and not given.

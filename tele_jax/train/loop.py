@@ -2,7 +2,7 @@
 
 A work directory W:
 
-    W/config.json                     the run, as it was started
+    W/config.json                     the run, as it was last started
     W/tokenizer.model or .json        a copy of the tokenizer
     W/<stage>/checkpoints/<step>/     see checkpoint/
     W/<stage>/metrics/                metrics.jsonl and TensorBoard events

@@ -3,7 +3,8 @@
 What may change while a run is under way:
 
     freely      mesh, slices, microbatches, remat, attention, cadence, evaluation, and where data and tokenizer lie:
-                none of these is part of what is computed; what is read is known by its checksum
+                none of these changes what is computed, but for the order in which sums are added up and for what is
+                held out; what is read is known by its checksum
     freely      everything of a stage that has not begun
     by itself   `steps` of the last stage, where its schedule stays the same: a schedule without `total` follows them
     --from STEP optimizer, schedule and steps of the last stage, from its checkpoint of that step on

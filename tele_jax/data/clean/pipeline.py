@@ -88,7 +88,7 @@ def clean(
 ) -> dict[str, Any]:
     """Runs all stages; writes shards, manifest.json, report.json, report.html and rejects/ to the directory `out`.
 
-    The result is the same whatever the runner and the number of workers.
+    The result is the same with any number of workers of the DirectRunner; other runners were not tried.
 
     Args:
       config: of the run.
