@@ -99,19 +99,21 @@ def drive(stages, *, every=1000, kills=(), hosts=(1,)):
     return found, provenance
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
-@settings(max_examples=12)
+@pytest.mark.parametrize("how", ["live", "cached", "fine-tuning"])
+@settings(max_examples=20)
 @given(drawn=st.data())
-def test_a_run_that_is_killed_sees_what_an_undisturbed_one_sees(place, model_file, cached, drawn):
+def test_a_run_that_is_killed_sees_what_an_undisturbed_one_sees(place, model_file, how, drawn):
     """Over seeds, batch sizes, epochs, checkpoints, kills and numbers of hosts; three stages, the rates change."""
     draw = drawn.draw
+    kind, lengths = ("sft", [40, 64]) if how == "fine-tuning" else ("pretrain", [16] if how == "cached" else [16, 24])
     stages = [
         Stage(
-            data_of(place, model_file, cached, rates),
+            talks_of(place, model_file) if kind == "sft" else data_of(place, model_file, how == "cached", rates),
             steps=draw(st.integers(1, 14)),
             batch_size=draw(st.sampled_from([4, 8])),
             seed=draw(st.integers(0, 99)),
-            seq_len=16 if cached else draw(st.sampled_from([16, 24])),
+            seq_len=draw(st.sampled_from(lengths)),
+            kind=kind,
         )
         for rates in ((("a", 3), ("b", 1)), (("a", 1), ("b", 1)), (("b", 2), ("a", 3)))
     ]
