@@ -81,11 +81,10 @@ def run(config: dict, out: Path) -> tuple[dict, dict]:
 def survivors(out: Path) -> dict[str, str]:
     """url -> text of a finished run."""
     found = {}
-    for path in sorted(out.glob("*/*.jsonl.gz")):
-        if path.parent.name != "rejects":
-            with gzip.open(path, "rt", encoding="utf-8") as file:
-                records = map(json.loads, file)
-                found |= {r.get("url", r["origin"]): r["text"] for r in records}
+    for path in sorted(out.glob("*/*-of-*.jsonl")):
+        with path.open(encoding="utf-8") as file:
+            records = map(json.loads, file)
+            found |= {r.get("url", r["origin"]): r["text"] for r in records}
     return found
 
 
