@@ -2,6 +2,8 @@
 
 import ast
 import contextlib
+import dataclasses
+import difflib
 import importlib
 import importlib.util
 import sys
@@ -12,6 +14,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tele_jax.errors import UserError
+from tele_jax.run import RunConfig
+
+# Tables of a run that a page may leave at their defaults; all others are its stages.
+_RUN_TABLES = tuple(field.name for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(field.type))
 
 
 def load_page(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -57,6 +63,10 @@ def _override(page: ConfigDict, override: str) -> None:
         raise UserError(f"{override}: not understood; a change to the config looks like --config.pretrain.steps=100")
     *tables, key = name.removeprefix("--config.").split(".")
     table: Any = page
+    if tables and "run" in page and tables[0] not in {*page, *_RUN_TABLES}:  # whoever reads one stage would not see it
+        near = difflib.get_close_matches(tables[0], [*page, *_RUN_TABLES], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"{override}: the page has no table config.{tables[0]}{hint}")
     for depth, part in enumerate(tables):
         with table.unlocked():
             if table.get(part) is None:

@@ -337,6 +337,11 @@ def test_a_flag_makes_the_tables_that_lead_to_it(tmp_path, capsys):
     assert made.to_dict() == {"a": 1, "b": {"c": {"d": "x", "e": 2}}, "mesh": {"fsdp": 8}}
     with pytest.raises(UserError, match=r"config\.a is a value, not a table"):
         load_page(str(page), ["--config.a.b=1"])
+    # The page of a run has stages: a mistyped one would be a table that nobody reads.
+    page.write_text(page.read_text().replace("a=1, b=None", "run=('only',), only=dict(steps=1)"))
+    assert load_page(str(page), ["--config.mesh.fsdp=8"]).mesh.fsdp == 8
+    with pytest.raises(UserError, match=r"the page has no table config\.onyl; did you mean 'only'\?"):
+        load_page(str(page), ["--config.onyl.steps=2"])
 
 
 def test_a_stage_that_has_not_begun_may_change_and_one_that_has_may_not_go(place, finished, tmp_path, capsys):
