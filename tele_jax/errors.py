@@ -1,4 +1,4 @@
-"""The two kinds of failure that a user meets; the command turns them into exit codes 2 and 1."""
+"""The kinds of failure that a user meets; the command turns them into exit codes 2 and 1."""
 
 
 class UserError(ValueError):

@@ -2,7 +2,8 @@
 
 All rows fill the slots of the cache in step. Prompts start in slot 0 and are padded on the right; the tokens drawn
 follow from the slot after the longest prompt on. Padding has no position, so no query sees it: shapes are rounded up
-(few compilations), results are not touched. On a mesh, rows lie along data and fsdp, keys and values along tensor.
+(few compilations), results change by rounding at most. On a mesh, rows lie along data and fsdp, keys and values along
+tensor.
 """
 
 import collections
@@ -83,7 +84,8 @@ def generate(
         must not exceed cfg.max_seq_len where the model has no NTK scaling.
       temperature, top_k, top_p, repetition_penalty: see `sampling`; by default the likeliest token is taken.
       stop_ids: end a row; they are not part of its output.
-      seed: a row's draws depend on (seed, its index in prompts) and on nothing in the other rows.
+      seed: a row's random keys depend on (seed, its index in prompts) alone; of other rows its logits depend by the
+        rounding of products of another shape, and no more.
       on_token: called as on_token(row, token) for every token as soon as it is there.
 
     Returns:
@@ -124,9 +126,9 @@ def sampling(
 ) -> Sampling:
     """How to draw, checked. Applied in this order to the logits of a row:
 
-    repetition_penalty: above 0; the logits of tokens that occurred (prompt included) are divided by it where positive
-      and multiplied where negative (CTRL, arXiv 1909.05858); 1 does nothing.
-    temperature: at least 0; divides the logits; 0 takes the largest.
+    repetition_penalty: in [1e-6, 1e6]; the logits of tokens that occurred (prompt included) are divided by it where
+      positive and multiplied where negative (CTRL, arXiv 1909.05858); 1 does nothing.
+    temperature: at least 0; divides the logits; 0, or what float32 flushes to it, takes the largest.
     top_k: at least 1; only the k largest stay.
     top_p: in (0, 1]; of those, only the largest stay, up to and with the one that brings their probability to p.
     """
@@ -178,8 +180,8 @@ def prepare(cfg: ModelConfig, params: Mapping[str, Any]) -> Mapping[str, Any]:
     Norm scales are used in float32 and stay; the rest goes to cfg.dtype, so that a step does not cast all of it again.
     XLA's CPU compiler copies the slice of every stacked weight that a scan over layers hands to a matrix product, which
     doubles the time of a step (docs/decode.md); its TPU compiler reads slices in place, and there layers stay stacked.
-    Changes no result. `generate` does this: call it only to do it once for many calls. What it makes takes memory of
-    its own; if nothing else holds params, each leaf goes as soon as it is replaced.
+    Changes results by rounding at most. `generate` does this: call it only to do it once for many calls. What it makes
+    takes memory of its own; if nothing else holds params, each leaf goes as soon as it is replaced.
     """
     if not isinstance(params["layers"], Mapping):
         return params  # prepared before

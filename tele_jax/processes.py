@@ -6,7 +6,7 @@
     sizes = from_all(size)                      # [that of process 0, that of process 1, ...] in all
     with StopSignal() as stop: ...              # stop(): SIGTERM or Ctrl-C came to any; True in all at the same call
 
-With one process all of this does nothing, and jax.distributed need not be started.
+With one process nothing is exchanged, and jax.distributed need not be started.
 """
 
 import contextlib

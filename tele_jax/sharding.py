@@ -48,7 +48,8 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with the axes data, fsdp and tensor over the devices given, or all of them, neighbours close together.
 
-    Of several TPU slices, `data` runs over the slices first: only gradients cross the slower network between them.
+    Of several TPU slices, `data` runs over the slices first: a step sends sums of gradients, and of a few figures, over
+    the slower network between them, and no parameters.
     num_slices: on how many the devices have to lie; None: on however many there are.
 
     Raises:

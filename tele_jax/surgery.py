@@ -1,9 +1,9 @@
 """Surgery on parameter trees, by the names of their axes: take, drop, reorder, cut, pad, rescale, rename, select.
 
     plan = surgery.drop(cfg, "layers", [3, 7])
-    plan = surgery.cut(plan, "mlp", 1024)             every function takes a config, or a plan to go on from
+    plan = surgery.cut(plan, "mlp", 1024)             functions take a config, or a plan to go on from
     print(plan)
-    small = growth.apply(plan, params)                all that growth does with plans: apply_opt, verify, stream, JSON
+    small = growth.apply(plan, params)                as plans of growth: apply_opt, stream, verify (a model), JSON
 
 A plan says whether the function is preserved, and if not, why (plan.notes). Growth that keeps the function and lets
 what is new learn is `growth.plan`.

@@ -19,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         required=True,
         choices=FORMATS,
-        help="llama runs in transformers, vLLM and llama.cpp with nothing of ours installed",
+        help="llama runs in transformers with nothing of ours installed; vLLM and llama.cpp were not tried",
     )
     parser.add_argument(
         "--dtype",

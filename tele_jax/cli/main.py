@@ -1,7 +1,7 @@
 """`tele VERB ...`: finds the verb, runs it, and turns its outcome into an exit code.
 
 A verb is a module of this package with HELP (one line), arguments(parser), and run(args), which prints for people and
-returns its figures as a dict, or None. They are imported only when called, so that `tele --help` is instant.
+returns its figures as a dict, or None. They are imported only when called, so that `tele --help` loads none.
 """
 
 import argparse

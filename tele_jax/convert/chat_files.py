@@ -1,8 +1,9 @@
 """The files with which other programs talk to an exported model: tokenizer, chat template, and how it generates.
 
-A Llama export is complete with them: transformers, vLLM and others read tokenizer.json, tokenizer_config.json (with the
-chat template) and generation_config.json, with nothing of ours installed, and `apply_chat_template` gives the ids of
-`tele chat`. Only the protection against typed markers stays here: those programs read a marker in a message as one.
+A Llama export is complete with them: transformers, with which it is tested, and other programs read tokenizer.json,
+tokenizer_config.json (with the chat template) and generation_config.json, with nothing of ours installed, and
+`apply_chat_template` gives the ids of `tele chat`. Only the protection against typed markers stays here: those programs
+read a marker in a message as one.
 """
 
 import json

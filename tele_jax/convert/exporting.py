@@ -164,7 +164,8 @@ def export_checkpoint(
     Raises:
       UserError: `dst` exists or cannot be made; the format cannot express the model; numbers become infinite in dtype;
         src is in the middle of a growth behind masks.
-      DamageError: a chunk of src is damaged, or has numbers that are not finite; writing failed. Nothing is left.
+      DamageError: a chunk of src is damaged, or has numbers that are not finite; writing failed. Nothing is left
+        after either, but for directories above dst.
     """
     from tele_jax.checkpoint import open_lazy
     from tele_jax.growth.masks import require_unmasked

@@ -59,7 +59,8 @@ def import_checkpoint(
     """Reads a released checkpoint into the step directory `dst`, which appears when it is complete.
 
     A call that was killed is repeated with the same arguments (memory_gb, workers and progress may differ) and goes on.
-    Where the release turns out to be bad, nothing is left.
+    Where a tensor of the release turns out to be bad, what was written is removed (directories above dst stay). What is
+    refused before that, such as another release than the call began with, leaves what an earlier call wrote.
 
     Args:
       src: directory with config.json and *.safetensors.

@@ -141,7 +141,7 @@ class LiveFeed:
     Every epoch of a domain has every document once, in an order of its own. The domains' shares of the rows are their
     rates. The same configuration, files and seed give the same batches, bit for bit, and `state` and `restore` go on
     in the middle as if nothing had happened, in any epoch and in another process too. What is read is compared with the
-    checksums of the index: a file that changes meanwhile ends the run, and never mixes two versions.
+    checksums of the index: a document that changed since ends the run when it is read, and no two versions are mixed.
     """
 
     def __init__(

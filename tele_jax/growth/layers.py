@@ -23,8 +23,8 @@ def choose(how: str | Sequence[int], src_layers: int, dst_layers: int, scores: S
 
     Args:
       how: "uniform" spreads the copies evenly; "last" and "middle" take the layers at that place; "distance" takes the
-        layers that change their input least, by `scores`, and leaves out the first and the last as long as others
-        are left; or the ids themselves, where a repeated id is a copy.
+        layers that change their input least, by `scores`, and leaves out the first and the last of three or
+        more; or the ids themselves, where a repeated id is a copy.
 
     Raises:
       UserError: an unknown name, ids that lose or reorder a source layer, "distance" without scores.

@@ -1,4 +1,4 @@
-"""Next-token cross entropy that never holds the logits of a whole batch: they are made and used a few rows at a time.
+"""Next-token cross entropy that holds the logits of one chunk of tokens at a time: as many as CHUNK_BYTES has room for.
 
 In training the gradients are made in the same pass, while the logits of a chunk are there: three products with the
 head's kernel and not four. On a mesh each device works on its own rows and its own part of the vocabulary.
@@ -176,7 +176,7 @@ def _losses_and_gradients(x, kernel, targets, weights, *, mult, vocab_size, axes
         of_logits = ((jnp.exp(logits - log_normalizer) - hit) * (weights * mult)[:, None]).astype(x.dtype)
         of_x = axes.sum(jnp.einsum("TV,DV->TD", of_logits, whole, preferred_element_type=accumulate))
         part = jnp.einsum("TD,TV->DV", x, of_logits, preferred_element_type=accumulate)
-        # Reduced chunk by chunk: the whole gradient, which is as large as all of the head, never lies on one device.
+        # Reduced chunk by chunk: the whole gradient, as large as all of the head, does not lie on a device of a mesh.
         return kernel_gradient + axes.scattered(part, x.dtype), (losses, of_x.astype(x.dtype))
 
     parts = _by_chunk(_chunks(targets.size, whole.shape[1]), x, targets, weights)

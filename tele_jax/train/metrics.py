@@ -79,7 +79,7 @@ class Metrics:
             self.flush()
 
     def flush(self) -> None:
-        """Puts everything on disk: what lies before a checkpoint is never written again after a kill."""
+        """Hands all to the operating system: what lies before a checkpoint is never written again after a kill."""
         if self._writes:
             self._file.flush()
             self._events.flush()
