@@ -288,7 +288,8 @@ def page(store: dict[str, dict]) -> str:
 
 Written by `python benchmarks/aot_table.py --page docs/scale.md`; not by hand. Each row is a compilation of the real
 program ({"; ".join(compilers)}) for a slice that was not there: parameters and Adam's moments in float32, products in
-bfloat16, sequences of 4,096 tokens. `tele plan` gives the same for any other model, slice, mesh and batch.
+bfloat16, sequences of 4,096 tokens. `tele plan` gives the same for other models, slices, meshes and
+batches, where their shapes divide.
 
 - HBM is that of one device at the fullest moment; v5p and v6e have a device a chip, tpu7x two. Activations are what
   layers keep for the backward pass, the rest gradients and temporaries.
@@ -298,7 +299,8 @@ bfloat16, sequences of 4,096 tokens. `tele plan` gives the same for any other mo
   as the compiler has ordered them, each at the peak of the resource that it needs most; for a collective that no other
   work overlaps the device waits. In the programs for v5p and v6e that is every large collective but those that the
   compiler has merged with a matrix product, in those for tpu7x hardly any.
-- Neither is a forecast: a real step takes longer than both, and nothing here has run on a TPU. Model FLOPs over peak
+- Neither is a forecast: a real step of that program takes longer than both, as far as what is counted is right, and
+  nothing here has run on a TPU. All figures of steps are compiled or derived, none is measured. Model FLOPs over peak
   counts model FLOPs; what is computed again does not count.
 - Days and chip-hours stand twice: by the bound as scheduled, and at the utilisation that MaxText publishes of dense
   models of this size on the same chip (65.4% on v5p, 43.8% to 50.3% on v6e: maxtext.readthedocs.io, "Optimized models
