@@ -16,6 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from machine import machine
+
 import tele_jax as tele
 from tele_jax import growth
 from tele_jax.axes import flatten
@@ -59,7 +61,8 @@ def main() -> None:
     runs = [run(stage, policy) for stage in args.stages for policy in args.policies]
     worst = max(difference for r in runs for difference in r["relative_difference"].values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"worst": worst, "target": "<= 9.6e-07", "peak_gib": round(peak, 2), "runs": runs}, indent=2))
+    figures = {"worst": worst, "target": "<= 9.6e-07", "peak_gib": round(peak, 2), "runs": runs}
+    print(json.dumps({"machine": machine(), **figures}, indent=2))
 
 
 if __name__ == "__main__":

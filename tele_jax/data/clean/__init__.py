@@ -1,6 +1,6 @@
 """Cleaning: from crawled or collected text to deduplicated, screened documents. `tele data clean`.
 
-Pure functions on documents, which need no Beam:
+Functions on documents, which need no Beam (but for files at addresses such as gs://):
   document.py     Document, Drop, and Tally: what a stage did, with samples
   reading.py      files of any format as documents; what cannot be read or decoded as rejects
   extract.py      HTML to text; normalisation
