@@ -19,26 +19,41 @@ from tele_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One domain of text: where its files are, and how often it is drawn."""
+    """One domain of text: where its files are, or which seqio Task gives it, and how often it is drawn."""
 
-    files: tuple[str, ...] = ()  # glob patterns; needed unless the rows come from a cache
+    files: tuple[str, ...] = ()  # glob patterns; these or a task are needed unless the rows come from a cache
     format: Literal["text", "jsonl", "dialogues"] = "text"
     # text: a file is one document; jsonl: {"text": ...} a line; dialogues: {"messages": [{"role", "content"}, ...]}
     # a line
     rate: float = 1.0  # relative; the mixture divides by the sum. 0: the domain is left out
     validation_files: tuple[str, ...] = ()  # held out, for bits per byte; none: the domain is not evaluated
+    # Instead of files: a seqio Task or Mixture by its name, registered in a module that the page imports. A Mixture
+    # becomes one domain for each of its tasks, NAME.TASK, which share `rate` as the Mixture says.
+    task: str = ""
+    split: str = "train"  # of the task, to train on
+    validation_split: str = ""  # of the task, held out as validation_files are
 
     def __post_init__(self):
         require(math.isfinite(self.rate) and self.rate >= 0, f"rate={self.rate} must be 0 or above, and finite")
+        require(not (self.files and self.task), "files and task: a domain is read from one of the two; leave one out")
+        require(
+            not (self.validation_files and self.validation_split),
+            "validation_files and validation_split: a domain is evaluated on one of the two; leave one out",
+        )
+        require(not (self.task and not self.split), "split must name a split of the task")
+        require(
+            not self.task or self.split != self.validation_split,
+            f"validation_split={self.validation_split!r} is the split that is trained on",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """A mixture of domains and the tokenizer that reads it.
 
-    With `cache`, rows come from there, and only validation_files are read. `sources` may then choose among the cache's
-    domains and give other rates; empty, it is all of them as the cache was made. Their `files` may be left out; where
-    they are given, they have to be those that the cache was made from.
+    With `cache`, rows come from there, and only what is held out is read. `sources` may then choose among the cache's
+    domains and give other rates; empty, it is all of them as the cache was made. Their `files` or `task` may be left
+    out; where they are given, they have to be those that the cache was made from.
     """
 
     tokenizer: str  # path of a SentencePiece model, or of a JSON file of the `tokenizers` library
@@ -57,8 +72,12 @@ class DataConfig:
         object.__setattr__(self, "sources", drawn)
         for name, source in self.sources.items():
             require(
-                self.cache is not None or len(source.files) > 0,
-                f"sources.{name}.files must name at least one pattern",
+                self.cache is not None or len(source.files) > 0 or bool(source.task),
+                f"sources.{name}.files must name at least one pattern, or sources.{name}.task a seqio Task",
+            )
+            require(
+                self.cache is not None or bool(source.task) or not source.validation_split,
+                f"sources.{name}.validation_split is of a seqio Task, and sources.{name}.task names none",
             )
             require(
                 name.isprintable() and name[:1] not in ("", ".") and not set(name) & set("/\\"),

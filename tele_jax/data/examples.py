@@ -3,6 +3,7 @@
 A document is its tokens and then the end-of-sequence token. Its inputs are its targets moved right by one, with the
 end-of-sequence token in front, which so becomes what separates documents (`separator`): every token is predicted, the
 first too. Generation and evaluation put the same token before a document (`document_start`).
+An example of a seqio Task is what the Task gives, id for id (`from_features`).
 A dialogue begins with its first marker instead, which is given, not predicted: inputs are tokens[:-1], targets
 tokens[1:], exactly as the released template without BOS.
 """
@@ -79,6 +80,39 @@ def check_system(messages: Sequence[dialogue.Message], vocabulary: Vocabulary, w
 
 def _takes_systems(vocabulary: Vocabulary) -> bool:
     return templates.marker_ids(templates.choose(vocabulary), vocabulary).system is not None
+
+
+def from_features(features: Mapping[str, np.ndarray], vocabulary: Vocabulary, kind: Kind) -> np.ndarray:
+    """An example of a seqio Task as int32 [3, n]; no id that the Task gives is changed or left out.
+
+    `targets` alone are a document that is learned. `inputs` and `targets` are one document, inputs first, of which the
+    targets are learned. With `loss_weights` as well, the three are taken as they are: the columns of an example. In
+    pretraining a document without the end-of-sequence token at its end gets it.
+
+    Args:
+      features: int [n] each.
+      vocabulary: gives the separator, which comes before the first token.
+      kind: "pretrain" or "sft".
+
+    Raises:
+      UserError: nothing is learned, or the features do not fit each other; it is left to the caller to say where.
+    """
+    targets = features["targets"]
+    if len(targets) == 0:
+        raise UserError("targets is empty")
+    if "loss_weights" in features:
+        columns = [features[name] for name in COLUMNS]
+        if len({len(column) for column in columns}) > 1:
+            raise UserError(f"inputs, targets and loss_weights have {', '.join(str(len(c)) for c in columns)} entries")
+        if not np.isin(columns[2], (0, 1)).all() or not columns[2].any():
+            raise UserError("loss_weights are 0 or 1, and one of them has to be 1")
+        return np.array(columns, np.int32)
+    given = features.get("inputs", targets[:0])
+    tokens = np.concatenate([[separator(vocabulary)], given, targets])
+    if kind == "pretrain" and tokens[-1] != separator(vocabulary):
+        tokens = np.append(tokens, separator(vocabulary))
+    weights = np.arange(1, len(tokens)) > len(given)
+    return np.array([tokens[:-1], tokens[1:], weights], np.int32)
 
 
 def example(

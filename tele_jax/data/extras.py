@@ -47,23 +47,30 @@ def need(module: str, *, how: str | None = None) -> types.ModuleType:
     Raises:
       UserError: the package is not installed.
     """
-    loud = module.split(".")[0] in ("tensorflow", "tensorflow_text", "seqio") and "tensorflow" not in sys.modules
+    tensorflows = module.split(".")[0] in ("tensorflow", "tensorflow_text", "seqio")
     try:
-        if not loud:
+        if not tensorflows:
+            return importlib.import_module(module)
+        if "tensorflow" in sys.modules:  # by the caller, or here before
+            _keep_off_accelerators(sys.modules["tensorflow"])
             return importlib.import_module(module)
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         with _without_chatter(), held_back(_FOR_KERAS_ALONE):
             tensorflow = importlib.import_module("tensorflow")
-            for kind in ("GPU", "TPU"):
-                # Too late when the caller has used TensorFlow's devices before; then they are the caller's choice.
-                with contextlib.suppress(RuntimeError, ValueError):
-                    tensorflow.config.set_visible_devices([], kind)
+            _keep_off_accelerators(tensorflow)
             tensorflow.constant(0)  # looks for devices now, not later when nothing is held back
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
         extra = "clean" if _CLEAN & {module.split(".")[0], error.name} else "data"
         how = how or f"pip install tele_jax[{extra}]"
         raise UserError(f"{module} needs the package {error.name!r}, which is not installed: {how}") from None
+
+
+def _keep_off_accelerators(tensorflow: types.ModuleType) -> None:
+    for kind in ("GPU", "TPU"):
+        # Too late when the caller has used TensorFlow's devices before; then they are the caller's choice.
+        with contextlib.suppress(RuntimeError, ValueError):
+            tensorflow.config.set_visible_devices([], kind)
 
 
 @contextlib.contextmanager

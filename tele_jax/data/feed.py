@@ -1,10 +1,12 @@
 """Batches for training and for evaluation, from what a DataConfig names.
 
-`open_feed` gives a LiveFeed, straight from files, or a CachedFeed (cached_feed.py); `held_out` reads validation files.
+`open_feed` gives a LiveFeed, straight from files and seqio Tasks, or a CachedFeed (cached_feed.py); `held_out` reads
+what is held out.
 """
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import warnings
@@ -12,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -24,20 +26,24 @@ from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
 from tele_jax.errors import UserError
 from tele_jax.run import DataConfig, SourceConfig
 
+if TYPE_CHECKING:
+    from tele_jax.data import task_documents
+
 SPAN_BYTES = 16_384
 SPAN_BYTES_PER_TOKEN = 32  # a span is about eight rows of English
 
-Aside = Callable[[sources.Corpus], None]
+# Is given a corpus (or a task_documents.TaskDocuments, which has the same account of what cannot be used).
+Aside = Callable[[Any], None]
 Index = Callable[..., sources.Corpus]  # sources.index, or a sources.Indexes
 
 
-def warn(corpus: sources.Corpus) -> None:
+def warn(corpus: Any) -> None:
     """Warns of the documents of a domain that cannot be used, if there are such: what becomes of them by default."""
     if corpus.rejected:
         warnings.warn(corpus.account(), stacklevel=2)
 
 
-def ignore(corpus: sources.Corpus) -> None:
+def ignore(corpus: Any) -> None:
     """Says nothing of them: for a first look, before the one that does."""
 
 
@@ -77,26 +83,40 @@ def open_feed(
 
 
 def resolve(data: DataConfig) -> DataConfig:
-    """`data` with the sources that it leaves to its cache.
+    """`data` with the sources that it leaves to its cache, and with a domain for every task of a Mixture.
 
     Raises:
-      UserError: the cache is missing, has no such domain, or was made from other files; DamageError: it is damaged.
+      UserError: the cache is missing, has no such domain, or was made from other files; seqio has no such task.
+      DamageError: the cache is damaged.
     """
+    if any(source.task for source in data.sources.values()):
+        from tele_jax.data import task_documents
+
+        data = task_documents.expand(data)
     if data.cache is None:
         return data
     domains = cache.read_manifest(Path(data.cache)).domains
+    resolved = {}
     for name, source in data.sources.items():
         if name not in domains:
             near = difflib.get_close_matches(name, domains, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(domains)}"
             raise UserError(f"sources.{name}: the cache {data.cache} has no such domain; {hint}")
-        made_from = domains[name].source.files
-        if source.files and source.files != made_from and not _same_sizes(source, domains[name], name):
+        made_from = domains[name].source
+        of_task = (source.task, source.split)
+        differs = source.files and source.files != made_from.files and not _same_sizes(source, domains[name], name)
+        if differs or (source.task and of_task != (made_from.task, made_from.split)):
+            field = "files" if differs else "task"
+            what = f"the split {made_from.split!r} of the task {made_from.task}"
             raise UserError(
-                f"sources.{name}.files: the cache {data.cache} was made from {', '.join(made_from)}; make it again, or "
-                "leave files out"
+                f"sources.{name}.{field}: the cache {data.cache} was made from "
+                f"{what if made_from.task else ', '.join(made_from.files)}; make it again, or leave {field} out"
             )
-    return dataclasses.replace(data, sources=data.sources or {name: d.source for name, d in domains.items()})
+        # What is held out comes from the task that the cache was made from.
+        resolved[name] = dataclasses.replace(
+            source, task=made_from.task, split=made_from.split, files=source.files or made_from.files
+        )
+    return dataclasses.replace(data, sources=resolved or {name: d.source for name, d in domains.items()})
 
 
 def _same_sizes(source: SourceConfig, domain: cache.Domain, name: str) -> bool:
@@ -116,8 +136,9 @@ def check(data: DataConfig, *, kind: examples.Kind, seq_len: int, index: Index =
       DamageError: a cache is damaged, as far as can be seen without reading the rows.
     """
     vocabulary = open_vocabulary(data, kind)
+    resolved = resolve(data)
     if data.cache is None:
-        open_corpora(data, vocabulary, kind, seq_len, "files", aside=ignore, index=index)
+        open_documents(resolved, vocabulary, kind, seq_len, aside=ignore, index=index)
     else:
         cache.check_fits(
             cache.RowCache(data.cache).manifest,
@@ -128,7 +149,8 @@ def check(data: DataConfig, *, kind: examples.Kind, seq_len: int, index: Index =
             sha256=vocabulary.sha256,
             template=data.template,
         )
-    open_corpora(resolve(data), vocabulary, kind, seq_len, "validation_files", aside=ignore, index=index)
+    open_corpora(resolved, vocabulary, kind, seq_len, "validation_files", aside=ignore, index=index)
+    open_tasks(resolved, vocabulary, kind, seq_len, "validation_split", aside=ignore, index=index)
     return vocabulary
 
 
@@ -175,11 +197,8 @@ class LiveFeed:
             a tokenizer that is missing or lacks what is needed; a system message that its template has no place for.
         """
         self._vocabulary = open_vocabulary(data, kind)
-        corpora = open_corpora(data, self._vocabulary, kind, seq_len, "files", aside=aside, index=index)
-        self._documents = {
-            name: live_feed.CorpusDocuments(corpora[name], self._vocabulary, kind, seq_len, _span_bytes(seq_len))
-            for name in sorted(corpora)
-        }
+        data = resolve(data)
+        self._documents = open_documents(data, self._vocabulary, kind, seq_len, aside=aside, index=index)
         self._shape = {"kind": kind, "seq_len": seq_len}
         self._batch_size, self._place = batch_size, place
         self._weights = order.integer_weights([data.sources[name].rate for name in self._documents])
@@ -192,8 +211,8 @@ class LiveFeed:
             "tokenizer": self._vocabulary.sha256,
             "order": order.VERSION,
             "sources": {
-                name: {"checksum": corpus.checksum, "format": corpus.format, "rate": data.sources[name].rate}
-                for name, corpus in corpora.items()
+                name: {"checksum": each.checksum, "format": each.format, "rate": data.sources[name].rate}
+                for name, each in self._documents.items()
             },
         }
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="documents")
@@ -331,48 +350,71 @@ def held_out(
     aside: Aside = warn,
     index: Index = sources.index,
 ) -> dict[str, HeldOut]:
-    """The first data.eval_bytes of the validation files of each domain that has some, always the same batches.
+    """The first data.eval_bytes of what is held out of each domain that has some, always the same batches.
 
-    A document longer than what is left of eval_bytes is cut at a character; a dialogue never is, and the last one may
-    go beyond. (Of a dialogue, answers are counted.) Documents longer than seq_len are cut into pieces, each beginning
-    with the separator as its only context. Documents that cannot be used are left out; `aside` is as in LiveFeed.
+    A document longer than what is left of eval_bytes is cut at a character; a dialogue or an example of a Task never
+    is, and the last one may go beyond. (Of these, what is learned is counted.) Documents longer than seq_len are cut
+    into pieces, each beginning with the separator as its only context. Documents that cannot be used are left out;
+    `aside` is as in LiveFeed.
 
     Raises:
       UserError: as LiveFeed.
     """
-    vocabulary = open_vocabulary(data, kind)
-    corpora = open_corpora(resolve(data), vocabulary, kind, seq_len, "validation_files", aside=aside, index=index)
-    return {
-        name: _held_out(corpus, vocabulary, kind, seq_len, batch_size, data.eval_bytes)
-        for name, corpus in corpora.items()
+    vocabulary, data = open_vocabulary(data, kind), resolve(data)
+    how = {"aside": aside, "index": index}
+    corpora = open_corpora(data, vocabulary, kind, seq_len, "validation_files", **how)
+    readers = {name: _reader(corpus, vocabulary, kind, seq_len) for name, corpus in corpora.items()}
+    for name, documents in open_tasks(data, vocabulary, kind, seq_len, "validation_split", **how).items():
+        readers[name] = (len(documents), lambda i, left, documents=documents: (documents.example(i), True))
+    held = {
+        name: _held_out(*readers[name], vocabulary, seq_len, batch_size, data.eval_bytes)
+        for name in data.sources
+        if name in readers
     }
+    for name, text in held.items():
+        if text is None:
+            field = "validation_files" if name in corpora else "validation_split"
+            raise UserError(f"eval_bytes={data.eval_bytes} holds no character of sources.{name}.{field}; give more")
+    return held
+
+
+# Gives document i, of at most so many bytes where it can be cut, and whether its text begins with it.
+_Read = Callable[[int, int], tuple[np.ndarray, bool]]
+
+
+def _reader(corpus: sources.Corpus, vocabulary: Vocabulary, kind: examples.Kind, seq_len: int) -> tuple[int, _Read]:
+    def read(i: int, left: int) -> tuple[np.ndarray, bool]:
+        example = examples.example(corpus, i, vocabulary, kind, seq_len, max_bytes=left)
+        return example, not examples.continues(corpus, i, vocabulary)
+
+    return len(corpus), read
 
 
 def _held_out(
-    corpus: sources.Corpus, vocabulary: Vocabulary, kind: examples.Kind, seq_len: int, batch_size: int, max_bytes: int
-) -> HeldOut:
+    count: int, read: _Read, vocabulary: Vocabulary, seq_len: int, batch_size: int, max_bytes: int
+) -> HeldOut | None:
+    """None where max_bytes holds no character."""
     sizes = np.array([len(spelled) for spelled in vocabulary.piece_bytes])
+    spaced = np.array([spelled[:1] == b" " for spelled in vocabulary.piece_bytes])
     num_bytes, num_tokens, pieces = 0, 0, []
-    for i in range(len(corpus)):
+    for i in range(count):
         if num_bytes >= max_bytes:
             break
-        example = examples.example(corpus, i, vocabulary, kind, seq_len, max_bytes=max_bytes - num_bytes)
+        example, begins = read(i, max_bytes - num_bytes)
         _, targets, weights = example
         weights *= sizes[targets] > 0
         num_tokens += int(weights.sum())
         num_bytes += int((sizes[targets] * weights).sum())
         # A space that is not in the text, at the start of each.
-        if vocabulary.adds_dummy_prefix and not examples.continues(corpus, i, vocabulary):
-            num_bytes -= int(np.count_nonzero(np.diff(weights, prepend=0) == 1))
+        if vocabulary.adds_dummy_prefix and begins:
+            num_bytes -= int(np.count_nonzero(spaced[targets] & (np.diff(weights, prepend=0) == 1)))
         for start in range(0, example.shape[1], seq_len):
             piece = example[:, start : start + seq_len].copy()
             if start:
                 piece[0, 0] = examples.separator(vocabulary)
             pieces.append(piece)
     if not num_bytes:
-        raise UserError(
-            f"eval_bytes={max_bytes} holds no character of sources.{corpus.name}.validation_files; give more"
-        )
+        return None
     pad_id = max(vocabulary.pad_id, 0)
     open_rows, full_rows = packing.fit_rows(packing.empty_rows(64, seq_len, pad_id), pieces, pad_id=pad_id)
     rows = np.stack([*full_rows, *filter(packing.used, open_rows)])
@@ -397,7 +439,11 @@ def open_vocabulary(data: DataConfig, kind: examples.Kind) -> Vocabulary:
 
 
 def has_dialogues(data: DataConfig, kind: examples.Kind) -> bool:
-    return kind == "sft" or any(source.format == "dialogues" for source in data.sources.values())
+    """Whether dialogues are written, for which a tokenizer needs markers: fine-tuning on Tasks alone has none."""
+    if kind == "sft" and data.cache is not None and not data.sources:
+        return cache.read_manifest(Path(data.cache)).template is not None
+    files = [source for source in data.sources.values() if not source.task]
+    return any(kind == "sft" or source.format == "dialogues" for source in files)
 
 
 def open_corpora(
@@ -425,6 +471,58 @@ def open_corpora(
             examples.check_systems(corpora[name], vocabulary)
             aside(corpora[name])
     return corpora
+
+
+def open_documents(
+    data: DataConfig,
+    vocabulary: Vocabulary,
+    kind: examples.Kind,
+    seq_len: int,
+    *,
+    aside: Aside = warn,
+    index: Index = sources.index,
+) -> dict[str, live_feed.Documents]:
+    """The documents of every domain to be read live, by name in order.
+
+    Raises:
+      UserError, FailedError: as open_corpora and open_tasks.
+    """
+    corpora = open_corpora(data, vocabulary, kind, seq_len, "files", aside=aside, index=index)
+    found: dict[str, live_feed.Documents] = {
+        name: live_feed.CorpusDocuments(corpus, vocabulary, kind, seq_len, _span_bytes(seq_len))
+        for name, corpus in corpora.items()
+    }
+    found |= open_tasks(data, vocabulary, kind, seq_len, "split", aside=aside, index=index)
+    return {name: found[name] for name in sorted(found)}
+
+
+def open_tasks(
+    data: DataConfig,
+    vocabulary: Vocabulary,
+    kind: examples.Kind,
+    seq_len: int,
+    field: Literal["split", "validation_split"],
+    *,
+    aside: Aside = warn,
+    index: Index = sources.index,
+) -> dict[str, "task_documents.TaskDocuments"]:
+    """The examples of every domain that is a seqio Task (`resolve`) and has a split in `field`.
+
+    Raises:
+      UserError, FailedError: as task_documents.open_task.
+    """
+    found = {}
+    for name, source in data.sources.items():
+        if source.task and (split := getattr(source, field)):
+            from tele_jax.data import task_documents
+
+            where = f"sources.{name}.{'task' if field == 'split' else field}"
+            made = functools.partial(task_documents.open_task, source, where, vocabulary, kind, seq_len, split=split)
+            longest = seq_len if kind == "sft" else None
+            key = ("task", where, source.task, split, vocabulary.sha256, kind, longest)
+            found[name] = index.once(key, made) if isinstance(index, sources.Indexes) else made()
+            aside(found[name])
+    return found
 
 
 def _span_bytes(seq_len: int) -> int:

@@ -28,10 +28,12 @@ class Documents(Protocol):
     Attributes:
       checksum: of all that is read.
       cut: bytes at which a long document is cut into several; 0 where none is that long.
+      format: of the files, or "task".
     """
 
     checksum: str
     cut: int
+    format: str
 
     def __len__(self) -> int:
         """Number of documents in an epoch; a document that is cut counts as several."""
@@ -50,7 +52,7 @@ class CorpusDocuments:
     def __init__(self, corpus: Corpus, vocabulary: Vocabulary, kind: examples.Kind, seq_len: int, span_bytes: int):
         """span_bytes: at which the corpus was cut."""
         self._corpus, self._vocabulary, self._kind, self._seq_len = corpus, vocabulary, kind, seq_len
-        self.checksum = corpus.checksum
+        self.checksum, self.format = corpus.checksum, corpus.format
         self.cut = 0 if corpus.last.all() else span_bytes
 
     def __len__(self) -> int:

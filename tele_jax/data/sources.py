@@ -28,7 +28,8 @@ Format = Literal["text", "jsonl", "dialogues"]
 WHOLE = 1 << 62  # larger than any document: no cutting
 
 # A document that cannot be used: {"file", "byte" where its line or this stretch of its text begins, "reason", "sample"
-# of its first bytes}, and "line" where it is known.
+# of its first bytes}, and "line" where it is known. An example of a seqio Task: {"task", "split", "shard", "example",
+# "reason", "sample"}.
 Reject = dict[str, Any]
 EMPTY = "the text is empty"  # the reason of one of them
 KEPT = 10_000  # so many of a domain are kept in memory, and counted beyond: every line of a large corpus may be bad
@@ -75,9 +76,7 @@ class Corpus:
 
     def account(self) -> str:
         """How many of the documents were rejected, and why the first: a line for whoever trains on the rest."""
-        count, used = self.num_rejected, int(self.last.sum())
-        first = f"; the first is {place(self.rejected[0])}" if count else ""
-        return f"{self.where}: {count:,} of {count + used:,} documents cannot be used{first}"
+        return account(self.where, int(self.last.sum()), self.num_rejected, self.rejected)
 
     def text(self, i: int) -> str:
         """The text of span `i` (formats text and jsonl)."""
@@ -179,7 +178,7 @@ def index(where: str, name: str, patterns: Sequence[str], format: Format, *, spa
     """
     files = expand(patterns, where)
     spans: list[tuple[int, ...]] = []
-    rejected = _Rejects()
+    rejected = Rejects()
     checksum = hashlib.blake2b(digest_size=16)
     for number, path in enumerate(files):
         check_plain(path)
@@ -222,7 +221,13 @@ class Indexes:
     """Makes each index once: stages of a run that read the same files share it. Called as `index` is."""
 
     def __init__(self) -> None:
-        self._made: dict[Any, Corpus] = {}
+        self._made: dict[Any, Any] = {}
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gave when it was first called for this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def __call__(
         self, where: str, name: str, patterns: Sequence[str], format: Format, *, span_bytes: int = WHOLE
@@ -230,13 +235,12 @@ class Indexes:
         stats = [(path, os.stat(path)) for path in expand(patterns, where)]
         known = tuple((path, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in stats)
         key = (known, format, span_bytes)
-        if key not in self._made:
-            self._made[key] = index(where, name, patterns, format, span_bytes=span_bytes)
-        return dataclasses.replace(self._made[key], where=where, name=name)
+        made = self.once(key, lambda: index(where, name, patterns, format, span_bytes=span_bytes))
+        return dataclasses.replace(made, where=where, name=name)
 
 
-class _Rejects:
-    """How many, and the first KEPT of them."""
+class Rejects:
+    """How many documents were rejected, and the first KEPT of them."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -320,8 +324,22 @@ def read_document(
     return None
 
 
+def account(where: str, used: int, count: int, rejected: Sequence[Reject]) -> str:
+    """How many documents were rejected, and why the first: a line for whoever trains on the rest.
+
+    Args:
+      where: the page names them.
+      used, count: number of documents that are used, and that are not.
+      rejected: the first of those.
+    """
+    first = f"; the first is {place(rejected[0])}" if count else ""
+    return f"{where}: {count:,} of {count + used:,} documents cannot be used{first}"
+
+
 def place(reject: Reject) -> str:
     """Where a document that cannot be used is, and why it cannot."""
+    if "task" in reject:
+        return f"task {reject['task']}, split {reject['split']}, example {reject['example']}: {reject['reason']}"
     where = f"line {reject['line']}" if "line" in reject else f"byte {reject['byte']}"
     return f"{reject['file']}, {where}: {reject['reason']}"
 

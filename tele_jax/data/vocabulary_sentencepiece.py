@@ -100,9 +100,12 @@ class SentencePieceVocabulary(Vocabulary):
         piece = processor.id_to_piece(i)
         return bytes([int(piece[3:5], 16)]) if processor.is_byte(i) else piece.replace(SPACE, " ").encode()
 
-    @functools.cached_property
+    @property
     def tf_tokenizer(self) -> Any:
-        """The tensorflow_text.SentencepieceTokenizer of the same model."""
+        """A tensorflow_text.SentencepieceTokenizer of the same model.
+
+        It is made anew at every call: it belongs to the graph that it is made in, and every dataset has its own.
+        """
         need("tensorflow")
         return need("tensorflow_text").SentencepieceTokenizer(model=self.sp_model)
 

@@ -1,0 +1,421 @@
+"""Examples of registered seqio Tasks as documents: what a page that names `task` is trained on, live and cached.
+
+A Task is gone through once, in its own order, and its examples are kept in a scratch file, from where they are read at
+random: so the order of every epoch, the place in the data and going on exactly are those of files (live_feed.py), and
+what the Task would give at another time does not matter until the next start, which compares checksums.
+
+A cache takes a Task by the shards of its source, each of which becomes one shard of rows (shards.py).
+"""
+
+import array
+import dataclasses
+import difflib
+import errno
+import hashlib
+import inspect
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from tele_jax.data import examples, live_feed, sources
+from tele_jax.data.extras import need
+from tele_jax.data.position import Position
+from tele_jax.data.vocabulary import Vocabulary
+from tele_jax.errors import FailedError, UserError
+from tele_jax.run import DataConfig, SourceConfig
+
+FEATURES = (("targets",), ("inputs", "targets"), ("inputs", "loss_weights", "targets"))  # sorted: what we understand
+SAY_EVERY = 30  # seconds between lines about a task that takes long
+COMPARED = 512  # ids of a vocabulary of a kind that we do not know
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskShard:
+    """A part of a split of a Task: shard `index` of `count` of its source.
+
+    Attributes:
+      task, split: by name.
+      file: the local file that the shard is, to notice that it changes; empty where it is none.
+    """
+
+    task: str
+    split: str
+    index: int = 0
+    count: int = 1
+    file: str = ""
+
+
+class TaskDocuments:
+    """A split of a Task as the documents of a live feed (live_feed.Documents), or a shard of it as those of a cache.
+
+    Attributes:
+      checksum: BLAKE2 of all that the Task gave, hexadecimal; of what was rejected too.
+      cut: 0, no document is cut.
+      format: "task".
+      where: the page names it, for messages: "sources.lm.task".
+      rejected: the first examples that cannot be used.
+      num_rejected: how many there are.
+    """
+
+    cut = 0
+    format = "task"
+
+    def __init__(self, shard: TaskShard, vocabulary: Vocabulary, kind: examples.Kind, seq_len: int, *, where: str = ""):
+        """Goes through the Task once.
+
+        Args:
+          shard: which part; its Task is registered.
+          vocabulary: of the run.
+          kind: "pretrain", or "sft", which learns answers.
+          seq_len: in fine-tuning an example that is longer is rejected.
+          where: the page names it.
+
+        Raises:
+          UserError: there is no such Task or split; its features or its vocabulary are not those of the run; reading
+            it fails.
+          FailedError: no room for the scratch file.
+        """
+        self.where = where or f"task {shard.task}"
+        self._shard, self._rejects = shard, sources.Rejects()
+        self._starts = array.array("q", [0])  # where the columns of a document begin, in positions
+        self._scratch = tempfile.TemporaryFile(prefix="tele_task_")  # noqa: SIM115  as long as the documents
+        digest = hashlib.blake2b(digest_size=16)
+        task = find(shard.task)
+        _check_task(task, shard, vocabulary, kind)
+        said = time.monotonic()
+        for number, features in enumerate(_features(task, shard)):
+            _update(digest, features)
+            self._keep(number, features, vocabulary, kind, seq_len)
+            if number % 1024 == 0 and time.monotonic() - said > SAY_EVERY:
+                said = time.monotonic()
+                print(f"tele: task {shard.task}: {number:,} examples of {shard.split} so far", file=sys.stderr)
+        self.checksum = digest.hexdigest()
+        self.rejected: tuple[sources.Reject, ...]
+        self.rejected, self.num_rejected = tuple(self._rejects.first), self._rejects.count
+        try:
+            self._scratch.flush()
+        except OSError as error:
+            raise _no_room(error) from None
+
+    def _keep(
+        self,
+        number: int,
+        features: Mapping[str, np.ndarray],
+        vocabulary: Vocabulary,
+        kind: examples.Kind,
+        seq_len: int,
+    ) -> None:
+        """Puts an example into the scratch file, or among the rejected ones."""
+        shard = self._shard
+        for name in features.keys() - {"loss_weights"}:
+            ids = features[name]
+            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary.vocab_size:
+                raise UserError(
+                    f"task {shard.task}: {name} of example {number} has ids from {ids.min()} to {ids.max()}, and the "
+                    f"tokenizer {vocabulary.path} has those from 0 to {vocabulary.vocab_size - 1}"
+                )
+        try:
+            columns = examples.from_features(features, vocabulary, kind)
+            if kind == "sft" and columns.shape[1] > seq_len:
+                raise UserError(f"{columns.shape[1]:,} tokens, more than a row of {seq_len:,}")
+        except UserError as error:
+            of = {"task": shard.task, "split": shard.split, "shard": shard.index, "example": number}
+            sample = vocabulary.decode(features["targets"][:50].tolist())
+            self._rejects.add({**of, "reason": str(error), "sample": sample})
+            return
+        try:
+            self._scratch.write(columns.tobytes())
+        except OSError as error:
+            raise _no_room(error) from None
+        self._starts.append(self._starts[-1] + columns.shape[1])
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def account(self) -> str:
+        """How many examples were rejected, and why the first."""
+        return sources.account(self.where, len(self), self.num_rejected, self.rejected)
+
+    def example(self, i: int) -> np.ndarray:
+        """Document `i` as int32 [3, n] (examples.COLUMNS)."""
+        start, end = self._starts[i], self._starts[i + 1]
+        size = np.dtype(np.int32).itemsize * len(examples.COLUMNS)
+        data = os.pread(self._scratch.fileno(), size * (end - start), size * start)
+        return np.frombuffer(data, np.int32).reshape(len(examples.COLUMNS), end - start).copy()
+
+    def reader(self, start: Position) -> Callable[[int], np.ndarray]:
+        """Documents by their running number, as live_feed.Documents says."""
+        return live_feed.Shuffled(self.example, start)
+
+
+def _no_room(error: OSError) -> FailedError:
+    what = os.strerror(error.errno or errno.EIO)
+    return FailedError(f"{tempfile.gettempdir()}: {what}; a large task belongs into a cache (tele data cache)")
+
+
+def open_task(
+    source: SourceConfig,
+    where: str,
+    vocabulary: Vocabulary,
+    kind: examples.Kind,
+    seq_len: int,
+    *,
+    split: str,
+) -> TaskDocuments:
+    """A split of the Task that `source` names; `where` the page names it, for messages.
+
+    Raises:
+      UserError: as TaskDocuments; not one example can be used.
+    """
+    shard = TaskShard(task=source.task, split=split)
+    made = TaskDocuments(shard, vocabulary, kind, seq_len, where=where)
+    if not len(made):
+        raise no_example(made)
+    return made
+
+
+def no_example(documents: TaskDocuments) -> UserError:
+    """The error of a split without one example that can be used."""
+    if documents.rejected:
+        return sources.nothing_usable(documents.where, sources.place(documents.rejected[0]))
+    shard = documents._shard
+    return UserError(f"{documents.where}: the split {shard.split!r} of the task {shard.task} has no example")
+
+
+def checksum(shard: TaskShard) -> str:
+    """What TaskDocuments.checksum would be now: goes through the Task once, and keeps nothing.
+
+    Raises:
+      UserError: there is no such Task or split; reading it fails.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for features in _features(find(shard.task), shard):
+        _update(digest, features)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, features: Mapping[str, np.ndarray]) -> None:
+    for name in sorted(features):
+        digest.update(f"{name} {len(features[name])} ".encode())
+        digest.update(np.ascontiguousarray(features[name], np.int64).tobytes())
+
+
+# --------------------------------------------------------------------------------------------- what seqio has by a name
+
+
+def find(name: str) -> Any:
+    """The registered seqio Task or Mixture of this name.
+
+    Raises:
+      UserError: there is none.
+    """
+    seqio = need("seqio")
+    known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+    if name not in known:
+        near = difflib.get_close_matches(name, sorted(known), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "register it in a module that the page imports"
+        raise UserError(f"seqio has no task or mixture {name!r}; {hint}")
+    return seqio.get_mixture_or_task(name)
+
+
+def is_registered(name: str) -> bool:
+    """Whether seqio has a Task or Mixture of this name in this process."""
+    seqio = need("seqio")
+    return name in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+
+
+def expand(data: DataConfig) -> DataConfig:
+    """`data` with a domain for every task of the Mixtures that it names.
+
+    Raises:
+      UserError: no such task, mixture or split; two domains would have one name.
+    """
+    found: dict[str, SourceConfig] = {}
+    for name, source in data.sources.items():
+        try:
+            parts = _parts(name, source) if source.task else {name: source}
+        except UserError as error:
+            raise UserError(f"sources.{name}.task: {error}") from None
+        for part, of in parts.items():
+            if part in found:
+                raise UserError(f"sources.{name}.task: its domain would be {part!r}, which another one has; rename one")
+            found[part] = of
+    return dataclasses.replace(data, sources=found)
+
+
+def _parts(name: str, source: SourceConfig) -> dict[str, SourceConfig]:
+    made = find(source.task)
+    held_out = source.validation_split
+    for split in filter(None, (source.split, held_out)):
+        _check_split(made, source.task, split)
+    if isinstance(made, need("seqio").Task):
+        return {name: source}
+    parts = {}
+    for task, share in shares(made).items():
+        _check_split(find(task), task, source.split)
+        evaluated = held_out if _has_split(find(task), held_out) else ""
+        rate = source.rate * share
+        parts[f"{name}.{task}"] = dataclasses.replace(source, task=task, rate=rate, validation_split=evaluated)
+    return parts
+
+
+def shares(mixture: Any) -> dict[str, float]:
+    """The share of every task of a seqio Mixture in it, by name; their sum is 1.
+
+    Raises:
+      UserError: its rates cannot be.
+    """
+    try:
+        rates = {task.name: float(mixture.get_rate(task)) for task in mixture.tasks}
+    except Exception as error:  # a rate may be a function of the user's
+        raise UserError(f"the rates of the mixture {mixture.name} fail: {_said(error)}") from None
+    total = sum(rates.values())
+    if not (min(rates.values()) >= 0 and 0 < total < float("inf")):
+        raise UserError(f"the rates of the mixture {mixture.name} are {rates}, not 0 or above, and one above 0")
+    return {name: rate / total for name, rate in rates.items() if rate > 0}
+
+
+def _has_split(provider: Any, split: str) -> bool:
+    return split.split("[")[0] in provider.splits  # data sets of TFDS have slices of them, "train[:1%]"
+
+
+def _check_split(provider: Any, name: str, split: str) -> None:
+    if not _has_split(provider, split):
+        raise UserError(f"{name} has no split {split!r}; it has {', '.join(sorted(provider.splits))}")
+
+
+def list_shards(task_name: str, split: str) -> list[TaskShard]:
+    """The parts of a split that a cache makes apart from each other: the shards of the Task's source, if it has some.
+
+    Raises:
+      UserError: there is no such Task or split, or its source fails.
+    """
+    task = find(task_name)
+    _check_split(task, task_name, split)
+    try:
+        names = [] if task.requires_caching else [str(name) for name in task.source.list_shards(split)]
+    except Exception as error:
+        raise UserError(f"task {task_name}: its source fails: {_said(error)}") from None
+    count = max(1, len(names))
+    files = [name if os.path.isfile(name) else "" for name in names] or [""]
+    return [TaskShard(task=task_name, split=split, index=i, count=count, file=files[i]) for i in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------- what a Task gives
+
+
+def _features(task: Any, shard: TaskShard) -> Iterator[dict[str, np.ndarray]]:
+    """The features of all examples in the Task's own order, not cut, int [n] each."""
+    seqio, tf = need("seqio"), need("tensorflow")
+    names = list(task.output_features)
+    info = seqio.ShardInfo(index=shard.index, num_shards=shard.count) if shard.count > 1 else None
+    try:
+        dataset = task.get_dataset(
+            sequence_length=None,
+            split=shard.split,
+            shuffle=False,
+            seed=_seed(task),
+            num_epochs=1,
+            shard_info=info,
+            use_cached=task.requires_caching,
+            try_in_mem_cache=False,
+        )
+        dataset = dataset.map(lambda example: {name: example[name] for name in names})
+        options = tf.data.Options()
+        options.deterministic = True
+        yield from dataset.with_options(options).as_numpy_iterator()
+    except Exception as error:  # the preprocessors are the user's, and TensorFlow wraps what they raise
+        raise UserError(f"task {shard.task}, split {shard.split}: reading it fails: {_said(error)}") from None
+
+
+def _seed(task: Any) -> int | None:
+    """A seed, so that random preprocessors give the same every time; a source that is a function may not take one."""
+    function = getattr(task.source, "_dataset_fn", None)
+    return 0 if function is None or "seed" in inspect.signature(function).parameters else None
+
+
+def _said(error: Exception) -> str:
+    """The first line of what an error says, without what TensorFlow puts before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0].split("}} ")[-1] if lines else ""
+    return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
+
+
+def _check_task(task: Any, shard: TaskShard, vocabulary: Vocabulary, kind: examples.Kind) -> None:
+    """Raises UserError for a Task that cannot be trained on so."""
+    _check_split(task, shard.task, shard.split)
+    check_features(task, kind)
+    check_vocabularies(task, vocabulary)
+
+
+def check_features(task: Any, kind: examples.Kind) -> None:
+    """Raises UserError unless the features of a Task are such as `examples.from_features` takes."""
+    features = task.output_features
+    if tuple(sorted(features)) not in FEATURES:
+        raise UserError(
+            f"task {task.name}: its features are {', '.join(sorted(features)) or 'none'}; they have to be targets, or "
+            "inputs and targets"
+        )
+    for name, feature in features.items():
+        if not feature.dtype.is_integer or feature.rank != 1:
+            raise UserError(
+                f"task {task.name}: its feature {name} is {feature.dtype.name} of rank {feature.rank}, not token ids "
+                "in a row"
+            )
+    if kind == "sft" and "inputs" not in features:
+        raise UserError(
+            f"task {task.name}: fine-tuning learns answers, so it needs the features inputs and targets, not targets "
+            "alone"
+        )
+
+
+def check_vocabularies(task: Any, vocabulary: Vocabulary) -> None:
+    """Raises UserError where the ids of a Task are not those of the run's tokenizer, as far as can be told."""
+    for name, feature in task.output_features.items():
+        if name != "loss_weights" and (reason := _differs(feature.vocabulary, vocabulary)):
+            raise UserError(
+                f"task {task.name}: the vocabulary of {name} is not the tokenizer {vocabulary.path}: {reason}"
+            )
+
+
+def _differs(theirs: Any, ours: Vocabulary) -> str:
+    """What tells a vocabulary from ours; empty where nothing does."""
+    seqio = need("seqio")
+    if isinstance(theirs, Vocabulary):
+        return "" if theirs.sha256 == ours.sha256 else f"it is that of {theirs.path}"
+    if isinstance(theirs, seqio.PassThroughVocabulary):
+        size, most = theirs.vocab_size, ours.vocab_size
+        return "" if size <= most else f"it has {size:,} ids, and the tokenizer {most:,}"
+    if isinstance(theirs, seqio.SentencePieceVocabulary):
+        path = theirs.sentencepiece_model_file
+        try:
+            with need("tensorflow").io.gfile.GFile(path, "rb") as file:
+                same = hashlib.sha256(file.read()).hexdigest() == ours.sha256
+        except Exception as error:
+            return f"{path} cannot be read ({_said(error)})"
+        return "" if same else f"it is that of {path}"
+    if theirs.vocab_size > ours.vocab_size:
+        return f"it has {theirs.vocab_size:,} ids, and the tokenizer {ours.vocab_size:,}"
+    spelled = [i for i in range(theirs.vocab_size) if _text(ours.piece_bytes[i])]
+    step = max(1, len(spelled) // COMPARED)
+    for i in spelled[::step]:
+        try:
+            text = theirs.decode([i])
+        except Exception as error:
+            return f"it cannot decode the id {i} ({_said(error)})"
+        if not isinstance(text, str) or text.strip() != _text(ours.piece_bytes[i]):
+            return f"the id {i} is {text!r}, and in the tokenizer {ours.piece_bytes[i].decode()!r}"
+    return ""
+
+
+def _text(spelled: bytes) -> str:
+    """The text of a piece, without spaces around it, which vocabularies treat differently; empty where it is none."""
+    try:
+        return spelled.decode().strip()
+    except UnicodeDecodeError:
+        return ""
