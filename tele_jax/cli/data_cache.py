@@ -1,6 +1,7 @@
 """`tele data cache`: text into packed rows that can be read at random (data/caching.py)."""
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             options=args.beam,
             progress=progress,
             say=lambda line: print(f"tele: {line}", file=sys.stderr),
+            load_tasks=functools.partial(load_page, os.path.abspath(args.config)),
         )
     seconds = time.perf_counter() - began
     print(table(manifest))

@@ -26,6 +26,7 @@ from tele_jax.data.vocabulary import Vocabulary, load_vocabulary, tokenizer_name
 from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.run import CacheConfig
 
+_REGISTERING = threading.Lock()  # a worker may have several threads
 PLAN, LOCK = "plan.json", ".lock"
 SERIAL = "serial"
 _ERRORS = {error.__name__: error for error in (UserError, DamageError, FailedError)}
@@ -40,6 +41,7 @@ def make(
     options: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda line: None,
+    load_tasks: Callable[[], Any] | None = None,
 ) -> Manifest:
     """Makes a cache in the directory `out`, or goes on making it. The same files and config give the same bytes.
 
@@ -52,6 +54,8 @@ def make(
       options: more for Beam, as on its command line.
       progress: called now and then with the number of finished units and of all.
       say: gets lines about what is being done.
+      load_tasks: registers the seqio Tasks that `config` names, in a worker process that does not have them; has to be
+        such as pickle takes. (Here they are registered.)
 
     Raises:
       UserError: `out` is there; something else is being made in its place; as shards.plan; a domain without a single
@@ -63,19 +67,27 @@ def make(
         raise UserError(f"workers={workers} is for the DirectRunner; {runner} has options of its own, or none")
     if out.exists():
         raise UserError(f"{out}: is there already; choose another --out, or remove it")
+    config = dataclasses.replace(config, data=feed.resolve(config.data))
     vocabulary = feed.open_vocabulary(config.data, config.kind)
     units = shards.plan(config)
+    _check_vocabularies(units, vocabulary)
     if workers is None:
         workers = min(len(os.sched_getaffinity(0)), len(units)) if runner == "DirectRunner" else 1
     run = _serial if runner == SERIAL else _pipeline(runner, workers, options)
     work = incomplete(out)
     with _failing_in_one_line(work), _one_maker(work):
-        if _begun(work, config, vocabulary, units, say):
+        goes_on = _begun(work, config, vocabulary, units, say)
+        if goes_on:
             say(f"{work}: goes on where it was")
+        before = _of_tasks(work, units)
         with _watched(work, units, progress):
             here = runner == SERIAL or (runner == "DirectRunner" and workers == 1)
             threads = len(os.sched_getaffinity(0)) if here else 1
-            run(units, _Work(config, work, vocabulary.sha256, threads))
+            run(units, _Work(config, work, vocabulary.sha256, threads, goes_on, load_tasks))
+        if changed := sum(before.get(name, text) != text for name, text in _of_tasks(work, units).items()):
+            say(
+                f"{changed} finished shards were made again: their tasks give other examples since this cache was begun"
+            )
         _require_same_text(work, units)
         manifest = _assemble(work, config, vocabulary, units)
         shutil.rmtree(work / shards.ACCOUNTS)
@@ -133,7 +145,7 @@ def _begun(
     for unit in stale:
         shards.account_file(work, unit).unlink()
     if stale:
-        paths = sorted({part.path for unit in stale for part in unit.parts if files[part.path] != stamps[part.path]})
+        paths = sorted({path for unit in stale for path in unit.paths if files[path] != stamps.get(path)})
         say(f"{', '.join(paths)}: changed since this cache was begun; {len(stale)} finished shards are made again")
     shards.replace(file, json.dumps(plan | {"files": files}))
     return True
@@ -151,7 +163,7 @@ def _read_plan(work: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
 def _stamps(units: Sequence[shards.Unit]) -> dict[str, list[int]]:
     """Size, times and inode of every file: they change when it is written anew, and nothing is read for them."""
     found = {}
-    for path in sorted({part.path for unit in units for part in unit.parts}):
+    for path in sorted({path for unit in units for path in unit.paths}):
         stat = os.stat(path)
         found[path] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     return found
@@ -164,7 +176,7 @@ def _stale(
     changed = {path for path in now if before.get(path) != now[path]}
     found = []
     for unit in units:
-        done = shards.finished(work, unit) if any(part.path in changed for part in unit.parts) else None
+        done = shards.finished(work, unit) if any(path in changed for path in unit.paths) else None
         if done is not None and done.text != shards.text_checksum(unit):
             found.append(unit)
     return found
@@ -174,8 +186,23 @@ def _require_same_text(work: Path, units: Sequence[shards.Unit]) -> None:
     """Raises UserError where a file changed while the cache was made."""
     _, before = _read_plan(work)
     if stale := _stale(work, units, before, _stamps(units)):
-        paths = ", ".join(part.path for part in stale[0].parts)
+        paths = ", ".join(stale[0].paths)
         raise UserError(f"{paths}: changed while this cache was made; start again, and its shards are made anew")
+
+
+def _of_tasks(work: Path, units: Sequence[shards.Unit]) -> dict[str, str]:
+    """The checksums of what the finished units of seqio Tasks were made from, by unit."""
+    accounts = {unit.name: shards.finished(work, unit) for unit in units if unit.task is not None}
+    return {name: done.text for name, done in accounts.items() if done is not None}
+
+
+def _check_vocabularies(units: Sequence[shards.Unit], vocabulary: Vocabulary) -> None:
+    """Raises UserError where a Task has ids of another tokenizer."""
+    if names := sorted({unit.task.task for unit in units if unit.task is not None}):
+        from tele_jax.data import task_documents
+
+        for name in names:
+            task_documents.check_vocabularies(task_documents.find(name), vocabulary)
 
 
 @contextlib.contextmanager
@@ -205,14 +232,34 @@ def _watched(work: Path, units: list[shards.Unit], progress: Callable[[int, int]
 class _Work:
     """What a worker does with a unit. It is pickled: the tokenizer is read anew by every process, and kept."""
 
-    def __init__(self, config: CacheConfig, directory: Path, tokenizer_sha256: str, threads: int):
+    def __init__(
+        self,
+        config: CacheConfig,
+        directory: Path,
+        tokenizer_sha256: str,
+        threads: int,
+        goes_on: bool,
+        load_tasks: Callable[[], Any] | None,
+    ):
         self._config, self.directory, self._sha256, self._threads = config, directory, tokenizer_sha256, threads
+        self._goes_on, self._load_tasks = goes_on, load_tasks
 
     def __call__(self, unit: shards.Unit) -> None:
         vocabulary = load_vocabulary(self._config.data.tokenizer).with_template(self._config.data.template)
         if vocabulary.sha256 != self._sha256:
             raise UserError(f"tokenizer {vocabulary.path}: has changed since this cache was begun")
-        shards.write_unit(unit, self._config, vocabulary, self.directory, threads=self._threads)
+        if unit.task is not None:
+            self._register(unit.task.task)
+        how = {"threads": self._threads, "goes_on": self._goes_on}
+        shards.write_unit(unit, self._config, vocabulary, self.directory, **how)
+
+    def _register(self, task: str) -> None:
+        """A worker process begins with an empty registry."""
+        from tele_jax.data import task_documents
+
+        with _REGISTERING:
+            if self._load_tasks is not None and not task_documents.is_registered(task):
+                self._load_tasks()
 
 
 def _serial(units: Sequence[shards.Unit], work: _Work) -> None:
@@ -286,6 +333,9 @@ def _assemble(work: Path, config: CacheConfig, vocabulary: Vocabulary, units: li
         reasons[unit.domain] = reasons.get(unit.domain) or done.first_reason
     for name, domain in domains.items():
         if not domain["counts"].documents:
+            of = config.data.sources[name]
+            if of.task and reasons[name] is None:
+                raise UserError(f"sources.{name}.task: the split {of.split!r} of the task {of.task} has no example")
             raise sources.nothing_usable(f"sources.{name}", reasons[name])
     shutil.copyfile(vocabulary.path, work / tokenizer_name(vocabulary.path))
     manifest = Manifest(

@@ -47,17 +47,17 @@ def need(module: str, *, how: str | None = None) -> types.ModuleType:
     Raises:
       UserError: the package is not installed.
     """
-    tensorflows = module.split(".")[0] in ("tensorflow", "tensorflow_text", "seqio")
+    loaded = sys.modules.get(module)
+    if loaded is not None and not getattr(loaded.__spec__, "_initializing", False):
+        return loaded  # AutoGraph, which reads the functions that a dataset is made with, stumbles over import_module
+    loud = module.split(".")[0] in ("tensorflow", "tensorflow_text", "seqio") and "tensorflow" not in sys.modules
     try:
-        if not tensorflows:
-            return importlib.import_module(module)
-        if "tensorflow" in sys.modules:  # by the caller, or here before
-            _keep_off_accelerators(sys.modules["tensorflow"])
+        if not loud:
             return importlib.import_module(module)
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         with _without_chatter(), held_back(_FOR_KERAS_ALONE):
             tensorflow = importlib.import_module("tensorflow")
-            _keep_off_accelerators(tensorflow)
+            keep_off_accelerators()
             tensorflow.constant(0)  # looks for devices now, not later when nothing is held back
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -66,7 +66,9 @@ def need(module: str, *, how: str | None = None) -> types.ModuleType:
         raise UserError(f"{module} needs the package {error.name!r}, which is not installed: {how}") from None
 
 
-def _keep_off_accelerators(tensorflow: types.ModuleType) -> None:
+def keep_off_accelerators() -> None:
+    """Keeps TensorFlow, which is loaded already, by whomever, off accelerators: those belong to JAX."""
+    tensorflow = sys.modules["tensorflow"]
     for kind in ("GPU", "TPU"):
         # Too late when the caller has used TensorFlow's devices before; then they are the caller's choice.
         with contextlib.suppress(RuntimeError, ValueError):

@@ -1,9 +1,9 @@
-"""From the files of a domain to shards of packed rows: what one worker of `tele data cache` does, without Beam.
+"""From the files of a domain, or a seqio Task, to shards of packed rows: what one worker of `tele data cache` does.
 
-A unit is some 65,536 * seq_len bytes of consecutive input and becomes one shard. It does not depend on any other, so
-that they can be made in any order, anywhere, and again: the same unit gives the same bytes. Inside a unit documents
-are shuffled by a hash; each keeps its tokens together, however long it is. What a row mixes comes from one unit; the
-rows of all units are shuffled when they are read (order.py).
+A unit is some 65,536 * seq_len bytes of consecutive input, or a shard of a Task's source, and becomes one shard. It
+does not depend on any other, so that units can be made in any order, anywhere, and again: the same unit gives the same
+bytes. Inside a unit documents are shuffled by a hash; each keeps its tokens together, however long it is. What a row
+mixes comes from one unit; the rows of all units are shuffled when they are read (order.py).
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -23,9 +23,13 @@ from tele_jax.data.cache import LENGTH_BINS, Counts, Shard, file_crc32
 from tele_jax.data.extras import need
 from tele_jax.data.vocabulary import Vocabulary
 from tele_jax.errors import FailedError, UserError
-from tele_jax.run import CacheConfig
+from tele_jax.run import CacheConfig, SourceConfig
+
+if TYPE_CHECKING:
+    from tele_jax.data.task_documents import TaskShard
 
 BLOCK_BYTES = 1 << 20  # text that is tokenised at a time
+BLOCK_EXAMPLES = 256  # of a Task, which are packed at a time
 SPAN_BYTES = 16_384  # SentencePiece takes three times as long for a byte of a text of a megabyte as for one of these
 DOCUMENT_BYTES = 1 << 24  # a text file beyond this becomes several documents, all but the last without an end
 OPEN_ROWS = 64  # for fit_rows
@@ -47,14 +51,22 @@ class Unit:
     """What becomes one shard."""
 
     domain: str
-    format: sources.Format
+    format: sources.Format | Literal["task"]
     number: int
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...] = ()
+    task: "TaskShard | None" = None  # instead of parts
 
     @property
     def name(self) -> str:
         """Path of the shard in the cache, without ending."""
         return f"{self.domain}/{self.number:05d}"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The local files that it is made from."""
+        if self.task is not None:
+            return (self.task.file,) if self.task.file else ()
+        return tuple(part.path for part in self.parts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,11 +82,17 @@ class Done:
 def plan(config: CacheConfig) -> list[Unit]:
     """The units of all domains; only the sizes and the first bytes of the files are looked at.
 
+    config: with a domain for every task of a Mixture (feed.resolve).
+
     Raises:
-      UserError: a pattern that matches nothing, an empty or compressed file, fine-tuning on what is not dialogues.
+      UserError: a pattern that matches nothing, an empty or compressed file, fine-tuning on what is not dialogues; no
+        such task or split.
     """
     units = []
     for domain, source in config.data.sources.items():
+        if source.task:
+            units += _task_units(domain, source, config.kind)
+            continue
         examples.check_format(domain, source.format, config.kind)
         parts: dict[int, list[Part]] = {}
         before = 0
@@ -96,6 +114,14 @@ def plan(config: CacheConfig) -> list[Unit]:
     return units
 
 
+def _task_units(domain: str, source: SourceConfig, kind: examples.Kind) -> list[Unit]:
+    from tele_jax.data import task_documents
+
+    task_documents.check_features(task_documents.find(source.task), kind)
+    parts = task_documents.list_shards(source.task, source.split)
+    return [Unit(domain=domain, format="task", number=part.index, task=part) for part in parts]
+
+
 @dataclasses.dataclass
 class _Reader:
     """The documents of a unit, in the order in which they are packed, and those that cannot be used."""
@@ -107,17 +133,26 @@ class _Reader:
     read: dict[Part, Any] = dataclasses.field(default_factory=dict)  # BLAKE2 of what was read of every part
 
     @property
+    def num_rejected(self) -> int:
+        """How many documents cannot be used."""
+        return len(self.rejected)
+
+    @property
     def checksum(self) -> str:
         """Of all that was read, in the order of the parts."""
         digests = b"".join(self.read[part].digest() for part in self.unit.parts)
         return hashlib.blake2b(digests, digest_size=16).hexdigest()
 
+    def blocks(self, tokenizer: "_Tokenizer") -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Examples in the order in which they are packed: int32 [3, N], and the length of each, block by block."""
+        # A unit may begin in the middle of a long text.
+        tokenizer.goes_on = self.unit.format == "text" and self.unit.parts[0].begin > 0
+        return map(tokenizer.block, _blocks(self.documents()))
+
     def documents(self) -> Iterator[tuple[Any, bool]]:
         """(text or messages, whether the document ends with it)."""
         places = [(part, offset, line) for part in self.unit.parts for offset, line in self._lines(part)]
-        prefix = f"{self.seed} {self.unit.domain} {self.unit.number} "
-        order = [hashlib.blake2b(f"{prefix}{i}".encode(), digest_size=8).digest() for i in range(len(places))]
-        for i in sorted(range(len(places)), key=order.__getitem__):
+        for i in _shuffled(self.unit, self.seed, len(places)):
             part, offset, line = places[i]
             if line is None:
                 yield from self._text(part)
@@ -178,12 +213,23 @@ class _Reader:
         return sources.read_document(part.path, offset, data, self.unit.format, self.rejected.append)
 
 
+def _shuffled(unit: Unit, seed: int, count: int) -> list[int]:
+    """The order of the `count` documents of a unit."""
+    prefix = f"{seed} {unit.domain} {unit.number} "
+    order = [hashlib.blake2b(f"{prefix}{i}".encode(), digest_size=8).digest() for i in range(count)]
+    return sorted(range(count), key=order.__getitem__)
+
+
 def text_checksum(unit: Unit) -> str:
     """The checksum of the text of a unit, of which all is read.
 
     Raises:
-      UserError: a file is gone, or has another size than when the plan was made.
+      UserError: a file is gone, or has another size than when the plan was made; as task_documents.checksum.
     """
+    if unit.task is not None:
+        from tele_jax.data import task_documents
+
+        return task_documents.checksum(unit.task)
     reader = _Reader(unit, seed=0)
     for part in unit.parts:
         for _ in reader._stretches(part) if unit.format == "text" else reader._lines(part):
@@ -214,16 +260,26 @@ class _Tokenizer:
             columns = np.empty((3, len(targets)), np.int32)
             columns[0, 1:], columns[1], columns[2] = targets[:-1], targets, 1
             columns[0, np.cumsum(lengths) - lengths] = self._separator
+        text_bytes = self._text_bytes(columns[1]) if shortened else whole
+        self._count(columns, lengths, sum(ends for _, ends in documents), text_bytes, shortened)
+        return columns, lengths
+
+    def joined(self, rendered: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """The block of examples that a Task gave, int32 [3, n] each."""
+        columns, lengths = np.concatenate(rendered, axis=1), np.array([example.shape[1] for example in rendered])
+        self._count(columns, lengths, len(rendered), self._text_bytes(columns[1]), 0)
+        return columns, lengths
+
+    def _count(self, columns: np.ndarray, lengths: np.ndarray, documents: int, text_bytes: int, shortened: int) -> None:
         self.counts += Counts(
-            documents=sum(ends for _, ends in documents),
+            documents=documents,
             shortened=shortened,
-            text_bytes=self._text_bytes(columns[1]) if shortened else whole,
+            text_bytes=text_bytes,
             text_tokens=int(np.count_nonzero(self._spelled[columns[1]])),
             tokens=columns.shape[1],
             learned_tokens=int(np.count_nonzero(columns[2])),
             lengths=tuple(np.bincount(np.frexp(lengths)[1] - 1, minlength=LENGTH_BINS).tolist()),
         )
-        return columns, lengths
 
     def _texts(self, documents: Sequence[tuple[str, bool]]) -> tuple[np.ndarray, np.ndarray]:
         """Targets and lengths of documents that are texts; spans are encoded apart and put together again."""
@@ -278,13 +334,36 @@ def _blocks(documents: Iterator[tuple[Any, bool]]) -> Iterator[list[tuple[Any, b
         yield block
 
 
-def _packed(reader: _Reader, tokenizer: _Tokenizer, config: CacheConfig) -> Iterator[np.ndarray]:
+@dataclasses.dataclass
+class _TaskReader:
+    """A unit that is a part of a seqio Task, as _Reader is one of files."""
+
+    unit: Unit
+    config: CacheConfig
+    vocabulary: Vocabulary
+
+    def __post_init__(self):
+        from tele_jax.data import task_documents
+
+        shape = (self.vocabulary, self.config.kind, self.config.seq_len)
+        self._documents = task_documents.TaskDocuments(self.unit.task, *shape)
+        self.checksum = self._documents.checksum
+        self.rejected, self.num_rejected = self._documents.rejected, self._documents.num_rejected
+
+    def blocks(self, tokenizer: _Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """As _Reader.blocks."""
+        order = _shuffled(self.unit, self.config.seed, len(self._documents))
+        for first in range(0, len(order), BLOCK_EXAMPLES):
+            yield tokenizer.joined([self._documents.example(i) for i in order[first : first + BLOCK_EXAMPLES]])
+
+
+def _packed(
+    blocks: Iterator[tuple[np.ndarray, np.ndarray]], vocabulary: Vocabulary, config: CacheConfig
+) -> Iterator[np.ndarray]:
     """The rows of a unit, int32 [R, 5, S] at a time. The last ones are padded where the documents end."""
-    vocabulary = tokenizer.vocabulary
     pad_id = max(vocabulary.pad_id, 0)
     open_rows = packing.empty_rows(1 if config.kind == "pretrain" else OPEN_ROWS, config.seq_len, pad_id)
-    for block in _blocks(reader.documents()):
-        columns, lengths = tokenizer.block(block)
+    for columns, lengths in blocks:
         if config.kind == "pretrain":
             separator = examples.separator(vocabulary)
             open_rows, rows = packing.cut_rows(open_rows, columns, lengths, separator=separator, pad_id=pad_id)
@@ -295,17 +374,26 @@ def _packed(reader: _Reader, tokenizer: _Tokenizer, config: CacheConfig) -> Iter
     yield open_rows[[packing.used(row) > 0 for row in open_rows]]
 
 
-def write_unit(unit: Unit, config: CacheConfig, vocabulary: Vocabulary, out: Path, *, threads: int = 1) -> Done:
+def write_unit(
+    unit: Unit, config: CacheConfig, vocabulary: Vocabulary, out: Path, *, threads: int = 1, goes_on: bool = False
+) -> Done:
     """Writes the shard of a unit, whole or not at all, and last the account of it; does nothing if that is there.
 
+    goes_on: whether the account may be of an earlier start, since which a Task may give something else. (For files the
+      caller knows.)
+
     Raises:
-      UserError: a file has changed since the plan was made.
+      UserError: a file has changed since the plan was made; as task_documents.TaskDocuments.
       FailedError: the disk is full, or something cannot be read or written.
     """
-    if (done := finished(out, unit)) is not None:
+    done = finished(out, unit)
+    is_stale = goes_on and unit.task is not None and done is not None and done.text != text_checksum(unit)
+    if done is not None and not is_stale:
         return done
     account = account_file(out, unit)
     try:
+        if is_stale:
+            account.unlink()
         account.parent.mkdir(parents=True, exist_ok=True)
         (out / unit.domain).mkdir(exist_ok=True)
         done, rejected = _write(unit, config, vocabulary, out, threads)
@@ -321,9 +409,9 @@ def write_unit(unit: Unit, config: CacheConfig, vocabulary: Vocabulary, out: Pat
 def _write(
     unit: Unit, config: CacheConfig, vocabulary: Vocabulary, out: Path, threads: int
 ) -> tuple[Done, list[sources.Reject]]:
-    reader, tokenizer = _Reader(unit, config.seed, vocabulary), _Tokenizer(vocabulary, config, threads)
-    # A unit may begin in the middle of a long text.
-    tokenizer.goes_on = unit.format == "text" and unit.parts[0].begin > 0
+    is_task = unit.task is not None
+    reader = _TaskReader(unit, config, vocabulary) if is_task else _Reader(unit, config.seed, vocabulary)
+    tokenizer = _Tokenizer(vocabulary, config, threads)
     dtype = records.id_type(vocabulary.vocab_size)
     target = out / f"{unit.name}.array_record"
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
@@ -332,13 +420,13 @@ def _write(
     try:
         # A group is what is compressed together, and so what has to be read to get at one row.
         writer = array_record.ArrayRecordWriter(str(temporary), "group_size:1,zstd:1")
-        for rows in _packed(reader, tokenizer, config):
+        for rows in _packed(reader.blocks(tokenizer), vocabulary, config):
             for record in records.encode(rows, dtype):
                 writer.write(record)
             segments = rows[:, packing.SEGMENT_IDS].max(axis=1, initial=0).sum()
             counts += Counts(rows=len(rows), segments=int(segments))
         writer.close()
-        counts += dataclasses.replace(tokenizer.counts, rejected=len(reader.rejected))
+        counts += dataclasses.replace(tokenizer.counts, rejected=reader.num_rejected)
         shard = _keep(temporary, target, counts.rows, out)
     except RuntimeError as error:  # what ArrayRecord makes of any failure to write
         raise FailedError(f"{target}: {str(error).split(';')[0]}; start again to go on") from None

@@ -40,7 +40,7 @@ def epochs(manifest: Manifest, rows: int) -> dict[str, float]:
 
 def tokens_per_byte(counts: Counts) -> float:
     """Tokens that spell text, per UTF-8 byte of it, as published (FACTS section 2)."""
-    return counts.text_tokens / counts.text_bytes
+    return counts.text_tokens / max(1, counts.text_bytes)  # a task may give ids that spell nothing
 
 
 def length_quantile(counts: Counts, quantile: float) -> int:

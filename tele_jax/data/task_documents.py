@@ -23,11 +23,15 @@ from typing import Any
 import numpy as np
 
 from tele_jax.data import examples, live_feed, sources
-from tele_jax.data.extras import need
+from tele_jax.data.extras import keep_off_accelerators, need
 from tele_jax.data.position import Position
 from tele_jax.data.vocabulary import Vocabulary
 from tele_jax.errors import FailedError, UserError
 from tele_jax.run import DataConfig, SourceConfig
+
+tf = need("tensorflow")
+seqio = need("seqio")
+keep_off_accelerators()  # a page may have loaded it
 
 FEATURES = (("targets",), ("inputs", "targets"), ("inputs", "loss_weights", "targets"))  # sorted: what we understand
 SAY_EVERY = 30  # seconds between lines about a task that takes long
@@ -208,24 +212,22 @@ def _update(digest: Any, features: Mapping[str, np.ndarray]) -> None:
 # --------------------------------------------------------------------------------------------- what seqio has by a name
 
 
-def find(name: str) -> Any:
+def find(name: str) -> "seqio.Task | seqio.Mixture":
     """The registered seqio Task or Mixture of this name.
 
     Raises:
       UserError: there is none.
     """
-    seqio = need("seqio")
     known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     if name not in known:
         near = difflib.get_close_matches(name, sorted(known), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "register it in a module that the page imports"
-        raise UserError(f"seqio has no task or mixture {name!r}; {hint}")
+        hint = f"did you mean {near[0]!r}?" if near else "register it, or a mixture, in a module that the page imports"
+        raise UserError(f"seqio has no task {name!r}; {hint}")
     return seqio.get_mixture_or_task(name)
 
 
 def is_registered(name: str) -> bool:
     """Whether seqio has a Task or Mixture of this name in this process."""
-    seqio = need("seqio")
     return name in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
 
 
@@ -253,7 +255,7 @@ def _parts(name: str, source: SourceConfig) -> dict[str, SourceConfig]:
     held_out = source.validation_split
     for split in filter(None, (source.split, held_out)):
         _check_split(made, source.task, split)
-    if isinstance(made, need("seqio").Task):
+    if isinstance(made, seqio.Task):
         return {name: source}
     parts = {}
     for task, share in shares(made).items():
@@ -311,7 +313,6 @@ def list_shards(task_name: str, split: str) -> list[TaskShard]:
 
 def _features(task: Any, shard: TaskShard) -> Iterator[dict[str, np.ndarray]]:
     """The features of all examples in the Task's own order, not cut, int [n] each."""
-    seqio, tf = need("seqio"), need("tensorflow")
     names = list(task.output_features)
     info = seqio.ShardInfo(index=shard.index, num_shards=shard.count) if shard.count > 1 else None
     try:
@@ -385,7 +386,6 @@ def check_vocabularies(task: Any, vocabulary: Vocabulary) -> None:
 
 def _differs(theirs: Any, ours: Vocabulary) -> str:
     """What tells a vocabulary from ours; empty where nothing does."""
-    seqio = need("seqio")
     if isinstance(theirs, Vocabulary):
         return "" if theirs.sha256 == ours.sha256 else f"it is that of {theirs.path}"
     if isinstance(theirs, seqio.PassThroughVocabulary):
@@ -394,7 +394,7 @@ def _differs(theirs: Any, ours: Vocabulary) -> str:
     if isinstance(theirs, seqio.SentencePieceVocabulary):
         path = theirs.sentencepiece_model_file
         try:
-            with need("tensorflow").io.gfile.GFile(path, "rb") as file:
+            with tf.io.gfile.GFile(path, "rb") as file:
                 same = hashlib.sha256(file.read()).hexdigest() == ours.sha256
         except Exception as error:
             return f"{path} cannot be read ({_said(error)})"

@@ -1,4 +1,5 @@
-"""What seqio knows about our data: Task, Mixture and FeatureConverter. The one module here that loads TensorFlow.
+"""Our data as seqio knows it: Task, Mixture and FeatureConverter. (A run that a page's `task` feeds is the other way
+round, see task_documents.py.)
 
 A domain is a Task: its source gives the spans of its files, each once an epoch, in an order that is drawn anew every
 epoch; its preprocessor makes examples of them (examples.py). A Mixture draws from the domains at their rates, and it
@@ -11,7 +12,6 @@ the lengths of the documents.
     rows = seqio.get_mixture_or_task("tele_flm").get_dataset(split="train", seed=0, trim_output_features=False)
 """
 
-import difflib
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tele_jax.data import examples, feed, packing
+from tele_jax.data import examples, feed, packing, task_documents
 from tele_jax.data.extras import need
 from tele_jax.data.sources import Corpus
 from tele_jax.data.vocabulary import Vocabulary
@@ -129,15 +129,49 @@ def task(
 
         return dataset.batch(BLOCK).map(as_written(one_block)).unbatch()
 
-    token = seqio.Feature(vocabulary, add_eos=False)
-    weight = seqio.Feature(seqio.PassThroughVocabulary(2), add_eos=False)
     return seqio.Task(
         name or "tele_" + re.sub(r"\W", "_", corpus.name),
         source=SpanSource(corpora),
         preprocessors=[encode],
-        output_features={"inputs": token, "targets": token, "loss_weights": weight},
+        output_features=_features(vocabulary),
         shuffle_buffer_size=None,
     )
+
+
+def as_examples(task: "seqio.Task", vocabulary: Vocabulary, kind: examples.Kind, name: str) -> "seqio.Task":
+    """A Task of targets, or inputs and targets, as one with the features of ours (examples.from_features).
+
+    Examples of which nothing is learned are left out, as a run leaves them out.
+
+    Raises:
+      UserError: its features or its vocabulary are not such.
+    """
+    task_documents.check_features(task, kind)
+    task_documents.check_vocabularies(task, vocabulary)
+    names = sorted(task.output_features)
+
+    def columns(*features: np.ndarray) -> np.ndarray:
+        try:
+            return examples.from_features(dict(zip(names, features, strict=True)), vocabulary, kind)
+        except UserError:
+            return np.zeros((len(examples.COLUMNS), 0), np.int32)
+
+    def one(example: Mapping[str, Any]) -> dict[str, Any]:
+        made = tf.numpy_function(columns, [example[name] for name in names], tf.int32, stateful=False)
+        made = tf.ensure_shape(made, [len(examples.COLUMNS), None])
+        return dict(zip(examples.COLUMNS, tf.unstack(made), strict=True))
+
+    def encode(dataset: Any) -> Any:
+        return dataset.map(as_written(one)).filter(as_written(lambda example: tf.size(example["targets"]) > 0))
+
+    features = _features(vocabulary)
+    return task.replace(name=name, preprocessors=[*task.preprocessors, encode], output_features=features)
+
+
+def _features(vocabulary: Vocabulary) -> dict[str, "seqio.Feature"]:
+    token = seqio.Feature(vocabulary, add_eos=False)
+    weight = seqio.Feature(seqio.PassThroughVocabulary(2), add_eos=False)
+    return {"inputs": token, "targets": token, "loss_weights": weight}
 
 
 class RowConverter(seqio.FeatureConverter):
@@ -208,11 +242,18 @@ def mixture(
     lengths = dict.fromkeys(examples.COLUMNS, seq_len)
 
     def sample(datasets: Sequence[Any], rates: Sequence[float], seed: int | None) -> Any:
-        packed = [converter(dataset.repeat(), lengths) for dataset in datasets]
+        packed = [converter(dataset.map(as_written(_even)).repeat(), lengths) for dataset in datasets]
         weights = [rate / sum(rates) for rate in rates]
         return tf.data.Dataset.sample_from_datasets(packed, weights, seed)
 
     return seqio.Mixture(name, list(zip(tasks, rates, strict=True)), sample_fn=sample)
+
+
+def _even(example: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of an example at the length of the shortest: seqio cuts those whose length its user names."""
+    columns = {name: example[name] for name in examples.COLUMNS}
+    length = tf.reduce_min([tf.size(column) for column in columns.values()])
+    return {name: column[:length] for name, column in columns.items()}
 
 
 def register(name: str, config: CacheConfig) -> "seqio.Mixture":
@@ -223,18 +264,19 @@ def register(name: str, config: CacheConfig) -> "seqio.Mixture":
     Raises:
       UserError: as feed.LiveFeed; the name is taken; two domains have one name once seqio's characters are left.
     """
-    vocabulary = feed.open_vocabulary(config.data, config.kind)
+    data = feed.resolve(config.data)
+    vocabulary = feed.open_vocabulary(data, config.kind)
     train, validation = (
-        feed.open_corpora(config.data, vocabulary, config.kind, config.seq_len, files)
+        feed.open_corpora(data, vocabulary, config.kind, config.seq_len, files)
         for files in ("files", "validation_files")
     )
     rates: dict[str, float] = {}
-    for domain, source in config.data.sources.items():
-        if (own := _task_name(name, domain)) in rates:
+    for domain, source in data.sources.items():
+        if (own := source.task or _task_name(name, domain)) in rates:
             raise UserError(f"sources.{domain}: its task would be {own!r}, which another domain has; rename one")
         rates[own] = source.rate
-    for taken in (name, *rates):
-        if taken in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
+    for taken in (name, *(_task_name(name, domain) for domain in train)):
+        if task_documents.is_registered(taken):
             raise UserError(f"seqio already has a task or mixture {taken!r}; choose another name")
     for domain, corpus in train.items():
         own = _task_name(name, domain)
@@ -253,28 +295,39 @@ def register(name: str, config: CacheConfig) -> "seqio.Mixture":
 def register_mixture(name: str, rates: Mapping[str, float], config: CacheConfig) -> "seqio.Mixture":
     """Registers the Mixture `name` of registered tasks at relative rates, packed into rows as `config` says.
 
+    A registered Mixture among them stands for its tasks, which share its rate. Tasks that are not of this project, with
+    the features targets, or inputs and targets, become such (as_examples).
+
     Raises:
-      UserError: a task that is not registered, a rate that is not above 0.
+      UserError: a task that is not registered or cannot be trained on so, a rate that is not above 0.
     """
-    known = seqio.TaskRegistry.names()
+    vocabulary = feed.open_vocabulary(feed.resolve(config.data), config.kind)
+    made: dict[str, list[Any]] = {}
     for own, rate in rates.items():
-        if own not in known:
-            near = difflib.get_close_matches(own, known, n=1)
-            raise UserError(
-                f"mixture {name}: seqio has no task {own!r}; "
-                + (f"did you mean {near[0]!r}?" if near else "register it")
-            )
+        try:
+            found = task_documents.find(own)
+        except UserError as error:
+            raise UserError(f"mixture {name}: {error}") from None
         if not 0 < rate < float("inf"):
             raise UserError(f"mixture {name}: the rate {rate} of {own} must be above 0 and finite")
-    made = mixture(
-        [seqio.TaskRegistry.get(own) for own in rates],
-        list(rates.values()),
-        converter=RowConverter(feed.open_vocabulary(config.data, config.kind), config.kind),
+        parts = {own: 1.0} if isinstance(found, seqio.Task) else task_documents.shares(found)
+        for part, share in parts.items():
+            if part in made:
+                made[part][1] += rate * share
+                continue
+            one = task_documents.find(part)
+            if set(one.output_features) != set(examples.COLUMNS):
+                one = as_examples(one, vocabulary, config.kind, f"{name}.{part}")
+            made[part] = [one, rate * share]
+    registered = mixture(
+        [one for one, _ in made.values()],
+        [rate for _, rate in made.values()],
+        converter=RowConverter(vocabulary, config.kind),
         seq_len=config.seq_len,
         name=name,
     )
-    seqio.MixtureRegistry.add_provider(name, made)
-    return made
+    seqio.MixtureRegistry.add_provider(name, registered)
+    return registered
 
 
 def _task_name(mixture_name: str, domain: str) -> str:
