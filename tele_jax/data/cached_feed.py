@@ -173,14 +173,19 @@ def parse_state(state: bytes) -> tuple[dict[str, Any], int, dict[str, Position]]
       DamageError: the bytes are not what `state` gave.
       UserError: they are of an earlier version.
     """
+    earlier = UserError(
+        "the position in the data was saved by an earlier version, in another form; start a new work directory from this "
+        "checkpoint (config.start)"
+    )
     if state[:2] == b"PK":
-        raise UserError(
-            "the position in the data was saved by an earlier version, which could not go on exactly; start a new work "
-            "directory from this checkpoint (config.start)"
-        )
+        raise earlier
     try:
         saved = json.loads(state)
+        if "batches" in saved and "cache" in saved and "positions" not in saved:
+            raise earlier
         batches, positions = saved.pop("batches"), dict(saved.pop("positions").items())
+    except UserError:
+        raise
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DamageError(f"the saved position in the data is damaged: {type(error).__name__}: {error}") from None
     if type(batches) is not int or batches < 0:

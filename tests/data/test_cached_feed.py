@@ -199,6 +199,8 @@ def test_a_state_is_for_one_feed_only(data):
     for damaged in (b"", state[:-5], b"[1]", b"\xff\xfe", *odd):
         with pytest.raises(DamageError, match="the saved position in the data is damaged"):
             make(data).restore(damaged)
+    with pytest.raises(UserError, match="was saved by an earlier version, in another form"):
+        make(data).restore(b'{"batches": 7, "feed": "cache", "cache": "0123"}')
     with pytest.raises(UserError, match="was saved for a feed without a cache"):
         make(data).restore(b'{"batches": 1, "feed": "live", "positions": {}}')
 
