@@ -174,8 +174,8 @@ def parse_state(state: bytes) -> tuple[dict[str, Any], int, dict[str, Position]]
       UserError: they are of an earlier version.
     """
     earlier = UserError(
-        "the position in the data was saved by an earlier version, in another form; start a new work directory from this "
-        "checkpoint (config.start)"
+        "the position in the data was saved by an earlier version, in another form; start a new work directory "
+        "from this checkpoint (config.start)"
     )
     if state[:2] == b"PK":
         raise earlier
