@@ -108,6 +108,10 @@ def import_checkpoint(
             work = functools.partial(_write_tile, release, cut, files, unfinished.path, threading.local())
             try:
                 _run(work, left, cut, unfinished, workers, progress)
+                require(
+                    unfinished.complete or release.fingerprint == header["source"],
+                    f"{src}: its files changed while they were read; import it again",
+                )
             except UserError:  # of the release: trying again would find the same
                 unfinished.discard()
                 raise

@@ -41,13 +41,16 @@ class Release:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the headers, and of size and time of every file: what a resumed import goes by."""
+        """SHA-256 of the headers, and of size and times of every file: what an import goes by, resumed or not.
+
+        The time of the last change cannot be set, unlike that of the last modification, which copying keeps.
+        """
         digest = hashlib.sha256(repr(sorted(self.keys.values.items())).encode())
         stored = {part: stored for part, (_, stored) in self.parts.items()}
         digest.update(repr(sorted(map(repr, stored.values()))).encode())
         for file in sorted({s.file for s in stored.values()}):
             status = file.stat()
-            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode())
         return digest.hexdigest()
 
 

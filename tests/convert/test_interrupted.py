@@ -36,6 +36,14 @@ def run_killed(call):
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
 
 
+def change(file, seed):
+    """Other weights of the same size and date of modification."""
+    before = file.stat()
+    releases.write_safetensors(file, releases.telechat(seed=seed)[1])
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
 def test_an_import_that_was_killed_goes_on_and_gives_the_same_files(src, tmp_path):
     how = {"chunk_bytes": 700, "workers": 1}
     run_killed(f"import_checkpoint({str(src)!r}, {str(tmp_path / 'ck')!r}, progress=stop, chunk_bytes=700, workers=1)")
@@ -73,10 +81,20 @@ def test_ctrl_c_while_a_release_is_imported_is_one_line(src, tmp_path, monkeypat
 def test_an_import_that_was_killed_starts_over_where_that_is_asked_for_or_the_source_changed(src, tmp_path):
     call = f"import_checkpoint({str(src)!r}, {str(tmp_path / 'ck')!r}, progress=stop, chunk_bytes=700, workers=1)"
     run_killed(call)
-    releases.write_safetensors(src / "model.safetensors", releases.telechat(seed=9)[1])
+    change(src / "model.safetensors", seed=9)
     with pytest.raises(UserError, match=r"was begun with another source"):
         convert.import_checkpoint(src, tmp_path / "ck", chunk_bytes=700)
     assert convert.import_checkpoint(src, tmp_path / "ck", chunk_bytes=700, resume=False).resumed_tiles == 0
+
+
+def test_an_import_ends_where_the_release_changes_while_it_is_read(src, tmp_path):
+    def meanwhile(done, total):
+        if done == total:
+            change(src / "model.safetensors", seed=10)
+
+    with pytest.raises(UserError, match=r"release: its files changed while they were read; import it again"):
+        convert.import_checkpoint(src, tmp_path / "ck", chunk_bytes=700, progress=meanwhile)
+    assert [path.name for path in tmp_path.iterdir()] == ["release"]
 
 
 def test_an_export_that_was_killed_is_done_again(src, tmp_path):
