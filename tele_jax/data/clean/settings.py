@@ -245,8 +245,9 @@ class SafetyConfig:
 class OutputConfig:
     """Shards: how many follows from the input, so that it does not depend on the workers.
 
-    Of every domain the documents whose texts have the smallest hashes are held out, for validation: the same text is
-    on the same side in every run, and equal texts are on one side.
+    Of every domain the documents whose texts have the smallest hashes are held out, for validation: the choice follows
+    from the texts alone, and equal texts are on one side. How many are held out follows from the size of the domain, so
+    that a text near the limit changes sides where documents are added or removed.
     """
 
     shard_bytes: int = 268_435_456  # of input
