@@ -60,7 +60,8 @@ def plan(
 
     Raises:
       UserError: an axis that would shrink; a difference between the configs that is neither a size nor a multiplier,
-        init std, epsilon, length, dtype or how it is computed; an unknown policy.
+        init std, epsilon, length, dtype or how it is computed; groups that do not hold the heads; what a tied table
+        cannot do (epsilon="keep", copies by a ratio that is no integer); an unknown policy.
 
     >>> plan(small, small.replace(embed_dim=80, mlp_dim=300)).dst_cfg.rms_eps    # from 64 embed, 1e-5
     8e-06
