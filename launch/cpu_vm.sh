@@ -17,8 +17,8 @@
 #   --keep                leave the machine there in the end
 #   --dry-run             print the commands instead
 #
-# `tele data cache` keeps the shards that are done; `tele grow` begins anew where its machine was lost. All is checked
-# before anything is created; a mistake of yours is one line and exit code 2.
+# `tele data cache` keeps the shards that are done; `tele grow` begins anew where its machine was lost. What
+# launch/README.md names is checked before anything is created; a mistake of yours is one line and exit code 2.
 
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

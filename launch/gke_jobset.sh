@@ -17,8 +17,8 @@
 #   --max-restarts N      how often all is started again after a failure (100)
 #   --dry-run             print the commands and the manifest instead
 #
-# A JobSet of that name that has ended is replaced, and the run goes on; one that runs is left alone. All is checked
-# before anything is created; a mistake of yours is one line and exit code 2.
+# A JobSet of that name that has ended is replaced, and the run goes on; one that runs is left alone. What
+# launch/README.md names is checked before anything is created; a mistake of yours is one line and exit code 2.
 
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

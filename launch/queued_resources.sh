@@ -18,7 +18,8 @@
 #   --dry-run             print the commands instead
 #
 # A resource that was preempted is SUSPENDED for good: it is deleted and asked for again, and the run goes on from its
-# last checkpoint. All is checked before anything is created; a mistake of yours is one line and exit code 2.
+# last checkpoint. What launch/README.md names is checked before anything is created; a mistake of yours is one line and
+# exit code 2.
 
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

@@ -14,7 +14,8 @@
 #   --dry-run             print the commands instead
 #
 # Started again, it goes on: with the slice where there is one, with the run in any case. A preempted slice is deleted
-# and asked for again. All is checked before anything is created; a mistake of yours is one line and exit code 2.
+# and asked for again. What launch/README.md names is checked before anything is created; a mistake of yours is one line
+# and exit code 2.
 
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

@@ -16,8 +16,8 @@
 #   --max-restarts N      how often all is started again after a failure (100)
 #   --dry-run             print the commands instead
 #
-# Run again under another name, or after `xpk workload delete`, the run goes on from its last checkpoint. All is checked
-# before anything is created; a mistake of yours is one line and exit code 2.
+# Run again under another name, or after `xpk workload delete`, the run goes on from its last checkpoint. What
+# launch/README.md names is checked before anything is created; a mistake of yours is one line and exit code 2.
 
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

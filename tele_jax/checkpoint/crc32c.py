@@ -3,8 +3,8 @@
 A CRC is the remainder of the message, a polynomial over GF(2), divided by P. P divides x^6777 + x^484 + x^100 + 1 and,
 squaring, x^(6777 u) + x^(484 u) + x^(100 u) + 1 for every power of two u. So a unit of u bits is worth the same as
 itself at three later places at once, 6777 - 484, 6777 - 100 and 6777 units further on, and all but the last 6777 units
-can be folded away by exclusive or of whole blocks: with u = 64 about 5 GB/s a core (2026-11-23, AMD EPYC). What is left
-is looked up.
+can be folded away by exclusive or of whole blocks: with u = 64 about 5 GB/s a core (2026-11-23, docs/grow_stream.md).
+What is left is looked up.
 
 The three gaps are ours, found by searching all i < j < k < 12000 for x^k + x^j + x^i + 1 = 0 mod P; a large least gap
 makes for long blocks.

@@ -22,7 +22,8 @@ from tele_jax.sharding import BATCH, mesh_of_step, platform
 
 BLOCK = 128  # queries per block of the xla form; smaller skips more of the masked half, larger feeds the matrix unit
 # Slots of a cache per block of the cached form. On two CPU cores, 12 layers of 12 heads of 64, 8 rows, 1,900 slots in
-# use: 79 ms a step with 256, 160 with 512 (a block no longer stays in the L2 cache), 126 with all slots at once.
+# use: 79 ms a step with 256, 160 with 512 (a block no longer stays in the L2 cache), 126 with all slots at once
+# (2026-11-25, the processor not recorded).
 SLOT_BLOCK = 256
 # Of the splash kernels, largest first. The backward kernel writes one partial gradient of q per block of keys: with
 # blocks twice as long they are half as many, at little more of the masked half.
@@ -83,8 +84,8 @@ def blocks(q, k, v, segment_ids=None) -> jax.Array:
     """The same for rows in causal order, gradient and all block by block (as arXiv 2205.14135, without its inner loop).
 
     What the gradient needs is q, k, v, the result and the logarithm of every softmax's denominator; weights are made
-    again. On one CPU core, 8 rows of 512 tokens, 4 heads of 64: 25 ms forward and 86 with the gradient, against 60 and
-    153 of the xla form.
+    again. On one CPU core (2026-11-25, the processor not recorded), 8 rows of 512 tokens, 4 heads of 64: 25 ms forward
+    and 86 with the gradient, against 60 and 153 of the xla form.
     """
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
