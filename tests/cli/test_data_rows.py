@@ -169,8 +169,11 @@ def test_mistakes_are_one_line(place, capsys, tmp_path):
     out = ["--out", tmp_path / "rows"]
     for arguments, message in (
         ([*cache, "--out", place / "rows"], "rows: is there already"),
-        ([*cache, *out, "--config.data.sources.code.rate=0"], "config.data.sources.code: rate=0.0 must be above 0"),
-        ([*cache, *out, "--config.data.sources.code.rate=-2"], "rate=-2.0 must be above 0"),
+        (
+            [*cache, *out, "--config.data.sources.code.rate=0", "--config.data.sources.prose.rate=0"],
+            "config.data: sources: rate=0 leaves every domain out",
+        ),
+        ([*cache, *out, "--config.data.sources.code.rate=-2"], "rate=-2.0 must be 0 or above, and finite"),
         ([*cache, *out, "--config.kind=sft"], "sources.code: fine-tuning learns answers"),
         ([*cache, *out, "--config.sequence=5"], "config.sequence: unknown key of CacheConfig; did you mean 'seq_len'"),
         ([*cache, *out, "--config.data.tokenizer=absent"], "absent: No such file or directory"),
@@ -223,7 +226,7 @@ def test_a_damaged_shard_is_named_by_verify(place, capsys, tmp_path):
         ("--config.pretrain.data.cache='nowhere'", "nowhere: not a row cache"),
         ("--config.sft.data.cache={rows!r}", "its rows have kind=pretrain, the stage asks for kind=sft"),
         ("--config.pretrain.data.sources={{'cod': {{}}}}", "has no such domain; did you mean 'code'?"),
-        ("--config.pretrain.data.sources={{'code': {{'rate': -1}}}}", "rate=-1.0 must be above 0"),
+        ("--config.pretrain.data.sources={{'code': {{'rate': -1}}}}", "rate=-1.0 must be 0 or above, and finite"),
     ],
 )
 def test_a_cache_that_does_not_fit_a_run_is_refused_before_it_starts(place, capsys, tmp_path, override, expected):

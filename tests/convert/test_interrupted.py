@@ -71,7 +71,11 @@ def test_ctrl_c_while_a_release_is_imported_is_one_line(src, tmp_path, monkeypat
                 signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("tele_jax.cli.progress.Progress", Interrupting)
-    assert main(["import", str(src), str(tmp_path / "ck")]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs in the background
+    try:
+        assert main(["import", str(src), str(tmp_path / "ck")]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "tele: interrupted\n"
     assert not (tmp_path / "ck").exists() and (tmp_path / "ck.partial").exists()
     monkeypatch.undo()
