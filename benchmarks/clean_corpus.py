@@ -1,4 +1,4 @@
-"""Real text of packages (DATA.md), and what is planted into it, for benchmarks/clean.py. Fixed seeds."""
+"""Real text of packages, and what is planted into it, for benchmarks/clean.py. Fixed seeds."""
 
 import gzip
 import json

@@ -16,8 +16,8 @@ from tele_jax.errors import UserError
 
 TEXT = Path("runs/quickstart/text")
 TOKENIZER = "runs/quickstart/tokenizer.model"
-# Real pretraining mixes English and Chinese 2 to 1 with a tenth of code (FACTS section 2); shares here are ours, nearer
-# to each other, because the corpora are small.
+# Tele-FLM's pretraining mixes English and Chinese 2 to 1 with a tenth of code (arXiv 2404.16645); shares here are ours,
+# nearer to each other, because the corpora are small.
 RATES = {"en": 0.45, "zh": 0.3, "code": 0.25}
 
 

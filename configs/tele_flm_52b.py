@@ -1,4 +1,4 @@
-"""Tele-FLM-52B as it was pretrained (arXiv 2404.16645; FACTS section 2): 2.0T tokens, 363,301 steps.
+"""Tele-FLM-52B as it was pretrained (arXiv 2404.16645): 2.0T tokens, 363,301 steps.
 
     tele data cache --config configs/data/tele_flm.py --out CACHE
     tele train --config configs/tele_flm_52b.py --workdir W --config.pretrain.data.cache=CACHE

@@ -1,4 +1,4 @@
-"""Tele-FLM fine-tuned on 30,735 dialogues, "less is more" (arXiv 2407.02783; FACTS section 3).
+"""Tele-FLM fine-tuned on 30,735 dialogues, "less is more" (arXiv 2407.02783).
 
     tele data cache --config configs/data/YOUR_DIALOGUES.py --out CACHE
     tele train --config configs/tele_flm_instruct.py --workdir W --config.start=BASE --config.sft.data.cache=CACHE

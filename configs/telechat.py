@@ -1,4 +1,4 @@
-"""TeleChat pretrained and fine-tuned (arXiv 2401.03804; FACTS section 5), for the 1B, 3B, 7B and 12B.
+"""TeleChat pretrained and fine-tuned (arXiv 2401.03804), for the 1B, 3B, 7B and 12B.
 
     tele train --config configs/telechat.py:7b --workdir W --config.pretrain.data.cache=CACHE
 

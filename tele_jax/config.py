@@ -141,7 +141,7 @@ def require_positive(config: Any, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Ntk:
-    """Dynamic NTK scaling of the rotary base, as TeleChat released it (FACTS section 5).
+    """Dynamic NTK scaling of the rotary base, as the released code of TeleChat-7B has it.
 
     For a sequence of total length `length`: n = max(length, trained_length),
     alpha = max(2^ceil(log2(n / original_length) + 1) - 1, 1), base = theta * alpha^p with p = d / (d - 2) for

@@ -71,7 +71,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     | dict(num_layers=64, num_heads=64, embed_dim=8_192, mlp_dim=21_824, padded_vocab_size=80_896, rope=_NTK_52B),
 }
 
-# Tokens of the stage that trained each (FACTS sections 1 and 5); the others' were not published.
+# Tokens of the stage that trained each (arXiv 2404.16645, 2407.02783, 2401.03804); the others' were not published.
 STAGE_TOKENS = {
     "tele_flm_52b": 2.0e12,
     "tele_flm_102b": 0.3e12,

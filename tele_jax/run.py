@@ -109,7 +109,7 @@ class CacheConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW in muP groups (FACTS section 2). Learning rates are peaks, at the muP base width."""
+    """AdamW in muP groups (arXiv 2404.16645). Learning rates are peaks, at the muP base width."""
 
     learning_rate: float  # vector-like parameters
     matrix_learning_rate: float | None = None  # matrix-like ones, divided by r; None: learning_rate

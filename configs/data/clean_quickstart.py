@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
         zh=dict(files=(f"{TEXT}/zh/train.jsonl",), format="jsonl", domain="WorldKnowledge", rank=1),
         code=dict(files=(f"{TEXT}/code/train.jsonl",), format="jsonl", domain="Code", rank=2, language="code"),
     )
-    # In this order. TeleChat and Tele-FLM name these steps (FACTS section 2); duplicates go before paragraphs, since a
+    # In this order. TeleChat and Tele-FLM name these steps; duplicates go before paragraphs, since a
     # document that has lost its paragraphs is like no other any more.
     config.stages = (
         "extract", "language", "normalise", "rules", "urls", "duplicates", "paragraphs", "overlap", "privacy", "safety",

@@ -1,4 +1,4 @@
-"""The published pretraining mixture of Tele-FLM (FACTS section 2, arXiv 2404.16645), English to Chinese about 2 to 1.
+"""The published pretraining mixture of Tele-FLM (arXiv 2404.16645), English to Chinese about 2 to 1.
 
     tele data clean --config CLEAN_PAGE --out corpora          what it writes is where this page looks
     tele data cache --config configs/data/tele_flm.py --out CACHE

@@ -1,6 +1,7 @@
 """`tele plan`: compile a step for a TPU slice that is not there; whether it fits, and what it costs.
 
-A step of training, a growth, or a step of decoding: the programs that `tele train` and `tele generate` run.
+A step of training or a growth, the programs that `tele train` runs; or a step of decoding, one turn of the loop that
+`tele generate` runs.
 """
 
 import argparse

@@ -14,7 +14,7 @@ from tele_jax.files import require_regular
 
 HELP = "train or inspect a tokenizer"
 
-# Tokens per UTF-8 byte over the Tele-FLM report's weighting of domains (arXiv 2404.16645; FACTS section 2).
+# Tokens per UTF-8 byte over the Tele-FLM report's weighting of domains (arXiv 2404.16645).
 PUBLISHED = {"Tele-FLM, 80,000": 0.261, "GPT-4": 0.291, "Llama-3": 0.251, "Llama-2": 0.356}
 
 

@@ -1,4 +1,4 @@
-"""config.json of a release <-> ModelConfig. Keys and their meaning: FACTS section 6, docs/convert.md."""
+"""config.json of a release <-> ModelConfig. Keys and their meaning: docs/convert.md."""
 
 import dataclasses
 import json

@@ -80,7 +80,7 @@ def require_expressible(cfg: ModelConfig, format: str) -> None:
     constant_theta(cfg, where)
 
 
-# TeleChat-52B beyond 4,096 positions (FACTS section 5).
+# TeleChat-52B beyond 4,096 positions, as its released code has it.
 NTK_52B = Ntk(original_length=4096, trained_length=4096, base="linear", attention_slope=0.0)
 
 

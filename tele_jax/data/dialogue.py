@@ -1,12 +1,12 @@
-"""Dialogues as tokens, for training and for chat, in the template of a family (templates.py). TeleChat's (FACTS section
-5, arXiv 2401.03804):
+"""Dialogues as tokens, for training and for chat, in the template of a family (templates.py). TeleChat's
+(arXiv 2401.03804):
 
     <_system> system text <_user> question <_bot> answer <_end> <_user> question <_bot> answer <_end> ...
 
 `<_system>` is there only if the dialogue has a system message. There is no BOS but TeleChat2's `<_start>`: the first
 marker is where a dialogue begins, in training as in chat.
 
-Ids are those of the released code, of which there are two kinds (FACTS section 6). Where markers are ids, every text is
+Ids are those of the released code, of which there are two kinds. Where markers are ids, every text is
 encoded apart from them, and from each other. Where they are text (TeleChat-52B, Tele-FLM Instruct), a prompt is encoded
 as one string, markers, questions and answers together; in training the string of a turn is its question with its
 markers, then the answer is a string of its own. Tokenizers with a dummy prefix, as the released ones, begin every

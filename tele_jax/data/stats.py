@@ -39,7 +39,7 @@ def epochs(manifest: Manifest, rows: int) -> dict[str, float]:
 
 
 def tokens_per_byte(counts: Counts) -> float:
-    """Tokens that spell text, per UTF-8 byte of it, as published (FACTS section 2)."""
+    """Tokens that spell text, per UTF-8 byte of it, as published (arXiv 2404.16645)."""
     return counts.text_tokens / max(1, counts.text_bytes)  # a task may give ids that spell nothing
 
 

@@ -58,7 +58,7 @@ TEMPLATES: Mapping[str, Template] = {
     for template in (
         # Ours: TeleChat's, for a vocabulary that has the markers at other ids, as `tele tokenizer train` makes it.
         Template(name="telechat", sampling=_as_released(1.03)["sampling"]),
-        # FACTS section 5. No id for a system message is published.
+        # The released code of each size. No id for a system message is published.
         Template(name="telechat_7b", system=None, **_as_released(1.03)),
         Template(name="telechat_12b", **_as_released(1.01)),
         # Tele-AI/TeleChat2 on GitHub: deepspeed-telechat/utils/data/data_utils.py, and its code for MindSpore.

@@ -23,7 +23,7 @@ MARKERS = ("<_user>", "<_bot>", "<_end>", "<_system>", "<_start>", "<_pad>")  # 
 # What a tokenizer is called beside or above the checkpoints that it belongs to, by kind of file.
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
-# Special ids as released (FACTS section 5).
+# Special ids as in the released tokenizers.
 SPECIAL_IDS: Mapping[str, Mapping[str, int]] = {
     "telechat_7b": {"<_user>": 160130, "<_bot>": 160131, "<_start>": 160132, "<_end>": 160133, "<pad>": 3},
     "telechat_12b": {"<_start>": 1, "<_end>": 2, "<_pad>": 3, "<_user>": 20, "<_bot>": 21, "<_system>": 22},

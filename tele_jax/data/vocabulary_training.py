@@ -1,4 +1,4 @@
-"""Training a vocabulary with the options and the special ids of the published ones (FACTS sections 2 and 5)."""
+"""Training a vocabulary with the options and the special ids of the published ones (arXiv 2404.16645, 2401.03804)."""
 
 import collections
 import dataclasses

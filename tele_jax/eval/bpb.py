@@ -21,7 +21,7 @@ def _loss(cfg, params, batch, masks):
 def bits_per_byte(
     cfg: ModelConfig, params: Mapping[str, Any], held_out: Mapping[str, Any], mesh: Mesh, masks: Any = None
 ) -> dict[str, float]:
-    """Bits per byte of every domain: sum of token losses / ln 2 / bytes (FACTS section 2).
+    """Bits per byte of every domain: sum of token losses / ln 2 / bytes (arXiv 2404.16645).
 
     held_out: by domain, what data.feed.held_out returns: `batches` of rows and `num_bytes` of text in them. The number
     of rows has to divide over the mesh, over which they are cut. Every process has all rows, and gets all figures.

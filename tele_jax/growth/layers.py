@@ -74,7 +74,7 @@ def distances(cfg: ModelConfig, params: Any, tokens: jax.Array, metric: str = "c
     params: a tree of arrays, or of checkpoint.LazyArray, which is read layer by layer.
 
     cosine: 1 - cos(in, out); angular: arccos(cos)/pi; relative_l2: |out - in| / |in|. The published choice of metric
-    is unknown (FACTS section 4); cosine is ours.
+    is unknown (arXiv 2407.02783 does not say it); cosine is ours.
     """
     if metric not in METRICS:
         raise UserError(f"metric {metric!r} is not one of {', '.join(METRICS)}")

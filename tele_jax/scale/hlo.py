@@ -2,7 +2,7 @@
 
     %dot.3 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 
-Only what costs.py needs is understood. An array whose layout ends in S(n) lies in memory space n: 0, which is not
+Only what counts.py needs is understood. An array whose layout ends in S(n) lies in memory space n: 0, which is not
 written, is HBM, 1 the fast memory on the chip, 5 the host.
 """
 

@@ -1,4 +1,7 @@
-"""What can be planned for a slice: a training step, a growth, a step of decoding. Each is the program that a run uses.
+"""What can be planned for a slice: a training step, a growth, a step of decoding.
+
+The first two are the programs that a run uses; a step of decoding is one turn of the loop that generates, at a fixed
+slot of the cache.
 
 Every job has `slice`, `mesh`, `lower(mesh)`, `held(mesh)`, bytes by kind that one device holds all the while,
 `tokens` and `model_flops` of one execution over all devices, and `settings`, its figures for people.
