@@ -17,7 +17,7 @@ def rms_norm(x, scale, eps, c=None):
 
 
 def rope_base_and_factor(cfg, length):
-    """The rotary base and the factor on cos and sin for `length` tokens in total (FACTS section 5)."""
+    """The rotary base and the factor on cos and sin for `length` tokens in total, as TeleChat's code has them."""
     ntk = cfg.rope.ntk
     if ntk is None:
         return cfg.rope.theta, 1.0

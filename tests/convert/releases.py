@@ -1,4 +1,4 @@
-"""Small released checkpoints, random, made by numpy from the layouts in FACTS section 6; no code of ours takes part.
+"""Small released checkpoints, random, made by numpy from the released layouts; no code of ours takes part.
 
 Every maker gives (config.json, {name: array}); `leaves` says, by loops over heads and layers, which numbers of them
 each of our parameters must have.

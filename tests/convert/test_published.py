@@ -1,4 +1,4 @@
-"""The published checkpoints at full size, as lists of tensors: nothing is allocated. Counts: FACTS section 6."""
+"""The published checkpoints at full size, as lists of tensors: nothing is allocated. Counts: of the released files."""
 
 import math
 import tracemalloc
@@ -89,7 +89,7 @@ def test_tensors_have_the_published_names_and_shapes(model, format):
     assert found.items() >= SHAPES[model, format].items()
 
 
-# Keys and values of the released config.json files (FACTS section 6).
+# Keys and values of the released config.json files.
 SEVEN_B = {
     "model_type": "telechat",
     "hidden_size": 4096,

@@ -1,4 +1,4 @@
-"""In, and out again: every number where FACTS says it belongs, every bit as it was."""
+"""In, and out again: every number where the released layout says it belongs, every bit as it was."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""TeleChat and TeleChat-52B in torch, from FACTS sections 5 and 6: plain functions of the released tensors.
+"""TeleChat and TeleChat-52B in torch, from the released code: plain functions of the released tensors.
 
 Letters: B batch, S sequence, D embed, N heads, d head_dim, F mlp, V vocab.
 """

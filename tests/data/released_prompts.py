@@ -1,4 +1,4 @@
-"""The prompts and training samples of the released code, from the rules in FACTS section 6, without code of ours.
+"""The prompts and training samples of the released code, from its rules, without code of ours.
 
 `encode` is that of the bare library: SentencePiece or tokenizers. A conversation is a list of texts: question, answer,
 question, ...; a prompt's last text is a question, a sample's an answer.

@@ -124,7 +124,7 @@ def test_what_ends_a_reply(vocabulary):
 
 
 class Seven:
-    """TeleChat-7B's ids (FACTS section 5)."""
+    """TeleChat-7B's ids as released."""
 
     path, family = "seven", "telechat_7b"
     user_id, bot_id, end_id, eos_id = 160130, 160131, 160133, 160133
@@ -165,7 +165,7 @@ def test_every_preset_of_sampling_is_one(vocabulary):
     from tele_jax.generate import sampling
 
     penalties = {name: template.sampling["repetition_penalty"] for name, template in TEMPLATES.items()}
-    # FACTS section 5; TeleChat-52B's generation_config.json; the model card of Tele-FLM Instruct.
+    # The released code; TeleChat-52B's generation_config.json; the model card of Tele-FLM Instruct.
     assert penalties == {
         "telechat": 1.03, "telechat_7b": 1.03, "telechat_12b": 1.01, "telechat_52b": 1.02, "tele_flm_instruct": 1.03,
         "telechat2": 1.03,

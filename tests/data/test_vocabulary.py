@@ -14,7 +14,7 @@ from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.data.vocabulary_sentencepiece import SentencePieceVocabulary
 from tele_jax.errors import UserError
 
-# From FACTS sections 2 and 5, not from the code.
+# From the released tokenizers, not from our code.
 PUBLISHED = {
     "tele_flm": {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "0": 4, "9": 13, "_": 24, "<0x00>": 125, "<0xFF>": 380},
     "telechat_12b": {

@@ -80,7 +80,7 @@ def test_the_ids_are_those_of_the_library(vocabulary, description, texts):
 
 
 def test_the_special_ids_of_telechat_7b(seven):
-    # From FACTS section 5, not from the code.
+    # From the released tokenizer, not from our code.
     assert (seven.user_id, seven.bot_id, seven.bos_id, seven.end_id) == (160130, 160131, 160132, 160133)
     assert (seven.pad_id, seven.eos_id, seven.vocab_size, seven.family) == (3, 160133, 160134, "telechat_7b")
     with pytest.raises(UserError, match="it has no piece '<_system>'"):
