@@ -278,6 +278,12 @@ def content(directory):
     }
 
 
+def test_workers_that_know_no_task_load_the_page_and_give_the_same_bytes(place, rows, tmp_path):
+    pytest.importorskip("apache_beam", reason="Beam is not installed: pip install 'tele_jax[beam]'")
+    assert cached(place, "mixture", "pretrain", tmp_path / "beam", "--workers", "2") == 0
+    assert content(tmp_path / "beam") == content(rows / "rows_mixture")
+
+
 def test_a_cache_holds_the_examples_of_a_task_by_the_shards_of_its_source(place, rows, vocabulary):
     opened = cache.RowCache(rows / "rows_mixture")
     name = f"own.{place[1]}_lm"
