@@ -19,7 +19,11 @@ learns `<_end>`; `<_bot>` itself is given by the prompt and has weight 0, and so
 (TeleChat-52B, Tele-FLM Instruct), that end is not learned: a reply has to end as the last one.
 
 A message is {"role": "system" | "user" | "assistant", "content": str}; "bot" is another name for "assistant". The
-system message comes first, if at all; then user and assistant take turns, and the user begins.
+system message comes first, if at all; then user and assistant take turns, and the user begins. An answer that says
+"weight": 0, "train": false or "loss": false is not learned, and neither is the end after it.
+
+A record is {"messages": [...]} or, as TeleChat2's, {"dialog": [...]}, and may have its system message as "system".
+Fields that nothing here understands are refused by name, but for LABELS: none is ignored.
 """
 
 import bisect
@@ -32,7 +36,68 @@ from tele_jax.data.templates import Said, Template
 from tele_jax.data.vocabulary import Vocabulary
 from tele_jax.errors import UserError
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]  # strings, and the marks
+
+MARKS = ("weight", "train", "loss")  # of an answer: whether it is learned
+# Fields of a record that say where it is from, and nothing about what is learned.
+LABELS = frozenset({"id", "source", "url", "title", "language", "lang", "license", "category", "meta", "metadata"})
+
+
+def from_record(record: Any) -> list[Message]:
+    """The messages of a record, the system message among them.
+
+    Raises:
+      UserError: it is no record of a dialogue, or has a field that is not understood.
+    """
+    if not isinstance(record, Mapping):
+        raise UserError('not a table with the key "messages", as the format dialogues asks for')
+    if {"input", "output"} <= set(record):
+        raise UserError(
+            'a record of "input" and "output" has its markers inside its text, where they cannot be told from typed '
+            'ones; write it as "messages"'
+        )
+    key = "dialog" if "dialog" in record and "messages" not in record else "messages"
+    if key not in record:
+        raise UserError('not a table with the key "messages", as the format dialogues asks for')
+    for field, value in record.items():
+        if field not in (key, "system", *LABELS) and not _says_nothing(value):
+            raise UserError(f"the field {field!r} of the record is not understood; take it out, or the record")
+    messages, system = record[key], record.get("system")
+    if system is not None and not isinstance(system, str):
+        raise UserError('"system" is not a string')
+    if system and isinstance(messages, list):
+        if messages and isinstance(messages[0], Mapping) and messages[0].get("role") == "system":
+            raise UserError('there are two system messages: "system" and the first of the messages')
+        messages = [{"role": "system", "content": system}, *messages]
+    check(messages)
+    return messages
+
+
+def is_learned(message: Message) -> bool:
+    """Whether an answer is learned: none of its marks says otherwise."""
+    return not any(message.get(mark) in (0, False) for mark in MARKS if message.get(mark) is not None)
+
+
+def _says_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and not value)
+
+
+def _check_fields(i: int, message: Mapping[str, Any]) -> None:
+    """Raises UserError for marks that cannot be obeyed, and for what is not understood."""
+    answers = message["role"] in ("assistant", "bot")
+    marks = set()
+    for field, value in message.items():
+        if field in ("role", "content") or _says_nothing(value):
+            continue
+        if field not in MARKS:
+            raise UserError(f"messages[{i}]: the field {field!r} is not understood; take it out, or the record")
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise UserError(f"messages[{i}].{field} is {value!r}; an answer is learned (1) or not (0)")
+        if value and not answers:
+            raise UserError(f"messages[{i}].{field} is {value!r}, but only answers are learned")
+        marks.add(bool(value))
+    if len(marks) > 1:
+        raise UserError(f"messages[{i}]: its marks ({', '.join(MARKS)}) contradict each other")
 
 
 def check(messages: Any, *, complete: bool = True) -> None:
@@ -57,6 +122,7 @@ def check(messages: Any, *, complete: bool = True) -> None:
             raise UserError(f"messages[{i}].role is {message['role']!r}, not one of system, user, assistant")
         if message["role"] == "system" and i > 0:
             raise UserError(f"messages[{i}]: the system message has to come first")
+        _check_fields(i, message)
     spoken = messages[1:] if messages and messages[0]["role"] == "system" else messages
     skipped = len(messages) - len(spoken)
     for i, message in enumerate(spoken):
@@ -65,10 +131,17 @@ def check(messages: Any, *, complete: bool = True) -> None:
             raise UserError(f"messages[{i + skipped}].role is {message['role']!r}, but it is the turn of {expected}")
     if len(spoken) % 2 != (0 if complete else 1) or not spoken:
         raise UserError(f"the last message has to be {'an answer' if complete else 'a question'}")
+    if complete and not any(map(is_learned, spoken[1::2])):
+        raise UserError("none of the answers is to be learned")
 
 
 def render(
-    messages: Sequence[Message], vocabulary: Vocabulary, max_tokens: int | None = None, template: Template | None = None
+    messages: Sequence[Message],
+    vocabulary: Vocabulary,
+    max_tokens: int | None = None,
+    template: Template | None = None,
+    *,
+    given: int = 0,
 ) -> tuple[list[int], list[int]]:
     """A whole dialogue as (tokens, weights), two lists of one length; weights are 0 or 1, see above.
 
@@ -81,13 +154,14 @@ def render(
       max_tokens: if the dialogue is longer, the oldest turns go, then the left end of the question; then, which the
         released code does not have to face, the system message, and at last the right end of the answer with its end.
       template: that of the vocabulary by default.
+      given: the weight of all that is no answer: 0 in fine-tuning, 1 in pretraining.
 
     Raises:
       UserError: messages that are not such a dialogue; a vocabulary without the markers; a system message where the
         template has no place for one; max_tokens too small for the markers and a token of the answer.
     """
     check(messages)
-    encoder = _Encoder(vocabulary, template)
+    encoder = _Encoder(vocabulary, template, given)
     fitted = _fit(*encoder.open(messages), max_tokens, encoder.shortest, encoder.sample)
     return fitted.tokens[:max_tokens], fitted.weights[:max_tokens]
 
@@ -162,6 +236,7 @@ class _Turn:
 
     question: str | list[int]
     answer: str | list[int] | None
+    is_learned: bool = True  # the answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +254,9 @@ class _Encoder:
       shortest: tokens of the markers, of what ends a reply, and of one token of an answer.
     """
 
-    def __init__(self, vocabulary: Vocabulary, template: Template | None):
+    def __init__(self, vocabulary: Vocabulary, template: Template | None, given: int = 0):
+        """given: the weight of what is no answer."""
+        self._given = given
         self._vocabulary, self._template = vocabulary, template or templates.choose(vocabulary)
         self._markers = templates.marker_ids(self._template, vocabulary)
         self._is_text = self._template.markers == "text"
@@ -202,11 +279,12 @@ class _Encoder:
         turns = []
         for i in range(first, len(messages), 2):
             question = messages[i]["content"]
-            answer = None
+            answer, learned = None, True
             if i + 1 < len(messages):
+                learned = is_learned(messages[i + 1])
                 ids = (drawn or {}).get(i + 1)
                 answer = take(messages[i + 1]["content"]) if ids is None else list(ids)
-            turns.append(_Turn(take(question.strip() if template.strips else question), answer))
+            turns.append(_Turn(take(question.strip() if template.strips else question), answer, learned))
         system = messages[0]["content"].strip() if self._is_text else messages[0]["content"]
         return (take(system) if first else None), turns
 
@@ -234,10 +312,10 @@ class _Encoder:
             opening = []
             between = self._template.between if number < len(turns) else ""
             answer = templates.encode_parts(self._template, self._vocabulary, [Said(turn.answer), between])
-            learned = self._before(answer, between)
+            said = self._before(answer, between)
             tokens += asked + answer
-            weights += [0] * len(asked) + [1] * learned + [0] * (len(answer) - learned)
-        return tokens + end, weights + [1] * len(end)
+            weights += [self._given] * len(asked) + [int(turn.is_learned)] * said + [self._given] * (len(answer) - said)
+        return tokens + end, weights + [int(turns[-1].is_learned)] * len(end)
 
     def _opening(self, system: str | None) -> list[str | Said | list[int]]:
         return [] if system is None else [self._template.system, Said(system)]
@@ -256,15 +334,16 @@ class _Encoder:
     def _of_ids(self, system: list[int] | None, turns: Sequence[_Turn]) -> tuple[list[int], list[int]]:
         markers = self._markers
         tokens = markers.start + ([] if system is None else markers.system + system)
-        weights = [0] * len(tokens)
+        weights = [self._given] * len(tokens)
         for number, turn in enumerate(turns, start=1):
             asked = [*markers.user, *turn.question, *markers.bot]
             tokens += asked
-            weights += [0] * len(asked)
+            weights += [self._given] * len(asked)
             if turn.answer is not None:
                 end = markers.end if number == len(turns) else markers.between
                 tokens += [*turn.answer, *end]
-                weights += [1] * len(turn.answer) + [int(end == markers.end)] * len(end)
+                weight = int(turn.is_learned)
+                weights += [weight] * len(turn.answer) + [weight if end == markers.end else self._given] * len(end)
         return tokens, weights
 
 

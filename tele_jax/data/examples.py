@@ -120,8 +120,8 @@ def example(
 ) -> np.ndarray:
     """Span or dialogue `i` as int32 [3, n]: rows inputs, targets, loss_weights (0 or 1).
 
-    In pretraining a dialogue is a document like others: every token counts, the first marker included. In fine-tuning
-    n is at most seq_len, and only answers count (dialogue.py).
+    In pretraining a dialogue is a document like others: every token counts, the first marker included, but for answers
+    that are marked as not to be learned. In fine-tuning n is at most seq_len, and only answers count (dialogue.py).
 
     Args:
       corpus: where it is.
@@ -139,12 +139,14 @@ def example(
         return np.array([tokens[:-1], tokens[1:], weights[1:]], np.int32)
     ends = bool(corpus.last[i])
     if corpus.format == "dialogues":
-        targets, _ = dialogue.render(corpus.messages(i), vocabulary)
+        targets, weights = dialogue.render(corpus.messages(i), vocabulary, given=1)
     else:
         text = corpus.text(i)
         if max_bytes is not None and corpus.num_bytes[i] > max_bytes:
             text, ends = text.encode()[:max_bytes].decode(errors="ignore"), False
         targets = vocabulary.encode_continuation(text) if continues(corpus, i, vocabulary) else vocabulary.encode(text)
+        weights = [1] * len(targets)
     if ends:
         targets.append(separator(vocabulary))
-    return np.array([[separator(vocabulary), *targets][: len(targets)], targets, [1] * len(targets)], np.int32)
+        weights.append(1)
+    return np.array([[separator(vocabulary), *targets][: len(targets)], targets, weights], np.int32)

@@ -9,6 +9,9 @@ import numpy as np
 
 from tele_jax.data.vocabulary import Vocabulary
 
+# Around the name of a piece that is no text, such as a marker. In text they are shown as escapes, so that a marker that
+# somebody typed never looks like one.
+OPENING, CLOSING = "\u27e6", "\u27e7"
 BOLD, DIM, LEARNED, RESET = "\x1b[1m", "\x1b[2m", "\x1b[32m", "\x1b[0m"
 
 
@@ -49,13 +52,26 @@ def segments(row: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> list[Segm
 
 
 def spell(ids: Sequence[int], vocabulary: Vocabulary) -> str:
-    """The text of ids; pieces that stand for no text by their names, cut characters as U+FFFD, controls as escapes."""
-    spelled = b"".join(
-        vocabulary.piece_bytes[i] or vocabulary.piece(i).encode() if i < vocabulary.vocab_size else f"<{i}>".encode()
-        for i in ids
-    )
-    text = spelled.decode(errors="replace")
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    """The text of ids; pieces that stand for no text by their names in brackets.
+
+    Cut characters become U+FFFD, and controls and those brackets escapes.
+    """
+    parts = []
+    for is_text, group in itertools.groupby(
+        ids, key=lambda i: i < vocabulary.vocab_size and vocabulary.piece_bytes[i] != b""
+    ):
+        if is_text:
+            text = b"".join(vocabulary.piece_bytes[i] for i in group).decode(errors="replace")
+            parts += [_shown(c) for c in text]
+        else:
+            names = (vocabulary.piece(i) if i < vocabulary.vocab_size else str(i) for i in group)
+            parts += [f"{OPENING}{name}{CLOSING}" for name in names]
+    return "".join(parts)
+
+
+def _shown(character: str) -> str:
+    plain = character in "\n\t" or (character.isprintable() and character not in (OPENING, CLOSING))
+    return character if plain else character.encode("unicode_escape").decode()
 
 
 def render(title: str, row: Sequence[Segment], seq_len: int, *, color: bool) -> str:

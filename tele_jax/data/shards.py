@@ -256,9 +256,9 @@ class _Tokenizer:
             columns = np.concatenate([example for example, _ in rendered], axis=1)
             lengths = np.array([example.shape[1] for example, _ in rendered])
         else:
-            targets, lengths = self._all(documents) if dialogues else self._texts(documents)
+            targets, lengths, weights = self._all(documents) if dialogues else (*self._texts(documents), 1)
             columns = np.empty((3, len(targets)), np.int32)
-            columns[0, 1:], columns[1], columns[2] = targets[:-1], targets, 1
+            columns[0, 1:], columns[1], columns[2] = targets[:-1], targets, weights
             columns[0, np.cumsum(lengths) - lengths] = self._separator
         text_bytes = self._text_bytes(columns[1]) if shortened else whole
         self._count(columns, lengths, sum(ends for _, ends in documents), text_bytes, shortened)
@@ -308,10 +308,12 @@ class _Tokenizer:
         spaces = np.count_nonzero(np.diff(spelled > 0, prepend=False) & (spelled > 0))  # before each stretch of text
         return int(spelled.sum()) - (int(spaces) if self.vocabulary.adds_dummy_prefix else 0)
 
-    def _all(self, documents: Sequence[tuple[Any, bool]]) -> tuple[np.ndarray, np.ndarray]:
-        """Targets and lengths of dialogues of which every token is learned."""
-        rendered = [[*dialogue.render(messages, self.vocabulary)[0], self._separator] for messages, _ in documents]
-        return np.concatenate([np.array(tokens, np.int32) for tokens in rendered]), np.array([*map(len, rendered)])
+    def _all(self, documents: Sequence[tuple[Any, bool]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Targets, lengths and weights of dialogues that are learned whole, but for answers marked otherwise."""
+        rendered = [dialogue.render(messages, self.vocabulary, given=1) for messages, _ in documents]
+        targets = np.concatenate([np.array([*tokens, self._separator], np.int32) for tokens, _ in rendered])
+        weights = np.concatenate([np.array([*weights, 1], np.int32) for _, weights in rendered])
+        return targets, np.array([len(tokens) + 1 for tokens, _ in rendered]), weights
 
     def _answers(self, messages: Any) -> tuple[np.ndarray, bool]:
         """One dialogue of which the answers are learned, and whether it had to be shortened."""

@@ -85,9 +85,9 @@ class Corpus:
             return record
         return json.loads(record)["text"][self.begin[i] : self.end[i]]
 
-    def messages(self, i: int) -> list[dict[str, str]]:
+    def messages(self, i: int) -> list[dialogue.Message]:
         """The messages of dialogue `i` (format dialogues)."""
-        return json.loads(self._record(i))["messages"]
+        return dialogue.from_record(json.loads(self._record(i)))
 
     def _record(self, i: int) -> str:
         path = self.files[self.file[i]]
@@ -360,13 +360,11 @@ def check_record(record: str, format: Format) -> Any:
         value = json.loads(record)
     except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON: {error}") from None
-    key = "messages" if format == "dialogues" else "text"
-    if not isinstance(value, dict) or key not in value:
-        raise UserError(f'not a table with the key "{key}", as the format {format} asks for')
-    value = value[key]
     if format == "dialogues":
-        dialogue.check(value)
-    elif not isinstance(value, str):
+        value = dialogue.from_record(value)
+    elif not isinstance(value, dict) or "text" not in value:
+        raise UserError(f'not a table with the key "text", as the format {format} asks for')
+    elif not isinstance(value := value["text"], str):
         raise UserError('"text" is not a string')
     elif not value:
         raise UserError(EMPTY)

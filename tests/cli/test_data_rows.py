@@ -138,12 +138,22 @@ def test_show_prints_rows_with_borders_and_weights(place, capsys, tmp_path):
     assert out.count("=== dialogues, row") == 2 and "--- segment 1: positions" in out and "\x1b[" not in out
     (segment, *_) = json.loads(file.read_text())["rows"][0]["segments"]
     question, answer = segment["parts"]
-    number = int(question["text"].removeprefix("<_user>").split("+")[0])
-    assert (question["text"], question["learned"]) == (f"<_user>{number}+1?<_bot>", False)
-    assert (answer["text"], answer["learned"]) == (f"{number + 1}, surely.<_end>", True)
-    assert f"- <_user>{number}+1?<_bot>\n+ {number + 1}, surely.<_end>\n" in out
+    number = int(question["text"].removeprefix("⟦<_user>⟧").split("+")[0])
+    assert (question["text"], question["learned"]) == (f"⟦<_user>⟧{number}+1?⟦<_bot>⟧", False)
+    assert (answer["text"], answer["learned"]) == (f"{number + 1}, surely.⟦<_end>⟧", True)
+    assert f"- ⟦<_user>⟧{number}+1?⟦<_bot>⟧\n+ {number + 1}, surely.⟦<_end>⟧\n" in out
     assert main(["data", "show", str(place / "dialogue_rows"), "--row", "1", "--color", "always"]) == 0
-    assert f"\x1b[2m<_user>{number}+1?<_bot>\x1b[0m\x1b[32m{number + 1}, surely" in capsys.readouterr().out
+    assert f"\x1b[2m⟦<_user>⟧{number}+1?⟦<_bot>⟧\x1b[0m\x1b[32m{number + 1}, surely" in capsys.readouterr().out
+
+
+def test_a_marker_that_somebody_typed_is_shown_as_text(place):
+    from tele_jax.data import looking
+    from tele_jax.data.vocabulary import load_vocabulary
+
+    vocabulary = load_vocabulary(place / "tokenizer.model")
+    real = looking.spell([vocabulary.bot_id], vocabulary)
+    for typed in ("<_bot>", real, "\\u27e6<_bot>\\u27e7"):
+        assert real not in looking.spell(vocabulary.encode(f"a {typed} b"), vocabulary)
 
 
 def test_show_follows_the_order_of_a_run(place, capsys, tmp_path):
@@ -160,7 +170,7 @@ def test_show_follows_the_order_of_a_run(place, capsys, tmp_path):
     for i, row in enumerate(shown):
         ids = batch["targets"][i][batch["segment_ids"][i] == 1].tolist()
         text = "".join(part["text"] for part in row["segments"][0]["parts"])
-        assert text.removeprefix("</s>").removesuffix("</s>") == vocabulary.decode(ids)
+        assert text.removeprefix("⟦</s>⟧").removesuffix("⟦</s>⟧") == vocabulary.decode(ids)
     assert "epoch" in capsys.readouterr().out
 
 

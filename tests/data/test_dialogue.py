@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tele_jax.data import dialogue
 from tele_jax.data.dialogue import check, render, render_prompt
 from tele_jax.errors import UserError
 
@@ -141,3 +142,68 @@ def test_a_prompt_has_to_end_in_a_question_and_fit():
         render_prompt(talk("a", "b"), LETTERS)
     with pytest.raises(UserError, match="max_tokens=3: a dialogue needs at least 4"):
         render_prompt(talk("a"), LETTERS, 3)
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"loss": 0}])
+def test_an_answer_that_is_marked_is_given_and_not_learned(vocabulary, mark):
+    def marked(*marks, **how):
+        messages = []
+        for i, each in enumerate(marks):
+            messages.append({"role": "user", "content": f"question {i}"})
+            messages.append({"role": "assistant", "content": f"answer {i}", **each})
+        return dialogue.render(dialogue.from_record({"messages": messages}), vocabulary, **how)
+
+    end = [vocabulary.end_id]
+    parts = [
+        ([vocabulary.user_id, *vocabulary.encode("question 0"), vocabulary.bot_id], False),
+        (vocabulary.encode("answer 0") + end, True),
+        ([vocabulary.user_id, *vocabulary.encode("question 1"), vocabulary.bot_id], False),
+        (vocabulary.encode("answer 1") + end, True),
+    ]
+    tokens = [i for part, _ in parts for i in part]
+    for marks, learned in (((mark, {}), (0, 1)), (({"weight": 1}, mark), (1, 0))):
+        expected = []
+        for number, (part, is_answer) in enumerate(parts):
+            expected += [learned[number // 2] if is_answer else 0] * len(part)
+        assert marked(*marks) == (tokens, expected)
+        # Of a document of pretraining all else is learned.
+        expected = []
+        for number, (part, is_answer) in enumerate(parts):
+            expected += [learned[number // 2] if is_answer else 1] * len(part)
+        assert marked(*marks, given=1) == (tokens, expected)
+
+
+def test_a_record_may_carry_its_system_message_and_labels_and_be_of_telechat2():
+    user, bot = {"role": "user", "content": "a"}, {"role": "bot", "content": "b"}
+    system = {"role": "system", "content": "c"}
+    assert dialogue.from_record({"dialog": [user, bot], "system": "c", "id": 7}) == [system, user, bot]
+    assert dialogue.from_record({"messages": [user, bot | {"tool_calls": []}], "system": ""})[0] == user
+    assert dialogue.from_record({"messages": [system, user, bot], "system": None}) == [system, user, bot]
+
+
+@pytest.mark.parametrize(
+    ("fields", "answer", "reason"),
+    [
+        ({}, {"weight": 0.5}, r"messages\[1\]\.weight is 0.5; an answer is learned \(1\) or not \(0\)"),
+        ({}, {"weight": "0"}, r"messages\[1\]\.weight is '0'; an answer"),
+        ({}, {"weight": 0}, "none of the answers is to be learned"),
+        ({}, {"weight": 1, "train": False}, "its marks .* contradict each other"),
+        ({}, {"tool_calls": [{"id": 1}]}, r"messages\[1\]: the field 'tool_calls' is not understood"),
+        ({}, {"name": "x"}, r"messages\[1\]: the field 'name' is not understood"),
+        ({"tools": [{}]}, {}, "the field 'tools' of the record is not understood"),
+        ({"weight": 1}, {}, "the field 'weight' of the record is not understood"),
+        ({"system": 3}, {}, '"system" is not a string'),
+        ({"messages": [{"role": "system", "content": "d"}], "system": "c"}, {}, "there are two system messages"),
+        ({"input": "<_user>a<_bot>", "output": "b"}, {}, 'markers inside its text.* write it as "messages"'),
+    ],
+)
+def test_what_a_record_says_and_nothing_here_obeys_is_a_reason_to_reject_it(fields, answer, reason):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **answer}]
+    with pytest.raises(UserError, match=reason):
+        dialogue.from_record({"messages": messages} | fields)
+
+
+def test_a_question_cannot_be_marked_to_be_learned():
+    messages = [{"role": "user", "content": "a", "train": True}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(UserError, match=r"messages\[0\]\.train is True, but only answers are learned"):
+        dialogue.check(messages)
