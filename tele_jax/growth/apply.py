@@ -36,8 +36,8 @@ def grow_params(plan: Growth, params: Mapping[str, Any], grow: Callable[[Plan, s
 def shrink(plan: Growth, params: Mapping[str, Any]) -> dict[str, Any]:
     """The left inverse of `apply`: to the bit where nothing was scaled, to rounding elsewhere.
 
-    Of each step that is one unit in the last place where a leaf has a coefficient alone, and in float32 two where its
-    units were split into copies (policy copy).
+    Of each step that is one unit in the last place where a leaf has a coefficient alone, and a few (five, with random
+    factors) where its units were split into copies, by policy copy, which multiplies by several.
 
     Raises:
       UserError: params are not what plan.dst_cfg describes; the plan drops something, which nothing brings back.
