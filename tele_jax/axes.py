@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct, traverse_util
 
-from tele_jax.config import ModelConfig
+from tele_jax.config import ModelConfig, from_dict, require
+from tele_jax.errors import UserError
 
 # Axes that grow with the width of the model in muP's sense; the others stay finite.
 WIDTH_AXES = frozenset({"embed", "heads", "kv_heads", "mlp"})
@@ -61,9 +62,28 @@ class ParamSpec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ParamSpec":
-        """The inverse of to_json; other keys are passed over."""
-        names = (tuple(values[key]) for key in ("stack", "inputs", "outputs"))
-        return cls(tuple(values["shape"]), jnp.dtype(values["dtype"]), *names)
+        """The inverse of to_json. Raises UserError for what to_json does not make."""
+        fields = from_dict(_SpecFields, values, "leaf")
+        try:
+            dtype = jnp.dtype(fields.dtype)
+        except (TypeError, ValueError):  # half a surrogate pair
+            raise UserError(f"leaf.dtype: {fields.dtype!r} is no dtype") from None
+        spec = cls(fields.shape, dtype, fields.stack, fields.inputs, fields.outputs)
+        require(min(spec.shape, default=0) >= 0, f"leaf.shape: {list(spec.shape)} has a size below 0")
+        fits = not spec.axes or len(spec.axes) == len(spec.shape)
+        require(fits, f"leaf.shape: {list(spec.shape)} does not have the axes {', '.join(spec.axes)}")
+        return spec
+
+
+@dataclasses.dataclass(frozen=True)
+class _SpecFields:
+    """A ParamSpec as JSON."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    stack: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
 def role(inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Role:

@@ -10,12 +10,12 @@ import numbers
 import operator
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 
-from tele_jax.errors import UserError
+from tele_jax.errors import DamageError, UserError
 
 T = TypeVar("T")
 
@@ -54,6 +54,35 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") ->
         raise UserError(f"{where}: {error}") from None
 
 
+def as_written(hint: Any, value: Any, where: str) -> Any:
+    """The value, as JSON gave it, as the type `hint` asks for: `convert` for what tele_jax wrote itself.
+
+    >>> as_written(tuple[str, ...], ["small", "grow"], "W/config.json: run")
+    ("small", "grow")
+
+    Raises:
+      DamageError: a field is missing, unknown or of another type; the message has its path.
+    """
+    try:
+        return convert(hint, value, where)
+    except UserError as error:
+        raise DamageError(f"{error}: damaged") from None
+
+
+def written_table(value: Any, where: str, fields: Mapping[str, Any], required: Collection[str] = ()) -> dict[str, Any]:
+    """The value, as JSON gave it, if it is a table in which `fields`, {name: type}, are of their types.
+
+    Other fields pass. Raises DamageError, also where one of the `required` is missing.
+    """
+    if not isinstance(value, dict):
+        raise DamageError(f"{where}: damaged, not a table, but {type(value).__name__}")
+    if missing := [name for name in required if name not in value]:
+        raise DamageError(f"{where}: damaged, {missing[0]} is missing")
+    for name in fields.keys() & value.keys():
+        as_written(fields[name], value[name], f"{where}: {name}")
+    return value
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The inverse of `from_dict`: nested plain dicts and lists, ready for JSON."""
     return dataclasses.asdict(config)
@@ -85,7 +114,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
         return value
     if origin is tuple:
-        if isinstance(value, str) or not hasattr(value, "__iter__"):
+        if isinstance(value, str) or hasattr(value, "items") or not hasattr(value, "__iter__"):
             raise UserError(f"{where}: expected a list, got {value!r}")
         return tuple(convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict:
@@ -95,7 +124,10 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where)
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{where}: a number of {len(str(abs(value)))} digits is too large") from None
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
@@ -218,6 +250,8 @@ class ModelConfig:
                 object.__setattr__(self, field.name, float(getattr(self, field.name)))
         require_positive(self, "num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size")
         require_positive(self, "max_seq_len", "rms_eps", "input_mult", "output_mult", "init_std", "matrix_init_std")
+        for name in ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size", "max_seq_len"):
+            require(getattr(self, name) < 2**31, f"{name}={getattr(self, name)} must be below 2^31")
         if self.head_dim is None:
             require(
                 self.embed_dim % self.num_heads == 0,
@@ -225,7 +259,10 @@ class ModelConfig:
                 "give head_dim, or change one of the two",
             )
             object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
-        require(self.head_dim > 0 and self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even and above 0")
+        require(
+            0 < self.head_dim < 2**31 and self.head_dim % 2 == 0,
+            f"head_dim={self.head_dim} must be even, above 0 and below 2^31",
+        )
         scaled = self.rope.ntk is not None and self.rope.ntk.base == "ntk"
         require(not scaled or self.head_dim > 2, "head_dim=2 leaves nothing to scale by NTK; take at least 4")
         require(
@@ -233,8 +270,8 @@ class ModelConfig:
             f"num_heads={self.num_heads} does not divide into num_kv_heads={self.num_kv_heads} equal groups",
         )
         require(
-            self.padded_vocab_size >= self.vocab_size,
-            f"padded_vocab_size={self.padded_vocab_size} is below vocab_size={self.vocab_size}",
+            self.vocab_size <= self.padded_vocab_size < 2**31,
+            f"padded_vocab_size={self.padded_vocab_size} is below vocab_size={self.vocab_size}, or not below 2^31",
         )
         if self.mup_base_width is not None:
             require_positive(self, "mup_base_width")

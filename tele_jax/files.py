@@ -1,18 +1,21 @@
-"""Reading files that somebody names: the answer is the content, or one line that says what the path holds.
+"""Reading files: the answer is the content, or one line that says what the path holds.
 
 A directory, a named pipe (which would be waited for without end), a link to itself, a file without permission, text
 that is not UTF-8, JSON that is too deep: all are a UserError that names the path.
 """
 
 import codecs
+import itertools
 import json
+import math
 import os
 import stat
 from pathlib import Path
 from typing import Any
 
-from tele_jax.errors import UserError
+from tele_jax.errors import DamageError, UserError
 
+_DEEPEST = 64  # tables and lists inside each other, in a document of ours
 _LFS = b"version https://git-lfs.github.com/spec/"
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -63,6 +66,74 @@ def require_no_pointer(start: bytes, where: str) -> None:
         raise UserError(
             f"{where}: is a Git-LFS pointer, a note in the place of a file that was not fetched; run: git lfs pull"
         )
+
+
+def parse_json(text: str | bytes, where: str, error: type[Exception] = DamageError) -> Any:
+    """The value of a JSON document that tele_jax wrote; stricter than `json`, which takes what no writer makes.
+
+    Args:
+      where: names the document in messages.
+      error: what is raised for text that is not UTF-8 or not JSON, is too deep, names a key twice, or holds a number
+        that is not finite.
+    """
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        value = json.loads(text, object_pairs_hook=_single_keys, parse_constant=_not_finite, parse_float=_finite)
+        _require_shallow(value)
+        return value
+    except UnicodeDecodeError as problem:
+        raise error(f"{where}: damaged, not UTF-8 at byte {problem.start:,}") from None
+    except RecursionError:
+        raise error(f"{where}: damaged, not JSON that can be read: too deep") from None
+    except ValueError as problem:
+        raise error(f"{where}: damaged, not JSON ({problem})") from None
+
+
+def _require_shallow(value: Any) -> None:
+    """Raises RecursionError for what whoever walks through the value, json.dumps for one, would stumble over."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > _DEEPEST:
+            raise RecursionError
+        inside = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
+        level = list(itertools.chain.from_iterable(inside))
+
+
+def _single_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+    return table
+
+
+def _not_finite(constant: str) -> float:
+    raise ValueError(f"{constant} is no number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else _not_finite(digits)
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The value of a JSON document that tele_jax wrote.
+
+    Raises:
+      UserError: there is no such file.
+      DamageError: the file is not JSON; see `parse_json`.
+    """
+    return parse_json(read_bytes(path, missing="missing"), os.fspath(path))
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name is one part of a path, that leads nowhere else: no separator, no zero byte, not . or .."""
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+    return 0 < len(encoded) <= 255 and name not in (".", "..") and not set(name) & set("/\\\0")
 
 
 def read_table(path: str | os.PathLike, what: str = "", *, missing: str = "") -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """What a finished run shows: one table, and pictures of the loss across the growths and of the layers copied there."""
 
 import importlib.util
-import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tele_jax import plots
-from tele_jax.errors import DamageError
-from tele_jax.train import metrics
+from tele_jax.errors import DamageError, UserError
+from tele_jax.train import growing, metrics
 
 
 def write(workdir: Path, summaries: Sequence[Mapping[str, Any]]) -> str:
@@ -50,7 +50,7 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
                 f"{summary['tokens']:,}" if "tokens" in summary else "",
                 f"{summary['flops']:.2e}" if "flops" in summary else "",
                 *(_change(before.get(d), after.get(d)) for d in domains),
-                "" if receipt is None else f"{receipt['max_abs']:.1e} ({receipt['policy']})",
+                _moved(receipt),
             ]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
@@ -59,6 +59,14 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
         for r in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _moved(receipt: Mapping[str, Any] | None) -> str:
+    """How far a growth moved the logits; null stands for a number that is none."""
+    if receipt is None:
+        return ""
+    moved = math.nan if receipt["max_abs"] is None else receipt["max_abs"]
+    return f"{moved:.1e} ({receipt['policy']})"
 
 
 def _change(before: float | None, after: float | None) -> str:
@@ -101,8 +109,7 @@ def curves(
 
 
 def _receipt(directory: Path) -> dict[str, Any]:
-    path = directory / "growth_receipt.json"
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError) as error:
-        raise DamageError(f"{path}: missing or damaged, no picture of its layers can be drawn ({error})") from None
+        return growing.read_receipt(directory)
+    except (UserError, DamageError) as error:
+        raise DamageError(f"{error}; no picture of its layers can be drawn") from None

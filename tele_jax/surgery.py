@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from tele_jax.axes import ParamSpec, flatten
+from tele_jax.checkpoint.layout import name_problem
 from tele_jax.config import ModelConfig, finite, require, whole
 from tele_jax.errors import UserError
 from tele_jax.growth import axis_map
@@ -188,7 +189,8 @@ def rename(model: Model, names: Mapping[str, str]) -> Growth:
     require(len(tree) == len(spec_of(model)), "rename: two leaves would have one name")
     for name in tree:
         parts = name.split(".")
-        require(all(parts), f"rename: {name!r} has an empty part")
+        problem = name_problem(name)
+        require(problem is None, f"rename: {name!r} cannot be stored: {problem}")
         above = next((up for i in range(1, len(parts)) if (up := ".".join(parts[:i])) in tree), None)
         require(above is None, f"rename: {name} would lie inside {above}, which is a leaf")
     origin = model.sources if isinstance(model, Growth) else {name: name for name in tree.values()}

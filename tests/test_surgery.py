@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import tele_jax as tele
 from tele_jax import checkpoint, growth, surgery
 from tele_jax.axes import flatten, unflatten
+from tele_jax.errors import UserError
 from tests import reference
 from tests.checkpoint.trees import assert_same
 from tests.growth.strategies import without_compiling
@@ -278,6 +279,12 @@ def test_select_keeps_some_leaves_as_they_are():
     assert surgery.select(CFG, "*").preserving
 
 
+@pytest.mark.parametrize("name", ["/outside", "../x", "a/b", "a\\b", "_hidden", "n" * 300, "", "a..b"])
+def test_a_leaf_cannot_be_renamed_to_what_no_checkpoint_can_hold(name):
+    with pytest.raises(UserError, match="rename: "):
+        surgery.rename(CFG, {"embed.table": name})
+
+
 def test_rename_moves_leaves_and_back():
     names = {"embed.table": "wte", "layers.attn.q": "h.attn.query", "layers.mlp.gate": "layers.mlp.w1"}
     plan = surgery.rename(CFG, names)
@@ -485,7 +492,10 @@ TIED_NAMES = {"embed.table": "x", "lm_head.kernel": "x"}
             lambda: surgery.rename(CFG, {"embed.table": "layers.mlp.up.x"}),
             r"would lie inside layers\.mlp\.up, which is",
         ),
-        (lambda: surgery.rename(CFG, {"embed.table": "a..b"}), r"rename: 'a\.\.b' has an empty part"),
+        (lambda: surgery.rename(CFG, {"embed.table": "a..b"}), r"rename: .a\.\.b. cannot be stored: it has an empty key"),
+            lambda: surgery.rename(CFG, {"embed.table": "a..b"}),
+            r"rename: 'a\.\.b' cannot be stored: it has an empty key",
+        ),
         (
             lambda: surgery.rescale(CFG, {"embed.*": 0.0}),
             r"rescale: the factor of embed\.\* must not be 0",

@@ -24,10 +24,12 @@ import jax
 import jax.numpy as jnp
 
 from tele_jax.axes import ParamSpec
-from tele_jax.config import ModelConfig, from_dict, to_dict
+from tele_jax.config import ModelConfig, as_written, from_dict, to_dict, written_table
 from tele_jax.errors import DamageError, UserError
+from tele_jax.files import is_plain_name, parse_json
 
 FORMAT = 1
+ITEMS = ("params", "opt_state", "data")
 META_FILE = "meta.json"  # in the item "meta"
 CHUNK_BYTES = 128 * 2**20  # largest chunk, before its checksum
 CRC_BYTES = 4
@@ -92,13 +94,11 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         parts = [_key_name(key) for key in path] or ["value"]
         for part in parts:
-            if not part or set(part) & set("./\\"):
-                raise UserError(
-                    f"{'.'.join(parts)}: the key {part!r} cannot be stored: it is empty, or has . / or \\ in it"
-                )
+            if "." in part:
+                raise UserError(f"{'.'.join(parts)}: the key {part!r} cannot be stored: it has . in it")
         name = ".".join(parts)
-        if name.startswith("_"):
-            raise UserError(f"{name}: cannot be stored; Orbax keeps names that begin with _ for itself")
+        if problem := name_problem(name):
+            raise UserError(f"{name}: cannot be stored: {problem}")
         if name in leaves:
             raise UserError(f"{name}: two leaves have this name; a dict mixes keys such as 1 and '1'")
         leaves[name] = leaf
@@ -189,7 +189,11 @@ def chunk_key(index: Sequence[int]) -> str:
 
 
 def meta_to_json(meta: Meta) -> dict[str, Any]:
-    """The document as it is written. Raises UserError where the provenance is not JSON."""
+    """The document as it is written. Raises UserError where the provenance is not JSON, or a leaf cannot be stored."""
+    for item, leaves in meta.items.items():
+        for name in leaves:
+            if problem := name_problem(name):
+                raise UserError(f"{item}: {name}: cannot be stored: {problem}")
     content = {
         "format": FORMAT,
         "step": meta.step,
@@ -206,32 +210,43 @@ def meta_to_json(meta: Meta) -> dict[str, Any]:
         raise UserError(f"provenance: every entry must be a dict of JSON values; {error}") from None
 
 
-def meta_from_json(text: str, where: str) -> Meta:
+def meta_from_json(text: str | bytes, where: str) -> Meta:
     """Reads the document back.
 
     Raises:
       DamageError: not JSON, a field is missing, or the checksum differs.
       UserError: written in a format, or with config fields, that this version does not know.
     """
-    try:
-        document = json.loads(text)
-        stored, content = document["sha256"], {k: v for k, v in document.items() if k != "sha256"}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamageError(f"{where}: damaged, not the JSON document of a checkpoint ({error})") from None
-    if stored != _digest(content):
+    document = written_table(parse_json(text, where), where, {})
+    content = {key: value for key, value in document.items() if key != "sha256"}
+    if document.get("sha256") != _digest(content):
         raise DamageError(f"{where}: damaged, its content does not have the checksum that was written with it")
-    if content["format"] != FORMAT:
-        raise UserError(f"{where}: format {content['format']}, but this version of tele_jax reads format {FORMAT}")
+    if content.get("format") != FORMAT:
+        raise UserError(
+            f"{where}: format {content.get('format')!r}, but this version of tele_jax reads format {FORMAT}"
+        )
+    known = as_written(_Document, content, where)
+    if "params" not in known.items:
+        raise DamageError(f"{where}: items.params: damaged, it is missing")
     return Meta(
-        cfg=from_dict(ModelConfig, content["config"], f"{where}: config"),
-        step=content["step"],
-        provenance=tuple(content["provenance"]),
-        items={
-            item: {name: _leaf_from_json(leaf) for name, leaf in leaves.items()}
-            for item, leaves in content["items"].items()
-        },
-        versions=content["versions"],
+        cfg=from_dict(ModelConfig, known.config, f"{where}: config"),
+        step=known.step,
+        provenance=known.provenance,
+        items={item: _leaves(item, leaves, f"{where}: items.{item}") for item, leaves in known.items.items()},
+        versions=known.versions,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Document:
+    """The document as JSON, without its checksum."""
+
+    format: int
+    step: int
+    config: dict[str, Any]
+    provenance: tuple[dict[str, Any], ...]
+    items: dict[str, dict[str, dict[str, Any]]]
+    versions: dict[str, str]
 
 
 def package_versions() -> dict[str, str]:
@@ -254,5 +269,32 @@ def _leaf_to_json(leaf: Leaf) -> dict[str, Any]:
     return {**leaf.spec.to_json(), "chunks": list(leaf.chunks), **({"scalar": True} if leaf.scalar else {})}
 
 
-def _leaf_from_json(values: Mapping[str, Any]) -> Leaf:
-    return Leaf(ParamSpec.from_json(values), tuple(values["chunks"]), values.get("scalar", False))
+def _leaves(item: str, leaves: Mapping[str, Any], where: str) -> dict[str, Leaf]:
+    if item not in ITEMS:
+        raise DamageError(f"{where}: damaged, the items of a checkpoint are {', '.join(ITEMS)}")
+    for name in leaves:
+        if problem := name_problem(name):
+            raise DamageError(f"{where}: damaged, {name!r} is not the name of a leaf: {problem}")
+    return {name: _leaf_from_json(leaf, f"{where}.{name}") for name, leaf in leaves.items()}
+
+
+def name_problem(name: str) -> str | None:
+    """Why a leaf cannot have a name, or None: a name is that of a directory inside the item, and of nothing else."""
+    if name.startswith("_"):
+        return "Orbax keeps names that begin with _ for itself"
+    for part in name.split("."):
+        if not part or not is_plain_name(part):
+            return "it has an empty key" if not part else f"the key {part!r} leads elsewhere: / \\ or a zero byte"
+    return None if is_plain_name(name) else "it is longer than a file name may be (255 bytes)"
+
+
+def _leaf_from_json(values: Mapping[str, Any], where: str) -> Leaf:
+    chunks = as_written(tuple[int, ...], values.get("chunks"), f"{where}.chunks")
+    scalar = as_written(bool, values.get("scalar", False), f"{where}.scalar")
+    try:
+        spec = ParamSpec.from_json({key: value for key, value in values.items() if key not in ("chunks", "scalar")})
+    except UserError as error:
+        raise DamageError(f"{where}: damaged, {error}") from None
+    if len(chunks) != len(spec.shape) or min(chunks, default=1) < 1:
+        raise DamageError(f"{where}.chunks: damaged, {list(chunks)} does not cut {list(spec.shape)}")
+    return Leaf(spec, chunks, scalar)

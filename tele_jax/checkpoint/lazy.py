@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from typing import Any
 
 import numpy as np
@@ -10,8 +9,9 @@ from etils import epath
 
 from tele_jax.axes import unflatten
 from tele_jax.checkpoint import layout, locate, store
-from tele_jax.config import ModelConfig
+from tele_jax.config import ModelConfig, written_table
 from tele_jax.errors import DamageError
+from tele_jax.files import parse_json
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -124,11 +124,9 @@ def open_lazy(path: Any) -> Lazy:
     step_dir = locate.find_step(path)
     meta_file = step_dir / "meta" / layout.META_FILE
     try:
-        text = meta_file.read_text()
+        text = meta_file.read_bytes()
     except FileNotFoundError:
         raise DamageError(f"{meta_file}: missing; damaged, or not a checkpoint of tele_jax") from None
-    except UnicodeDecodeError as error:
-        raise DamageError(f"{meta_file}: damaged, not text ({error})") from None
     meta = layout.meta_from_json(text, str(meta_file))
     items = {
         item: {name: LazyArray(f"{item}/{name}", step_dir / item / name, leaf) for name, leaf in leaves.items()}
@@ -153,13 +151,11 @@ def _check_structure(step_dir: epath.Path, items: dict[str, dict[str, LazyArray]
 
 def _zarr_problem(array: LazyArray) -> str | None:
     try:
-        stored = json.loads((array.path / "zarr.json").read_text())
+        stored = written_table(parse_json((array.path / "zarr.json").read_bytes(), "zarr.json"), "zarr.json", {})
     except FileNotFoundError:
         return "zarr.json is missing"
-    except ValueError as error:  # not JSON, or not UTF-8
-        return f"zarr.json is not JSON ({error})"
-    if not isinstance(stored, dict):
-        return "zarr.json is not a table"
+    except DamageError as error:
+        return str(error)
     difference = layout.zarr_difference(stored, array.leaf)
     return f"zarr.json: {difference}" if difference else None
 

@@ -1,11 +1,12 @@
 """From what a user names to a step directory: files are listed here, not read."""
 
-import json
 from typing import Any
 
 from etils import epath
 
-from tele_jax.errors import UserError
+from tele_jax.config import as_written
+from tele_jax.errors import DamageError, UserError
+from tele_jax.files import is_plain_name, parse_json
 
 # Any one of these tells a step directory, so that one that has lost some of them is reported as damaged.
 STEP_FILES = ("meta/meta.json", "_CHECKPOINT_METADATA", "params/_METADATA")
@@ -56,7 +57,12 @@ def list_steps(directory: Any) -> list[int]:
     directory = epath.Path(directory)
     if not directory.is_dir():
         return []
-    return sorted(int(child.name) for child in directory.iterdir() if child.name.isdecimal() and _is_step(child))
+    return sorted(int(child.name) for child in directory.iterdir() if _names_step(child.name) and _is_step(child))
+
+
+def _names_step(name: str) -> bool:
+    """Whether a directory is called as the Manager calls a step: not 007, and in no other script's digits."""
+    return name.isascii() and name.isdecimal() and name == str(int(name))
 
 
 def list_unfinished(directory: Any) -> list[epath.Path]:
@@ -64,12 +70,18 @@ def list_unfinished(directory: Any) -> list[epath.Path]:
     children = list(epath.Path(directory).iterdir())
     found = [child for child in children if child.name.endswith((INTERRUPTED, DELETED))]
     if _is_object_store(directory):
-        found += [c for c in children if c.name.isdecimal() and not (c / _COMMIT_FILE).exists()]
+        found += [c for c in children if _names_step(c.name) and not (c / _COMMIT_FILE).exists()]
     return found
 
 
 def absolute(path: Any) -> epath.Path:
-    """Absolute, with ~ resolved; addresses such as gs://bucket/name are left as they are."""
+    """Absolute, with ~ resolved; addresses such as gs://bucket/name are left as they are.
+
+    Raises:
+      UserError: the path has a zero byte or a backslash, which TensorStore takes for a separator.
+    """
+    if any(character in str(path) for character in "\\\0"):
+        raise UserError(f"{str(path)!r}: a path of a checkpoint cannot have a backslash or a zero byte; choose another")
     path = epath.Path(path)
     return path if _is_object_store(path) else path.expanduser().resolve()
 
@@ -99,8 +111,14 @@ def _last_stage(work: epath.Path) -> epath.Path | None:
 
 
 def _run_order(work: epath.Path) -> list[str] | None:
-    try:
-        run = json.loads((work / "config.json").read_text())["run"]
-    except (OSError, ValueError, KeyError, TypeError):
+    """The order of the stages; None where there is no config.json, or one of something else than a run."""
+    file = work / "config.json"
+    if not file.is_file():
         return None
-    return [str(name) for name in run]
+    page = parse_json(file.read_bytes(), str(file))
+    if not isinstance(page, dict) or "run" not in page:
+        return None
+    names = as_written(tuple[str, ...], page["run"], f"{file}: run")
+    if wrong := [name for name in names if not is_plain_name(name)]:
+        raise DamageError(f"{file}: run: damaged, {wrong[0]!r} is not the name of a stage")
+    return list(names)

@@ -11,11 +11,9 @@ from tele_jax import axes
 from tele_jax.axes import ParamSpec
 from tele_jax.checkpoint import layout, locate, read, write
 from tele_jax.config import ModelConfig
-from tele_jax.errors import DamageError, UserError
+from tele_jax.errors import UserError
 from tele_jax.model.spec import flat_spec
 from tele_jax.processes import barrier, from_first, is_first
-
-ITEMS = ("params", "opt_state", "data")
 
 
 def save(
@@ -48,12 +46,14 @@ def save(
     specs = flat_spec(cfg) if spec is None else axes.flatten(spec)
     state = {"opt_state": opt_state, "data_state": data_state}
     meta, host = _prepare(cfg, params, specs, step=step, provenance=provenance, **state)
-    checkpointer = write.make_checkpointer(ITEMS)
+    checkpointer = write.make_checkpointer(layout.ITEMS)
     try:
-        checkpointer.save(path, write.save_args(meta, host))
-        _finish(checkpointer, path)
+        with write.in_one_line(path):
+            checkpointer.save(path, write.save_args(meta, host))
+            checkpointer.wait_until_finished()
     finally:
-        checkpointer.close()
+        with write.in_one_line(path):
+            checkpointer.close()
 
 
 class Manager:
@@ -74,10 +74,11 @@ class Manager:
             raise UserError(f"keep={keep} must be above 0")
         self.directory = locate.absolute(directory)
         self._keep = keep
-        self._checkpointer = write.make_checkpointer(ITEMS)
+        self._checkpointer = write.make_checkpointer(layout.ITEMS)
         self._saving: epath.Path | None = None
         self._deleting: list[threading.Thread] = []
-        self.directory.mkdir(parents=True, exist_ok=True)
+        with write.in_one_line(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
         if is_first():
             for left in locate.list_unfinished(self.directory):
                 left.rmtree()
@@ -106,8 +107,9 @@ class Manager:
             return False
         state = {"opt_state": opt_state, "data_state": data_state}
         meta, host = _prepare(cfg, params, flat_spec(cfg), step=step, provenance=provenance, **state)
+        with write.in_one_line(path):
+            self._checkpointer.save(path, write.save_args(meta, host))
         self._saving = path
-        self._checkpointer.save(path, write.save_args(meta, host))
         return True
 
     def latest_step(self) -> int | None:
@@ -130,7 +132,8 @@ class Manager:
         """Waits for this process's part in the running save. False: there is none."""
         path, self._saving = self._saving, None
         if path is not None:
-            _finish(self._checkpointer, path)
+            with write.in_one_line(path):
+                self._checkpointer.wait_until_finished()
         return path is not None
 
     def close(self) -> None:
@@ -139,7 +142,8 @@ class Manager:
             if self._finish():
                 self._remove_old()
         finally:
-            self._checkpointer.close()
+            with write.in_one_line(self.directory):
+                self._checkpointer.close()
             for thread in self._deleting:
                 thread.join()
 
@@ -193,11 +197,3 @@ def _prepare(
     )
     layout.meta_to_json(meta)  # raises before anything is copied or written
     return meta, {item: write.copy_to_host(named, described[item]) for item, named in leaves.items()}
-
-
-def _finish(checkpointer: Any, path: epath.Path) -> None:
-    try:
-        checkpointer.wait_until_finished()
-    except Exception as error:  # whatever Orbax or TensorStore raise in their threads
-        reason = str(error).split(" [tensorstore_spec=")[0]
-        raise DamageError(f"{path}: the checkpoint could not be written: {reason}") from error

@@ -25,7 +25,8 @@ from typing import Any
 
 from tele_jax.checkpoint import layout, locate
 from tele_jax.checkpoint.chunks import flush
-from tele_jax.errors import UserError
+from tele_jax.errors import DamageError, UserError
+from tele_jax.files import parse_json
 
 FLUSHING = 16  # threads that wait for the disk: a file system commits the names of many files in one go
 _BLOCK_BYTES = 4096  # of a file system: what the last part of a file, and its directory, take at least
@@ -181,11 +182,12 @@ class Unfinished:
 
     def _read_header(self) -> dict[str, Any] | None:
         try:
-            return json.loads((self.partial / "header.json").read_text())
+            found = parse_json((self.partial / "header.json").read_bytes(), "header.json")
         except FileNotFoundError:
             return None
-        except ValueError:
+        except DamageError:
             return {}
+        return found if isinstance(found, dict) else {}
 
     def _require_same_header(self) -> None:
         found = self._read_header()
@@ -347,8 +349,9 @@ def _write_empty(path: Path, meta: layout.Meta) -> None:
         item: {name: write.HostLeaf(leaf, ()) for name, leaf in leaves.items()} for item, leaves in meta.items.items()
     }
     checkpointer = write.make_checkpointer(list(meta.items))
-    try:
-        checkpointer.save(path, write.save_args(meta, empty))
-        checkpointer.wait_until_finished()
-    finally:
-        checkpointer.close()
+    with write.in_one_line(path):
+        try:
+            checkpointer.save(path, write.save_args(meta, empty))
+            checkpointer.wait_until_finished()
+        finally:
+            checkpointer.close()

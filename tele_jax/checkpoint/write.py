@@ -6,9 +6,10 @@ codecs of its zarr3 arrays, and those carry no checksum of the data.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import absl.logging
@@ -20,7 +21,7 @@ import tensorstore as ts
 from tele_jax.axes import ParamSpec, unflatten
 from tele_jax.checkpoint import layout
 from tele_jax.checkpoint.store import kvstore
-from tele_jax.errors import UserError
+from tele_jax.errors import DamageError, UserError
 
 _CONTEXT = ts.Context({"file_io_concurrency": {"limit": 32}})
 
@@ -147,6 +148,16 @@ def make_checkpointer(items: Sequence[str]) -> ocp.AsyncCheckpointer:
     }
     meta = ocp.JsonCheckpointHandler(filename=layout.META_FILE)
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(meta=meta, **handlers))
+
+
+@contextlib.contextmanager
+def in_one_line(path: Any) -> Iterator[None]:
+    """Turns whatever Orbax and TensorStore raise where they cannot write, as on a full disk, into DamageError."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).split(" [tensorstore_spec=")[0].split(" [source locations=")[0]
+        raise DamageError(f"{path}: the checkpoint could not be written: {reason}") from error
 
 
 def save_args(meta: layout.Meta, host: Mapping[str, Mapping[str, HostLeaf]]) -> ocp.args.Composite:

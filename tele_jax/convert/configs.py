@@ -46,7 +46,7 @@ class Keys:
                 raise UserError(f"{self.where}: {name} is missing")
             return default
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = float(value) if abs(value) < 2**1000 else math.inf
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise UserError(f"{self.where}: {name} is {value!r}, expected {kind.__name__}")
         return value

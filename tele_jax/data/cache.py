@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from tele_jax.config import from_dict
+from tele_jax.config import as_written, written_table
 from tele_jax.data import examples, records
 from tele_jax.data.extras import need
 from tele_jax.data.vocabulary import tokenizer_in
 from tele_jax.errors import DamageError, UserError
+from tele_jax.files import is_plain_name, parse_json
 from tele_jax.run import SourceConfig
 
 FORMAT = 1
@@ -135,27 +136,38 @@ def read_manifest(path: Path) -> Manifest:
       UserError: there is no complete cache, or one of a format that this version does not know.
       DamageError: the manifest is not what was written.
     """
+    where = str(path / MANIFEST)
     try:
-        text = (path / MANIFEST).read_text(encoding="utf-8")
+        text = (path / MANIFEST).read_bytes()
     except OSError:
         what = "it is not complete yet" if incomplete(path).exists() else f"it holds no {MANIFEST}"
         raise UserError(f"{path}: not a row cache, {what}; make it with: tele data cache") from None
-    except UnicodeDecodeError:
-        raise DamageError(f"{path / MANIFEST}: damaged, not UTF-8") from None
-    try:
-        content = json.loads(text)
-        foreign = isinstance(content, dict) and content and not {"sha256", "seq_len"} & set(content)
-        saved = "" if foreign else content.pop("sha256")
-        found, known = content["format"], _digest(content) == saved
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamageError(f"{path / MANIFEST}: damaged, not the manifest of a row cache ({error})") from None
-    if foreign:
+    content = written_table(parse_json(text, where), where, {})
+    if content and not {"sha256", "seq_len"} & set(content):
         raise UserError(f"{path}: not a row cache, its {MANIFEST} is of something else")
-    if not known:
-        raise DamageError(f"{path / MANIFEST}: damaged or edited, its checksum does not match")
-    if found != FORMAT:
-        raise UserError(f"{path}: a cache of format {found}, this version reads format {FORMAT}; make it again")
-    return from_dict(Manifest, content, str(path / MANIFEST))
+    if _digest({key: value for key, value in content.items() if key != "sha256"}) != content.pop("sha256", None):
+        raise DamageError(f"{where}: damaged or edited, its checksum does not match")
+    if content.get("format") != FORMAT:
+        found = content.get("format")
+        raise UserError(f"{path}: a cache of format {found!r}, this version reads format {FORMAT}; make it again")
+    manifest = as_written(Manifest, content, where)
+    if problem := _problem(manifest):
+        raise DamageError(f"{where}: damaged, {problem}")
+    return manifest
+
+
+def _problem(manifest: Manifest) -> str | None:
+    """What no cache that was written can say of itself."""
+    if manifest.seq_len < 1 or manifest.vocab_size < 1 or manifest.kind not in ("pretrain", "sft"):
+        return f"kind {manifest.kind!r}, seq_len {manifest.seq_len}, vocab_size {manifest.vocab_size}"
+    for name, domain in manifest.domains.items():
+        if not is_plain_name(name) or len(domain.counts.lengths) != LENGTH_BINS:
+            return f"domains.{name}: no name of a directory, or not {LENGTH_BINS} counts of lengths"
+        for shard in domain.shards:
+            directory, _, file = shard.file.rpartition("/")
+            if not (directory in ("", name) and is_plain_name(file) and shard.rows > 0 and shard.file_bytes > 0):
+                return f"domains.{name}: {shard.file!r} with {shard.rows} rows in {shard.file_bytes} bytes"
+    return None
 
 
 class RowCache:

@@ -14,6 +14,7 @@ from tele_jax.data import position as positions_
 from tele_jax.data.cache import RowCache
 from tele_jax.data.position import Position
 from tele_jax.errors import DamageError, UserError
+from tele_jax.files import parse_json
 
 Batch = dict[str, np.ndarray]
 
@@ -180,7 +181,7 @@ def parse_state(state: bytes) -> tuple[dict[str, Any], int, dict[str, Position]]
     if state[:2] == b"PK":
         raise earlier
     try:
-        saved = json.loads(state)
+        saved = parse_json(state, "the saved position in the data")
         if "batches" in saved and "cache" in saved and "positions" not in saved:
             raise earlier
         batches, positions = saved.pop("batches"), dict(saved.pop("positions").items())

@@ -18,12 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tele_jax.config import written_table
 from tele_jax.data import beam_workers, feed, shards, sources, templates
 from tele_jax.data.cache import FORMAT, MANIFEST, Counts, Domain, Manifest, incomplete, read_manifest
 from tele_jax.data.cached_feed import difference
 from tele_jax.data.extras import need
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary, tokenizer_name
 from tele_jax.errors import DamageError, FailedError, UserError
+from tele_jax.files import parse_json
 from tele_jax.run import CacheConfig
 
 _REGISTERING = threading.Lock()  # a worker may have several threads
@@ -153,11 +155,12 @@ def _begun(
 
 def _read_plan(work: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """(what the cache was begun for, the stamps of its files then)."""
+    file, fields = work / PLAN, {"files": dict[str, tuple[int, ...]]}
     try:
-        plan = json.loads((work / PLAN).read_text())
-        return plan, dict(plan.pop("files").items())
-    except (ValueError, KeyError, AttributeError, RecursionError):
-        raise DamageError(f"{work / PLAN}: damaged; remove {work}") from None
+        plan = written_table(parse_json(file.read_bytes(), str(file)), str(file), fields, required=fields)
+    except DamageError as error:
+        raise DamageError(f"{error}; remove {work}") from None
+    return plan, plan.pop("files")
 
 
 def _stamps(units: Sequence[shards.Unit]) -> dict[str, list[int]]:

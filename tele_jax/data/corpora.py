@@ -21,9 +21,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tele_jax.config import as_written, written_table
 from tele_jax.data import corpora_text
 from tele_jax.data.corpora_text import Document
-from tele_jax.errors import UserError
+from tele_jax.errors import DamageError, UserError
+from tele_jax.files import is_plain_name, parse_json
 
 FORMAT = 1  # of the manifest and of what the loaders make; raised when they change, so that DIR is made again
 VALIDATION_ONE_IN = 50
@@ -256,9 +258,15 @@ def _read_manifest(out: Path) -> dict[str, Any] | None:
         out.mkdir(parents=True, exist_ok=True)
         return None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        fields = {"missing": tuple[str, ...], "domains": dict[str, dict[str, Any]]}
+        manifest = written_table(parse_json(path.read_bytes(), str(path)), str(path), fields)
+        for domain, account in manifest.get("domains", {}).items():
+            files = as_written(dict[str, dict[str, Any]], account.get("files"), f"{path}: domains.{domain}.files")
+            known = all(isinstance(entry.get("sha256"), str) for entry in files.values())
+            if not known or not all(map(is_plain_name, (domain, *files))):
+                raise DamageError(f"{path}: domains.{domain}: damaged")
         return {"missing": [], "domains": {}, **manifest}
-    except (ValueError, TypeError):
+    except DamageError:
         raise UserError(f"{path}: is not a manifest of tele data fetch; choose another directory") from None
 
 

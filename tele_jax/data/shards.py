@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from tele_jax.config import from_dict
+from tele_jax.config import as_written
 from tele_jax.data import dialogue, examples, packing, records, sources
 from tele_jax.data.cache import LENGTH_BINS, Counts, Shard, file_crc32
 from tele_jax.data.extras import need
 from tele_jax.data.vocabulary import Vocabulary
-from tele_jax.errors import FailedError, UserError
+from tele_jax.errors import DamageError, FailedError, UserError
+from tele_jax.files import parse_json
 from tele_jax.run import CacheConfig, SourceConfig
 
 if TYPE_CHECKING:
@@ -460,10 +461,13 @@ def finished(out: Path, unit: Unit) -> Done | None:
     """The account of a unit; None where it is not finished: no account, a damaged one, or a shard of another size."""
     account = account_file(out, unit)
     try:
-        done = from_dict(Done, json.loads(account.read_text(encoding="utf-8")), str(account))
+        done = as_written(Done, parse_json(account.read_bytes(), str(account)), str(account))
         shard = done.shard
-        return done if shard is None or (out / shard.file).stat().st_size == shard.file_bytes else None
-    except (OSError, ValueError, UserError):
+        if shard is None:
+            return done
+        file = f"{unit.name}.array_record"
+        return done if shard.file == file and (out / file).stat().st_size == shard.file_bytes else None
+    except (OSError, DamageError):
         return None
 
 

@@ -5,12 +5,17 @@ repeat("layers", [0, 1, 1])   index [0 1 1], the third a copy that was not there
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from tele_jax.config import from_dict, require
+from tele_jax.errors import UserError
+
 NEW = -1
+_MOST_UNITS = 10**8  # of an axis that is read from JSON
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,12 +108,26 @@ class AxisMap:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "AxisMap":
-        parts = [np.arange(start, start + n) if start != NEW else np.full(n, NEW) for start, n in data["runs"]]
+    def from_json(cls, data: Any, where: str = "map") -> "AxisMap":
+        """The inverse of to_json. Raises UserError for what to_json does not make; where: put before its fields."""
+        fields = from_dict(_Fields, data, where)
+        size = sum(run[1] for run in fields.runs if len(run) == 2)
+        good = max(size, fields.src_size) <= _MOST_UNITS and all(
+            len(run) == 2 and run[1] > 0 and (run[0] == NEW or 0 <= run[0] <= fields.src_size - run[1])
+            for run in fields.runs
+        )
+        require(good, f"{where}.runs: must be (start, length) inside the source, of {_MOST_UNITS:,} units at most")
+        parts = [np.arange(start, start + n) if start != NEW else np.full(n, NEW) for start, n in fields.runs]
         index = np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
         fresh = index == NEW
-        fresh[data["fresh"]] = True
-        return make(data["axis"], data["src_size"], index, fresh, data["scale"], data["share"])
+        require(all(0 <= unit < size for unit in fields.fresh), f"{where}.fresh: a unit is not one of {size}")
+        fresh[list(fields.fresh)] = True
+        factors = [*(fields.scale or ()), *(fields.share or ())]
+        require(all(math.isfinite(f) and f != 0 for f in factors), f"{where}: scale and share must be finite, not 0")
+        try:
+            return make(fields.axis, fields.src_size, index, fresh, fields.scale, fields.share)
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"{where}: {error}") from None
 
     def runs(self) -> list[tuple[int, int]]:
         """The index as runs (start, length) of consecutive source indices; start NEW for a run of new entries."""
@@ -120,6 +139,18 @@ class AxisMap:
             else:
                 runs.append((i, 1))
         return runs
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fields:
+    """An AxisMap as JSON."""
+
+    axis: str
+    src_size: int
+    runs: tuple[tuple[int, ...], ...]
+    fresh: tuple[int, ...]
+    scale: tuple[float, ...] | None
+    share: tuple[float, ...] | None
 
 
 def make(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tele_jax.config import require, whole
-from tele_jax.errors import UserError
+from tele_jax.errors import DamageError, UserError
 from tele_jax.growth.plan import Plan
 from tele_jax.model.decoder import MASKED_AXES
 
@@ -24,6 +24,8 @@ def require_unmasked(provenance: Sequence[Mapping[str, Any]], where: str) -> Non
     """Raises UserError for a checkpoint from the middle of a mask ramp: without its masks it is another function."""
     mask = provenance[-1].get("mask") if provenance else None
     if mask is not None:
+        if isinstance(mask, bool) or not isinstance(mask, (int, float)) or not 0 <= mask <= 1:
+            raise DamageError(f"{where}: provenance[{len(provenance) - 1}].mask: damaged, {mask!r} is no mask")
         shown = min(math.floor(mask * 100), 99) / 100  # never 1.00: they are not complete
         raise UserError(
             f"{where}: grown behind masks that stand at {shown:.2f}; train on until they are 1 and dropped, or take "

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -218,7 +219,7 @@ class Plan(Growth):
         unknown = data.keys() - {field.name for field in dataclasses.fields(cls)}
         require(not unknown, f"plan: unknown field {', '.join(sorted(unknown))}")
         try:
-            return cls(
+            plan = cls(
                 src_cfg=from_dict(ModelConfig, data["src_cfg"], "plan.src_cfg"),
                 dst_cfg=from_dict(ModelConfig, data["dst_cfg"], "plan.dst_cfg"),
                 policy=convert(str, data["policy"], "plan.policy"),
@@ -227,11 +228,11 @@ class Plan(Growth):
                 preserving=convert(bool, data["preserving"], "plan.preserving"),
                 lively=convert(bool, data["lively"], "plan.lively"),
                 notes=convert(tuple[str, ...], data["notes"], "plan.notes"),
-                maps={axis: AxisMap.from_json(m) for axis, m in data["maps"].items()},
+                maps={axis: AxisMap.from_json(m, f"plan.maps.{axis}") for axis, m in data["maps"].items()},
                 leaves={
                     name: from_dict(LeafPlan, leaf, f"plan.leaves.{name}") for name, leaf in data["leaves"].items()
                 },
-                tree=data.get("tree"),
+                tree=convert(dict[str, str] | None, data.get("tree"), "plan.tree"),
                 src_tree={n: ParamSpec.from_json(s) for n, s in data["src_tree"].items()}
                 if "src_tree" in data
                 else None,
@@ -242,3 +243,25 @@ class Plan(Growth):
             raise
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             raise UserError(f"plan: not what to_json makes: {error}") from None
+        plan._require_whole()
+        return plan
+
+    def _require_whole(self) -> None:
+        """Raises UserError where leaves and axes do not belong together."""
+        src = self.src_spec
+        for name, spec in src.items():
+            for axis, size in zip(spec.axes, spec.shape, strict=True):
+                known = self.maps.get(axis)
+                require(known is not None, f"plan.maps: the axis {axis} of {name} is missing")
+                require(known.src_size == size, f"plan.maps.{axis}: of {known.src_size} units, but {name} has {size}")
+        for name, source in self.sources.items():
+            require(source in src, f"plan.tree.{name}: {source!r} is not a leaf of the source")
+        for names in (self.leaves.keys(), self.dst_spec.keys()):
+            different = names ^ self.sources.keys()
+            require(not different, f"plan.leaves: {', '.join(sorted(different)[:3])}: in one of the two trees only")
+        for name, spec in self.dst_spec.items():
+            shape = tuple(self.maps[axis].dst_size for axis in spec.axes)
+            require(shape == spec.shape, f"plan.maps: lead {name} to {list(shape)}, dst_cfg to {list(spec.shape)}")
+        for name, leaf in self.leaves.items():
+            numbers = math.isfinite(leaf.coefficient) and leaf.coefficient != 0 and math.isfinite(leaf.value)
+            require(numbers, f"plan.leaves.{name}: {leaf.coefficient} and {leaf.value} must be finite, the first not 0")

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import time
+import typing
 import zlib
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from tele_jax.config import as_written, written_table
 from tele_jax.errors import DamageError
+from tele_jax.files import parse_json
 from tele_jax.scale import counts as counting
 from tele_jax.scale import hlo, topology
 from tele_jax.scale.counts import Counts
@@ -79,9 +82,8 @@ def compile_job(job: OnSlice, cache: Path | None = None) -> Program:
     if not known:
         _store(directory, *_compile(job, mesh, lowered))
     values, text = _read(directory)
-    order = tuple(map(tuple, values.pop("device_order")))
     counts = None if text is None else counting.count(hlo.parse(text))
-    return Program(**values, device_order=order, key=key, counts=counts, from_cache=known)
+    return Program(**values, key=key, counts=counts, from_cache=known)
 
 
 def program_key(job: OnSlice) -> str:
@@ -107,11 +109,13 @@ def _store(directory: Path, values: dict[str, Any], text: str | None) -> None:
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], str | None]:
-    file = directory / "program.hlo.gz"
+    described, file = str(directory / "program.json"), directory / "program.hlo.gz"
+    fields = {n: hint for n, hint in typing.get_type_hints(Program).items() if n not in ("key", "counts", "from_cache")}
     try:
-        values = json.loads((directory / "program.json").read_text())
+        values = written_table(parse_json(Path(described).read_bytes(), described), described, fields, required=fields)
+        values = {name: as_written(hint, values[name], f"{described}: {name}") for name, hint in fields.items()}
         return values, gzip.decompress(file.read_bytes()).decode() if file.exists() else None
-    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (DamageError, ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DamageError(f"{directory}: damaged ({error}); delete it, and the program is compiled again") from None
 
 

@@ -1,6 +1,7 @@
 """Growth as a stage of a run: plan, grow on the mesh, verify; and what a receipt says."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,14 +14,15 @@ from jax.sharding import Mesh
 from tele_jax import checkpoint, growth
 from tele_jax.axes import flatten
 from tele_jax.checkpoint import chunks
-from tele_jax.config import ModelConfig
+from tele_jax.config import ModelConfig, written_table
 from tele_jax.errors import DamageError, FailedError, UserError
+from tele_jax.files import read_json
 from tele_jax.growth.apply import check_tree
 from tele_jax.growth.layers import distances
 from tele_jax.model.spec import flat_spec
 from tele_jax.run import GrowStage
 
-RECEIPT_FILE, PLAN_FILE = "growth_receipt.json", "plan.json"
+RECEIPT_FILE, PLAN_FILE, SUMMARY_FILE = "growth_receipt.json", "plan.json", "summary.json"
 
 
 def plan_of(src: ModelConfig, dst: ModelConfig, stage: GrowStage, *, layers=None, scores=None) -> growth.Plan:
@@ -111,8 +113,7 @@ def require_receipt(directory: Path, src: "checkpoint.Lazy", dst: "checkpoint.La
     Raises:
       UserError: there is none, or it is of another plan, source or destination: says which.
     """
-    receipt, plan = (read_json(directory / name) for name in (RECEIPT_FILE, PLAN_FILE))
-    digest = growth.Plan.from_json(plan).digest
+    receipt, digest = read_receipt(directory), read_plan(directory).digest
     if receipt.get("plan") != digest:
         raise UserError(f"{directory}: {RECEIPT_FILE} is of the plan {receipt.get('plan')}, {PLAN_FILE} is {digest}")
     if not dst.provenance or dst.provenance[-1].get("plan") != digest:
@@ -128,19 +129,60 @@ def require_receipt(directory: Path, src: "checkpoint.Lazy", dst: "checkpoint.La
     return receipt
 
 
-def read_json(path: Path) -> Any:
-    """Raises UserError where there is no such file, DamageError where it is not the JSON that was written."""
+def read_plan(directory: Path) -> growth.Growth:
+    """The plan in a directory. Raises UserError where there is none, DamageError where it is not what was written."""
+    file = directory / PLAN_FILE
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing") from None
-    except ValueError as error:
-        raise DamageError(f"{path}: damaged, not JSON ({error})") from None
+        return growth.Plan.from_json(read_json(file))
+    except UserError as error:
+        raise error if not file.exists() else DamageError(f"{file}: damaged, {error}") from None
+
+
+def read_receipt(directory: Path) -> dict[str, Any]:
+    """The receipt in a directory. Raises UserError where there is none, DamageError where it is damaged."""
+    file = directory / RECEIPT_FILE
+    return written_table(read_json(file), str(file), _RECEIPT_FIELDS)
+
+
+_RECEIPT_FIELDS = {
+    **{"plan": str, "policy": str, "ok": bool, "levels": tuple[str, ...]},
+    **{"source": dict[str, Any], "destination": dict[str, Any]},
+    **{"max_abs": float | None, "max_rel": float | None, "kl": float | None},
+    **{"dead": tuple[str, ...] | None, "locked": tuple[str, ...] | None},
+    **{"layers": tuple[int, ...], "layer_scores": tuple[float, ...] | None},
+}
+
+
+def read_summary(directory: Path) -> dict[str, Any]:
+    """What a stage ended with. Raises as `read_receipt`."""
+    file = directory / SUMMARY_FILE
+    summary = written_table(read_json(file), str(file), _SUMMARY_FIELDS, required=("stage", "kind", "parameters"))
+    if "receipt" in summary:
+        written_table(summary["receipt"], f"{file}: receipt", _RECEIPT_FIELDS, required=("policy", "max_abs"))
+    return summary
+
+
+_SUMMARY_FIELDS = {
+    **{"stage": str, "kind": str, "parameters": int, "tokens": int, "flops": float, "receipt": dict[str, Any]},
+    **{"bits_per_byte_before": dict[str, float], "bits_per_byte_after": dict[str, float]},
+}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Atomically: a kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes JSON atomically: a kill leaves the old file or the new one. Raises DamageError, as on a full disk."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DamageError(f"{path}: could not be written ({error.strerror})") from None
+
+
+def _finite(value: Any) -> Any:
+    """JSON values, with null in the place of numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

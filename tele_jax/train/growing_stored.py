@@ -144,7 +144,7 @@ def recheck(src: str, dst: Path, tokens: np.ndarray, memory_gb: float) -> growth
     receipt = growing.require_receipt(Path(dst), old, new)
     if "source" not in receipt or "destination" not in receipt:
         raise UserError(f"{dst}: {growing.RECEIPT_FILE} does not say what was grown into what; `tele grow` writes that")
-    plan = growth.Plan.from_json(growing.read_json(Path(dst) / growing.PLAN_FILE))
+    plan = growing.read_plan(Path(dst))
     return verify(plan, old, new, tokens, memory_gb)
 
 

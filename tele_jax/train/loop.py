@@ -103,8 +103,8 @@ def run(config: RunConfig, workdir: Path, *, from_step: int | None = None) -> li
                     del training  # its state must not lie beside that of the next stage
                 _write(directory / "summary.json", {"stage": name, "kind": stage.kind, **summary})
             previous = directory / "checkpoints"
-            plan = _read_plan(directory) if isinstance(stage, GrowStage) else None
-    return from_first(lambda: [growing.read_json(workdir / name / "summary.json") for name in config.run])
+            plan = growing.read_plan(directory) if isinstance(stage, GrowStage) else None
+    return from_first(lambda: [growing.read_summary(workdir / name) for name in config.run])
 
 
 def _same_everywhere(config: RunConfig, from_step: int | None) -> None:
@@ -179,7 +179,7 @@ def _complete_receipt(directory: Path, previous: Path, saved: Path) -> dict[str,
     source, grown = (checkpoint.open_lazy(path) for path in (previous, saved))
     receipt = growing.require_receipt(directory, source, grown)
     if "destination" not in receipt:  # a kill may fall between the checkpoint and this
-        require_configs(_read_plan(directory), source, grown)
+        require_configs(growing.read_plan(directory), source, grown)
         receipt["levels"] = ["configs", *receipt["levels"]]
         receipt["source"] = {"path": str(source.path), "step": source.step, **growing.fingerprints(source)}
         growing.write_json(directory / growing.RECEIPT_FILE, receipt | {"destination": growing.fingerprints(grown)})
@@ -205,10 +205,6 @@ def _text_for(config: RunConfig, name: str) -> TrainStage:
     place = config.run.index(name)
     nearest = (*reversed(config.run[:place]), *config.run[place:])
     return next(config.stages[n] for n in nearest if isinstance(config.stages[n], TrainStage))
-
-
-def _read_plan(directory: Path) -> Plan:
-    return Plan.from_json(growing.read_json(directory / growing.PLAN_FILE))
 
 
 # ----------------------------------------------------------------------------------------------- before the first step

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import jax
 
+from tele_jax.config import as_written
 from tele_jax.data.extras import held_back
+from tele_jax.errors import DamageError
+from tele_jax.files import parse_json
 from tele_jax.processes import is_first
 
 # Peak dense bf16 FLOP/s of one device, by jax's device_kind: Google's published figures.
@@ -98,14 +101,20 @@ def _to_line(figures: Mapping[str, float]) -> str:
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The lines of a metrics.jsonl; a last line that a kill cut short is left out.
+
+    Raises:
+      DamageError: another line is not figures by name.
+    """
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    texts = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, text in enumerate(texts, start=1):
+        where = f"{path}:{number}"
         try:
-            figures = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if not isinstance(figures, dict):
-            break
+            figures = as_written(dict[str, float | None], parse_json(text, where), where)
+        except DamageError:
+            if number < len(texts):
+                raise
+            break  # also the nothing behind the last line end
         lines.append({name: math.nan if value is None else value for name, value in figures.items()})
     return lines

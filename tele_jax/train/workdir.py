@@ -27,7 +27,7 @@ from typing import Any
 
 from tele_jax import checkpoint
 from tele_jax.checkpoint import locate
-from tele_jax.config import to_dict
+from tele_jax.config import to_dict, written_table
 from tele_jax.data.vocabulary import tokenizer_name
 from tele_jax.errors import DamageError, UserError
 from tele_jax.processes import is_first
@@ -132,7 +132,7 @@ def claim(config: RunConfig, workdir: Path, from_step: int | None, say: Callable
         growing.write_json(path, now)
         return
     # Read as a page is: a field that came later has its default, which is how the run was started.
-    before = as_json(run_config(growing.read_json(path)))
+    before = as_json(_stored_config(path))
     begun = [name for name in before["run"] if _has_begun(workdir / name)]
     elsewhere = "use another --workdir (config.start names a checkpoint to start from)"
     if now["run"][: len(begun)] != begun:
@@ -260,6 +260,14 @@ def _set_aside(directory: Path, later: Sequence[int], say: Callable[[str], None]
     (directory / SUMMARY).unlink(missing_ok=True)
 
 
+def _stored_config(path: Path) -> RunConfig:
+    values = growing.read_json(path)
+    try:
+        return run_config(written_table(values, str(path), {}))
+    except UserError as error:
+        raise DamageError(f"{path}: damaged, or of another version of tele_jax: {error}") from None
+
+
 def read_changes(directory: Path) -> list[dict[str, Any]]:
     """The changes of a stage that was under way, oldest first: {"from": step, "config": {path: [was, is]}}.
 
@@ -269,13 +277,13 @@ def read_changes(directory: Path) -> list[dict[str, Any]]:
     path = directory / CHANGES
     if not path.exists():
         return []
-    try:
-        changes = growing.read_json(path)["changes"]
-        if all(type(entry["from"]) is int and isinstance(entry["config"], dict) for entry in changes):
-            return list(changes)
-    except (KeyError, TypeError):
-        pass
-    raise DamageError(f"{path}: damaged, not the changes of a stage")
+    fields = {"changes": tuple[dict[str, Any], ...]}
+    changes = written_table(growing.read_json(path), str(path), fields, required=fields)["changes"]
+    for i, entry in enumerate(changes):
+        written_table(
+            entry, f"{path}: changes[{i}]", {"from": int, "config": dict[str, Any]}, required=("from", "config")
+        )
+    return changes
 
 
 def adopt_tokenizer(tokenizer: dict[str, Any], workdir: Path) -> None:

@@ -113,9 +113,9 @@ def edit_json(change):
 
 ZARR_HARM = {
     "delete": (lambda file: file.unlink(), "zarr.json is missing"),
-    "truncate": (truncate, "zarr.json is not JSON"),
-    "not text": (lambda file: file.write_bytes(b"\xff\xfe"), "zarr.json is not JSON"),
-    "list": (lambda file: file.write_text("[]"), "zarr.json is not a table"),
+    "truncate": (truncate, "zarr.json: damaged, not JSON"),
+    "not text": (lambda file: file.write_bytes(b"\xff\xfe"), "zarr.json: damaged, not UTF-8"),
+    "list": (lambda file: file.write_text("[]"), "zarr.json: damaged, not a table"),
     "shape": (edit_json(lambda d: d.update(shape=[3, 16, 8, 4])), r"zarr.json: shape is \[3, 16, 8, 4\], written as"),
     "dtype": (
         edit_json(lambda d: d.update(data_type="int32")),
@@ -145,12 +145,12 @@ def test_every_damaged_array_is_named(step):
 
 META_HARM = {
     "flip": (flip, "damaged"),
-    "truncate": (truncate, "not the JSON document of a checkpoint"),
-    "empty": (empty, "not the JSON document of a checkpoint"),
-    "zeros": (zeros, "not the JSON document of a checkpoint"),
-    "not text": (lambda file: file.write_bytes(b"\xff\xfe{}"), "damaged, not text"),
-    "not ours": (lambda file: file.write_text('{"a": 1}'), "not the JSON document of a checkpoint"),
-    "a list": (lambda file: file.write_text("[1]"), "not the JSON document of a checkpoint"),
+    "truncate": (truncate, "damaged, not JSON"),
+    "empty": (empty, "damaged, not JSON"),
+    "zeros": (zeros, "damaged, not JSON"),
+    "not text": (lambda file: file.write_bytes(b"\xff\xfe{}"), "damaged, not UTF-8 at byte 0"),
+    "not ours": (lambda file: file.write_text('{"a": 1}'), "does not have the checksum"),
+    "a list": (lambda file: file.write_text("[1]"), "damaged, not a table, but list"),
     "another step": (edit_json(lambda d: d.update(step=1)), "does not have the checksum"),
     "another epsilon": (edit_json(lambda d: d["config"].update(rms_eps=1e-6)), "does not have the checksum"),
     "another chunk": (

@@ -1,5 +1,8 @@
 """Nothing is overwritten, cast, padded or skipped: every difference is named before anything is read or written."""
 
+import resource
+import shutil
+
 import jax
 import numpy as np
 import optax
@@ -8,7 +11,7 @@ import pytest
 import tele_jax as tele
 from tele_jax import checkpoint
 from tele_jax.axes import ParamSpec, flatten, unflatten
-from tele_jax.errors import UserError
+from tele_jax.errors import DamageError, UserError
 from tests.checkpoint.trees import CFG, all_bfloat16, assert_same, params
 
 
@@ -58,7 +61,7 @@ def test_saving_what_the_config_does_not_describe_names_every_leaf(tmp_path):
     ("what", "message"),
     [
         ({"opt_state": {"a.b": np.zeros(1)}}, "a.b: the key 'a.b' cannot be stored"),
-        ({"opt_state": {"a": {"": np.zeros(1)}}}, "cannot be stored: it is empty"),
+        ({"opt_state": {"a": {"": np.zeros(1)}}}, "cannot be stored: it has an empty key"),
         ({"opt_state": {"name": "adam"}}, "opt_state: name: str cannot be stored"),
         ({"opt_state": {"key": jax.random.key(0)}}, "opt_state: key: a typed PRNG key"),
         ({"provenance": [{"when": object()}]}, "provenance: every entry must be a dict of JSON values"),
@@ -148,3 +151,54 @@ def test_float64_is_not_cut_to_float32(tmp_path):
     with pytest.raises(UserError, match="params/w is float64, which JAX would cut to 32 bits; set JAX_ENABLE_X64=1"):
         checkpoint.load(tmp_path / "0", expect=spec)
     assert_same(checkpoint.open_lazy(tmp_path / "0").params["w"].read(), np.arange(3.0))
+
+
+# ---- places and names that lead elsewhere, and disks that are full ------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["run\\1/5", "a/b\\..\\c", "zero\0byte"])
+def test_a_path_that_tensorstore_would_read_otherwise_is_refused_before_anything_is_written(tmp_path, place):
+    with pytest.raises(UserError, match="cannot have a backslash or a zero byte"):
+        checkpoint.save(f"{tmp_path}/{place}", CFG, params())
+    with pytest.raises(UserError, match="cannot have a backslash or a zero byte"):
+        checkpoint.open_lazy(f"{tmp_path}/{place}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["0007", "٧", "7_0", "+7"])
+def test_only_what_a_manager_would_call_a_step_is_one(tmp_path, name):
+    checkpoint.save(tmp_path / "checkpoints" / "5", CFG, params(), step=5)
+    shutil.copytree(tmp_path / "checkpoints" / "5", tmp_path / "checkpoints" / name)
+    assert checkpoint.open_lazy(tmp_path).path.name == "5"
+    assert checkpoint.open_lazy(tmp_path / "checkpoints" / name).step == 5  # by its own name it can be had
+
+
+@pytest.mark.parametrize("key", ["/outside", "../outside", "a\\b", "a/b", "zero\0byte", "_hidden", "n" * 300])
+def test_a_leaf_cannot_be_called_what_leads_out_of_its_checkpoint(tmp_path, key):
+    state = {"a": {key: np.zeros(2)}} if key != "_hidden" else {key: np.zeros(2)}
+    with pytest.raises(UserError, match="cannot be stored"):
+        checkpoint.save(tmp_path / "x", CFG, params(), opt_state=state)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_cannot_be_written_are_one_line_of_damage(tmp_path):
+    """By a limit on the size of files, which fails like a full disk."""
+    tree = params()
+
+    def through_a_manager():
+        with checkpoint.Manager(tmp_path / "m") as manager:
+            manager.save(1, CFG, tree)
+
+    def as_one():
+        checkpoint.save(tmp_path / "x", CFG, tree)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for work in (as_one, through_a_manager):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+        try:
+            with pytest.raises(DamageError, match="could not be written") as caught:
+                work()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "x").exists() and checkpoint.locate.list_steps(tmp_path / "m") == []

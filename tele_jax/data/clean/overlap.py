@@ -41,9 +41,11 @@ def _texts(path: str, fields: tuple[str, ...]) -> Iterator[str]:
                 if line.strip():
                     try:
                         record = json.loads(line)
-                    except ValueError:
-                        raise UserError(f"{path}:{number}: not JSON; overlap.files are jsonl or plain text") from None
-                    yield from _strings(record if not fields else [record.get(f) for f in fields])
+                        texts = list(_strings(record if not fields else [record.get(f) for f in fields]))
+                    except (ValueError, AttributeError, RecursionError):
+                        what = "not JSON" if not fields else f"no JSON record with {' or '.join(fields)}"
+                        raise UserError(f"{path}:{number}: {what}; overlap.files are jsonl or plain text") from None
+                    yield from texts
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
 
