@@ -239,7 +239,7 @@ def test_a_damaged_plan_and_a_second_maker_are_refused(made, tmp_path):
     with caching._one_maker(work), pytest.raises(UserError, match="is being made by another process"):
         caches.make(made, tmp_path / "rows")
     (work / "plan.json").write_text("{")
-    with pytest.raises(DamageError, match=r"plan\.json: damaged; remove"):
+    with pytest.raises(DamageError, match=r"plan\.json: damaged, not JSON .*; remove"):
         caches.make(made, tmp_path / "rows")
 
 
