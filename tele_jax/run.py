@@ -313,7 +313,9 @@ def run_config(page: Mapping[str, Any]) -> RunConfig:
             "this one continues with what is there",
         )
     for before, name in itertools.pairwise((None, *names)):
-        _check_pair(before, stages.get(before), name, stages[name])
+        # Whether config.start is behind closed masks is known when it is opened.
+        if before is not None or start is None or isinstance(stages[name], GrowStage):
+            _check_pair(before, stages.get(before), name, stages[name])
     return RunConfig(run=names, stages=stages, mesh=mesh, num_slices=num_slices, start=start)
 
 

@@ -86,6 +86,11 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     receipt = growing_stored.grow(request, print, Progress("grow"))
     if receipt is not None:
         print(_summary(receipt, args.dst))
+        if receipt["masked"]:
+            print(
+                "its masks are closed: it is the model from before the growth until a run opens them, "
+                f"--config.start={args.dst} with mask_ramp above 0 in the first stage"
+            )
     return receipt
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from tele_jax import checkpoint
 from tele_jax.config import to_dict
 from tele_jax.errors import DamageError
+from tele_jax.growth.masks import mask_of
 
 HELP = "show what a checkpoint holds"
 
@@ -53,6 +54,7 @@ def _figures(lazy: Any) -> dict[str, Any]:
         "parameter_bytes": sum(array.nbytes for array in params),
         "optimizer_leaves": len(lazy.items.get("opt_state", {})),
         "optimizer_bytes": sum(array.nbytes for array in lazy.items.get("opt_state", {}).values()),
+        "mask": mask_of(lazy.provenance, str(lazy.path)),
         "holds_data_position": "data" in lazy.items,
         "provenance": list(lazy.provenance),
         "versions": lazy.versions,
@@ -77,6 +79,9 @@ def _print(figures: dict[str, Any]) -> None:
     else:
         print("optimizer state  none")
     print(f"data position    {'yes' if figures['holds_data_position'] else 'none'}")
+    if (mask := figures["mask"]) is not None:
+        closed = "closed" if mask == 0 else f"at {mask:.2f}"
+        print(f"masks            {closed}: what growth added takes no full part yet; train on with mask_ramp")
     print(f"written by       {', '.join(f'{name} {version}' for name, version in figures['versions'].items())}")
     print("\nprovenance, oldest first" if figures["provenance"] else "\nprovenance       none")
     for entry in figures["provenance"]:

@@ -20,16 +20,22 @@ from tele_jax.model.decoder import MASKED_AXES
 _SHAPES = {"linear": lambda x: x, "cosine": lambda x: math.sin(math.pi / 2 * x) ** 2}
 
 
+def mask_of(provenance: Sequence[Mapping[str, Any]], where: str) -> float | None:
+    """Where the masks of a checkpoint stand, from 0 (closed) to 1; None without masks. Raises DamageError."""
+    mask = provenance[-1].get("mask") if provenance else None
+    if mask is not None and (isinstance(mask, bool) or not isinstance(mask, (int, float)) or not 0 <= mask <= 1):
+        raise DamageError(f"{where}: provenance[{len(provenance) - 1}].mask: damaged, {mask!r} is no mask")
+    return mask
+
+
 def require_unmasked(provenance: Sequence[Mapping[str, Any]], where: str) -> None:
     """Raises UserError for a checkpoint from the middle of a mask ramp: without its masks it is another function."""
-    mask = provenance[-1].get("mask") if provenance else None
-    if mask is not None:
-        if isinstance(mask, bool) or not isinstance(mask, (int, float)) or not 0 <= mask <= 1:
-            raise DamageError(f"{where}: provenance[{len(provenance) - 1}].mask: damaged, {mask!r} is no mask")
+    if (mask := mask_of(provenance, where)) is not None:
         shown = min(math.floor(mask * 100), 99) / 100  # never 1.00: they are not complete
         raise UserError(
-            f"{where}: grown behind masks that stand at {shown:.2f}; train on until they are 1 and dropped, or take "
-            "the checkpoint from before the growth"
+            f"{where}: grown behind masks that stand at {shown:.2f}; train on until they are 1 and dropped "
+            "(`tele train` with config.start and mask_ramp, or the run that it is of), or take the checkpoint from "
+            "before the growth"
         )
 
 

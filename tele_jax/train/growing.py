@@ -72,6 +72,7 @@ def receipt(
     data = plan.to_json()
     return report.to_json() | {
         "seed": plan.seed,
+        "masked": plan.masked,
         "layers": plan.maps["layers"].index.tolist(),
         "layer_scores": scores,
         "layer_metric": None if scores is None else "cosine",
@@ -123,8 +124,9 @@ def require_receipt(directory: Path, src: "checkpoint.Lazy", dst: "checkpoint.La
             continue
         known, found = receipt[which], fingerprints(lazy)
         # An item that is in the destination alone is one that nobody looked at.
-        for item in {*(found if which == "destination" else ()), *(known.keys() & {"params", "opt_state"})}:
-            if found.get(item) != known.get(item):
+        for item in ("params", "opt_state"):
+            looked_at = item in known or (which == "destination" and item in found)
+            if looked_at and found.get(item) != known.get(item):
                 raise UserError(f"{lazy.path}: its {item} are not those of the {which} in {directory / RECEIPT_FILE}")
     return receipt
 
@@ -136,6 +138,29 @@ def read_plan(directory: Path) -> growth.Growth:
         return growth.Plan.from_json(read_json(file))
     except UserError as error:
         raise error if not file.exists() else DamageError(f"{file}: damaged, {error}") from None
+
+
+def masked_plan(start: "checkpoint.Lazy", where: str) -> growth.Growth | None:
+    """The plan of the growth that left a checkpoint behind closed masks, for a run to open them; None without masks.
+
+    The plan lies in the checkpoint (`tele grow`), or in the directory of the stage that grew it.
+
+    Raises:
+      UserError: the checkpoint is from the middle of a mask ramp, or its plan is not there.
+      DamageError: the plan is damaged.
+    """
+    entry = start.provenance[-1] if start.provenance else {}
+    if entry.get("mask") != 0 or entry.get("kind") != "grow":
+        growth.masks.require_unmasked(start.provenance, where)
+        return None
+    places = [Path(start.path), Path(start.path).parent.parent]
+    place = next((place for place in places if (place / PLAN_FILE).exists()), None)
+    if place is None:
+        raise UserError(f"{where}: its masks are closed, and {PLAN_FILE}, which says which units are new, is not there")
+    plan = read_plan(place)
+    if plan.digest != entry.get("plan"):
+        raise UserError(f"{where}: was made by another plan than that of {place / PLAN_FILE}")
+    return plan
 
 
 def read_receipt(directory: Path) -> dict[str, Any]:

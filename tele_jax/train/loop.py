@@ -34,7 +34,6 @@ from tele_jax.data import feed as feeds
 from tele_jax.data import sources
 from tele_jax.errors import UserError
 from tele_jax.growth import Plan
-from tele_jax.growth.masks import require_unmasked
 from tele_jax.growth.verify import require_configs
 from tele_jax.model.spec import count_params, spec
 from tele_jax.processes import StopSignal, from_first, is_first
@@ -72,12 +71,11 @@ def run(config: RunConfig, workdir: Path, *, from_step: int | None = None) -> li
         if there:  # who else is at work in it is found before all text is read
             held.enter_context(own.locked(workdir))
         index = sources.Indexes()
-        tokenizer, models = _check(config, mesh, index)
+        tokenizer, models, plan = _check(config, mesh, index)
         if not there:  # a config that cannot be leaves no trace
             held.enter_context(own.locked(workdir))
         from_first(lambda: _claim(config, tokenizer, workdir, from_step))
         previous: Path | None = None if config.start is None else Path(config.start)
-        plan: Plan | None = None
         for name in config.run:
             stage, directory = config.stages[name], workdir / name
             if not from_first((directory / "summary.json").exists):
@@ -212,19 +210,22 @@ def _text_for(config: RunConfig, name: str) -> TrainStage:
 
 def _check(
     config: RunConfig, mesh: jax.sharding.Mesh, index: sources.Indexes
-) -> tuple[dict[str, Any], dict[str, ModelConfig]]:
+) -> tuple[dict[str, Any], dict[str, ModelConfig], Plan | None]:
     """Everything that can be known to be wrong before the first step: hours of training should not end in a typo.
 
-    Returns the path, the size and the SHA-256 of the run's tokenizer, and the model of every stage.
+    Returns the path, the size and the SHA-256 of the run's tokenizer, the model of every stage, and the plan of the
+    growth that left config.start behind closed masks.
     """
     cfg: ModelConfig | None = None
     models: dict[str, ModelConfig] = {}
+    plan: Plan | None = None  # of the growth right before
+    started: Plan | None = None
     if config.start is not None:
         start = checkpoint.open_lazy(config.start)
-        require_unmasked(start.provenance, f"config.start={config.start}")
+        plan = started = growing.masked_plan(start, f"config.start={config.start}")
         cfg = start.cfg
+        _check_masks_of_start(config, started)
     tokenizers = {}
-    plan: Plan | None = None  # of the growth right before
     for name, stage in config.stages.items():
         if isinstance(stage, GrowStage):
             # Layers chosen by distance need the trained model; which ones makes no difference to whether they fit.
@@ -260,7 +261,20 @@ def _check(
         models[name] = cfg
     if len({tokenizer["sha256"] for tokenizer in tokenizers.values()}) > 1:
         raise UserError(f"the stages of a run have to share one tokenizer, but name {', '.join(map(str, tokenizers))}")
-    return next(iter(tokenizers.values())), models
+    return next(iter(tokenizers.values())), models, started
+
+
+def _check_masks_of_start(config: RunConfig, plan: Plan | None) -> None:
+    """Raises UserError unless the first stage opens masks where config.start is behind them, and only there."""
+    name = config.run[0]
+    stage = config.stages[name]
+    if plan is not None and (isinstance(stage, GrowStage) or stage.mask_ramp == 0):
+        raise UserError(
+            f"config.{name}.mask_ramp: has to be above 0: config.start={config.start} was grown by policy 'msg', and "
+            "its masks, which are closed, rise in the training stage that comes first"
+        )
+    if plan is None and isinstance(stage, TrainStage) and stage.mask_fields:
+        raise UserError(f"config.{name}.{stage.mask_fields[0]}: config.start={config.start} is behind no masks")
 
 
 def _say(line: str) -> None:

@@ -111,7 +111,8 @@ def read(path: Path) -> list[dict[str, float]]:
     for number, text in enumerate(texts, start=1):
         where = f"{path}:{number}"
         try:
-            figures = as_written(dict[str, float | None], parse_json(text, where), where)
+            figures = parse_json(text, where)
+            as_written(dict[str, float | None], figures, where)
         except DamageError:
             if number < len(texts):
                 raise

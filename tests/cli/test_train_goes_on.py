@@ -362,3 +362,83 @@ def test_a_stage_that_has_not_begun_may_change_and_one_that_has_may_not_go(place
     out = capsys.readouterr().out
     assert "stage then has not begun, and changes: config.then.schedule.kind was 'constant', is 'cosine'; " in out
     assert checkpoint.open_lazy(workdir).step == 3
+
+
+# ---- from a growth behind masks ----------------------------------------------------------------------------------
+
+GROWTH = """
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict(dict(policy="msg", model=dict(mlp_dim=40, num_layers=2)))
+"""
+FROM_START = """
+from ml_collections import ConfigDict
+from shared_by_pages import stage
+
+def get_config():
+    only = stage(mask_ramp=8)
+    del only["model"]
+    return ConfigDict(dict(run=("only",), only=only, start="nowhere"))
+"""
+
+
+@pytest.fixture(scope="module")
+def behind_masks(place, finished):
+    """A checkpoint that `tele grow --policy msg` made."""
+    (place / "growth.py").write_text(GROWTH)
+    (place / "from_start.py").write_text(FROM_START)
+    dst = place / "behind_masks"
+    assert main(["grow", str(finished), str(dst), "--config", str(place / "growth.py"), "--opt"]) == 0
+    return dst
+
+
+def test_a_run_opens_the_masks_of_the_growth_that_it_starts_from(place, behind_masks, tmp_path, capsys):
+    start = f"--config.start={behind_masks}"
+    assert train(place, tmp_path / "w", start, page="from_start.py") == 0
+    steps = tmp_path / "w" / "only" / "checkpoints"
+    stand = {int(p.name): checkpoint.open_lazy(p).provenance[-1]["mask"] for p in steps.iterdir()}
+    assert stand == {4: 0.5, 8: None, 12: None}
+    # What a kill in the middle of the ramp leaves.
+    workdir = tmp_path / "killed"
+    shutil.copytree(tmp_path / "w", workdir)
+    for step in (8, 12):
+        shutil.rmtree(workdir / "only" / "checkpoints" / str(step))
+    (workdir / "only" / "summary.json").unlink()
+    capsys.readouterr()
+    assert train(place, workdir, start, page="from_start.py") == 0
+    assert "goes on at step 4 of 12" in capsys.readouterr().out
+    ours, theirs = (checkpoint.load(w / "only") for w in (workdir, tmp_path / "w"))
+    for tree in ("params", "opt_state"):
+        ours_flat, theirs_flat = flatten(getattr(ours, tree)), flatten(getattr(theirs, tree))
+        assert ours_flat.keys() == theirs_flat.keys()
+        for name in ours_flat:
+            np.testing.assert_array_equal(np.asarray(ours_flat[name]), np.asarray(theirs_flat[name]), err_msg=name)
+    # New units have counted their own steps: the masks left those of step 0 without gradient.
+    assert np.asarray(theirs.opt_state["1"]["born"]["mlp"]).max() == 13
+
+
+@pytest.mark.parametrize(
+    ("start", "flags", "message"),
+    [
+        ("behind_masks", ["--config.only.mask_ramp=0"], "config.only.mask_ramp: has to be above 0: config.start="),
+        ("finished", [], "config.only.mask_ramp: config.start="),
+    ],
+)
+def test_masks_are_opened_where_they_are_and_nowhere_else(place, behind_masks, tmp_path, capsys, start, flags, message):
+    code = train(place, tmp_path / "w", f"--config.start={place / start}", *flags, page="from_start.py")
+    assert code == 2 and message in capsys.readouterr().err and not (tmp_path / "w").exists()
+
+
+def test_closed_masks_are_said_and_their_plan_is_needed(place, behind_masks, tmp_path, capsys):
+    assert main(["inspect", str(behind_masks)]) == 0
+    assert "masks            closed: " in capsys.readouterr().out
+    moved = shutil.copytree(behind_masks, tmp_path / "moved")
+    (moved / "plan.json").unlink()
+    assert train(place, tmp_path / "w", f"--config.start={moved}", page="from_start.py") == 2
+    assert "its masks are closed, and plan.json" in capsys.readouterr().err
+    shutil.copy(place / "behind_masks" / "plan.json", moved)
+    plan = json.loads((moved / "plan.json").read_text()) | {"seed": 9}
+    (moved / "plan.json").write_text(json.dumps(plan))
+    assert train(place, tmp_path / "w", f"--config.start={moved}", page="from_start.py") == 2
+    assert "was made by another plan" in capsys.readouterr().err
