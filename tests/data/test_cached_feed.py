@@ -197,7 +197,7 @@ def test_a_state_is_for_one_feed_only(data):
         state.replace(b'"batches": 0', b'"batches": ' + value) for value in (b"-3", b'"7"', b"null", b"1.5", b"true")
     ]
     for damaged in (b"", state[:-5], b"[1]", b"\xff\xfe", *odd):
-        with pytest.raises(DamageError, match="the saved position in the data(:| is) damaged"):
+        with pytest.raises(DamageError, match=r"the saved position in the data(:| is) damaged"):
             make(data).restore(damaged)
     with pytest.raises(UserError, match="was saved by an earlier version, in another form"):
         make(data).restore(b'{"batches": 7, "feed": "cache", "cache": "0123"}')
