@@ -126,7 +126,7 @@ def expand(patterns: Sequence[str], where: str) -> tuple[str, ...]:
         if not matches:
             if os.path.isdir(pattern):
                 raise UserError(f"{where}: {pattern} is a directory; give a pattern, e.g. {pattern.rstrip('/')}/*.txt")
-            hint = "; rate=0 leaves the domain out" if where.startswith("sources.") else ""
+            hint = "; rate=0 leaves the domain out" if where.endswith(".files") else ""
             raise UserError(f"{where}: no file matches {pattern}{hint}")
         found.update(matches)
     first: dict[str, str] = {}

@@ -245,22 +245,17 @@ class SafetyConfig:
 class OutputConfig:
     """Shards: how many follows from the input, so that it does not depend on the workers.
 
-    Of every domain the documents whose texts have the smallest hashes are held out, for validation: the choice follows
-    from the texts alone, and equal texts are on one side. How many are held out follows from the size of the domain, so
-    that a text near the limit changes sides where documents are added or removed.
+    A document is held out, for validation, by the hash of its text: the same text is on the same side in every run,
+    whatever is added or removed, as long as validation_share stays.
     """
 
     shard_bytes: int = 268_435_456  # of input
     compression: Literal["gz", "none"] = "none"  # `tele data cache` and training read plain files; gz is to be kept
     level: int = 6  # of gzip
-    validation_documents: int = 1_000  # held out of a domain (ours); 0: none
-    validation_share: float = 0.01  # of a domain's documents at most: none of fewer than a hundred (ours)
+    validation_share: float = 0.001  # of the documents, about; small domains may have none (ours)
 
     def __post_init__(self):
         require_positive(self, "shard_bytes")
-        require(
-            self.validation_documents >= 0, f"validation_documents={self.validation_documents} must not be negative"
-        )
         _fraction(self, "validation_share")
         require(1 <= self.level <= 9, f"level={self.level} must be 1 to 9")
 

@@ -251,7 +251,7 @@ GLOBAL = {stage.name: stage for stage in (Urls, Duplicates, Paragraphs)}
 class Shards(beam.PTransform):
     """Batches -> entries of the manifest: (domain, entry), one for every shard that was written.
 
-    Of every domain the split VALIDATION is one shard, all others are TRAIN.
+    A document is of the split TRAIN or VALIDATION by the hash of its text.
     """
 
     def __init__(self, directory: str, shards: dict[str, int], config: OutputConfig):
@@ -259,61 +259,25 @@ class Shards(beam.PTransform):
         self.directory, self.shards, self.config = directory, shards, config
 
     def expand(self, pcoll):
-        limits = (
-            pcoll
-            | beam.FlatMap(lambda batch: [(d.domain, writing.content_order(d)) for d in batch.documents])
-            | "Hold out" >> beam.CombinePerKey(_HeldOut(self.config))
-        )
-        keyed = pcoll | "Split" >> beam.FlatMap(self._split, beam.pvalue.AsDict(limits))
-        return keyed | beam.GroupByKey() | beam.MapTuple(self._write)
+        return pcoll | beam.FlatMap(self._split) | beam.GroupByKey() | beam.MapTuple(self._write)
 
-    def _split(self, batch: Batch, limits: dict[str, int]):
+    def _split(self, batch: Batch):
         parts = defaultdict(list)
         for document in batch.documents:
-            if writing.content_order(document) < limits[document.domain]:
-                key = document.domain, writing.VALIDATION, 0
-            else:
-                key = document.domain, writing.TRAIN, writing.shard_of(document.uid, self.shards[document.domain])
-            parts[key].append(document)
+            split = writing.split_of(document, self.config.validation_share)
+            shard = writing.shard_of(document.uid, self._shards(document.domain, split))
+            parts[document.domain, split, shard].append(document)
         yield from parts.items()
+
+    def _shards(self, domain: str, split: str) -> int:
+        share = self.config.validation_share if split == writing.VALIDATION else 1.0
+        return max(1, round(self.shards[domain] * share))
 
     def _write(self, key: tuple[str, str, int], parts: Iterable[list[Document]]):
         domain, split, shard = key
         documents = [document for part in parts for document in part]
-        shards = 1 if split == writing.VALIDATION else self.shards[domain]
+        shards = self._shards(domain, split)
         return domain, writing.write_shard(self.directory, domain, split, shard, shards, documents, self.config)
-
-
-class _HeldOut(beam.CombineFn):
-    """The order below which documents are held out, from the orders of all of a domain."""
-
-    def __init__(self, config: OutputConfig):
-        self.config = config
-
-    def create_accumulator(self):
-        """How many, and the smallest orders, one more than may be held out."""
-        return 0, []
-
-    def add_input(self, accumulator, order):
-        """Counts one."""
-        count, orders = accumulator
-        orders.append(order)
-        return count + 1, orders if len(orders) < 2 * self.config.validation_documents + 64 else self._smallest(orders)
-
-    def merge_accumulators(self, accumulators):
-        """Adds many."""
-        counts, orders = zip(*accumulators)
-        return sum(counts), self._smallest([order for part in orders for order in part])
-
-    def extract_output(self, accumulator):
-        """A limit below which as many distinct texts lie as are held out; texts that are equal stay together."""
-        count, orders = accumulator
-        distinct = sorted(set(orders))
-        held = min(self.config.validation_documents, int(count * self.config.validation_share), len(distinct) - 1)
-        return distinct[held] if held > 0 else 0
-
-    def _smallest(self, orders: list[int]) -> list[int]:
-        return sorted(set(orders))[: self.config.validation_documents + 1]
 
 
 class MergeTallies(beam.CombineFn):
