@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if domain.counts.rejected:
             files = args.out / name / "*.rejected.jsonl"
             print(f"WARNING: {name}: {domain.counts.rejected:,} documents cannot be used; which and why: {files}")
+        if domain.counts.held_out:
+            print(f"WARNING: {name}: {domain.counts.held_out:,} documents are held out as well (validation_files)")
         if domain.counts.shortened:
             print(f"{name}: {domain.counts.shortened:,} dialogues were longer than a row and lost their oldest turns")
     return {

@@ -54,6 +54,7 @@ class Counts:
       documents: or dialogues, without the rejected ones.
       shortened: dialogues that were longer than a row and lost their oldest turns (dialogue.py).
       rejected: documents that could not be used.
+      held_out: documents that the page of the cache holds out as well (apart.py).
       text_bytes: UTF-8 bytes of text.
       text_tokens: tokens that spell text: neither ends of sequences nor markers.
       tokens: positions that are not padding.
@@ -71,6 +72,7 @@ class Counts:
     learned_tokens: int = 0
     rows: int = 0
     segments: int = 0
+    held_out: int = 0
     lengths: tuple[int, ...] = (0,) * LENGTH_BINS
 
     def __add__(self, other: "Counts") -> "Counts":

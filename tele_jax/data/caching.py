@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tele_jax.config import written_table
-from tele_jax.data import beam_workers, feed, shards, sources, templates
+from tele_jax.data import apart, beam_workers, feed, shards, sources, templates
 from tele_jax.data.cache import FORMAT, MANIFEST, Counts, Domain, Manifest, incomplete, read_manifest
 from tele_jax.data.cached_feed import difference
 from tele_jax.data.extras import need
@@ -73,6 +73,7 @@ def make(
     vocabulary = feed.open_vocabulary(config.data, config.kind)
     units = shards.plan(config)
     _check_vocabularies(units, vocabulary)
+    apart.require_other_files(config.data)
     if workers is None:
         workers = min(len(os.sched_getaffinity(0)), len(units)) if runner == "DirectRunner" else 1
     run = _serial if runner == SERIAL else _pipeline(runner, workers, options)
@@ -85,7 +86,7 @@ def make(
         with _watched(work, units, progress):
             here = runner == SERIAL or (runner == "DirectRunner" and workers == 1)
             threads = len(os.sched_getaffinity(0)) if here else 1
-            run(units, _Work(config, work, vocabulary.sha256, threads, goes_on, load_tasks))
+            run(units, _Work(config, work, vocabulary.sha256, threads, goes_on, load_tasks, _held_out(config)))
         if changed := sum(before.get(name, text) != text for name, text in _of_tasks(work, units).items()):
             say(
                 f"{changed} finished shards were made again: their tasks give other examples since this cache was begun"
@@ -193,6 +194,16 @@ def _require_same_text(work: Path, units: Sequence[shards.Unit]) -> None:
         raise UserError(f"{paths}: changed while this cache was made; start again, and its shards are made anew")
 
 
+def _held_out(config: CacheConfig) -> frozenset[bytes]:
+    """The digests of the lines that the page holds out (apart.py)."""
+    corpora = [
+        sources.index(f"sources.{name}.validation_files", name, source.validation_files, source.format)
+        for name, source in config.data.sources.items()
+        if source.validation_files and source.format != "text"
+    ]
+    return apart.HeldOutLines.of(corpora).digests
+
+
 def _of_tasks(work: Path, units: Sequence[shards.Unit]) -> dict[str, str]:
     """The checksums of what the finished units of seqio Tasks were made from, by unit."""
     accounts = {unit.name: shards.finished(work, unit) for unit in units if unit.task is not None}
@@ -243,9 +254,10 @@ class _Work:
         threads: int,
         goes_on: bool,
         load_tasks: Callable[[], Any] | None,
+        held_out: frozenset[bytes],
     ):
         self._config, self.directory, self._sha256, self._threads = config, directory, tokenizer_sha256, threads
-        self._goes_on, self._load_tasks = goes_on, load_tasks
+        self._goes_on, self._load_tasks, self._held_out = goes_on, load_tasks, held_out
 
     def __call__(self, unit: shards.Unit) -> None:
         vocabulary = load_vocabulary(self._config.data.tokenizer).with_template(self._config.data.template)
@@ -253,7 +265,7 @@ class _Work:
             raise UserError(f"tokenizer {vocabulary.path}: has changed since this cache was begun")
         if unit.task is not None:
             self._register(unit.task.task)
-        how = {"threads": self._threads, "goes_on": self._goes_on}
+        how = {"threads": self._threads, "goes_on": self._goes_on, "held_out": self._held_out}
         shards.write_unit(unit, self._config, vocabulary, self.directory, **how)
 
     def _register(self, task: str) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from tele_jax.data import cache, examples, live_feed, order, packing, sources, templates
+from tele_jax.data import apart, cache, examples, live_feed, order, packing, sources, templates
 from tele_jax.data import position as positions_
 from tele_jax.data.cached_feed import AHEAD, ELSEWHERE, Batch, CachedFeed, difference, parse_state
 from tele_jax.data.position import Position
@@ -137,6 +137,7 @@ def check(data: DataConfig, *, kind: examples.Kind, seq_len: int, index: Index =
     """
     vocabulary = open_vocabulary(data, kind)
     resolved = resolve(data)
+    apart.require_other_files(resolved)
     if data.cache is None:
         open_documents(resolved, vocabulary, kind, seq_len, aside=ignore, index=index)
     else:
@@ -152,6 +153,29 @@ def check(data: DataConfig, *, kind: examples.Kind, seq_len: int, index: Index =
     open_corpora(resolved, vocabulary, kind, seq_len, "validation_files", aside=ignore, index=index)
     open_tasks(resolved, vocabulary, kind, seq_len, "validation_split", aside=ignore, index=index)
     return vocabulary
+
+
+def shared(data: DataConfig, seq_len: int, *, index: Index = sources.index) -> list[str]:
+    """Lines for people, one for each domain with documents that are held out and trained on.
+
+    Compared are lines, byte for byte, of all domains with each other. What a cache was made from was compared with what
+    its own page holds out, and is not read again.
+    """
+    corpora: dict[str, list[sources.Corpus]] = {"files": [], "validation_files": []}
+    if data.cache is not None:
+        domains = cache.read_manifest(Path(data.cache)).domains
+        counts = {f"sources.{name}.files": domains[name].counts.held_out for name in resolve(data).sources}
+    elif not any(source.validation_files for source in data.sources.values()):
+        return []
+    else:
+        for field, found in corpora.items():
+            for name, source in data.sources.items():
+                if (patterns := getattr(source, field)) and source.format != "text":
+                    where = f"sources.{name}.{field}"
+                    found.append(index(where, name, patterns, source.format, span_bytes=_span_bytes(seq_len)))
+        held = apart.HeldOutLines.of(corpora["validation_files"])
+        counts = {corpus.where: held.count(corpus) for corpus in corpora["files"]}
+    return [f"{where}: {count:,} documents are held out as well" for where, count in counts.items() if count]
 
 
 class LiveFeed:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from tele_jax.config import as_written
-from tele_jax.data import dialogue, examples, packing, records, sources
+from tele_jax.data import apart, dialogue, examples, packing, records, sources
 from tele_jax.data.cache import LENGTH_BINS, Counts, Shard, file_crc32
 from tele_jax.data.extras import need
 from tele_jax.data.vocabulary import Vocabulary
@@ -132,6 +132,8 @@ class _Reader:
     vocabulary: Vocabulary | None = None  # whose template has to have a place for the system messages
     rejected: list[sources.Reject] = dataclasses.field(default_factory=list)
     read: dict[Part, Any] = dataclasses.field(default_factory=dict)  # BLAKE2 of what was read of every part
+    held_out: frozenset[bytes] = frozenset()  # apart.digest of lines
+    num_held_out: int = 0  # of the lines so far
 
     @property
     def num_rejected(self) -> int:
@@ -177,6 +179,7 @@ class _Reader:
                 line = file.readline()
                 self.read[part].update(line)
                 if line.strip():
+                    self.num_held_out += bool(self.held_out) and apart.digest(line) in self.held_out
                     yield offset, line
 
     @contextlib.contextmanager
@@ -344,6 +347,8 @@ class _TaskReader:
     unit: Unit
     config: CacheConfig
     vocabulary: Vocabulary
+    held_out: frozenset[bytes] = frozenset()  # of files; a Task has other splits
+    num_held_out: int = 0
 
     def __post_init__(self):
         from tele_jax.data import task_documents
@@ -378,12 +383,20 @@ def _packed(
 
 
 def write_unit(
-    unit: Unit, config: CacheConfig, vocabulary: Vocabulary, out: Path, *, threads: int = 1, goes_on: bool = False
+    unit: Unit,
+    config: CacheConfig,
+    vocabulary: Vocabulary,
+    out: Path,
+    *,
+    threads: int = 1,
+    goes_on: bool = False,
+    held_out: frozenset[bytes] = frozenset(),
 ) -> Done:
     """Writes the shard of a unit, whole or not at all, and last the account of it; does nothing if that is there.
 
     goes_on: whether the account may be of an earlier start, since which a Task may give something else. (For files the
       caller knows.)
+    held_out: digests of the lines that are held out, to be counted (apart.py).
 
     Raises:
       UserError: a file has changed since the plan was made; as task_documents.TaskDocuments.
@@ -399,7 +412,7 @@ def write_unit(
             account.unlink()
         account.parent.mkdir(parents=True, exist_ok=True)
         (out / unit.domain).mkdir(exist_ok=True)
-        done, rejected = _write(unit, config, vocabulary, out, threads)
+        done, rejected = _write(unit, config, vocabulary, out, threads, held_out)
         write_rejected(out / f"{unit.name}.rejected.jsonl", rejected)
         replace(account, json.dumps(dataclasses.asdict(done)))
     except OSError as error:
@@ -410,10 +423,11 @@ def write_unit(
 
 
 def _write(
-    unit: Unit, config: CacheConfig, vocabulary: Vocabulary, out: Path, threads: int
+    unit: Unit, config: CacheConfig, vocabulary: Vocabulary, out: Path, threads: int, held_out: frozenset[bytes]
 ) -> tuple[Done, list[sources.Reject]]:
     is_task = unit.task is not None
     reader = _TaskReader(unit, config, vocabulary) if is_task else _Reader(unit, config.seed, vocabulary)
+    reader.held_out = held_out
     tokenizer = _Tokenizer(vocabulary, config, threads)
     dtype = records.id_type(vocabulary.vocab_size)
     target = out / f"{unit.name}.array_record"
@@ -429,7 +443,7 @@ def _write(
             segments = rows[:, packing.SEGMENT_IDS].max(axis=1, initial=0).sum()
             counts += Counts(rows=len(rows), segments=int(segments))
         writer.close()
-        counts += dataclasses.replace(tokenizer.counts, rejected=reader.num_rejected)
+        counts += dataclasses.replace(tokenizer.counts, rejected=reader.num_rejected, held_out=reader.num_held_out)
         shard = _keep(temporary, target, counts.rows, out)
     except RuntimeError as error:  # what ArrayRecord makes of any failure to write
         raise FailedError(f"{target}: {str(error).split(';')[0]}; start again to go on") from None

@@ -89,6 +89,10 @@ class Corpus:
         """The messages of dialogue `i` (format dialogues)."""
         return dialogue.from_record(json.loads(self._record(i)))
 
+    def line(self, i: int) -> bytes:
+        """The bytes of the line that span `i` is of, without what ends it."""
+        return self._record(i).encode().rstrip(b"\r\n")
+
     def _record(self, i: int) -> str:
         path = self.files[self.file[i]]
         try:

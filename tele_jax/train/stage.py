@@ -100,6 +100,8 @@ class Training:
         # A batch of evaluation is what goes through the devices at once in training.
         rows["batch_size"] //= stage.microbatches
         self.held_out = feeds.held_out(stage.data, **rows)
+        for line in feeds.shared(stage.data, stage.seq_len, index=index):
+            say(f"  {line}")
         self.checkpoints = checkpoint.Manager(directory / "checkpoints", keep=stage.keep_checkpoints)
         self.tokens = 0
         self._restore(previous)
