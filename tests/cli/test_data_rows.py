@@ -33,8 +33,8 @@ def get_config():
     config.seq_len = 32
     config.shard_bytes = 6000
     config.data = dict(tokenizer=TOKENIZER, sources={{
-        name: dict(files=(str(HERE / f"{{name}}.jsonl"),), validation_files=(str(HERE / f"{{name}}.jsonl"),),
-                   format="{format}", rate=rate)
+        name: dict(files=(str(HERE / f"{{name}}.jsonl"),),
+                   validation_files=(str(HERE / f"{{name}}_held_out.jsonl"),), format="{format}", rate=rate)
         for name, rate in {rates}.items()
     }})
     return config
@@ -78,6 +78,9 @@ def place(tmp_path_factory):
     messages = [[("user", f"{i}+1?"), ("assistant", f"{i + 1}, surely.")] for i in range(120)]
     dialogues = [{"messages": [{"role": r, "content": c} for r, c in each]} for each in messages]
     write(directory / "dialogues.jsonl", dialogues)
+    for name in ("code", "prose", "dialogues"):
+        lines = (directory / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (directory / f"{name}_held_out.jsonl").write_text("".join(lines[::-2]), encoding="utf-8")
     sft = DATA.format(kind="sft", format="dialogues", rates={"dialogues": 1})
     pretrain = DATA.format(kind="pretrain", format="jsonl", rates={"code": 3, "prose": 1})
     for name, page in (("data", pretrain), ("sft", sft), ("train", TRAIN), ("pretrain", TRAIN + FIRST)):
@@ -114,6 +117,8 @@ def test_a_cache_is_counted_as_it_is_made(place):
     assert (code["documents"], code["text_bytes"]) == (200, sum(len(text.encode()) for text in texts))
     assert code["tokens"] == code["learned_tokens"] == code["text_tokens"] + 200
     assert figures["domains"]["prose"]["documents"] == 100
+    held_out = {name: domain["held_out"] for name, domain in figures["domains"].items()}
+    assert held_out == {"code": 100, "prose": 50}, "every second one"
 
 
 def test_stats_print_and_draw(place, capsys, tmp_path):

@@ -30,7 +30,8 @@ HERE = Path(__file__).parent
 def get_config():
     def data(domain, file_format):
         files = (str(HERE / f"{domain}.jsonl"),)
-        source = dict(files=files, validation_files=files, format=file_format)
+        held_out = (str(HERE / f"{domain}_held_out.jsonl"),)
+        source = dict(files=files, validation_files=held_out, format=file_format)
         return dict(tokenizer=str(HERE / "tokenizer.model"), sources={domain: source}, eval_bytes=2000)
 
     shared = dict(batch_size=2, seq_len=32, log_every=4, checkpoint_every=4, optimizer=dict(learning_rate=3e-3))
@@ -63,6 +64,9 @@ def place(tmp_path_factory):
     ]
     (directory / "text.jsonl").write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in text))
     (directory / "dialogues.jsonl").write_text("".join(json.dumps(d) + "\n" for d in dialogues))
+    for name in ("text", "dialogues"):  # the same documents in another order, so that little training shows
+        lines = (directory / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (directory / f"{name}_held_out.jsonl").write_text("".join(reversed(lines)))
     (directory / "page.py").write_text(PAGE)
     arguments = ["tokenizer", "train", "--preset", "tele_flm", "--vocab-size", "480", "--out"]
     assert main([*arguments, str(directory / "tokenizer.model"), str(directory / "text.jsonl")]) == 0
@@ -339,22 +343,26 @@ def test_bad_text_is_refused_in_one_line(place, capsys, tmp_path, content, expec
 
 def test_lines_that_cannot_be_used_are_kept_aside_and_training_goes_on(place, capsys, tmp_path):
     lines = (place / "text.jsonl").read_bytes().splitlines(keepends=True)
-    file = tmp_path / "text.jsonl"
-    file.write_bytes(b"".join([*lines[:20], b'{"text": "caf\xe9"}\n', *lines[20:], b"no JSON\n"]))
+    file, held_out = tmp_path / "text.jsonl", tmp_path / "held_out.jsonl"
+    for path, rest in ((file, lines[20:]), (held_out, lines[:19:-1])):
+        path.write_bytes(b"".join([*lines[:20], b'{"text": "caf\xe9"}\n', *rest, b"no JSON\n"]))
     text = PAGE.replace("Path(__file__).parent", repr(place)).replace("PosixPath", "Path")
     text = text.replace('("small", "grow", "large", "sft")', '("small",)').replace("steps=12", "steps=2")
     for name in ("grow", "large", "sft"):
         text = text.replace(f"config.{name} =", f"{name} =")
     page, workdir = tmp_path / "page.py", tmp_path / "w"
     page.write_text(text)
-    overrides = [f"--config.small.data.sources.text.{n}=({str(file)!r},)" for n in ("files", "validation_files")]
+    files = {"files": file, "validation_files": held_out}
+    overrides = [f"--config.small.data.sources.text.{n}=({str(path)!r},)" for n, path in files.items()]
     command = ["train", "--config", str(page), "--workdir", str(workdir), *overrides]
     assert main(command) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if "cannot be used" in line]
-    for line, field in zip(said, ("files", "validation_files"), strict=True):
+    out = capsys.readouterr().out
+    assert out.count("sources.text.files: 400 documents are held out as well") == 1
+    said = [line for line in out.splitlines() if "cannot be used" in line]
+    for line, field in zip(said, files, strict=True):
         aside = workdir / "small" / "rejected" / f"text.{field}.jsonl"
         assert line == (
-            f"  sources.text.{field}: 2 of 402 documents cannot be used; the first is {file}, line 21: "
+            f"  sources.text.{field}: 2 of 402 documents cannot be used; the first is {files[field]}, line 21: "
             f"not UTF-8 at byte {len(b''.join(lines[:20])) + 13} (0xe9); all are in {aside}"
         )
         entries = [json.loads(line) for line in aside.read_text().splitlines()]
@@ -366,6 +374,17 @@ def test_lines_that_cannot_be_used_are_kept_aside_and_training_goes_on(place, ca
     file.write_bytes(b"".join(lines))
     assert "saved for another feed: sources.text.checksum was" in fails(capsys, 2, *command)
     assert {path: path.read_bytes() for path in (workdir / "small").rglob("*") if path.is_file()} == kept
+
+
+def test_text_that_is_trained_on_cannot_be_held_out(place, capsys, tmp_path):
+    copy = tmp_path / "elsewhere.jsonl"
+    shutil.copyfile(place / "text.jsonl", copy)
+    (tmp_path / "link.jsonl").symlink_to(place / "text.jsonl")
+    for path in (place / "text.jsonl", tmp_path / "link.jsonl", copy):
+        flag = f"--config.small.data.sources.text.validation_files=({str(path)!r},)"
+        command = ["train", "--config", str(place / "page.py"), "--workdir", str(tmp_path / "w"), flag]
+        assert f"{path} is trained on as well (sources.text.files" in fails(capsys, 2, *command)
+    assert not (tmp_path / "w").exists()
 
 
 def test_another_config_in_the_same_work_directory_is_refused(place, finished, capsys):

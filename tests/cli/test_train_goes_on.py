@@ -118,7 +118,8 @@ def test_it_goes_on_with_all_that_is_not_part_of_what_is_computed(place, finishe
         shutil.copyfile(place / name, tmp_path / name)
     flags = ["--config.mesh.fsdp=2", "--config.only.microbatches=2", "--config.only.model.remat=full"]
     flags += ["--config.only.model.attention=reference", "--config.only.log_every=2", "--config.only.eval_every=3"]
-    flags += [f"--config.only.data.sources.text.validation_files=({str(place / 'text.jsonl')!r},)"]
+    (tmp_path / "held_out.jsonl").write_text('{"text": "0 abc def"}\n' * 9)
+    flags += [f"--config.only.data.sources.text.validation_files=({str(tmp_path / 'held_out.jsonl')!r},)"]
     flags += ["--config.only.data.eval_bytes=500", "--config.only.keep_checkpoints=3"]
     assert train(tmp_path, workdir, *flags) == 0
     assert "goes on at step 8 of 12: parameters, optimizer and data as they were" in capsys.readouterr().out
