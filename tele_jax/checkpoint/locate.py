@@ -36,7 +36,7 @@ def find_step(path: Any) -> epath.Path:
         raise UserError(f"{path}: a file, but a checkpoint is a directory")
     if path.name.endswith((INTERRUPTED, DELETED)):
         raise UserError(f"{path}: a save that was interrupted, or a checkpoint being deleted; name a complete one")
-    if _is_step(path):
+    if is_step(path):
         return path
     for directory in (path, path / "checkpoints"):
         if found := list_steps(directory):
@@ -57,7 +57,7 @@ def list_steps(directory: Any) -> list[int]:
     directory = epath.Path(directory)
     if not directory.is_dir():
         return []
-    return sorted(int(child.name) for child in directory.iterdir() if _names_step(child.name) and _is_step(child))
+    return sorted(int(child.name) for child in directory.iterdir() if _names_step(child.name) and is_step(child))
 
 
 def _names_step(name: str) -> bool:
@@ -86,7 +86,8 @@ def absolute(path: Any) -> epath.Path:
     return path if _is_object_store(path) else path.expanduser().resolve()
 
 
-def _is_step(path: epath.Path) -> bool:
+def is_step(path: Any) -> bool:
+    """Whether a directory is a complete checkpoint, or what damage left of one."""
     if _is_object_store(path) and not (path / _COMMIT_FILE).exists():
         return False
     return any((path / name).is_file() for name in STEP_FILES)

@@ -326,6 +326,31 @@ def local_path(path: Any, work: str = "growth from checkpoint to checkpoint") ->
     return Path(os.fspath(locate.absolute(path)))
 
 
+def new_path(dst: Any, src: Any, work: str) -> Path:
+    """The absolute path of a directory that is to be made from the one at `src`, on this machine.
+
+    Raises:
+      UserError: `dst` is an address, empty, the root or the current directory; it lies inside src, or src inside it: a
+        checkpoint is not written into; something above it is a file.
+    """
+    text = os.fspath(dst)
+    if not text.strip() or text in (".", "..", "/"):
+        raise UserError(f"{text!r}: names no new directory for {work}; give a path such as runs/larger")
+    target, source = local_path(dst, work), local_path(src, work)
+    if not target.name:
+        raise UserError(f"{text!r}: is the root; name a new directory inside it")
+    if target == source or source in target.parents:
+        raise UserError(f"{target}: lies inside {source}, which is read, and not written to; choose another place")
+    if target in source.parents:
+        raise UserError(f"{target}: holds {source}, which is read; choose another place")
+    if inside := next((path for path in target.parents if locate.is_step(path)), None):
+        raise UserError(f"{target}: lies inside the checkpoint {inside}; choose another place")
+    above = next(path for path in target.parents if os.path.lexists(path))
+    if not above.is_dir():
+        raise UserError(f"{target}: {above} is a file, not a directory")
+    return target
+
+
 def make_directory(path: Path) -> None:
     """Makes a directory and those above it. Raises UserError where that is impossible."""
     try:

@@ -48,18 +48,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from tele_jax import checkpoint
     from tele_jax.chat import find_tokenizer
-    from tele_jax.checkpoint.tiles import local_path
+    from tele_jax.checkpoint.tiles import local_path, new_path
     from tele_jax.cli.pages import load_page
     from tele_jax.cli.progress import Progress
     from tele_jax.train import growing_stored
 
-    args.dst = local_path(args.dst)
     if args.memory_gb <= 0:
         raise UserError(f"--memory-gb {args.memory_gb:g}: must be above 0")
     if args.check:
+        args.dst = local_path(args.dst)
         return _check(args)
     if args.config is None:
         raise UserError("--config FILE is needed: it says what to grow SRC into")
+    args.dst = new_path(args.dst, checkpoint.open_lazy(args.src).path, "growth from checkpoint to checkpoint")
     if args.dst.exists():
         raise UserError(f"{args.dst}: exists already, and checkpoints are never overwritten; choose another DST")
     stage, where = _stage(load_page(args.config, args.overrides), args)

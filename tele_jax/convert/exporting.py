@@ -172,6 +172,7 @@ def export_checkpoint(
 
     tiles.local_path(src, "an export")
     lazy = open_lazy(src)
+    dst = tiles.new_path(dst, lazy.path, "an export")
     require_unmasked(lazy.provenance, str(src))
     plan = outline(lazy.cfg, format, dtype=dtype, max_seq_len=max_seq_len, provenance=lazy.provenance)
     arrays = lazy.items["params"]

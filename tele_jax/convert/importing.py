@@ -78,7 +78,7 @@ def import_checkpoint(
       DamageError: writing failed on the way; what is there is kept, for a call that goes on.
     """
     began = time.monotonic()
-    local = tiles.local_path(dst, "an import")
+    local = dst = tiles.new_path(dst, src, "an import")
     release = open_release(src, format, dtype=dtype, vocab_size=vocab_size, rope_tables=rope_tables)
     chunk_bytes = layout.CHUNK_BYTES if chunk_bytes is None else chunk_bytes
     leaves = {

@@ -104,8 +104,9 @@ def stream(
         raise UserError("growth.stream runs in processes of their own, each with its shard, not under jax.distributed")
     chunk_bytes = layout.CHUNK_BYTES if chunk_bytes is None else chunk_bytes
     lazy = _open(plan, src, opt)
+    dst = tiles.new_path(dst, lazy.path, "growth from checkpoint to checkpoint")
     jobs = _jobs(plan, lazy, opt, chunk_bytes)
-    meta = _meta(plan, lazy, jobs, tiles.local_path(dst).name, step, provenance)
+    meta = _meta(plan, lazy, jobs, dst.name, step, provenance)
     workers, slots = _divide_memory(jobs, memory_gb, workers)
     tile_bytes = chunk_bytes // _TILES_PER_CHUNK_LIMIT
     cut = [tile for job in jobs for tile in tiles.cut(job.item, job.name, job.leaf, tile_bytes, job.order)]

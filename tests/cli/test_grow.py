@@ -353,6 +353,32 @@ def test_wrong_arguments_are_one_line_and_nothing_is_written(place, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("dst", "message"),
+    [
+        ("/", "'/': names no new directory"),
+        ("", "'': names no new directory"),
+        (".", "'.': names no new directory"),
+        ("{place}/src/params/grown", "lies inside {place}/src, which is read, and not written to"),
+        ("{place}/src", "lies inside {place}/src, which is read"),
+        ("{place}/other/grown", "lies inside the checkpoint {place}/other"),
+        ("{place}", "holds {place}/src, which is read"),
+        ("{place}/page.py/grown", "{place}/page.py is a file, not a directory"),
+    ],
+)
+def test_a_destination_that_cannot_be_one(place, dst, message, capsys):
+    before = sorted(str(path) for path in place.rglob("*"))
+    dst, message = (text.replace("{place}", str(place)) for text in (dst, message))
+    assert message in grow(place, dst, code=2, capsys=capsys)
+    if dst:
+        plan = growth.plan(CFG, CFG.replace(**LARGER))
+        with pytest.raises(tele.UserError, match=r"names no new|lies inside|holds|is a file"):
+            growth.stream(plan, place / "src", dst)
+        assert main(["export", str(place / "src"), dst, "--format", "llama"]) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(str(path) for path in place.rglob("*")) == before
+
+
 def test_a_destination_that_exists(place, tmp_path, capsys):
     (tmp_path / "dst").mkdir()
     assert "dst: exists already, and checkpoints are never overwritten" in grow(
