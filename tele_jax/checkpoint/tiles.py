@@ -258,9 +258,7 @@ class Unfinished:
         }
 
     def _require_space(self, tiles: Sequence[Tile]) -> None:
-        needed = sum(tile.nbytes + 2 * _BLOCK_BYTES * len(tile.chunks) for tile in tiles)
-        existing = next(path for path in (self.dst, *self.dst.parents) if path.exists())
-        free = shutil.disk_usage(existing).free
+        needed, free = disk_bytes(tiles), free_bytes(self.dst)
         if free < needed:
             raise UserError(f"{self.dst}: {needed:,} bytes are to be written, but the disk has only {free:,} free")
 
@@ -271,6 +269,16 @@ class Unfinished:
         (self.partial / "header.json").unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.partial.rmdir()
+
+
+def disk_bytes(tiles: Sequence[Tile]) -> int:
+    """The disk that the files of some tiles take, their directories included."""
+    return sum(tile.nbytes + 2 * _BLOCK_BYTES * len(tile.chunks) for tile in tiles)
+
+
+def free_bytes(path: Path) -> int:
+    """What is free on the disk that a path lies on, or would lie on."""
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
 
 
 def clear(dst: Path) -> None:

@@ -39,6 +39,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "JAX_NUM_PROCESSES say, else 0/1",
     )
     parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be done: the plan, bytes to read and write, disk, memory, what is verified; write nothing",
+    )
+    parser.add_argument(
         "--check",
         action="store_true",
         help="DST is there already: compare it and SRC with its receipt, and verify it again",
@@ -64,7 +69,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     if args.dst.exists():
         raise UserError(f"{args.dst}: exists already, and checkpoints are never overwritten; choose another DST")
     stage, where = _stage(load_page(args.config, args.overrides), args)
-    tokens, verified_on = _tokens(args, checkpoint.open_lazy(args.src).cfg)
+    cfg = checkpoint.open_lazy(args.src).cfg
+    tokens, verified_on = _tokens(args, cfg)
     try:
         files = (Path(find_tokenizer(args.src)),)
     except UserError:
@@ -84,6 +90,9 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     )
     if stage.layers == "distance" and args.text is None:
         print("note: layers are chosen by what they do to random tokens; --text FILE gives better scores")
+    _say_without_effect(args, stage, cfg, request)
+    if args.dry_run:
+        return growing_stored.outline(request, print)
     receipt = growing_stored.grow(request, print, Progress("grow"))
     if receipt is not None:
         print(_summary(receipt, args.dst))
@@ -93,6 +102,25 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
                 f"--config.start={args.dst} with mask_ramp above 0 in the first stage"
             )
     return receipt
+
+
+def _say_without_effect(args: argparse.Namespace, stage: Any, cfg: Any, request: Any) -> None:
+    """Says which flags of the command line change nothing."""
+    from tele_jax import checkpoint
+    from tele_jax.train import growing, growing_stored
+
+    larger = cfg.replace_from(stage.model, f"{request.where}.model")
+    deeper = larger.num_layers != cfg.num_layers
+    if args.layers is not None and not deeper:
+        print(f"note: --layers {args.layers} has no effect: the number of layers stays {cfg.num_layers}")
+    how = "uniform" if stage.layers == "distance" else stage.layers
+    plan = growing.plan_of(cfg, larger, stage, layers=how)
+    drawn = any(leaf.fill == "normal" and plan.tally(name)["fresh"] for name, leaf in plan.leaves.items())
+    if args.seed is not None and not drawn:
+        print(f"note: --seed {args.seed} has no effect: policy {plan.policy} draws nothing here")
+    wholly = growing_stored.verifies_wholly(plan, checkpoint.open_lazy(args.src), args.memory_gb)
+    if args.text is not None and not wholly and not (stage.layers == "distance" and deeper):
+        print("note: --text has no effect: logits are not compared, which needs more --memory-gb")
 
 
 def _check(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,6 +7,7 @@ rep = growth.verify(plan, params, big, tokens) a comparison: same logits, everyt
 growth.check(plan, mesh)                       what can be known to be wrong before a byte moves
 small = growth.shrink(plan, big)               the left inverse
 growth.stream(plan, src, dst)                  the same from checkpoint to checkpoint, in bounded memory
+growth.stream_outline(plan, src, dst)          bytes, disk and memory that this would take
 growth.verify_stored(plan, src, dst)           and the comparison, block by block
 growth.sharded(plan, mesh, state)              the same compiled for arrays that lie on a mesh
 growth.lazy(plan, params)                      grown leaves that are computed where they are read
@@ -33,7 +34,8 @@ from tele_jax.growth.opt_state import apply_opt
 from tele_jax.growth.plan import Growth, LeafPlan, Plan
 from tele_jax.growth.policies import plan
 from tele_jax.growth.sharded import sharded, state_shardings
-from tele_jax.growth.stream import Streamed, stream
+from tele_jax.growth.stream import Outline, Streamed, stream
+from tele_jax.growth.stream import outline as stream_outline
 from tele_jax.growth.verify import Report, verify, verify_stored
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "Growth",
     "LeafPlan",
     "MaskSchedule",
+    "Outline",
     "Plan",
     "Report",
     "Streamed",
@@ -60,6 +63,7 @@ __all__ = [
     "shrink",
     "state_shardings",
     "stream",
+    "stream_outline",
     "verify",
     "verify_stored",
     "widen_embed",

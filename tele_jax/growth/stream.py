@@ -148,6 +148,49 @@ def stream(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """What `stream` would do. Bytes are of chunk files; free_bytes: of the disk that `dst` would lie on.
+
+    bytes_to_read: of the source, each chunk once; with little memory some are read again.
+    """
+
+    bytes_to_read: int
+    bytes_to_write: int
+    disk_bytes: int
+    free_bytes: int
+    memory_bytes: int
+    workers: int
+
+
+def outline(
+    plan: Growth,
+    src: Any,
+    dst: Any,
+    *,
+    opt: bool = False,
+    memory_gb: float = 1.0,
+    workers: int | None = None,
+) -> Outline:
+    """What `stream` would do with these arguments; nothing is written, and no array is read. Raises as `stream`."""
+    lazy = _open(plan, src, opt)
+    dst = tiles.new_path(dst, lazy.path, "growth from checkpoint to checkpoint")
+    jobs = _jobs(plan, lazy, opt, layout.CHUNK_BYTES)
+    _meta(plan, lazy, jobs, dst.name, None, None)
+    threads, slots = _divide_memory(jobs, memory_gb, workers)
+    cut = [tile for job in jobs for tile in tiles.cut(job.item, job.name, job.leaf, layout.CHUNK_BYTES, job.order)]
+    read = {job.source.name: job.source.leaf for job in jobs if job.source is not None}
+    of_chunks = max(job.leaf.chunk_bytes + job.bytes_between for job in jobs) + host.SCRATCH_BYTES
+    return Outline(
+        bytes_to_read=sum(math.prod(leaf.grid) * leaf.chunk_bytes for leaf in read.values()),
+        bytes_to_write=sum(tile.nbytes for tile in cut),
+        disk_bytes=tiles.disk_bytes(cut),
+        free_bytes=tiles.free_bytes(dst),
+        memory_bytes=_OVERHEAD_BYTES + threads * of_chunks + slots * max(leaf.chunk_bytes for leaf in read.values()),
+        workers=threads,
+    )
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Step:
     """What one step does to a leaf. chunks: of what it makes, in memory only unless it is the last."""

@@ -63,13 +63,7 @@ def grow(
         growth.plan, growth.check and growth.stream refuse.
       FailedError: the verification failed.
     """
-    if request.dst.exists():
-        raise UserError(f"{request.dst}: exists already, and checkpoints are never overwritten; choose another DST")
-    lazy = checkpoint.open_lazy(request.src)
-    growth.masks.require_unmasked(lazy.provenance, request.src)
-    if request.opt and lazy.opt_state is None:
-        raise UserError(f"{request.src}: holds no optimizer state to grow; leave out --opt")
-    plan, scores = growing.choose_plan(lazy.cfg, lazy.params, request.stage, request.tokens, request.where)
+    lazy, plan, scores = _planned(request)
     say(str(plan))
     if not request.unverified.exists():
         figures = growth.stream(
@@ -101,6 +95,39 @@ def grow(
         return _verify(request, plan, scores, lazy, grown)
 
 
+def _planned(request: Request) -> tuple["checkpoint.Lazy", growth.Plan, Any]:
+    """(the open source, the plan, the scores of its layers); raises UserError for what is not to be grown."""
+    if request.dst.exists():
+        raise UserError(f"{request.dst}: exists already, and checkpoints are never overwritten; choose another DST")
+    lazy = checkpoint.open_lazy(request.src)
+    growth.masks.require_unmasked(lazy.provenance, request.src)
+    if request.opt and lazy.opt_state is None:
+        raise UserError(f"{request.src}: holds no optimizer state to grow; leave out --opt")
+    plan, scores = growing.choose_plan(lazy.cfg, lazy.params, request.stage, request.tokens, request.where)
+    if plan.dst_cfg == plan.src_cfg and all(axis_map.is_identity for axis_map in plan.maps.values()):
+        raise UserError(f"{request.where}.model: nothing grows; it has to be larger than {lazy.path} in some field")
+    return lazy, plan, scores
+
+
+def outline(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
+    """What `grow` would do, said and returned; nothing is written. Raises UserError as `grow`."""
+    lazy, plan, _ = _planned(request)
+    say(str(plan))
+    how = {"opt": request.opt, "memory_gb": request.memory_gb, "workers": request.workers}
+    figures = growth.stream_outline(plan, lazy.path, request.dst, **how)
+    wholly = verifies_wholly(plan, lazy, request.memory_gb)
+    levels = ["configs", "parameters", *(["optimizer state"] if request.opt else []), "parts"]
+    levels += ["logits", "liveness"] if wholly else []
+    short = "" if figures.free_bytes >= figures.disk_bytes else ", TOO LITTLE"
+    say(f"would read       {figures.bytes_to_read:,} bytes, and again to verify")
+    say(f"would write      {figures.bytes_to_write:,} bytes, with {figures.workers} threads")
+    say(f"disk             {figures.disk_bytes:,} bytes needed, {figures.free_bytes:,} free{short}")
+    say(f"memory           {figures.memory_bytes:,} bytes to write")
+    say(f"would verify     {', '.join(levels)}" + ("" if wholly else "; logits need more --memory-gb"))
+    say("nothing was written")
+    return {"plan": plan.to_json(), "verified": levels, **dataclasses.asdict(figures)}
+
+
 def _verify(request: Request, plan: growth.Plan, scores: Any, lazy: Any, grown: Any) -> dict[str, Any]:
     report = verify(plan, lazy, grown, request.tokens, request.memory_gb)
     receipt = growing.receipt(
@@ -124,10 +151,16 @@ def _verify(request: Request, plan: growth.Plan, scores: Any, lazy: Any, grown: 
 
 def verify(plan: growth.Growth, src: Any, dst: Any, tokens: np.ndarray, memory_gb: float) -> growth.Report:
     """The report on two open checkpoints: at all levels where memory_gb holds both models, else without logits."""
-    small, large = (sum(a.nbytes for a in lazy.items["params"].values()) for lazy in (src, dst))
-    if small + _LARGE_TREES * large > memory_gb * 1e9 or not _computes(plan.dst_cfg):
+    if not verifies_wholly(plan, src, memory_gb):
         return growth.verify_stored(plan, src, dst)
     return growth.verify(plan, src, dst, tokens)
+
+
+def verifies_wholly(plan: growth.Growth, src: Any, memory_gb: float) -> bool:
+    """Whether both models, and what their gradients need, fit into memory_gb; src: the open source."""
+    small = sum(array.nbytes for array in src.items["params"].values())
+    large = sum(spec.size * np.dtype(spec.dtype).itemsize for spec in plan.dst_spec.values())
+    return small + _LARGE_TREES * large <= memory_gb * 1e9 and _computes(plan.dst_cfg)
 
 
 def _computes(cfg: ModelConfig) -> bool:

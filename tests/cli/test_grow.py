@@ -353,6 +353,59 @@ def test_wrong_arguments_are_one_line_and_nothing_is_written(place, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
+def chunk_bytes(path):
+    """Of all chunk files of the arrays in a checkpoint."""
+    arrays = [path / item for item in ("params", "opt_state")]
+    files = [f for directory in arrays for f in directory.rglob("*") if f.is_file()]
+    return sum(f.stat().st_size for f in files if "c" in f.relative_to(path).parts[2:])
+
+
+def test_a_dry_run_says_what_the_growth_then_does(place, tmp_path, capsys):
+    asked = ("--opt", "--memory-gb", "0.15", "--json", tmp_path / "outline.json")
+    before = sorted(place.rglob("*"))
+    out = grow(place, tmp_path / "dst", *asked, "--dry-run", capsys=capsys)
+    said = json.loads((tmp_path / "outline.json").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["outline.json"] and sorted(place.rglob("*")) == before
+    with without_compiling():
+        plan = growth.plan(CFG, CFG.replace(**LARGER))
+    assert growth.Plan.from_json(said["plan"]) == plan and str(plan) in out and "nothing was written" in out
+    assert f"disk             {said['disk_bytes']:,} bytes needed, {said['free_bytes']:,} free" in out
+
+    done = grow(place, tmp_path / "dst", "--opt", "--memory-gb", "0.15", capsys=capsys)
+    assert f"wrote {said['bytes_to_write']:,} bytes" in done
+    assert said["bytes_to_write"] == chunk_bytes(tmp_path / "dst")
+    # Counts and births are computed from what the plan was made with.
+    assert 0.99 * chunk_bytes(place / "src") < said["bytes_to_read"] <= chunk_bytes(place / "src")
+    assert receipt_of(tmp_path / "dst")["levels"] == said["verified"]
+    assert said["verified"][:3] == ["configs", "parameters", "optimizer state"]
+
+
+def test_a_growth_of_nothing_is_refused(place, tmp_path, capsys):
+    (tmp_path / "page.py").write_text(PAGE.format("model=dict(mlp_dim=12)"))
+    err = grow(place, tmp_path / "dst", "--config", tmp_path / "page.py", page=None, code=2, capsys=capsys)
+    assert "config.grow.model: nothing grows" in err and not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "note"),
+    [
+        (dict(mlp_dim=24), ["--policy", "copy", "--seed", "3"], "--seed 3 has no effect: policy copy draws nothing"),
+        (dict(mlp_dim=17), ["--seed", "3"], None),
+        (dict(mlp_dim=17), ["--layers", "last"], "--layers last has no effect: the number of layers stays 3"),
+        (dict(num_layers=4), ["--layers", "last"], None),
+        (dict(mlp_dim=17), ["--text"], "--text has no effect: logits are not compared"),
+    ],
+)
+def test_a_flag_without_effect_is_named(place, by_parts, tmp_path, capsys, model, flags, note):
+    (tmp_path / "page.py").write_text(PAGE.format(f"model={model!r}"))
+    if flags == ["--text"]:
+        (tmp_path / "text").write_text("".join(TEXTS), encoding="utf-8")
+        flags = ["--text", tmp_path / "text"]
+    flags = ["--config", tmp_path / "page.py", "--dry-run", *flags]
+    out = grow(place, tmp_path / "dst", *flags, page=None, capsys=capsys)
+    assert ("has no effect" in out) == (note is not None) and (note is None or f"note: {note}" in out)
+
+
 @pytest.mark.parametrize(
     ("dst", "message"),
     [
