@@ -347,7 +347,7 @@ def new_path(dst: Any, src: Any, work: str) -> Path:
     target, source = local_path(dst, work), local_path(src, work)
     if not target.name:
         raise UserError(f"{text!r}: is the root; name a new directory inside it")
-    if target == source or source in target.parents:
+    if source in target.parents:
         raise UserError(f"{target}: lies inside {source}, which is read, and not written to; choose another place")
     if target in source.parents:
         raise UserError(f"{target}: holds {source}, which is read; choose another place")

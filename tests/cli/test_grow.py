@@ -375,7 +375,7 @@ def test_a_dry_run_says_what_the_growth_then_does(place, tmp_path, capsys):
     assert f"wrote {said['bytes_to_write']:,} bytes" in done
     assert said["bytes_to_write"] == chunk_bytes(tmp_path / "dst")
     # Counts and births are computed from what the plan was made with.
-    assert 0.99 * chunk_bytes(place / "src") < said["bytes_to_read"] <= chunk_bytes(place / "src")
+    assert 0.95 * chunk_bytes(place / "src") < said["bytes_to_read"] <= chunk_bytes(place / "src")
     assert receipt_of(tmp_path / "dst")["levels"] == said["verified"]
     assert said["verified"][:3] == ["configs", "parameters", "optimizer state"]
 
@@ -413,7 +413,7 @@ def test_a_flag_without_effect_is_named(place, by_parts, tmp_path, capsys, model
         ("", "'': names no new directory"),
         (".", "'.': names no new directory"),
         ("{place}/src/params/grown", "lies inside {place}/src, which is read, and not written to"),
-        ("{place}/src", "lies inside {place}/src, which is read"),
+        ("{place}/src", "{place}/src: exists already"),
         ("{place}/other/grown", "lies inside the checkpoint {place}/other"),
         ("{place}", "holds {place}/src, which is read"),
         ("{place}/page.py/grown", "{place}/page.py is a file, not a directory"),
@@ -425,7 +425,7 @@ def test_a_destination_that_cannot_be_one(place, dst, message, capsys):
     assert message in grow(place, dst, code=2, capsys=capsys)
     if dst:
         plan = growth.plan(CFG, CFG.replace(**LARGER))
-        with pytest.raises(tele.UserError, match=r"names no new|lies inside|holds|is a file"):
+        with pytest.raises(tele.UserError, match=r"exists already|names no new|lies inside|holds|is a file"):
             growth.stream(plan, place / "src", dst)
         assert main(["export", str(place / "src"), dst, "--format", "llama"]) == 2
         assert message in capsys.readouterr().err
