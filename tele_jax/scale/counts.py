@@ -123,7 +123,7 @@ class _Sum:
 
 
 def _overlapped(i: Instruction) -> bool:
-    """Whether an instruction only starts something that runs beside those after it, until another says it is done."""
+    """Tells whether an instruction only starts something that runs beside the next ones until another ends it."""
     return i.opcode.endswith("-start") or i.opcode in ("send", "recv")
 
 

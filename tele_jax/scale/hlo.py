@@ -183,7 +183,7 @@ def arrays(text: str) -> tuple[Array, ...]:
 
 
 def trip_count(module: Module, loop: Instruction, within: Computation) -> int:
-    """How often a while loop runs: from its counter's start, its bound, and what its body adds to it each time.
+    """Reads how often a while loop runs: from its counter's start, its bound, and what its body adds to it each time.
 
     The compiler widens some loops, so that an iteration does the work of two and the counter moves by two.
 

@@ -279,7 +279,7 @@ def _response(record: Any, config: SourceConfig) -> _Record | _Bad:
 
 
 def _encodings(http: Any) -> list[str]:
-    """What was done to a body last comes first: Transfer-Encoding, then Content-Encoding, each from its end."""
+    """Lists what was done to a body, the last first: Transfer-Encoding, then Content-Encoding, each from its end."""
     if http is None:
         return []
     fields = {name.lower(): value.lower() for name, value in http.items()}
