@@ -13,6 +13,7 @@ the lengths of the documents.
 """
 
 import re
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -138,10 +139,12 @@ def task(
     )
 
 
-def as_examples(task: "seqio.Task", vocabulary: Vocabulary, kind: examples.Kind, name: str) -> "seqio.Task":
+def as_examples(
+    task: "seqio.Task", vocabulary: Vocabulary, kind: examples.Kind, seq_len: int, name: str
+) -> "seqio.Task":
     """A Task of targets, or inputs and targets, as one with the features of ours (examples.from_features).
 
-    Examples of which nothing is learned are left out, as a run leaves them out.
+    Examples of which nothing is learned, and in fine-tuning those longer than a row, are left out with a warning.
 
     Raises:
       UserError: its features or its vocabulary are not such.
@@ -152,9 +155,14 @@ def as_examples(task: "seqio.Task", vocabulary: Vocabulary, kind: examples.Kind,
 
     def columns(*features: np.ndarray) -> np.ndarray:
         try:
-            return examples.from_features(dict(zip(names, features, strict=True)), vocabulary, kind)
-        except UserError:
-            return np.zeros((len(examples.COLUMNS), 0), np.int32)
+            made = examples.from_features(dict(zip(names, features, strict=True)), vocabulary, kind)
+            if kind == "pretrain" or made.shape[1] <= seq_len:
+                return made
+            reason = f"more tokens than a row of {seq_len}"
+        except UserError as error:
+            reason = str(error)
+        warnings.warn(f"task {task.name}: some examples are left out ({reason})", stacklevel=1)
+        return np.zeros((len(examples.COLUMNS), 0), np.int32)
 
     def one(example: Mapping[str, Any]) -> dict[str, Any]:
         made = tf.numpy_function(columns, [example[name] for name in names], tf.int32, stateful=False)
@@ -164,8 +172,19 @@ def as_examples(task: "seqio.Task", vocabulary: Vocabulary, kind: examples.Kind,
     def encode(dataset: Any) -> Any:
         return dataset.map(as_written(one)).filter(as_written(lambda example: tf.size(example["targets"]) > 0))
 
-    features = _features(vocabulary)
-    return task.replace(name=name, preprocessors=[*task.preprocessors, encode], output_features=features)
+    def as_before(step: Any) -> Any:
+        # The user's preprocessors look at the user's features: which vocabulary, and whether a sequence gets its end.
+        if isinstance(step, seqio.CacheDatasetPlaceholder):
+            return step
+
+        def run(dataset: Any, sequence_length: Any = None) -> Any:
+            known = {"sequence_length": sequence_length, "output_features": task.output_features}
+            return seqio.utils.add_kwargs_to_transform(step, **known)(dataset)
+
+        return run
+
+    steps = [*map(as_before, task.preprocessors), encode]
+    return task.replace(name=name, preprocessors=steps, output_features=_features(vocabulary))
 
 
 def _features(vocabulary: Vocabulary) -> dict[str, "seqio.Feature"]:
@@ -317,7 +336,7 @@ def register_mixture(name: str, rates: Mapping[str, float], config: CacheConfig)
                 continue
             one = task_documents.find(part)
             if set(one.output_features) != set(examples.COLUMNS):
-                one = as_examples(one, vocabulary, config.kind, f"{name}.{part}")
+                one = as_examples(one, vocabulary, config.kind, config.seq_len, f"{name}.{part}")
             made[part] = [one, rate * share]
     registered = mixture(
         [one for one, _ in made.values()],

@@ -1,6 +1,7 @@
 """Domains of a page as seqio knows them: registered by name, drawn at their rates, the same for the same seed."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ def page(model_file, texts, tmp_path):
 @pytest.fixture
 def name(request):
     """A name of its own for every test: seqio's registries are one for the process."""
-    made = f"page_{request.node.name}"
+    made = "page_" + re.sub(r"\W", "_", request.node.name)
     yield made
     for registry in (seqio.TaskRegistry, seqio.MixtureRegistry):
         for each in list(registry.names()):
@@ -88,6 +89,44 @@ def test_a_validation_split_holds_the_held_out_files(page, name, vocabulary):
     )
     found = [vocabulary.decode(example["targets"].numpy().tolist()) for example in dataset]
     assert found == ["held out, and nothing else"] * 30
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+def test_standard_tasks_are_mixed_into_rows_like_ours(page, name, vocabulary, kind):
+    """And seqio's usual lengths cut what they name, and the loss weights with it."""
+    from tele_jax.data import tasks
+
+    def pairs(ds):
+        return ds.map(lambda i: {"inputs": [4 + i, 5], "targets": [300 + i, 301]})
+
+    def source(split, shuffle_files, seed=None):
+        import tensorflow as tf
+
+        return tf.data.Dataset.range(20).map(lambda i: tf.cast(i, tf.int32))
+
+    feature = seqio.Feature(vocabulary, add_eos=True)
+    features = {"inputs": seqio.Feature(vocabulary, add_eos=False), "targets": feature}
+    seqio.TaskRegistry.add(
+        f"{name}_qa",
+        seqio.FunctionDataSource(source, splits=["train"]),
+        preprocessors=[pairs, seqio.preprocessors.append_eos],
+        output_features=features,
+    )
+    seqio.MixtureRegistry.add(f"{name}_users", [(f"{name}_qa", 1.0)])
+    made = dataclasses.replace(page, kind=kind)
+    tasks.register_mixture(f"{name}_rows", {f"{name}_users": 2.0}, made)
+    (row,) = rows(f"{name}_rows", 1)
+    end = vocabulary.eos_id
+    for segment in (row["segment_ids"] == i for i in range(1, row["segment_ids"].max())):
+        first = row["targets"][segment][0] - 4
+        assert row["targets"][segment].tolist() == [4 + first, 5, 300 + first, 301, end]
+        assert row["tokens"][segment].tolist() == [end, 4 + first, 5, 300 + first, 301]
+        assert row["loss_weights"][segment].tolist() == [0, 0, 1, 1, 1]
+    lengths = {"inputs": 4, "targets": 4}
+    cut = seqio.get_mixture_or_task(f"{name}_rows").get_dataset(lengths, split="train", seed=0)
+    row = {key: value.numpy() for key, value in next(iter(cut)).items()}
+    whole = row["segment_ids"] == 1
+    assert whole.sum() == 4 and row["loss_weights"][whole].tolist() == [0, 0, 1, 1]
 
 
 def test_mistakes_in_a_mixture_are_named(page, name):
