@@ -34,6 +34,7 @@ from tele_jax.data import feed as feeds
 from tele_jax.data import sources
 from tele_jax.errors import UserError
 from tele_jax.growth import Plan
+from tele_jax.growth.masks import require_unmasked
 from tele_jax.growth.verify import require_configs
 from tele_jax.model.spec import count_params, spec
 from tele_jax.processes import StopSignal, from_first, is_first
@@ -222,6 +223,8 @@ def _check(
     started: Plan | None = None
     if config.start is not None:
         start = checkpoint.open_lazy(config.start)
+        if isinstance(config.stages[config.run[0]], GrowStage):  # only training opens masks
+            require_unmasked(start.provenance, f"config.start={config.start}")
         plan = started = growing.masked_plan(start, f"config.start={config.start}")
         cfg = start.cfg
         _check_masks_of_start(config, started)
@@ -268,7 +271,7 @@ def _check_masks_of_start(config: RunConfig, plan: Plan | None) -> None:
     """Raises UserError unless the first stage opens masks where config.start is behind them, and only there."""
     name = config.run[0]
     stage = config.stages[name]
-    if plan is not None and (isinstance(stage, GrowStage) or stage.mask_ramp == 0):
+    if plan is not None and stage.mask_ramp == 0:
         raise UserError(
             f"config.{name}.mask_ramp: has to be above 0: config.start={config.start} was grown by policy 'msg', and "
             "its masks, which are closed, rise in the training stage that comes first"
