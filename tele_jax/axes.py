@@ -163,7 +163,12 @@ def fresh_std(cfg: ModelConfig, inputs: tuple[str, ...], outputs: tuple[str, ...
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested dict as one dict with dotted keys, sorted: {"layers.attn.q": leaf, ...}."""
+    """A nested dict as one dict with dotted keys, sorted: {"layers.attn.q": leaf, ...}.
+
+    Raises:
+      UserError: it is no dict.
+    """
+    require(isinstance(tree, Mapping), f"expected parameters as a nested dict, got {type(tree).__name__}")
     return dict(sorted(traverse_util.flatten_dict(tree, sep=".").items()))
 
 

@@ -246,8 +246,11 @@ class ModelConfig:
         if self.matrix_init_std is None:
             object.__setattr__(self, "matrix_init_std", self.init_std)
         for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
             if field.type is float or field.name == "matrix_init_std":  # 2 means 2.0: equal configs, equal digests
-                object.__setattr__(self, field.name, float(getattr(self, field.name)))
+                object.__setattr__(self, field.name, finite(value, field.name))
+            elif field.type is int or (field.type == int | None and value is not None):
+                object.__setattr__(self, field.name, whole(value, field.name))
         require_positive(self, "num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size")
         require_positive(self, "max_seq_len", "rms_eps", "input_mult", "output_mult", "init_std", "matrix_init_std")
         for name in ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size", "max_seq_len"):

@@ -73,7 +73,9 @@ def check_tree(leaves: Mapping[str, Any], spec: Mapping[str, ParamSpec]) -> None
     wrong += [f"{name}: not a parameter of this model" for name in leaves if name not in spec]
     for name in spec.keys() & leaves.keys():
         have, want = leaves[name], spec[name]
-        if tuple(have.shape) != want.shape or np.dtype(have.dtype) != np.dtype(want.dtype):
+        if not (hasattr(have, "shape") and hasattr(have, "dtype")):
+            wrong.append(f"{name}: {type(have).__name__}, not an array")
+        elif tuple(have.shape) != want.shape or np.dtype(have.dtype) != np.dtype(want.dtype):
             wrong.append(f"{name}: {have.dtype}{list(have.shape)}, expected {np.dtype(want.dtype)}{list(want.shape)}")
     if wrong:
         raise UserError("the parameters do not fit the config: " + "; ".join(sorted(wrong)))

@@ -58,6 +58,9 @@ def measure(plan: Growth, opt_state: Any, optimizer: optax.GradientTransformatio
     Raises:
       UserError: names the part of the state that does not grow; the optimizer cannot be run on gradients alone.
     """
+    if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
+        name = getattr(optimizer, "__name__", type(optimizer).__name__)
+        raise UserError(f"optimizer: {name} is no optax.GradientTransformation, as optax.adam(1e-3) is one")
     leaves = [leaf for step in plan.steps for leaf in step.leaves.values()]
     scales = not all(leaf.moves_exactly for leaf in leaves)
     sign = -1.0 if any(leaf.coefficient < 0 for leaf in leaves) else 1.0
@@ -83,7 +86,15 @@ def measure(plan: Growth, opt_state: Any, optimizer: optax.GradientTransformatio
             raise UserError(f"optimizer state {shown(path)} ({type_at(opt_state, path)}) cannot be grown: {reason}")
     kinds = {path: next(iter(found)) for path, found in fits.items() if len(found) == 1}
 
+    def require_kept(path: Path, kept: Mapping[Path, Any]) -> None:
+        if path not in kept:
+            raise UserError(
+                f"optimizer state {shown(path)} ({type_at(opt_state, path)}): for the model that the plan grows, the "
+                "optimizer that was given keeps no such part; give the one that made the state, and the state of that model"
+            )
+
     def settle(path: Path, tree: Any) -> Any:
+        require_kept(path, fits)
         if path not in kinds:
             if not is_zero(tree):
                 raise UserError(
@@ -94,6 +105,7 @@ def measure(plan: Growth, opt_state: Any, optimizer: optax.GradientTransformatio
         return tree
 
     def carry(path: Path, leaf: Any) -> Any:
+        require_kept(path, shapes)
         if np.shape(leaf) != shapes.get(path):
             raise UserError(
                 f"optimizer state {shown(path)} ({type_at(opt_state, path)}) cannot be grown: its shape "

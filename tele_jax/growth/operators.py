@@ -10,7 +10,7 @@ axis by `exact` and another by `copy`.
 from collections.abc import Sequence
 from typing import Any
 
-from tele_jax.config import ModelConfig, require
+from tele_jax.config import ModelConfig, require, whole
 from tele_jax.growth.plan import Plan
 from tele_jax.growth.policies import plan
 
@@ -41,9 +41,10 @@ def insert_layers(cfg: ModelConfig, layers: int | Sequence[int], **how: Any) -> 
 
     >>> insert_layers(cfg, [0, 1, 1, 2])     # from 3 to 4 layers, the second one twice
     """
-    if isinstance(layers, int):
-        return plan(cfg, cfg.replace(num_layers=layers), **how)
-    return plan(cfg, cfg.replace(num_layers=len(layers)), layers=layers, **how)
+    if isinstance(layers, str) or not hasattr(layers, "__len__"):
+        return plan(cfg, cfg.replace(num_layers=whole(layers, "layers")), **how)
+    ids = [whole(i, f"layers[{n}]") for n, i in enumerate(layers)]  # before their number is taken for a size
+    return plan(cfg, cfg.replace(num_layers=len(ids)), layers=ids, **how)
 
 
 def grow_vocab(cfg: ModelConfig, vocab_size: int, padded_vocab_size: int | None = None, **how: Any) -> Plan:

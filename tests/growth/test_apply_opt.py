@@ -116,6 +116,20 @@ def test_what_was_still_zero_in_the_trial_is_not_guessed():
             growth.apply_opt(plan, state._replace(inner_opt_state=(adam, *state.inner_opt_state[1:])), rare)
 
 
+def test_an_optimizer_that_did_not_make_the_state_is_named():
+    plan = growth.plan(SRC32, DST32)
+    adam = optax.adam(1e-3)
+    state = adam.init(tele.init(SRC32, jax.random.key(0)))
+    for other in (optax.sgd(1e-3), optax.lion(1e-3)):
+        with pytest.raises(tele.UserError, match="keeps no such part; give the one that made the state"):
+            growth.apply_opt(plan, state, other)
+    with pytest.raises(tele.UserError, match="and the state of that model"):
+        growth.apply_opt(plan, adam.init(tele.init(DST32, jax.random.key(0))), adam)
+    for other in ("adam", optax.adam):
+        with pytest.raises(tele.UserError, match="is no optax.GradientTransformation"):
+            growth.apply_opt(plan, state, other)
+
+
 def test_a_state_whose_shapes_follow_the_sizes_of_parameters_is_refused():
     """Adafactor keeps means of rows and columns; where it factors nothing, its state is grown like any other."""
     params = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), tele.spec(SRC32))

@@ -46,7 +46,31 @@ def test_what_is_no_whole_number_is_no_id_and_no_step(value):
         refused(lambda: growth.MaskSchedule(MASKED, unit="tokens", tokens_per_step=value), "tokens_per_step", word)
 
 
+@pytest.mark.parametrize("value", [v for v in NOT_WHOLE if v is not None], ids=repr)
+def test_sizes_are_whole_numbers(value):
+    for field in ("num_layers", "embed_dim", "mlp_dim", "num_kv_heads", "head_dim", "max_seq_len", "mup_base_width"):
+        refused(lambda field=field: CFG.replace(**{field: value}), f"{field}=", "must be a whole number")
+    refused(lambda: growth.widen_mlp(CFG, value), "mlp_dim=", "must be a whole number")
+    refused(lambda: growth.insert_layers(CFG, value), "layers=", "must be a whole number")
+    refused(lambda: growth.insert_layers(CFG, [value]), "layers[0]", "must be a whole number")
+
+
+@pytest.mark.parametrize("value", [True, "1.0", None, float("nan"), float("inf")], ids=repr)
+def test_multipliers_are_finite_numbers(value):
+    refused(lambda: CFG.replace(input_mult=value), "input_mult", "finite number")
+
+
+def test_parameters_are_a_tree_of_arrays():
+    for params in (None, [1.0], 3):
+        refused(lambda params=params: growth.apply(planned(), params), "nested dict")
+    lists = jax.tree.map(lambda leaf: leaf.tolist(), tele.init(CFG, jax.random.key(0)))
+    refused(lambda: growth.apply(planned(), lists), "embed.table: list, not an array")
+
+
 def test_numpy_integers_are_whole():
+    sizes = CFG.replace(mlp_dim=np.int64(6), input_mult=np.float32(1))
+    assert sizes == CFG and type(sizes.mlp_dim) is int
+    assert growth.insert_layers(CFG, np.int64(4)) == growth.insert_layers(CFG, 4)
     assert planned(layers=np.array([0, 0, 1, 2]), seed=np.int64(3)) == planned(layers=[0, 0, 1, 2], seed=3)
     assert surgery.take(CFG, "mlp", np.arange(2)).dst_cfg.mlp_dim == 2
     assert growth.MaskSchedule(MASKED, start=np.int32(2), ramp=4)(np.int64(2))["mlp"].tolist() == [1.0] * 6 + [0.0] * 2
