@@ -176,6 +176,7 @@ def load_model(args: argparse.Namespace) -> Model:
     from tele_jax.cli import meshes
     from tele_jax.config import check_seed
     from tele_jax.data import templates
+    from tele_jax.data.examples import release_of
     from tele_jax.data.vocabulary import load_vocabulary
     from tele_jax.generate import prepare, sampling
     from tele_jax.growth.masks import require_unmasked
@@ -187,9 +188,8 @@ def load_model(args: argparse.Namespace) -> Model:
     vocabulary = load_vocabulary(find_tokenizer(args.ckpt, args.tokenizer))
     lazy = checkpoint.open_lazy(args.ckpt)
     check_vocabulary(lazy.cfg, vocabulary)
-    released = next(
-        (entry.get("generation") for entry in reversed(lazy.provenance) if entry.get("kind") == "import"), {}
-    )
+    release = release_of(lazy.provenance)
+    released = None if release is None else release["generation"]
     drawing = released if released and released["sampling"] else None
     try:
         template = templates.choose(vocabulary, args.template, lazy.provenance)
@@ -204,7 +204,7 @@ def load_model(args: argparse.Namespace) -> Model:
     params = prepare(lazy.cfg, checkpoint.load(args.ckpt, mesh, items=("params",)).params)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?", and goes on
-    stop_ids = [i for i in (released or {}).get("eos_token_ids", []) if i < lazy.cfg.vocab_size]
+    stop_ids = [i for i in released["eos_token_ids"] if 0 <= i < lazy.cfg.vocab_size] if released else []
     return Model(lazy.cfg, params, vocabulary, template, options, stop_ids, lazy.provenance)
 
 

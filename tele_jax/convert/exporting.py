@@ -26,6 +26,7 @@ from tele_jax.config import ModelConfig, require
 from tele_jax.convert import FORMATS, chat_files, configs, families, fold, region, sidecar
 from tele_jax.convert.families import Part, Tensor
 from tele_jax.convert.files import DTYPES, Files, Stored, create, split
+from tele_jax.data.examples import release_of
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import DamageError, UserError
 
@@ -88,6 +89,7 @@ def outline(
 
     Raises:
       UserError: the format cannot express the model exactly.
+      DamageError: the provenance of an import is not what was written.
     """
     if format not in FORMATS:
         raise UserError(f"format {format!r}: not one of {', '.join(FORMATS)}")
@@ -104,7 +106,9 @@ def outline(
             f"format {format}: has no multipliers, and multiplying {factors} would round in {target.name}; "
             f"--dtype float32 keeps them, --dtype {target.name} rounds to nearest"
         )
-    release = next((entry for entry in reversed(provenance) if entry.get("kind") == "import"), None)
+    release = release_of(provenance)
+    if release is not None and not {"format", "config"} <= release.keys():
+        raise DamageError("provenance: damaged, the import has no format or no config")
     known = release if release is not None and release["format"] == format else {}
     constants = known.get("constants", {})
     tensors = [

@@ -8,11 +8,13 @@ A dialogue begins with its first marker instead, which is given, not predicted: 
 tokens[1:], exactly as the released template without BOS.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
+from tele_jax.config import as_written, written_table
 from tele_jax.data import dialogue, templates
 from tele_jax.data.sources import Corpus, Format
 from tele_jax.data.vocabulary import Vocabulary
@@ -27,6 +29,40 @@ def separator(vocabulary: Vocabulary) -> int:
     return vocabulary.eos_id
 
 
+@dataclasses.dataclass(frozen=True)
+class _Sampling:
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Generation:
+    """The field "generation" of the entry of an import, see convert/conventions.py."""
+
+    eos_token_ids: tuple[int, ...] = ()
+    do_sample: bool = False
+    sampling: _Sampling = _Sampling()
+    document_start: int | None = None
+
+
+def release_of(provenance: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The entry of the import that a model comes from, with all of its field "generation"; None where there is none.
+
+    Raises:
+      DamageError: a field of it is not what an import writes.
+    """
+    for number, entry in reversed(list(enumerate(provenance))):
+        if entry.get("kind") == "import":
+            where, fields = f"provenance[{number}]", {"config": dict[str, Any], "constants": dict[str, float]}
+            written_table(entry, where, {"format": str, "prefix": str, **fields})
+            generation = as_written(_Generation, entry.get("generation", {}), f"{where}.generation")
+            sampling = {k: v for k, v in dataclasses.asdict(generation.sampling).items() if v is not None}
+            return entry | {"generation": dataclasses.asdict(generation) | {"sampling": sampling}}
+    return None
+
+
 def document_start(vocabulary: Vocabulary, provenance: Sequence[Mapping[str, Any]]) -> int | None:
     """The id that conditions the first token of a document in a model; None where nothing does.
 
@@ -37,13 +73,15 @@ def document_start(vocabulary: Vocabulary, provenance: Sequence[Mapping[str, Any
     Args:
       vocabulary: of the model.
       provenance: of the checkpoint.
+
+    Raises:
+      DamageError: the entry of an import is not what was written.
     """
-    for entry in reversed(provenance):
-        if entry.get("kind") == "pretrain":
-            return separator(vocabulary)
-        if entry.get("kind") == "import":
-            return entry.get("generation", {}).get("document_start")
-    return None
+    kind = next((e["kind"] for e in reversed(provenance) if e.get("kind") in ("pretrain", "import")), None)
+    if kind == "pretrain":
+        return separator(vocabulary)
+    release = release_of(provenance)
+    return None if release is None else release["generation"]["document_start"]
 
 
 def continues(corpus: Corpus, i: int, vocabulary: Vocabulary) -> bool:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from tele_jax import checkpoint
-from tele_jax.config import ModelConfig
+from tele_jax.config import ModelConfig, written_table
 from tele_jax.data import feed as feeds
 from tele_jax.data import position, shards, sources
 from tele_jax.errors import FailedError
@@ -128,7 +128,10 @@ class Training:
             loaded = self.checkpoints.load(**fits)
             self.params, self.opt_state = loaded.params, jax.device_put(loaded.opt_state, opt_state)
             self.feed.restore(loaded.data_state)
-            self.tokens, self.history = loaded.provenance[-1]["tokens"], loaded.provenance[:-1]
+            *self.history, own = loaded.provenance or ({},)
+            self.tokens = written_table(own, f"{self.checkpoints.directory}: provenance", {"tokens": int}, {"tokens"})[
+                "tokens"
+            ]
             self.say(f"  goes on at step {latest} of {self.stage.steps}: parameters, optimizer and data as they were")
             self._say_data({name: at for name, at in self.feed.positions().items() if at.next})
             return

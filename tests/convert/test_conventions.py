@@ -2,20 +2,23 @@
 
 import argparse
 import json
+import re
 
 import pytest
 
-from tele_jax import convert
+from tele_jax import checkpoint, convert
 from tele_jax.cli.generate import sampling_options
 from tele_jax.cli.main import main
+from tele_jax.config import ModelConfig
 from tele_jax.convert import configs, conventions
+from tele_jax.convert.exporting import outline
 from tele_jax.data.examples import document_start
 from tele_jax.data.templates import TEMPLATES
 from tele_jax.data.vocabulary import load_vocabulary
-from tele_jax.errors import UserError
+from tele_jax.errors import DamageError, UserError
 from tele_jax.generate import generate
 from tests.convert import releases
-from tests.test_chat import tokenizer_bytes
+from tests.test_chat import model, tokenizer_bytes
 
 TELECHAT = {"do_sample": False, "temperature": 0.3, "top_k": 5, "top_p": 0.85, "repetition_penalty": 1.5}
 
@@ -146,3 +149,42 @@ def test_the_rule_for_the_first_token_goes_by_the_last_stage_that_saw_documents(
         ([sft], None),
     ):
         assert document_start(vocabulary, provenance) == expected
+
+
+CFG = ModelConfig(num_layers=1, embed_dim=8, num_heads=2, head_dim=4, mlp_dim=6, vocab_size=10)
+BAD_FIELDS = [
+    (("format",), (None, 3, ["llama"])),
+    (("config",), (None, "x", [1])),
+    (("constants",), (3, {"a": "b"}, [1])),
+    (("prefix",), (1, {})),
+    (("generation",), (None, 3, [1], "x")),
+    (("generation", "eos_token_ids"), (None, 2, ["a"], [True], [1.5])),
+    (("generation", "do_sample"), (1, "yes", None)),
+    (("generation", "document_start"), ("x", True, [1])),
+    (("generation", "sampling"), (5, None, {"beams": 1}, {"temperature": "hot"}, {"top_k": True})),
+    (("generation", "unknown"), (1,)),
+]
+
+
+@pytest.mark.parametrize(("path", "values"), BAD_FIELDS, ids=lambda value: ".".join(map(str, value)))
+def test_a_damaged_entry_of_an_import_is_named_by_whoever_reads_it(path, values, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_bytes())
+    vocabulary = load_vocabulary(tmp_path / "tokenizer.model")
+    for value in values:
+        generation = {"eos_token_ids": [2], "do_sample": False, "sampling": {"top_k": 3}, "document_start": None}
+        entry = {"stage": "a", "kind": "import", "format": "llama", "config": {}, "generation": generation}
+        (entry if len(path) == 1 else generation)[path[-1]] = value
+        where = re.escape("provenance[1]") + ".*" + path[-1]
+        with pytest.raises(DamageError, match=where):
+            document_start(vocabulary, [{"kind": "import"}, entry])
+        with pytest.raises(DamageError, match=where):
+            outline(CFG, "llama", provenance=[{"kind": "import"}, entry])
+
+
+def test_commands_name_a_damaged_entry_of_an_import(tmp_path, capsys):
+    entry = {"kind": "import", "format": "llama", "config": {}, "generation": {"sampling": {"beams": 4}}}
+    checkpoint.save(tmp_path / "ck", *model(vocab_size=440), provenance=[entry])
+    (tmp_path / "ck/tokenizer.model").write_bytes(tokenizer_bytes())
+    for command in (["generate", "--prompt=a"], ["chat", "--message=a"], ["export", "--format=llama", "--list"]):
+        assert main([command[0], str(tmp_path / "ck"), *command[1:]]) == 1
+        assert "provenance[0].generation.sampling.beams" in capsys.readouterr().err

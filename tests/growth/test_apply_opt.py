@@ -121,12 +121,12 @@ def test_an_optimizer_that_did_not_make_the_state_is_named():
     adam = optax.adam(1e-3)
     state = adam.init(tele.init(SRC32, jax.random.key(0)))
     for other in (optax.sgd(1e-3), optax.lion(1e-3)):
-        with pytest.raises(tele.UserError, match="keeps no such part; give the one that made the state"):
+        with pytest.raises(tele.UserError, match="keeps no such part of the model"):
             growth.apply_opt(plan, state, other)
     with pytest.raises(tele.UserError, match="and the state of that model"):
         growth.apply_opt(plan, adam.init(tele.init(DST32, jax.random.key(0))), adam)
     for other in ("adam", optax.adam):
-        with pytest.raises(tele.UserError, match="is no optax.GradientTransformation"):
+        with pytest.raises(tele.UserError, match="is no optax"):
             growth.apply_opt(plan, state, other)
 
 
