@@ -89,8 +89,8 @@ def measure(plan: Growth, opt_state: Any, optimizer: optax.GradientTransformatio
     def require_kept(path: Path, kept: Mapping[Path, Any]) -> None:
         if path not in kept:
             raise UserError(
-                f"optimizer state {shown(path)} ({type_at(opt_state, path)}): the optimizer that was given keeps no such "
-                "part of the model that the plan grows; give the one that made the state, and the state of that model"
+                f"optimizer state {shown(path)} ({type_at(opt_state, path)}): the optimizer that was given keeps no "
+                "such part of the model that the plan grows; both have to belong to that model"
             )
 
     def settle(path: Path, tree: Any) -> Any:

@@ -123,7 +123,7 @@ def test_an_optimizer_that_did_not_make_the_state_is_named():
     for other in (optax.sgd(1e-3), optax.lion(1e-3)):
         with pytest.raises(tele.UserError, match="keeps no such part of the model"):
             growth.apply_opt(plan, state, other)
-    with pytest.raises(tele.UserError, match="and the state of that model"):
+    with pytest.raises(tele.UserError, match="both have to belong to that model"):
         growth.apply_opt(plan, adam.init(tele.init(DST32, jax.random.key(0))), adam)
     for other in ("adam", optax.adam):
         with pytest.raises(tele.UserError, match="is no optax"):
