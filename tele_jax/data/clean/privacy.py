@@ -9,8 +9,8 @@ from tele_jax.data.clean.settings import PrivacyConfig
 
 _NO_DIGIT_BEFORE, _NO_DIGIT_AFTER = r"(?<![0-9A-Za-z_.+-])", r"(?![0-9A-Za-z_]|[.-][0-9])"
 # Letters stand right beside mobile numbers in Chinese ("tel139...", "139...qq"), but beside digits of a hash as well:
-# those that a hexadecimal number has are no neighbours, nor is the x of 0x.
-_NO_HEX_BEFORE = r"(?:(?<![0-9A-Fa-f_.+-])(?<!0[Xx])|(?<=phone)|(?<=mobile)|(?<=[^0-9][.-]))"
+# those that a hexadecimal number has are no neighbours, nor are the x of 0x and the o of 0o.
+_NO_HEX_BEFORE = r"(?:(?<![0-9A-Fa-f_.+-])(?<!0[OXox])|(?<=phone)|(?<=mobile)|(?<=[^0-9][.-]))"
 _NO_HEX_AFTER = r"(?![0-9]|[A-Fa-f](?![-_]?mail)|_[0-9A-Za-z]|[.-][0-9])"
 _PATTERNS = {
     "email": r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}"
@@ -22,11 +22,11 @@ _PATTERNS = {
     "card": _NO_DIGIT_BEFORE + r"[2-6](?:\d{12,18}|\d{3}(?:[ -]\d{4}){3}|\d{3}[ -]\d{6}[ -]\d{5})" + _NO_DIGIT_AFTER,
     "phone": r"(?:"
     + _NO_HEX_BEFORE
-    + r"(?:\+?86[ -]?)?1[3-9]\d(?:\d{8}|[ -]\d{4}[ -]\d{4})"  # Chinese mobile
+    + r"(?:(?:\+|00)?86[ -]?)?1[3-9]\d(?:\d{8}|[ -]\d{4}[ -]\d{4})"  # Chinese mobile
     + _NO_HEX_AFTER
     + r"|(?<![0-9A-Za-z_.+-])(?:"
     # Chinese landline with its area code set off, or written on behind a word that says what it is.
-    r"(?:\+86[ -]?)?(?:\(0[1-9]\d{1,2}\)[ -]{0,2}|0[1-9]\d{1,2}[ -]{1,2})[2-9]\d{2,3}[ -]?\d{4}"
+    r"(?:\+86[ -]?)?(?:\(0[1-9]\d{1,2}\)[ -]{0,2}|0[1-9]\d{1,2}[ -]{1,2})[2-9]\d{2,3}[ -]?\d{4}(?:-\d{1,4}(?![0-9-]))?"
     + _NO_HEX_AFTER
     + r"|(?:(?<=[话机线真系:])0[1-9]\d{1,2}[2-9]\d{6,7}"
     r"|\+[1-9]\d{0,2}[ .-]\(?\d{1,4}\)?(?:[ .-]\d{2,4}){2,4}"  # international, in groups

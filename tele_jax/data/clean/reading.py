@@ -293,10 +293,9 @@ def _encodings(http: Any) -> list[str]:
 
 def _decoded(data: bytes, name: str) -> bytes:
     """A body without one encoding. What is HTML as it stands was decoded by whoever wrote the archive."""
-    decode = _DECODERS[name]
     try:
-        return decode(data)
-    except READ_ERRORS:
+        return _DECODERS[name](data)
+    except (KeyError, *READ_ERRORS):  # servers also name what is none, such as "utf-8"
         if data.lstrip()[:1] == b"<":
             return data
         raise

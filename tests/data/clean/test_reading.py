@@ -132,8 +132,9 @@ gzipped = functools.partial(gzip.compress, mtime=0)
         (PAGE, dict(Transfer_Encoding="chunked")),
         (PAGE, dict(Content_Encoding="br")),
         (PAGE, dict(Content_Encoding="identity")),
+        (PAGE, dict(Content_Encoding="utf-8")),  # which is none
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_bodies_of_a_warc_are_decoded(warc, body, fields):
     items = warc(response("https://a.org", body, **fields), response("https://b.org", PAGE))
@@ -159,7 +160,7 @@ def test_responses_that_are_no_success_are_counted_by_their_status(warc):
         (gzipped(PAGE)[:-12], dict(Content_Encoding="gzip"), "damaged body"),
         (chunked(PAGE)[:20], dict(Transfer_Encoding="chunked"), "damaged body"),
         (b"words", dict(Content_Encoding="gzip"), "damaged body"),
-        (PAGE, dict(Content_Encoding="zzz"), "unknown encoding"),
+        (gzipped(PAGE), dict(Content_Encoding="zzz"), "unknown encoding"),
     ],
     ids=range(4),
 )
