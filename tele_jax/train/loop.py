@@ -251,7 +251,10 @@ def _check(
                 cfg.require_positions(stage.seq_len)
             except UserError as error:
                 raise UserError(f"config.{name}.{error}") from None
-            schedule(stage.schedule, stage.steps, stage.batch_size * stage.seq_len)
+            try:
+                schedule(stage.schedule, stage.steps, stage.batch_size * stage.seq_len)
+            except UserError as error:  # starts with "schedule"
+                raise UserError(f"config.{name}.{error}") from None
             batch_sharding(mesh, stage.batch_size // stage.microbatches)
             size = feeds.check(stage.data, kind=stage.kind, seq_len=stage.seq_len, index=index).vocab_size
             if size > cfg.vocab_size:

@@ -56,10 +56,6 @@ def require_own(workdir: Path, from_step: int | None = None) -> None:
     """
     if from_step is not None and not (workdir / CONFIG).exists():
         raise UserError(f"--from {from_step}: {workdir} holds no run yet")
-    if not os.path.lexists(workdir):
-        return
-    if not workdir.is_dir():
-        raise UserError(f"{workdir}: is not a directory; --workdir names the one that the run lives in")
     config = workdir / CONFIG
     if config.exists():
         try:
@@ -67,14 +63,35 @@ def require_own(workdir: Path, from_step: int | None = None) -> None:
         except (ValueError, RecursionError) as error:
             what = "of something else, or damaged: it is not JSON"
             raise DamageError(f"{config}: {what} ({error}); give a new or an empty directory") from None
-        names = page.get("run") if isinstance(page, dict) else None
-        if isinstance(names, list) and all(isinstance(name, str) and name in page for name in names):
+        if _is_run(page):
             return
         raise UserError(f"{workdir}: its {CONFIG} is not that of a run; give a new or an empty directory")
+    for above in workdir.resolve().parents:
+        if locate.is_step(above):
+            raise UserError(f"{workdir}: lies inside the checkpoint {above}; give a directory elsewhere")
+        if _holds_run(above):
+            raise UserError(f"{workdir}: lies inside {above}, the directory of another run; give a directory elsewhere")
+    if not os.path.lexists(workdir):
+        return
+    if not workdir.is_dir():
+        raise UserError(f"{workdir}: is not a directory; --workdir names the one that the run lives in")
     others = sorted(path.name for path in workdir.iterdir() if path.name not in (LOCK, "config.tmp"))
     if others:
         some = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         raise UserError(f"{workdir}: holds {some}, but no {CONFIG} of a run; give a new or an empty directory")
+
+
+def _is_run(page: Any) -> bool:
+    """Tells whether the content of a config.json is that of a run."""
+    names = page.get("run") if isinstance(page, dict) else None
+    return isinstance(names, list) and all(isinstance(name, str) and name in page for name in names)
+
+
+def _holds_run(directory: Path) -> bool:
+    try:
+        return _is_run(json.loads((directory / CONFIG).read_bytes()))
+    except (OSError, ValueError, RecursionError):  # there is none, or that of another program
+        return False
 
 
 @contextlib.contextmanager

@@ -269,6 +269,20 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_the_first_line(place, finishe
     assert checkpoint.locate.list_steps(workdir / "only/checkpoints") == ([4] if saved else [])
 
 
+@pytest.mark.parametrize("below", ["new", "only/new", "only/checkpoints/13", "only/checkpoints/12/params/new"])
+def test_a_directory_inside_another_run_or_a_checkpoint_is_refused(place, finished, capsys, below):
+    before = sorted(finished.rglob("*"))
+    assert train(place, finished / below) == 2
+    error = capsys.readouterr().err
+    assert f"{finished / below}: lies inside" in error and "give a directory elsewhere" in error
+    assert sorted(finished.rglob("*")) == before
+
+
+def test_a_schedule_that_cannot_be_names_its_stage(place, tmp_path, capsys):
+    assert train(place, tmp_path / "w", "--config.only.schedule.warmup=12") == 2
+    assert "config.only.schedule: warmup 12 is not below the total of 12 steps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("holds", ["files", "a checkpoint", "a config of something else", "a file"])
 def test_a_directory_that_holds_anything_else_is_refused(place, finished, tmp_path, capsys, holds):
     workdir = tmp_path / "mine"
