@@ -43,7 +43,7 @@ def get_config(domains: str = ",".join(RATES)) -> ConfigDict:
     chosen = domains.split(",")
     unknown = [name for name in chosen if name not in RATES]
     if unknown:
-        raise UserError(f"{unknown[0]!r} is not one of the published domains, {', '.join(RATES)}")
+        raise UserError(f"{unknown[0] or 'an empty name'}: not one of the published domains, {', '.join(RATES)}")
     config = ConfigDict()
     config.kind = "pretrain"
     config.seq_len = 4096  # published
