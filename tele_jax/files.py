@@ -128,7 +128,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name is one part of a path, that leads nowhere else: no separator, no zero byte, not . or .."""
+    """Tells whether a name is one part of a path that leads nowhere else: no separator, no zero byte, not . or .."""
     try:
         encoded = os.fsencode(name)
     except UnicodeEncodeError:  # half a surrogate pair

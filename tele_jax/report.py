@@ -62,7 +62,7 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _moved(receipt: Mapping[str, Any] | None) -> str:
-    """How far a growth moved the logits; null stands for a number that is none."""
+    """Says how far a growth moved the logits; null stands for a number that is not finite."""
     if receipt is None:
         return ""
     moved = math.nan if receipt["max_abs"] is None else receipt["max_abs"]

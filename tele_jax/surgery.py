@@ -240,7 +240,7 @@ class Diff:
 
     @property
     def equal(self) -> bool:
-        """Whether both trees are the same to the bit (0.0 counts as -0.0, NaN as NaN)."""
+        """True where both trees are the same to the bit (0.0 counts as -0.0, NaN as NaN)."""
         return all(leaf.what == "equal" for leaf in self.leaves)
 
     def to_json(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def list_steps(directory: Any) -> list[int]:
 
 
 def _names_step(name: str) -> bool:
-    """Whether a directory is called as the Manager calls a step: not 007, and in no other script's digits."""
+    """Tells whether a directory is called as the Manager calls a step: not 007, and in no other script's digits."""
     return name.isascii() and name.isdecimal() and name == str(int(name))
 
 
@@ -87,7 +87,7 @@ def absolute(path: Any) -> epath.Path:
 
 
 def is_step(path: Any) -> bool:
-    """Whether a directory is a complete checkpoint, or what damage left of one."""
+    """Tells whether a directory is a complete checkpoint, or what damage left of one."""
     if _is_object_store(path) and not (path / _COMMIT_FILE).exists():
         return False
     return any((path / name).is_file() for name in STEP_FILES)

@@ -277,7 +277,7 @@ def disk_bytes(tiles: Sequence[Tile]) -> int:
 
 
 def free_bytes(path: Path) -> int:
-    """What is free on the disk that a path lies on, or would lie on."""
+    """The free bytes of the disk that a path lies on, or would lie on."""
     return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
 
 

@@ -82,7 +82,7 @@ class HeldOutLines:
         return cls(frozenset(digests), np.unique(np.concatenate(keys)))
 
     def count(self, corpus: sources.Corpus) -> int:
-        """How many documents of an index are held out as well; only those are read whose size and CRC-32 agree."""
+        """Counts the documents of an index that are held out as well; reads only those whose size and CRC-32 agree."""
         lines = _lines(corpus)
         found = lines[np.isin(_keys(corpus.length[lines], corpus.crc32[lines]), self.keys)]
         return sum(digest(corpus.line(i)) in self.digests for i in found.tolist())

@@ -33,7 +33,7 @@ def ending_with_us() -> Iterator[None]:
 
 
 def _without_interrupted(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """A hook for what threads raise, which leaves out that Ctrl-C came to the shell that Beam starts a worker by."""
+    """A hook for errors of threads that is silent where Ctrl-C ended the shell by which Beam starts a worker."""
 
     def quieter(failure: Any) -> None:
         if not str(failure.exc_value).endswith(("exited with return code -2", "exited with return code 130")):

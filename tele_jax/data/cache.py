@@ -159,7 +159,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _problem(manifest: Manifest) -> str | None:
-    """What no cache that was written can say of itself."""
+    """Names what a manifest says that no cache can say of itself; None where there is nothing."""
     if manifest.seq_len < 1 or manifest.vocab_size < 1 or manifest.kind not in ("pretrain", "sft"):
         return f"kind {manifest.kind!r}, seq_len {manifest.seq_len}, vocab_size {manifest.vocab_size}"
     for name, domain in manifest.domains.items():

@@ -74,7 +74,7 @@ def from_record(record: Any) -> list[Message]:
 
 
 def is_learned(message: Message) -> bool:
-    """Whether an answer is learned: none of its marks says otherwise."""
+    """True for an answer that is learned: none of its marks says otherwise."""
     return not any(message.get(mark) in (0, False) for mark in MARKS if message.get(mark) is not None)
 
 
@@ -255,7 +255,7 @@ class _Encoder:
     """
 
     def __init__(self, vocabulary: Vocabulary, template: Template | None, given: int = 0):
-        """given: the weight of what is no answer."""
+        """Reads the markers. given: the weight of all tokens that are not of an answer."""
         self._given = given
         self._vocabulary, self._template = vocabulary, template or templates.choose(vocabulary)
         self._markers = templates.marker_ids(self._template, vocabulary)
@@ -324,7 +324,7 @@ class _Encoder:
         return [self._template.user, Said(turn.question), self._template.bot]
 
     def _before(self, tokens: Sequence[int], tail: str) -> int:
-        """Count of the tokens before those that the text at their end has a part in."""
+        """Counts the tokens that end before `tail`, the text at the end of all, begins."""
         left, count = len(tail.encode()), len(tokens)
         while left > 0:
             count -= 1
@@ -354,7 +354,7 @@ def _fit(
     least: int,
     encode: Callable[[Any, Sequence[_Turn]], tuple[list[int], list[int]]],
 ) -> _Fitted:
-    """Drops and cuts what `render` says; only the right end of the last answer is left for the caller to cut.
+    """Drops and cuts turns as `render` describes; what is still too long, the caller cuts at the right end.
 
     The released code also drops the oldest messages, but one by one: there half a turn can stay.
     """
@@ -367,7 +367,7 @@ def _fit(
         return len(encode(system, turns)[0]) <= max_tokens
 
     def first_that_fits(count: int, is_enough: Callable[[int], bool]) -> int:
-        """The least number below count that is enough, or count; what is enough for one is for those above."""
+        """The least number below count for which is_enough holds, as it does for all above it; else count."""
         return bisect.bisect_left(range(count), True, key=is_enough)
 
     whole = _Fitted(system, turns, *encode(system, turns))

@@ -463,7 +463,7 @@ def open_vocabulary(data: DataConfig, kind: examples.Kind) -> Vocabulary:
 
 
 def has_dialogues(data: DataConfig, kind: examples.Kind) -> bool:
-    """Whether dialogues are written, for which a tokenizer needs markers: fine-tuning on Tasks alone has none."""
+    """True where dialogues are written, for which a tokenizer needs markers: fine-tuning on Tasks alone has none."""
     if kind == "sft" and data.cache is not None and not data.sources:
         return cache.read_manifest(Path(data.cache)).template is not None
     files = [source for source in data.sources.values() if not source.task]

@@ -61,7 +61,7 @@ def mixture(index: np.ndarray, weights: Sequence[int]) -> tuple[np.ndarray, np.n
 
 
 def counts_before(place: int, weights: Sequence[int]) -> list[int]:
-    """How many of the first `place` places are of each domain, in the time of one place."""
+    """Counts by domain the first `place` places, in the time that one place takes."""
     found, here, remaining = [], place, sum(weights)
     for weight in weights:
         left = here * (remaining - weight) // remaining

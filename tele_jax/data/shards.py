@@ -137,12 +137,12 @@ class _Reader:
 
     @property
     def num_rejected(self) -> int:
-        """How many documents cannot be used."""
+        """The number of documents that cannot be used."""
         return len(self.rejected)
 
     @property
     def checksum(self) -> str:
-        """Of all that was read, in the order of the parts."""
+        """A checksum of all that was read, in the order of the parts."""
         digests = b"".join(self.read[part].digest() for part in self.unit.parts)
         return hashlib.blake2b(digests, digest_size=16).hexdigest()
 
@@ -359,7 +359,7 @@ class _TaskReader:
         self.rejected, self.num_rejected = self._documents.rejected, self._documents.num_rejected
 
     def blocks(self, tokenizer: _Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """As _Reader.blocks."""
+        """The blocks of examples, as those of _Reader.blocks."""
         order = _shuffled(self.unit, self.config.seed, len(self._documents))
         for first in range(0, len(order), BLOCK_EXAMPLES):
             yield tokenizer.joined([self._documents.example(i) for i in order[first : first + BLOCK_EXAMPLES]])

@@ -228,7 +228,7 @@ class Indexes:
         self._made: dict[Any, Any] = {}
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` gave when it was first called for this key."""
+        """Returns what `make` gave when it was first called for this key."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
@@ -244,7 +244,7 @@ class Indexes:
 
 
 class Rejects:
-    """How many documents were rejected, and the first KEPT of them."""
+    """A count of the rejected documents, and the first KEPT of them."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -329,7 +329,7 @@ def read_document(
 
 
 def account(where: str, used: int, count: int, rejected: Sequence[Reject]) -> str:
-    """How many documents were rejected, and why the first: a line for whoever trains on the rest.
+    """Says how many documents were rejected, and why the first: a line for whoever trains on the rest.
 
     Args:
       where: the page names them.

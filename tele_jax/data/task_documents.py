@@ -142,7 +142,7 @@ class TaskDocuments:
         return len(self._starts) - 1
 
     def account(self) -> str:
-        """How many examples were rejected, and why the first."""
+        """Says how many examples were rejected, and why the first."""
         return sources.account(self.where, len(self), self.num_rejected, self.rejected)
 
     def example(self, i: int) -> np.ndarray:
@@ -192,7 +192,7 @@ def no_example(documents: TaskDocuments) -> UserError:
 
 
 def checksum(shard: TaskShard) -> str:
-    """What TaskDocuments.checksum would be now: goes through the Task once, and keeps nothing.
+    """Computes what TaskDocuments.checksum would be now: goes through the Task once, and keeps nothing.
 
     Raises:
       UserError: there is no such Task or split; reading it fails.
@@ -227,7 +227,7 @@ def find(name: str) -> "seqio.Task | seqio.Mixture":
 
 
 def is_registered(name: str) -> bool:
-    """Whether seqio has a Task or Mixture of this name in this process."""
+    """Tells whether seqio has a Task or Mixture of this name in this process."""
     return name in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
 
 
@@ -385,7 +385,7 @@ def check_vocabularies(task: Any, vocabulary: Vocabulary) -> None:
 
 
 def _differs(theirs: Any, ours: Vocabulary) -> str:
-    """What tells a vocabulary from ours; empty where nothing does."""
+    """Describes how a vocabulary differs from ours; empty where it does not."""
     if isinstance(theirs, Vocabulary):
         return "" if theirs.sha256 == ours.sha256 else f"it is that of {theirs.path}"
     if isinstance(theirs, seqio.PassThroughVocabulary):

@@ -48,7 +48,7 @@ class Template:
 
 
 def _as_released(repetition_penalty: float) -> dict[str, Mapping[str, Any]]:
-    """How TeleChat draws, by generation_config.json of every size: only the penalty differs, and applies always."""
+    """TeleChat's sampling, by generation_config.json of every size: only the penalty differs, and applies always."""
     penalty = {"repetition_penalty": repetition_penalty}
     return {"sampling": {"temperature": 0.3, "top_k": 5, "top_p": 0.85, **penalty}, "greedy": penalty}
 

@@ -71,7 +71,7 @@ class SentencePieceVocabulary(Vocabulary):
 
     @functools.cached_property
     def _bare_tokenizer(self) -> Any:
-        """The same model without its dummy prefix."""
+        """This model without its dummy prefix."""
         model = need("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(self.sp_model)
         model.normalizer_spec.add_dummy_prefix = False
         return need("sentencepiece").SentencePieceProcessor(model_proto=model.SerializeToString())

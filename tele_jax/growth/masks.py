@@ -21,7 +21,7 @@ _SHAPES = {"linear": lambda x: x, "cosine": lambda x: math.sin(math.pi / 2 * x) 
 
 
 def mask_of(provenance: Sequence[Mapping[str, Any]], where: str) -> float | None:
-    """Where the masks of a checkpoint stand, from 0 (closed) to 1; None without masks. Raises DamageError."""
+    """The value at which the masks of a checkpoint stand, from 0 (closed) to 1; None without. Raises DamageError."""
     mask = provenance[-1].get("mask") if provenance else None
     if mask is not None and (isinstance(mask, bool) or not isinstance(mask, (int, float)) or not 0 <= mask <= 1):
         raise DamageError(f"{where}: provenance[{len(provenance) - 1}].mask: damaged, {mask!r} is no mask")

@@ -1,4 +1,4 @@
-"""What an optimizer keeps, measured on the optimizer itself: which power of the gradient each part of its state is.
+"""Measures on an optimizer itself what it keeps: which power of the gradient each part of its state is.
 
 Small parameters and gradients go through the optimizer for a few steps, in float64. Then they grow as a plan lets them
 grow (every leaf scaled by a number of its own, its gradient divided by another; new entries with gradients of zero) and
@@ -34,7 +34,7 @@ _ERRORS = (TypeError, ValueError, AttributeError, LookupError, AssertionError, N
 
 
 class _Change(NamedTuple):
-    """How the second run differs: leaves are scaled, gradients are divided, there are new entries."""
+    """The ways in which the second run differs: leaves are scaled, gradients are divided, there are new entries."""
 
     parameters: bool = False
     gradients: bool = False
@@ -193,7 +193,7 @@ def _run(optimizer: Any, steps: Iterator[tuple[Any, Any]], paired: bool) -> Iter
 
 
 def _fits(kind: Kind, before: Any, after: Any, of_gradient: float, of_params: float, params: np.ndarray) -> bool:
-    """Whether a leaf of the second run is what growth makes of the first's."""
+    """Tells whether a leaf of the second run is what growth makes of that leaf of the first."""
     before, after = (np.asarray(x).astype(np.float64) for x in (before, after))
     factor, new = (of_params, params) if kind == "parameters" else (of_gradient**-kind, np.zeros_like(after))
     expected = _place(before * factor, new)

@@ -96,7 +96,7 @@ def apply_opt(plan: Growth, opt_state: Any, optimizer: optax.GradientTransformat
 
 
 def kinds(plan: Growth, opt_state: Any, optimizer: optax.GradientTransformation | None = None) -> dict[Path, Kind]:
-    """What every part of a state is, by its path (field names, keys and positions). Raises UserError as apply_opt."""
+    """The kind of every part of a state, by its path (names, keys and positions). Raises UserError as apply_opt."""
     own = any(is_adam(node) for _, node in nodes(opt_state))
     only_counts = not any(_is_number(leaf) for leaf in jax.tree.leaves(opt_state))
     if optimizer is not None and not own and not only_counts:
@@ -135,7 +135,7 @@ def kinds(plan: Growth, opt_state: Any, optimizer: optax.GradientTransformation 
 
 
 def is_adam(node: Any) -> bool:
-    """Whether a node is the trainer's state, or the nested dict that a checkpoint gives back of it.
+    """Tells whether a node is the trainer's state, or the nested dict that a checkpoint gives back of it.
 
     Files name fields, not types; these four, of which one is the births of the units of every axis, are its own.
     """
@@ -145,7 +145,7 @@ def is_adam(node: Any) -> bool:
 
 
 def grow_state(plan: Growth, opt_state: Any, grow: Grow, known: Kinds) -> Any:
-    """As `apply_opt`, with grow(step, leaf name, plan of the leaf, array, power of the factors) for the kernel."""
+    """Does what `apply_opt` does, by grow(step, leaf name, plan of the leaf, array, power of the factors)."""
     for step in plan.steps:
         opt_state = _grow_state(step, opt_state, grow, known)
     return opt_state
@@ -270,13 +270,13 @@ def _foremost(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def _is_number(leaf: Any) -> bool:
-    """Whether a leaf can depend on gradients; counts, marks and random keys do not."""
+    """Tells whether a leaf can depend on gradients; counts, marks and random keys do not."""
     dtype = getattr(leaf, "dtype", None)
     return isinstance(leaf, float) if dtype is None else jax.dtypes.issubdtype(dtype, np.inexact)
 
 
 def is_zero(tree: Mapping[str, Any]) -> bool:
-    """Whether all entries are known to be zero; an array under jit, or of other processes, is not known.
+    """Tells whether all entries are known to be zero; an array under jit, or of other processes, is not known.
 
     Of arrays on disk (checkpoint.LazyArray) the first blocks are read, up to an entry that is not zero.
     """
@@ -294,7 +294,7 @@ def _is_zero_leaf(leaf: Any) -> bool:
 
 
 def _is_constant(opt_state: Any, path: Path) -> bool:
-    """Whether the array at a path is a constant of the optimizer, which no gradient moves: by the type that has it."""
+    """Tells, by the type that holds it, whether an array is a constant of the optimizer, which no gradient moves."""
     from optax import contrib
 
     constants = {contrib.MuonState: ("ns_coeffs",), optax.AddNoiseState: ("rng_key",)}

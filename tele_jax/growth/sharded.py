@@ -17,7 +17,7 @@ from tele_jax.sharding import RULES, param_shardings, replicated
 
 
 def state_shardings(plan: Growth, mesh: Mesh, opt_state: Any, optimizer: Any = None) -> Any:
-    """Where the grown optimizer state lies, for the state before (arrays or shapes): moments as their parameters.
+    """The shardings of the grown optimizer state, from the state before (arrays or shapes): moments as parameters.
 
     optimizer: as for apply_opt.
     """

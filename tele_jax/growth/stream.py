@@ -150,7 +150,7 @@ def stream(
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """What `stream` would do. Bytes are of chunk files; free_bytes: of the disk that `dst` would lie on.
+    """An account of what `stream` would do. Bytes are of chunk files; free_bytes: of the disk that `dst` would lie on.
 
     bytes_to_read: of the source, each chunk once; with little memory some are read again.
     """
@@ -172,7 +172,7 @@ def outline(
     memory_gb: float = 1.0,
     workers: int | None = None,
 ) -> Outline:
-    """What `stream` would do with these arguments; nothing is written, and no array is read. Raises as `stream`."""
+    """Tells what `stream` would do with these arguments; writes nothing and reads no array. Raises as `stream`."""
     lazy = _open(plan, src, opt)
     dst = tiles.new_path(dst, lazy.path, "growth from checkpoint to checkpoint")
     jobs = _jobs(plan, lazy, opt, layout.CHUNK_BYTES)

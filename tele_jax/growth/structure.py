@@ -138,7 +138,7 @@ def _rounding(step: Plan, name: str, dtype: np.dtype) -> float:
 
 
 def _problems(plan: Growth, name: str, source: Any, made: Any, unit: int | None) -> Iterator[str]:
-    """What is wrong in one unit of a leaf, tile by tile."""
+    """Names what is wrong in one unit of a leaf, tile by tile."""
     spec = plan.dst_spec[name]
     stack = () if unit is None else (slice(unit, unit + 1),)
     for tile in tiles(spec.shape[len(stack) :], np.dtype(spec.dtype).itemsize, TILE_BYTES):

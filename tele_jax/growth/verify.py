@@ -257,7 +257,7 @@ def require_configs(plan: Growth, src: "Lazy", dst: "Lazy") -> None:
 def _examine(
     plan: Growth, layers: Collection[int] | None, unit: int | None, src: Mapping[str, Any], dst: Mapping[str, Any]
 ) -> tuple[dict[str, str], dict[str, float]]:
-    """What both levels find in one unit (see `share`), as JSON: ({leaf: problem}, {part: difference})."""
+    """Examines one unit (see `share`) at both levels, and gives as JSON ({leaf: problem}, {part: difference})."""
     problems = structure.look(plan, src, dst, unit)
     if not (unit is None or layers is None or unit in layers):
         return problems, {}

@@ -1,4 +1,4 @@
-"""What can be planned for a slice: a training step, a growth, a step of decoding.
+"""The jobs that can be planned for a slice: a training step, a growth, a step of decoding.
 
 The first two are the programs that a run uses; a step of decoding is one turn of the loop that generates, at a fixed
 slot of the cache.

@@ -79,7 +79,7 @@ def meshes(devices: int, num_slices: int = 1) -> list[MeshConfig]:
 
 
 def estimate(job: Job) -> Estimate:
-    """What a job needs and takes by the formulas of FSDP with tensor and sequence parallelism.
+    """The memory and the time of a job by the formulas of FSDP with tensor and sequence parallelism.
 
     Over the 16 programs of training in docs/scale.md (2026-11-29) it gives 0.8 to 1.6 times the memory that was
     compiled, and 1.1 to 1.4 times the time with everything overlapped: good enough to rank by, and no verdict.

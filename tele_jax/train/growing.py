@@ -179,7 +179,7 @@ _RECEIPT_FIELDS = {
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
-    """What a stage ended with. Raises as `read_receipt`."""
+    """The summary that a stage ended with. Raises as `read_receipt`."""
     file = directory / SUMMARY_FILE
     summary = written_table(read_json(file), str(file), _SUMMARY_FIELDS, required=("stage", "kind", "parameters"))
     if "receipt" in summary:

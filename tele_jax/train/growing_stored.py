@@ -110,7 +110,7 @@ def _planned(request: Request) -> tuple["checkpoint.Lazy", growth.Plan, Any]:
 
 
 def outline(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
-    """What `grow` would do, said and returned; nothing is written. Raises UserError as `grow`."""
+    """Says and returns what `grow` would do; writes nothing. Raises UserError as `grow`."""
     lazy, plan, _ = _planned(request)
     say(str(plan))
     how = {"opt": request.opt, "memory_gb": request.memory_gb, "workers": request.workers}
@@ -157,7 +157,7 @@ def verify(plan: growth.Growth, src: Any, dst: Any, tokens: np.ndarray, memory_g
 
 
 def verifies_wholly(plan: growth.Growth, src: Any, memory_gb: float) -> bool:
-    """Whether both models, and what their gradients need, fit into memory_gb; src: the open source."""
+    """Tells whether both models, and what their gradients need, fit into memory_gb; src: the open source."""
     small = sum(array.nbytes for array in src.items["params"].values())
     large = sum(spec.size * np.dtype(spec.dtype).itemsize for spec in plan.dst_spec.values())
     return small + _LARGE_TREES * large <= memory_gb * 1e9 and _computes(plan.dst_cfg)

@@ -243,7 +243,7 @@ class SafetyConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """Shards: how many follows from the input, so that it does not depend on the workers.
+    """The files that are written; their number follows from the input, and does not depend on the workers.
 
     A document is held out, for validation, by the hash of its text: the same text is on the same side in every run,
     whatever is added or removed, as long as validation_share stays.
