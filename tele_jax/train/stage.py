@@ -76,8 +76,9 @@ class Training:
         self.cfg: ModelConfig = model
         if before is not None:
             self.cfg = trained_as(before.cfg.replace(remat=model.remat, attention=model.attention))
-            if self.cfg.param_dtype != before.cfg.param_dtype:
-                say(f"  parameters are {before.cfg.param_dtype}, and are trained and saved in {self.cfg.param_dtype}")
+        found = before.cfg if before is not None else stage.model or model
+        if self.cfg.param_dtype != found.param_dtype:
+            say(f"  parameters are {found.param_dtype}, and are trained and saved in {self.cfg.param_dtype}")
         self.tokens_per_step = stage.tokens_per_step
         self.factor = schedule(stage.schedule, stage.steps, self.tokens_per_step)
         self.tx = optimizer(self.cfg, stage.optimizer, self.factor)

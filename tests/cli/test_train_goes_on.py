@@ -457,3 +457,14 @@ def test_closed_masks_are_said_and_their_plan_is_needed(place, behind_masks, tmp
     (moved / "plan.json").write_text(json.dumps(plan))
     assert train(place, tmp_path / "w", f"--config.start={moved}", page="from_start.py") == 2
     assert "was made by another plan" in capsys.readouterr().err
+
+
+def test_a_page_with_narrow_parameters_is_told_that_they_are_trained_wider(place, tmp_path, capsys):
+    flags = [
+        "--config.only.model.param_dtype=bfloat16",
+        "--config.only.steps=1",
+        "--config.only.schedule.kind=constant",
+    ]
+    assert train(place, tmp_path / "w", *flags) == 0
+    assert "parameters are bfloat16, and are trained and saved in float32" in capsys.readouterr().out
+    assert checkpoint.open_lazy(tmp_path / "w").cfg.param_dtype == "float32"
