@@ -5,11 +5,14 @@ that is not UTF-8, JSON that is too deep: all are a UserError that names the pat
 """
 
 import codecs
+import contextlib
+import fcntl
 import itertools
 import json
 import math
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +154,15 @@ def read_table(path: str | os.PathLike, what: str = "", *, missing: str = "") ->
     if not isinstance(values, dict):
         raise UserError(f"{where}: not a table, but {type(values).__name__}")
     return values
+
+
+@contextlib.contextmanager
+def held_alone(file: Path, message: str) -> Iterator[None]:
+    """Locks a file, which is made where needed with its directory; UserError(message) where another process has it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(message) from None
+        yield

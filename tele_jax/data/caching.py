@@ -6,7 +6,6 @@ is kept when it is started again. It gets its name when it is complete, and neve
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
@@ -25,7 +24,7 @@ from tele_jax.data.cached_feed import difference
 from tele_jax.data.extras import need
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary, tokenizer_name
 from tele_jax.errors import DamageError, FailedError, UserError
-from tele_jax.files import parse_json
+from tele_jax.files import held_alone, parse_json
 from tele_jax.run import CacheConfig
 
 _REGISTERING = threading.Lock()  # a worker may have several threads
@@ -78,7 +77,7 @@ def make(
         workers = min(len(os.sched_getaffinity(0)), len(units)) if runner == "DirectRunner" else 1
     run = _serial if runner == SERIAL else _pipeline(runner, workers, options)
     work = incomplete(out)
-    with _failing_in_one_line(work), _one_maker(work):
+    with _failing_in_one_line(work), held_alone(work / LOCK, f"{work}: is being made by another process"):
         goes_on = _begun(work, config, vocabulary, units, say)
         if goes_on:
             say(f"{work}: goes on where it was")
@@ -108,17 +107,6 @@ def _failing_in_one_line(work: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or error
         raise FailedError(f"{error.filename or work}: {reason}; start again to go on") from None
-
-
-@contextlib.contextmanager
-def _one_maker(work: Path) -> Iterator[None]:
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{work}: is being made by another process") from None
-        yield
 
 
 def _begun(

@@ -15,7 +15,6 @@ the provenance of every later checkpoint.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ from tele_jax.checkpoint import locate
 from tele_jax.config import to_dict, written_table
 from tele_jax.data.vocabulary import tokenizer_name
 from tele_jax.errors import DamageError, UserError
+from tele_jax.files import held_alone
 from tele_jax.processes import is_first
 from tele_jax.run import GrowStage, RunConfig, run_config
 from tele_jax.train import growing
@@ -104,12 +104,7 @@ def locked(workdir: Path) -> Iterator[None]:
     if not is_first():
         yield
         return
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{workdir}: another run is at work in this directory") from None
+    with held_alone(workdir / LOCK, f"{workdir}: another run is at work in this directory"):
         yield
 
 

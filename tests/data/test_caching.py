@@ -14,6 +14,7 @@ import pytest
 from tele_jax.data import cache, caching, shards
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import DamageError, FailedError, UserError
+from tele_jax.files import held_alone
 from tests.data import caches
 
 
@@ -236,7 +237,7 @@ def test_what_was_begun_for_something_else_is_not_touched(made, tmp_path):
 
 def test_a_damaged_plan_and_a_second_maker_are_refused(made, tmp_path):
     work = cache.incomplete(tmp_path / "rows")
-    with caching._one_maker(work), pytest.raises(UserError, match="is being made by another process"):
+    with held_alone(work / caching.LOCK, "held"), pytest.raises(UserError, match="is being made by another process"):
         caches.make(made, tmp_path / "rows")
     (work / "plan.json").write_text("{")
     with pytest.raises(DamageError, match=r"plan\.json: damaged, not JSON .*; remove"):
