@@ -345,5 +345,5 @@ def test_stored_plans_whose_steps_do_not_follow_each_other():
     with pytest.raises(tele.UserError, match=r"plan\.steps: empty"):
         Plan.from_json({"steps": []})
     data["steps"][1]["maps"]["mlp"]["runs"] = [[0, 99]]
-    with pytest.raises(tele.UserError, match="plan: not what to_json makes: mlp: index outside the source axis"):
+    with pytest.raises(tele.UserError, match=r"plan\.maps\.mlp\.runs: must be \(start, length\) inside the source"):
         Plan.from_json(data)
