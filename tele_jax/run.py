@@ -177,6 +177,10 @@ class TrainStage:
     batch_size: int  # sequences per step, over all devices
     seq_len: int  # tokens
     model: ModelConfig | None = None  # None: as the stage before left it
+    remat: Literal["none", "full", "attention", "products", "offload"] | None = (
+        None  # from here on; None: as model says
+    )
+    attention: Literal["auto", "reference", "xla", "blocks", "splash"] | None = None  # the same
     schedule: ScheduleConfig = ScheduleConfig()
     microbatches: int = 1  # gradients are accumulated over so many parts of the batch
     # Masks of the growth before, by policy msg; see growth.MaskSchedule.
@@ -219,6 +223,13 @@ class TrainStage:
             f"the mask ramp ends after the last step: at {end} {self.mask_unit}, but the stage has {length}; give "
             "more steps",
         )
+
+    def model_after(self, before: ModelConfig | None) -> ModelConfig | None:
+        """The model that this stage trains after one that left `before`; None where nothing says which."""
+        cfg = self.model or before
+        how = {"remat": self.remat, "attention": self.attention}
+        how = {name: value for name, value in how.items() if value is not None}
+        return cfg.replace(**how) if cfg is not None and how else cfg
 
     @property
     def tokens_per_step(self) -> int:

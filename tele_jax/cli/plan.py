@@ -257,7 +257,7 @@ def _from_page(args: argparse.Namespace) -> tuple[Any, dict[str, Any], float | N
             except UserError as error:
                 raise UserError(f"config.{before}: {error}") from None
         else:
-            cfg, optimizer = stage.model or cfg, stage.optimizer
+            cfg, optimizer = stage.model_after(cfg), stage.optimizer
     where = {"mesh": config.mesh, "num_slices": config.num_slices}
     if isinstance(stage, GrowStage):
         values = {"plan": plan, "optimizer_state": stage.optimizer_state, **where}

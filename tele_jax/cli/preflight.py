@@ -172,7 +172,7 @@ def _fits(config: Any, mesh: Any) -> list[str]:
             if isinstance(stage, GrowStage):
                 cfg = None if cfg is None else cfg.replace_from(stage.model, "model")
             else:
-                cfg = stage.model or cfg
+                cfg = stage.model_after(cfg)
                 batch_sharding(mesh, stage.batch_size // stage.microbatches)
                 data += _data(stage.data, "data")
             if cfg is not None:  # else config.start holds it, elsewhere: the stage checks its sizes when it begins

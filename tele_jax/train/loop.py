@@ -240,7 +240,7 @@ def _check(
                 raise UserError(f"config.{name}: {error}") from None
             cfg = plan.dst_cfg
         else:
-            cfg = trained_as(stage.model or cfg)
+            cfg = trained_as(stage.model_after(cfg))
             if plan is not None:
                 try:
                     mask_schedule(stage, plan)

@@ -39,7 +39,7 @@ SET_ASIDE = "set_aside"  # directory of a stage: what came after the checkpoint 
 
 # Paths inside a stage, as patterns: what says how, where and how often, and not what is computed.
 _FREE = re.compile(
-    r"log_every|eval_every|checkpoint_every|keep_checkpoints|microbatches|tolerance|model\.(remat|attention)"
+    r"log_every|eval_every|checkpoint_every|keep_checkpoints|microbatches|tolerance|(model\.)?(remat|attention)"
     r"|data\.(cache|tokenizer|eval_bytes|sources\.[^.]+\.(files|validation_files|task|split|validation_split))(\..*)?"
 )
 _ON_REQUEST = re.compile(

@@ -228,6 +228,23 @@ def test_a_run_from_a_checkpoint_goes_on_in_its_data(place, finished, tmp_path, 
     assert again["next"] < position["next"] and again["seed"] == 5
 
 
+def test_a_stage_without_a_model_says_how_it_is_computed(place, finished, tmp_path, capsys):
+    page = (place / "page.py").read_text().replace("stage()", "stage(model=None, steps=2)")
+    (place / "computed.py").write_text(page)
+    start = f"--config.start={str(finished)!r}"
+    assert train(place, tmp_path / "a", start, page="computed.py") == 0
+    how = ["--config.only.remat=full", "--config.only.attention=reference"]
+    assert train(place, tmp_path / "b", start, *how, page="computed.py") == 0
+    as_before, otherwise = (checkpoint.load(tmp_path / name) for name in "ab")
+    assert (as_before.cfg.remat, otherwise.cfg.remat, otherwise.cfg.attention) == ("none", "full", "reference")
+    for name, leaf in flatten(as_before.params).items():
+        np.testing.assert_allclose(leaf, flatten(otherwise.params)[name], rtol=1e-5, atol=1e-6)
+    assert train(place, tmp_path / "b", start, "--config.only.remat=products", page="computed.py") == 0, (
+        "free to change"
+    )
+    assert "remat" in fails(capsys, 2, place, tmp_path / "c", start, "--config.only.remat=half", page="computed.py")
+
+
 def test_a_line_has_the_mean_since_the_last_one_and_both_rates(place, finished, tmp_path, capsys):
     flags = ["--config.only.log_every=3", "--config.only.checkpoint_every=12"]
     assert train(place, tmp_path / "w", *flags) == 0
