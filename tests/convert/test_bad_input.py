@@ -299,7 +299,7 @@ def test_frequencies_that_old_copies_carry_are_passed_over(release):
         ({"sliding_window": 128}, "sliding_window is 128, but tele_jax has only null"),
         ({"num_key_value_heads": 4}, "num_heads=6 does not divide into num_kv_heads=4"),
         ({"rms_norm_eps": -1}, "rms_eps=-1.0 must be above 0"),
-        ({"rms_norm_eps": float("inf")}, "rms_eps=inf must be finite"),
+        ({"rms_norm_eps": float("inf")}, "rms_eps=inf must be a finite number"),
         ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta is 'x', expected float"),
     ],
 )

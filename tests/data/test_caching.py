@@ -228,7 +228,7 @@ def test_what_was_begun_for_something_else_is_not_touched(made, tmp_path):
         (dataclasses.replace(made, shard_bytes=5001), r"config\.shard_bytes was 5000, now 5001; units was"),
     ):
         work = cache.incomplete(tmp_path / "rows")
-        with caching._one_maker(work):
+        with held_alone(work / caching.LOCK, "held"):
             vocabulary = load_vocabulary(made.data.tokenizer)
             caching._begun(work, made, vocabulary, shards.plan(made))
         with pytest.raises(UserError, match=rf"rows\.incomplete: was begun for something else \({message}"):
