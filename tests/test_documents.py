@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from tele_jax.scale import compile as compiling
 from tele_jax.train import growing, metrics, workdir
 from tests import reference
 from tests.data import caches
+from tests.data.test_vocabulary_tokenizers import byte_level
 from tests.test_chat import TEXTS, tokenizer_bytes
 
 CFG = tele.ModelConfig(num_layers=1, embed_dim=4, num_heads=1, head_dim=2, mlp_dim=3, vocab_size=5, dtype="float32")
@@ -241,7 +243,55 @@ KINDS = {
     "dialogue": lambda p: Kind(p / "dialogue", lambda: sources.check_record((p / "dialogue").read_text(), "dialogues")),
     "text": lambda p: Kind(p / "text", lambda: sources.check_record((p / "text").read_text(), "jsonl")),
     "release config": lambda p: Kind(p / "hf/config.json", lambda: convert.release.open_release(p / "hf")),
+    "generation config": lambda p: Kind(
+        written(p / "hf/generation_config.json", GENERATION), lambda: convert.release.open_release(p / "hf")
+    ),
+    "tensor header": lambda p: Kind(
+        TensorHeader(p / "hf/model.safetensors"), lambda: convert.release.open_release(p / "hf")
+    ),
+    "tensor index": lambda p: Kind(tensor_index(p), lambda: convert.release.open_release(p / "indexed")),
+    "json tokenizer": lambda p: Kind(
+        written(p / "tokenizer.json", byte_level(TEXTS, 300)), lambda: load_vocabulary(p / "tokenizer.json")
+    ),
 }
+GENERATION = {
+    **{"do_sample": False, "repetition_penalty": 1.03, "temperature": 0.3, "top_k": 5, "top_p": 0.85},
+    **{"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 3, "max_new_tokens": 100},
+}
+
+
+def written(path, document):
+    path.write_text(json.dumps(document))
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorHeader:
+    """The JSON at the head of a safetensors file, read and written as a file of its own."""
+
+    file: Path
+
+    def _parts(self):
+        data = self.file.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        return data[8:end], data[end:]
+
+    def read_bytes(self):
+        return self._parts()[0]
+
+    def write_bytes(self, header):
+        # What follows is found by the length of the header, whatever that holds.
+        self.file.write_bytes(len(header).to_bytes(8, "little") + header + self._parts()[1])
+
+
+def tensor_index(place):
+    """A release whose one file of weights has an index."""
+    copy_of = shutil.copytree(place / "hf", place / "indexed", dirs_exist_ok=True)
+    (copy_of / "generation_config.json").unlink(missing_ok=True)
+    weights = (copy_of / "model.safetensors").rename(copy_of / "model-00001-of-00001.safetensors")
+    names = [name for name in json.loads(TensorHeader(weights).read_bytes()) if name != "__metadata__"]
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, weights.name)}
+    return written(copy_of / "model.safetensors.index.json", index)
 
 
 def unit_of(place):
