@@ -73,8 +73,8 @@ def names() -> dict[str, tuple[str, tuple]]:
 
 def job_of(kind: str, row: tuple) -> Any:
     import tele_jax as tele
-    from tele_jax.run import MeshConfig
-    from tele_jax.scale import jobs, topology
+    from tele_jax.aot import jobs, topology
+    from tele_jax.settings import MeshConfig
 
     cfg = tele.get_model(row[0])
     place = lambda name, mesh: dict(slice=topology.find_slice(name), mesh=MeshConfig(**mesh))  # noqa: E731
@@ -92,9 +92,9 @@ def job_of(kind: str, row: tuple) -> Any:
 
 def compiled(kind: str, row: tuple) -> dict[str, Any]:
     """The figures of one row; from tele plan's cache where the same program was compiled before."""
+    from tele_jax.aot import cost
+    from tele_jax.aot.compile import compile_job
     from tele_jax.published import STAGE_TOKENS
-    from tele_jax.scale import cost
-    from tele_jax.scale.compile import compile_job
 
     job = job_of(kind, row)
     figures = cost.figures(job, compile_job(job), STAGE_TOKENS.get(row[0]) if kind == "train" else None)
@@ -106,7 +106,7 @@ def compiled(kind: str, row: tuple) -> dict[str, Any]:
 def versions() -> str:
     import jax
 
-    from tele_jax.scale.topology import require_libtpu
+    from tele_jax.aot.topology import require_libtpu
 
     return f"jax {jax.__version__}, libtpu {require_libtpu()}"
 
@@ -294,7 +294,7 @@ batches, where their shapes divide.
 - HBM is that of one device at the fullest moment; v5p and v6e have a device a chip, tpu7x two. Activations are what
   layers keep for the backward pass, the rest gradients and temporaries.
 - Two bounds on the time of a step, both from the FLOPs, bytes and collectives of the compiled program, loops multiplied
-  out, at the peak figures of the chip (tele_jax/scale/topology.py). *All overlapped*: the largest of compute, HBM and
+  out, at the peak figures of the chip (tele_jax/aot/topology.py). *All overlapped*: the largest of compute, HBM and
   ICI, as if all three were busy from the first to the last moment. *As scheduled*: the instructions one after another,
   as the compiler has ordered them, each at the peak of the resource that it needs most; for a collective that no other
   work overlaps the device waits. In the programs for v5p and v6e that is every large collective but those that the
@@ -360,7 +360,7 @@ def main() -> None:
             print(f"{name} ...", file=sys.stderr, flush=True)
             store = json.loads(STORE.read_text()) if STORE.exists() else {}
             if args.stale and name in store:
-                from tele_jax.scale.compile import program_key
+                from tele_jax.aot.compile import program_key
 
                 store[name]["stale"] = program_key(job_of(kind, row)) != store[name]["program"]
             elif not args.stale:

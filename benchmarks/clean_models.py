@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import clean_corpus
 import numpy as np
 
-from tele_jax.data import corpora, corpora_text
-from tele_jax.data.clean import ngrams, quality
+from tele_jax.clean import ngrams, quality
+from tele_jax.corpora import documents as corpora_text
+from tele_jax.corpora import fetch as corpora
 
 PERPLEXITIES = (1000, 3000, 10_000, 20_000, 50_000)
 PROBABILITIES = (0.01, 0.05, 0.2, 0.5)

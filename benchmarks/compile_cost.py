@@ -30,8 +30,8 @@ def one(topology: str, layers: int) -> dict:
 
     jax.config.update("jax_platforms", "cpu")
     import tele_jax as tele
-    from tele_jax.run import MeshConfig, OptimizerConfig
-    from tele_jax.scale.topology import devices, find_slice
+    from tele_jax.aot.topology import devices, find_slice
+    from tele_jax.settings import MeshConfig, OptimizerConfig
     from tele_jax.sharding import make_mesh
     from tele_jax.train.optimizer import optimizer
     from tele_jax.train.step import lower_step

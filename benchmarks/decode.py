@@ -120,7 +120,7 @@ def ours(weights: Path) -> tuple[dict[str, Any], Any]:
 
     import tele_jax as tele
     from tele_jax import checkpoint, convert
-    from tele_jax.generate import prepare
+    from tele_jax.inference.generate import prepare
 
     cfg = tele.ModelConfig(**SHAPE, dtype="float32")
     params = tele.init(cfg, jax.random.key(0))

@@ -21,7 +21,7 @@ from machine import machine
 import tele_jax as tele
 from tele_jax import growth
 from tele_jax.axes import flatten
-from tele_jax.growth import layerwise
+from tele_jax.growth.verify import parts as layerwise
 from tests.growth import synthetic
 
 STAGES = {

@@ -45,7 +45,7 @@ def measure(directory: Path, text: Path, tokenizer: Path, seconds: float) -> dic
 
     from tele_jax.data import cache, caching, order
     from tele_jax.data.cached_feed import CachedFeed
-    from tele_jax.run import CacheConfig, DataConfig, SourceConfig
+    from tele_jax.settings import CacheConfig, DataConfig, SourceConfig
 
     sources = {
         name: SourceConfig(files=(str(text / name / "train.jsonl"),), format="jsonl", rate=rate)

@@ -39,7 +39,8 @@ def main() -> None:
 
 def prepare(directory: Path, text: Path | None, tokenizer: Path | None, vocab_size: int = 32_000) -> tuple[Path, Path]:
     """(text, tokenizer), made in the directory where they are not given."""
-    from tele_jax.data import corpora, vocabulary_training
+    from tele_jax.corpora import fetch as corpora
+    from tele_jax.data import vocabulary_training
 
     def say(line: str) -> None:
         print(line, file=sys.stderr)
@@ -61,7 +62,7 @@ def measure(directory: Path, text: Path, tokenizer: Path, repeats: int) -> dict[
 
     from tele_jax.data import shards
     from tele_jax.data.vocabulary import load_vocabulary
-    from tele_jax.run import CacheConfig, DataConfig, SourceConfig
+    from tele_jax.settings import CacheConfig, DataConfig, SourceConfig
 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     vocabulary = load_vocabulary(tokenizer)

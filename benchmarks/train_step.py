@@ -183,7 +183,7 @@ def ours(weights: Path) -> tuple[str, Variants]:
 
     import tele_jax as tele
     from tele_jax import checkpoint, convert
-    from tele_jax.run import MeshConfig, OptimizerConfig
+    from tele_jax.settings import MeshConfig, OptimizerConfig
     from tele_jax.sharding import make_mesh
     from tele_jax.train.optimizer import optimizer
     from tele_jax.train.step import make_step, put_batch, state_shardings

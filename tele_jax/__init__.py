@@ -5,9 +5,9 @@ cfg = tele.get_model("tele_flm_52b")         a published one              tele_j
 params = tele.init(cfg, key)                 nested dict of arrays        tele_jax/model/decoder.py
 logits = tele.forward(cfg, params, tokens)
 spec = tele.spec(cfg)                        shapes and axis names        tele_jax/model/spec.py
-tokens = tele.generate(cfg, params, prompts, max_new_tokens=64)           tele_jax/generate.py
+tokens = tele.generate(cfg, params, prompts, max_new_tokens=64)           tele_jax/inference/generate.py
 tele.growth                                  grow parameter trees         tele_jax/growth/
-tele.surgery                                 take, drop, cut, pad, rename tele_jax/surgery.py
+tele.surgery                                 take, drop, cut, pad, rename tele_jax/growth/surgery.py
 tele.checkpoint                              save and load                tele_jax/checkpoint/
 tele.plots                                   losses, plans, receipts      tele_jax/plots.py
 tele.convert                                 released checkpoints         tele_jax/convert/
@@ -19,7 +19,7 @@ from tele_jax import _command  # noqa: F401 (first: it is there while the others
 from tele_jax.axes import ParamSpec
 from tele_jax.config import ModelConfig, Ntk, Rope
 from tele_jax.errors import DamageError, UserError
-from tele_jax.generate import generate
+from tele_jax.inference.generate import generate
 from tele_jax.model.decoder import forward, init
 from tele_jax.model.spec import count_params, spec
 from tele_jax.published import get_model
@@ -47,6 +47,8 @@ __all__ = [
 
 def __getattr__(name: str):
     """Loads the heavier parts on first use, so that `import tele_jax` stays light."""
-    if name in ("growth", "checkpoint", "convert", "plots", "surgery"):
+    if name == "surgery":
+        return importlib.import_module("tele_jax.growth.surgery")
+    if name in ("growth", "checkpoint", "convert", "plots"):
         return importlib.import_module(f"tele_jax.{name}")
     raise AttributeError(f"module 'tele_jax' has no attribute {name!r}")

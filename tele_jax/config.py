@@ -1,6 +1,6 @@
 """Frozen configuration of a model, and the one way from a ConfigDict to a frozen dataclass.
 
-What can be wrong with a value by itself is said here, or in run.py, when it enters; the rest of the code trusts it.
+What can be wrong with a value by itself is said here, or in settings.py, when it enters; all other code trusts it.
 """
 
 import dataclasses

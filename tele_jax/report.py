@@ -8,7 +8,8 @@ from typing import Any
 
 from tele_jax import plots
 from tele_jax.errors import DamageError, UserError
-from tele_jax.train import growing, metrics
+from tele_jax.growth import receipt as receipts
+from tele_jax.train import metrics
 
 
 def write(workdir: Path, summaries: Sequence[Mapping[str, Any]]) -> str:
@@ -110,6 +111,6 @@ def curves(
 
 def _receipt(directory: Path) -> dict[str, Any]:
     try:
-        return growing.read_receipt(directory)
+        return receipts.read_receipt(directory)
     except (UserError, DamageError) as error:
         raise DamageError(f"{error}; no picture of its layers can be drawn") from None

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from tele_jax.axes import ParamSpec, flatten, unflatten
 from tele_jax.config import require
 from tele_jax.errors import UserError
-from tele_jax.run import MeshConfig
+from tele_jax.settings import MeshConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # a batch is cut over both: fsdp is data parallelism with the parameters cut as well

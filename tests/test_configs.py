@@ -9,7 +9,7 @@ from tele_jax.cli.pages import load_page
 from tele_jax.errors import UserError
 from tele_jax.model.spec import count_params
 from tele_jax.published import get_model
-from tele_jax.run import GrowStage, run_config
+from tele_jax.settings import GrowStage, run_config
 from tele_jax.train.schedule import schedule
 
 CONFIGS = Path(__file__).parents[1] / "configs"

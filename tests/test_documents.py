@@ -21,20 +21,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tele_jax as tele
-from tele_jax import checkpoint, convert, growth, report
+from tele_jax import checkpoint, convert, files, growth, report
+from tele_jax.aot import compile as compiling
 from tele_jax.cli import inspect
 from tele_jax.config import to_dict
-from tele_jax.data import cache, cached_feed, caching, corpora, position, shards, sources
+from tele_jax.corpora import fetch as corpora
+from tele_jax.data import cache, cached_feed, caching, position, shards, sources
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import DamageError, UserError
+from tele_jax.growth import receipt as receipts
 from tele_jax.growth.masks import require_unmasked
-from tele_jax.run import GrowStage, run_config
-from tele_jax.scale import compile as compiling
-from tele_jax.train import growing, metrics, workdir
+from tele_jax.settings import GrowStage, run_config
+from tele_jax.train import metrics, workdir
 from tests import reference
 from tests.data import caches
 from tests.data.test_vocabulary_tokenizers import byte_level
-from tests.test_chat import TEXTS, tokenizer_bytes
+from tests.inference.test_chat import TEXTS, tokenizer_bytes
 
 CFG = tele.ModelConfig(num_layers=1, embed_dim=4, num_heads=1, head_dim=2, mlp_dim=3, vocab_size=5, dtype="float32")
 LARGER = CFG.replace(mlp_dim=4)
@@ -163,19 +165,19 @@ def place(tmp_path_factory):
     growth.stream(plan, source, root / "half" / "grown", memory_gb=0.2, shard=(0, 2))
     old, new = checkpoint.open_lazy(source), checkpoint.open_lazy(root / "grown")
     result = growth.verify_stored(plan, old, new)
-    receipt = growing.receipt(plan, result, GrowStage(kind="grow", model={}), [0.5])
-    receipt |= {"source": growing.fingerprints(old), "destination": growing.fingerprints(new)}
-    growing.write_json(root / "grown" / "growth_receipt.json", receipt)
-    growing.write_json(root / "grown" / "plan.json", plan.to_json())
+    receipt = receipts.receipt(plan, result, GrowStage(kind="grow", model={}), [0.5])
+    receipt |= {"source": receipts.fingerprints(old), "destination": receipts.fingerprints(new)}
+    files.write_json(root / "grown" / "growth_receipt.json", receipt)
+    files.write_json(root / "grown" / "plan.json", plan.to_json())
     data = {"tokenizer": "t.model", "sources": {"en": {"files": ["a.jsonl"], "rate": 1.0}}}
     stage = {"kind": "pretrain", "model": to_dict(CFG), "data": data, "seq_len": 4, "batch_size": 2, "steps": 3}
     stage |= {"schedule": {"warmup": 1}, "optimizer": {"learning_rate": 0.1}}
     page = workdir.as_json(run_config({"run": ["a", "g"], "a": stage, "g": {"kind": "grow", "model": {"mlp_dim": 4}}}))
-    growing.write_json(work / "config.json", page)
-    growing.write_json(work / "a" / "changes.json", {"changes": [{"from": 5, "config": {"a.steps": [1, 2]}}]})
+    files.write_json(work / "config.json", page)
+    files.write_json(work / "a" / "changes.json", {"changes": [{"from": 5, "config": {"a.steps": [1, 2]}}]})
     summary = {"stage": "a", "kind": "pretrain", "parameters": 9, "tokens": 7, "flops": 1e3}
     summary |= {"bits_per_byte_before": {"en": 3.0}, "bits_per_byte_after": {"en": 2.0}}
-    growing.write_json(work / "a" / "summary.json", summary | {"receipt": {"max_abs": 0.5, "policy": "exact"}})
+    files.write_json(work / "a" / "summary.json", summary | {"receipt": {"max_abs": 0.5, "policy": "exact"}})
     (work / "a" / "metrics").mkdir()
     (work / "a" / "metrics" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "tokens": 8, "eval/en": null}\n')
     (root / "state").write_text(json.dumps({"batches": 3, "seq_len": 8, "positions": {"a": start.to_json()}}))
@@ -223,7 +225,7 @@ KINDS = {
     "work config": lambda p: Kind(p / "work/config.json", lambda: work_config(p)),
     "stored run": lambda p: Kind(p / "work/config.json", lambda: workdir._stored_config(p / "work/config.json")),
     "changes": lambda p: Kind(p / "work/a/changes.json", lambda: workdir.read_changes(p / "work/a")),
-    "summary": lambda p: Kind(p / "work/a/summary.json", lambda: report.table([growing.read_summary(p / "work/a")])),
+    "summary": lambda p: Kind(p / "work/a/summary.json", lambda: report.table([workdir.read_summary(p / "work/a")])),
     "receipt": lambda p: Kind(p / "grown/growth_receipt.json", lambda: rechecked(p)),
     "plan": lambda p: Kind(p / "grown/plan.json", lambda: read_plan(p)),
     "metrics": lambda p: Kind(
@@ -300,14 +302,14 @@ def unit_of(place):
 
 
 def rechecked(place):
-    receipt = growing.require_receipt(
+    receipt = receipts.require_receipt(
         place / "grown", checkpoint.open_lazy(place / "work/a/checkpoints/7"), checkpoint.open_lazy(place / "grown")
     )
     return report.table([{"stage": "g", "kind": "grow", "parameters": 1}]), receipt
 
 
 def read_plan(place):
-    plan = growing.read_plan(place / "grown")
+    plan = receipts.read_plan(place / "grown")
     return str(plan), plan.digest, plan.dst_spec
 
 

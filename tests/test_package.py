@@ -31,7 +31,8 @@ def test_the_public_names_do_what_they_say():
     # tele.generate is a function of the same name as its module, which chat imports.
     done = python(
         "-c",
-        "import tele_jax as tele, tele_jax.chat; print(all(callable(f) for f in [tele.generate, tele.growth.plan]))",
+        "import tele_jax as tele, tele_jax.inference.chat; "
+        "print(all(callable(f) for f in [tele.generate, tele.growth.plan]))",
     )
     assert done.stdout.split() == ["True"], done.stderr
 

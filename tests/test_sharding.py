@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 import tele_jax as tele
 from tele_jax.axes import ParamSpec, flatten
 from tele_jax.errors import UserError
-from tele_jax.run import MeshConfig
+from tele_jax.settings import MeshConfig
 from tele_jax.sharding import RULES, make_mesh, param_shardings, partition_spec
 
 

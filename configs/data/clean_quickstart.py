@@ -4,7 +4,7 @@
     tele data clean --config configs/data/clean_quickstart.py --out runs/quickstart/clean
 
 More workers: --workers 2. Another runner: --runner DataflowRunner --beam=--project=P --beam=--region=R ..., with files
-and --out at gs://. What each key means: tele_jax/data/clean/settings.py; docs/clean.md tells about the stages.
+and --out at gs://. What each key means: tele_jax/clean/settings.py; docs/clean.md tells about the stages.
 """
 
 from ml_collections import ConfigDict

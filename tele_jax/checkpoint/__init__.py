@@ -6,7 +6,7 @@
     checkpoint.Manager(directory, keep=2)                the checkpoints of a training run           manager.py
     checkpoint.verify(lazy)                              reads every chunk and checks it             damage.py
 
-growth.stream and imports read and write chunk files directly (chunks.py), in steps that no kill undoes (tiles.py).
+growth.stream and imports read and write chunk files directly (chunks.py), in steps that no kill undoes (chunked.py).
 
 What is in a step directory: layout.py. Which directories a path may name: locate.py. This package alone imports Orbax
 and TensorStore, and only when one of its names is used.

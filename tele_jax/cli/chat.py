@@ -31,7 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Talks until the input ends; returns the conversation, and count and speed of every answer."""
-    from tele_jax.chat import Chat
+    from tele_jax.inference.chat import Chat
 
     for flag in ("message", "system"):
         if getattr(args, flag) is not None:

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from tele_jax.cli.data_stats import table
     from tele_jax.cli.pages import load_page
     from tele_jax.data import caching
-    from tele_jax.run import cache_config
+    from tele_jax.settings import cache_config
 
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be above 0")

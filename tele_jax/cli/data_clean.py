@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from tele_jax.clean import pipeline
+from tele_jax.clean.settings import clean_config
 from tele_jax.cli.pages import load_page
-from tele_jax.data.clean import pipeline
-from tele_jax.data.clean.settings import clean_config
 from tele_jax.errors import UserError
 
 RUNNERS = ("DirectRunner", "DataflowRunner", "FlinkRunner", "SparkRunner", "PrismRunner")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tele_jax.data.clean import ngrams, quality, reading
+from tele_jax.clean import ngrams, quality, reading
 from tele_jax.data.sources import expand
 from tele_jax.errors import UserError
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tele_jax.data import corpora
+from tele_jax.corpora import fetch as corpora
 
 HELP = "real text that every machine can get, as jsonl by domain"
 

@@ -25,10 +25,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prints the continuations, without the prompts, and returns them with their counts and times."""
-    from tele_jax.chat import TextStream, why_ended
     from tele_jax.data.examples import document_start
     from tele_jax.data.templates import marker_ids
-    from tele_jax.generate import generate
+    from tele_jax.inference.chat import TextStream, why_ended
+    from tele_jax.inference.generate import generate
 
     asked = [utf8(text, "--prompt") for text in args.prompt]
     model = load_model(args)
@@ -172,14 +172,14 @@ class Model:
 def load_model(args: argparse.Namespace) -> Model:
     """The model of a command line; what is quick to find wrong is looked at first."""
     from tele_jax import checkpoint
-    from tele_jax.chat import check_vocabulary, find_tokenizer
     from tele_jax.cli import meshes
     from tele_jax.config import check_seed
     from tele_jax.data import templates
     from tele_jax.data.examples import release_of
     from tele_jax.data.vocabulary import load_vocabulary
-    from tele_jax.generate import prepare, sampling
     from tele_jax.growth.masks import require_unmasked
+    from tele_jax.inference.chat import check_vocabulary, find_tokenizer
+    from tele_jax.inference.generate import prepare, sampling
 
     check_seed(args.seed)
     if args.max_new_tokens is not None and args.max_new_tokens < 1:

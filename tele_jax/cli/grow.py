@@ -52,11 +52,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from tele_jax import checkpoint
-    from tele_jax.chat import find_tokenizer
-    from tele_jax.checkpoint.tiles import local_path, new_path
+    from tele_jax.checkpoint.chunked import local_path, new_path
     from tele_jax.cli.pages import load_page
     from tele_jax.cli.progress import Progress
-    from tele_jax.train import growing_stored
+    from tele_jax.growth import stored
+    from tele_jax.inference.chat import find_tokenizer
 
     if args.memory_gb <= 0:
         raise UserError(f"--memory-gb {args.memory_gb:g}: must be above 0")
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         files = (Path(find_tokenizer(args.src)),)
     except UserError:
         files = ()  # a checkpoint from elsewhere may come without; chat and generate then ask for one
-    request = growing_stored.Request(
+    request = stored.Request(
         src=args.src,
         dst=args.dst,
         stage=stage,
@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         print("note: layers are chosen by what they do to random tokens; --text FILE gives better scores")
     _say_without_effect(args, stage, cfg, request)
     if args.dry_run:
-        return growing_stored.outline(request, print)
-    receipt = growing_stored.grow(request, print, Progress("grow"))
+        return stored.outline(request, print)
+    receipt = stored.grow(request, print, Progress("grow"))
     if receipt is not None:
         print(_summary(receipt, args.dst))
         if receipt["masked"]:
@@ -107,28 +107,29 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 def _say_without_effect(args: argparse.Namespace, stage: Any, cfg: Any, request: Any) -> None:
     """Says which flags of the command line change nothing."""
     from tele_jax import checkpoint
-    from tele_jax.train import growing, growing_stored
+    from tele_jax.growth import receipt as receipts
+    from tele_jax.growth import stored
 
     larger = cfg.replace_from(stage.model, f"{request.where}.model")
     deeper = larger.num_layers != cfg.num_layers
     if args.layers is not None and not deeper:
         print(f"note: --layers {args.layers} has no effect: the number of layers stays {cfg.num_layers}")
     how = "uniform" if stage.layers == "distance" else stage.layers
-    plan = growing.plan_of(cfg, larger, stage, layers=how)
+    plan = receipts.plan_of(cfg, larger, stage, layers=how)
     drawn = any(leaf.fill == "normal" and plan.tally(name)["fresh"] for name, leaf in plan.leaves.items())
     if args.seed is not None and not drawn:
         print(f"note: --seed {args.seed} has no effect: policy {plan.policy} draws nothing here")
-    wholly = growing_stored.verifies_wholly(plan, checkpoint.open_lazy(args.src), args.memory_gb)
+    wholly = stored.verifies_wholly(plan, checkpoint.open_lazy(args.src), args.memory_gb)
     if args.text is not None and not wholly and not (stage.layers == "distance" and deeper):
         print("note: --text has no effect: logits are not compared, which needs more --memory-gb")
 
 
 def _check(args: argparse.Namespace) -> dict[str, Any]:
     from tele_jax import checkpoint
-    from tele_jax.train import growing_stored
+    from tele_jax.growth import stored
 
     tokens, verified_on = _tokens(args, checkpoint.open_lazy(args.src).cfg)
-    report = growing_stored.recheck(args.src, args.dst, tokens, args.memory_gb)
+    report = stored.recheck(args.src, args.dst, tokens, args.memory_gb)
     print(f"{report}\nverified on {verified_on}")
     if not report.ok:
         raise FailedError(f"{args.dst}: is not what its receipt promises")
@@ -162,7 +163,7 @@ def _shard(text: str | None) -> tuple[int, int]:
 def _stage(page: Any, args: argparse.Namespace) -> tuple[Any, str]:
     """The growth stage of the page, with the command line's changes, and its name for messages."""
     from tele_jax.config import from_dict
-    from tele_jax.run import GrowStage
+    from tele_jax.settings import GrowStage
 
     tables = {name: table for name, table in page.items() if getattr(table, "get", lambda _: None)("kind") == "grow"}
     if args.stage is not None:
@@ -196,9 +197,9 @@ def _tokens(args: argparse.Namespace, cfg: Any) -> tuple[Any, str]:
     rows, length = VERIFY_SHAPE
     if args.text is None:
         return np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, length), np.int32), "random tokens, seed 0"
-    from tele_jax.chat import find_tokenizer
     from tele_jax.data.vocabulary import load_vocabulary
     from tele_jax.files import read_bytes
+    from tele_jax.inference.chat import find_tokenizer
 
     try:
         text = read_bytes(args.text).decode()

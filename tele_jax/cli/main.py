@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from tele_jax.cli import outcome
+from tele_jax.cli import exit_codes as outcome
 from tele_jax.errors import UserError
 
 VERBS = {

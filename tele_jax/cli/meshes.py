@@ -23,7 +23,7 @@ def parse(text: str) -> Any:
     Raises:
       UserError: anything else.
     """
-    from tele_jax.run import MeshConfig
+    from tele_jax.settings import MeshConfig
 
     axes = [field.name for field in dataclasses.fields(MeshConfig)]
     sizes: dict[str, int] = {}

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # on a TPU host as well: the slice planned for is another one
-    from tele_jax.scale import topology
+    from tele_jax.aot import topology
 
     job, tokens = _job(args)
     if not args.search:
@@ -72,8 +72,8 @@ def _write_now(args: argparse.Namespace, figures: dict[str, Any]) -> None:
 
 
 def _plan(args: argparse.Namespace, job: Any, tokens: float | None) -> dict[str, Any]:
-    from tele_jax.scale import compile as compiling
-    from tele_jax.scale import cost, search
+    from tele_jax.aot import compile as compiling
+    from tele_jax.aot import cost, search
 
     print(f"compiling for {job.slice.name} ...", file=sys.stderr, flush=True)
     program = compiling.compile_job(job, args.cache)
@@ -90,8 +90,8 @@ def _plan(args: argparse.Namespace, job: Any, tokens: float | None) -> dict[str,
 
 
 def _search(args: argparse.Namespace, job: Any, tokens: float | None) -> dict[str, Any]:
-    from tele_jax.scale import compile as compiling
-    from tele_jax.scale import cost, search, topology
+    from tele_jax.aot import compile as compiling
+    from tele_jax.aot import cost, search, topology
 
     ranked = search.candidates(job)
     topology.require_libtpu()
@@ -131,9 +131,9 @@ def _line(f: dict[str, Any]) -> str:
 
 def _job(args: argparse.Namespace) -> tuple[Any, float | None]:
     """The job of the command line, and the tokens of its stage where they are known."""
+    from tele_jax.aot.topology import find_slice
     from tele_jax.config import convert
-    from tele_jax.run import MeshConfig
-    from tele_jax.scale.topology import find_slice
+    from tele_jax.settings import MeshConfig
 
     if args.config is None and args.model is None:
         raise UserError("give either --config FILE or --model NAME")
@@ -155,8 +155,8 @@ def _job(args: argparse.Namespace) -> tuple[Any, float | None]:
 
 
 def _training(args: argparse.Namespace, cfg: Any, values: dict[str, Any], where: dict[str, Any]) -> Any:
+    from tele_jax.aot.jobs import Job
     from tele_jax.config import ModelConfig, convert
-    from tele_jax.scale.jobs import Job
 
     if args.remat is not None:
         cfg = dataclasses.replace(cfg, remat=convert(ModelConfig.__annotations__["remat"], args.remat, "--remat"))
@@ -167,7 +167,7 @@ def _training(args: argparse.Namespace, cfg: Any, values: dict[str, Any], where:
 
 
 def _decoding(args: argparse.Namespace, cfg: Any, values: dict[str, Any], where: dict[str, Any]) -> Any:
-    from tele_jax.scale.jobs import DecodeJob
+    from tele_jax.aot.jobs import DecodeJob
 
     _refuse(args, "--decode", "grow_to", "policy", "search", "microbatches", "remat")
     if "plan" in values:
@@ -179,7 +179,7 @@ def _decoding(args: argparse.Namespace, cfg: Any, values: dict[str, Any], where:
 
 
 def _growing(args: argparse.Namespace, cfg: Any, values: dict[str, Any], where: dict[str, Any]) -> Any:
-    from tele_jax.scale.jobs import GrowJob
+    from tele_jax.aot.jobs import GrowJob
 
     _refuse(args, "a growth", "search", "microbatches", "remat", "batch_size", "seq_len")
     return GrowJob(**values, **where)
@@ -202,7 +202,7 @@ def _sizes(args: argparse.Namespace, *names: str) -> dict[str, int]:
 
 def _mesh(text: str) -> Any:
     from tele_jax.config import from_dict
-    from tele_jax.run import MeshConfig
+    from tele_jax.settings import MeshConfig
 
     sizes = {}
     for part in text.split(","):
@@ -237,8 +237,8 @@ def _from_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any], float | 
 
 def _from_page(args: argparse.Namespace) -> tuple[Any, dict[str, Any], float | None]:
     from tele_jax.cli.pages import load_page
-    from tele_jax.run import GrowStage, TrainStage, run_config
-    from tele_jax.train.growing import plan_of
+    from tele_jax.growth.receipt import plan_of
+    from tele_jax.settings import GrowStage, TrainStage, run_config
 
     _refuse(args, "a page, whose stages name them", "grow_to", "policy")
     config = run_config(load_page(args.config, args.overrides))

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     found = versions()
     if args.installed:
-        from tele_jax.scale.topology import require_libtpu
+        from tele_jax.aot.topology import require_libtpu
 
         found["libtpu"] = require_libtpu()
     elif args.bucket is None or args.checkout is None or not args.command:
@@ -62,7 +62,7 @@ def versions() -> dict[str, str]:
 
     from packaging.requirements import Requirement
 
-    from tele_jax.scale.topology import libtpu_requirement
+    from tele_jax.aot.topology import libtpu_requirement
 
     version = importlib.metadata.version("jax")
     wanted = next(r for text in importlib.metadata.requires("tele_jax") or () if (r := Requirement(text)).name == "jax")
@@ -76,9 +76,9 @@ def versions() -> dict[str, str]:
 
 def _command(args: argparse.Namespace) -> dict[str, Any]:
     """Names of the slice, addresses of the inputs, and the command as the machines will run it."""
+    from tele_jax.aot import cloud
+    from tele_jax.aot.topology import find_slice
     from tele_jax.cli import main
-    from tele_jax.scale import cloud
-    from tele_jax.scale.topology import find_slice
 
     if not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9]", args.bucket):
         raise UserError(f"--bucket {args.bucket}: no bucket; it looks like gs://my-bucket, without a path behind it")
@@ -138,7 +138,7 @@ def _train(inner: argparse.Namespace, of: Any) -> list[str]:
 
     from tele_jax.cli.pages import load_page
     from tele_jax.processes import VARIABLES
-    from tele_jax.run import run_config
+    from tele_jax.settings import run_config
     from tele_jax.sharding import MESH_AXES
 
     for name in VARIABLES:
@@ -163,7 +163,7 @@ def _train(inner: argparse.Namespace, of: Any) -> list[str]:
 def _fits(config: Any, mesh: Any) -> list[str]:
     """Checks models and batches against the mesh; returns the data of all stages."""
     from tele_jax.model.spec import spec
-    from tele_jax.run import GrowStage
+    from tele_jax.settings import GrowStage
     from tele_jax.sharding import batch_sharding, param_shardings
 
     cfg, data = None, []
@@ -209,7 +209,7 @@ def _grow(inner: argparse.Namespace, of: Any) -> list[str]:
 
 def _cache(inner: argparse.Namespace, of: Any) -> list[str]:
     from tele_jax.cli.pages import load_page
-    from tele_jax.run import cache_config
+    from tele_jax.settings import cache_config
 
     config = cache_config(load_page(inner.config, inner.overrides))
     _inside("--out", str(inner.out))
@@ -223,8 +223,8 @@ def _clean(inner: argparse.Namespace, of: Any) -> list[str]:
 
 
 def _clean_page(inner: argparse.Namespace) -> Any:
+    from tele_jax.clean.settings import clean_config
     from tele_jax.cli.pages import load_page
-    from tele_jax.data.clean.settings import clean_config
 
     return clean_config(load_page(inner.config, inner.overrides))
 

@@ -79,7 +79,7 @@ def _table(file: Path) -> Keys:
 
 
 def _check(sampling: Mapping[str, Any], where: str) -> None:
-    from tele_jax.generate import sampling as check
+    from tele_jax.inference.generate import sampling as check
 
     try:
         check(**sampling)

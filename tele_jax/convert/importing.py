@@ -1,7 +1,7 @@
 """From a release to a checkpoint of ours, chunk by chunk: bounded memory, several threads, resumable.
 
 Chunks are cut along the axis that is the first in the tensor they come from, so that each is one piece of a file.
-Those that are finished are noted (checkpoint/tiles.py): an import that was killed goes on where it was.
+Those that are finished are noted (checkpoint/chunked.py): an import that was killed goes on where it was.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tele_jax.axes import ParamSpec
-from tele_jax.checkpoint import chunks, layout, tiles
+from tele_jax.checkpoint import chunked, chunks, layout
 from tele_jax.config import require, to_dict
 from tele_jax.convert import region, sidecar
 from tele_jax.convert.families import Part
@@ -78,7 +78,7 @@ def import_checkpoint(
       DamageError: writing failed on the way; what is there is kept, for a call that goes on.
     """
     began = time.monotonic()
-    local = dst = tiles.new_path(dst, src, "an import")
+    local = dst = chunked.new_path(dst, src, "an import")
     release = open_release(src, format, dtype=dtype, vocab_size=vocab_size, rope_tables=rope_tables)
     chunk_bytes = layout.CHUNK_BYTES if chunk_bytes is None else chunk_bytes
     leaves = {
@@ -103,7 +103,7 @@ def import_checkpoint(
         "number of tiles": len(cut),
     }
     try:
-        with tiles.Unfinished(dst, header, meta, cut, shard=(0, 1), resume=resume) as unfinished, Files() as files:
+        with chunked.Unfinished(dst, header, meta, cut, shard=(0, 1), resume=resume) as unfinished, Files() as files:
             left = [number for number in range(len(cut)) if number not in unfinished.done]
             work = functools.partial(_write_tile, release, cut, files, unfinished.path, threading.local())
             try:
@@ -163,11 +163,11 @@ def _divide_memory(leaves: dict[str, layout.Leaf], memory_gb: float, workers: in
     return min(wanted, int(memory // each))
 
 
-def _cut(release: Release, leaves: dict[str, layout.Leaf], tile_bytes: int) -> list[tiles.Tile]:
+def _cut(release: Release, leaves: dict[str, layout.Leaf], tile_bytes: int) -> list[chunked.Tile]:
     """All tiles, in the order in which what they need lies in the files."""
-    cut = [tile for name, leaf in leaves.items() for tile in tiles.cut("params", name, leaf, tile_bytes, lambda c: c)]
+    cut = [tile for name, leaf in leaves.items() for tile in chunked.cut("params", name, leaf, tile_bytes, lambda c: c)]
 
-    def place(tile: tiles.Tile) -> tuple[str, int, tuple[int, ...]]:
+    def place(tile: chunked.Tile) -> tuple[str, int, tuple[int, ...]]:
         _, stored = _place(release, tile.name, tile.leaf, tile.chunks[0])
         return str(stored.file), stored.offset, tile.chunks[0]
 
@@ -178,12 +178,14 @@ def _place(release: Release, name: str, leaf: layout.Leaf, chunk: Sequence[int])
     return release.parts[name, chunk[0] if leaf.spec.stack else None]
 
 
-def _run(work, left: list[int], cut: list[tiles.Tile], unfinished: tiles.Unfinished, workers: int, progress) -> None:
+def _run(
+    work, left: list[int], cut: list[chunked.Tile], unfinished: chunked.Unfinished, workers: int, progress
+) -> None:
     report = progress or (lambda done, total: None)
     total = sum(tile.nbytes for tile in cut)
     done = total - sum(cut[number].nbytes for number in left)
     report(done, total)
-    with contextlib.closing(tiles.run(work, left, cut, unfinished.path, workers)) as finished:
+    with contextlib.closing(chunked.run(work, left, cut, unfinished.path, workers)) as finished:
         for number in finished:
             unfinished.finish(number)
             done += cut[number].nbytes
@@ -191,7 +193,7 @@ def _run(work, left: list[int], cut: list[tiles.Tile], unfinished: tiles.Unfinis
 
 
 def _write_tile(
-    release: Release, cut: list[tiles.Tile], files: Files, directory: Path, local: threading.local, number: int
+    release: Release, cut: list[chunked.Tile], files: Files, directory: Path, local: threading.local, number: int
 ) -> None:
     """Reads and writes the chunks of a tile."""
     tile = cut[number]

@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from tele_jax.chat import find_tokenizer
 from tele_jax.errors import UserError
 from tele_jax.files import read_bytes, read_table, require_regular
+from tele_jax.inference.chat import find_tokenizer
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 # Patterns of what travels. Programs of a release (*.py) go back only into the format that they are for.

@@ -14,7 +14,7 @@ import numpy as np
 
 from tele_jax.data import sources
 from tele_jax.errors import UserError
-from tele_jax.run import DataConfig
+from tele_jax.settings import DataConfig
 
 
 def require_other_files(data: DataConfig) -> None:

@@ -27,7 +27,7 @@ from tele_jax.data.extras import need
 from tele_jax.data.vocabulary import tokenizer_in
 from tele_jax.errors import DamageError, UserError
 from tele_jax.files import is_plain_name, parse_json
-from tele_jax.run import SourceConfig
+from tele_jax.settings import SourceConfig
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -25,7 +25,7 @@ from tele_jax.data.extras import need
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary, tokenizer_name
 from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.files import held_alone, parse_json
-from tele_jax.run import CacheConfig
+from tele_jax.settings import CacheConfig
 
 _REGISTERING = threading.Lock()  # a worker may have several threads
 PLAN, LOCK = "plan.json", ".lock"

@@ -24,7 +24,7 @@ from tele_jax.data.cached_feed import AHEAD, ELSEWHERE, Batch, CachedFeed, diffe
 from tele_jax.data.position import Position
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
 from tele_jax.errors import UserError
-from tele_jax.run import DataConfig, SourceConfig
+from tele_jax.settings import DataConfig, SourceConfig
 
 if TYPE_CHECKING:
     from tele_jax.data import task_documents

@@ -24,7 +24,7 @@ from tele_jax.data.extras import need
 from tele_jax.data.vocabulary import Vocabulary
 from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.files import parse_json
-from tele_jax.run import CacheConfig, SourceConfig
+from tele_jax.settings import CacheConfig, SourceConfig
 
 if TYPE_CHECKING:
     from tele_jax.data.task_documents import TaskShard

@@ -27,7 +27,7 @@ from tele_jax.data.extras import keep_off_accelerators, need
 from tele_jax.data.position import Position
 from tele_jax.data.vocabulary import Vocabulary
 from tele_jax.errors import FailedError, UserError
-from tele_jax.run import DataConfig, SourceConfig
+from tele_jax.settings import DataConfig, SourceConfig
 
 tf = need("tensorflow")
 seqio = need("seqio")

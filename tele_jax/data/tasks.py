@@ -26,7 +26,7 @@ from tele_jax.data.sources import Corpus
 from tele_jax.data.vocabulary import Vocabulary
 from tele_jax.data.vocabulary_sentencepiece import SentencePieceVocabulary
 from tele_jax.errors import UserError
-from tele_jax.run import CacheConfig
+from tele_jax.settings import CacheConfig
 
 tf = need("tensorflow")
 seqio = need("seqio")

@@ -36,7 +36,7 @@ from tele_jax.growth.policies import plan
 from tele_jax.growth.sharded import sharded, state_shardings
 from tele_jax.growth.stream import Outline, Streamed, stream
 from tele_jax.growth.stream import outline as stream_outline
-from tele_jax.growth.verify import Report, verify, verify_stored
+from tele_jax.growth.verify.report import Report, verify, verify_stored
 
 __all__ = [
     "AxisMap",

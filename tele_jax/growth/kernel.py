@@ -1,7 +1,7 @@
 """The tile kernel: any rectangle of a grown leaf, from the plan and from whatever it needs of the source.
 
-It serves arrays in memory and on a mesh; host.py follows the same rules in numpy for checkpoints on disk, and tests
-compare the bits of the two. All arithmetic is exact or correctly rounded elementwise (copies, one multiplication,
+It serves arrays in memory and on a mesh; host_kernel.py follows the same rules in numpy for checkpoints on disk, and
+tests compare the bits of the two. All arithmetic is exact or correctly rounded elementwise (copies, one multiplication,
 integers), so that a result does not depend on how it was tiled.
 """
 

@@ -10,7 +10,7 @@ import numpy as np
 from tele_jax.axes import flatten
 from tele_jax.config import ModelConfig, finite, require, whole
 from tele_jax.errors import UserError
-from tele_jax.growth import layerwise
+from tele_jax.growth.verify import parts
 from tele_jax.model import decoder
 from tele_jax.model.spec import flat_spec
 from tele_jax.sharding import to_host
@@ -86,7 +86,7 @@ def distances(cfg: ModelConfig, params: Any, tokens: jax.Array, metric: str = "c
             )
         ]
     # Stored on disk, and perhaps larger than memory: a block of a leaf at a time.
-    states = layerwise.states(layerwise.Side(cfg, flat_spec(cfg), flatten(params)), np.asarray(tokens))
+    states = parts.states(parts.Side(cfg, flat_spec(cfg), flatten(params)), np.asarray(tokens))
     return [float(np.mean(_changes(*pair, metric))) for pair in itertools.pairwise(states)]
 
 

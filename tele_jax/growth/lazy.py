@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tele_jax.axes import flatten, unflatten
-from tele_jax.growth import host
+from tele_jax.growth import host_kernel
 from tele_jax.growth.apply import check_tree
 from tele_jax.growth.kernel import leaf_key
 from tele_jax.growth.plan import Growth
@@ -58,10 +58,10 @@ class GrownArray:
                 chunks = _chunks(spec.shape, np.dtype(spec.dtype).itemsize)
                 maps = [earlier.maps[axis] for axis in spec.axes]
                 key = leaf_key(earlier.seed, leaf)
-                source = host.grown(source, earlier.leaves[leaf], maps, chunks, key, self.dtype)
+                source = host_kernel.grown(source, earlier.leaves[leaf], maps, chunks, key, self.dtype)
             maps = [step.maps[axis] for axis in self.axes]
             start = [part.start for part in bounds]
-            host.fill_tile(out, step.leaves[name], maps, start, source, leaf_key(step.seed, name))
+            host_kernel.fill_tile(out, step.leaves[name], maps, start, source, leaf_key(step.seed, name))
         return out[tuple(slice(None) if isinstance(part, slice) else 0 for part in index)]
 
 
@@ -76,7 +76,7 @@ def lazy(plan: Growth, params: Mapping[str, Any]) -> dict[str, Any]:
     return unflatten({name: GrownArray(plan, name, leaves[plan.sources[name]]) for name in plan.dst_spec})
 
 
-def _source(array: Any) -> host.Source:
+def _source(array: Any) -> host_kernel.Source:
     """An array that can be sliced, as a source of chunks; those at the edge are filled up with zeros."""
     chunks = _chunks(array.shape, np.dtype(array.dtype).itemsize)
 
@@ -91,7 +91,7 @@ def _source(array: Any) -> host.Source:
             part = whole
         yield part
 
-    return host.Source(chunks, chunk)
+    return host_kernel.Source(chunks, chunk)
 
 
 def _chunks(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

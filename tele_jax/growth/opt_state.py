@@ -3,7 +3,7 @@
 The names of fields do not say it: `nu` is of power 2 in Adam and of power 1 in AdaMax. The type does where all that
 make it mean the same: the trainer's state (AdamState), and some of optax where nothing comes before them in a chain.
 Where it does not (Adam, AdaMax and ADOPT all keep a ScaleByAdamState), the optimizer has to be given, and its state is
-measured (tele_jax.growth.measure).
+measured (tele_jax.growth.gradient_powers).
 """
 
 import dataclasses
@@ -100,7 +100,7 @@ def kinds(plan: Growth, opt_state: Any, optimizer: optax.GradientTransformation 
     own = any(is_adam(node) for _, node in nodes(opt_state))
     only_counts = not any(_is_number(leaf) for leaf in jax.tree.leaves(opt_state))
     if optimizer is not None and not own and not only_counts:
-        from tele_jax.growth.measure import measure
+        from tele_jax.growth.gradient_powers import measure
 
         return measure(plan, opt_state, optimizer)
     found: dict[Path, Kind] = {}

@@ -16,7 +16,7 @@ import numpy as np
 from tele_jax.axes import ParamSpec
 from tele_jax.config import ModelConfig, check_seed, convert, from_dict, require, to_dict
 from tele_jax.errors import UserError
-from tele_jax.growth import fate
+from tele_jax.growth import describe
 from tele_jax.growth.axis_map import AxisMap
 from tele_jax.model.spec import flat_spec
 
@@ -117,7 +117,7 @@ class Growth:
 
     def tally(self, name: str) -> dict[str, int]:
         """How many entries of a leaf are copied, scaled, zero and fresh; they add up to its size."""
-        return fate.tally(self, name)
+        return describe.tally(self, name)
 
     def to_json(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -134,7 +134,7 @@ class Growth:
         return hash(self.digest)
 
     def __str__(self) -> str:
-        return fate.table(self)
+        return describe.table(self)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -25,9 +25,9 @@ import jax
 import numpy as np
 
 from tele_jax.axes import ParamSpec, unflatten
-from tele_jax.checkpoint import chunks, layout, tiles
+from tele_jax.checkpoint import chunked, chunks, layout
 from tele_jax.errors import DamageError, UserError
-from tele_jax.growth import axis_map, host
+from tele_jax.growth import axis_map, host_kernel
 from tele_jax.growth.axis_map import NEW, AxisMap
 from tele_jax.growth.kernel import leaf_key
 from tele_jax.growth.opt_state import grow_state, kinds
@@ -104,12 +104,12 @@ def stream(
         raise UserError("growth.stream runs in processes of their own, each with its shard, not under jax.distributed")
     chunk_bytes = layout.CHUNK_BYTES if chunk_bytes is None else chunk_bytes
     lazy = _open(plan, src, opt)
-    dst = tiles.new_path(dst, lazy.path, "growth from checkpoint to checkpoint")
+    dst = chunked.new_path(dst, lazy.path, "growth from checkpoint to checkpoint")
     jobs = _jobs(plan, lazy, opt, chunk_bytes)
     meta = _meta(plan, lazy, jobs, dst.name, step, provenance)
     workers, slots = _divide_memory(jobs, memory_gb, workers)
     tile_bytes = chunk_bytes // _TILES_PER_CHUNK_LIMIT
-    cut = [tile for job in jobs for tile in tiles.cut(job.item, job.name, job.leaf, tile_bytes, job.order)]
+    cut = [tile for job in jobs for tile in chunked.cut(job.item, job.name, job.leaf, tile_bytes, job.order)]
     sources = [job.source for job in jobs if job.source is not None]
     header = {
         "plan": plan.digest,
@@ -122,14 +122,14 @@ def stream(
     }
     cache = chunks.ChunkCache(slots, max(source.leaf.chunk_bytes for source in sources))
     try:
-        with tiles.Unfinished(dst, header, meta, cut, shard=shard, resume=resume) as unfinished:
+        with chunked.Unfinished(dst, header, meta, cut, shard=shard, resume=resume) as unfinished:
             mine = _part(cut, shard)
             left = [number for number in mine if number not in unfinished.done]
             done, total = (sum(cut[number].nbytes for number in numbers) for numbers in (set(mine) - set(left), mine))
             report = progress or (lambda done, total: None)
             report(done, total)
             work = functools.partial(_write_tile, jobs, cut, cache, unfinished.path, threading.local())
-            with contextlib.closing(tiles.run(work, left, cut, unfinished.path, workers)) as finished:
+            with contextlib.closing(chunked.run(work, left, cut, unfinished.path, workers)) as finished:
                 for number in finished:
                     unfinished.finish(number)
                     done += cut[number].nbytes
@@ -174,18 +174,18 @@ def outline(
 ) -> Outline:
     """Tells what `stream` would do with these arguments; writes nothing and reads no array. Raises as `stream`."""
     lazy = _open(plan, src, opt)
-    dst = tiles.new_path(dst, lazy.path, "growth from checkpoint to checkpoint")
+    dst = chunked.new_path(dst, lazy.path, "growth from checkpoint to checkpoint")
     jobs = _jobs(plan, lazy, opt, layout.CHUNK_BYTES)
     _meta(plan, lazy, jobs, dst.name, None, None)
     threads, slots = _divide_memory(jobs, memory_gb, workers)
-    cut = [tile for job in jobs for tile in tiles.cut(job.item, job.name, job.leaf, layout.CHUNK_BYTES, job.order)]
+    cut = [tile for job in jobs for tile in chunked.cut(job.item, job.name, job.leaf, layout.CHUNK_BYTES, job.order)]
     read = {job.source.name: job.source.leaf for job in jobs if job.source is not None}
-    of_chunks = max(job.leaf.chunk_bytes + job.bytes_between for job in jobs) + host.SCRATCH_BYTES
+    of_chunks = max(job.leaf.chunk_bytes + job.bytes_between for job in jobs) + host_kernel.SCRATCH_BYTES
     return Outline(
         bytes_to_read=sum(math.prod(leaf.grid) * leaf.chunk_bytes for leaf in read.values()),
         bytes_to_write=sum(tile.nbytes for tile in cut),
-        disk_bytes=tiles.disk_bytes(cut),
-        free_bytes=tiles.free_bytes(dst),
+        disk_bytes=chunked.disk_bytes(cut),
+        free_bytes=chunked.free_bytes(dst),
         memory_bytes=_OVERHEAD_BYTES + threads * of_chunks + slots * max(leaf.chunk_bytes for leaf in read.values()),
         workers=threads,
     )
@@ -221,11 +221,11 @@ class _Job:
 
     def fill(self, values: np.ndarray, start: list[int], cache: chunks.ChunkCache) -> None:
         """Computes the chunk of the destination that begins at `start`."""
-        source = host.Source(self.source.chunks, functools.partial(cache.chunk, self.source))
+        source = host_kernel.Source(self.source.chunks, functools.partial(cache.chunk, self.source))
         *before, last = self.steps
         for step in before:
-            source = host.grown(source, step.plan, step.maps, step.chunks, step.key, values.dtype, self.power)
-        host.fill_tile(values, last.plan, last.maps, start, source, last.key, self.power)
+            source = host_kernel.grown(source, step.plan, step.maps, step.chunks, step.key, values.dtype, self.power)
+        host_kernel.fill_tile(values, last.plan, last.maps, start, source, last.key, self.power)
 
     def order(self, chunk: tuple[int, ...]) -> Any:
         """Sorts chunks so that those that need the same chunk of the source follow each other.
@@ -262,7 +262,7 @@ class _Grown:
 def _open(plan: Growth, src: Any, opt: bool) -> "Lazy":
     from tele_jax.checkpoint import open_lazy, read
 
-    tiles.local_path(src)
+    chunked.local_path(src)
     lazy = open_lazy(src)
     lines = read.config_differences(lazy.cfg, plan.src_cfg, "in the plan")
     lines += read.differences({name: array.leaf.spec for name, array in lazy.items["params"].items()}, plan.src_spec)
@@ -340,7 +340,7 @@ def _divide_memory(jobs: list[_Job], memory_gb: float, workers: int | None) -> t
     chunk = max(job.leaf.chunk_bytes for job in jobs)
     of_source = max(job.source.leaf.chunk_bytes for job in jobs if job.source is not None)
     between = max(job.bytes_between for job in jobs)
-    each = chunk + of_source + between + host.SCRATCH_BYTES
+    each = chunk + of_source + between + host_kernel.SCRATCH_BYTES
     memory = memory_gb * 1e9 - _OVERHEAD_BYTES
     if memory < each:
         largest = max(jobs, key=lambda job: job.leaf.chunk_bytes + (job.source.leaf.chunk_bytes if job.source else 0))
@@ -350,11 +350,11 @@ def _divide_memory(jobs: list[_Job], memory_gb: float, workers: int | None) -> t
         )
     wanted = 2 * (os.cpu_count() or 1) if workers is None else max(1, workers)
     workers = min(wanted, int(memory // each))
-    slots = int(memory - workers * (chunk + between + host.SCRATCH_BYTES)) // of_source
+    slots = int(memory - workers * (chunk + between + host_kernel.SCRATCH_BYTES)) // of_source
     return workers, min(slots, _SLOTS_PER_WORKER * workers)
 
 
-def _part(cut: list[tiles.Tile], shard: tuple[int, int]) -> list[int]:
+def _part(cut: list[chunked.Tile], shard: tuple[int, int]) -> list[int]:
     """The numbers of the tiles of one shard: neighbours, for they share chunks of the source; equal bytes."""
     index, count = shard
     ends = np.cumsum([tile.nbytes for tile in cut])

@@ -28,19 +28,19 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from tele_jax import checkpoint
+from tele_jax import checkpoint, files
 from tele_jax.config import ModelConfig
 from tele_jax.data import feed as feeds
 from tele_jax.data import sources
 from tele_jax.errors import UserError
 from tele_jax.growth import Plan
+from tele_jax.growth import receipt as receipts
 from tele_jax.growth.masks import require_unmasked
-from tele_jax.growth.verify import require_configs
+from tele_jax.growth.verify.report import require_configs
 from tele_jax.model.spec import count_params, spec
 from tele_jax.processes import StopSignal, from_first, is_first
-from tele_jax.run import GrowStage, RunConfig, TrainStage
+from tele_jax.settings import GrowStage, RunConfig, TrainStage
 from tele_jax.sharding import batch_sharding, make_mesh, param_shardings
-from tele_jax.train import growing
 from tele_jax.train import workdir as own
 from tele_jax.train.schedule import schedule
 from tele_jax.train.stage import Stopped, Training, mask_schedule
@@ -102,8 +102,8 @@ def run(config: RunConfig, workdir: Path, *, from_step: int | None = None) -> li
                     del training  # its state must not lie beside that of the next stage
                 _write(directory / "summary.json", {"stage": name, "kind": stage.kind, **summary})
             previous = directory / "checkpoints"
-            plan = growing.read_plan(directory) if isinstance(stage, GrowStage) else None
-    return from_first(lambda: [growing.read_summary(workdir / name) for name in config.run])
+            plan = receipts.read_plan(directory) if isinstance(stage, GrowStage) else None
+    return from_first(lambda: [own.read_summary(workdir / name) for name in config.run])
 
 
 def _same_everywhere(config: RunConfig, from_step: int | None) -> None:
@@ -132,7 +132,7 @@ def _open_mesh(config: RunConfig) -> jax.sharding.Mesh:
 
 def _write(path: Path, value: dict[str, Any]) -> None:
     """Process 0 does; it is there when this returns."""
-    from_first(lambda: growing.write_json(path, value))
+    from_first(lambda: files.write_json(path, value))
 
 
 # -------------------------------------------------------------------------------------------------- a growth stage
@@ -148,18 +148,18 @@ def _grow_stage(
     index: sources.Indexes,
 ) -> dict[str, Any]:
     saved = directory / "checkpoints"
-    receipt_file = directory / growing.RECEIPT_FILE
+    receipt_file = directory / receipts.RECEIPT_FILE
     manager = checkpoint.Manager(saved, keep=1)
     try:
         if manager.latest_step() is None:
             loaded = checkpoint.load(previous, mesh=mesh)
             tokens = _verify_tokens(text, index)
-            plan, params, opt_state, receipt = growing.grow(
+            plan, params, opt_state, receipt = receipts.grow(
                 loaded.cfg, loaded.params, loaded.opt_state, stage, mesh, tokens, where
             )
-            _write(directory / growing.PLAN_FILE, plan.to_json())
+            _write(directory / receipts.PLAN_FILE, plan.to_json())
             _write(receipt_file, receipt)
-            entry = growing.provenance_entry(directory.name, plan)
+            entry = receipts.provenance_entry(directory.name, plan)
             manager.save(0, plan.dst_cfg, params, opt_state, [*loaded.provenance, entry])
             manager.wait()
         receipt = from_first(lambda: _complete_receipt(directory, previous, saved))
@@ -176,12 +176,12 @@ def _grow_stage(
 def _complete_receipt(directory: Path, previous: Path, saved: Path) -> dict[str, Any]:
     """The receipt of a growth whose checkpoint is there, with what it was made from and became."""
     source, grown = (checkpoint.open_lazy(path) for path in (previous, saved))
-    receipt = growing.require_receipt(directory, source, grown)
+    receipt = receipts.require_receipt(directory, source, grown)
     if "destination" not in receipt:  # a kill may fall between the checkpoint and this
-        require_configs(growing.read_plan(directory), source, grown)
+        require_configs(receipts.read_plan(directory), source, grown)
         receipt["levels"] = ["configs", *receipt["levels"]]
-        receipt["source"] = {"path": str(source.path), "step": source.step, **growing.fingerprints(source)}
-        growing.write_json(directory / growing.RECEIPT_FILE, receipt | {"destination": growing.fingerprints(grown)})
+        receipt["source"] = {"path": str(source.path), "step": source.step, **receipts.fingerprints(source)}
+        files.write_json(directory / receipts.RECEIPT_FILE, receipt | {"destination": receipts.fingerprints(grown)})
     return receipt
 
 
@@ -225,7 +225,7 @@ def _check(
         start = checkpoint.open_lazy(config.start)
         if isinstance(config.stages[config.run[0]], GrowStage):  # only training opens masks
             require_unmasked(start.provenance, f"config.start={config.start}")
-        plan = started = growing.masked_plan(start, f"config.start={config.start}")
+        plan = started = receipts.masked_plan(start, f"config.start={config.start}")
         cfg = start.cfg
         _check_masks_of_start(config, started)
     tokenizers = {}
@@ -235,7 +235,7 @@ def _check(
             how = "uniform" if stage.layers == "distance" else stage.layers
             larger = cfg.replace_from(stage.model, f"config.{name}.model")
             try:
-                plan = growing.plan_of(cfg, larger, stage, layers=how)
+                plan = receipts.plan_of(cfg, larger, stage, layers=how)
             except UserError as error:
                 raise UserError(f"config.{name}: {error}") from None
             cfg = plan.dst_cfg

@@ -15,7 +15,7 @@ from tele_jax.axes import ParamSpec, flatten, unflatten
 from tele_jax.config import ModelConfig
 from tele_jax.growth.opt_state import AdamState
 from tele_jax.model.spec import spec as spec_of
-from tele_jax.run import OptimizerConfig
+from tele_jax.settings import OptimizerConfig
 
 
 def optimizer(

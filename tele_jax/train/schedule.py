@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from tele_jax.config import require
-from tele_jax.run import ScheduleConfig
+from tele_jax.settings import ScheduleConfig
 
 
 def schedule(config: ScheduleConfig, steps: int, tokens_per_step: int) -> Callable[[jax.Array], jax.Array]:

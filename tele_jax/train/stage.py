@@ -18,13 +18,13 @@ from tele_jax.config import ModelConfig, written_table
 from tele_jax.data import feed as feeds
 from tele_jax.data import position, shards, sources
 from tele_jax.errors import FailedError
-from tele_jax.eval.bpb import bits_per_byte
 from tele_jax.growth import MaskSchedule, Plan
 from tele_jax.model.decoder import init
 from tele_jax.model.spec import abstract_params, count_params
 from tele_jax.processes import from_first, is_first
-from tele_jax.run import TrainStage
+from tele_jax.settings import TrainStage
 from tele_jax.train import metrics, workdir
+from tele_jax.train.bits_per_byte import bits_per_byte
 from tele_jax.train.optimizer import delay_births, optimizer, restart_schedule
 from tele_jax.train.schedule import schedule
 from tele_jax.train.step import flops_per_token, local_rows, make_step, put_batch, state_shardings, trained_as

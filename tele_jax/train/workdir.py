@@ -24,15 +24,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tele_jax import checkpoint
+from tele_jax import checkpoint, files
 from tele_jax.checkpoint import locate
 from tele_jax.config import to_dict, written_table
 from tele_jax.data.vocabulary import tokenizer_name
 from tele_jax.errors import DamageError, UserError
 from tele_jax.files import held_alone
+from tele_jax.growth.receipt import RECEIPT_FIELDS
 from tele_jax.processes import is_first
-from tele_jax.run import GrowStage, RunConfig, run_config
-from tele_jax.train import growing
+from tele_jax.settings import GrowStage, RunConfig, run_config
 
 CONFIG, CHANGES, SUMMARY, LOCK = "config.json", "changes.json", "summary.json", ".lock"
 SET_ASIDE = "set_aside"  # directory of a stage: what came after the checkpoint that --from went back to
@@ -141,7 +141,7 @@ def claim(config: RunConfig, workdir: Path, from_step: int | None, say: Callable
     """
     path, now = workdir / CONFIG, as_json(config)
     if not path.exists():
-        growing.write_json(path, now)
+        files.write_json(path, now)
         return
     # Read as a page is: a field that came later has its default, which is how the run was started.
     before = as_json(_stored_config(path))
@@ -171,7 +171,7 @@ def claim(config: RunConfig, workdir: Path, from_step: int | None, say: Callable
         if later:
             say(f"stage {name} has not begun, and changes: {said(later, f'config.{name}')}")
             shutil.rmtree(workdir / name / "metrics", ignore_errors=True)  # of a start that came to no checkpoint
-    growing.write_json(path, now)
+    files.write_json(path, now)
 
 
 def _has_begun(directory: Path) -> bool:
@@ -238,7 +238,7 @@ def _change_last(
     _set_aside(directory, [step for step in steps if step > start], say)
     entry = {"from": start, "config": {path: list(pair) for path, pair in changed.items()}}
     if known[-1:] != [entry]:
-        growing.write_json(directory / CHANGES, {"changes": [*known, entry]})
+        files.write_json(directory / CHANGES, {"changes": [*known, entry]})
     what = f": {said(changed, where)}" if changed else ""
     say(f"stage {name} goes on from step {start}{what}")
 
@@ -273,7 +273,7 @@ def _set_aside(directory: Path, later: Sequence[int], say: Callable[[str], None]
 
 
 def _stored_config(path: Path) -> RunConfig:
-    values = growing.read_json(path)
+    values = files.read_json(path)
     try:
         return run_config(written_table(values, str(path), {}))
     except UserError as error:
@@ -290,7 +290,7 @@ def read_changes(directory: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     fields = {"changes": tuple[dict[str, Any], ...]}
-    changes = written_table(growing.read_json(path), str(path), fields, required=fields)["changes"]
+    changes = written_table(files.read_json(path), str(path), fields, required=fields)["changes"]
     for i, entry in enumerate(changes):
         written_table(
             entry, f"{path}: changes[{i}]", {"from": int, "config": dict[str, Any]}, required=("from", "config")
@@ -310,3 +310,18 @@ def adopt_tokenizer(tokenizer: dict[str, Any], workdir: Path) -> None:
         os.replace(copy.with_suffix(".tmp"), copy)
     elif hashlib.sha256(copy.read_bytes()).hexdigest() != tokenizer["sha256"]:
         raise UserError(f"{tokenizer['path']}: is another tokenizer than the one this run was started with, {copy}")
+
+
+def read_summary(directory: Path) -> dict[str, Any]:
+    """The summary that a stage ended with. Raises as `read_receipt`."""
+    file = directory / SUMMARY
+    summary = written_table(files.read_json(file), str(file), _SUMMARY_FIELDS, required=("stage", "kind", "parameters"))
+    if "receipt" in summary:
+        written_table(summary["receipt"], f"{file}: receipt", RECEIPT_FIELDS, required=("policy", "max_abs"))
+    return summary
+
+
+_SUMMARY_FIELDS = {
+    **{"stage": str, "kind": str, "parameters": int, "tokens": int, "flops": float, "receipt": dict[str, Any]},
+    **{"bits_per_byte_before": dict[str, float], "bits_per_byte_after": dict[str, float]},
+}

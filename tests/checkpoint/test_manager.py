@@ -15,7 +15,7 @@ import tele_jax as tele
 from tele_jax import checkpoint
 from tele_jax.checkpoint import manager as manager_module
 from tele_jax.errors import DamageError, UserError
-from tele_jax.run import MeshConfig
+from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh, param_shardings
 from tests.checkpoint.trees import CFG, assert_same, params
 

@@ -19,7 +19,7 @@ import tele_jax as tele
 from tele_jax import checkpoint
 from tele_jax.axes import ParamSpec, flatten
 from tele_jax.checkpoint import read
-from tele_jax.run import MeshConfig
+from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh, param_shardings
 from tests.checkpoint.trees import CFG, all_bfloat16, assert_same, params
 from tests.ports import free_port
@@ -224,7 +224,7 @@ process, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=process)
 import tele_jax as tele
 from tele_jax import checkpoint
-from tele_jax.run import MeshConfig
+from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh, param_shardings
 from tests.checkpoint.trees import CFG
 cfg = CFG

@@ -9,7 +9,7 @@ import pytest
 from tele_jax import checkpoint
 from tele_jax.cli.main import main
 from tests.convert import releases
-from tests.test_chat import tokenizer_bytes
+from tests.inference.test_chat import tokenizer_bytes
 
 
 def tele(capsys, *arguments, code=0):

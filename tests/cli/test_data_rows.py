@@ -14,7 +14,7 @@ from tele_jax import checkpoint
 from tele_jax.axes import flatten
 from tele_jax.cli.main import main
 from tele_jax.cli.pages import load_page
-from tele_jax.run import cache_config
+from tele_jax.settings import cache_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -164,7 +164,7 @@ def test_a_marker_that_somebody_typed_is_shown_as_text(place):
 def test_show_follows_the_order_of_a_run(place, capsys, tmp_path):
     from tele_jax.data import feed
     from tele_jax.data.vocabulary import load_vocabulary
-    from tele_jax.run import DataConfig
+    from tele_jax.settings import DataConfig
 
     data = DataConfig(tokenizer=str(place / "tokenizer.model"), cache=str(place / "rows"))
     batch = feed.open_feed(data, kind="pretrain", seq_len=32, batch_size=4, seed=2).read(9)

@@ -14,12 +14,12 @@ from tele_jax import checkpoint, growth
 from tele_jax.axes import flatten, unflatten
 from tele_jax.checkpoint.crc32c import crc32c
 from tele_jax.cli.main import main
-from tele_jax.train import growing_stored
+from tele_jax.growth import stored
 from tests import reference
 from tests.checkpoint.trees import assert_same, chunk_files
 from tests.growth.checkpoints import random_state
 from tests.growth.strategies import without_compiling
-from tests.test_chat import TEXTS, tokenizer_bytes
+from tests.inference.test_chat import TEXTS, tokenizer_bytes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -59,14 +59,14 @@ def place(tmp_path_factory):
 @pytest.fixture
 def by_parts(monkeypatch):
     """As for models that are larger than memory: no logits, and so nothing to compile."""
-    monkeypatch.setattr(growing_stored, "_LARGE_TREES", 10**9)
+    monkeypatch.setattr(stored, "_LARGE_TREES", 10**9)
 
 
 @pytest.fixture(scope="module")
 def grown(place):
     """(DST of a growth verified by parts, its plan)"""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(growing_stored, "_LARGE_TREES", 10**9)
+        patch.setattr(stored, "_LARGE_TREES", 10**9)
         assert main(["grow", str(place / "src"), str(place / "dst"), "--config", str(place / "page.py")]) == 0
     return place / "dst", growth.Plan.from_json(json.loads((place / "dst" / "plan.json").read_text()))
 
@@ -499,7 +499,7 @@ def test_what_was_begun_otherwise_is_not_finished_as_if_it_was_the_same(place, b
         raise Stopped
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(growing_stored, "_verify", stop)
+        patch.setattr(stored, "_verify", stop)
         grow(place, tmp_path / "dst")
     assert [path.name for path in tmp_path.iterdir()] == ["dst.unverified"]
     err = grow(place, tmp_path / "dst", "--seed", 4, code=2, capsys=capsys)

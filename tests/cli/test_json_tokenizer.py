@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from tele_jax.chat import find_tokenizer
 from tele_jax.cli.main import main
 from tele_jax.data import feed
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import UserError
-from tele_jax.run import DataConfig, SourceConfig
+from tele_jax.inference.chat import find_tokenizer
+from tele_jax.settings import DataConfig, SourceConfig
 from tests.data.test_vocabulary_tokenizers import byte_level
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

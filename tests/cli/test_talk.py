@@ -12,14 +12,14 @@ import sys
 import pytest
 
 from tele_jax import checkpoint
-from tele_jax.chat import Chat, TextStream
 from tele_jax.cli.main import main
 from tele_jax.data import dialogue
 from tele_jax.data.templates import TEMPLATES
 from tele_jax.data.vocabulary import load_vocabulary
-from tele_jax.generate import generate
+from tele_jax.inference.chat import Chat, TextStream
+from tele_jax.inference.generate import generate
 from tests.data.test_vocabulary_tokenizers import byte_level
-from tests.test_chat import model, tokenizer_bytes, work_directory
+from tests.inference.test_chat import model, tokenizer_bytes, work_directory
 
 RELEASED = {"repetition_penalty": 1.01}  # of the 12B, whose tokenizer's layout the checkpoints here have
 
@@ -426,7 +426,7 @@ def test_chat_says_that_an_answer_is_empty_and_a_model_not_made_for_chat(tmp_pat
     checkpoint.save(step, *model(), step=1, provenance=[{"stage": "pretrain", "kind": "pretrain", "step": 1}])
     (step / "tokenizer.model").write_bytes(tokenizer_bytes())
     ends = lambda *a, on_token, **options: [[]]  # noqa: E731
-    monkeypatch.setattr("tele_jax.chat.generate", ends)
+    monkeypatch.setattr("tele_jax.inference.chat.generate", ends)
     code, printed, complaints = converse(
         monkeypatch, capsys, step, "Hello\nHello\n", "--json", tmp_path / "figures.json"
     )

@@ -16,9 +16,9 @@ from tele_jax.data.examples import document_start
 from tele_jax.data.templates import TEMPLATES
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import DamageError, UserError
-from tele_jax.generate import generate
+from tele_jax.inference.generate import generate
 from tests.convert import releases
-from tests.test_chat import model, tokenizer_bytes
+from tests.inference.test_chat import model, tokenizer_bytes
 
 TELECHAT = {"do_sample": False, "temperature": 0.3, "top_k": 5, "top_p": 0.85, "repetition_penalty": 1.5}
 

@@ -10,10 +10,10 @@ from tele_jax.convert.chat_files import make
 from tele_jax.data.dialogue import render, render_prompt
 from tele_jax.data.templates import TEMPLATES, stop_ids
 from tele_jax.data.vocabulary import load_vocabulary
-from tele_jax.generate import generate
+from tele_jax.inference.generate import generate
 from tests.data import released_prompts as released
 from tests.data.test_released_prompts import RELEASED, bare, small_tokenizers
-from tests.test_chat import model, tokenizer_bytes
+from tests.inference.test_chat import model, tokenizer_bytes
 
 CONVERSATIONS = released.conversations(40, seed=1)
 PRETRAIN, SFT = {"stage": "p", "kind": "pretrain"}, {"stage": "s", "kind": "sft"}

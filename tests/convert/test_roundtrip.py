@@ -250,7 +250,7 @@ def test_any_rectangle_of_any_leaf_goes_out_and_comes_back(data, tmp_path_factor
 
 
 def test_jax_arrays_on_a_mesh_are_saved_as_well(tmp_path):
-    from tele_jax.run import MeshConfig
+    from tele_jax.settings import MeshConfig
     from tele_jax.sharding import make_mesh, param_shardings
 
     format, _, tensors, src = release("llama", tmp_path)

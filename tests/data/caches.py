@@ -6,7 +6,7 @@ import json
 import numpy as np
 
 from tele_jax.data import caching
-from tele_jax.run import CacheConfig, DataConfig, SourceConfig
+from tele_jax.settings import CacheConfig, DataConfig, SourceConfig
 
 
 def write_lines(path, records):

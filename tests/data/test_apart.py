@@ -6,7 +6,7 @@ import pytest
 
 from tele_jax.data import feed, sources
 from tele_jax.errors import UserError
-from tele_jax.run import DataConfig, SourceConfig
+from tele_jax.settings import DataConfig, SourceConfig
 
 
 def data_of(model_file, **domains):

@@ -10,7 +10,7 @@ import pytest
 
 from tele_jax.data import cache, feed
 from tele_jax.errors import DamageError, UserError
-from tele_jax.run import DataConfig, SourceConfig
+from tele_jax.settings import DataConfig, SourceConfig
 from tests.data import caches
 
 

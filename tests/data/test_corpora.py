@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from tele_jax.cli.main import main
-from tele_jax.data import corpora, corpora_text, dialogue, sources
+from tele_jax.corpora import documents as corpora_text
+from tele_jax.corpora import fetch as corpora
+from tele_jax.data import dialogue, sources
 from tele_jax.errors import UserError
 
 

@@ -12,7 +12,7 @@ import sentencepiece
 from tele_jax.data import cache, examples, feed, sources
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import UserError
-from tele_jax.run import DataConfig, SourceConfig
+from tele_jax.settings import DataConfig, SourceConfig
 from tests.data import caches
 
 IDENTITY = dict(normalization_rule_name="identity", remove_extra_whitespaces=False)

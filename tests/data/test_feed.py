@@ -15,7 +15,7 @@ import pytest
 
 from tele_jax.data import dialogue, feed, sources
 from tele_jax.errors import DamageError, UserError
-from tele_jax.run import DataConfig, SourceConfig
+from tele_jax.settings import DataConfig, SourceConfig
 
 pytest.importorskip("seqio")
 

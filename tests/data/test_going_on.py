@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tele_jax.data import cache, feed, position
 from tele_jax.errors import DamageError, UserError
-from tele_jax.run import DataConfig, SourceConfig
+from tele_jax.settings import DataConfig, SourceConfig
 from tests.data import caches
 
 

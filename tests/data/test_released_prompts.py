@@ -14,11 +14,11 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tele_jax.chat import TextStream
 from tele_jax.data import templates
 from tele_jax.data.dialogue import fit_prompt, render, render_prompt, shortest
 from tele_jax.data.templates import TEMPLATES
 from tele_jax.data.vocabulary import load_vocabulary
+from tele_jax.inference.chat import TextStream
 from tests.data import released_prompts as released
 from tests.data.test_vocabulary_tokenizers import byte_level, telechat_7b
 

@@ -17,7 +17,7 @@ from tele_jax.axes import flatten
 from tele_jax.cli.main import main
 from tele_jax.data import cache, caching, feed
 from tele_jax.errors import UserError
-from tele_jax.run import CacheConfig, DataConfig, SourceConfig
+from tele_jax.settings import CacheConfig, DataConfig, SourceConfig
 from tests.data import caches
 
 seqio = pytest.importorskip("seqio", reason="seqio is not installed: pip install 'tele_jax[data]'")

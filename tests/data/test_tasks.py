@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tele_jax.errors import UserError
-from tele_jax.run import SourceConfig
+from tele_jax.settings import SourceConfig
 from tests.data import caches
 
 seqio = pytest.importorskip("seqio", reason="seqio is not installed: pip install 'tele_jax[data]'")

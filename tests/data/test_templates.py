@@ -162,7 +162,7 @@ def test_a_vocabulary_that_says_nothing(vocabulary):
 
 
 def test_every_preset_of_sampling_is_one(vocabulary):
-    from tele_jax.generate import sampling
+    from tele_jax.inference.generate import sampling
 
     penalties = {name: template.sampling["repetition_penalty"] for name, template in TEMPLATES.items()}
     # The released code; TeleChat-52B's generation_config.json; the model card of Tele-FLM Instruct.

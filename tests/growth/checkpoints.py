@@ -6,7 +6,7 @@ import pytest
 
 import tele_jax as tele
 from tele_jax import checkpoint, growth
-from tele_jax.run import OptimizerConfig
+from tele_jax.settings import OptimizerConfig
 from tele_jax.train.optimizer import optimizer
 
 SRC = tele.ModelConfig(

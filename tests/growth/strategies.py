@@ -24,7 +24,7 @@ GROWTH = {
     name: importlib.import_module(f"tele_jax.growth.{name}")
     for name in ("apply", "check", "kernel", "plan", "policies")
 }
-SURGERY = importlib.import_module("tele_jax.surgery")
+SURGERY = importlib.import_module("tele_jax.growth.surgery")
 FLAT_SPEC = importlib.import_module("tele_jax.model.spec").flat_spec
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import tele_jax as tele
 from tele_jax import growth
 from tele_jax.axes import flatten, unflatten
-from tele_jax.run import MeshConfig
+from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh, param_shardings
 from tests import reference
 from tests.growth import oracle

@@ -16,7 +16,7 @@ import tele_jax as tele
 from tele_jax import growth
 from tele_jax.axes import flatten, unflatten
 from tele_jax.model.loss import next_token_loss
-from tele_jax.run import OptimizerConfig
+from tele_jax.settings import OptimizerConfig
 from tele_jax.train import optimizer as training
 from tests import reference
 from tests.growth import optimizers, oracle

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import tele_jax as tele
 from tele_jax import growth, surgery
 from tele_jax.growth import axis_map
-from tele_jax.run import MeshConfig
+from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh
 from tests.growth.strategies import growths, without_compiling
 from tests.growth.test_verify import SCALES, both_sides_random_in_embed, configs, with_leaves

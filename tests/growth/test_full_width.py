@@ -9,7 +9,7 @@ import dataclasses
 import tele_jax as tele
 from tele_jax import growth
 from tele_jax.axes import flatten
-from tele_jax.growth import layerwise
+from tele_jax.growth.verify import parts as layerwise
 from tests.growth import synthetic
 
 VOCAB = dict(vocab_size=512, padded_vocab_size=512)  # layers are looked at here

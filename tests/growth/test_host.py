@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from tele_jax import growth
 from tele_jax.axes import flatten, unflatten
-from tele_jax.growth import host, kernel
+from tele_jax.growth import host_kernel, kernel
 from tests.growth import oracle
 from tests.growth.checkpoints import random_numbers
 from tests.growth.strategies import growths, without_compiling
 
 
 def in_memory(array, chunks):
-    """A source for host.fill_tile, cut into chunks of a shape."""
+    """A source for host_kernel.fill_tile, cut into chunks of a shape."""
 
     @contextlib.contextmanager
     def chunk(index):
@@ -26,7 +26,7 @@ def in_memory(array, chunks):
         whole[tuple(slice(n) for n in part.shape)] = part
         yield whole
 
-    return host.Source(chunks, chunk)
+    return host_kernel.Source(chunks, chunk)
 
 
 @given(growths(dtype="float32") | growths(dtype="float32", policy="copy"), st.data())
@@ -45,7 +45,9 @@ def test_any_tile_has_the_bits_of_any_growth(case, data):
     chunks = tuple(data.draw(st.integers(1, size + 2)) for size in array.shape)
     out = random_numbers(generator, size)
     maps = [plan.maps[axis] for axis in specs[name].axes]
-    host.fill_tile(out, plan.leaves[name], maps, start, in_memory(array, chunks), kernel.leaf_key(plan.seed, name))
+    host_kernel.fill_tile(
+        out, plan.leaves[name], maps, start, in_memory(array, chunks), kernel.leaf_key(plan.seed, name)
+    )
     inside = tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))
     padded = np.zeros(size, np.float32)
     padded[tuple(slice(n) for n in expected[name][inside].shape)] = expected[name][inside]
@@ -69,8 +71,8 @@ def test_scattered_indices_in_blocks_of_every_kind(fill):
     leaf = growth.LeafPlan(0.3, zero=("b",), scaled=("a", "c"), shared=("b",), **fill)
     array = random_numbers(generator, (30, 50, 60))
     out = np.full((50, 70, 80), np.nan, np.float32)
-    assert out.size > 2 * host.BLOCK
-    host.fill_tile(out, leaf, maps, (0, 0, 0), in_memory(array, (30, 17, 25)), (1, 2), power=-1)
+    assert out.size > 2 * host_kernel.BLOCK
+    host_kernel.fill_tile(out, leaf, maps, (0, 0, 0), in_memory(array, (30, 17, 25)), (1, 2), power=-1)
     where = [np.arange(size) for size in out.shape]
     expected = kernel.tile(
         leaf, maps, where, lambda i: jnp.asarray(array[np.ix_(*i)]), (1, 2), out.shape, np.float32, -1

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 import tele_jax as tele
 from tele_jax import checkpoint, growth, surgery
 from tele_jax.axes import flatten, unflatten
-from tele_jax.growth import layerwise, structure
 from tele_jax.growth.layers import distances
+from tele_jax.growth.verify import entries
+from tele_jax.growth.verify import parts as layerwise
 from tele_jax.model import decoder
 from tests import reference
 from tests.growth import strategies
@@ -340,7 +341,7 @@ def test_the_report_does_not_depend_on_the_blocks(nbytes, policy, monkeypatch):
         big = jax.tree.map(np.array, growth.apply(plan, params))
         big["layers"]["attn"]["v"][1, 4, 2, 3] = 7.0
         whole = growth.verify_stored(plan, params, big)
-        monkeypatch.setattr(structure, "TILE_BYTES", nbytes)
+        monkeypatch.setattr(entries, "TILE_BYTES", nbytes)
         monkeypatch.setattr(layerwise, "BLOCK_BYTES", nbytes)
         parts = growth.verify_stored(plan, params, big)
     assert whole.altered == parts.altered == ("layers.attn.v",) and whole.problems == parts.problems
@@ -355,7 +356,7 @@ def test_checkpoints_are_verified_as_arrays_are(policy, how, tmp_path, monkeypat
     params = jax.tree.map(np.float32, reference.random_params(plan.src_cfg, np.random.default_rng(0), 1.0))
     checkpoint.save(tmp_path / "src", plan.src_cfg, params)
     growth.stream(plan, tmp_path / "src", tmp_path / "dst", chunk_bytes=200, memory_gb=0.2)
-    monkeypatch.setattr(structure, "TILE_BYTES", 150)
+    monkeypatch.setattr(entries, "TILE_BYTES", 150)
     old, new = (checkpoint.open_lazy(tmp_path / name) for name in ("src", "dst"))
     stored = growth.verify_stored(plan, old.params, new.params)
     monkeypatch.undo()

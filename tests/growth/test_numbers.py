@@ -8,7 +8,7 @@ import tele_jax as tele
 from tele_jax import growth, surgery
 from tele_jax.cli.main import main
 from tele_jax.config import from_dict
-from tele_jax.run import GrowStage
+from tele_jax.settings import GrowStage
 
 CFG = tele.ModelConfig(num_layers=3, embed_dim=8, num_heads=2, head_dim=4, mlp_dim=6, vocab_size=10)
 DEEPER = CFG.replace(num_layers=4)

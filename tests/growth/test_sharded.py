@@ -12,13 +12,14 @@ from jax.sharding import PartitionSpec as P
 
 import tele_jax as tele
 from tele_jax import growth, surgery
+from tele_jax.aot import counts, hlo
+from tele_jax.aot.jobs import sharded_bytes
 from tele_jax.axes import flatten, unflatten
-from tele_jax.growth import exchange, liveness
+from tele_jax.growth import exchange
 from tele_jax.growth.opt_state import AdamState
+from tele_jax.growth.verify import liveness
 from tele_jax.model.spec import abstract_params
-from tele_jax.run import MeshConfig
-from tele_jax.scale import counts, hlo
-from tele_jax.scale.jobs import sharded_bytes
+from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh, param_shardings
 from tests import reference
 from tests.growth import oracle

@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 import tele_jax as tele
 from tele_jax import growth, sharding
+from tele_jax.aot import counts, hlo
 from tele_jax.axes import flatten, unflatten
-from tele_jax.growth import share
-from tele_jax.run import MeshConfig
-from tele_jax.scale import counts, hlo
+from tele_jax.growth.verify import spread as share
+from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh, param_shardings
 from tests import reference
 from tests.growth.strategies import without_compiling

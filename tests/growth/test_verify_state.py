@@ -14,7 +14,7 @@ import tele_jax as tele
 from tele_jax import checkpoint, growth
 from tele_jax.errors import UserError
 from tele_jax.growth.opt_state import AdamState
-from tele_jax.run import MeshConfig
+from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh, param_shardings
 from tests import reference
 from tests.growth.strategies import without_compiling

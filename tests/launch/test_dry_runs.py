@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tele_jax.aot import cloud
+from tele_jax.aot.topology import find_slice
 from tele_jax.cli import main
 from tele_jax.cli.pages import load_page
-from tele_jax.run import cache_config, run_config
-from tele_jax.scale import cloud
-from tele_jax.scale.topology import find_slice
+from tele_jax.settings import cache_config, run_config
 from tests.launch.launchers import CODE, ROOT, commands, dry_run, readme_commands, tele_command
 
 CASES = list(readme_commands())

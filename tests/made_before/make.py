@@ -49,7 +49,8 @@ from ml_collections import ConfigDict
 
 
 def get_config():
-    return ConfigDict(dict(grow=dict(kind="grow", policy="exact", model=dict(num_layers=4, embed_dim=24, num_heads=3, mlp_dim=40))))
+    larger = dict(num_layers=4, embed_dim=24, num_heads=3, mlp_dim=40)
+    return ConfigDict(dict(grow=dict(kind="grow", policy="exact", model=larger)))
 """
 
 

@@ -15,7 +15,8 @@ import pytest
 from tele_jax import checkpoint, growth
 from tele_jax.axes import flatten
 from tele_jax.cli.main import main
-from tele_jax.train import growing, metrics
+from tele_jax.growth import receipt as receipts
+from tele_jax.train import metrics
 
 HERE = Path(__file__).parent
 ARCHIVES = sorted(HERE.glob("*.tar.xz"))
@@ -57,7 +58,7 @@ def test_parameters_have_the_same_bits(made, expected):
 def test_optimizer_states_are_read_and_grow_to_the_same_bits(made):
     before, grown = checkpoint.load(made / "run/small"), checkpoint.load(made / "grown")
     assert before.step == grown.step == 8
-    ours = flatten(growth.apply_opt(growing.read_plan(made / "grown"), before.opt_state))
+    ours = flatten(growth.apply_opt(receipts.read_plan(made / "grown"), before.opt_state))
     theirs = flatten(grown.opt_state)
     assert set(ours) == set(theirs) and len(theirs) > 20
     for name, value in theirs.items():

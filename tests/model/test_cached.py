@@ -7,7 +7,7 @@ import pytest
 
 import tele_jax as tele
 from tele_jax.config import Ntk, Rope
-from tele_jax.generate import prepare
+from tele_jax.inference.generate import prepare
 from tele_jax.model import attention, decoder
 from tests import reference
 

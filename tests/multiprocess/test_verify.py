@@ -14,14 +14,15 @@ from tests.ports import free_port
 SCRIPT = """
 import json, sys
 from tele_jax import growth, processes, sharding
-from tele_jax.cli import several
+from tele_jax.cli import process_group as several
 from tele_jax.errors import DamageError
-from tele_jax.growth import structure, layerwise
-from tele_jax.run import MeshConfig
+from tele_jax.growth.verify import entries
+from tele_jax.growth.verify import parts as layerwise
+from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh
 from tests.growth.test_share import WRONG, grown, on_mesh
 
-looked, look, parts = [], structure.look, layerwise.parts
+looked, look, parts = [], entries.look, layerwise.parts
 
 def count_look(plan, src, dst, unit):
     looked.append(["structure", unit])
@@ -31,7 +32,7 @@ def count_parts(plan, src, dst, unit):
     looked.append(["parts", unit])
     return parts(plan, src, dst, unit)
 
-structure.look, layerwise.parts = count_look, count_parts
+entries.look, layerwise.parts = count_look, count_parts
 sharding.BLOCK_BYTES = 1000
 number, port = int(sys.argv[1]), sys.argv[2]
 with several.together(processes.Place(f"127.0.0.1:{port}", 2, number)):
@@ -49,7 +50,7 @@ with several.together(processes.Place(f"127.0.0.1:{port}", 2, number)):
             raise DamageError("layer 2 cannot be read")
         return look(plan, src, dst, unit)
 
-    structure.look = fail_in_layer_2
+    entries.look = fail_in_layer_2
     growth.verify_stored(*case)
 """
 

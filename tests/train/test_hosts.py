@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tele_jax.data import caching, feed, vocabulary_training
-from tele_jax.run import CacheConfig, DataConfig, MeshConfig, SourceConfig
+from tele_jax.settings import CacheConfig, DataConfig, MeshConfig, SourceConfig
 from tele_jax.sharding import make_mesh
 from tele_jax.train.step import local_rows, put_batch
 from tests.ports import free_port
@@ -27,7 +27,7 @@ jax.distributed.initialize(address, num_processes=2, process_id=number)
 import numpy as np
 from jax.experimental import multihost_utils
 from tele_jax.data import feed
-from tele_jax.run import DataConfig, MeshConfig
+from tele_jax.settings import DataConfig, MeshConfig
 from tele_jax.sharding import make_mesh
 from tele_jax.train.step import local_rows, put_batch
 mesh = make_mesh(MeshConfig(**mesh), jax.devices())

@@ -14,7 +14,7 @@ from tele_jax.axes import flatten
 from tele_jax.cli.main import main
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.model.loss import next_token_loss
-from tele_jax.run import MeshConfig, OptimizerConfig
+from tele_jax.settings import MeshConfig, OptimizerConfig
 from tele_jax.sharding import make_mesh
 from tele_jax.train.optimizer import optimizer
 from tele_jax.train.step import make_step

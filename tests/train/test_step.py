@@ -6,7 +6,7 @@ import pytest
 
 import tele_jax as tele
 from tele_jax.errors import UserError
-from tele_jax.run import MeshConfig, OptimizerConfig
+from tele_jax.settings import MeshConfig, OptimizerConfig
 from tele_jax.sharding import make_mesh
 from tele_jax.train.optimizer import optimizer
 from tele_jax.train.step import flops_per_token, make_step, put_batch, state_shardings

@@ -1,0 +1,440 @@
+"""What one execution of a compiled program does on one device: FLOPs, bytes of HBM, collectives, loops multiplied out.
+
+    counts = count(hlo.parse(compiled.as_text()))
+
+XLA's own analysis counts the body of a loop once, and so a model of 64 layers as one layer.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from tele_jax.aot import hlo
+from tele_jax.aot.hlo import Computation, Instruction, Module
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+# They stand for a value that another instruction has made, or for one that is only named.
+_NAMES = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id")
+_DONE = ("copy", "slice", "async", "call", "all-gather", "all-reduce", "collective-permute", "send", "recv")
+_FREE = frozenset(
+    (*_NAMES, "opt-barrier", "optimization-barrier", "domain", "iota", "async-update", *(f"{op}-done" for op in _DONE))
+)
+_CALLS = ("while", "conditional", "call", "async-start", "call-start")
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective operation.
+
+    times: how often it runs. operand_bytes, result_bytes: of one device and one time. group: positions in the mesh of
+    the devices that the first group connects. source: the operation of the model that asked for it. channel: its
+    number in the program. slices: how many it connects, over the network between them; each device of a slice then
+    exchanges with those in its place in the others, and group only numbers the slices. overlapped: the schedule lets
+    other work run meanwhile; otherwise the device waits for it.
+    """
+
+    kind: str
+    times: float
+    operand_bytes: int
+    result_bytes: int
+    group: tuple[int, ...]
+    source: str
+    channel: str | None
+    slices: int = 1
+    overlapped: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Counts of one device and one execution: matmul_flops of dots and convolutions, kernel_flops of attention kernels,
+    hbm_bytes read and written, host_bytes moved to and from the host's memory.
+
+    work: (FLOPs, HBM bytes, times) of the instructions that run one after another, as the schedule has them. Copies
+    and collectives that the schedule overlaps with others are not among them.
+    """
+
+    matmul_flops: float
+    kernel_flops: float
+    hbm_bytes: float
+    host_bytes: float
+    saved_bytes: int  # kept by the loop over layers for the backward pass
+    collectives: tuple[Collective, ...]
+    loops: tuple[tuple[str, int], ...]
+    work: tuple[tuple[float, float, float], ...] = ()
+
+    @property
+    def flops(self) -> float:
+        return self.matmul_flops + self.kernel_flops
+
+    @property
+    def collective_bytes(self) -> float:
+        """Sum of the results of all collectives, the measure by which programs are compared."""
+        return sum(c.times * c.result_bytes for c in self.collectives)
+
+
+def count(module: Module) -> Counts:
+    """Counts a parsed program.
+
+    Raises:
+      ValueError: a loop whose length is not in the program.
+    """
+    counter = _Counter(module)
+    total = counter.computation(module.entry)
+    return Counts(
+        matmul_flops=total.matmul,
+        kernel_flops=total.kernel,
+        hbm_bytes=total.hbm,
+        host_bytes=total.host,
+        saved_bytes=_saved(module),
+        collectives=tuple(sorted(total.collectives.values(), key=lambda c: -c.times * c.result_bytes)),
+        loops=tuple(counter.loops),
+        work=tuple((flops, size, times) for (flops, size), times in total.work.items()),
+    )
+
+
+@dataclasses.dataclass
+class _Sum:
+    matmul: float = 0.0
+    kernel: float = 0.0
+    hbm: float = 0.0
+    host: float = 0.0
+    collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
+    work: dict[tuple[float, float], float] = dataclasses.field(default_factory=dict)  # (FLOPs, HBM bytes) -> times
+
+    def add(self, other: "_Sum", times: float = 1.0, *, own: str = "") -> None:
+        """Adds another so many times. `own` makes the names of its collectives those of a loop of its own."""
+        self.matmul += times * other.matmul
+        self.kernel += times * other.kernel
+        self.hbm += times * other.hbm
+        self.host += times * other.host
+        for piece, count in other.work.items():
+            self.work[piece] = self.work.get(piece, 0.0) + times * count
+        for key, collective in other.collectives.items():
+            new = dataclasses.replace(collective, times=collective.times * times)
+            old = self.collectives.get(own + key)
+            if old is None or old.times * old.result_bytes < new.times * new.result_bytes:
+                self.collectives[own + key] = new
+
+
+def _overlapped(i: Instruction) -> bool:
+    """Tells whether an instruction only starts something that runs beside the next ones until another ends it."""
+    return i.opcode.endswith("-start") or i.opcode in ("send", "recv")
+
+
+def _by_channel(collectives: Mapping[str, Collective]) -> dict[str, Collective]:
+    """Named by what they do: a collective that overlaps with several fusions is written in each of them, and is one.
+
+    Channels alone do not tell them apart: those that shard_map wrote may all have the same.
+    """
+    return {f"{c.kind}/{c.channel}/{c.source}/{c.group}/{c.operand_bytes}": c for c in collectives.values()}
+
+
+class _Counter:
+    """Walks the computations of a module; each is counted once and used wherever it is called."""
+
+    def __init__(self, module: Module):
+        self.module, self.loops = module, []
+        self.computation = functools.lru_cache(maxsize=None)(self._computation)
+
+    def _computation(self, name: str) -> _Sum:
+        computation, total = self.module.computations[name], _Sum()
+        for instruction in computation.instructions.values():
+            if instruction.opcode in _CALLS:
+                self._call(computation, instruction, total)
+            else:
+                own = _Sum()
+                self._instruction(computation, instruction, own)
+                # Where a device waits for a collective, the collective's own time stands for it.
+                waits = any(not collective.overlapped for collective in own.collectives.values())
+                if (own.matmul or own.kernel or own.hbm) and not waits and not _overlapped(instruction):
+                    own.work = {(own.matmul + own.kernel, own.hbm): 1.0}
+                total.add(own)
+        return total
+
+    def _call(self, computation: Computation, i: Instruction, total: _Sum) -> None:
+        """Adds what a loop, a branch or a call runs: its computation's instructions, one after another."""
+        if i.opcode == "while":
+            trips = hlo.trip_count(self.module, i, computation)
+            self.loops.append((i.name, trips))
+            total.add(self.computation(i.called("body")), trips, own=f"{i.name}/")
+            return
+        if i.opcode == "conditional":
+            branches = [self.computation(name) for name in _branches(i)]
+            total.add(max(branches, key=lambda branch: (branch.matmul, branch.hbm)))
+            return
+        inner = self.computation(i.called("to_apply") or i.called("calls"))
+        if _overlapped(i):
+            collectives = {key: dataclasses.replace(c, overlapped=True) for key, c in inner.collectives.items()}
+            inner = dataclasses.replace(inner, collectives=collectives, work={})
+        total.add(inner, own=f"{i.name}/")
+
+    def _instruction(self, computation: Computation, i: Instruction, total: _Sum) -> None:
+        if i.opcode == "fusion":
+            inner = self.computation(i.called("calls"))
+            # A fusion that multiplies and exchanges in one does both at the same time.
+            both = inner.matmul + inner.kernel > 0
+            collectives = {
+                key: dataclasses.replace(c, overlapped=c.overlapped or both)
+                for key, c in _by_channel(inner.collectives).items()
+            }
+            total.add(dataclasses.replace(inner, hbm=0.0, host=0.0, collectives=collectives, work={}))
+        self._arithmetic(computation, i, total)
+        kind = i.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            found = dataclasses.replace(self._collective(computation, i, kind), overlapped=_overlapped(i))
+            total.add(_Sum(collectives={i.name: found}))
+        elif i.opcode == "send" and "xla_megascale_runtime" in i.attributes:
+            found = dataclasses.replace(_between_slices(computation, i), overlapped=True)
+            total.add(_Sum(collectives={i.name: found}))
+        if i.opcode not in _FREE:
+            self._memory(computation, i, total)
+
+    # ------------------------------------------------------------------------------------------------- arithmetic
+
+    def _arithmetic(self, computation: Computation, i: Instruction, total: _Sum) -> None:
+        if i.opcode in ("dot", "convolution"):
+            left, right = (computation.instructions[name].shape[0] for name in i.operands[:2])
+            flops = dot_flops(i, left) if i.opcode == "dot" else convolution_flops(i, left, right)
+            total.matmul += flops
+        elif i.opcode == "custom-call":
+            total.kernel += attention_flops(i, [computation.instructions[name] for name in i.operands])
+
+    # ------------------------------------------------------------------------------------------------ collectives
+
+    def _collective(self, computation: Computation, i: Instruction, kind: str) -> Collective:
+        operand = sum(computation.instructions[name].bytes for name in i.operands)
+        arrays = [a for a in i.shape if a.dtype not in ("u32", "s32") or a.dims]
+        if i.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
+            arrays = arrays[len(arrays) // 2 :]  # (operands, results)
+        result = sum(array.bytes for array in arrays)
+        if kind == "all-reduce" and self._only_sliced(computation, i):
+            # How a TPU program writes a reduce-scatter: reduce, and keep one's own part.
+            kind = "reduce-scatter"
+            result = sum(user.bytes for user in self._slices_of(computation, i))
+        group = hlo.device_groups(i)
+        name = re.search(r'op_name="([^"]*)"', i.attributes)
+        members = tuple(int(d) for d in group[0]) if len(group) else ()
+        return Collective(kind, 1.0, operand, result, members, name[1] if name else "", i.attribute("channel_id"))
+
+    def _slices_of(self, computation: Computation, i: Instruction) -> list[Instruction]:
+        found = []
+        for user in computation.users[i.name]:
+            through = user.opcode in ("get-tuple-element", "bitcast")
+            found += self._slices_of(computation, user) if through else [user]
+        return found
+
+    def _only_sliced(self, computation: Computation, i: Instruction) -> bool:
+        users = self._slices_of(computation, i)
+        sliced = [u for u in users if u.opcode == "dynamic-slice" and u.bytes < i.bytes]
+        return bool(users) and len(sliced) == len(users) and "all-reduce-scatter" in computation.name
+
+    # ----------------------------------------------------------------------------------------------------- memory
+
+    def _memory(self, computation: Computation, i: Instruction, total: _Sum) -> None:
+        """Bytes that an instruction reads from and writes to HBM: its operands and its result, as far as they lie
+        there. Of an array that is only sliced, the slices; of one that is updated in place, the update.
+        """
+        inner = self.module.computations[i.called("calls")] if i.opcode == "fusion" else None
+        operands = [computation.instructions[name] for name in i.operands]
+        if i.opcode.endswith("-start") and i.opcode.removesuffix("-start") in ("copy", "slice"):
+            moved = [i.shape[0], operands[0].shape[0]]
+            size = min(array.bytes for array in moved)
+            total.hbm += sum(size for array in moved if array.space == hlo.HBM)
+            total.host += size if any(array.space == hlo.HOST for array in moved) else 0
+            return
+        for position, operand in enumerate(operands):
+            if any(array.space == hlo.HBM for array in operand.shape):
+                whole = sum(array.bytes for array in operand.shape if array.space == hlo.HBM)
+                read = _read_by(i, position, self.module) if inner is None else self._read(inner, position)
+                total.hbm += whole if read is None else min(read, whole)
+        results = [array for array in i.shape if array.space == hlo.HBM]
+        if results:
+            total.hbm += self._written(
+                computation if inner is None else inner, i if inner is None else inner.root, results
+            )
+
+    def _read(self, inner: Computation, position: int) -> int | None:
+        """Bytes of its parameter that a fused computation reads; None for all of them."""
+        parameter = inner.parameters.get(position)
+        total = 0
+        for user in inner.users[parameter.name] if parameter else ():
+            for at, name in enumerate(user.operands):
+                if name != parameter.name:
+                    continue
+                if user.opcode == "fusion":
+                    part = self._read(self.module.computations[user.called("calls")], at)
+                else:
+                    part = _read_by(user, at, self.module)
+                if part is None:
+                    return None
+                total += part
+        return total
+
+    def _written(self, computation: Computation, root: Instruction, results: Iterable[hlo.Array]) -> int:
+        """Bytes written for a result: of an update in place, the update alone."""
+        whole = sum(array.bytes for array in results)
+        parts = [computation.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        saved = 0
+        for part in parts:
+            while part.opcode == "bitcast":
+                part = computation.instructions[part.operands[0]]
+            if part.opcode == "dynamic-update-slice" and part.shape[0].space == hlo.HBM:
+                saved += part.bytes - computation.instructions[part.operands[1]].bytes
+        return max(whole - saved, 0)
+
+
+def _between_slices(computation: Computation, i: Instruction) -> Collective:
+    """A collective between slices, which a TPU program leaves to the hosts: they are sent a device's part, and the
+    result is received.
+    """
+    name = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', i.attributes)[1]
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)[1].lower().replace("_", "-")
+    receive = next(r for r in computation.instructions.values() if r.opcode == "recv" and f'"{name}"' in r.attributes)
+    slices = hlo.slices_of(i)
+    return Collective(
+        "collective-permute" if kind == "one-to-one" else kind,
+        1.0,
+        i.shape[0].bytes,
+        receive.shape[0].bytes,
+        tuple(range(slices)),
+        name,
+        i.attribute("channel_id"),
+        slices,
+    )
+
+
+def _read_by(i: Instruction, position: int, module: Module) -> int | None:
+    """Bytes of its operand at `position` that an instruction reads; None for all of them."""
+    del module
+    if position == 0 and i.opcode in _SLICES:
+        return i.bytes
+    return 0 if position == 0 and i.opcode == "dynamic-update-slice" else None
+
+
+def _branches(i: Instruction) -> list[str]:
+    listed = i.attribute("branch_computations")
+    names = (
+        re.findall(r"%?([\w.\-]+)", listed) if listed else [i.called("true_computation"), i.called("false_computation")]
+    )
+    return [name for name in names if name]
+
+
+def _saved(module: Module) -> int:
+    """Bytes that loops fill slice by slice and that a later one of the same computation reads: what the forward pass
+    saves for the backward pass. With microbatches, that computation is the body of their loop.
+    """
+    return max((_saved_within(module, computation) for computation in module.computations.values()), default=0)
+
+
+def _saved_within(module: Module, outer: Computation) -> int:
+    filled = {}
+    order = {name: at for at, name in enumerate(outer.instructions)}
+    for loop in (i for i in outer.instructions.values() if i.opcode == "while"):
+        body = module.computations[loop.called("body")]
+        trips = hlo.trip_count(module, loop, outer)
+        for index, name in enumerate(body.root.operands):
+            value, array = body.instructions[name], loop.shape[index]
+            passed = value.opcode == "get-tuple-element" and value.operands[0] == body.parameters[0].name
+            if not passed and array.dims[:1] == (trips,) and len(array.dims) > 1 and array.space in (hlo.HBM, hlo.HOST):
+                filled[(loop.name, index)] = array.bytes
+    total = 0
+    for (name, index), size in filled.items():
+        reads = [u for u in outer.users[name] if u.opcode == "get-tuple-element" and u.attribute("index") == str(index)]
+        used = {u for r in reads for u in _reach(outer, r)}
+        if any(outer.instructions[u].opcode == "while" and order[u] > order[name] for u in used):
+            total += size
+    return total
+
+
+def _reach(outer: Computation, i: Instruction) -> set[str]:
+    """Loops that a value enters as it is, through tuples and other names of it."""
+    found = set()
+    for user in outer.users[i.name]:
+        if user.opcode == "while":
+            found.add(user.name)
+        elif user.opcode in ("tuple", "bitcast", "copy", "copy-start", "copy-done", "opt-barrier"):
+            found |= _reach(outer, user)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- formulas
+
+
+def dot_flops(i: Instruction, left: hlo.Array) -> float:
+    """Two for every product that is summed."""
+    contracted = [int(d) for d in re.findall(r"\d+", i.attribute("lhs_contracting_dims") or "")]
+    return 2.0 * math.prod(i.shape[0].dims) * math.prod(left.dims[d] for d in contracted)
+
+
+def convolution_flops(i: Instruction, left: hlo.Array, right: hlo.Array) -> float:
+    """Two for every product of two elements that are there: padding and the holes of dilation do not count.
+
+    TPU programs write matrix products as convolutions, batch dimensions as spatial ones with padding or dilation.
+    """
+    labels = re.match(r"([\w?]+)_([\w?]+)->([\w?]+)", i.attribute("dim_labels"))
+    inputs, kernel, outputs = labels[1], labels[2], labels[3]
+    window = _window(i, sum(c.isdigit() for c in kernel))
+    products = 1.0
+    for d, dimension in enumerate(window):
+        size_in, size_out = left.dims[inputs.index(str(d))], i.shape[0].dims[outputs.index(str(d))]
+        products *= _valid(size_in, size_out, *dimension)
+    features = right.dims[kernel.index("i")] * i.shape[0].dims[outputs.index("f")]
+    return 2.0 * products * features * i.shape[0].dims[outputs.index("b")]
+
+
+def _window(i: Instruction, dimensions: int) -> list[tuple[int, int, int, int, int]]:
+    """Per spatial dimension: size, stride, padding before, dilation of the input, dilation of the kernel."""
+    text = i.attribute("window") or "{}"
+    fields = dict(re.findall(r"(\w+)=([\w\-]+)", text))
+    split = lambda key, default: fields[key].split("x") if key in fields else [default] * dimensions  # noqa: E731
+    return [
+        (int(size), int(stride), int(pad.split("_")[0]), int(left), int(right))
+        for size, stride, pad, left, right in zip(
+            split("size", "1"),
+            split("stride", "1"),
+            split("pad", "0_0"),
+            split("lhs_dilate", "1"),
+            split("rhs_dilate", "1"),
+            strict=True,
+        )
+    ]
+
+
+@functools.lru_cache(maxsize=4096)
+def _valid(size_in: int, size_out: int, size: int, stride: int, pad: int, dilate_in: int, dilate_kernel: int) -> int:
+    """How many (kernel, output) positions of one dimension meet an element of the input."""
+    total, outputs = 0, np.arange(size_out) * stride - pad
+    for k in range(size):
+        at = outputs + k * dilate_kernel
+        total += int(np.sum((at >= 0) & (at <= (size_in - 1) * dilate_in) & (at % dilate_in == 0)))
+    return total
+
+
+def attention_flops(i: Instruction, operands: list[Instruction]) -> float:
+    """FLOPs of a splash attention kernel with a causal mask, by the blocks that it visits; 0 for any other call.
+
+    Two matrix products a block forward, three for the gradient of q alone, four for those of k and v, five for all.
+    """
+    match = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", i.name)
+    metadata = re.search(r'"xprof_metadata":"(\{.*?\})"', i.attributes)
+    if match is None or metadata is None:
+        return 0.0
+    blocks = json.loads(metadata[1].replace('\\"', '"'))
+    phase = match[1]
+    arrays = [o.shape[0] for o in operands if len(o.shape) == 1 and len(o.shape[0].dims) >= 3]
+    arrays = [a for a in arrays if a.dtype in ("bf16", "f32", "f16")]
+    queries, keys = arrays[0].dims, arrays[1].dims  # [..., heads, S, head_dim] and [..., kv heads, T, head_dim]
+    suffix = {"fwd": "", "dq": "_dq", "dkv": "_dkv"}[phase]
+    block_q, block_kv = blocks[f"block_q{suffix}"], blocks[f"block_kv{suffix}"]
+    visited = sum(
+        min(math.ceil((row + 1) * block_q / block_kv), keys[-2] // block_kv) for row in range(queries[-2] // block_q)
+    )
+    fused = phase == "dkv" and any(len(a.dims) == len(queries) + 1 for a in i.shape)
+    products = {"fwd": 2, "dq": 3, "dkv": 5 if fused else 4}[phase]
+    return products * 2.0 * visited * block_q * block_kv * queries[-1] * math.prod(queries[:-2])

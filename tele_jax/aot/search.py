@@ -1,0 +1,147 @@
+"""Meshes, remat policies and microbatches for a model on a slice: ranked by formula, the best compiled and compared."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from tele_jax.aot.jobs import Job, OnSlice
+from tele_jax.aot.topology import Slice
+from tele_jax.config import require
+from tele_jax.errors import UserError
+from tele_jax.model.spec import count_params
+from tele_jax.settings import MeshConfig
+from tele_jax.train.step import flops_per_token
+
+REMAT = ("products", "attention", "full")
+MICROBATCHES = (1, 2, 4, 8, 16)
+MARGIN = 0.1  # of the usable HBM, which a chosen plan leaves free
+# Per two FLOPs of a forward pass: of the matrix products (backward 4, and again all but the last of a block), and of
+# the attention kernel (backward 5, for it makes its weights again), which visits some 1.15 times the unmasked half.
+_PRODUCTS = {"none": 6.0, "products": 6.0, "attention": 7.7, "full": 7.7, "offload": 7.7}
+_ATTENTION = {"none": 7 * 1.15, "products": 7 * 1.15, "attention": 7 * 1.15, "full": 9 * 1.15, "offload": 7 * 1.15}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Of one device, by formula: bytes of HBM, and seconds of a step."""
+
+    bytes: float
+    seconds: float
+
+
+def candidates(job: Job) -> list[Job]:
+    """Every mesh, remat policy and number of microbatches whose shapes divide and that fits by estimate, fastest first.
+
+    Raises:
+      UserError: none of them does.
+    """
+    found = [(estimate(c), c) for c in _variations(job)]
+    require(bool(found), f"no mesh of {job.slice.num_devices} devices divides this model and batch; change batch_size")
+    usable = job.slice.generation.usable_hbm_bytes * (1 - MARGIN)
+    fitting = [(e.seconds, e.bytes, i, c) for i, (e, c) in enumerate(found) if e.bytes <= usable]
+    if not fitting:
+        least = min(e.bytes for e, _ in found)
+        raise UserError(
+            f"by estimate no mesh, remat policy or number of microbatches fits {job.slice.name}: at least "
+            f"{least / 2**30:,.0f} GiB a device of {usable / 2**30:,.0f}; {larger(job.slice, least)}, or compile one "
+            "of them with --mesh"
+        )
+    return [c for *_, c in sorted(fitting)]
+
+
+def _variations(job: Job) -> Iterator[Job]:
+    devices = job.slice.num_devices
+    for mesh in meshes(devices, job.slice.num_slices):
+        for remat in REMAT:
+            for microbatches in MICROBATCHES:
+                if job.batch_size % microbatches:
+                    continue
+                cfg = dataclasses.replace(job.cfg, remat=remat)
+                candidate = dataclasses.replace(job, cfg=cfg, mesh=mesh, microbatches=microbatches)
+                try:
+                    candidate.check()
+                except UserError:
+                    continue
+                if job.seq_len % mesh.tensor == 0:
+                    yield candidate
+
+
+def meshes(devices: int, num_slices: int = 1) -> list[MeshConfig]:
+    """All (data, fsdp, tensor) of so many devices with tensor at most 32 and data a multiple of the slices."""
+    divisors = [d for d in range(1, devices + 1) if devices % d == 0]
+    return [
+        MeshConfig(data=data, fsdp=devices // data // tensor, tensor=tensor)
+        for tensor in divisors
+        if tensor <= 32
+        for data in divisors
+        if devices % (data * tensor) == 0 and data % num_slices == 0
+    ]
+
+
+def estimate(job: Job) -> Estimate:
+    """The memory and the time of a job by the formulas of FSDP with tensor and sequence parallelism.
+
+    Over the 16 programs of training in docs/scale.md (2026-11-29) it gives 0.8 to 1.6 times the memory that was
+    compiled, and 1.1 to 1.4 times the time with everything overlapped: good enough to rank by, and no verdict.
+    """
+    cfg, mesh, generation = job.cfg, job.mesh, job.slice.generation
+    params, cut = count_params(cfg), mesh.fsdp * mesh.tensor
+    tokens = job.tokens / (mesh.data * mesh.fsdp) / job.microbatches  # of one device group, at a time
+    layer = params / cfg.num_layers
+    # float32: parameters, two moments, gradients; bfloat16: a copy of the parameters, and of a layer in whole, thrice.
+    state = (4 * 4 + 2 + (4 if job.microbatches > 1 else 0)) * params / cut + 3 * 2 * layer / mesh.tensor
+    stream = 2 * tokens * cfg.embed_dim / mesh.tensor
+    heads = 2 * tokens * cfg.num_heads * cfg.head_dim / mesh.tensor
+    kept = cfg.num_layers * _kept(job, stream, heads, 2 * tokens * cfg.mlp_dim / mesh.tensor)
+    working = 2 * tokens * (6 * cfg.embed_dim + 5 * cfg.mlp_dim / mesh.tensor) + 4 * heads
+    attention = 6.0 * cfg.num_layers * cfg.num_heads * cfg.head_dim * job.seq_len  # model FLOPs of a token
+    products = flops_per_token(cfg, job.seq_len) - attention
+    flops = (products * _PRODUCTS[cfg.remat] + attention * _ATTENTION[cfg.remat]) / 6
+    compute = flops * job.tokens / job.slice.num_devices
+    gathers = 2 * params / mesh.tensor * (2.7 * job.microbatches if mesh.fsdp > 1 else 0)
+    reduces = 2 * 2 * params / mesh.tensor * job.microbatches if mesh.fsdp > 1 else 0
+    exchanged = 9 * cfg.num_layers * 2 * tokens * cfg.embed_dim * job.microbatches * (mesh.tensor > 1)
+    link = generation.link_bandwidth / generation.devices
+    ici = (gathers + reduces) / (2 * (generation.dimensions - 1) * link) + exchanged / (2 * link)
+    over_data = 4 * params / cut * 2 * (mesh.data > 1)
+    dcn = over_data / (generation.dcn_bandwidth / generation.devices) if job.slice.num_slices > 1 else 0.0
+    ici += 0.0 if dcn else over_data / (2 * link)
+    # What cannot overlap is not known here; a tenth of the smaller ones keeps ties apart.
+    times = (compute / job.slice.device_flops, ici, dcn)
+    return Estimate(state + kept + working, max(times) + 0.1 * sum(times))
+
+
+def _kept(job: Job, stream: float, heads: float, mlp: float) -> float:
+    """Bytes of HBM that a layer keeps for the backward pass, by the remat policy."""
+    kv_heads = heads * job.cfg.num_kv_heads / job.cfg.num_heads
+    products = 3 * stream + 2 * heads + 2 * kv_heads + 2 * mlp
+    kept = {"offload": 0.0, "full": stream, "attention": stream + heads, "products": products}
+    return kept.get(job.cfg.remat, products + mlp + heads)
+
+
+def larger(of: Slice, needed_bytes: float) -> str:
+    """What to take where a slice is too small."""
+    times = 2 ** max(1, math.ceil(math.log2(needed_bytes / (of.generation.usable_hbm_bytes * (1 - MARGIN)))))
+    most = math.prod(of.generation.largest)
+    chips = of.chips // of.num_slices * times
+    if chips <= most:
+        return f"a slice of {chips:,} chips would do by estimate"
+    return f"the largest slice of {of.generation.name} has {most:,} chips, which is too few; take another generation"
+
+
+def advice(job: OnSlice, needed_bytes: int, state_bytes: int) -> str:
+    """What would make a job fit: parameters and optimizer state alone fit, so smaller parts of the batch; or not."""
+    if job.kind == "grow":
+        return f"{larger(job.slice, needed_bytes)}; or grow the checkpoint with `tele grow`, in bounded memory"
+    if job.kind == "decode":
+        return f"{larger(job.slice, needed_bytes)}; or fewer rows, or fewer tokens"
+    usable = job.slice.generation.usable_hbm_bytes * (1 - MARGIN)
+    gradients = 2 * state_bytes / 3  # accumulated and new ones, float32 as each third of the state
+    ways = job.mesh.data * job.mesh.fsdp
+    parts = [m for m in MICROBATCHES if job.batch_size % (m * ways) == 0 and m > job.microbatches]
+    for m in parts:
+        rest = max(0.0, needed_bytes - state_bytes - gradients / 2) * job.microbatches / m
+        if state_bytes + gradients + rest <= usable:
+            return f"--microbatches {m} would do by estimate"
+    whole = (needed_bytes if job.cfg.remat == "full" else state_bytes + gradients) * 1.0
+    return f"{larger(job.slice, max(whole, usable * 1.01))}, or --search for another mesh"

@@ -1,0 +1,145 @@
+"""Verbs that several processes carry out together: their flags, and that they end together.
+
+tele train ... --coordinator-address localhost:1234 --num-processes 2 --process-id 0
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from tele_jax.cli import exit_codes as outcome
+from tele_jax.errors import UserError
+
+JOIN_SECONDS = 300  # how long a process waits for the others; or TELE_JOIN_SECONDS
+_LOOK_SECONDS = 1.0  # how often a process asks whether another has failed
+_GRACE_SECONDS = 3.0  # for its own main thread, which most often finds the same mistake
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say where this process stands among others."""
+    group = parser.add_argument_group(
+        "several processes",
+        "Start the same command in each. On TPU slices nothing need be said; elsewhere all three, or the variables.",
+    )
+    group.add_argument(
+        "--coordinator-address", metavar="HOST:PORT", help="a free port of process 0; or JAX_COORDINATOR_ADDRESS"
+    )
+    group.add_argument("--num-processes", metavar="N", help="how many there are; or JAX_NUM_PROCESSES; 1: this alone")
+    group.add_argument("--process-id", metavar="I", help="which one this is, from 0; or JAX_PROCESS_ID")
+
+
+@contextlib.contextmanager
+def together(place: Any) -> Iterator[None]:
+    """Joins the other processes. When one of them fails, all end with its exit code, and say why in one line.
+
+    place: what processes.find_place makes of the flags.
+
+    Raises:
+      UserError: as processes.start; TELE_JOIN_SECONDS is no time.
+    """
+    from tele_jax import processes
+
+    _join(place, _join_seconds())
+    if not processes.several():
+        yield
+        return
+    done = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(done,), daemon=True)
+    watcher.start()
+    try:
+        yield
+    except SystemExit:  # they have agreed on it
+        done.set()
+        watcher.join()
+        raise
+    except BaseException as error:
+        done.set()
+        _end(error)
+    done.set()
+    watcher.join()
+
+
+def _join_seconds() -> int:
+    text = os.environ.get("TELE_JOIN_SECONDS", str(JOIN_SECONDS))
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise UserError(f"TELE_JOIN_SECONDS={text}: is not a number of seconds above 0")
+    return int(text)
+
+
+def _join(place: Any, seconds: int) -> None:
+    """processes.start, which JAX would end with a stack trace where the others do not come."""
+    from tele_jax import processes
+
+    def give_up() -> None:
+        who = "processes of this slice"
+        if place is not None:
+            who = f"{place.num_processes} processes at {place.coordinator_address}"
+        print(
+            f"tele: the {who} did not all come within {seconds} s; start the same command on every worker",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        processes.start(place, timeout=2 * seconds)
+    finally:
+        timer.cancel()
+
+
+def _end(error: BaseException) -> None:
+    """Ends this process because of an error. An orderly shutdown of JAX would wait for what the others are at."""
+    import jax
+
+    from tele_jax import processes
+
+    known = outcome.of(error)
+    if known is None:
+        # What is exchanged with a process that has left breaks here: no failure of its own.
+        failure = processes.failure_of_others()
+        if failure is not None:
+            _follow(failure)
+        traceback.print_exception(error)
+        known = (f"{type(error).__name__}: {error}", 1)
+    line, code = outcome.one_line(known[0]), known[1]
+    index = jax.process_index()
+    if processes.fail(line, code) or index == 0:
+        print(f"tele: {line}" if index == 0 else f"tele: process {index}: {line}", file=sys.stderr)
+    _exit(code)
+
+
+def _watch(done: threading.Event) -> None:
+    """Ends this process when another has failed, whatever its main thread waits for."""
+    from tele_jax import processes
+
+    while not done.wait(_LOOK_SECONDS):
+        failure = processes.failure_of_others()
+        if failure is not None and not done.wait(_GRACE_SECONDS):
+            _follow(failure)
+
+
+def _follow(failure: dict[str, Any]) -> NoReturn:
+    """Ends this process as another has ended, which told it."""
+    import jax
+
+    line = f"process {failure['process']} failed: {failure['line']}"
+    index = jax.process_index()
+    print(f"tele: {line}" if index == 0 else f"tele: process {index} stops: {line}", file=sys.stderr)
+    _exit(failure["code"])
+
+
+def _exit(code: int) -> NoReturn:
+    from tele_jax import processes
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    processes.leave()
+    os._exit(code)

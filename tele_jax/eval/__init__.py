@@ -1,1 +1,0 @@
-"""Evaluation: bits per byte on held-out text."""

@@ -1,0 +1,1 @@
+"""Verification of a growth: what is compared (entries, moments, parts, liveness), divided (spread) and reported."""

@@ -1,0 +1,278 @@
+"""Verification of a growth. A report names the levels that it looked at:
+
+configs            the configs that two checkpoints hold are those of the plan
+parameters         every entry is kept (to the bit, or to rounding where a factor was         entries.py
+                   planned), zero, or the fresh value of its place
+optimizer state    every moment, count and birth is what growth makes of the source's         moments.py
+parts              embedding, every layer and head do what they did, on random inputs         parts.py
+logits, liveness   the logits on tokens before and after; whether all that is new can learn   liveness.py
+
+`verify_stored` does all but the last two, and needs no more memory than blocks of leaves; `verify` does all. Configs
+are those of open checkpoints: trees have none. The optimizer state is looked at where one is given or stored.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tele_jax.axes import flatten
+from tele_jax.config import ModelConfig, differing_fields, require
+from tele_jax.errors import DamageError
+from tele_jax.growth.apply import check_tree
+from tele_jax.growth.masks import vectors
+from tele_jax.growth.plan import Growth
+from tele_jax.growth.verify import entries, spread
+from tele_jax.growth.verify import moments as structure_opt
+from tele_jax.growth.verify import parts as layerwise
+from tele_jax.growth.verify.liveness import liveness
+from tele_jax.model import decoder
+from tele_jax.sharding import to_host
+
+if TYPE_CHECKING:  # it brings TensorStore
+    from tele_jax.checkpoint import Lazy
+
+# Largest logit difference, relative to the largest logit, that rounding explains.
+RELATIVE_TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "bfloat16": 5e-2}
+
+# Largest difference of a part, relative to the largest value of its row: all is computed in float64.
+PARTS_TOLERANCE = 1e-11
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `verify` or `verify_stored` found. What was not looked at is None.
+
+    Attributes:
+      levels: what was looked at, of "configs", "parameters", "optimizer state", "parts", "logits" and "liveness".
+      max_abs: largest difference of a logit of the old tokens; max_rel: the same over the largest logit.
+      kl: mean KL divergence of the grown model's predictions from the source's, over the old tokens, in nats.
+      altered: leaves that are not what the plan makes of the source, "opt_state.PART" of the optimizer state, and
+        "config.FIELD" where a checkpoint holds another config than the plan; problems says how.
+      parts: {part: largest relative difference of what comes out of it}, of embedding, layers and head, in float64 and
+        without the rounding of products to the dtype of the parameters, which `altered` looks at.
+      parts_tolerance: of those.
+      dead: "axis[unit] in leaf" for new units that have no gradient after two optimizer steps.
+      locked: "axis[unit] = axis[unit]" for units that are still identical after two optimizer steps.
+      tokens: SHA-256 of the tokens.
+      ok: everything that the plan promises holds, as far as it was looked at.
+    """
+
+    policy: str
+    plan: str
+    preserving: bool
+    lively: bool
+    levels: tuple[str, ...]
+    altered: tuple[str, ...]
+    problems: tuple[str, ...]
+    parts: Mapping[str, float]
+    parts_tolerance: float
+    max_abs: float | None = None
+    max_rel: float | None = None
+    tolerance: float | None = None
+    kl: float | None = None
+    dead: tuple[str, ...] | None = None
+    locked: tuple[str, ...] | None = None
+    tokens: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        # Written so that a difference that is no number does not pass.
+        same = self.max_rel is None or self.max_rel <= self.tolerance
+        parts = all(difference <= self.parts_tolerance for difference in self.parts.values())
+        preserved = not self.preserving or (same and parts)
+        lively = not self.lively or not (self.dead or self.locked)
+        return preserved and lively and not self.altered
+
+    @property
+    def worst_part(self) -> tuple[str, float]:
+        """The part that differs most, and by how much."""
+        return max(self.parts.items(), key=lambda item: item[1], default=("", 0.0))
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"ok": self.ok}
+
+    def __str__(self) -> str:
+        name, difference = self.worst_part
+        lines = [
+            f"looked at: {', '.join(self.levels)}",
+            f"altered leaves: {_listed(self.problems)}",
+            f"parts: {len(self.parts)} looked at, largest relative difference {difference:.3g} in {name or 'none'}",
+        ]
+        if self.max_abs is None:
+            lines.append("logits, dead and locked units: not looked at")
+        else:
+            lines += [
+                f"logits: max difference {self.max_abs:.3g} ({self.max_rel:.3g} of the largest), KL {self.kl:.3g} nats",
+                f"dead units: {_listed(self.dead)}",
+                f"locked units: {_listed(self.locked)}",
+            ]
+        return "\n".join([*lines, "ok" if self.ok else "NOT ok"])
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return "none" if not names else ", ".join(names[:8]) + (f", and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def verify(
+    plan: Growth,
+    params: Any,
+    big: Any,
+    tokens: jax.Array,
+    *,
+    opt_state: tuple[Any, Any] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Report:
+    """Compares the grown parameters with the source's, at all levels that apply; logits on tokens int32[B, S].
+
+    Needs memory for both trees, two gradients and Adam's moments of the larger one. Other arguments as `verify_stored`;
+    checkpoints are loaded after they were looked at as they are stored.
+
+    Raises:
+      UserError: as verify_stored; rows shorter than 3 tokens, tokens that are in only one of the two vocabularies.
+    """
+    old_tokens, new_tokens, before_ids, after_ids = _tokens(plan, tokens)
+    report = verify_stored(plan, params, big, opt_state=opt_state, optimizer=optimizer)
+    params, big = _loaded(params), _loaded(big)
+    masks = vectors(plan, 0.0) if plan.masked else None
+    # On TPUs the default precision multiplies in bfloat16, whose rounding would hide what is looked for.
+    with jax.default_matmul_precision("highest"):
+        before = jax.jit(decoder.forward, static_argnums=0)(plan.src_cfg, params, old_tokens)
+        after = jax.jit(decoder.forward, static_argnums=0)(plan.dst_cfg, big, new_tokens, masks=masks)
+        before, after = jnp.asarray(to_host(before))[..., before_ids], jnp.asarray(to_host(after))[..., after_ids]
+        dead, locked = liveness(plan, big, new_tokens)
+    max_abs = float(jnp.max(jnp.abs(after - before)))
+    old, new = jax.nn.log_softmax(before), jax.nn.log_softmax(after)
+    return dataclasses.replace(
+        report,
+        levels=(*report.levels, "logits", "liveness"),
+        max_abs=max_abs,
+        max_rel=max_abs / max(float(jnp.max(jnp.abs(before))), 1e-30),
+        tolerance=max(RELATIVE_TOLERANCE[dtype] for dtype in _dtypes(plan)),
+        kl=float(jnp.mean(jnp.sum(jnp.exp(old) * (old - new), axis=-1))),
+        dead=dead,
+        locked=locked,
+        tokens=hashlib.sha256(np.ascontiguousarray(tokens, np.int32)).hexdigest(),
+    )
+
+
+def _tokens(plan: Growth, tokens: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens for the source, for the grown model, the ids that both share: of the source, of the grown model)."""
+    tokens = np.asarray(tokens)
+    # A single position has nothing to attend to, so that its queries and keys could not show that they live.
+    fits = tokens.ndim == 2 and tokens.shape[1] >= 3
+    require(fits, f"verify: tokens of shape {tokens.shape}; rows of at least 3 tokens are needed")
+    after_ids, before_ids = layerwise.shared_tokens(plan)
+    unknown = np.setdiff1d(tokens, before_ids)
+    require(unknown.size == 0, f"verify: tokens {', '.join(map(str, unknown[:8]))} are not in both vocabularies")
+    new_ids = np.zeros(plan.src_cfg.vocab_size, np.int32)
+    new_ids[before_ids] = after_ids
+    return np.asarray(tokens, np.int32), new_ids[tokens], before_ids, after_ids  # not on one process's device
+
+
+def _loaded(model: Any) -> Mapping[str, Any]:
+    if isinstance(model, Mapping):
+        return model
+    from tele_jax import checkpoint
+
+    return checkpoint.load(model.path, items=("params",)).params
+
+
+def verify_stored(
+    plan: Growth,
+    src: Any,
+    dst: Any,
+    *,
+    layers: Collection[int] | None = None,
+    opt_state: tuple[Any, Any] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Report:
+    """The levels that work for models larger than memory: every entry, and the function part by part.
+
+    src, dst: trees of arrays or of checkpoint.LazyArray, or open checkpoints (checkpoint.open_lazy), of which the
+      configs and, where `dst` holds one, the optimizer state are compared too. All is read block by block. Of what
+      several processes hold together each reads its share, layer by layer (`share`): all have to call this.
+    layers: destination layers whose function is looked at; all by default.
+    opt_state: the optimizer states (before, after), where src and dst are trees.
+    optimizer: as for apply_opt.
+
+    Raises:
+      UserError: a tree is not what the plan's config describes, or the plan does not lead to a whole model.
+      DamageError: a stored leaf is damaged.
+    """
+    require(plan.is_model, f"verify: the plan ({plan.policy}) leads to a part of a model, or to other names")
+    levels, wrong = ["parameters"], {}
+    if not isinstance(src, Mapping) and not isinstance(dst, Mapping):
+        levels.insert(0, "configs")
+        wrong |= _config_problems(plan, src.cfg, dst.cfg)
+        if dst.opt_state is not None:
+            require(src.opt_state is not None, f"{src.path}: holds no optimizer state, but {dst.path} does")
+            opt_state = (src.opt_state, dst.opt_state)
+        src, dst = src.params, dst.params
+    src, dst = flatten(src), flatten(dst)
+    check_tree(src, plan.src_spec)
+    check_tree(dst, plan.dst_spec)
+    found = spread.each(plan, src, dst, lambda *unit: _examine(plan, layers, *unit))
+    wrong |= entries.altered(plan, [problems for problems, _ in found])
+    if opt_state is not None:
+        levels.append("optimizer state")
+        problems = structure_opt.altered(plan, *opt_state, optimizer)
+        wrong |= {f"opt_state.{part}": problem for part, problem in problems.items()}
+    (_, ends), *others = found
+    parts = {"embed": ends["embed"]}
+    for _, layer in others:
+        parts |= layer
+    parts["head"] = ends["head"]
+    return Report(
+        policy=plan.policy,
+        plan=plan.digest,
+        preserving=plan.preserving,
+        lively=plan.lively,
+        levels=(*levels, "parts"),
+        altered=tuple(wrong),
+        problems=tuple(f"{name}: {problem}" for name, problem in wrong.items()),
+        parts=parts,
+        parts_tolerance=PARTS_TOLERANCE,
+    )
+
+
+def _config_problems(plan: Growth, src: ModelConfig, dst: ModelConfig) -> dict[str, str]:
+    """{config.FIELD: problem} where two checkpoints hold another model than the plan."""
+    return {
+        f"config.{field}": f"the {which} holds {have!r}, the plan {want!r}"
+        for which, stored, planned in (("source", src, plan.src_cfg), ("grown checkpoint", dst, plan.dst_cfg))
+        for field, (have, want) in differing_fields(stored, planned).items()
+    }
+
+
+def require_configs(plan: Growth, src: "Lazy", dst: "Lazy") -> None:
+    """Raises DamageError where two open checkpoints hold other configs than the plan."""
+    if problems := _config_problems(plan, src.cfg, dst.cfg):
+        raise DamageError(f"{dst.path}: {'; '.join(f'{field}: {what}' for field, what in problems.items())}")
+
+
+def _examine(
+    plan: Growth, layers: Collection[int] | None, unit: int | None, src: Mapping[str, Any], dst: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[str, float]]:
+    """Examines one unit (see `share`) at both levels, and gives as JSON ({leaf: problem}, {part: difference})."""
+    problems = entries.look(plan, src, dst, unit)
+    if not (unit is None or layers is None or unit in layers):
+        return problems, {}
+    # That products are rounded right is known from there; how their rounding spreads is no matter of the plan.
+    made = {
+        name: leaf if plan.moves_exactly(name) else entries.Unrounded(plan, name, src.get(plan.sources[name]), leaf)
+        for name, leaf in dst.items()
+    }
+    with np.errstate(all="ignore"):  # what is no number is found in `problems`
+        return problems, layerwise.parts(plan, src, made, unit)
+
+
+def _dtypes(plan: Growth) -> set[str]:
+    """The dtypes in which growth and the two forward passes round."""
+    scales = not all(map(plan.moves_exactly, plan.dst_spec))
+    return {plan.src_cfg.dtype, plan.dst_cfg.dtype} | ({plan.dst_cfg.param_dtype} if scales else set())

@@ -1,0 +1,233 @@
+"""Talking to a fine-tuned model: a conversation and its history, tokens to text as they come, the tokenizer's place."""
+
+import codecs
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from tele_jax.checkpoint import locate
+from tele_jax.config import ModelConfig, check_seed, require, whole
+from tele_jax.data import dialogue, templates
+from tele_jax.data.dialogue import Prompt
+from tele_jax.data.templates import Template
+from tele_jax.data.vocabulary import TOKENIZER_FILES, Vocabulary, tokenizer_in
+from tele_jax.errors import UserError
+from tele_jax.inference.generate import generate, prepare, sampling
+
+MAX_NEW_TOKENS = 1024  # not published: ours, an answer of about two pages
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """An answer, and what a caller may want to know of it.
+
+    Attributes:
+      text: the answer.
+      prompt: what it was drawn after, as fitted into the context.
+      tokens: what was drawn, without what ended it.
+      ended: why it ended: "eos" (the model ended it), "length" (it has max_new_tokens), "context" (it has them, and
+        prompt and answer fill the model's context).
+      remembered: whether question and answer are in the history now: an empty answer is not, for no template has a way
+        to write one.
+    """
+
+    text: str
+    prompt: Prompt
+    tokens: list[int]
+    ended: Literal["eos", "length", "context"]
+    remembered: bool
+
+
+class Chat:
+    """A conversation. Each reply is drawn after the whole history, as far as the model's context holds it.
+
+    >>> chat = Chat(cfg, params, vocabulary, system="Answer in one word.")
+    >>> chat.reply("What is the capital of France?")
+    'Paris'
+    >>> chat.messages[-1]
+    {'role': 'assistant', 'content': 'Paris'}
+    >>> chat.last.ended
+    'eos'
+
+    What does not fit beside max_new_tokens in cfg.max_seq_len is trimmed: the oldest turns go, then the left end of the
+    question; `last.prompt` says so. `messages` keeps all of it. Answers stand in later prompts by the very ids that
+    were drawn.
+
+    Attributes:
+      messages: {"role", "content"} of the system message, if any, and of every exchange.
+      template: how the dialogue is written.
+      last: the last reply; None before the first.
+      max_new_tokens, max_seq_len: the longest reply, and what prompt and reply may be together.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        params: Mapping[str, Any],
+        vocabulary: Vocabulary,
+        *,
+        template: Template | None = None,
+        system: str | None = None,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        stop_ids: Sequence[int] = (),
+        **options: Any,
+    ):
+        """Prepares the model; with the options as they are the likeliest token is always taken.
+
+        template: that of the vocabulary by default.
+        max_new_tokens: longest reply; by default 1,024, or half of cfg.max_seq_len where that is less.
+        seed: the n-th reply is drawn with seed + n.
+        stop_ids: more ids that end a reply, beside those of the template.
+        options: temperature, top_k, top_p and repetition_penalty as in generate.sampling; template.sampling and
+          template.greedy have what a family was released with.
+
+        Raises:
+          UserError: an option out of its range; a vocabulary without the template's markers, or larger than the
+            model's; a system message where the template has no place for one.
+        """
+        sampling(**options)
+        check_seed(seed)
+        check_vocabulary(cfg, vocabulary)
+        self.template = template or templates.choose(vocabulary)
+        shortest = dialogue.shortest(vocabulary, self.template)
+        if max_new_tokens is None:
+            max_new_tokens = min(MAX_NEW_TOKENS, cfg.max_seq_len // 2)
+        require(whole(max_new_tokens, "max_new_tokens") >= 1, f"max_new_tokens={max_new_tokens} must be at least 1")
+        self._max_prompt = cfg.max_seq_len - max_new_tokens
+        require(
+            self._max_prompt >= shortest,
+            f"max_new_tokens={max_new_tokens} leaves {max(self._max_prompt, 0)} of the model's max_seq_len="
+            f"{cfg.max_seq_len} tokens to the question, which needs {shortest}; give less",
+        )
+        stop_ids = sorted({*templates.stop_ids(self.template, vocabulary), *stop_ids})
+        self.max_new_tokens, self.max_seq_len = max_new_tokens, cfg.max_seq_len
+        self._options = dict(max_new_tokens=max_new_tokens, stop_ids=stop_ids, **options)
+        self._cfg, self._params, self._vocabulary = cfg, prepare(cfg, params), vocabulary
+        self._seed, self._replies = seed, 0
+        self.messages: list[dict[str, str]] = []
+        self.last: Reply | None = None
+        self._drawn: dict[int, tuple[str, list[int]]] = {}  # by index in messages: an answer and its ids
+        self.reset(system)
+
+    def reset(self, system: str | None = None) -> None:
+        """Forgets the conversation; the next one has this system message, or none.
+
+        Raises:
+          UserError: the template has no place for a system message; nothing is forgotten then.
+        """
+        messages = [{"role": "system", "content": system}] if system else []
+        if messages:  # is there a place for it?
+            dialogue.render_prompt(
+                [*messages, {"role": "user", "content": "?"}], self._vocabulary, template=self.template
+            )
+        self.messages, self._drawn = messages, {}
+
+    def reply(self, question: str, on_text: Callable[[str], None] | None = None) -> str:
+        """Answers, and takes question and answer into the history, unless the answer is empty or interrupted.
+
+        on_text: called after every token with the text that is certain now and was not before, which may be none;
+          together the texts are the answer.
+
+        Raises:
+          UserError: the question is empty.
+        """
+        require(bool(question), "the question is empty")
+        asked = [*self.messages, {"role": "user", "content": question}]
+        # A caller may have put another text in the place of an answer: then the ids are no longer those of it.
+        drawn = {i: ids for i, (said, ids) in self._drawn.items() if i < len(asked) and asked[i]["content"] == said}
+        prompt = dialogue.fit_prompt(asked, self._vocabulary, self._max_prompt, self.template, drawn)
+        text = TextStream(self._vocabulary)
+        parts: list[str] = []
+
+        def hear(part: str) -> None:
+            parts.append(part)
+            if on_text is not None:
+                on_text(part)
+
+        (tokens,) = generate(
+            self._cfg,
+            self._params,
+            [prompt.tokens],
+            seed=(self._seed + self._replies) % 2**32,
+            on_token=lambda _, token: hear(text.add(token)),
+            **self._options,
+        )
+        if rest := text.end():
+            hear(rest)
+        self._replies += 1
+        answer = "".join(parts)
+        ended = why_ended(self._cfg, prompt.tokens, tokens, self.max_new_tokens)
+        self.last = Reply(answer, prompt, tokens, ended, remembered=bool(answer))
+        if answer:
+            self.messages = [*asked, {"role": "assistant", "content": answer}]
+            self._drawn[len(asked)] = answer, tokens
+        return answer
+
+
+def why_ended(
+    cfg: ModelConfig, prompt: Sequence[int], drawn: Sequence[int], max_new_tokens: int
+) -> Literal["eos", "length", "context"]:
+    """The reason why no more tokens were drawn: a stop id, the length, or both fill the model's context."""
+    if len(drawn) < max_new_tokens:
+        return "eos"
+    return "context" if cfg.rope.ntk is None and len(prompt) + len(drawn) >= cfg.max_seq_len else "length"
+
+
+class TextStream:
+    """Tokens to text one by one. A character made of several byte tokens comes out whole, when its last byte is there.
+
+    >>> stream = TextStream(vocabulary)
+    >>> [stream.add(token) for token in (0xE4 + 123, 0xB8 + 123, 0xAD + 123)]     # bytes start at id 123 here
+    ['', '', '中']
+    """
+
+    def __init__(self, vocabulary: Vocabulary, *, continues: bool = False):
+        """Begins a text, or with `continues` goes on after one: then a space of the first token is no dummy prefix."""
+        self._vocabulary, self._at_start = vocabulary, not continues
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        """The text that is certain now and was not before. Control tokens, and ids beyond the vocabulary, have none."""
+        spelled = self._vocabulary.spelled(token, first=self._at_start)
+        self._at_start = self._at_start and not spelled
+        return self._decoder.decode(spelled)
+
+    def end(self) -> str:
+        """What is left: U+FFFD where the last character was never completed, otherwise nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+def check_vocabulary(cfg: ModelConfig, vocabulary: Vocabulary) -> None:
+    """Raises UserError where the vocabulary has ids that the model does not have."""
+    require(
+        vocabulary.vocab_size <= cfg.vocab_size,
+        f"tokenizer {vocabulary.path}: it has {vocabulary.vocab_size} ids, but the model's vocab_size is "
+        f"{cfg.vocab_size}; name the tokenizer that the model was trained with by --tokenizer",
+    )
+
+
+def find_tokenizer(ckpt_path: str | os.PathLike, explicit: str | os.PathLike | None = None) -> str:
+    """Path of the tokenizer of a checkpoint: the one named explicitly, or that in or above its directory.
+
+    It is called tokenizer.model (SentencePiece) or tokenizer.json (of the `tokenizers` library). Where both lie, the
+    model is taken, from which the JSON was made.
+
+    ckpt_path: as checkpoint.load takes it. Looked into are the step directory, and those above it up to the work
+      directory: W/pretrain/checkpoints/100, W/pretrain/checkpoints, W/pretrain, W.
+
+    Raises:
+      UserError: there is no checkpoint, or nowhere a tokenizer.
+    """
+    if explicit is not None:
+        return str(explicit)
+    step = locate.find_step(ckpt_path)
+    for directory in (step, *list(step.parents)[:3]):
+        if found := tokenizer_in(directory):
+            return str(found)
+        if (directory / "config.json").is_file():
+            break  # the work directory
+    raise UserError(
+        f"{step}: no {' or '.join(TOKENIZER_FILES)} in or above it, up to {directory}; name one with --tokenizer FILE"
+    )
