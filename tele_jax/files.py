@@ -173,16 +173,16 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(_json_value(value), indent=2, allow_nan=False) + "\n")
         os.replace(temporary, path)
     except OSError as error:
         raise DamageError(f"{path}: could not be written ({error.strerror})") from None
 
 
-def _finite(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     """JSON values, with null in the place of numbers that JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_json_value(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
