@@ -167,11 +167,11 @@ def serve(library: Callable[[Path], tuple[str, Variants]], weights: Path) -> Non
 
 
 def keep_freed_memory() -> None:
-    """As `tele train` does, for every library here."""
-    spec = importlib.util.spec_from_file_location("memory", Path(__file__).parents[1] / "tele_jax/train/memory.py")
-    memory = importlib.util.module_from_spec(spec)  # not through the package, whose imports would come too early
-    spec.loader.exec_module(memory)
-    memory.keep_freed()
+    """Asks the allocator to keep freed memory, as `tele train` does, for every library here."""
+    spec = importlib.util.spec_from_file_location("cpu", Path(__file__).parents[1] / "tele_jax/model/cpu.py")
+    cpu = importlib.util.module_from_spec(spec)  # not through the package, whose imports would come too early
+    spec.loader.exec_module(cpu)
+    cpu.keep_freed()
 
 
 # --------------------------------------------------------------------------------------------- the libraries

@@ -62,13 +62,13 @@ def _keep_freed_memory() -> None:
 
     import jax
 
+    from tele_jax.model import cpu
     from tele_jax.processes import on_tpu
-    from tele_jax.train import memory
 
     platforms = jax.config.jax_platforms
     others = on_tpu() or importlib.metadata.entry_points(group="jax_plugins")
     if platforms == "cpu" or (not platforms and not others):
-        memory.keep_freed()
+        cpu.keep_freed()
 
 
 def _run(args: argparse.Namespace, config: Any) -> dict[str, Any]:
