@@ -7,12 +7,13 @@ that is not UTF-8, JSON that is too deep: all are a UserError that names the pat
 import codecs
 import contextlib
 import fcntl
+import glob
 import itertools
 import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +187,37 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_json_value(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def expand(patterns: Sequence[str], where: str) -> tuple[str, ...]:
+    """Returns the files that the glob patterns match (`**` crosses directories), each once, sorted.
+
+    A path that exists is taken literally, whatever brackets or stars its name has. A file that two paths reach (`a.txt`
+    and `./a.txt`, or a link) is listed once, under its first path.
+
+    Args:
+      patterns: paths and glob patterns.
+      where: names the patterns in messages.
+
+    Raises:
+      UserError: a pattern matches no file, or something else than a plain file.
+    """
+    found = set()
+    for pattern in patterns:
+        paths = (
+            [pattern] if os.path.exists(pattern) and not os.path.isdir(pattern) else glob.glob(pattern, recursive=True)
+        )
+        matches = [path for path in paths if not os.path.isdir(path)]
+        for path in matches:
+            if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+                raise UserError(f"{where}: {path} is not a plain file, and text is read at any byte of it")
+        if not matches:
+            if os.path.isdir(pattern):
+                raise UserError(f"{where}: {pattern} is a directory; give a pattern, e.g. {pattern.rstrip('/')}/*.txt")
+            hint = "; rate=0 leaves the domain out" if where.endswith(".files") else ""
+            raise UserError(f"{where}: no file matches {pattern}{hint}")
+        found.update(matches)
+    first: dict[str, str] = {}
+    for path in sorted(found):
+        first.setdefault(os.path.realpath(path), path)
+    return tuple(first.values())

@@ -15,7 +15,7 @@ import numpy as np
 from tele_jax.clean import hashing
 from tele_jax.clean.document import Document
 from tele_jax.clean.settings import DuplicatesConfig
-from tele_jax.data.extras import need
+from tele_jax.extras import need
 
 # A document under one key; payload: what verification compares. batch: the key of the batch that holds it.
 KEYED = np.dtype([("key", np.uint64), ("uid", np.int64), ("batch", np.int64)])

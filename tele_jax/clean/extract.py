@@ -10,7 +10,7 @@ from typing import Any
 
 from tele_jax.clean.document import Document, Drop
 from tele_jax.clean.settings import ExtractConfig, NormaliseConfig
-from tele_jax.data.extras import need
+from tele_jax.extras import need
 
 
 def extract(document: Document, config: ExtractConfig) -> Document | Drop:

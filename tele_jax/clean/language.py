@@ -9,7 +9,7 @@ import re
 from tele_jax.clean import hashing
 from tele_jax.clean.document import Document, Drop
 from tele_jax.clean.settings import LanguageConfig
-from tele_jax.data.extras import need
+from tele_jax.extras import need
 
 MAX_CHARS = 20_000  # looked at, from the beginning and the middle: more changes nothing but the time
 _UNFIT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff]")  # CLD2 refuses these

@@ -9,8 +9,8 @@ import numpy as np
 from tele_jax.clean import hashing
 from tele_jax.clean.document import Document, Drop
 from tele_jax.clean.settings import OverlapConfig
-from tele_jax.data.sources import expand
 from tele_jax.errors import UserError
+from tele_jax.files import expand
 
 
 def load(config: OverlapConfig) -> np.ndarray:

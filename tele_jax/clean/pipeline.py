@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tele_jax import beam_workers
 from tele_jax.clean import reading, report, stages, writing
 from tele_jax.clean.settings import CleanConfig
 from tele_jax.config import to_dict
-from tele_jax.data import beam_workers
-from tele_jax.data.extras import need
-from tele_jax.data.sources import expand
 from tele_jax.errors import DamageError, FailedError, UserError
+from tele_jax.extras import need
+from tele_jax.files import expand
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,8 @@ from tele_jax.clean import hashing
 from tele_jax.clean.document import Document, Drop
 from tele_jax.clean.settings import QualityConfig
 from tele_jax.clean.writing import open_model, replace_file
-from tele_jax.data.extras import need
 from tele_jax.errors import UserError
+from tele_jax.extras import need
 
 FORMAT = "tele_jax quality classifier 1"
 BITS = 18  # 262,144 features

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from tele_jax.clean.document import OFFSET_BITS, Document, Reject
 from tele_jax.clean.settings import SourceConfig
-from tele_jax.data.extras import need
+from tele_jax.extras import need
 
 RANGE_BYTES = 64 << 20  # a plain jsonl file is read in ranges of so many bytes, each by any worker
 MAX_RECORD_BYTES = 256 << 20  # of one document: longer is a wrong format, not a text

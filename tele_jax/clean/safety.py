@@ -7,9 +7,9 @@ from typing import Any
 from tele_jax.clean import hashing
 from tele_jax.clean.document import Document, Drop
 from tele_jax.clean.settings import SafetyConfig
-from tele_jax.data.extras import need
-from tele_jax.data.sources import expand
 from tele_jax.errors import UserError
+from tele_jax.extras import need
+from tele_jax.files import expand
 
 _LATIN = re.compile(r"[\w]", re.ASCII)
 

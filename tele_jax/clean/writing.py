@@ -15,8 +15,8 @@ import numpy as np
 
 from tele_jax.clean.document import Document, Reject, num_bytes
 from tele_jax.clean.settings import OutputConfig
-from tele_jax.data.extras import need
 from tele_jax.errors import FailedError, UserError
+from tele_jax.extras import need
 
 FORMAT = "tele_jax cleaned text 2"
 TRAIN, VALIDATION = "train", "validation"  # splits; the files of training have no more than their number

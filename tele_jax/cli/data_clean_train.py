@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tele_jax.clean import ngrams, quality, reading
-from tele_jax.data.sources import expand
 from tele_jax.errors import UserError
+from tele_jax.files import expand
 
 HELP = "train a quality classifier or an n-gram model for `clean`"
 

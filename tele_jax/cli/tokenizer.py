@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tele_jax.config import check_seed
-from tele_jax.data import sources, vocabulary_training
+from tele_jax.data import vocabulary_training
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
 from tele_jax.errors import UserError
-from tele_jax.files import require_regular
+from tele_jax.files import expand, require_regular
 
 HELP = "train or inspect a tokenizer"
 
@@ -118,6 +118,6 @@ def _measure(vocabulary: Vocabulary, pattern: str, max_bytes: int) -> dict[str, 
     for text in vocabulary_training.sample_texts([pattern], max_bytes=max_bytes, seed=0):
         num_bytes += len(text.encode())
         num_tokens += len(vocabulary.encode(text))
-    files = len(sources.expand([pattern], "INPUT"))
+    files = len(expand([pattern], "INPUT"))
     ratio = num_tokens / num_bytes
     return {"input": pattern, "files": files, "bytes": num_bytes, "tokens": num_tokens, "tokens_per_byte": ratio}

@@ -120,7 +120,7 @@ def tokenizer_json(vocabulary: Vocabulary, start: int | None) -> dict[str, Any]:
 
     start: the id that stands before a text where special tokens are asked for (examples.document_start).
     """
-    from tele_jax.data.vocabulary_sentencepiece import SentencePieceVocabulary
+    from tele_jax.data.vocabulary import SentencePieceVocabulary
 
     if isinstance(vocabulary, SentencePieceVocabulary):
         document = _from_sentencepiece(vocabulary)
@@ -146,7 +146,7 @@ def _from_sentencepiece(vocabulary: Any) -> dict[str, Any]:
     Pieces that SentencePiece finds in text before all else (digits, say) are cut out by a pattern, and found whole by
     `ignore_merges`. Every way to put a learned piece together from two others is a merge; the order is that of scores.
     """
-    from tele_jax.data.extras import need
+    from tele_jax.extras import need
 
     model = need("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(vocabulary.sp_model)
     kinds = model.SentencePiece

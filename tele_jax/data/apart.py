@@ -14,6 +14,7 @@ import numpy as np
 
 from tele_jax.data import sources
 from tele_jax.errors import UserError
+from tele_jax.files import expand
 from tele_jax.settings import DataConfig
 
 
@@ -50,7 +51,7 @@ def require_other_files(data: DataConfig) -> None:
 
 def _files(patterns: Sequence[str], where: str, *, missing_ok: bool) -> tuple[str, ...]:
     try:
-        return sources.expand(patterns, where) if patterns else ()
+        return expand(patterns, where) if patterns else ()
     except UserError:
         if missing_ok:
             return ()

@@ -23,9 +23,9 @@ import numpy as np
 
 from tele_jax.config import as_written, written_table
 from tele_jax.data import examples, records
-from tele_jax.data.extras import need
 from tele_jax.data.vocabulary import tokenizer_in
 from tele_jax.errors import DamageError, UserError
+from tele_jax.extras import need
 from tele_jax.files import is_plain_name, parse_json
 from tele_jax.settings import SourceConfig
 

@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tele_jax import beam_workers
 from tele_jax.config import written_table
-from tele_jax.data import apart, beam_workers, feed, shards, sources, templates
+from tele_jax.data import apart, feed, shards, sources, templates
 from tele_jax.data.cache import FORMAT, MANIFEST, Counts, Domain, Manifest, incomplete, read_manifest
 from tele_jax.data.cached_feed import difference
-from tele_jax.data.extras import need
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary, tokenizer_name
 from tele_jax.errors import DamageError, FailedError, UserError
+from tele_jax.extras import need
 from tele_jax.files import held_alone, parse_json
 from tele_jax.settings import CacheConfig
 

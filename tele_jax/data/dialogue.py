@@ -33,7 +33,7 @@ from typing import Any
 
 from tele_jax.data import templates
 from tele_jax.data.templates import Said, Template
-from tele_jax.data.vocabulary import Vocabulary
+from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import UserError
 
 Message = Mapping[str, Any]  # strings, and the marks

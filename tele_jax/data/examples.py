@@ -17,7 +17,7 @@ import numpy as np
 from tele_jax.config import as_written, written_table
 from tele_jax.data import dialogue, templates
 from tele_jax.data.sources import Corpus, Format
-from tele_jax.data.vocabulary import Vocabulary
+from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import UserError
 
 Kind = Literal["pretrain", "sft"]

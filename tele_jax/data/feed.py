@@ -24,6 +24,7 @@ from tele_jax.data.cached_feed import AHEAD, ELSEWHERE, Batch, CachedFeed, diffe
 from tele_jax.data.position import Position
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
 from tele_jax.errors import UserError
+from tele_jax.files import expand
 from tele_jax.settings import DataConfig, SourceConfig
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def resolve(data: DataConfig) -> DataConfig:
 def _same_sizes(source: SourceConfig, domain: cache.Domain, name: str) -> bool:
     """Compares the sizes of files with those that a cache was made from: they may lie elsewhere, and are not read."""
     try:
-        files = sources.expand(source.files, f"sources.{name}.files")
+        files = expand(source.files, f"sources.{name}.files")
     except UserError:
         return False
     return tuple(os.path.getsize(file) for file in files) == domain.text_files

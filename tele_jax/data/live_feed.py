@@ -14,7 +14,7 @@ import numpy as np
 from tele_jax.data import examples, order, packing
 from tele_jax.data.position import Position
 from tele_jax.data.sources import Corpus
-from tele_jax.data.vocabulary import Vocabulary
+from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import DamageError
 
 LANES = 16  # rows of pretraining that are filled in turn

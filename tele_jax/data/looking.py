@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tele_jax.data.vocabulary import Vocabulary
+from tele_jax.data.vocabulary_base import Vocabulary
 
 # Around the name of a piece that is no text, such as a marker. In text they are shown as escapes, so that a marker that
 # somebody typed never looks like one.

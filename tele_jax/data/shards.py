@@ -20,10 +20,10 @@ import numpy as np
 from tele_jax.config import as_written
 from tele_jax.data import apart, dialogue, examples, packing, records, sources
 from tele_jax.data.cache import LENGTH_BINS, Counts, Shard, file_crc32
-from tele_jax.data.extras import need
-from tele_jax.data.vocabulary import Vocabulary
+from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import DamageError, FailedError, UserError
-from tele_jax.files import parse_json
+from tele_jax.extras import need
+from tele_jax.files import expand, parse_json
 from tele_jax.settings import CacheConfig, SourceConfig
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def plan(config: CacheConfig) -> list[Unit]:
         examples.check_format(domain, source.format, config.kind)
         parts: dict[int, list[Part]] = {}
         before = 0
-        for path in sources.expand(source.files, f"sources.{domain}.files"):
+        for path in expand(source.files, f"sources.{domain}.files"):
             sources.check_plain(path)
             size = os.path.getsize(path)
             # Cuts fall on multiples of shard_bytes of all files together; a text file is one document, and stays whole.

@@ -9,7 +9,6 @@ A document that cannot be used is left out and kept aside (Reject), here and in 
 
 import codecs
 import dataclasses
-import glob
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ import numpy as np
 
 from tele_jax.data import dialogue
 from tele_jax.errors import UserError
-from tele_jax.files import require_regular
+from tele_jax.files import expand, require_regular
 
 Format = Literal["text", "jsonl", "dialogues"]
 WHOLE = 1 << 62  # larger than any document: no cutting
@@ -107,36 +106,6 @@ class Corpus:
                 "it was, or start anew in another work directory"
             )
         return data.decode("utf-8")
-
-
-def expand(patterns: Sequence[str], where: str) -> tuple[str, ...]:
-    """The files that the glob patterns match (`**` crosses directories), each once, sorted.
-
-    A path that exists is that file, whatever brackets or stars its name has. A file that is found by two paths (`a.txt`
-    and `./a.txt`, a link) is one file: its first path stands for it.
-
-    Raises:
-      UserError: a pattern matches no file, or something else than a plain file; `where` says whose pattern it was.
-    """
-    found = set()
-    for pattern in patterns:
-        paths = (
-            [pattern] if os.path.exists(pattern) and not os.path.isdir(pattern) else glob.glob(pattern, recursive=True)
-        )
-        matches = [path for path in paths if not os.path.isdir(path)]
-        for path in matches:
-            if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
-                raise UserError(f"{where}: {path} is not a plain file, and text is read at any byte of it")
-        if not matches:
-            if os.path.isdir(pattern):
-                raise UserError(f"{where}: {pattern} is a directory; give a pattern, e.g. {pattern.rstrip('/')}/*.txt")
-            hint = "; rate=0 leaves the domain out" if where.endswith(".files") else ""
-            raise UserError(f"{where}: no file matches {pattern}{hint}")
-        found.update(matches)
-    first: dict[str, str] = {}
-    for path in sorted(found):
-        first.setdefault(os.path.realpath(path), path)
-    return tuple(first.values())
 
 
 _PACKED = {

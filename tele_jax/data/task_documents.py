@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from tele_jax.data import examples, live_feed, sources
-from tele_jax.data.extras import keep_off_accelerators, need
 from tele_jax.data.position import Position
-from tele_jax.data.vocabulary import Vocabulary
+from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import FailedError, UserError
+from tele_jax.extras import keep_off_accelerators, need
 from tele_jax.settings import DataConfig, SourceConfig
 
 tf = need("tensorflow")

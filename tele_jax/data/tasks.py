@@ -21,11 +21,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tele_jax.data import examples, feed, packing, task_documents
-from tele_jax.data.extras import need
 from tele_jax.data.sources import Corpus
-from tele_jax.data.vocabulary import Vocabulary
-from tele_jax.data.vocabulary_sentencepiece import SentencePieceVocabulary
+from tele_jax.data.vocabulary import SentencePieceVocabulary
+from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import UserError
+from tele_jax.extras import need
 from tele_jax.settings import CacheConfig
 
 tf = need("tensorflow")

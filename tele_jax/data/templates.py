@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from tele_jax.data.vocabulary import Vocabulary
+from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import UserError
 
 

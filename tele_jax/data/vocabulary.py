@@ -1,280 +1,308 @@
-"""Vocabularies: text to ids and back without loss, and the ids that mean something to us.
+"""Reading vocabulary files: a SentencePiece model, or a JSON file of the `tokenizers` library (load_vocabulary)."""
 
-A file is a SentencePiece model (vocabulary_sentencepiece.py) or a JSON file of the `tokenizers` library
-(vocabulary_tokenizers.py); both give the same interface.
-"""
-
-import abc
-import copy
 import functools
-import hashlib
-import operator
+import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tele_jax import files
+from tele_jax.data.vocabulary_base import MARKERS, MISSING, SPECIAL_IDS, Vocabulary
 from tele_jax.errors import UserError
+from tele_jax.extras import need
 
-MARKERS = ("<_user>", "<_bot>", "<_end>", "<_system>", "<_start>", "<_pad>")  # never to be matched in plain text
-# What a tokenizer is called beside or above the checkpoints that it belongs to, by kind of file.
+# Name of the tokenizer file beside or above the checkpoints that it belongs to, by kind of file.
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
-
-# Special ids as in the released tokenizers.
-SPECIAL_IDS: Mapping[str, Mapping[str, int]] = {
-    "telechat_7b": {"<_user>": 160130, "<_bot>": 160131, "<_start>": 160132, "<_end>": 160133, "<pad>": 3},
-    "telechat_12b": {"<_start>": 1, "<_end>": 2, "<_pad>": 3, "<_user>": 20, "<_bot>": 21, "<_system>": 22},
-    "telechat2": {"<_start>": 1, "<_end>": 2, "<_pad>": 3, "<_user>": 4, "<_bot>": 5, "<_system>": 6},
-}
-# The names in the released file are known of its ends alone (tokenizer_config.json); these have a number for sure.
-BY_NUMBER: Mapping[str, tuple[str, ...]] = {"telechat_7b": ("<_user>", "<_bot>")}
+SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
 
-class Vocabulary(abc.ABC):
-    r"""A vocabulary: lossless on valid UTF-8, with the special ids of this project by name.
+def load_vocabulary(path: str | os.PathLike) -> Vocabulary:
+    """Reads a vocabulary file, once as long as the file does not change.
 
-    One exception: U+2581 becomes a space in a SentencePiece file with a dummy prefix, as the released ones are.
-
-    >>> vocabulary.decode(vocabulary.encode("  def f():\n\treturn 1 \n"))
-    '  def f():\n\treturn 1 \n'
-
-    It has all that a seqio vocabulary has, and where seqio is loaded (tele_jax.data.tasks) it counts as one for
-    isinstance. It does not inherit from it, because that would load TensorFlow to answer a line of chat; only
-    `encode_tf` and `decode_tf` do.
-
-    Dialogue markers in plain text are never read as markers, whatever their type in the file: who types "<_bot>" into
-    a chat cannot speak for the model.
-
-    Attributes:
-      path: of the file.
-      sha256: of the file, in hexadecimal.
-      vocab_size: number of ids.
-      unk_id, bos_id, eos_id, pad_id: int; -1 where there is none.
-      spells_bytes: whether it has a piece for every byte, so that nothing is unknown.
-      adds_dummy_prefix: whether `encode` puts a space before every text, which `decode` takes away again. Vocabularies
-        that are trained here do not; the released SentencePiece files do.
-      template: name of the dialogue template to use with it (data/templates.py); None: the one it was made for.
+    Raises:
+      UserError: there is no such file, it is of neither kind, or the library for it is not installed.
     """
-
-    extra_ids = 0
-    template: str | None = None
-    _space_byte_id = -1  # the piece of the byte 0x20, which no dummy prefix makes
-    vocab_size: int
-    unk_id: int
-    bos_id: int
-    eos_id: int
-    pad_id: int
-    spells_bytes: bool
-    adds_dummy_prefix: bool
-
-    def __init__(self, path: str | os.PathLike):
-        """Reads the file.
-
-        Raises:
-          UserError: there is no such file, it is not of its kind, or the library for it is not installed.
-        """
-        self.path = str(path)
-        serialized = _bytes_of(path)
-        self.sha256 = hashlib.sha256(serialized).hexdigest()
-        self._open(serialized)
-
-    @abc.abstractmethod
-    def _open(self, serialized: bytes) -> None:
-        """Sets the attributes."""
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without BOS or EOS; UserError where it is no text or holds half a surrogate pair."""
-        return self._checked(self._encode, text)
-
-    def encode_continuation(self, text: str) -> list[int]:
-        """The ids of `text` where it goes on after other text: `encode` without the space of a dummy prefix."""
-        return self._checked(self._encode_bare if self.adds_dummy_prefix else self._encode, text)
-
-    def _checked(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
-        if not isinstance(text, str):
-            raise UserError(f"tokenizer {self.path}: {text!r} is not a text")
-        try:
-            return encode(text)
-        except Exception:  # the libraries raise TypeError and RuntimeError for what is no UTF-8
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise UserError(
-                    f"tokenizer {self.path}: character {error.start} of the text is half a surrogate pair"
-                ) from None
-            raise
-
-    @abc.abstractmethod
-    def _encode(self, text: str) -> list[int]:
-        """The ids of `text`."""
-
-    @abc.abstractmethod
-    def _encode_bare(self, text: str) -> list[int]:
-        """The ids of `text` without the space of the dummy prefix; asked for only where there is one."""
-
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """int32[n] for every text, the same ids as `encode`; on so many threads where the library has them."""
-        del threads
-        return [np.array(self.encode(text), np.int32) for text in texts]
-
-    @abc.abstractmethod
-    def find(self, piece: str) -> int | None:
-        """The id of a piece by its name in the file; None where it has none."""
-
-    @abc.abstractmethod
-    def piece(self, i: int) -> str:
-        """The name of the piece with this id."""
-
-    @abc.abstractmethod
-    def _spell(self, i: int) -> bytes:
-        """The bytes that an id stands for; none for control pieces."""
-
-    @abc.abstractmethod
-    def encode_tf(self, text: Any) -> Any:
-        """tf.string [] -> tf.int32 [n], the same ids as `encode`."""
-
-    @abc.abstractmethod
-    def decode_tf(self, ids: Any) -> Any:
-        """tf.int32 [n] or [B, n] -> tf.string [] or [B], up to the first EOS."""
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids` up to the first EOS, without the space of a dummy prefix.
-
-        Control pieces and ids beyond the vocabulary have no text; bytes that are not UTF-8 become U+FFFD.
-        chat.TextStream gives the same text token by token.
-
-        Raises:
-          UserError: something is no id.
-        """
-        parts: list[bytes] = []
-        for i in self._until_end(ids):
-            if spelled := self.piece_bytes[i] if i < self.vocab_size else b"":
-                parts.append(spelled if parts else self.spelled(i, first=True))
-        return b"".join(parts).decode("utf-8", errors="replace")
-
-    def spelled(self, i: int, *, first: bool = False) -> bytes:
-        """The bytes of an id, none where it has no text; of the first of a text without the space of a dummy prefix."""
-        spelled = self.piece_bytes[i] if i < self.vocab_size else b""
-        is_prefixed = first and self.adds_dummy_prefix and i != self._space_byte_id and spelled[:1] == b" "
-        return spelled[1:] if is_prefixed else spelled
-
-    def _until_end(self, ids: Iterable[int]) -> list[int]:
-        try:
-            ids = [operator.index(i) for i in ids]
-        except TypeError:
-            raise UserError(f"tokenizer {self.path}: the ids are no whole numbers") from None
-        if ids and min(ids) < 0:
-            raise UserError(f"tokenizer {self.path}: {min(ids)} is no id")
-        return ids[: ids.index(self.eos_id)] if self.eos_id in ids else ids
-
-    def id_of(self, piece: str) -> int:
-        """The id of a piece by its name, or by its published number where the name in the file is not known.
-
-        Raises:
-          UserError: the vocabulary has no such piece.
-        """
-        found = self.find(piece)
-        if found is None and piece in BY_NUMBER.get(self.family, ()):
-            found = SPECIAL_IDS[self.family][piece]
-        if found is None:
-            raise UserError(f"tokenizer {self.path}: it has no piece {piece!r}")
-        return found
-
-    @functools.cached_property
-    def family(self) -> str | None:
-        """Whose special ids it has: a key of SPECIAL_IDS, or None."""
-        for family, ids in SPECIAL_IDS.items():
-            found = {piece: self.find(piece) for piece in ids}
-            missing = {piece for piece, i in found.items() if i is None}
-            fits = all(i in (None, ids[piece]) for piece, i in found.items())
-            if fits and missing <= set(BY_NUMBER.get(family, ())) and self.vocab_size > max(ids.values()):
-                return family
-        return None
-
-    @functools.cached_property
-    def user_id(self) -> int:
-        """The id of `<_user>`. UserError where the vocabulary has no such piece, as for the other markers."""
-        return self.id_of("<_user>")
-
-    @functools.cached_property
-    def bot_id(self) -> int:
-        """The id of `<_bot>`."""
-        return self.id_of("<_bot>")
-
-    @functools.cached_property
-    def end_id(self) -> int:
-        """The id of `<_end>`."""
-        return self.id_of("<_end>")
-
-    @functools.cached_property
-    def system_id(self) -> int:
-        """The id of `<_system>`."""
-        return self.id_of("<_system>")
-
-    @functools.cached_property
-    def piece_bytes(self) -> tuple[bytes, ...]:
-        """For every id the UTF-8 bytes that it stands for: what streaming and counting bytes need. Control: empty."""
-        return tuple(map(self._spell, range(self.vocab_size)))
-
-    def with_template(self, template: str | None) -> "Vocabulary":
-        """The same vocabulary, to be used with this dialogue template."""
-        other = copy.copy(self)
-        other.template = template
-        return other
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Vocabulary) and self.sha256 == other.sha256
-
-    def __hash__(self) -> int:
-        return hash(self.sha256)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.path!r}, vocab_size={self.vocab_size}, sha256={self.sha256[:12]})"
-
-
-_MISSING = "No such file or directory; train one with: tele tokenizer train"
-
-
-def _bytes_of(path: str | os.PathLike) -> bytes:
-    return files.read_bytes(path, "tokenizer ", missing=_MISSING)
+    files.require_regular(path, "tokenizer ", missing=MISSING)
+    status = os.stat(path)
+    return _read(str(path), status.st_size, status.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=8)
 def _read(path: str, size: int, modified: int) -> Vocabulary:
     del size, modified  # so that a changed file is read again
-    if is_tokenizers_json(path):
-        from tele_jax.data.vocabulary_tokenizers import TokenizersVocabulary
-
-        return TokenizersVocabulary(path)
-    from tele_jax.data.vocabulary_sentencepiece import SentencePieceVocabulary
-
-    return SentencePieceVocabulary(path)
+    return (TokenizersVocabulary if is_tokenizers_json(path) else SentencePieceVocabulary)(path)
 
 
 def is_tokenizers_json(path: str | os.PathLike) -> bool:
-    """Whether the file is JSON, told by its first byte; a SentencePiece model begins with another one."""
-    return _bytes_of(path)[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
-
-
-def load_vocabulary(path: str | os.PathLike) -> Vocabulary:
-    """The vocabulary in a SentencePiece model or `tokenizers` JSON file, read once as long as the file does not change.
-
-    Raises:
-      UserError: there is no such file, it is of neither kind, or the library for it is not installed.
-    """
-    files.require_regular(path, "tokenizer ", missing=_MISSING)
-    status = os.stat(path)
-    return _read(str(path), status.st_size, status.st_mtime_ns)
+    """Tells JSON by the first byte of the file; a SentencePiece model begins with another one."""
+    start = files.read_bytes(path, "tokenizer ", missing=MISSING)[:64]
+    return start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
 
 
 def tokenizer_name(path: str | os.PathLike) -> str:
-    """What a tokenizer file is called where it travels with checkpoints: one of TOKENIZER_FILES."""
+    """Returns the name under which a tokenizer file travels with checkpoints: one of TOKENIZER_FILES."""
     return TOKENIZER_FILES[is_tokenizers_json(path)]
 
 
 def tokenizer_in(directory: Path) -> Path | None:
-    """The tokenizer file that a cache or a work directory carries; None where there is none."""
+    """Returns the tokenizer file that a cache or a work directory carries; None where there is none."""
     return next((file for name in TOKENIZER_FILES if (file := directory / name).is_file()), None)
+
+
+class SentencePieceVocabulary(Vocabulary):
+    """A SentencePiece model that leaves text as it is; see Vocabulary.
+
+    Two things differ from the bare model. The character U+2581, which SentencePiece cannot tell from a space, is
+    spelled in bytes, except by models with a dummy prefix: the released ones took U+2581 for a space in training. And
+    dialogue markers are not found in text, even if the file asks for it.
+
+    Attributes:
+      sp_model: the serialized model as it is used here.
+      tokenizer: the sentencepiece.SentencePieceProcessor.
+    """
+
+    def _open(self, serialized: bytes) -> None:
+        sentencepiece = need("sentencepiece")
+        model_pb2 = need("sentencepiece.sentencepiece_model_pb2")
+        try:
+            model = model_pb2.ModelProto.FromString(serialized)
+            if not model.pieces:
+                raise ValueError("no pieces: an empty file is one, to protobuf")
+            types = model_pb2.ModelProto.SentencePiece
+            _check_lossless(self.path, model)
+            for piece in model.pieces:
+                if piece.piece in MARKERS and piece.type == types.USER_DEFINED:
+                    piece.type = types.CONTROL
+            self.sp_model = model.SerializeToString()
+            self.tokenizer = sentencepiece.SentencePieceProcessor(model_proto=self.sp_model)
+            self.vocab_size = self.tokenizer.get_piece_size()
+        except UserError:
+            raise
+        except Exception:  # protobuf and sentencepiece raise several unrelated types
+            raise UserError(
+                f"tokenizer {self.path}: not a SentencePiece model, and no JSON file of the tokenizers library"
+            ) from None
+        self.unk_id, self.bos_id = self.tokenizer.unk_id(), self.tokenizer.bos_id()
+        self.eos_id, self.pad_id = self.tokenizer.eos_id(), self.tokenizer.pad_id()
+        self._space_ids = [self.tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        self.spells_bytes = self.unk_id not in self._space_ids
+        self.adds_dummy_prefix = model.normalizer_spec.add_dummy_prefix
+        self._space_byte_id = self.tokenizer.piece_to_id("<0x20>") if self.spells_bytes else -1
+        self._spells_space = self.spells_bytes and not self.adds_dummy_prefix
+
+    def _encode(self, text: str) -> list[int]:
+        if SPACE not in text or not self._spells_space:
+            return self.tokenizer.encode(text)
+        ids = []
+        for i, part in enumerate(text.split(SPACE)):
+            ids += (self._space_ids if i else []) + self.tokenizer.encode(part)
+        return ids
+
+    def _encode_bare(self, text: str) -> list[int]:
+        return self._bare_tokenizer.encode(text)
+
+    @functools.cached_property
+    def _bare_tokenizer(self) -> Any:
+        """A processor of this model without its dummy prefix."""
+        model = need("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(self.sp_model)
+        model.normalizer_spec.add_dummy_prefix = False
+        return need("sentencepiece").SentencePieceProcessor(model_proto=model.SerializeToString())
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """Returns int32[n] for every text, the same ids as `encode`, on `threads` threads."""
+        ids = self.tokenizer.encode(list(texts), num_threads=threads, return_type="numpy")
+        for i, text in enumerate(texts):
+            if SPACE in text:  # which SentencePiece cannot tell from a space
+                ids[i] = np.array(self.encode(text), np.int32)
+        return ids
+
+    def find(self, piece: str) -> int | None:
+        """Returns the id of a piece by its name; None where there is none."""
+        found = self.tokenizer.piece_to_id(piece)
+        return found if self.tokenizer.id_to_piece(found) == piece else None
+
+    def piece(self, i: int) -> str:
+        """Returns the name of the piece with this id."""
+        return self.tokenizer.id_to_piece(i)
+
+    def _spell(self, i: int) -> bytes:
+        processor = self.tokenizer
+        if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
+            return b""
+        piece = processor.id_to_piece(i)
+        return bytes([int(piece[3:5], 16)]) if processor.is_byte(i) else piece.replace(SPACE, " ").encode()
+
+    @property
+    def tf_tokenizer(self) -> Any:
+        """A new tensorflow_text.SentencepieceTokenizer of the model, which belongs to the current TensorFlow graph."""
+        need("tensorflow")
+        return need("tensorflow_text").SentencepieceTokenizer(model=self.sp_model)
+
+    def encode_tf(self, text: Any) -> Any:
+        """Turns tf.string [] into tf.int32 [n], the same ids as `encode`."""
+        tf = need("tensorflow")
+        if not self._spells_space:
+            return self.tf_tokenizer.tokenize(text)
+        parts = self.tf_tokenizer.tokenize(tf.strings.split(text, SPACE))
+        space = tf.tile(tf.constant([self._space_ids], tf.int32), [parts.nrows(), 1])
+        return tf.concat([parts, space], axis=1).flat_values[: -len(self._space_ids)]
+
+    def decode_tf(self, ids: Any) -> Any:
+        """Turns tf.int32 [n] or [B, n] into tf.string [] or [B], up to the first EOS."""
+        tf = need("tensorflow")
+        ended = tf.cumsum(tf.cast(ids == self.eos_id, tf.int32), axis=-1) > 0
+        return self.tf_tokenizer.detokenize(tf.where(ended, self.eos_id, tf.where(ids < self.vocab_size, ids, 0)))
+
+
+def _check_lossless(path: str, model: Any) -> None:
+    """Raises UserError unless text comes back from its ids exactly, apart from the space of a dummy prefix."""
+    normalizer = model.normalizer_spec
+    changes = {
+        f"its normalizer {normalizer.name!r} changes characters": normalizer.precompiled_charsmap,
+        "it joins repeated spaces (remove_extra_whitespaces)": normalizer.remove_extra_whitespaces,
+        "it does not mark spaces (escape_whitespaces)": not normalizer.escape_whitespaces,
+        "it moves spaces behind words (treat_whitespace_as_suffix)": model.trainer_spec.treat_whitespace_as_suffix,
+    }
+    if found := [change for change, holds in changes.items() if holds]:
+        raise UserError(
+            f"tokenizer {path}: {'; '.join(found)}, so that text would not come back as it was; tele tokenizer train "
+            "makes one that leaves text as it is (in SentencePiece: normalization_rule_name=identity, "
+            "remove_extra_whitespaces=false)"
+        )
+
+
+# The JSON file does not say which pieces are special; these names are used by the released families and by Llama.
+_UNK, _BOS = ("<unk>", "<_unk>"), ("<_start>", "<s>", "<|begin_of_text|>")
+_EOS, _PAD = ("<_end>", "</s>", "<|end_of_text|>", "<|endoftext|>"), ("<_pad>", "<pad>")
+
+
+def _alphabet() -> dict[str, int]:
+    """Returns the byte that each character of byte-level BPE stands for (GPT-2); printable bytes stay themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTES = _alphabet()
+_LETTERS = {byte: letter for letter, byte in BYTES.items()}
+_PROBE = "".join(map(chr, range(128))) + "  a \n\n\u2581\u3000\u753b "  # what pre-tokenizers may drop
+_IN_UTF8 = set(range(0xF5)) - {0xC0, 0xC1}  # the bytes that valid UTF-8 has
+
+
+class TokenizersVocabulary(Vocabulary):
+    """A byte-level BPE of the `tokenizers` library, the format of TeleChat-7B; see Vocabulary.
+
+    Special tokens are not found in text, and text is not truncated, padded, stripped or extended, even if the file asks
+    for it.
+
+    Attributes:
+      tokenizer: the tokenizers.Tokenizer.
+    """
+
+    def _open(self, serialized: bytes) -> None:
+        tokenizers = need("tokenizers")
+        try:
+            description = json.loads(serialized)
+            added = {token["content"]: token for token in description.get("added_tokens") or []}
+            _check_json_lossless(self.path, description)
+            for name, token in added.items():
+                token["special"] = token["special"] or name in MARKERS
+                token["lstrip"] = token["rstrip"] = False  # they take white space away
+            self.tokenizer = _quiet(tokenizers.Tokenizer.from_str(json.dumps(description)))
+        except UserError:
+            raise
+        except Exception as error:  # json's own, KeyError and the like, and the bare Exception of tokenizers
+            raise UserError(f"tokenizer {self.path}: not a JSON file of the tokenizers library ({error})") from None
+        self._ids: dict[str, int] = self.tokenizer.get_vocab(with_added_tokens=True)
+        for name, token in added.items():
+            if self._ids.get(name) != token["id"]:
+                raise UserError(
+                    f"tokenizer {self.path}: gives the added token {name!r} the id {token['id']}, but read in order it "
+                    f"gets {self._ids.get(name)}: damaged, or of another version of the tokenizers library"
+                )
+        self.vocab_size = 1 + max(self._ids.values())
+        self.unk_id, self.bos_id, self.eos_id, self.pad_id = map(self._first, (_UNK, _BOS, _EOS, _PAD))
+        self.spells_bytes = True
+        if missing := [byte for byte in sorted(_IN_UTF8) if _LETTERS[byte] not in self._ids]:
+            raise UserError(f"tokenizer {self.path}: no piece for {len(missing)} bytes, the first 0x{missing[0]:02X}")
+        prefixing = [part for part in _parts(description, "pre_tokenizer") if part.get("add_prefix_space")]
+        self.adds_dummy_prefix = bool(prefixing)
+        for part in prefixing:  # the same objects as in the description
+            part["add_prefix_space"] = False
+        self._bare_tokenizer = (
+            _quiet(tokenizers.Tokenizer.from_str(json.dumps(description))) if prefixing else self.tokenizer
+        )
+        self._control = {self._ids[name] for name, token in added.items() if token["special"]}
+        self._control |= {self._ids[name] for name in (*MARKERS, *_UNK) if name in self._ids}
+        if self.family is not None:
+            self._control |= set(SPECIAL_IDS[self.family].values())
+        self._verbatim = {self._ids[name] for name in added}
+        if not self.adds_dummy_prefix and self.decode(self.encode(_PROBE)) != _PROBE:
+            raise UserError(
+                f"tokenizer {self.path}: its pre-tokenizer drops text, so that it would not come back as it was"
+            )
+
+    def _first(self, names: tuple[str, ...]) -> int:
+        return next((self._ids[name] for name in names if name in self._ids), -1)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._ids_of(self.tokenizer, text)
+
+    def _encode_bare(self, text: str) -> list[int]:
+        return self._ids_of(self._bare_tokenizer, text)
+
+    def _ids_of(self, tokenizer: Any, text: str) -> list[int]:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        if self._control.isdisjoint(ids):
+            return ids
+        # The model's own vocabulary can hold a special token as a word; spelled in bytes it is plain text.
+        return [self._ids[letter] for letter in map(_LETTERS.__getitem__, text.encode())]
+
+    def find(self, piece: str) -> int | None:
+        """Returns the id of a piece by its name; None where there is none."""
+        return self._ids.get(piece)
+
+    def piece(self, i: int) -> str:
+        """Returns the name of the piece with this id."""
+        return self.tokenizer.id_to_token(i) or ""
+
+    def _spell(self, i: int) -> bytes:
+        name = self.tokenizer.id_to_token(i)
+        if name is None or i in self._control:
+            return b""
+        if i in self._verbatim or not BYTES.keys() >= set(name):
+            return name.encode()
+        return bytes(BYTES[letter] for letter in name)
+
+
+def _quiet(tokenizer: Any) -> Any:
+    """Makes a tokenizer read special tokens in text as plain text, and cut and pad nothing; returns it."""
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _parts(description: dict[str, Any], field: str) -> list[dict[str, Any]]:
+    """Returns the components of a field, which is one component or a Sequence."""
+    part = description.get(field) or {}
+    lists = {"pre_tokenizer": "pretokenizers", "decoder": "decoders", "normalizer": "normalizers"}
+    return part[lists[field]] if part.get("type") == "Sequence" else [part] if part else []
+
+
+def _check_json_lossless(path: str, description: dict[str, Any]) -> None:
+    """Raises UserError unless text comes back from its ids exactly."""
+    for field in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if description["model"].get(field):
+            raise UserError(f"tokenizer {path}: its {field} is in no text, so that text would not come back as it was")
+    if description["model"].get("type") != "BPE":
+        raise UserError(f"tokenizer {path}: its model is {description['model'].get('type')}, only BPE is read here")
+    if not any(part.get("type") == "ByteLevel" for part in _parts(description, "pre_tokenizer")):
+        raise UserError(
+            f"tokenizer {path}: not a byte-level BPE; if a SentencePiece model came with it, take that file"
+        )
+    if _parts(description, "normalizer"):
+        raise UserError(f"tokenizer {path}: its normalizer changes text, so that it would not come back as it was")

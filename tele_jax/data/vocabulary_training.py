@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from tele_jax.data import sources
-from tele_jax.data.extras import need
-from tele_jax.data.vocabulary import Vocabulary
-from tele_jax.data.vocabulary_sentencepiece import SPACE, SentencePieceVocabulary
+from tele_jax.data.vocabulary import SPACE, SentencePieceVocabulary
+from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import UserError
-from tele_jax.files import read_bytes, require_regular
+from tele_jax.extras import need
+from tele_jax.files import expand, read_bytes, require_regular
 
 DIGITS = tuple("0123456789")
 # The released file has ten emoji here, which label what a teacher thought of a text. Which ones they are is not
@@ -268,7 +268,7 @@ def sample_texts(patterns: Sequence[str], *, max_bytes: int | None, seed: int) -
     """
     corpora = [
         sources.index("INPUT", path, [glob.escape(path)], format_of(path), span_bytes=MAX_SENTENCE_BYTES)
-        for path in sources.expand(patterns, "INPUT")
+        for path in expand(patterns, "INPUT")
     ]
     for corpus in corpora:
         for reject in corpus.rejected:

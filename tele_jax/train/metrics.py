@@ -13,8 +13,8 @@ from pathlib import Path
 import jax
 
 from tele_jax.config import as_written
-from tele_jax.data.extras import held_back
 from tele_jax.errors import DamageError
+from tele_jax.extras import hidden
 from tele_jax.files import parse_json
 from tele_jax.processes import is_first
 
@@ -51,7 +51,7 @@ class Metrics:
         self._writes = is_first()
         if not self._writes:
             return
-        with held_back(["torch"]):  # which takes two seconds, for tensors that nobody hands it
+        with hidden(["torch"]):  # which takes two seconds, for tensors that nobody hands it
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto.event_pb2 import Event, SessionLog
             from tensorboardX.proto.summary_pb2 import Summary

@@ -15,6 +15,7 @@ import pytest
 
 from tele_jax.data import dialogue, feed, sources
 from tele_jax.errors import DamageError, UserError
+from tele_jax.files import expand
 from tele_jax.settings import DataConfig, SourceConfig
 
 pytest.importorskip("seqio")
@@ -286,7 +287,7 @@ def test_a_file_that_changes_under_a_feed_is_named(real, tmp_path, format, chang
     live = feed.LiveFeed(data, kind=kind, seq_len=64, batch_size=2, seed=0)
     next(live)
     state = live.state()
-    for path in map(Path, sources.expand([pattern], "x")):
+    for path in map(Path, expand([pattern], "x")):
         if change == "same lengths":
             write("new")
         elif change == "gone":

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tele_jax.data import shards, sources, vocabulary_training
 from tele_jax.errors import UserError
+from tele_jax.files import expand
 
 LINES = st.lists(st.text() | st.sampled_from(["\n", "\r\n", "中文字", "a b c\n" * 5]), min_size=1).map("".join)
 
@@ -61,15 +62,15 @@ def test_a_path_that_exists_is_that_file_whatever_its_name(tmp_path):
     for name in ("run[1]", "a*b", "what?"):
         (tmp_path / name).mkdir()
         path = write(tmp_path / name / "a.txt", "one")
-        assert sources.expand([path], "x") == (path,)
+        assert expand([path], "x") == (path,)
     other = write(tmp_path / "run1", "two")
-    assert sources.expand([f"{tmp_path}/run[1]"], "x") == (other,), "a directory is no file, so this is a pattern"
+    assert expand([f"{tmp_path}/run[1]"], "x") == (other,), "a directory is no file, so this is a pattern"
     with pytest.raises(UserError, match=r"x: no file matches .*run\[2\]"):
-        sources.expand([f"{tmp_path}/run[2]"], "x")
+        expand([f"{tmp_path}/run[2]"], "x")
     os.mkfifo(tmp_path / "pipe")
     for pattern in ("pipe", "pip*"):
         with pytest.raises(UserError, match="pipe is not a plain file"):
-            sources.expand([f"{tmp_path}/{pattern}"], "x")
+            expand([f"{tmp_path}/{pattern}"], "x")
 
 
 def test_stages_that_read_the_same_files_share_an_index(tmp_path):
@@ -85,7 +86,7 @@ def test_stages_that_read_the_same_files_share_an_index(tmp_path):
 def test_patterns_find_every_file_once_in_order(tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     paths = [write(tmp_path / name, name) for name in ("b.txt", "a.txt", "deep/er/c.txt")]
-    found = sources.expand([f"{tmp_path}/**/*.txt", f"{tmp_path}/a.txt", f"{tmp_path}/**"], "here")
+    found = expand([f"{tmp_path}/**/*.txt", f"{tmp_path}/a.txt", f"{tmp_path}/**"], "here")
     assert list(found) == sorted(paths)
 
 
@@ -231,7 +232,7 @@ def test_a_file_that_is_found_twice_is_read_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.txt", "text")
     (tmp_path / "link.txt").symlink_to("a.txt")
-    assert len(sources.expand(["a.txt", "./a.txt", f"{tmp_path}/*.txt"], "x")) == 1
+    assert len(expand(["a.txt", "./a.txt", f"{tmp_path}/*.txt"], "x")) == 1
 
 
 def test_a_missing_file_and_a_directory_are_named(tmp_path):

@@ -9,10 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tele_jax.data import extras, vocabulary_training
-from tele_jax.data.extras import need
-from tele_jax.data.vocabulary import load_vocabulary
-from tele_jax.data.vocabulary_sentencepiece import SentencePieceVocabulary
+from tele_jax.data.vocabulary import SentencePieceVocabulary, load_vocabulary
 from tele_jax.errors import UserError
+from tele_jax.extras import need
 
 # From the released tokenizers, not from our code.
 PUBLISHED = {

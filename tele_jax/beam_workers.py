@@ -1,8 +1,8 @@
-"""Keeps Beam's worker processes from outliving the command that started them, however it ends.
+"""Ends Beam's worker processes with the command that started them, however it ends.
 
-Beam's DirectRunner starts workers as processes of their own, and waits for them; killed, it leaves them behind at work.
-A worker imports this module first, and waits in a thread for a lock that the command holds: whatever ends the command
-frees it. Ctrl-C comes to all of them at once, and is left to the command.
+Beam's DirectRunner starts workers as processes of their own and waits for them; killed, it leaves them at work. A
+worker imports this module first and waits in a thread for a file lock that the command holds: whatever ends the command
+releases it. Ctrl-C reaches all processes at once; workers leave it to the command.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 VARIABLE = "TELE_BEAM_COMMAND"  # path of the file that the command has locked
-OPTION = f"--beam_plugins={__name__}"  # for Beam: its workers import this module
+OPTION = f"--beam_plugins={__name__}"  # makes Beam's workers import this module
 
 
 @contextlib.contextmanager
 def ending_with_us() -> Iterator[None]:
-    """Workers of a pipeline with OPTION that are started inside end with this process."""
+    """Makes workers that a pipeline with OPTION starts in the body end with this process."""
     with tempfile.NamedTemporaryFile(prefix="tele_beam_") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         os.environ[VARIABLE] = held.name
@@ -33,7 +33,7 @@ def ending_with_us() -> Iterator[None]:
 
 
 def _without_interrupted(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """A hook for errors of threads that is silent where Ctrl-C ended the shell by which Beam starts a worker."""
+    """Wraps a hook for errors of threads: silent where Ctrl-C ended the shell by which Beam starts a worker."""
 
     def quieter(failure: Any) -> None:
         if not str(failure.exc_value).endswith(("exited with return code -2", "exited with return code 130")):
@@ -51,7 +51,7 @@ def _end_with(path: str) -> None:
 
 
 def _fall_silent(number: int, frame: object) -> None:
-    """Leaves Ctrl-C to the command: what is taken from this worker then is not worth a page of frames."""
+    """Discards this worker's error output from Ctrl-C on: the command reports it."""
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
 

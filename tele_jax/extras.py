@@ -1,4 +1,4 @@
-"""Imports of what the extras `[data]`, `[beam]` and `[clean]` install, on use: tele_jax itself does without."""
+"""Importing optional packages on use: those of the extras `[data]`, `[beam]` and `[clean]`."""
 
 import contextlib
 import importlib
@@ -11,38 +11,28 @@ from collections.abc import Iterator, Sequence
 
 from tele_jax.errors import UserError
 
-# How its lines begin: information and warnings, and the error that there is no GPU.
+# Start-up lines of TensorFlow: information, warnings, and the error that there is no GPU.
 _CHATTER = re.compile(rb"[IW]0000 |E0000 .*cuInit|WARNING: All log messages before absl::InitializeLog\(\)")
 
 
 # Packages that come with `[clean]` and not with `[data]`. (Beam alone comes with `[beam]` too.)
 _CLEAN = frozenset(
-    {
-        "ahocorasick_rs",
-        "apache_beam",
-        "fastwarc",
-        "pyarrow",
-        "pycld2",
-        "rensa",
-        "resiliparse",
-        "scipy",
-        "sklearn",
-    }
+    ["ahocorasick_rs", "apache_beam", "fastwarc", "pyarrow", "pycld2", "rensa", "resiliparse", "scipy", "sklearn"]
 )
 
-# TensorFlow brings Keras, and Keras loads what of these is installed, for parts that nothing here uses. Without them
-# seqio comes a fifth sooner.
+# TensorFlow imports Keras, which imports these where they are installed, for parts that nothing here uses. Hiding them
+# makes importing seqio a fifth faster.
 _FOR_KERAS_ALONE = ("sklearn", "matplotlib", "IPython")
 
 
 def need(module: str, *, how: str | None = None) -> types.ModuleType:
-    """Imports `module`, one of those that the extras of tele_jax bring.
+    """Imports a module of an optional package.
 
     TensorFlow (which seqio imports) is kept off accelerators, since those belong to JAX, and kept quiet.
 
     Args:
-      module: its full name.
-      how: what to do where it is missing; None: install the extra that has it.
+      module: full name of the module.
+      how: advice for the message where the package is missing; None: install the extra that has it.
 
     Raises:
       UserError: the package is not installed.
@@ -55,7 +45,7 @@ def need(module: str, *, how: str | None = None) -> types.ModuleType:
         if not loud:
             return importlib.import_module(module)
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        with _without_chatter(), held_back(_FOR_KERAS_ALONE):
+        with _without_chatter(), hidden(_FOR_KERAS_ALONE):
             tensorflow = importlib.import_module("tensorflow")
             keep_off_accelerators()
             tensorflow.constant(0)  # looks for devices now, not later when nothing is held back
@@ -67,7 +57,7 @@ def need(module: str, *, how: str | None = None) -> types.ModuleType:
 
 
 def keep_off_accelerators() -> None:
-    """Keeps TensorFlow, which is loaded already, by whomever, off accelerators: those belong to JAX."""
+    """Keeps a loaded TensorFlow off accelerators, which belong to JAX."""
     tensorflow = sys.modules["tensorflow"]
     for kind in ("GPU", "TPU"):
         # Too late when the caller has used TensorFlow's devices before; then they are the caller's choice.
@@ -77,9 +67,9 @@ def keep_off_accelerators() -> None:
 
 @contextlib.contextmanager
 def _without_chatter() -> Iterator[None]:
-    """Holds standard error back, and passes on at the end what is not start-up chatter of TensorFlow's C++ parts.
+    """Drops TensorFlow's start-up lines from standard error, and passes everything else on at the end.
 
-    Those parts write to the file descriptor, and before their log levels are read: nothing milder silences them.
+    TensorFlow's C++ code writes them to the file descriptor before it reads its log levels.
     """
     try:
         real = os.dup(2)
@@ -101,10 +91,10 @@ def _without_chatter() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held_back(packages: Sequence[str]) -> Iterator[None]:
-    """To what is imported meanwhile, those of `packages` that are not loaded yet are not installed.
+def hidden(packages: Sequence[str]) -> Iterator[None]:
+    """Makes those of `packages` that are not loaded yet look uninstalled while the body imports something.
 
-    For packages that others import for parts of theirs that are not used here; nothing is held back afterwards.
+    For packages that others import for parts of theirs that are not used here.
     """
     absent = [package for package in packages if package not in sys.modules]
     sys.modules.update(dict.fromkeys(absent))
