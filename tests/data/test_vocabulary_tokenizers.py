@@ -6,7 +6,8 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 
-from tele_jax.data import cache, extras
+from tele_jax import extras
+from tele_jax.data import cache
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import DamageError, UserError
 from tests.data import caches
