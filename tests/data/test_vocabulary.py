@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tele_jax import extras, vocabulary_training
+from tele_jax import extras
+from tele_jax.data import vocabulary_training
 from tele_jax.data.vocabulary import SentencePieceVocabulary, load_vocabulary
 from tele_jax.errors import UserError
 from tele_jax.extras import need
