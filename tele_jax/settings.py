@@ -1,20 +1,14 @@
-"""Frozen configuration of a run: the stages that `tele train` carries out in order, and what each needs.
+"""Frozen settings that pages give: data, optimizer, schedule, mesh, and the fields that all training stages share.
 
-A page in configs/ returns a ConfigDict with `run`, the names of the stages in order, and one table per stage:
-
-    config.run = ("pretrain_small", "grow", "pretrain_large", "sft")
-    config.grow = dict(kind="grow", model=dict(embed_dim=160), policy="msg")
+Each kind of stage adds its own fields in its own file (stages/), which also reads whole pages.
 """
 
 import dataclasses
-import difflib
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from tele_jax.config import ModelConfig, check_seed, convert, from_dict, require, require_positive
-from tele_jax.errors import UserError
+from tele_jax.config import ModelConfig, check_seed, from_dict, require, require_positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,19 +162,18 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainStage:
-    """Pretraining (loss on every token) or fine-tuning (loss on the answers; what differs is in the data)."""
+    """Fields of every kind of stage that trains; a kind may add others (stages/)."""
 
-    kind: Literal["pretrain", "sft"]
+    kind: str
     data: DataConfig
     optimizer: OptimizerConfig
     steps: int
     batch_size: int  # sequences per step, over all devices
     seq_len: int  # tokens
     model: ModelConfig | None = None  # None: as the stage before left it
-    remat: Literal["none", "full", "attention", "products", "offload"] | None = (
-        None  # from here on; None: as model says
-    )
-    attention: Literal["auto", "reference", "xla", "blocks", "splash"] | None = None  # the same
+    # How the model is computed from this stage on; None: as `model` says.
+    remat: Literal["none", "full", "attention", "products", "offload"] | None = None
+    attention: Literal["auto", "reference", "xla", "blocks", "splash"] | None = None
     schedule: ScheduleConfig = ScheduleConfig()
     microbatches: int = 1  # gradients are accumulated over so many parts of the batch
     # Masks of the growth before, by policy msg; see growth.MaskSchedule.
@@ -205,9 +198,8 @@ class TrainStage:
         )
         require(self.eval_every >= 0, f"eval_every={self.eval_every} must not be negative")
         check_seed(self.seed)
-        fresh = self.reset_optimizer or self.kind == "sft"
         require(
-            not (fresh and self.optimizer.new_warmup_steps),
+            not (self.fresh_optimizer and self.optimizer.new_warmup_steps),
             "optimizer.new_warmup_steps needs the moments of the stage before; sft and reset_optimizer start anew",
         )
         require(self.mask_start >= 0 and self.mask_ramp >= 0, "mask_start and mask_ramp must not be negative")
@@ -230,6 +222,11 @@ class TrainStage:
         how = {"remat": self.remat, "attention": self.attention}
         how = {name: value for name, value in how.items() if value is not None}
         return cfg.replace(**how) if cfg is not None and how else cfg
+
+    @property
+    def fresh_optimizer(self) -> bool:
+        """True where the moments of the stage before are dropped; a kind may always say so."""
+        return self.reset_optimizer
 
     @property
     def tokens_per_step(self) -> int:
@@ -260,76 +257,6 @@ class GrowStage:
         check_seed(self.seed)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """A whole run."""
-
-    run: tuple[str, ...]
-    stages: dict[str, TrainStage | GrowStage]
-    mesh: MeshConfig = MeshConfig()
-    # TPU slices that the mesh lies on, joined by a slower network (DCN): mesh.data runs over them, and only gradients
-    # cross from one to another.
-    num_slices: int = 1
-    start: str | None = None  # checkpoint that the first stage starts from, such as an imported one
-
-
-def run_config(page: Mapping[str, Any]) -> RunConfig:
-    """Reads a config page (ConfigDict or dict).
-
-    Raises:
-      UserError: an unknown or missing key, a stage that is named but absent or present but not named, a first stage
-        without a model, a stage that nothing leads to.
-    """
-    page = dict(page.items())
-    names = page.pop("run", None)
-    require(bool(names), "config.run: missing; it names the stages in order, e.g. ('pretrain', 'sft')")
-    names = convert(tuple[str, ...], names, "config.run")
-    for name in names:
-        require(name.isidentifier(), f"config.run: {name!r} is no name for a stage: letters, digits and _ make one")
-    require(len(set(names)) == len(names), f"config.run: a stage is named twice in {names}")
-    mesh = from_dict(MeshConfig, page.pop("mesh", {}), "config.mesh")
-    num_slices = convert(int, page.pop("num_slices", 1), "config.num_slices")
-    require(num_slices > 0, f"config.num_slices={num_slices} must be above 0")
-    require(
-        mesh.data % num_slices == 0,
-        f"config.mesh.data={mesh.data}: only data crosses slices; make it a multiple of config.num_slices={num_slices}",
-    )
-    start = convert(str | None, page.pop("start", None), "config.start")
-    for name in names:
-        require(name in page, f"config.run names the stage {name!r}, but config.{name} is missing")
-    for key in page:
-        if key not in names:
-            near = difflib.get_close_matches(key, (*names, "mesh", "num_slices", "start"), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"config.{key}: unknown key{hint}; stages have to be named in config.run = {names}")
-    stages = {name: _stage(page[name], f"config.{name}") for name in names}
-    first = stages[names[0]]
-    if start is None and isinstance(first, GrowStage):
-        raise UserError(
-            f"config.run: the first stage, {names[0]!r}, grows, but there is nothing to grow yet; config.start names a "
-            "checkpoint to start from"
-        )
-    require(
-        any(isinstance(stage, TrainStage) for stage in stages.values()),
-        "config.run: no stage trains; `tele grow` grows a checkpoint",
-    )
-    require(
-        start is not None or first.model is not None,
-        f"config.{names[0]}.model: missing; the first stage has to say which model, or config.start where to start",
-    )
-    for name in names if start is not None else names[1:]:
-        require(
-            isinstance(stages[name], GrowStage) or stages[name].model is None,
-            f"config.{name}.model: only growth stages, and the first stage of a run without config.start, set a model; "
-            "this one continues with what is there",
-        )
-    for before, name in itertools.pairwise((None, *names)):
-        # Whether config.start is behind closed masks is known when it is opened.
-        if before is not None or start is None or isinstance(stages[name], GrowStage):
-            _check_pair(before, stages.get(before), name, stages[name])
-    return RunConfig(run=names, stages=stages, mesh=mesh, num_slices=num_slices, start=start)
-
-
 def cache_config(page: Mapping[str, Any]) -> CacheConfig:
     """Reads a page for `tele data cache` (configs/data/).
 
@@ -337,30 +264,3 @@ def cache_config(page: Mapping[str, Any]) -> CacheConfig:
       UserError: an unknown or missing key, or a value that cannot be.
     """
     return from_dict(CacheConfig, page, "config")
-
-
-def _check_pair(before: str | None, growth: TrainStage | GrowStage | None, name: str, stage: TrainStage | GrowStage):
-    """What a stage asks for that the one before it does not give."""
-    growth = growth if isinstance(growth, GrowStage) else None
-    masked = growth is not None and growth.policy == "msg"
-    if masked and (isinstance(stage, GrowStage) or stage.mask_ramp == 0):
-        raise UserError(
-            f"config.{name}.mask_ramp: has to be above 0: config.{before} grows by policy 'msg', "
-            "whose masks rise in the training stage that follows"
-        )
-    if isinstance(stage, GrowStage):
-        return
-    if not masked and stage.mask_fields:
-        why = "no growth comes right before" if growth is None else f"config.{before} grows by policy {growth.policy!r}"
-        raise UserError(f"config.{name}.{stage.mask_fields[0]}: {why}, and only growth by policy 'msg' has masks")
-    if growth is not None and not growth.optimizer_state and stage.optimizer.new_warmup_steps:
-        raise UserError(f"config.{name}.optimizer.new_warmup_steps: config.{before} grows without optimizer_state")
-
-
-def _stage(table: Mapping[str, Any], where: str) -> TrainStage | GrowStage:
-    kind = table.get("kind") if hasattr(table, "get") else None
-    if kind in ("pretrain", "sft"):
-        return from_dict(TrainStage, table, where)
-    if kind == "grow":
-        return from_dict(GrowStage, table, where)
-    raise UserError(f"{where}.kind: {kind!r} is not one of 'pretrain', 'grow', 'sft'")

@@ -9,8 +9,9 @@ from tele_jax.cli.pages import load_page
 from tele_jax.errors import UserError
 from tele_jax.model.spec import count_params
 from tele_jax.published import get_model
-from tele_jax.settings import GrowStage, run_config
-from tele_jax.train.schedule import schedule
+from tele_jax.settings import GrowStage
+from tele_jax.stages import run_config
+from tele_jax.train.optimizer import schedule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAGES = ["tele_flm_52b.py", "tele_flm_series.py", "tele_flm_instruct.py", "tele_flm_proxy.py"]

@@ -31,7 +31,8 @@ from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import DamageError, UserError
 from tele_jax.growth import receipt as receipts
 from tele_jax.growth.masks import require_unmasked
-from tele_jax.settings import GrowStage, run_config
+from tele_jax.settings import GrowStage
+from tele_jax.stages import run_config
 from tele_jax.train import metrics, workdir
 from tests import reference
 from tests.data import caches

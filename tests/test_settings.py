@@ -6,7 +6,8 @@ from ml_collections import ConfigDict
 import tele_jax as tele
 from tele_jax.config import from_dict, to_dict
 from tele_jax.errors import UserError
-from tele_jax.settings import GrowStage, TrainStage, cache_config, run_config
+from tele_jax.settings import GrowStage, TrainStage, cache_config
+from tele_jax.stages import run_config
 
 MODEL = dict(num_layers=2, embed_dim=16, num_heads=2, head_dim=8, mlp_dim=24, vocab_size=64)
 
@@ -55,7 +56,7 @@ def change(config, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "match"),
     [
-        ("first.stpes", 5, r"config\.first\.stpes: unknown key of TrainStage; did you mean 'steps'"),
+        ("first.stpes", 5, r"config\.first\.stpes: unknown key of PretrainStage; did you mean 'steps'"),
         ("first.steps", None, r"config\.first\.steps: missing"),
         ("first.steps", "many", r"config\.first\.steps: expected int, got 'many'"),
         ("first.steps", 0, r"config\.first: steps=0 must be above 0"),

@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tele_jax.errors import UserError
-from tele_jax.settings import RunConfig
+from tele_jax.stages import RunConfig
 
 # Tables of a run that a page may leave at their defaults; all others are its stages.
 _RUN_TABLES = tuple(field.name for field in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(field.type))

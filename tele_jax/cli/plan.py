@@ -238,7 +238,8 @@ def _from_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any], float | 
 def _from_page(args: argparse.Namespace) -> tuple[Any, dict[str, Any], float | None]:
     from tele_jax.cli.pages import load_page
     from tele_jax.growth.receipt import plan_of
-    from tele_jax.settings import GrowStage, TrainStage, run_config
+    from tele_jax.settings import GrowStage, TrainStage
+    from tele_jax.stages import run_config
 
     _refuse(args, "a page, whose stages name them", "grow_to", "policy")
     config = run_config(load_page(args.config, args.overrides))

@@ -138,8 +138,8 @@ def _train(inner: argparse.Namespace, of: Any) -> list[str]:
 
     from tele_jax.cli.pages import load_page
     from tele_jax.processes import VARIABLES
-    from tele_jax.settings import run_config
     from tele_jax.sharding import MESH_AXES
+    from tele_jax.stages import run_config
 
     for name in VARIABLES:
         if getattr(inner, name) is not None:

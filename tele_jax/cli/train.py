@@ -43,7 +43,7 @@ def _step(text: str) -> int:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from tele_jax.cli.pages import load_page
     from tele_jax.processes import find_place
-    from tele_jax.settings import run_config
+    from tele_jax.stages import run_config
 
     place = find_place(vars(args))
     if args.own_process:

@@ -1,4 +1,4 @@
-"""AdamW as an optax chain, with muP learning-rate groups read off the axis names, and an age for every unit.
+"""AdamW as an optax chain, with muP learning-rate groups read off the axis names, an age for every unit, and schedules.
 
 Growth adds units to a model in mid-training. Adam's bias correction and a warm-up of new parameters go by how long a
 unit has been there, so the state keeps, per axis, the step at which each unit was born: a few small vectors.
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from tele_jax.axes import ParamSpec, flatten, unflatten
-from tele_jax.config import ModelConfig
+from tele_jax.config import ModelConfig, require
 from tele_jax.growth.opt_state import AdamState
 from tele_jax.model.spec import spec as spec_of
-from tele_jax.settings import OptimizerConfig
+from tele_jax.settings import OptimizerConfig, ScheduleConfig
 
 
 def optimizer(
@@ -94,7 +94,7 @@ def _least(vectors: Mapping[str, jax.Array], leaf: ParamSpec) -> jax.Array:
 
 
 def delay_births(opt_state: Any, steps: Mapping[str, Any]) -> Any:
-    """The same state with units born `steps` later, int32[size] by axis name: MaskSchedule.closed_steps().
+    """The state with units born `steps` later, int32[size] by axis name: MaskSchedule.closed_steps().
 
     Behind a closed mask the gradient is 0. If a unit aged there, its bias correction would be over before its first
     gradient comes (with beta2 0.999, steps up to 6.6 times as large as they should be), and so would its warm-up.
@@ -110,10 +110,47 @@ def delay_births(opt_state: Any, steps: Mapping[str, Any]) -> Any:
 
 
 def restart_schedule(opt_state: Any) -> Any:
-    """The same state with the schedule at step 0, for a new stage; moments and ages stay."""
+    """The state with the schedule at step 0, for a new stage; moments and ages stay."""
     is_schedule = lambda node: isinstance(node, optax.ScaleByScheduleState)  # noqa: E731
     return jax.tree.map(
         lambda node: node._replace(count=jnp.zeros_like(node.count)) if is_schedule(node) else node,
         opt_state,
         is_leaf=is_schedule,
     )
+
+
+def schedule(config: ScheduleConfig, steps: int, tokens_per_step: int) -> Callable[[jax.Array], jax.Array]:
+    """factor(step) in [0, 1]: linear warm-up to 1, then constant, cosine, linear, or constant and a final linear decay.
+
+    The first step (0) already learns: the warm-up reaches 1 at step `warmup` - 1. Lengths in tokens are divided by
+    tokens_per_step, fractions of a step kept.
+
+    Raises:
+      UserError: a warm-up (and decay) longer than the whole.
+    """
+    unit = 1 if config.unit == "steps" else tokens_per_step
+    warmup = config.warmup / unit
+    total = steps if config.total is None else config.total / unit
+    decay = total / 10 if config.decay is None else config.decay / unit
+    require(
+        warmup < total, f"schedule: warmup {config.warmup} is not below the total of {total * unit:g} {config.unit}"
+    )
+    if config.kind == "wsd":
+        require(
+            warmup + decay <= total, f"schedule: warmup and decay exceed the total of {total * unit:g} {config.unit}"
+        )
+
+    def factor(step: jax.Array) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        rise = jnp.minimum(1.0, (step + 1) / max(warmup, 1.0))
+        start, length = (total - decay, decay) if config.kind == "wsd" else (warmup, total - warmup)
+        progress = jnp.clip((step - start) / length, 0.0, 1.0)
+        if config.kind == "constant":
+            fall = jnp.ones_like(step)
+        elif config.kind == "cosine":
+            fall = config.final + (1 - config.final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        else:
+            fall = 1 - (1 - config.final) * progress
+        return rise * fall
+
+    return factor

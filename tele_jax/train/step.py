@@ -1,5 +1,7 @@
-"""The training step: one pure function, compiled for a mesh."""
+"""The training step, one pure function compiled for a mesh, and bits per byte of held-out text."""
 
+import functools
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +19,13 @@ from tele_jax.model.loss import next_token_loss
 from tele_jax.model.spec import abstract_params, spec
 from tele_jax.sharding import BATCH, batch_sharding, param_shardings, replicated
 
-Step = Callable[[Any, Any, Mapping[str, jax.Array], Any], tuple[Any, Any, dict[str, jax.Array]]]
+Step = Callable[..., tuple[Any, Any, dict[str, jax.Array]]]
+# loss(cfg, params, batch, masks, beside) -> (sum, weight, {name: sum}), see stages/__init__.py
+Loss = Callable[[ModelConfig, Any, Mapping[str, jax.Array], Any, Any], tuple[jax.Array, jax.Array, dict]]
+
+
+def _next_token(cfg, params, batch, masks, beside):
+    return *next_token_loss(cfg, params, batch, masks), {}
 
 
 def trained_as(cfg: ModelConfig) -> ModelConfig:
@@ -37,14 +45,21 @@ def state_shardings(cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Me
 
 
 def make_step(
-    cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, *, batch_size: int, microbatches: int = 1
+    cfg: ModelConfig,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    microbatches: int = 1,
+    loss: Loss = _next_token,
 ) -> Step:
-    """step(params, opt_state, batch, masks) -> (params, opt_state, {"loss", "grad_norm", "weight"}).
+    """step(params, opt_state, batch, masks=None, beside=None) -> (params, opt_state, {"loss", "grad_norm", "weight"}).
 
-    params and opt_state are donated. batch holds arrays [batch_size, S] as data.feed gives them; the loss is the mean
-    over the weights of the whole batch, in nats per token, however many microbatches it is computed in; gradients are
-    accumulated in float32 or better. masks (see growth.masks) may change without compiling again; None is the plain
-    model, compiled on its own. Warns of bfloat16 parameters, which lose small updates: see `trained_as`.
+    params and opt_state are donated. batch holds arrays [batch_size, S] as data.feed gives them; the loss, and what
+    else it returns by name, is the mean over the weights of the whole batch, however many microbatches it is computed
+    in; gradients are accumulated in float32 or better. masks (see growth.masks) and beside (arrays that the loss reads)
+    may change without compiling again; masks=None is the plain model, compiled on its own. Warns of bfloat16
+    parameters, which lose small updates: see `trained_as`.
     """
     if trained_as(cfg) != cfg:
         warnings.warn(
@@ -52,11 +67,11 @@ def make_step(
             "to float32 and train with trained_as(cfg)",
             stacklevel=2,
         )
-    compiled = _jitted(cfg, tx, mesh, batch_size, microbatches)
+    compiled = _jitted(cfg, tx, mesh, batch_size, microbatches, loss)
 
-    def run(params, opt_state, batch, masks=None):
+    def run(params, opt_state, batch, masks=None, beside=None):
         with jax.set_mesh(mesh):
-            return compiled(params, opt_state, batch, masks)
+            return compiled(params, opt_state, batch, masks, beside)
 
     return run
 
@@ -70,31 +85,36 @@ def lower_step(
     seq_len: int,
     microbatches: int = 1,
 ) -> jax.stages.Lowered:
-    """The same step for batches [batch_size, seq_len], ready to be compiled: nothing is allocated, and the devices of
-    the mesh need not be there.
+    """The step of pretraining for batches [batch_size, seq_len], ready to be compiled.
+
+    Nothing is allocated, and the devices of the mesh need not be there.
     """
     params = abstract_params(cfg)
     whole = {"tokens": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32}
     rows = (batch_size, seq_len)
     batch = {name: jax.ShapeDtypeStruct(rows, dtype) for name, dtype in {**whole, "loss_weights": jnp.float32}.items()}
     with jax.set_mesh(mesh):
-        return _jitted(cfg, tx, mesh, batch_size, microbatches).lower(
-            params, jax.eval_shape(tx.init, params), batch, None
-        )
+        step = _jitted(cfg, tx, mesh, batch_size, microbatches, _next_token)
+        return step.lower(params, jax.eval_shape(tx.init, params), batch, None, None)
 
 
-def _jitted(cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, batch_size: int, microbatches: int):
+def _jitted(
+    cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, batch_size: int, microbatches: int, loss: Loss
+):
     params_sharding, opt_sharding = state_shardings(cfg, tx, mesh)
     rows = batch_sharding(mesh, batch_size // microbatches)
 
-    def one(params, batch, masks):
-        loss_sum = lambda p: next_token_loss(cfg, p, batch, masks)  # noqa: E731
-        (total, weight), gradients = jax.value_and_grad(loss_sum, has_aux=True)(params)
-        return total, weight, gradients
+    def one(params, batch, masks, beside):
+        def loss_sum(params):
+            total, weight, figures = loss(cfg, params, batch, masks, beside)
+            return total, (weight, figures)
 
-    def accumulate(params, batch, masks):
+        (total, (weight, figures)), gradients = jax.value_and_grad(loss_sum, has_aux=True)(params)
+        return (total, weight, gradients), figures
+
+    def accumulate(params, batch, masks, beside):
         if microbatches == 1:
-            return one(params, batch, masks)
+            return one(params, batch, masks, beside)
         cut = NamedSharding(mesh, P(None, BATCH))
 
         def part(x):
@@ -103,36 +123,35 @@ def _jitted(cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, batc
             parts = x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
             return jax.lax.with_sharding_constraint(parts, cut)
 
-        parts = jax.tree.map(part, batch)
-
         def add(carry, part):
-            return jax.tree.map(
-                lambda total, new: total + new.astype(total.dtype), carry, one(params, part, masks)
-            ), None
+            sums, figures = one(params, part, masks, beside)
+            return jax.tree.map(lambda total, new: total + new.astype(total.dtype), carry, sums), figures
 
         scalar = jnp.zeros([], jnp.promote_types(cfg.dtype, jnp.float32))
-        sums = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
-        return jax.lax.scan(add, (scalar, scalar, sums), parts)[0]
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
+        sums, figures = jax.lax.scan(add, (scalar, scalar, zeros), jax.tree.map(part, batch))
+        return sums, {name: jnp.sum(parts, axis=0) for name, parts in figures.items()}
 
-    def step(params, opt_state, batch, masks):
-        total, weight, gradients = accumulate(params, batch, masks)
+    def step(params, opt_state, batch, masks, beside):
+        (total, weight, gradients), figures = accumulate(params, batch, masks, beside)
         # A batch without a single counted token has no gradient, instead of a division by zero.
         scale = jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1), 0)
         gradients = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), gradients, params)
         updates, opt_state = tx.update(gradients, opt_state, params)
         metrics = {"loss": total * scale, "grad_norm": optax.tree.norm(gradients), "weight": weight}
+        metrics |= {name: value * scale for name, value in figures.items()}
         return optax.apply_updates(params, updates), opt_state, metrics
 
     return jax.jit(
         step,
-        in_shardings=(params_sharding, opt_sharding, rows, replicated(mesh)),
+        in_shardings=(params_sharding, opt_sharding, rows, replicated(mesh), None),
         out_shardings=(params_sharding, opt_sharding, replicated(mesh)),
         donate_argnums=(0, 1),
     )
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Which rows of a batch lie on this process's devices, int64, ascending. With one process: all."""
+    """Numbers of the rows of a batch that lie on this process's devices, int64, ascending. With one process: all."""
     slices = batch_sharding(mesh, batch_size).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in slices]))
 
@@ -160,3 +179,27 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     head = cfg.padded_vocab_size * cfg.embed_dim if cfg.tie_embeddings else 0
     kernels = head + sum(leaf.size for leaf in jax.tree.leaves(spec(cfg)) if leaf.role == "kernel")
     return 6.0 * kernels + 6.0 * cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss(cfg, params, batch, masks):
+    return next_token_loss(cfg, params, batch, masks)
+
+
+def bits_per_byte(
+    cfg: ModelConfig, params: Mapping[str, Any], held_out: Mapping[str, Any], mesh: Mesh, masks: Any = None
+) -> dict[str, float]:
+    """Bits per byte of every domain, comparable across tokenizers: sum of losses / ln 2 / bytes (arXiv 2404.16645).
+
+    held_out: by domain, what data.feed.held_out returns: `batches` of rows and `num_bytes` of text in them. The number
+    of rows has to divide over the mesh, over which they are cut. Every process has all rows, and gets all figures.
+    """
+    result = {}
+    with jax.set_mesh(mesh):
+        for domain, text in held_out.items():
+            total = 0.0
+            for batch in text.batches:
+                placed = put_batch(batch, mesh, len(batch["tokens"]))
+                total += float(_loss(cfg, params, placed, masks)[0])
+            result[domain] = total / math.log(2) / text.num_bytes
+    return result

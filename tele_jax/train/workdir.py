@@ -32,7 +32,8 @@ from tele_jax.errors import DamageError, UserError
 from tele_jax.files import held_alone
 from tele_jax.growth.receipt import RECEIPT_FIELDS
 from tele_jax.processes import is_first
-from tele_jax.settings import GrowStage, RunConfig, run_config
+from tele_jax.settings import TrainStage
+from tele_jax.stages import RunConfig, run_config
 
 CONFIG, CHANGES, SUMMARY, LOCK = "config.json", "changes.json", "summary.json", ".lock"
 SET_ASIDE = "set_aside"  # directory of a stage: what came after the checkpoint that --from went back to
@@ -223,8 +224,8 @@ def _change_last(
     if from_step is not None and not changed and known and known[-1]["from"] == from_step:
         say(f"--from {from_step} was done by an earlier start")
         return
-    if from_step is not None and (isinstance(stage, GrowStage) or from_step not in steps):
-        have = f"has {', '.join(map(str, steps))}" if not isinstance(stage, GrowStage) else "grows, and does not train"
+    if from_step is not None and (not isinstance(stage, TrainStage) or from_step not in steps):
+        have = f"has {', '.join(map(str, steps))}" if isinstance(stage, TrainStage) else "grows, and does not train"
         raise UserError(f"--from {from_step}: no such checkpoint; the last stage that has begun, {name}, {have}")
     if from_step is None and not changed:
         return

@@ -286,7 +286,7 @@ def test_a_run_starts_from_a_checkpoint_that_is_there(place, finished, tmp_path,
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("--config.small.stepz=5", "config.small.stepz: unknown key of TrainStage; did you mean 'steps'?"),
+        ("--config.small.stepz=5", "config.small.stepz: unknown key of PretrainStage; did you mean 'steps'?"),
         ("--config.smal.steps=5", "the page has no table config.smal; did you mean 'small'?"),
         ("--config.small.model.num_kv_heads=3", "num_heads=2 does not divide into num_kv_heads=3"),
         ("--config.small.model.head_dim=7", "head_dim=7 must be even"),

@@ -14,7 +14,8 @@ from tele_jax.aot import cloud
 from tele_jax.aot.topology import find_slice
 from tele_jax.cli import main
 from tele_jax.cli.pages import load_page
-from tele_jax.settings import cache_config, run_config
+from tele_jax.settings import cache_config
+from tele_jax.stages import run_config
 from tests.launch.launchers import CODE, ROOT, commands, dry_run, readme_commands, tele_command
 
 CASES = list(readme_commands())

@@ -11,8 +11,7 @@ from tele_jax import growth
 from tele_jax.axes import flatten
 from tele_jax.errors import UserError
 from tele_jax.settings import OptimizerConfig, ScheduleConfig
-from tele_jax.train.optimizer import AdamState, delay_births, optimizer, restart_schedule
-from tele_jax.train.schedule import schedule
+from tele_jax.train.optimizer import AdamState, delay_births, optimizer, restart_schedule, schedule
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

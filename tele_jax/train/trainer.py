@@ -1,4 +1,4 @@
-"""One training stage: a model, a feed and an optimizer, from where the last start came to, to the last step."""
+"""The trainer: one training stage of any kind, from where the last start came to, to the last step."""
 
 import datetime
 import functools
@@ -15,19 +15,26 @@ from tqdm import tqdm
 
 from tele_jax import checkpoint
 from tele_jax.config import ModelConfig, written_table
-from tele_jax.data import feed as feeds
 from tele_jax.data import position, shards, sources
+from tele_jax.data.batches import Batches
 from tele_jax.errors import FailedError
 from tele_jax.growth import MaskSchedule, Plan
 from tele_jax.model.decoder import init
 from tele_jax.model.spec import abstract_params, count_params
 from tele_jax.processes import from_first, is_first
 from tele_jax.settings import TrainStage
+from tele_jax.stages import find_kind
 from tele_jax.train import metrics, workdir
-from tele_jax.train.bits_per_byte import bits_per_byte
-from tele_jax.train.optimizer import delay_births, optimizer, restart_schedule
-from tele_jax.train.schedule import schedule
-from tele_jax.train.step import flops_per_token, local_rows, make_step, put_batch, state_shardings, trained_as
+from tele_jax.train.optimizer import delay_births, optimizer, restart_schedule, schedule
+from tele_jax.train.step import (
+    bits_per_byte,
+    flops_per_token,
+    local_rows,
+    make_step,
+    put_batch,
+    state_shardings,
+    trained_as,
+)
 
 
 class Stopped(Exception):
@@ -44,34 +51,34 @@ def mask_schedule(stage: TrainStage, plan: Plan) -> MaskSchedule:
     return MaskSchedule(plan, stage.mask_start, stage.mask_ramp, **how, tokens_per_step=stage.tokens_per_step)
 
 
-class Training:
-    """A training stage at work: the state that the step changes, and what is done with it on the way."""
+class Trainer:
+    """One training stage at work: the state that the step changes, and what is done with it on the way."""
 
     def __init__(
         self,
         stage: TrainStage,
         directory: Path,
         *,
+        batches: Batches,
         previous: Path | None,
         plan: Plan | None,
         mesh: Mesh,
         model: ModelConfig,
         tokenizer: str,
-        index: sources.Indexes,
         say: Callable[[str], None],
     ):
         """Restores or initialises everything; the step is compiled when it first runs.
 
         Args:
           directory: of the stage in the work directory.
+          batches: the data of the stage, opened.
           previous: checkpoints of the stage before; None for the first.
           plan: of the growth that came right before, whose masks rise in this stage.
-          model: as the page has it, which says how it is computed (remat, attention); what it is, checkpoints say.
+          model: says how the model is computed (remat, attention), as the page has it; checkpoints say what it is.
           tokenizer: SHA-256 of the tokenizer, for the provenance.
-          index: makes the indexes of text files, once for all stages.
           say: prints a line.
         """
-        self.stage, self.directory, self.mesh, self.say = stage, directory, mesh, say
+        self.stage, self.directory, self.mesh, self.batches, self.say = stage, directory, mesh, batches, say
         before = None if previous is None else checkpoint.open_lazy(previous)
         self.cfg: ModelConfig = model
         if before is not None:
@@ -79,38 +86,28 @@ class Training:
         found = before.cfg if before is not None else stage.model or model
         if self.cfg.param_dtype != found.param_dtype:
             say(f"  parameters are {found.param_dtype}, and are trained and saved in {self.cfg.param_dtype}")
-        self.tokens_per_step = stage.tokens_per_step
-        self.factor = schedule(stage.schedule, stage.steps, self.tokens_per_step)
+        self.kind = find_kind(stage.kind)
+        self.beside = self.kind.beside(stage, self.cfg, previous, mesh) if hasattr(self.kind, "beside") else None
+        self.factor = schedule(stage.schedule, stage.steps, stage.tokens_per_step)
         self.tx = optimizer(self.cfg, stage.optimizer, self.factor)
         self.masks = (lambda step: None) if plan is None else mask_schedule(stage, plan)
         self.closed_steps = {} if plan is None else self.masks.closed_steps()
-        self.data = {"tokenizer": tokenizer, "domains": sorted(feeds.resolve(stage.data).sources)}
+        self.data = {"tokenizer": tokenizer, "domains": batches.domains}
         self.changes = from_first(lambda: workdir.read_changes(directory))
-        corpora: list[sources.Corpus] = []
-        rows = {"kind": stage.kind, "seq_len": stage.seq_len, "batch_size": stage.batch_size, "aside": corpora.append}
-        rows["index"] = index
         self.known = [] if before is None or stage.data.restart else position.in_provenance(before.provenance)
-        self.feed = feeds.open_feed(
-            stage.data,
-            **rows,
-            seed=stage.seed,
-            rows=local_rows(mesh, stage.batch_size),
-            place=functools.partial(put_batch, mesh=mesh, batch_size=stage.batch_size),
-            known=self.known,
-        )
-        # A batch of evaluation is what goes through the devices at once in training.
-        rows["batch_size"] //= stage.microbatches
-        self.held_out = feeds.held_out(stage.data, **rows)
-        for line in feeds.shared(stage.data, stage.seq_len, index=index):
+        place = functools.partial(put_batch, mesh=mesh, batch_size=stage.batch_size)
+        self.feed = batches.feed(rows=local_rows(mesh, stage.batch_size), place=place, known=self.known)
+        self.held_out = batches.held_out
+        for line in batches.shared():
             say(f"  {line}")
         self.checkpoints = checkpoint.Manager(directory / "checkpoints", keep=stage.keep_checkpoints)
         self.tokens = 0
-        self._restore(previous)
-        for corpus in corpora:  # not before: what an earlier start kept aside stays where this one is refused
-            self._keep_aside(corpus)
+        self._restore(previous, before)
+        for corpus in batches.corpora.values():  # not before: what was set aside stays where this start is refused
+            self._keep_rejected(corpus)
         self.writer = metrics.Metrics(directory / "metrics", self.first_step)
 
-    def _keep_aside(self, corpus: sources.Corpus) -> None:
+    def _keep_rejected(self, corpus: sources.Corpus) -> None:
         """Writes down which documents of a domain cannot be used, and says so."""
         file = self.directory / "rejected" / f"{corpus.where.removeprefix('sources.')}.jsonl"
         from_first(lambda: shards.write_rejected(file, corpus.rejected))
@@ -118,8 +115,8 @@ class Training:
             told = "all are" if corpus.num_rejected == len(corpus.rejected) else f"the first {sources.KEPT:,} are"
             self.say(f"  {corpus.account()}; {told} in {file}")
 
-    def _restore(self, previous: Path | None) -> None:
-        """This stage's own state where there is some, else what the stage before left, else fresh parameters."""
+    def _restore(self, previous: Path | None, before: "checkpoint.Lazy | None") -> None:
+        """Loads this stage's own state where there is some, else what the stage before left, else fresh parameters."""
         params, opt_state = state_shardings(self.cfg, self.tx, self.mesh)
         like = jax.eval_shape(self.tx.init, abstract_params(self.cfg))
         fits = {"cfg": self.cfg, "shardings": params, "opt_state_like": like}
@@ -136,14 +133,16 @@ class Training:
             self.say(f"  goes on at step {latest} of {self.stage.steps}: parameters, optimizer and data as they were")
             self._say_data({name: at for name, at in self.feed.positions().items() if at.next})
             return
-        self._take_over(previous, fits, params, opt_state)
+        self._take_over(previous, before, fits, params, opt_state)
         self._say_data(self.feed.taken_over)
 
-    def _take_over(self, previous: Path | None, fits: dict[str, Any], params: Any, opt_state: Any) -> None:
+    def _take_over(
+        self, previous: Path | None, before: "checkpoint.Lazy | None", fits: dict[str, Any], params: Any, opt_state: Any
+    ) -> None:
         """Takes what the stage before left, else fresh parameters; says which. params, opt_state: their shardings."""
-        if previous is not None:
-            fits = fits | {"cfg": self.cfg.replace(param_dtype=checkpoint.open_lazy(previous).cfg.param_dtype)}
-        if previous is not None and self._keeps_optimizer(previous):
+        if before is not None:
+            fits = fits | {"cfg": self.cfg.replace(param_dtype=before.cfg.param_dtype)}
+        if before is not None and before.opt_state is not None and not self.stage.fresh_optimizer:
             loaded = checkpoint.load(previous, **fits)
             self.params, self.history = self._widened(loaded.params, params), loaded.provenance
             goes_on = lambda state: delay_births(restart_schedule(state), self.closed_steps)  # noqa: E731
@@ -162,7 +161,7 @@ class Training:
         self.opt_state = jax.jit(start, out_shardings=opt_state)(self.params)
 
     def _widened(self, params: Any, shardings: Any) -> Any:
-        """The parameters in the dtype that they are trained in; wider, so that none changes."""
+        """The parameters, cast to the wider dtype that they are trained in, so that none changes."""
         dtype = jax.numpy.dtype(self.cfg.param_dtype)
         if all(leaf.dtype == dtype for leaf in jax.tree.leaves(params)):
             return params
@@ -178,11 +177,6 @@ class Training:
         goes_on = f"goes on with {', '.join(parts)}" if parts else ""
         begins = f"begins {', '.join(new)}" if new else ""
         self.say(f"  data: {'; '.join(filter(None, (goes_on, begins)))}")
-
-    def _keeps_optimizer(self, previous: Path) -> bool:
-        """Whether the moments of the stage before go on: fine-tuning starts with its own, on other data and goals."""
-        fresh = self.stage.reset_optimizer or self.stage.kind == "sft"
-        return not fresh and checkpoint.open_lazy(previous).opt_state is not None
 
     def run(self, stop: Callable[[], bool]) -> dict[str, Any]:
         """Trains to the last step and returns the stage's summary.
@@ -205,16 +199,17 @@ class Training:
 
     def _train(self, stop: Callable[[], bool]) -> None:
         stage = self.stage
-        step_function = make_step(
-            self.cfg, self.tx, self.mesh, batch_size=stage.batch_size, microbatches=stage.microbatches
-        )
+        how = {"batch_size": stage.batch_size, "microbatches": stage.microbatches, "loss": self.kind.loss}
+        step_function = make_step(self.cfg, self.tx, self.mesh, **how)
         quiet = not (is_first() and sys.stderr.isatty())
         bar = tqdm(total=stage.steps, initial=self.first_step, desc=self.directory.name, disable=quiet)
         since, since_step, window = time.perf_counter(), self.first_step, []
         for step in range(self.first_step, stage.steps):
             # A step is dispatched and not waited for, except where a figure is read.
             batch = next(self.feed)  # on the mesh; it was read and put there while the last steps ran
-            self.params, self.opt_state, figures = step_function(self.params, self.opt_state, batch, self.masks(step))
+            self.params, self.opt_state, figures = step_function(
+                self.params, self.opt_state, batch, self.masks(step), self.beside
+            )
             window.append(figures)
             done = step + 1
             bar.update()
@@ -242,21 +237,20 @@ class Training:
         Raises:
           FailedError: one of them is not finite.
         """
-        loss, grad_norm, weight = (
-            np.array([f[k] for f in window], np.float64) for k in ("loss", "grad_norm", "weight")
-        )
+        columns = {name: np.array([figures[name] for figures in window], np.float64) for name in window[0]}
+        weight, loss, grad_norm = columns.pop("weight"), columns["loss"], columns.pop("grad_norm")
         self.tokens += int(weight.sum())
-        flops = flops_per_token(self.cfg, self.stage.seq_len) * self.tokens_per_step / seconds
+        flops = flops_per_token(self.cfg, self.stage.seq_len) * self.stage.tokens_per_step / seconds
         peaks, factor = self.stage.optimizer, float(self.factor(step - 1))
         matrix = peaks.learning_rate if peaks.matrix_learning_rate is None else peaks.matrix_learning_rate
         line = {
-            # The mean over the tokens since the last line; without one token that counts there is no loss.
-            "loss": float((loss * weight).sum() / weight.sum()) if weight.sum() else 0.0,
+            # The loss, and what else its kind gives: means over the weights since the last line, 0 without a weight.
+            **{n: float((c * weight).sum() / weight.sum()) if weight.sum() else 0.0 for n, c in columns.items()},
             "grad_norm": float(grad_norm[-1]),
             "learning_rate": peaks.learning_rate * factor,  # of vector-like parameters
             "matrix_learning_rate": matrix / self.cfg.width_ratio * factor,
             "tokens": self.tokens,
-            "tokens_per_second": self.tokens_per_step / seconds,
+            "tokens_per_second": self.stage.tokens_per_step / seconds,
             "model_flops_per_second": flops,
             "mfu": metrics.utilisation(flops, self.mesh.size),
         }
@@ -327,7 +321,7 @@ class Training:
         return found
 
     def _evaluated(self, step: int) -> bool:
-        """Whether an earlier start came as far: a kill may fall between an evaluation and what follows it."""
+        """True where an earlier start came as far: a kill may fall between an evaluation and what follows it."""
         return from_first(lambda: step in self._evaluations())
 
     def _summary(self) -> dict[str, Any]:
@@ -336,7 +330,7 @@ class Training:
             "parameters": count_params(self.cfg),
             "steps": self.stage.steps,
             "tokens": self.tokens,
-            "flops": flops_per_token(self.cfg, self.stage.seq_len) * self.stage.steps * self.tokens_per_step,
+            "flops": flops_per_token(self.cfg, self.stage.seq_len) * self.stage.steps * self.stage.tokens_per_step,
             "bits_per_byte_before": evaluations.get(0, {}),
             "bits_per_byte_after": evaluations.get(self.stage.steps, {}),
         }

@@ -1,0 +1,144 @@
+"""The stages of a run: how a page is read, and the kinds of stages, each of which is one file of this folder.
+
+A page in configs/ returns a ConfigDict with `run`, the names of the stages in order, and one table per stage:
+
+    config.run = ("pretrain_small", "grow", "pretrain_large", "sft")
+    config.grow = dict(kind="grow", model=dict(embed_dim=160), policy="msg")
+
+`kind` is the name of a module of this folder. Its `Settings` is the frozen dataclass that the table becomes. A kind
+that trains derives it from settings.TrainStage, and has
+
+    batches(stage, index) -> Batches     what the stage reads, opened and checked (data/batches.py)
+    loss(cfg, params, batch, masks, beside) -> (sum, weight, figures)
+                                         pure: the sum over a batch, the weights it is divided by, and other sums by
+                                         name, which are divided by the weights and logged
+    beside(stage, cfg, previous, mesh)   optional: arrays that the loss reads and no step changes, such as a reference
+                                         model; `previous` holds the checkpoints of the stage before, or is None
+
+A kind that makes another model out of what the stage before left has
+
+    outline(stage, cfg, where) -> (config of the model it leaves, Plan | None)         checked before the first step
+    carry_out(stage, directory, previous=, mesh=, text=, where=, say=) -> summary      text: Batches to verify on
+    read_plan(directory) -> Plan | None  the growth that the next stage opens the masks of
+"""
+
+import dataclasses
+import difflib
+import importlib
+import itertools
+import pkgutil
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from tele_jax.config import convert, from_dict, require
+from tele_jax.errors import UserError
+from tele_jax.settings import GrowStage, MeshConfig, TrainStage
+
+Stage = TrainStage | GrowStage
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The stages of a run in order, and where they run."""
+
+    run: tuple[str, ...]
+    stages: dict[str, Stage]
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    # TPU slices that the mesh lies on, joined by a slower network (DCN): mesh.data runs over them, and only gradients
+    # cross from one to another.
+    num_slices: int = 1
+    start: str | None = None  # checkpoint that the first stage starts from, such as an imported one
+
+
+def known_kinds() -> list[str]:
+    """Names of the kinds: the modules of this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def find_kind(name: str) -> ModuleType:
+    """The module of a kind; raises ModuleNotFoundError for an unknown one."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def read_stage(table: Mapping[str, Any], where: str) -> Stage:
+    """The settings of one stage from its table; raises UserError with the full path of what is wrong."""
+    kind, known = (table.get("kind") if hasattr(table, "get") else None), known_kinds()
+    if kind not in known:
+        raise UserError(f"{where}.kind: {kind!r} is not one of {', '.join(map(repr, known))}")
+    return from_dict(find_kind(kind).Settings, table, where)
+
+
+def run_config(page: Mapping[str, Any]) -> RunConfig:
+    """Reads a config page (ConfigDict or dict).
+
+    Raises:
+      UserError: an unknown or missing key, a stage that is named but absent or present but not named, a first stage
+        without a model, a stage that nothing leads to.
+    """
+    page = dict(page.items())
+    names = page.pop("run", None)
+    require(bool(names), "config.run: missing; it names the stages in order, e.g. ('pretrain', 'sft')")
+    names = convert(tuple[str, ...], names, "config.run")
+    for name in names:
+        require(name.isidentifier(), f"config.run: {name!r} is no name for a stage: letters, digits and _ make one")
+    require(len(set(names)) == len(names), f"config.run: a stage is named twice in {names}")
+    mesh = from_dict(MeshConfig, page.pop("mesh", {}), "config.mesh")
+    num_slices = convert(int, page.pop("num_slices", 1), "config.num_slices")
+    require(num_slices > 0, f"config.num_slices={num_slices} must be above 0")
+    require(
+        mesh.data % num_slices == 0,
+        f"config.mesh.data={mesh.data}: only data crosses slices; make it a multiple of config.num_slices={num_slices}",
+    )
+    start = convert(str | None, page.pop("start", None), "config.start")
+    for name in names:
+        require(name in page, f"config.run names the stage {name!r}, but config.{name} is missing")
+    for key in page:
+        if key not in names:
+            near = difflib.get_close_matches(key, (*names, "mesh", "num_slices", "start"), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"config.{key}: unknown key{hint}; stages have to be named in config.run = {names}")
+    stages = {name: read_stage(page[name], f"config.{name}") for name in names}
+    first = stages[names[0]]
+    if start is None and not isinstance(first, TrainStage):
+        raise UserError(
+            f"config.run: the first stage, {names[0]!r}, grows, but there is nothing to grow yet; config.start names a "
+            "checkpoint to start from"
+        )
+    require(
+        any(isinstance(stage, TrainStage) for stage in stages.values()),
+        "config.run: no stage trains; `tele grow` grows a checkpoint",
+    )
+    require(
+        start is not None or first.model is not None,
+        f"config.{names[0]}.model: missing; the first stage has to say which model, or config.start where to start",
+    )
+    for name in names if start is not None else names[1:]:
+        require(
+            not isinstance(stages[name], TrainStage) or stages[name].model is None,
+            f"config.{name}.model: only growth stages, and the first stage of a run without config.start, set a model; "
+            "this one continues with what is there",
+        )
+    for before, name in itertools.pairwise((None, *names)):
+        # Whether the masks of config.start are closed is known when it is opened.
+        if before is not None or start is None or not isinstance(stages[name], TrainStage):
+            _check_masks(before, stages.get(before), name, stages[name])
+    return RunConfig(run=names, stages=stages, mesh=mesh, num_slices=num_slices, start=start)
+
+
+def _check_masks(before: str | None, growth: Stage | None, name: str, stage: Stage) -> None:
+    """Raises UserError where a growth by policy msg is not followed by a mask ramp, or a ramp has no such growth."""
+    growth = growth if isinstance(growth, GrowStage) else None
+    masked = growth is not None and growth.policy == "msg"
+    if masked and (not isinstance(stage, TrainStage) or stage.mask_ramp == 0):
+        raise UserError(
+            f"config.{name}.mask_ramp: has to be above 0: config.{before} grows by policy 'msg', "
+            "whose masks rise in the training stage that follows"
+        )
+    if not isinstance(stage, TrainStage):
+        return
+    if not masked and stage.mask_fields:
+        why = "no growth comes right before" if growth is None else f"config.{before} grows by policy {growth.policy!r}"
+        raise UserError(f"config.{name}.{stage.mask_fields[0]}: {why}, and only growth by policy 'msg' has masks")
+    if growth is not None and not growth.optimizer_state and stage.optimizer.new_warmup_steps:
+        raise UserError(f"config.{name}.optimizer.new_warmup_steps: config.{before} grows without optimizer_state")

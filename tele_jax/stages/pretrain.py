@@ -1,0 +1,35 @@
+"""Pretraining: every token of the text counts in the loss."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+
+from tele_jax.config import ModelConfig
+from tele_jax.data import sources
+from tele_jax.data.batches import Batches
+from tele_jax.model.loss import next_token_loss
+from tele_jax.settings import TrainStage
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainStage(TrainStage):
+    """Pretraining has the fields that all training stages share."""
+
+    kind: Literal["pretrain"]
+
+
+Settings = PretrainStage
+
+
+def batches(stage: PretrainStage, index: sources.Indexes) -> Batches:
+    """Rows cut from documents that follow each other without padding."""
+    return Batches(stage, "pretrain", index)
+
+
+def loss(
+    cfg: ModelConfig, params: Mapping[str, Any], batch: Mapping[str, jax.Array], masks: Any = None, beside: None = None
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Cross entropy of the next token in nats; see stages.__init__."""
+    return *next_token_loss(cfg, params, batch, masks), {}

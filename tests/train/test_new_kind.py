@@ -1,0 +1,96 @@
+"""A new kind of stage touches no file but its own: this one is a module that the test puts beside the others."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from tele_jax import checkpoint, stages
+from tele_jax.errors import UserError
+from tele_jax.stages import run_config
+from tele_jax.train import loop, metrics
+from tests.inference.test_chat import tokenizer_bytes
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+KIND = '''
+"""Pretraining whose head is pulled towards what it was at the start of the stage."""
+import dataclasses
+from typing import Literal
+import jax
+import jax.numpy as jnp
+from tele_jax import checkpoint
+from tele_jax.data.batches import Batches
+from tele_jax.model.loss import next_token_loss
+from tele_jax.settings import TrainStage
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(TrainStage):
+    kind: Literal["anchored"]
+    strength: float = 1.0
+
+def batches(stage, index):
+    return Batches(stage, "pretrain", index)
+
+def beside(stage, cfg, previous, mesh):
+    reference = checkpoint.load(previous, mesh=mesh, items=("params",)).params
+    return {"head": reference["lm_head"]["kernel"], "strength": jnp.float32(stage.strength)}
+
+def loss(cfg, params, batch, masks, beside):
+    total, weight = next_token_loss(cfg, params, batch, masks)
+    moved = weight * beside["strength"] * jnp.sum((params["lm_head"]["kernel"] - beside["head"]) ** 2)
+    return total + moved, weight, {"moved": moved}
+'''
+
+
+@pytest.fixture
+def anchored(tmp_path, monkeypatch):
+    directory = tmp_path / "kinds"
+    directory.mkdir()
+    (directory / "anchored.py").write_text(KIND)
+    monkeypatch.setattr(stages, "__path__", [*stages.__path__, str(directory)])
+    yield
+    sys.modules.pop("tele_jax.stages.anchored", None)
+    vars(stages).pop("anchored", None)
+
+
+def page(tmp_path, **anchored):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{i} and {i + 1} are not {2 * i}"}) + "\n" for i in range(200)))
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_bytes())
+    data = {
+        "tokenizer": str(tmp_path / "tokenizer.model"),
+        "sources": {"en": {"files": [str(text)], "format": "jsonl"}},
+    }
+    shared = {"data": data, "steps": 2, "batch_size": 4, "seq_len": 16, "log_every": 1}
+    shared |= {"optimizer": {"learning_rate": 1e-2}}
+    model = {"num_layers": 1, "embed_dim": 8, "num_heads": 1, "head_dim": 8, "mlp_dim": 8, "vocab_size": 600}
+    first = {"kind": "pretrain", "model": model | {"dtype": "float32", "tie_embeddings": False}, **shared}
+    return {"run": ["first", "second"], "first": first, "second": {"kind": "anchored", **shared, **anchored}}
+
+
+def test_a_kind_that_the_trainer_does_not_know_is_trained(tmp_path, anchored):
+    """Twice, in one batch and in microbatches: the sums and what is logged of them are the same."""
+    moved = {}
+    for parts in (1, 2):
+        workdir = tmp_path / str(parts)
+        summaries = loop.run(page(tmp_path, microbatches=parts), workdir)
+        assert [s["kind"] for s in summaries] == ["pretrain", "anchored"]
+        lines = metrics.read(workdir / "second" / "metrics" / "metrics.jsonl")
+        moved[parts] = [line["moved"] for line in lines if "moved" in line]
+        assert checkpoint.open_lazy(workdir).provenance[-1]["kind"] == "anchored"
+    assert moved[1][0] == 0, "nothing has moved before the first step"
+    assert moved[1][1] > 0
+    np.testing.assert_allclose(moved[2], moved[1], rtol=1e-4)
+
+
+def test_its_own_fields_are_checked(tmp_path, anchored):
+    assert run_config(page(tmp_path, strength=2)).stages["second"].strength == 2.0
+    with pytest.raises(UserError, match=r"config\.second\.strenght: unknown key of Settings; did you mean 'strength'"):
+        run_config(page(tmp_path, strenght=2))
+
+
+def test_an_unknown_kind_names_those_that_there_are(tmp_path):
+    with pytest.raises(UserError, match=r"config\.second\.kind: 'anchored' is not one of 'grow', 'pretrain', 'sft'"):
+        run_config(page(tmp_path))
