@@ -181,10 +181,10 @@ class Ntk:
     1 + attention_slope * ln(n / trained_length).
     """
 
-    original_length: int = 4096
-    trained_length: int = 8192
-    base: typing.Literal["ntk", "linear"] = "ntk"
-    attention_slope: float = 0.1
+    original_length: int = 4096  # tokens for which theta stands as it is
+    trained_length: int = 8192  # tokens of the longest sequence in training
+    base: typing.Literal["ntk", "linear"] = "ntk"  # which power of alpha multiplies theta
+    attention_slope: float = 0.1  # growth of the factor on cos and sin with the length
 
     def __post_init__(self):
         require_positive(self, "original_length", "trained_length")
@@ -198,9 +198,9 @@ class Rope:
     tables: "float16" rounds cos and sin as TeleChat's released code does, for its bits; no other code does that.
     """
 
-    theta: float = 10_000.0
-    ntk: Ntk | None = None
-    tables: typing.Literal["float32", "float16"] = "float32"
+    theta: float = 10_000.0  # base of the frequencies
+    ntk: Ntk | None = None  # None: theta does not depend on the length
+    tables: typing.Literal["float32", "float16"] = "float32"  # dtype that cos and sin are rounded to
 
     def __post_init__(self):
         require_positive(self, "theta")
@@ -214,28 +214,30 @@ class ModelConfig:
       UserError: sizes that do not fit together, each naming the field to change.
     """
 
-    num_layers: int
-    embed_dim: int
-    num_heads: int
-    mlp_dim: int
-    vocab_size: int
-    num_kv_heads: int | None = None  # None: as many as heads
-    head_dim: int | None = 128  # None: embed_dim / num_heads, which must divide
+    num_layers: int  # decoder layers
+    embed_dim: int  # width of the residual stream
+    num_heads: int  # attention heads of queries
+    mlp_dim: int  # hidden units of the gated MLP
+    vocab_size: int  # token ids; the tokenizer may have fewer
+    num_kv_heads: int | None = None  # heads of keys and values; None: num_heads
+    head_dim: int | None = None  # channels of a head, even; None: embed_dim / num_heads, which must divide
     padded_vocab_size: int | None = None  # rows of the embedding; None: vocab_size
-    max_seq_len: int = 4096
-    rms_eps: float = 1e-5
-    rope: Rope = Rope()
-    input_mult: float = 1.0  # on the embedding output
-    output_mult: float = 1.0  # on the logits, see logit_mult
-    mup_base_width: int | None = None
-    tie_embeddings: bool = False
+    max_seq_len: int = 4096  # positions that the model may see
+    rms_eps: float = 1e-5  # added to the mean square in every RMSNorm
+    rope: Rope = Rope()  # rotary position embedding
+    input_mult: float = 1.0  # factor on the output of the embedding
+    output_mult: float = 1.0  # factor on the logits; with mup_base_width also times base width / embed_dim
+    mup_base_width: int | None = None  # width at which muP rates and initial values were found; None: no muP
+    tie_embeddings: bool = False  # the head is the transposed embedding table
     output_biases: bool = False  # on the attention output and the mlp's down projection, nowhere else
-    embed_norm: bool = False
+    embed_norm: bool = False  # an RMSNorm after the embedding
     init_std: float = 0.02  # vector-like parameters, and matrix-like ones at the base width
     matrix_init_std: float | None = None  # matrix-like ones at the base width; None: init_std
     dtype: typing.Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of activations and matrix products
-    param_dtype: typing.Literal["bfloat16", "float32", "float64"] = "float32"
-    remat: typing.Literal["none", "full", "attention", "products", "offload"] = "full"  # see decoder.REMAT
+    param_dtype: typing.Literal["bfloat16", "float32", "float64"] = "float32"  # dtype that parameters are stored in
+    # what the backward pass computes again, see model/decoder.py
+    remat: typing.Literal["none", "full", "attention", "products", "offload"] = "full"
+    # which implementation, see model/attention.py; auto: by device and length
     attention: typing.Literal["auto", "reference", "xla", "blocks", "splash"] = "auto"
 
     def __post_init__(self):

@@ -13,7 +13,8 @@ from tele_jax.errors import UserError
 # Tele-FLM (arXiv 2404.16645, 2407.02783): init std and learning rates transfer back to muP base width 256, where the
 # matrix-like std is 0.024; the vector-like std of 4e-3 is the same at every width.
 _TELE_FLM = dict(
-    vocab_size=80_000, max_seq_len=4096, rms_eps=1e-5, init_std=4e-3, matrix_init_std=0.024, mup_base_width=256
+    **dict(head_dim=128, vocab_size=80_000, max_seq_len=4096, rms_eps=1e-5),
+    **dict(init_std=4e-3, matrix_init_std=0.024, mup_base_width=256),
 )
 # The base model was released with output_mult 0.5 and mup_scale_factor 16, its width over that of the proxy. It is the
 # same model as 1.0 / 32 at base width 256, the form of the later releases: in muP a matrix-like std or learning rate
@@ -57,6 +58,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     | dict(
         num_layers=30,
         num_heads=32,
+        head_dim=128,
         embed_dim=4_096,
         mlp_dim=12_288,
         vocab_size=160_256,

@@ -33,7 +33,7 @@ class SourceConfig:
     """Files of one kind. Where duplicates meet, the source of the lowest rank keeps its copy; among equals, by name."""
 
     files: tuple[str, ...]  # glob patterns
-    format: Literal["text", "jsonl", "parquet", "html", "warc"]
+    format: Literal["text", "jsonl", "parquet", "html", "warc"]  # how a file is read
     domain: str  # the output directory
     rank: int = 0  # said by number, since a ConfigDict forgets the order of its keys
     language: Language | None = None  # None: identified; else taken as known
@@ -68,14 +68,14 @@ class ExtractConfig:
 class NormaliseConfig:
     """Unicode form and spaces of prose; of code only line ends and what cannot be text are touched."""
 
-    form: Literal["NFC", "none"] = "NFC"
+    form: Literal["NFC", "none"] = "NFC"  # Unicode normal form of prose
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageConfig:
     """Which languages stay."""
 
-    keep: tuple[Language, ...] = ("en", "zh", "code")
+    keep: tuple[Language, ...] = ("en", "zh", "code")  # languages whose documents stay
     min_share: float = 0.5  # of the text that must be in the language found (ours)
 
     def __post_init__(self):
@@ -86,28 +86,29 @@ class LanguageConfig:
 class RuleConfig:
     """Thresholds for one language; None: the rule is off. Each field's comment in rules.py names its source."""
 
-    min_tokens: int | None = None
-    max_tokens: int | None = None
-    min_mean_word: float | None = None
-    max_mean_word: float | None = None
-    max_symbol_ratio: float | None = None
-    max_punctuation: float | None = None
-    min_letters: float | None = None
-    max_bullet_lines: float | None = None
-    max_ellipsis_lines: float | None = None
+    min_tokens: int | None = None  # tokens of a document at least
+    max_tokens: int | None = None  # tokens of a document at most
+    min_mean_word: float | None = None  # mean characters of a word at least
+    max_mean_word: float | None = None  # mean characters of a word at most
+    max_symbol_ratio: float | None = None  # symbols (#, ellipses) per word at most
+    max_punctuation: float | None = None  # share of visible characters that are punctuation, at most
+    min_letters: float | None = None  # share of visible characters that are letters, at least
+    max_bullet_lines: float | None = None  # share of lines that begin with a bullet, at most
+    max_ellipsis_lines: float | None = None  # share of lines that end in an ellipsis, at most
     min_lines: int = 5  # rules on shares of lines need so many: of two lines one is half (ours)
-    min_stop_words: int | None = None
-    max_duplicate_lines: float | None = None
-    max_duplicate_line_chars: float | None = None
-    max_top_ngram: tuple[float, ...] = ()  # n = 2, 3, ...
-    max_duplicate_ngrams: tuple[float, ...] = ()  # n = 5, 6, ...
-    min_unique_tokens: float | None = None
-    max_replacement: float | None = None
-    min_terminal_lines: float | None = None
-    max_line: int | None = None
-    max_mean_line: float | None = None
-    min_alphanumeric: float | None = None
-    drop_phrases: tuple[str, ...] = ()
+    min_stop_words: int | None = None  # different stop words at least
+    max_duplicate_lines: float | None = None  # share of lines that stand there twice or more, at most
+    max_duplicate_line_chars: float | None = None  # share of characters in such lines, at most
+    max_top_ngram: tuple[float, ...] = ()  # share of characters in the most frequent n-gram, for n = 2, 3, ..., at most
+    # share of characters in n-grams that repeat, for n = 5, 6, ..., at most
+    max_duplicate_ngrams: tuple[float, ...] = ()
+    min_unique_tokens: float | None = None  # different tokens per token at least
+    max_replacement: float | None = None  # share of U+FFFD among visible characters, at most
+    min_terminal_lines: float | None = None  # share of lines that end in punctuation of a sentence, at least
+    max_line: int | None = None  # characters of the longest line at most
+    max_mean_line: float | None = None  # mean characters of a line at most
+    min_alphanumeric: float | None = None  # share of characters that are letters or digits, at least
+    drop_phrases: tuple[str, ...] = ()  # a document with one of these goes
 
 
 EN = RuleConfig(
@@ -134,9 +135,9 @@ CODE = RuleConfig(
 class RulesConfig:
     """Heuristic rules by language; `other` has none. A table given for a language replaces only the keys it names."""
 
-    en: RuleConfig = EN
-    zh: RuleConfig = ZH
-    code: RuleConfig = CODE
+    en: RuleConfig = EN  # rules for English
+    zh: RuleConfig = ZH  # rules for Chinese
+    code: RuleConfig = CODE  # rules for program code
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,14 +151,15 @@ class UrlsConfig:
 class DuplicatesConfig:
     """Exact, SimHash and MinHash duplicates across all sources."""
 
+    # which kinds of copies are looked for
     methods: tuple[Literal["exact", "simhash", "minhash"], ...] = ("exact", "simhash", "minhash")
     ngram: int = 5  # tokens in a shingle
-    bands: int = 25
-    rows: int = 5  # bands * rows permutations
+    bands: int = 25  # bands of MinHash: documents that agree in one are compared
+    rows: int = 5  # permutations in a band
     threshold: float = 0.7  # estimated Jaccard similarity of shingles from which two documents are one
     simhash_bits: int = 3  # Hamming distance of 128-bit SimHashes up to which two documents are one
     min_shingles: int = 10  # below, only exact duplicates: too short to tell alike from same (ours)
-    seed: int = 0
+    seed: int = 0  # seed of the permutations
 
     def __post_init__(self):
         require(bool(self.methods), "methods: name at least one of exact, simhash, minhash")
@@ -182,9 +184,9 @@ class ParagraphsConfig:
 class QualityConfig:
     """A classifier trained by `tele data clean-train quality`."""
 
-    model: str
+    model: str  # file of the classifier
     threshold: float = 0.5  # least probability of being a good document; see docs/clean.md for what it drops
-    languages: tuple[Language, ...] = ("en", "zh")
+    languages: tuple[Language, ...] = ("en", "zh")  # languages that are judged
 
     def __post_init__(self):
         _fraction(self, "threshold")
@@ -194,8 +196,8 @@ class QualityConfig:
 class PerplexityConfig:
     """n-gram models trained by `tele data clean-train ngrams`, by language; perplexity per token."""
 
-    models: dict[str, str]
-    max_perplexity: dict[str, float]
+    models: dict[str, str]  # file of the n-gram model by language
+    max_perplexity: dict[str, float]  # largest perplexity per token by language
     min_perplexity: dict[str, float] = dataclasses.field(default_factory=dict)  # boilerplate has very low ones
 
     def __post_init__(self):
@@ -210,11 +212,11 @@ class PerplexityConfig:
 class OverlapConfig:
     """Benchmarks: jsonl or text files. Any shared n-gram drops the document."""
 
-    files: tuple[str, ...]
+    files: tuple[str, ...]  # glob patterns of the benchmarks
     fields: tuple[str, ...] = ()  # of the jsonl records; none: every string in a record
     ngram: int = 13  # tokens, as GPT-3 (arXiv 2005.14165, appendix C)
     zh_ngram: int = 20  # of mostly Chinese n-grams, where a token is a character (ours)
-    min_matches: int = 1
+    min_matches: int = 1  # shared n-grams from which a document goes
 
     def __post_init__(self):
         require_positive(self, "ngram", "zh_ngram", "min_matches")
@@ -224,16 +226,17 @@ class OverlapConfig:
 class PrivacyConfig:
     """What is masked."""
 
+    # kinds of identifiers that are masked
     kinds: tuple[Literal["email", "phone", "id", "ip", "card"], ...] = ("email", "phone", "id", "ip", "card")
-    skip_languages: tuple[Language, ...] = ()
+    skip_languages: tuple[Language, ...] = ()  # languages that are left as they are
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SafetyConfig:
     """Word lists: a word or phrase a line, or given here."""
 
-    files: tuple[str, ...] = ()
-    words: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()  # glob patterns of word lists
+    words: tuple[str, ...] = ()  # words and phrases of the page itself
     max_hits: int = 2  # a document with more goes
     max_hits_per_1000: float = 5.0  # tokens; more goes, whatever the number
 
@@ -264,7 +267,8 @@ class OutputConfig:
 class CleanConfig:
     """A whole run. A stage runs if `stages` names it; its table may be left out where everything has a default."""
 
-    sources: dict[str, SourceConfig]
+    sources: dict[str, SourceConfig]  # what is read, by name
+    # names of the stages, in the order in which they run
     stages: tuple[
         Literal[
             "extract", "language", "normalise", "rules", "urls", "duplicates", "paragraphs", "quality", "perplexity",
@@ -272,19 +276,19 @@ class CleanConfig:
         ],
         ...,
     ]  # fmt: skip
-    extract: ExtractConfig = ExtractConfig()
-    normalise: NormaliseConfig = NormaliseConfig()
-    language: LanguageConfig = LanguageConfig()
-    rules: RulesConfig = RulesConfig()
-    urls: UrlsConfig = UrlsConfig()
-    duplicates: DuplicatesConfig = DuplicatesConfig()
-    paragraphs: ParagraphsConfig = ParagraphsConfig()
-    quality: QualityConfig | None = None
-    perplexity: PerplexityConfig | None = None
-    overlap: OverlapConfig | None = None
-    privacy: PrivacyConfig = PrivacyConfig()
-    safety: SafetyConfig | None = None
-    output: OutputConfig = OutputConfig()
+    extract: ExtractConfig = ExtractConfig()  # HTML to text
+    normalise: NormaliseConfig = NormaliseConfig()  # Unicode form and spaces
+    language: LanguageConfig = LanguageConfig()  # languages that stay
+    rules: RulesConfig = RulesConfig()  # heuristic rules by language
+    urls: UrlsConfig = UrlsConfig()  # duplicate addresses
+    duplicates: DuplicatesConfig = DuplicatesConfig()  # duplicate documents
+    paragraphs: ParagraphsConfig = ParagraphsConfig()  # repeated paragraphs
+    quality: QualityConfig | None = None  # quality classifier
+    perplexity: PerplexityConfig | None = None  # perplexity by n-gram models
+    overlap: OverlapConfig | None = None  # overlap with benchmarks
+    privacy: PrivacyConfig = PrivacyConfig()  # masks of personal identifiers
+    safety: SafetyConfig | None = None  # word lists
+    output: OutputConfig = OutputConfig()  # files that are written
 
     def __post_init__(self):
         require(bool(self.sources), "sources: name at least one")
