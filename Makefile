@@ -1,5 +1,6 @@
 # make test         the tests
 # make check        lint, format, import layers
+# make docs         the site of docs/ and of the docstrings, in site/
 # make quickstart   text -> pretrain -> grow -> pretrain -> grow -> fine-tune -> chat, on one CPU
 #
 # The first run makes $(VENV) and installs into it; it needs python3 (3.11 to 3.13) and a package index, nothing else.
@@ -19,7 +20,7 @@ TELE := JAX_PLATFORMS=cpu $(VENV)/bin/tele
 TEXT := runs/quickstart/text
 TOKENIZER := runs/quickstart/tokenizer.model
 
-.PHONY: test check quickstart install
+.PHONY: test check docs quickstart install
 
 test: install
 	$(PY) -m pytest $(PYTEST_FLAGS)
@@ -28,6 +29,11 @@ check: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+
+# --strict: a warning, such as a link to nothing or a page outside the navigation, is an error.
+docs: install
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS),docs]'
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --clean
 
 quickstart: install
 	$(TELE) data fetch quickstart --out $(TEXT)

@@ -79,14 +79,27 @@ EXTRAS = {
         "pyyaml>=6,<7",
         "kubeflow-trainer-api>=2.3,<3",
     ],
+    # `make docs`. mkdocstrings reads the sources and imports nothing.
+    "docs": ["mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0.4,<2"],
 }
 
 setup(
     name="tele_jax",
-    version="0.1.0",
+    version="0.2.0.dev0",
     description="Pretrain, grow, fine-tune and talk to the Tele-FLM and TeleChat language models in JAX",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["tele_jax", "tele_jax.*"]),
+    package_data={"tele_jax": ["py.typed"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["tele = tele_jax.cli.main:main"]},

@@ -286,6 +286,9 @@ def page(store: dict[str, dict]) -> str:
     tables = {kind: table(KINDS[kind][0], [KINDS[kind][1](f) for f in rows]) for kind, rows in found.items()}
     return f"""# Pod scale, on paper
 
+After this page you can choose a slice, a mesh and a batch for a published model, and bound its memory, its time and its
+chip-hours.
+
 Written by `python benchmarks/aot_table.py --page docs/scale.md`; not by hand. Each row is a compilation of the real
 program ({"; ".join(compilers)}) for a slice that was not there: parameters and Adam's moments in float32, products in
 bfloat16, sequences of 4,096 tokens. `tele plan` gives the same for other models, slices, meshes and

@@ -1,6 +1,6 @@
 """The published models, one line each: sizes, multipliers and vocabularies from the reports and released configs.
 
-A value that nobody published is marked "ours" with the reason. Numbers and their sources: docs/models.md.
+A value that nobody published is marked "ours" with the reason. Numbers and their sources: docs/facts.md.
 """
 
 import difflib

@@ -21,9 +21,3 @@ def test_the_growth_example_grows_and_preserves():
     assert float(jnp.abs(before - after).max()) <= 2e-5 * float(jnp.abs(before).max())
     report = tele.growth.verify(plan, params, big, tokens)
     assert report.ok, report
-
-
-def test_what_the_readme_names_is_there():
-    text = README.read_text(encoding="utf-8")
-    for path in set(re.findall(r"(?:tele_jax|configs|tests|docs)/[\w/.]+\w", text)):
-        assert (README.parent / path).exists(), path

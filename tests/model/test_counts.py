@@ -52,7 +52,7 @@ def test_telechat_has_the_published_size():
     assert round(sum(leaf.size for leaf in without_embedding.values()) / 1e9, 2) == 3.05
 
 
-# layers, embed, heads, head_dim, mlp; as published (docs/models.md).
+# layers, embed, heads, head_dim, mlp; as published (docs/facts.md).
 PUBLISHED_SIZES = {
     "tele_flm_proxy": (64, 512, 4, 128, 1_344),
     "tele_flm_52b": (64, 8_192, 64, 128, 21_824),
