@@ -16,7 +16,7 @@ import sys
 import tokenize
 from pathlib import Path
 
-from tele_jax import config, settings
+from tele_jax import config, settings, stages
 from tele_jax.clean import settings as clean_settings
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -29,7 +29,7 @@ which returns a ConfigDict; `--config.KEY=VALUE` on the command line changes a v
 `docs/make_configuration.py` writes this page from the settings' source; change the comments there.
 """
 SECTIONS = (
-    ("A run: `tele train`", (settings.RunConfig, settings.MeshConfig)),
+    ("A run: `tele train`", (stages.RunConfig, settings.MeshConfig)),
     ("A training stage: `kind=\"pretrain\"` or `kind=\"sft\"`", (settings.TrainStage, settings.OptimizerConfig,
                                                              settings.ScheduleConfig)),
     ("A growth stage: `kind=\"grow\"`, also `tele grow`", (settings.GrowStage,)),

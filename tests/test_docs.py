@@ -1,6 +1,8 @@
 """What the documents name is there: links, paths of the repository, names of its files; and every page says its use."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,9 @@ def test_a_page_begins_with_what_its_reader_can_do_and_stands_in_index_and_navig
     name = str(page.relative_to(DOCS))
     assert f": {name}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert name == "index.md" or f"]({name})" in (DOCS / "index.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_keys_is_what_the_settings_say():
+    command = [sys.executable, str(DOCS / "make_configuration.py"), "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr or f"run {DOCS.name}/make_configuration.py, which writes it anew"
