@@ -1,12 +1,22 @@
-"""Extension of griffe, which reads the sources for `make docs`: fits docstrings and exports of tele_jax to a site."""
+"""What `make docs` does beside mkdocs: fits docstrings, exports and tables of tele_jax to a site.
+
+mkdocs calls on_page_markdown for every page of docs/; griffe, which reads the sources, calls the methods of Site.
+"""
 
 import re
 from collections.abc import Iterator
 
 from griffe import Alias, Extension, Module
 
+# Code in a page: between backticks, in one line.
+_SPAN = re.compile(r"`[^`\n]+`")
 # A paragraph that begins with an example, or has three spaces inside a line.
 _CODE = re.compile(r"^ *>>> |\S {3,}\S", re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, **_) -> str:
+    r"""Removes the backslash before | in code: inside a table GitHub needs it, and Python-Markdown would show it."""
+    return _SPAN.sub(lambda code: code.group().replace(r"\|", "|"), markdown)
 
 
 def fence(text: str) -> str:
