@@ -15,24 +15,23 @@ growth.compose(plan, other)                    two growths in one go
 growth.widen_mlp(cfg, 300), insert_layers, ...  one axis at a time, see operators.py
 """
 
-from tele_jax.growth.apply import apply, shrink
+from tele_jax.growth.apply import GrownArray, apply, lazy, shrink
 from tele_jax.growth.axis_map import AxisMap
 from tele_jax.growth.check import check
-from tele_jax.growth.compose import Composed, compose
-from tele_jax.growth.lazy import GrownArray, lazy
+from tele_jax.growth.leaf import LeafPlan
 from tele_jax.growth.masks import MaskSchedule
-from tele_jax.growth.operators import (
+from tele_jax.growth.opt_state import apply_opt
+from tele_jax.growth.plan import Plan, Step, compose
+from tele_jax.growth.policies import (
     change_multipliers,
     grow_vocab,
     insert_layers,
     pad_vocab,
+    plan,
     widen_embed,
     widen_heads,
     widen_mlp,
 )
-from tele_jax.growth.opt_state import apply_opt
-from tele_jax.growth.plan import Growth, LeafPlan, Plan
-from tele_jax.growth.policies import plan
 from tele_jax.growth.sharded import sharded, state_shardings
 from tele_jax.growth.stream import Outline, Streamed, stream
 from tele_jax.growth.stream import outline as stream_outline
@@ -40,14 +39,13 @@ from tele_jax.growth.verify.report import Report, verify, verify_stored
 
 __all__ = [
     "AxisMap",
-    "Composed",
     "GrownArray",
-    "Growth",
     "LeafPlan",
     "MaskSchedule",
     "Outline",
     "Plan",
     "Report",
+    "Step",
     "Streamed",
     "apply",
     "apply_opt",

@@ -1,7 +1,17 @@
-"""Growth of parameters in memory, and the way back. Optimizer states: see opt_state.py."""
+"""Growth of parameters: as arrays (`apply`), computed where they are read (`lazy`), and the way back (`shrink`).
 
+    big = growth.apply(plan, params)
+    big = growth.lazy(plan, checkpoint.open_lazy(path).params)
+    big["layers"]["mlp"]["up"][3, :64]         the bits of growth.apply(plan, params)["layers"]["mlp"]["up"][3, :64]
+    growth.verify_stored(plan, params, big)    a comparison before a byte is written
+
+Optimizer states: see opt_state.py; arrays on a mesh: see sharded.py.
+"""
+
+import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,38 +20,48 @@ import numpy as np
 
 from tele_jax.axes import ParamSpec, flatten, unflatten
 from tele_jax.errors import UserError
-from tele_jax.growth.kernel import leaf_key, tile
-from tele_jax.growth.plan import Growth, LeafPlan, Plan
+from tele_jax.growth import host_kernel
+from tele_jax.growth.kernel import tile
+from tele_jax.growth.leaf import LeafPlan, LeafStep
+from tele_jax.growth.plan import Plan, Step, require_plan
+from tele_jax.sharding import tiles
+
+BLOCK_BYTES = 32 * 2**20  # of the source, read at once for a lazy leaf
+
+Params = Mapping[str, Any]
+Take = Callable[[jax.Array, Sequence[np.ndarray]], jax.Array]
 
 
-def apply(plan: Growth, params: Mapping[str, Any]) -> dict[str, Any]:
+def apply(plan: Plan, params: Params) -> dict[str, Any]:
     """The grown parameters; a pure function. For arrays that lie on a mesh, see `sharded`.
 
     Raises:
       UserError: params are not what plan.src_cfg describes, every leaf that differs is named; float64 without
         jax_enable_x64.
     """
+    require_plan(plan, "apply: plan")
     return grow_params(plan, params, grow_leaf)
 
 
-def grow_params(plan: Growth, params: Mapping[str, Any], grow: Callable[[Plan, str, LeafPlan, Any], Any]) -> Any:
-    """As `apply`, with grow(step, leaf name, plan of the leaf, leaf) for the kernel."""
+def grow_params(plan: Plan, params: Params, grow: Callable[[LeafStep, Any], Any]) -> dict[str, Any]:
+    """Grows parameters as `apply` does, with grow(step of the leaf, array) as the kernel."""
     leaves = flatten(params)
     check_tree(leaves, plan.src_spec)
     for step in plan.steps:
-        leaves = {name: grow(step, name, step.leaves[name], leaves[source]) for name, source in step.sources.items()}
+        leaves = {name: grow(step.leaf_step(name), leaves[source]) for name, source in step.sources.items()}
     return unflatten(leaves)
 
 
-def shrink(plan: Growth, params: Mapping[str, Any]) -> dict[str, Any]:
+def shrink(plan: Plan, params: Params) -> dict[str, Any]:
     """The left inverse of `apply`: to the bit where nothing was scaled, to rounding elsewhere.
 
-    Of each step that is one unit in the last place where a leaf has a coefficient alone, and a few (five, with random
-    factors) where its units were split into copies, by policy copy, which multiplies by several.
+    Per step that is one unit in the last place where a leaf has a coefficient alone, and a few (five, with random
+    factors) where its units were split into copies, by policy copy, which multiplies by several factors.
 
     Raises:
       UserError: params are not what plan.dst_cfg describes; the plan drops something, which nothing brings back.
     """
+    require_plan(plan, "shrink: plan")
     leaves = flatten(params)
     check_tree(leaves, plan.dst_spec)
     for step in reversed(plan.steps):
@@ -49,7 +69,7 @@ def shrink(plan: Growth, params: Mapping[str, Any]) -> dict[str, Any]:
     return unflatten(leaves)
 
 
-def _shrink_leaves(step: Plan, leaves: Mapping[str, Any]) -> dict[str, Any]:
+def _shrink_leaves(step: Step, leaves: Params) -> dict[str, Any]:
     try:
         inverse = {axis: m.invert() for axis, m in step.maps.items()}
     except ValueError as error:
@@ -63,7 +83,7 @@ def _shrink_leaves(step: Plan, leaves: Mapping[str, Any]) -> dict[str, Any]:
         # The inverse of what growth multiplied by, with its rounding: entries come back to one unit in the last place.
         factor = float(np.asarray(leaf.coefficient, jnp.promote_types(spec.dtype, jnp.float32)))
         back = LeafPlan(1 / factor, (), leaf.scaled, leaf.shared)
-        small[name] = _evaluate(back, [inverse[a] for a in spec.axes], leaves[kept[name]], (0, 0), spec.shape)
+        small[name] = grow_leaf(LeafStep(back, tuple(inverse[axis] for axis in spec.axes)), leaves[kept[name]])
     return small
 
 
@@ -81,9 +101,6 @@ def check_tree(leaves: Mapping[str, Any], spec: Mapping[str, ParamSpec]) -> None
         raise UserError("the parameters do not fit the config: " + "; ".join(sorted(wrong)))
 
 
-Take = Callable[[jax.Array, Sequence[np.ndarray]], jax.Array]
-
-
 def take(array: jax.Array, indices: Sequence[np.ndarray]) -> jax.Array:
     """The entries of an array at indices, one int array per dimension; anything at NEW."""
     for dimension, index in enumerate(indices):
@@ -92,14 +109,8 @@ def take(array: jax.Array, indices: Sequence[np.ndarray]) -> jax.Array:
     return array
 
 
-def grow_leaf(step: Plan, name: str, leaf: LeafPlan, array: Any, power: int = 1, take: Take = take) -> jax.Array:
-    """One leaf by one step; name: of the leaf after it; power: of the factors, 2 for second moments."""
-    spec = step.dst_spec[name]
-    maps = [step.maps[axis] for axis in spec.axes]
-    return _evaluate(leaf, maps, array, leaf_key(step.seed, name), spec.shape, power, take)
-
-
-def _evaluate(leaf: LeafPlan, maps, array: Any, key: tuple[int, int], shape, power=1, take: Take = take) -> jax.Array:
+def grow_leaf(step: LeafStep, array: Any, take: Take = take) -> jax.Array:
+    """The whole of a leaf after one step."""
     dtype = array.dtype
     array = jnp.asarray(array)
     if array.dtype != dtype:
@@ -107,5 +118,79 @@ def _evaluate(leaf: LeafPlan, maps, array: Any, key: tuple[int, int], shape, pow
             f"a leaf of {dtype} would be cut to {array.dtype}: jax.config.update('jax_enable_x64', True) keeps it; "
             "growth.stream and growth.lazy work without"
         )
-    where = [np.arange(size) for size in shape]
-    return tile(leaf, maps, where, functools.partial(take, array), key, shape, array.dtype, power)
+    return tile(step, [np.arange(size) for size in step.shape], functools.partial(take, array), array.dtype)
+
+
+# ---- lazily ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GrownArray:
+    """A leaf of the grown tree; indexing it with integers and slices computes that part of it.
+
+    Attributes:
+      source: array, or checkpoint.LazyArray.
+    """
+
+    plan: Plan
+    name: str
+    source: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.plan.dst_spec[self.name].shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.plan.dst_spec[self.name].dtype)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return self.plan.dst_spec[self.name].axes
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        from tele_jax.checkpoint.lazy import basic_index
+
+        index = basic_index(key, self.shape)
+        bounds = [part if isinstance(part, slice) else slice(part, part + 1) for part in index]
+        if any(part.step not in (None, 1) for part in bounds):
+            raise IndexError("a grown leaf takes slices without a step")
+        out = np.empty([part.stop - part.start for part in bounds], self.dtype)
+        if out.size:
+            *before, last = self.plan.leaf_steps(self.name)
+            source = _chunkwise(self.source)
+            for step in before:
+                source = host_kernel.grown(source, step, _chunks(step.shape, self.dtype.itemsize), self.dtype)
+            host_kernel.fill_tile(out, last, [part.start for part in bounds], source)
+        return out[tuple(slice(None) if isinstance(part, slice) else 0 for part in index)]
+
+
+def lazy(plan: Plan, params: Params) -> dict[str, Any]:
+    """The tree that growth.apply would make, as GrownArray leaves. params: arrays, or checkpoint.LazyArray.
+
+    Raises:
+      UserError: params are not what plan.src_cfg describes.
+    """
+    require_plan(plan, "lazy: plan")
+    leaves = flatten(params)
+    check_tree(leaves, plan.src_spec)
+    return unflatten({name: GrownArray(plan, name, leaves[plan.sources[name]]) for name in plan.dst_spec})
+
+
+def _chunkwise(array: Any) -> host_kernel.Source:
+    """An array that can be sliced, as a source of chunks; those at the edge are filled up with zeros."""
+    chunks = _chunks(array.shape, np.dtype(array.dtype).itemsize)
+
+    @contextlib.contextmanager
+    def chunk(index: tuple[int, ...]) -> Iterator[np.ndarray]:
+        bounds = [(i * n, min((i + 1) * n, size)) for i, n, size in zip(index, chunks, array.shape, strict=True)]
+        part = np.asarray(array[tuple(slice(*b) for b in bounds)])
+        short = [(0, n - size) for n, size in zip(chunks, part.shape, strict=True)]
+        yield np.pad(part, short) if any(map(any, short)) else part
+
+    return host_kernel.Source(chunks, chunk)
+
+
+def _chunks(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The shape of the first of the tiles of about BLOCK_BYTES that cover a leaf."""
+    return tuple(part.stop for part in next(tiles(shape, itemsize, BLOCK_BYTES)))

@@ -1,10 +1,11 @@
-"""AxisMap: where every index of a grown axis comes from. Pure numpy.
+"""Maps of one axis: from every destination index to the source index that it takes, or to NEW. Pure numpy.
 
-widen("embed", 3, 5)          index [0 1 2 -1 -1], the last two new
-repeat("layers", [0, 1, 1])   index [0 1 1], the third a copy that was not there before: also new
+widen("embed", 3, 5)             index [0 1 2 -1 -1], the last two new
+repeat("layers", 2, [0, 1, 1])   index [0 1 1], the third a copy that was not there before: fresh
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,29 +19,34 @@ NEW = -1
 _MOST_UNITS = 10**8  # of an axis that is read from JSON
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class AxisMap:
-    """One logical axis before and after growth.
+    """One logical axis before and after growth. Lists are taken for arrays.
 
     Attributes:
-      axis: its name.
-      src_size: its size before.
+      axis: the name of the axis.
+      src_size: the number of units before.
       index: int64[dst_size], the source index of every destination index, or NEW.
-      fresh: bool[dst_size], true where the unit was not in the model before: NEW entries, and copies that growth
-        masks or zeroes. An entry that a source unit is split into is a copy, but not fresh.
-      scale: float64[dst_size], the factor on what produces the unit, for leaves whose plan asks for it.
-      share: float64[dst_size], the factor on what reads the unit; with copies, scale * share adds up to 1 over them.
+      fresh: bool[dst_size], true where the unit was not in the model before: NEW entries (the default), and copies that
+        growth masks or zeroes. A copy that a source unit is split into is not fresh.
+      scale: float64[dst_size], a factor for leaves that produce the unit, where their LeafPlan names the axis.
+      share: float64[dst_size], a factor for leaves that read the unit; over all copies of a unit, scale * share is 1.
     """
 
     axis: str
     src_size: int
     index: np.ndarray
-    fresh: np.ndarray
-    scale: np.ndarray
-    share: np.ndarray
+    fresh: np.ndarray | None = None
+    scale: np.ndarray | None = None
+    share: np.ndarray | None = None
 
     def __post_init__(self):
         size = len(self.index)
+        defaults = {"index": (np.int64, None), "fresh": (bool, np.asarray(self.index) == NEW)}
+        defaults |= dict.fromkeys(("scale", "share"), (np.float64, np.ones(size)))
+        for name, (dtype, default) in defaults.items():
+            given = getattr(self, name)
+            object.__setattr__(self, name, np.asarray(default if given is None else given, dtype))
         if {self.fresh.shape, self.scale.shape, self.share.shape} != {(size,)}:
             raise ValueError(f"{self.axis}: index, fresh, scale and share differ in length")
         if size and (self.index.max() >= self.src_size or self.index.min() < NEW):
@@ -48,18 +54,21 @@ class AxisMap:
         if not self.fresh[self.index == NEW].all():
             raise ValueError(f"{self.axis}: a NEW entry is not marked fresh")
 
+    def __repr__(self) -> str:
+        return f"<AxisMap {self.axis}: {self.src_size} -> {self.dst_size}, {self.fresh.sum()} fresh>"
+
     @property
     def dst_size(self) -> int:
         return len(self.index)
 
     @property
     def is_identity(self) -> bool:
-        """Nothing moves, nothing is new, nothing is scaled."""
+        """True where nothing moves, is new, or is scaled."""
         same = self.dst_size == self.src_size and np.array_equal(self.index, np.arange(self.src_size))
         return same and not self.fresh.any() and bool((self.scale == 1).all() and (self.share == 1).all())
 
     def compose(self, later: "AxisMap") -> "AxisMap":
-        """This map, then `later`: as one map from this source to the later destination."""
+        """The map from this source to the destination of `later`, which follows this map."""
         if later.src_size != self.dst_size:
             raise ValueError(f"{self.axis}: cannot compose {self.dst_size} with a map of {later.src_size}")
         known = later.index != NEW
@@ -80,21 +89,13 @@ class AxisMap:
           ValueError: a source unit that the destination does not hold any more.
         """
         position = np.full(self.src_size, NEW)
-        for dst in range(self.dst_size - 1, -1, -1):
-            if self.index[dst] != NEW and not self.fresh[dst]:
-                position[self.index[dst]] = dst
+        kept = np.flatnonzero((self.index != NEW) & ~self.fresh)[::-1]
+        position[self.index[kept]] = kept  # of several places the first counts
         if (position == NEW).any():
             lost = np.flatnonzero(position == NEW).tolist()
             raise ValueError(f"{self.axis}: units {lost} of the source are not in the destination")
         fresh = np.zeros(self.src_size, bool)
         return AxisMap(self.axis, self.dst_size, position, fresh, 1 / self.scale[position], 1 / self.share[position])
-
-    def concatenate(self, other: "AxisMap") -> "AxisMap":
-        """Both maps side by side over the same source: the destination of this one, then that of the other."""
-        if other.src_size != self.src_size:
-            raise ValueError(f"{self.axis}: sources of size {self.src_size} and {other.src_size}")
-        pair = [(getattr(self, name), getattr(other, name)) for name in ("index", "fresh", "scale", "share")]
-        return AxisMap(self.axis, self.src_size, *(np.concatenate(both) for both in pair))
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, runs of consecutive indices folded: [[start, length], ...], start -1 for a run of NEW."""
@@ -109,7 +110,7 @@ class AxisMap:
 
     @classmethod
     def from_json(cls, data: Any, where: str = "map") -> "AxisMap":
-        """The inverse of to_json. Raises UserError for what to_json does not make; where: put before its fields."""
+        """The inverse of to_json. Raises UserError, with `where` before the field, for what to_json does not make."""
         fields = from_dict(_Fields, data, where)
         size = sum(run[1] for run in fields.runs if len(run) == 2)
         good = max(size, fields.src_size) <= _MOST_UNITS and all(
@@ -125,20 +126,16 @@ class AxisMap:
         factors = [*(fields.scale or ()), *(fields.share or ())]
         require(all(math.isfinite(f) and f != 0 for f in factors), f"{where}: scale and share must be finite, not 0")
         try:
-            return make(fields.axis, fields.src_size, index, fresh, fields.scale, fields.share)
+            return AxisMap(fields.axis, fields.src_size, index, fresh, fields.scale, fields.share)
         except (ValueError, OverflowError) as error:
             raise UserError(f"{where}: {error}") from None
 
     def runs(self) -> list[tuple[int, int]]:
         """The index as runs (start, length) of consecutive source indices; start NEW for a run of new entries."""
-        runs: list[tuple[int, int]] = []
-        for i in self.index.tolist():
-            start, length = runs[-1] if runs else (None, 0)
-            if runs and ((i == NEW and start == NEW) or (i != NEW and start != NEW and i == start + length)):
-                runs[-1] = (start, length + 1)
-            else:
-                runs.append((i, 1))
-        return runs
+        before, after = self.index[:-1], self.index[1:]
+        goes_on = np.where(before == NEW, after == NEW, after == before + 1)
+        starts = np.flatnonzero(np.concatenate([[True], ~goes_on]))[: self.dst_size].tolist()
+        return [(int(self.index[a]), b - a) for a, b in itertools.pairwise([*starts, self.dst_size])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,47 +150,32 @@ class _Fields:
     share: tuple[float, ...] | None
 
 
-def make(
-    axis: str,
-    src_size: int,
-    index: Sequence[int],
-    fresh: Sequence[bool] | None = None,
-    scale: Sequence[float] | None = None,
-    share: Sequence[float] | None = None,
-) -> AxisMap:
-    """An AxisMap from lists; fresh defaults to the NEW entries, scale and share to ones."""
-    index = np.asarray(index, np.int64)
-    fresh = index == NEW if fresh is None else np.asarray(fresh, bool)
-    factors = [np.ones(len(index)) if f is None else np.asarray(f, np.float64) for f in (scale, share)]
-    return AxisMap(axis, src_size, index, fresh, *factors)
-
-
 def identity(axis: str, size: int) -> AxisMap:
-    return make(axis, size, np.arange(size))
+    return AxisMap(axis, size, np.arange(size))
 
 
 def widen(axis: str, src_size: int, dst_size: int) -> AxisMap:
     """New entries appended at the end."""
-    return make(axis, src_size, np.concatenate([np.arange(src_size), np.full(dst_size - src_size, NEW)]))
+    return AxisMap(axis, src_size, np.concatenate([np.arange(src_size), np.full(dst_size - src_size, NEW)]))
 
 
 def repeat(axis: str, src_size: int, index: Sequence[int]) -> AxisMap:
     """Source units in the order given; the first occurrence of each is the unit itself, later ones are fresh copies."""
     seen: set[int] = set()
     fresh = [i in seen or seen.add(i) for i in index]  # set.add returns None: false on the first occurrence
-    return make(axis, src_size, index, [bool(f) for f in fresh])
+    return AxisMap(axis, src_size, index, [bool(f) for f in fresh])
 
 
 def copies(axis: str, src_size: int, index: Sequence[int], *, keep_norm: bool = False) -> AxisMap:
     """Units split into copies that together do what the unit did: nothing is fresh.
 
-    Readers take 1/n of each of n copies. With keep_norm, where a norm's mean of squares runs over the axis, copies are
-    scaled by t = sqrt(dst/(src n)) and readers take 1/(n t), so that the mean is unchanged for any numbers of copies.
+    Leaves that read the axis take 1/n of each of n copies. keep_norm, for an axis over which a norm takes the mean of
+    squares, scales copies by t = sqrt(dst/(src n)) and reads 1/(n t) of each, which keeps the mean for any n.
     """
     index = np.asarray(index, np.int64)
     n = np.bincount(index, minlength=src_size)[index]
     scale = np.sqrt(len(index) / (src_size * n)) if keep_norm else np.ones(len(index))
-    return make(axis, src_size, index, np.zeros(len(index), bool), scale, 1 / (n * scale))
+    return AxisMap(axis, src_size, index, np.zeros(len(index), bool), scale, 1 / (n * scale))
 
 
 def grouped_heads(src_heads: int, src_groups: int, dst_heads: int, dst_groups: int) -> tuple[AxisMap, AxisMap]:
@@ -219,14 +201,14 @@ def grouped_heads(src_heads: int, src_groups: int, dst_heads: int, dst_groups: i
         part, place = divmod(within, dst_group)
         heads[group * parts + part, place] = head
         kv_heads[group * parts + part] = group
-    return make("heads", src_heads, heads.ravel()), make("kv_heads", src_groups, kv_heads)
+    return AxisMap("heads", src_heads, heads.ravel()), AxisMap("kv_heads", src_groups, kv_heads)
 
 
 def copied_heads(src_heads: int, src_groups: int, dst_heads: int, dst_groups: int) -> tuple[AxisMap, AxisMap]:
-    """The same with copies of heads and groups in the place of new ones: each of n copies of a head is read by 1/n.
+    """Maps as grouped_heads makes them, with copies in the place of new heads; each of n copies is read by 1/n.
 
-    The share of a copied group is that of its heads, on average: that is how much of the gradient of its keys and
-    values it has, exactly where all of its heads are shared alike.
+    The share of a copied group is the mean share of its heads: the fraction of the gradient of its keys and values that
+    it gets, exactly where all of its heads have one share.
 
     Raises:
       ValueError: as grouped_heads.
@@ -241,4 +223,4 @@ def copied_heads(src_heads: int, src_groups: int, dst_heads: int, dst_groups: in
     heads[new], kv_heads[new] = heads[np.resize(known, len(new))], kv_heads[np.resize(known, len(new))]
     split = copies("heads", src_heads, heads.ravel())
     share = split.share.reshape(dst_groups, -1).sum(axis=1) / (src_heads // src_groups)
-    return split, make("kv_heads", src_groups, kv_heads, share=share)
+    return split, AxisMap("kv_heads", src_groups, kv_heads, share=share)

@@ -1,10 +1,9 @@
-"""Whether a plan keeps its promises, by its own numbers: before a byte moves, for models of any size.
+"""The check of a plan by its own numbers, before a byte moves, for models of any size.
 
-The residual stream after growth holds w times what it held before (w = 1 but for epsilon="keep"), and zeros in its new
+After growth the residual stream holds w times what it held before (w = 1 but for epsilon="keep"), and zeros in its new
 channels. From that, and from the names of the axes, follow the rules that every leaf of a preserving plan has to obey.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
@@ -14,21 +13,23 @@ import numpy as np
 from tele_jax.axes import ParamSpec, unflatten
 from tele_jax.errors import UserError
 from tele_jax.growth.axis_map import NEW
-from tele_jax.growth.plan import Growth, LeafPlan, Plan
+from tele_jax.growth.leaf import LeafPlan
+from tele_jax.growth.plan import Plan, Step, require_plan
 from tele_jax.model.spec import flat_spec
 from tele_jax.sharding import param_shardings
 
 
-def check(plan: Growth, mesh: jax.sharding.Mesh | None = None) -> None:
-    """Returns where the plan is sound, and the grown parameters fit the mesh, if one is given; allocates nothing.
+def check(plan: Plan, mesh: jax.sharding.Mesh | None = None) -> None:
+    """Raises UserError unless the plan is sound and the grown parameters fit the mesh, if one is given.
 
-    It sees: sizes that are not the configs'; heads that lose their keys and values; new units with both sides random
-    (the function changes) or both sides zero (dead for ever); norm scales, epsilon, multipliers that do not fit the
-    width. What it cannot see is what the numbers do: see growth.verify.
+    Found are: sizes that are not the configs'; heads that lose their keys and values; new units with both sides random
+    (the function changes) or both sides zero (dead for ever); norm scales, epsilon and multipliers that do not fit the
+    width. Nothing is allocated. The values of parameters are not looked at: see growth.verify.
 
     Raises:
-      UserError: naming everything that it sees to be wrong; where sizes are wrong, these and the mesh alone.
+      UserError: names everything that is wrong; where sizes are wrong, these and the mesh alone.
     """
+    require_plan(plan, "check: plan")
     problems = [problem for step in plan.steps for problem in _problems(step)]
     if mesh is not None:
         try:
@@ -39,7 +40,7 @@ def check(plan: Growth, mesh: jax.sharding.Mesh | None = None) -> None:
         raise UserError(f"plan ({plan.policy}): " + "; ".join(dict.fromkeys(problems)))
 
 
-def _problems(step: Plan) -> Iterator[str]:
+def _problems(step: Step) -> Iterator[str]:
     sizes = list(_sizes(step))
     yield from sizes
     if sizes:
@@ -55,7 +56,7 @@ def _problems(step: Plan) -> Iterator[str]:
         yield from _dead(step)
 
 
-def _sizes(step: Plan) -> Iterator[str]:
+def _sizes(step: Step) -> Iterator[str]:
     for cfg, which in ((step.src_cfg, "src_size"), (step.dst_cfg, "dst_size")):
         for axis, size in cfg.axis_sizes.items():
             have = getattr(step.maps[axis], which) if axis in step.maps else None
@@ -65,8 +66,8 @@ def _sizes(step: Plan) -> Iterator[str]:
         yield f"{name}: {'has no plan' if name in step.dst_spec else 'is planned, but no leaf of the result'}"
 
 
-def _groups(step: Plan) -> Iterator[str]:
-    """Every kept head reads the keys and values that it read before."""
+def _groups(step: Step) -> Iterator[str]:
+    """Finds a kept head that does not read the keys and values that it read before."""
     heads, kv_heads = step.maps["heads"].index, step.maps["kv_heads"].index
     src_group = step.src_cfg.num_heads // step.src_cfg.num_kv_heads
     reads = kv_heads[np.arange(len(heads)) // (len(heads) // len(kv_heads))]
@@ -79,8 +80,8 @@ def _groups(step: Plan) -> Iterator[str]:
         )
 
 
-def _shares(step: Plan) -> Iterator[str]:
-    """Every source unit is there, and its copies together do what it did."""
+def _shares(step: Step) -> Iterator[str]:
+    """Finds source units that are lost, or whose copies together do not do what the unit did."""
     for axis in ("embed", "mlp", "heads"):
         m = step.maps[axis]
         kept = m.index[~m.fresh]
@@ -99,32 +100,19 @@ def _shares(step: Plan) -> Iterator[str]:
 
 
 def _zeroed(leaf: LeafPlan, axis: str, is_copy: bool) -> bool:
-    """Whether the leaf is zero at fresh units of an axis, which are copies or hold what the leaf is filled with."""
-    return axis in leaf.zero or (not is_copy and leaf.fill == "constant" and leaf.value == 0)
+    """True where the leaf is zero at fresh units of an axis, be they copies or filled."""
+    return axis in leaf.zero or (not is_copy and leaf.fills_zero)
 
 
-def _is_copy(step: Plan, axis: str) -> bool:
-    """Whether fresh units hold copies of others."""
+def _is_copy(step: Step, axis: str) -> bool:
+    """True where fresh units hold copies of others."""
     return bool((step.maps[axis].index[step.maps[axis].fresh] != NEW).any())
 
 
-@dataclasses.dataclass(frozen=True)
-class _Side:
-    """The leaves on one side of an axis. zero: those that are 0 at its fresh units. silent: nothing passes there."""
-
-    leaves: tuple[str, ...]
-    zero: tuple[str, ...]
-    silent: bool
-
-    def __str__(self) -> str:
-        return ", ".join(self.zero if self.silent else (name for name in self.leaves if name not in self.zero))
-
-
-def _sides(step: Plan, axis: str) -> tuple[_Side, _Side]:
-    """What produces the units of an axis, and what reads them."""
+def _sides(step: Step, axis: str) -> Iterator[tuple[bool, str]]:
+    """(nothing passes new units there, the leaves that decide it) for what produces an axis, and for what reads it."""
     # A new head is silent where its keys and values are 0, not where its queries are; an old group's are not 0.
     produces = "kv_heads" if axis == "heads" else axis
-    found: list[_Side] = []
     for names, which in (("outputs", produces), ("inputs", axis)):
         is_copy = _is_copy(step, which)
         leaves = [n for n, s in step.dst_spec.items() if s.role in ("kernel", "table") and which in getattr(s, names)]
@@ -132,16 +120,16 @@ def _sides(step: Plan, axis: str) -> tuple[_Side, _Side]:
         # gate and up are multiplied: one of them is enough.
         enough = bool(zero) if (names, axis) == ("outputs", "mlp") else len(zero) == len(leaves)
         silent = enough and bool(step.maps[which].fresh.any())
-        found.append(_Side(tuple(leaves), tuple(zero), silent))
-    return found[0], found[1]
+        yield silent, ", ".join(zero if silent else (name for name in leaves if name not in zero))
 
 
-def _zero_sides(step: Plan) -> Iterator[str]:
+def _zero_sides(step: Step) -> Iterator[str]:
+    """Finds new units with no zero side."""
     for axis in ("embed", "mlp", "heads"):
         if step.maps[axis].fresh.any():
-            produced, read = _sides(step, axis)
-            if not (produced.silent or read.silent):
-                yield f"{axis}: new units are random on both sides ({produced}; {read}): the function changes"
+            (produced, writers), (read, readers) = _sides(step, axis)
+            if not (produced or read):
+                yield f"{axis}: new units are random on both sides ({writers}; {readers}): the function changes"
     if step.maps["layers"].fresh.any():
         is_copy = _is_copy(step, "layers")
         for name, spec in step.dst_spec.items():
@@ -149,13 +137,13 @@ def _zero_sides(step: Plan) -> Iterator[str]:
                 yield f"layers: {name} of new layers is not zero, and writes to the residual stream at once"
 
 
-def _dead(step: Plan) -> Iterator[str]:
-    """New units that are silent on both sides: neither side ever has a gradient."""
+def _dead(step: Step) -> Iterator[str]:
+    """Finds new units that are zero on both sides, of which neither ever has a gradient."""
     for axis in ("embed", "mlp", "heads"):
         if step.maps[axis].fresh.any():
-            produced, read = _sides(step, axis)
-            if produced.silent and read.silent:
-                yield f"{axis}: new units are zero on both sides ({produced}; {read}): they never learn"
+            (produced, writers), (read, readers) = _sides(step, axis)
+            if produced and read:
+                yield f"{axis}: new units are zero on both sides ({writers}; {readers}): they never learn"
     if step.maps["embed"].fresh.any():
         scales = [n for n, s in step.dst_spec.items() if s.role == "scale" and "embed" in s.inputs]
         if scales and all(_zeroed(step.leaves[name], "embed", False) for name in scales):
@@ -164,8 +152,8 @@ def _dead(step: Plan) -> Iterator[str]:
         yield from _dead_layers(step)
 
 
-def _dead_layers(step: Plan) -> Iterator[str]:
-    """New layers whose writers are zero, and have nothing to read either."""
+def _dead_layers(step: Step) -> Iterator[str]:
+    """Finds new layers whose writers are zero, and have nothing to read either."""
     is_copy = _is_copy(step, "layers")
     stacked = {name: spec for name, spec in step.dst_spec.items() if spec.stack}
     zero = {name for name in stacked if _zeroed(step.leaves[name], "layers", is_copy)}
@@ -185,8 +173,8 @@ def _writes(spec: ParamSpec) -> bool:
     return "embed" in spec.outputs and spec.role != "scale"
 
 
-def _stream_rules(step: Plan) -> Iterator[str]:
-    """Norm scales, epsilon, multipliers: what each has to be, given what the writers do to the residual stream."""
+def _stream_rules(step: Step) -> Iterator[str]:
+    """Compares norm scales, epsilon and multipliers with what the writers of the residual stream demand."""
     src, dst, leaves, spec = step.src_cfg, step.dst_cfg, step.leaves, step.dst_spec
     written = _common({n: leaves[n].coefficient for n, s in spec.items() if s.stack and _writes(s)})
     if isinstance(written, str):
@@ -197,37 +185,36 @@ def _stream_rules(step: Plan) -> Iterator[str]:
     d, d2 = (1, 1) if same_mean else (src.embed_dim, dst.embed_dim)
     yield from _expect("rms_eps", dst.rms_eps, src.rms_eps * written**2 * d / d2)
     for name, s in spec.items():
+        what, coefficient = f"{name}: coefficient", leaves[name].coefficient
         if s.role == "scale":
             # It multiplies x / rms(x), and the mean of squares has become d/d' of what it was, times w^2.
             own = written if "embed" in s.outputs else 1.0
-            yield from _expect(f"{name}: coefficient", leaves[name].coefficient, own * math.sqrt(d / d2))
+            yield from _expect(what, coefficient, own * math.sqrt(d / d2))
         elif s.role == "table":
             # Before a norm of its own, the scale of what enters does not matter but for epsilon.
-            yield from _expect(
-                f"{name}: coefficient", leaves[name].coefficient * dst.input_mult, written * src.input_mult
-            )
+            yield from _expect(what, coefficient * dst.input_mult, written * src.input_mult)
         elif not _writes(s) and "vocab" not in s.outputs:
-            yield from _expect(f"{name}: coefficient", leaves[name].coefficient, 1.0)
+            yield from _expect(what, coefficient, 1.0)
         elif "vocab" in s.outputs:
-            yield from _expect(f"{name}: coefficient", leaves[name].coefficient * dst.logit_mult, src.logit_mult)
+            yield from _expect(what, coefficient * dst.logit_mult, src.logit_mult)
     if src.tie_embeddings:
         (table,) = (leaves[n] for n, s in spec.items() if s.role == "table")
         read = _tied_sum(step)
         yield from _expect("output_mult: logits", dst.logit_mult * table.coefficient * read, src.logit_mult)
 
 
-def _tied_sum(step: Plan) -> float:
-    """How often a tied head counts what it reads: once, or once a copy where embed is split into whole copies."""
+def _tied_sum(step: Step) -> float:
+    """The number of times that a tied head counts what it reads: once, or per copy where embed is split in copies."""
     return step.dst_cfg.embed_dim / step.src_cfg.embed_dim if _copied(step) else 1.0
 
 
-def _copied(step: Plan) -> bool:
+def _copied(step: Step) -> bool:
     embed = step.maps["embed"]
     return embed.dst_size > embed.src_size and not embed.fresh.any()
 
 
 def _common(values: Mapping[str, float]) -> float | str:
-    """The one value of all, or what differs."""
+    """The value that all have, or text that says what differs."""
     if len({round(value, 12) for value in values.values()}) <= 1:
         return next(iter(values.values()), 1.0)
     return ", ".join(f"{name} {value:g}" for name, value in values.items())
@@ -236,6 +223,3 @@ def _common(values: Mapping[str, float]) -> float | str:
 def _expect(what: str, have: float, want: float) -> Iterator[str]:
     if not math.isclose(have, want, rel_tol=1e-12):
         yield f"{what} is {have:.9g}, but {want:.9g} keeps the function"
-
-
-__all__ = ["check"]

@@ -1,4 +1,4 @@
-"""Measures on an optimizer itself what it keeps: which power of the gradient each part of its state is.
+"""Measures on an optimizer which power of the gradient each part of its state is.
 
 Small parameters and gradients go through the optimizer for a few steps, in float64. Then they grow as a plan lets them
 grow (every leaf scaled by a number of its own, its gradient divided by another; new entries with gradients of zero) and
@@ -7,17 +7,24 @@ zero where the parameters are new, can be grown; any other cannot, and the reaso
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 import optax
 from optax import contrib
 
-from tele_jax.axes import ParamSpec, is_empty, map_param_subtrees, unflatten
+from tele_jax.axes import ParamSpec, flatten, is_empty, map_param_subtrees, unflatten
+from tele_jax.config import require
 from tele_jax.errors import UserError
-from tele_jax.growth.opt_state import Kind, Parts, Path, is_zero, nodes, shown, take_apart, type_at
-from tele_jax.growth.plan import Growth
+from tele_jax.growth.plan import Plan
+from tele_jax.sharding import tiles
+
+# What a tree of the shapes of the parameters is: a power of the gradient (0: scaling the gradient does not change it),
+# or parameters, which grow as the model's own. Of another array: "carried", passed on as it is.
+Kind = int | Literal["parameters", "carried"]
+Path = tuple[str, ...]
+_BLOCK_BYTES = 16 * 2**20  # of an array on disk, read at once
 
 _BEFORE, _AFTER = 2, 3  # sizes of every axis
 # A part that is still zero after so many steps, such as what waits for accumulated gradients, is run on.
@@ -33,8 +40,81 @@ _ITERATES = {contrib.ScheduleFreeState: ("z",)}
 _ERRORS = (TypeError, ValueError, AttributeError, LookupError, AssertionError, NotImplementedError)
 
 
+class Parts(NamedTuple):
+    """The parts of a state. trees: {path: {leaf: array}} with the shapes of parameters; others: {path: leaf}."""
+
+    trees: dict[Path, dict[str, Any]]
+    others: dict[Path, Any]
+
+    @property
+    def shapes(self) -> dict[Path, tuple[int, ...]]:
+        return {path: np.shape(leaf) for path, leaf in self.others.items()}
+
+
+def take_apart(state: Any, like: Any) -> Parts:
+    """Takes a state apart; like: a nested dict of anything with the shapes of the parameters."""
+    parts = Parts({}, {})
+
+    def keep_tree(path: Path, tree: Any) -> Any:
+        parts.trees[path] = flatten(tree)
+        return tree
+
+    def keep_other(path: Path, leaf: Any) -> Any:
+        parts.others[path] = leaf
+        return leaf
+
+    map_param_subtrees(keep_tree, state, like, keep_other)
+    return parts
+
+
+def nodes(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every container of a state with its path, outer ones first."""
+    if isinstance(node, Mapping):
+        children = dict(node)
+    elif hasattr(node, "_fields"):
+        children = dict(zip(node._fields, node, strict=True))
+    elif isinstance(node, (list, tuple)):
+        children = {str(i): child for i, child in enumerate(node)}
+    else:
+        return
+    yield path, node
+    for key, child in children.items():
+        yield from nodes(child, (*path, str(key)))
+
+
+def is_zero(tree: Mapping[str, Any]) -> bool:
+    """Tells whether all entries are known to be zero; an array under jit, or of other processes, is not known.
+
+    Of arrays on disk (checkpoint.LazyArray) the first blocks are read, up to an entry that is not zero.
+    """
+    return all(map(_is_zero_leaf, jax.tree.leaves(tree)))
+
+
+def _is_zero_leaf(leaf: Any) -> bool:
+    if isinstance(leaf, jax.Array):
+        return not isinstance(leaf, jax.core.Tracer) and leaf.is_fully_addressable and not np.any(np.asarray(leaf))
+    if isinstance(leaf, np.ndarray):
+        return not leaf.any()
+    if not hasattr(leaf, "nbytes") or not hasattr(leaf, "__getitem__"):
+        return False
+    return not any(np.any(leaf[tile]) for tile in tiles(leaf.shape, leaf.dtype.itemsize, _BLOCK_BYTES))
+
+
+def type_at(opt_state: Any, path: Path) -> str:
+    """The name of the innermost type of optax (or another named tuple) around a path."""
+    names = [type(node).__name__ for p, node in nodes(opt_state) if hasattr(node, "_fields") and p == path[: len(p)]]
+    return names[-1] if names else type(opt_state).__name__
+
+
+def shown(path: Path) -> str:
+    return ".".join(path) or "(all of it)"
+
+
+# ---- measuring
+
+
 class _Change(NamedTuple):
-    """The ways in which the second run differs: leaves are scaled, gradients are divided, there are new entries."""
+    """The differences of the second run: leaves are scaled, gradients are divided, there are new entries."""
 
     parameters: bool = False
     gradients: bool = False
@@ -50,7 +130,7 @@ _REASONS = {
 }
 
 
-def measure(plan: Growth, opt_state: Any, optimizer: optax.GradientTransformation) -> dict[Path, Kind]:
+def measure(plan: Plan, opt_state: Any, optimizer: optax.GradientTransformation) -> dict[Path, Kind]:
     """{path: kind} of every part of the states that an optimizer makes, one of which is opt_state.
 
     Where the plan scales no leaf, nothing but new entries is tried.
@@ -85,35 +165,24 @@ def measure(plan: Growth, opt_state: Any, optimizer: optax.GradientTransformatio
                     break
             raise UserError(f"optimizer state {shown(path)} ({type_at(opt_state, path)}) cannot be grown: {reason}")
     kinds = {path: next(iter(found)) for path, found in fits.items() if len(found) == 1}
-
-    def require_kept(path: Path, kept: Mapping[Path, Any]) -> None:
-        if path not in kept:
+    trees, others = take_apart(opt_state, unflatten(plan.src_spec))
+    for path in [*trees, *others]:
+        if path not in (fits if path in trees else shapes):
             raise UserError(
                 f"optimizer state {shown(path)} ({type_at(opt_state, path)}): the optimizer that was given keeps no "
                 "such part of the model that the plan grows; both have to belong to that model"
             )
-
-    def settle(path: Path, tree: Any) -> Any:
-        require_kept(path, fits)
+    cannot = lambda path: f"optimizer state {shown(path)} ({type_at(opt_state, path)}) cannot be grown: "  # noqa: E731
+    for path, tree in trees.items():
         if path not in kinds:
-            if not is_zero(tree):
-                raise UserError(
-                    f"optimizer state {shown(path)} ({type_at(opt_state, path)}) cannot be grown: it was still zero "
-                    f"after {_MOST_STEPS} steps of a trial, so that what it is was not seen"
-                )
+            why = f"it was still zero after {_MOST_STEPS} steps of a trial, so that what it is was not seen"
+            require(is_zero(tree), cannot(path) + why)
             kinds[path] = 1
-        return tree
-
-    def carry(path: Path, leaf: Any) -> Any:
-        require_kept(path, shapes)
-        if np.shape(leaf) != shapes.get(path):
-            raise UserError(
-                f"optimizer state {shown(path)} ({type_at(opt_state, path)}) cannot be grown: its shape "
-                f"{list(np.shape(leaf))} is not that of a parameter, and changes with the sizes of the parameters"
-            )
-        return leaf
-
-    map_param_subtrees(settle, opt_state, unflatten(plan.src_spec), carry)
+    for path, leaf in others.items():
+        why = (
+            f"its shape {list(np.shape(leaf))} is not that of a parameter, and changes with the sizes of the parameters"
+        )
+        require(np.shape(leaf) == shapes[path], cannot(path) + why)
     return kinds
 
 

@@ -1,8 +1,8 @@
-"""The tile kernel in host memory: the same bits as `kernel.tile`, at the speed of copying.
+"""The tile kernel in host memory, for growth from checkpoint to checkpoint: the bits of kernel.py at copying speed.
 
-What is moved, zero or constant is written by numpy, straight from a chunk of the source into a chunk of the
-destination. Products and fresh values are computed by XLA, which flushes subnormal numbers where numpy does not, in
-blocks of one size, so that each of the two programs is compiled once per dtype and not once per tile.
+The contract is written in leaf.py. What is moved, zero or constant is written by numpy, straight from a chunk of the
+source into a chunk of the destination. Products and fresh values are computed by XLA, which flushes subnormal numbers
+where numpy does not, in blocks of one size, so that each of the two programs is compiled once per dtype.
 """
 
 import contextlib
@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tele_jax.growth.axis_map import NEW, AxisMap
-from tele_jax.growth.kernel import SUM_STD, bell
-from tele_jax.growth.plan import LeafPlan
+from tele_jax.growth.kernel import SUM_STD, bell, require_countable
+from tele_jax.growth.leaf import Along, LeafStep
 
 BLOCK = 2**17  # entries that XLA computes at once: small enough for the cache, large enough to be worth the call
 SCRATCH_BYTES = 24 * 2**20  # besides the tile itself and a chunk of the source, both of 128 MiB
@@ -37,76 +36,49 @@ class Source:
     chunk: Chunk
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Along:
-    """What one dimension of a tile says. live: bool[n], inside the leaf and not zeroed; kept: positions that come from
-    the source; origin: their source indices; factors: float64[n] of the leaf, or None.
-    """
-
-    live: np.ndarray
-    kept: np.ndarray
-    origin: np.ndarray
-    factors: np.ndarray | None
-
-    @classmethod
-    def of(cls, leaf: LeafPlan, axis_map: AxisMap, start: int, size: int) -> "_Along":
-        inside = slice(start, min(start + size, axis_map.dst_size))
-        live = np.zeros(size, bool)
-        index = axis_map.index[inside]
-        live[: len(index)] = ~axis_map.fresh[inside] if axis_map.axis in leaf.zero else True
-        kept = np.flatnonzero(live[: len(index)] & (index != NEW))
-        factors = leaf.factors(axis_map)
-        return cls(live, kept, index[kept], None if factors is None else factors[inside])
-
-
-def fill_tile(
-    out: np.ndarray,
-    leaf: LeafPlan,
-    maps: Sequence[AxisMap],
-    start: Sequence[int],
-    source: Source,
-    key: tuple[int, int],
-    power: int = 1,
-) -> None:
+def fill_tile(out: np.ndarray, step: LeafStep, start: Sequence[int], source: Source) -> None:
     """Fills a rectangle of a grown leaf, whatever it held; beyond the edge of the leaf with zeros.
 
     Args:
       out: contiguous, of the dtype of the leaf.
       start: the first destination index of the rectangle along every dimension.
-      maps, key, power: as for `kernel.tile`.
 
     Raises:
       ValueError: a leaf with fresh values has more than 2^32 rows or columns.
     """
-    along = [_Along.of(leaf, m, s, size) for m, s, size in zip(maps, start, out.shape, strict=True)]
-    is_kept = [_mask(a.kept, len(a.live)) for a in along]
+    along, live, kept = [], [], []  # per dimension; live: inside the leaf and not zero; kept: from the source
+    for dimension, (first, size, total) in enumerate(zip(start, out.shape, step.shape, strict=True)):
+        part = step.along(dimension, np.arange(first, min(first + size, total)))
+        outside = (0, size - len(part.zero))
+        along.append(part)
+        live.append(np.pad(~part.zero, outside))
+        kept.append(np.pad(~part.zero & ~part.new, outside))
     # In two dimensions from here on: all leading ones are rows.
     matrix = out.reshape(-1, out.shape[-1] if out.ndim else 1)
-    rows_live, columns_live = _rows_and_columns([a.live for a in along])
-    rows_kept, columns_kept = _rows_and_columns(is_kept)
+    rows_live, columns_live = _rows_and_columns(live)
+    rows_kept, columns_kept = _rows_and_columns(kept)
     if not (rows_live.any() and columns_live.any()):
         out.fill(0)
         return
     matrix[_at(~rows_live, np.ones_like(columns_live))] = 0
     matrix[_at(rows_live, ~columns_live)] = 0
     if rows_kept.any() and columns_kept.any():
-        _move(out, along, source)
-        if not leaf.moves_exactly:
-            _scale(matrix, rows_kept, columns_kept, *_factors(leaf, along, is_kept, out.dtype, power))
+        positions = [np.flatnonzero(mask) for mask in kept]
+        _move(out, positions, [part.origin[to] for part, to in zip(along, positions, strict=True)], source)
+        if not step.moves_exactly:
+            _scale(matrix, rows_kept, columns_kept, *_factors(step, along, positions, out.dtype))
         regions = [(rows_kept, columns_live & ~columns_kept), (rows_live & ~rows_kept, columns_live)]
     else:
         regions = [(rows_live, columns_live)]
     for rows, columns in regions:
-        if leaf.fill == "constant":
-            matrix[_at(rows, columns)] = leaf.value
+        if step.leaf.fill == "constant":
+            matrix[_at(rows, columns)] = step.leaf.value
         elif rows.any() and columns.any():
-            _fill_normal(matrix, rows, columns, leaf.value, maps, start, out.shape, key)
+            _fill_normal(matrix, rows, columns, step, start, out.shape)
 
 
-def grown(
-    source: Source, leaf: LeafPlan, maps: Sequence[AxisMap], chunks: tuple[int, ...], key, dtype, power: int = 1
-) -> Source:
-    """What a step makes of a source, as the source of the next step: its chunks are computed when they are asked for.
+def grown(source: Source, step: LeafStep, chunks: tuple[int, ...], dtype: Any) -> Source:
+    """The leaf that a step makes, as the source of the next step: chunks are computed when they are asked for.
 
     Each use computes its chunk again, and holds it for as long as it is used.
     """
@@ -114,16 +86,10 @@ def grown(
     @contextlib.contextmanager
     def chunk(index: tuple[int, ...]) -> Iterator[np.ndarray]:
         out = np.empty(chunks, dtype)
-        fill_tile(out, leaf, maps, [i * n for i, n in zip(index, chunks, strict=True)], source, key, power)
+        fill_tile(out, step, [i * n for i, n in zip(index, chunks, strict=True)], source)
         yield out
 
     return Source(chunks, chunk)
-
-
-def _mask(positions: np.ndarray, size: int) -> np.ndarray:
-    mask = np.zeros(size, bool)
-    mask[positions] = True
-    return mask
 
 
 def _rows_and_columns(masks: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -147,12 +113,12 @@ def _at(rows: np.ndarray, columns: np.ndarray) -> tuple[Any, Any]:
     return np.ix_(rows, columns)
 
 
-def _move(out: np.ndarray, along: Sequence[_Along], source: Source) -> None:
+def _move(out: np.ndarray, positions: list[np.ndarray], origins: list[np.ndarray], source: Source) -> None:
     """Copies from every chunk of the source what the tile takes from it."""
     parts = []
-    for a, size in zip(along, source.chunks, strict=True):
-        chunk, within = np.divmod(a.origin, size)
-        parts.append([(int(c), a.kept[chunk == c], within[chunk == c]) for c in np.unique(chunk)])
+    for to, origin, size in zip(positions, origins, source.chunks, strict=True):
+        chunk, within = np.divmod(origin, size)
+        parts.append([(int(c), to[chunk == c], within[chunk == c]) for c in np.unique(chunk)])
     for combination in itertools.product(*parts):
         with source.chunk(tuple(c for c, _, _ in combination)) as values:
             _copy(out, values, [(to, origin) for _, to, origin in combination])
@@ -180,19 +146,22 @@ def _runs(to: np.ndarray, origin: np.ndarray) -> Iterator[tuple[slice, slice]]:
         yield slice(to[first], to[first] + size), slice(origin[first], origin[first] + size)
 
 
-def _factors(leaf: LeafPlan, along, is_kept, dtype, power: int) -> tuple[np.ndarray, np.ndarray | None]:
+def _factors(
+    step: LeafStep, along: Sequence[Along], positions: Sequence[np.ndarray], dtype: Any
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Factors of the kept rows and columns, multiplied in the order in which kernel.tile does it."""
     precise = np.promote_types(dtype, np.float32)
-    rows = np.asarray(float(leaf.coefficient) ** power, precise).reshape((1,) * max(0, len(along) - 1))
-    for dimension, a in enumerate(along[:-1]):
-        if a.factors is not None:
-            shape = [-1 if d == dimension else 1 for d in range(rows.ndim)]
-            rows = rows * (a.factors[a.kept] ** power).astype(precise).reshape(shape)
-    rows = np.broadcast_to(rows, [mask.sum() for mask in is_kept[:-1]]).ravel()
-    last = along[-1] if along else None
-    if last is None or last.factors is None:
-        return rows, None
-    return rows, (last.factors[last.kept] ** power).astype(precise)
+    taken = [
+        None if part.factors is None else part.factors[to].astype(precise)
+        for part, to in zip(along, positions, strict=True)
+    ]
+    leading = len(along) - 1
+    rows = np.asarray(step.coefficient, precise).reshape((1,) * max(0, leading))
+    for dimension, factors in enumerate(taken[:-1]):
+        if factors is not None:
+            rows = rows * factors.reshape([-1 if d == dimension else 1 for d in range(leading)])
+    rows = np.broadcast_to(rows, [len(to) for to in positions[:-1]]).ravel()
+    return rows, taken[-1] if taken else None
 
 
 def _blocks(rows: np.ndarray, columns: np.ndarray) -> Iterator[tuple[slice, slice]]:
@@ -220,25 +189,18 @@ def _scale(matrix: np.ndarray, rows, columns, of_rows: np.ndarray, of_columns: n
             matrix[place] = np.asarray(_product(values, factors))[:size].reshape(shape)
 
 
-def _fill_normal(matrix: np.ndarray, rows, columns, std: float, maps, start, shape, key) -> None:
-    sizes = [m.dst_size for m in maps]
-    if math.prod(sizes[:-1]) > 2**32 or sizes[-1] > 2**32:
-        raise ValueError(f"a leaf of shape {tuple(sizes)} has more than 2^32 rows or columns")
+def _fill_normal(matrix: np.ndarray, rows, columns, step: LeafStep, start, shape) -> None:
+    sizes = step.shape
+    require_countable(sizes)
     numbers = np.zeros(1, np.uint32)
     for size, first, length in zip(sizes[:-1], start[:-1], shape[:-1], strict=True):
         numbers = np.add.outer(numbers * np.uint32(size), np.arange(first, first + length, dtype=np.uint32)).ravel()
     rows, columns = np.flatnonzero(rows), np.flatnonzero(columns)
     of_rows, of_columns = numbers[rows], (columns + start[-1]).astype(np.uint32)
-    counters = np.zeros((2, BLOCK), np.uint32)
-    words, scale = np.array(key, np.uint32), np.float32(std / SUM_STD)
     for r, c in _blocks(rows, columns):
-        shape = (r.stop - r.start, c.stop - c.start)
-        size = math.prod(shape)
-        counters[0, :size].reshape(shape)[...] = of_rows[r, None]
-        counters[1, :size].reshape(shape)[...] = of_columns[c]
-        with _on_host():
-            drawn = np.asarray(_normal(*words, *counters, scale, dtype=matrix.dtype))
-        matrix[_at(rows[r], columns[c])] = drawn[:size].reshape(shape)
+        places = np.broadcast_arrays(of_rows[r, None], of_columns[c])
+        drawn = normal(step.key, *(place.ravel() for place in places), step.leaf.value, matrix.dtype)
+        matrix[_at(rows[r], columns[c])] = drawn.reshape(places[0].shape)
 
 
 def normal(key: tuple[int, int], rows: np.ndarray, columns: np.ndarray, std: float, dtype) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which layers are copied when a model gets deeper, and where the copies go: each right after its source."""
+"""The choice of the layers that are copied when a model gets deeper; each copy stands right after its source."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -10,6 +10,7 @@ import numpy as np
 from tele_jax.axes import flatten
 from tele_jax.config import ModelConfig, finite, require, whole
 from tele_jax.errors import UserError
+from tele_jax.growth.plan import require_config
 from tele_jax.growth.verify import parts
 from tele_jax.model import decoder
 from tele_jax.model.spec import flat_spec
@@ -19,7 +20,7 @@ METRICS = ("cosine", "relative_l2", "angular")
 
 
 def choose(how: str | Sequence[int], src_layers: int, dst_layers: int, scores: Sequence[float] | None) -> list[int]:
-    """For every destination layer the id of its source layer, in order.
+    """Chooses the id of the source layer for every destination layer, in order.
 
     Args:
       how: "uniform" spreads the copies evenly; "last" and "middle" take the layers at that place; "distance" takes the
@@ -29,7 +30,6 @@ def choose(how: str | Sequence[int], src_layers: int, dst_layers: int, scores: S
     Raises:
       UserError: an unknown name, ids that lose or reorder a source layer, "distance" without scores.
     """
-    extra = dst_layers - src_layers
     if scores is not None:
         listed = isinstance(scores, Iterable) and not isinstance(scores, str)
         require(listed, f"scores={scores!r}: not a list of numbers")
@@ -38,60 +38,52 @@ def choose(how: str | Sequence[int], src_layers: int, dst_layers: int, scores: S
         require(isinstance(how, Iterable), f"layers={how!r}: neither a name nor a list of ids")
         ids = [whole(i, f"layers[{n}]") for n, i in enumerate(how)]
         require(len(ids) == dst_layers, f"layers: {len(ids)} ids given for {dst_layers} destination layers")
-        first = list(dict.fromkeys(ids))
         require(
-            first == list(range(src_layers)),
+            list(dict.fromkeys(ids)) == list(range(src_layers)),
             f"layers: {ids} has to name each of the {src_layers} source layers, first occurrences in order",
         )
         return ids
+    extra, every = dst_layers - src_layers, range(src_layers)
     if how == "uniform":
-        copies = [(i + 1) * extra // src_layers - i * extra // src_layers for i in range(src_layers)]
+        copied = [i for i in every for _ in range((i + 1) * extra // src_layers - i * extra // src_layers)]
     elif how == "last":
-        copies = _cycle(list(range(src_layers))[::-1], extra, src_layers)
+        copied = _cycle(every[::-1], extra)
     elif how == "middle":
         centre = (src_layers - 1) / 2
-        copies = _cycle(sorted(range(src_layers), key=lambda i: (abs(i - centre), i)), extra, src_layers)
+        copied = _cycle(sorted(every, key=lambda i: (abs(i - centre), i)), extra)
     elif how == "distance":
         require(scores is not None, 'layers="distance" needs scores, one per source layer; see growth.layers.distances')
         require(len(scores) == src_layers, f"layers: {len(scores)} scores given for {src_layers} source layers")
-        inner = range(1, src_layers - 1) if src_layers > 2 else range(src_layers)
-        copies = _cycle(sorted(inner, key=lambda i: (scores[i], i)), extra, src_layers)
+        inner = every[1:-1] if src_layers > 2 else every
+        copied = _cycle(sorted(inner, key=lambda i: (scores[i], i)), extra)
     else:
         raise UserError(f"layers: {how!r} is not one of uniform, last, middle, distance, or a list of ids")
-    return [i for i in range(src_layers) for _ in range(1 + copies[i])]
+    return sorted([*every, *copied])
 
 
-def _cycle(order: Sequence[int], extra: int, src_layers: int) -> list[int]:
-    copies = [0] * src_layers
-    for n in range(extra):
-        copies[order[n % len(order)]] += 1
-    return copies
+def _cycle(order: Sequence[int], number: int) -> list[int]:
+    return list(itertools.islice(itertools.cycle(order), number))
 
 
 def distances(cfg: ModelConfig, params: Any, tokens: jax.Array, metric: str = "cosine") -> list[float]:
     """How much each layer changes its input, averaged over calibration tokens int32[B, S]: one float per layer.
 
-    params: a tree of arrays, or of checkpoint.LazyArray, which is read layer by layer.
-
-    cosine: 1 - cos(in, out); angular: arccos(cos)/pi; relative_l2: |out - in| / |in|. The published choice of metric
-    is unknown (arXiv 2407.02783 does not say it); cosine is ours.
+    Args:
+      params: a tree of arrays, or of checkpoint.LazyArray, which is read layer by layer.
+      metric: "cosine", 1 - cos(in, out); "angular", arccos(cos)/pi; or "relative_l2", |out - in| / |in|. The published
+        choice is unknown (arXiv 2407.02783 does not say it); cosine is ours.
     """
-    if metric not in METRICS:
-        raise UserError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
+    require_config(cfg, "distances: cfg")
+    require(metric in METRICS, f"metric {metric!r} is not one of {', '.join(METRICS)}")
     if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):
-        return [
-            float(np.mean(_changes(*pair, metric)))
-            for pair in itertools.pairwise(
-                to_host(jax.jit(decoder.layer_states, static_argnums=0)(cfg, params, np.asarray(tokens)))
-            )
-        ]
-    # Stored on disk, and perhaps larger than memory: a block of a leaf at a time.
-    states = parts.states(parts.Side(cfg, flat_spec(cfg), flatten(params)), np.asarray(tokens))
+        states = to_host(jax.jit(decoder.layer_states, static_argnums=0)(cfg, params, np.asarray(tokens)))
+    else:  # stored on disk, and perhaps larger than memory: a block of a leaf at a time
+        states = parts.states(parts.Side(cfg, flat_spec(cfg), flatten(params)), np.asarray(tokens))
     return [float(np.mean(_changes(*pair, metric))) for pair in itertools.pairwise(states)]
 
 
 def _changes(before: Any, after: Any, metric: str) -> np.ndarray:
-    """float64[B, S]: how much a layer changes each token's state."""
+    """float64[B, S]: the distance between each token's state before and after a layer."""
     before, after = (np.asarray(x).astype(np.float64) for x in (before, after))
     norm = lambda x: np.linalg.norm(x, axis=-1)  # noqa: E731
     if metric == "relative_l2":

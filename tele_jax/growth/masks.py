@@ -1,6 +1,6 @@
-"""Growth masks: 1 on what was there before, c on what is new, where c rises from 0 to 1 over some steps.
+"""Growth masks: vectors with 1 on old units and c on new ones, where c rises from 0 to 1 over some training steps.
 
-A mask is a small vector per grown axis, a function of the step alone: there is nothing to checkpoint, and a step
+A mask is a small vector per grown axis, and a function of the step alone: there is nothing to checkpoint, and a step
 compiled with masks does not compile again while they move.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from tele_jax.config import require, whole
 from tele_jax.errors import DamageError, UserError
-from tele_jax.growth.plan import Plan
+from tele_jax.growth.plan import Plan, require_plan
 from tele_jax.model.decoder import MASKED_AXES
 
 # c over the share x in [0, 1] of an axis's ramp. cosine: half a wave, (1 - cos(pi x)) / 2, level at both ends.
@@ -45,7 +45,7 @@ def masked_axes(plan: Plan) -> tuple[str, ...]:
 
 
 def vectors(plan: Plan, c: float | Mapping[str, float]) -> dict[str, np.ndarray]:
-    """float32 vector per grown axis: 1 on old entries, c (or, of a mapping, c[axis]) on new ones.
+    """The masks {axis: float32[size]} with 1 on old units and c (or c[axis], where c is a mapping) on new ones.
 
     Raises:
       UserError: a mapping without one of the grown axes.
@@ -62,19 +62,20 @@ def vectors(plan: Plan, c: float | Mapping[str, float]) -> dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class MaskSchedule:
-    """masks = MaskSchedule(plan, start=100, ramp=5000)(step): 0 up to `start`, then up to 1 over `ramp`.
+    """A schedule of masks: c is 0 up to `start`, then rises to 1 over `ramp`.
 
-    Gives {axis: float32[size]}, or None from the end of the ramp on (c would be 1 everywhere: the model is the plain
-    one then) and for plans that need no masks.
+    Called with a step it gives {axis: float32[size]}; or None from the end of the ramp on, where the model is the plain
+    one, and for plans that need no masks.
+
+    >>> masks = MaskSchedule(plan, start=100, ramp=5000)(step)
 
     Attributes:
-      start: when c begins to rise, in `unit`; it is still 0 there.
-      ramp: how long c of one axis takes from 0 to 1, in `unit`. With an order the whole takes `ramp` for each axis,
-        as grow_time does in Masked Structural Growth (arXiv 2305.02869).
-      unit: "tokens" are step * tokens_per_step: positions, counted in the loss or not, so that c is known from the
-        step alone.
+      start: the time at which c begins to rise from 0, in `unit`.
+      ramp: the time that c of one axis takes from 0 to 1, in `unit`. With an order the whole takes `ramp` for each
+        axis, as grow_time does in Masked Structural Growth (arXiv 2305.02869).
+      unit: "steps"; or "tokens", which are step * tokens_per_step, whether or not a position counts in the loss.
       order: "together", or every axis that grows, once: each begins when the one before it is complete.
-      shape: "linear", or "cosine": half a wave, level at both ends.
+      shape: "linear", or "cosine", half a wave that is level at both ends.
       tokens_per_step: batch_size * seq_len; for unit "tokens".
 
     Raises:
@@ -90,6 +91,7 @@ class MaskSchedule:
     tokens_per_step: int | None = None
 
     def __post_init__(self):
+        require_plan(self.plan, "MaskSchedule: plan")
         for name in ("start", "ramp") + (() if self.tokens_per_step is None else ("tokens_per_step",)):
             object.__setattr__(self, name, whole(getattr(self, name), name))
         require(self.start >= 0 and self.ramp >= 0, f"start={self.start} and ramp={self.ramp} must not be negative")
@@ -115,10 +117,10 @@ class MaskSchedule:
         return vectors(self.plan, {axis: shape(x) for axis, x in share.items()})
 
     def closed_steps(self) -> dict[str, np.ndarray]:
-        """int32[size] per axis with new units: how many steps from 0 on leave the unit's parameters without gradient.
+        """The number of steps, from step 0 on, in which a unit's parameters have no gradient: {axis: int32[size]}.
 
-        Those in which c is 0. New kv_heads have no mask of their own, but only new heads read them: they wait for
-        these. Axes that are not masked (vocab) are left out: they learn from the first step.
+        These are the steps in which c is 0. New kv_heads have no mask of their own, but only new heads read them, so
+        that they wait for these. Axes that are not masked (vocab) are left out: they learn from the first step.
         """
         unit = self._units_per_step
         # c > 0 behind `begin`; a ramp of 0 drops the masks at it.
@@ -128,7 +130,7 @@ class MaskSchedule:
         return {axis: np.where(self.plan.maps[axis].fresh, n, 0).astype(np.int32) for axis, n in first.items()}
 
     def _begins(self) -> dict[str, int]:
-        """When c of every masked axis begins to rise, in `unit`; empty for a plan without masks."""
+        """{axis: when its c begins to rise, in `unit`}; empty for a plan without masks."""
         axes = masked_axes(self.plan) if self.plan.masked else ()
         return {
             axis: self.start + self.ramp * (0 if self.order == "together" else self.order.index(axis)) for axis in axes

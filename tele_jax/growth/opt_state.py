@@ -1,63 +1,31 @@
-"""Growth of optimizer states: which power of the gradient every part of a state is, and the state that results.
+"""Growth of optimizer states, by the power of the gradient that every part of a state is.
 
-The names of fields do not say it: `nu` is of power 2 in Adam and of power 1 in AdaMax. The type does where all that
-make it mean the same: the trainer's state (AdamState), and some of optax where nothing comes before them in a chain.
-Where it does not (Adam, AdaMax and ADOPT all keep a ScaleByAdamState), the optimizer has to be given, and its state is
-measured (tele_jax.growth.gradient_powers).
+Names of fields do not tell the power: `nu` is of power 2 in Adam and of power 1 in AdaMax. The type of a state does
+where every optimizer with that type means the same: the trainer's AdamState, and some types of optax where nothing
+comes before them in a chain. Where the type does not (Adam, AdaMax and ADOPT all keep a ScaleByAdamState), the
+optimizer has to be given, and its state is measured (gradient_powers.py).
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax import contrib
 
 from tele_jax.axes import flatten, is_empty, map_param_subtrees, unflatten
+from tele_jax.config import require
 from tele_jax.errors import UserError
 from tele_jax.growth.apply import grow_leaf
 from tele_jax.growth.axis_map import AxisMap
-from tele_jax.growth.compose import combined
-from tele_jax.growth.plan import Growth, LeafPlan, Plan
-from tele_jax.sharding import tiles
+from tele_jax.growth.gradient_powers import Kind, Path, is_zero, measure, nodes, shown, take_apart, type_at
+from tele_jax.growth.leaf import LeafStep
+from tele_jax.growth.plan import Plan, Step, require_plan
 
-_BLOCK_BYTES = 16 * 2**20  # of an array on disk, read at once
-
-# What a tree of the shapes of the parameters is: a power of the gradient (0: scaling the gradient does not change it),
-# or parameters, which grow as the model's own. Of another array: "carried", passed on as it is.
-Kind = int | Literal["parameters", "carried"]
-Path = tuple[str, ...]
 Kinds = Mapping[Path, Kind]
-Grow = Callable[[Plan, str, LeafPlan, Any, int], Any]
-
-
-class Parts(NamedTuple):
-    """A state taken apart. trees: {path: {leaf: array}} of the shapes of parameters; others: {path: leaf}."""
-
-    trees: dict[Path, dict[str, Any]]
-    others: dict[Path, Any]
-
-    @property
-    def shapes(self) -> dict[Path, tuple[int, ...]]:
-        return {path: np.shape(leaf) for path, leaf in self.others.items()}
-
-
-def take_apart(state: Any, like: Any) -> Parts:
-    """The parts of a state; like: a nested dict of what has the shapes of the parameters."""
-    parts = Parts({}, {})
-
-    def keep_tree(path: Path, tree: Any) -> Any:
-        parts.trees[path] = flatten(tree)
-        return tree
-
-    def keep_other(path: Path, leaf: Any) -> Any:
-        parts.others[path] = leaf
-        return leaf
-
-    map_param_subtrees(keep_tree, state, like, keep_other)
-    return parts
+Grow = Callable[[LeafStep, Any], Any]
 
 
 class AdamState(NamedTuple):
@@ -73,7 +41,7 @@ class AdamState(NamedTuple):
     born: dict[str, Any]
 
 
-def apply_opt(plan: Growth, opt_state: Any, optimizer: optax.GradientTransformation | None = None) -> Any:
+def apply_opt(plan: Plan, opt_state: Any, optimizer: optax.GradientTransformation | None = None) -> Any:
     """The optimizer state of the grown parameters.
 
     Where growth makes theta' = a*theta, the gradient is g/a, so that a part of the state that is of power p in the
@@ -95,13 +63,12 @@ def apply_opt(plan: Growth, opt_state: Any, optimizer: optax.GradientTransformat
     return grow_state(plan, opt_state, grow_leaf, kinds(plan, opt_state, optimizer))
 
 
-def kinds(plan: Growth, opt_state: Any, optimizer: optax.GradientTransformation | None = None) -> dict[Path, Kind]:
+def kinds(plan: Plan, opt_state: Any, optimizer: optax.GradientTransformation | None = None) -> dict[Path, Kind]:
     """The kind of every part of a state, by its path (names, keys and positions). Raises UserError as apply_opt."""
+    require_plan(plan, "apply_opt: plan")
     own = any(is_adam(node) for _, node in nodes(opt_state))
     only_counts = not any(_is_number(leaf) for leaf in jax.tree.leaves(opt_state))
     if optimizer is not None and not own and not only_counts:
-        from tele_jax.growth.gradient_powers import measure
-
         return measure(plan, opt_state, optimizer)
     found: dict[Path, Kind] = {}
     for path, node in nodes(opt_state):
@@ -112,26 +79,22 @@ def kinds(plan: Growth, opt_state: Any, optimizer: optax.GradientTransformation 
     for path, node in _foremost(opt_state):
         found |= {(*path, field): power for field, power in _powers().get(type(node), {}).items()}
 
-    def known(path: Path) -> bool:
-        return path in found
-
-    def moments(path: Path, tree: Any) -> Any:
+    trees, others = take_apart(opt_state, unflatten(plan.src_spec))
+    for path, tree in trees.items():
         # A state of zeros, before the first step, grows into zeros, whatever it is.
-        if not known(path):
-            if not is_zero(tree):
-                raise UserError(_needs_optimizer(opt_state, path))
+        if path not in found:
+            require(is_zero(tree), _needs_optimizer(opt_state, path))
             found[path] = 1
-        return tree
-
-    def other(path: Path, leaf: Any) -> Any:
-        if len(getattr(leaf, "shape", ())) and not known(path):
-            if not _is_constant(opt_state, path):
-                raise UserError(_needs_optimizer(opt_state, path))
+    for path, leaf in others.items():
+        if len(getattr(leaf, "shape", ())) and path not in found:
+            require(_is_constant(opt_state, path), _needs_optimizer(opt_state, path))
             found[path] = "carried"
-        return leaf
-
-    map_param_subtrees(moments, opt_state, unflatten(plan.src_spec), other)
     return found
+
+
+def power_of(kind: Kind) -> int | None:
+    """The `power` of Plan.leaf_steps for a part of a state: None for what grows as parameters do."""
+    return None if kind == "parameters" else kind
 
 
 def is_adam(node: Any) -> bool:
@@ -144,32 +107,14 @@ def is_adam(node: Any) -> bool:
     return isinstance(node, AdamState)
 
 
-def grow_state(plan: Growth, opt_state: Any, grow: Grow, known: Kinds) -> Any:
-    """Does what `apply_opt` does, by grow(step, leaf name, plan of the leaf, array, power of the factors)."""
+def grow_state(plan: Plan, opt_state: Any, grow: Grow, known: Kinds) -> Any:
+    """Grows an optimizer state as `apply_opt` does, with grow(step of the leaf, array) as the kernel."""
     for step in plan.steps:
         opt_state = _grow_state(step, opt_state, grow, known)
     return opt_state
 
 
-def part_plan(plan: Growth, kind: Kind) -> Growth:
-    """The plan by which a part of a state grows, where `plan` is that of the parameters; see `apply_opt`."""
-    if kind == "parameters":
-        return plan
-    return combined([_part_step(step, kind) for step in plan.steps])
-
-
-def _part_step(step: Plan, power: int) -> Plan:
-    moments = {name: leaf.moment(step.dst_spec[name], step.maps) for name, leaf in step.leaves.items()}
-    return dataclasses.replace(
-        step,
-        leaves={n: dataclasses.replace(m, coefficient=float(m.coefficient) ** power) for n, m in moments.items()},
-        maps={
-            axis: dataclasses.replace(m, scale=m.scale**power, share=m.share**power) for axis, m in step.maps.items()
-        },
-    )
-
-
-def _grow_state(step: Plan, opt_state: Any, grow: Grow, known: Kinds) -> Any:
+def _grow_state(step: Step, opt_state: Any, grow: Grow, known: Kinds) -> Any:
     def grow_tree(path: Path, tree: Any) -> Any:
         kind = known.get(path)
         if kind is None or kind == "carried":
@@ -180,16 +125,14 @@ def _grow_state(step: Plan, opt_state: Any, grow: Grow, known: Kinds) -> Any:
             raise UserError(
                 f"optimizer state {shown(path)}: holds some leaves only, and {step.policy} renames or drops them"
             )
-
-        def grown(name: str, source: str) -> Any:
-            if is_empty(leaves[source]):
-                return leaves[source]
-            if kind == "parameters":
-                return grow(step, name, step.leaves[name], leaves[source], 1)
-            moment = step.leaves[name].moment(step.dst_spec[name], step.maps)
-            return grow(step, name, moment, leaves[source], kind)
-
-        return unflatten({name: grown(name, source) for name, source in step.sources.items()})
+        return unflatten(
+            {
+                name: leaves[source]
+                if is_empty(leaves[source])
+                else grow(step.leaf_step(name, power_of(kind)), leaves[source])
+                for name, source in step.sources.items()
+            }
+        )
 
     def keep(path: Path, leaf: Any) -> Any:
         if len(getattr(leaf, "shape", ())) and known.get(path) != "carried":
@@ -200,11 +143,11 @@ def _grow_state(step: Plan, opt_state: Any, grow: Grow, known: Kinds) -> Any:
     return jax.tree.map(lambda node: _mark_born(step, node) if is_adam(node) else node, grown, is_leaf=is_adam)
 
 
-def _mark_born(plan: Plan, state: Any) -> Any:
+def _mark_born(step: Step, state: Any) -> Any:
     """Sets `born` of every fresh unit to the current count."""
     if isinstance(state, Mapping):
-        return _mark_born(plan, AdamState(**state))._asdict()
-    born = {axis: _born(plan.maps[axis], old, state.count) for axis, old in state.born.items()}
+        return _mark_born(step, AdamState(**state))._asdict()
+    born = {axis: _born(step.maps[axis], old, state.count) for axis, old in state.born.items()}
     return state._replace(born=born)
 
 
@@ -214,25 +157,8 @@ def _born(axis_map: AxisMap, old: Any, count: Any) -> Any:
     return xp.where(axis_map.fresh, xp.asarray(count, inherited.dtype), inherited)
 
 
-def nodes(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every container of a state with its path, outer ones first."""
-    if isinstance(node, Mapping):
-        children = dict(node)
-    elif hasattr(node, "_fields"):
-        children = dict(zip(node._fields, node, strict=True))
-    elif isinstance(node, (list, tuple)):
-        children = {str(i): child for i, child in enumerate(node)}
-    else:
-        return
-    yield path, node
-    for key, child in children.items():
-        yield from nodes(child, (*path, str(key)))
-
-
 def _powers() -> dict[type, dict[str, int]]:
     """Types of which every optimizer that makes them means the same, if what comes in is the gradient."""
-    from optax import contrib
-
     return {
         optax.TraceState: {"trace": 1},
         optax.EmaState: {"ema": 1},
@@ -275,28 +201,8 @@ def _is_number(leaf: Any) -> bool:
     return isinstance(leaf, float) if dtype is None else jax.dtypes.issubdtype(dtype, np.inexact)
 
 
-def is_zero(tree: Mapping[str, Any]) -> bool:
-    """Tells whether all entries are known to be zero; an array under jit, or of other processes, is not known.
-
-    Of arrays on disk (checkpoint.LazyArray) the first blocks are read, up to an entry that is not zero.
-    """
-    return all(map(_is_zero_leaf, jax.tree.leaves(tree)))
-
-
-def _is_zero_leaf(leaf: Any) -> bool:
-    if isinstance(leaf, jax.Array):
-        return not isinstance(leaf, jax.core.Tracer) and leaf.is_fully_addressable and not np.any(np.asarray(leaf))
-    if isinstance(leaf, np.ndarray):
-        return not leaf.any()
-    if not hasattr(leaf, "nbytes") or not hasattr(leaf, "__getitem__"):
-        return False
-    return not any(np.any(leaf[tile]) for tile in tiles(leaf.shape, leaf.dtype.itemsize, _BLOCK_BYTES))
-
-
 def _is_constant(opt_state: Any, path: Path) -> bool:
     """Tells, by the type that holds it, whether an array is a constant of the optimizer, which no gradient moves."""
-    from optax import contrib
-
     constants = {contrib.MuonState: ("ns_coeffs",), optax.AddNoiseState: ("rng_key",)}
     return any(
         path[: len(above) + 1] == (*above, field)
@@ -305,19 +211,9 @@ def _is_constant(opt_state: Any, path: Path) -> bool:
     )
 
 
-def type_at(opt_state: Any, path: Path) -> str:
-    """The name of the innermost type of optax (or another named tuple) around a path."""
-    names = [type(node).__name__ for p, node in nodes(opt_state) if hasattr(node, "_fields") and p == path[: len(p)]]
-    return names[-1] if names else type(opt_state).__name__
-
-
 def _needs_optimizer(opt_state: Any, path: Path) -> str:
     return (
         f"optimizer state {shown(path)}: its type, {type_at(opt_state, path)}, does not say how it grows (Adam, AdaMax "
         "and ADOPT share one). Give the optimizer that made it, apply_opt(plan, opt_state, optimizer); of a "
         "checkpoint, only a state that tele_jax trained with can be grown"
     )
-
-
-def shown(path: Path) -> str:
-    return ".".join(path) or "(all of it)"

@@ -1,151 +1,46 @@
-"""Plans: growth as data. One AxisMap per axis, one LeafPlan per leaf, and the destination config as resolved.
+"""Plans: growth as data. A plan is a tuple of steps; composing two plans concatenates their steps.
 
-`Plan` is one step. Several in one go are `compose.Composed`; what both can do is `Growth`.
+A step has one AxisMap per axis, one LeafPlan per leaf, and the configs before and after, as resolved by its policy.
 """
 
 import dataclasses
 import functools
 import hashlib
+import html
 import json
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from tele_jax.axes import ParamSpec
 from tele_jax.config import ModelConfig, check_seed, convert, from_dict, require, to_dict
 from tele_jax.errors import UserError
-from tele_jax.growth import describe
 from tele_jax.growth.axis_map import AxisMap
+from tele_jax.growth.leaf import KINDS, LeafPlan, LeafStep, count, leaf_key
+from tele_jax.model.decoder import MASKED_AXES
 from tele_jax.model.spec import flat_spec
 
-Fill = Literal["normal", "constant"]
+Spec = dict[str, ParamSpec]
 
 
-@dataclasses.dataclass(frozen=True)
-class LeafPlan:
-    """What happens to one leaf.
-
-    An entry whose axes all come from the source is `coefficient` times the source entry (times the scales of the axes
-    in `scaled` and the shares of those in `shared`), unless one of the axes in `zero` is fresh there: then it is 0.
-    Every other entry is 0 if one of the axes in `zero` is fresh, else filled: normal with standard deviation `value`,
-    or the constant `value`.
-    """
-
-    coefficient: float = 1.0
-    zero: tuple[str, ...] = ()
-    scaled: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()
-    fill: Fill = "constant"
-    value: float = 0.0
-
-    @property
-    def moves_exactly(self) -> bool:
-        """Whether source entries arrive as they were."""
-        return self.coefficient == 1 and not self.scaled and not self.shared
-
-    def factors(self, axis_map: AxisMap) -> np.ndarray | None:
-        """float64[dst_size], the factors along one axis; None where there are none."""
-        scale = axis_map.scale if axis_map.axis in self.scaled else None
-        share = axis_map.share if axis_map.axis in self.shared else None
-        return scale if share is None else share if scale is None else scale * share
-
-    def moment(self, spec: ParamSpec, maps: Mapping[str, AxisMap]) -> "LeafPlan":
-        """The plan of an optimizer moment, which grows like the gradient; every new entry is 0.
-
-        a*theta has gradient g/a. Of a unit split into copies, what produces it has the gradient times its share (that
-        is how much of it is read), and what reads it the gradient times its scale (that is how much of it there is).
-        """
-        copied = [axis for axis in spec.axes if (maps[axis].scale != 1).any() or (maps[axis].share != 1).any()]
-        scaled = tuple(axis for axis in copied if axis in spec.inputs)
-        shared = tuple(axis for axis in copied if axis in spec.outputs or spec.role == "scale")
-        return LeafPlan(1 / self.coefficient, spec.axes, scaled, shared)
-
-
-class Growth:
-    """What one step and several have in common: from a tree of parameters to another, as data.
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Step:
+    """One plan step.
 
     Attributes:
-      src_cfg, dst_cfg: every use of the grown tree takes its config from `dst_cfg`.
-      src_spec, dst_spec: {leaf: ParamSpec}, sorted.
-      steps: the plans of one step each, in order.
-      maps: {axis: AxisMap} from the source to the destination.
-      sources: {destination leaf: source leaf}.
-      masked: new structures have to start behind masks at 0.
+      src_cfg, dst_cfg: the configs before and after.
+      policy: the name of the rule that made the step.
+      maps: {axis: AxisMap}.
+      leaves: {destination leaf: LeafPlan}.
+      seed: seed of the fresh values.
+      masked: new units have to start behind masks at 0.
       preserving: the function is unchanged (behind masks at 0, where masked).
       lively: everything new can learn, each unit in its own way.
-      notes: what is not preserved, and why; what else a reader should know.
-    """
-
-    src_cfg: ModelConfig
-    dst_cfg: ModelConfig
-    policy: str
-    maps: Mapping[str, AxisMap]
-    masked: bool
-    preserving: bool
-    lively: bool
-    notes: tuple[str, ...]
-    steps: "tuple[Plan, ...]"
-    src_spec: dict[str, ParamSpec]
-    dst_spec: dict[str, ParamSpec]
-    sources: Mapping[str, str]
-
-    @property
-    def grown_axes(self) -> tuple[str, ...]:
-        """Axes with fresh units."""
-        return tuple(axis for axis, axis_map in self.maps.items() if axis_map.fresh.any())
-
-    @property
-    def is_model(self) -> bool:
-        """Whether the result is the whole tree of dst_cfg, under its own names: surgery may leave less."""
-        return {n: s.shape for n, s in self.dst_spec.items()} == {
-            n: s.shape for n, s in flat_spec(self.dst_cfg).items()
-        }
-
-    def leaf_steps(self, name: str) -> "tuple[tuple[Plan, str], ...]":
-        """(step, what the leaf is called after it), in order, for a leaf of the destination."""
-        found: list[tuple[Plan, str]] = []
-        for step in reversed(self.steps):
-            found.append((step, name))
-            name = step.sources[name]
-        return tuple(reversed(found))
-
-    def moves_exactly(self, name: str) -> bool:
-        """Whether what a leaf keeps of the source arrives as it was."""
-        return all(step.leaves[leaf].moves_exactly for step, leaf in self.leaf_steps(name))
-
-    def tally(self, name: str) -> dict[str, int]:
-        """How many entries of a leaf are copied, scaled, zero and fresh; they add up to its size."""
-        return describe.tally(self, name)
-
-    def to_json(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """SHA-256 of the plan, hexadecimal: equal plans have equal digests, in every process."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Growth) and self.digest == other.digest
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-    def __str__(self) -> str:
-        return describe.table(self)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Plan(Growth):
-    """A growth in one step, resolved.
-
-    Attributes beside those of Growth:
-      leaves: {destination leaf: LeafPlan}.
-      seed: of the fresh values.
-      tree: {destination leaf: source leaf} for a result that is not the tree of dst_cfg, such as a part of it.
-      src_tree: {leaf: ParamSpec} for a source that is not the tree of src_cfg, such as what `tree` led to.
+      notes: what is not preserved and why, and what else a reader should know.
+      tree: {destination leaf: source leaf} where the result is not the tree of dst_cfg, for example a part of it.
+      src_tree: {leaf: ParamSpec} where the source is not the tree of src_cfg, for example the result of such a step.
     """
 
     src_cfg: ModelConfig
@@ -161,90 +56,71 @@ class Plan(Growth):
     tree: Mapping[str, str] | None = None
     src_tree: Mapping[str, ParamSpec] | None = None
 
-    @property
-    def steps(self) -> "tuple[Plan, ...]":
-        return (self,)
-
-    @property
-    def src_spec(self) -> dict[str, ParamSpec]:
+    @functools.cached_property
+    def src_spec(self) -> Spec:
         return flat_spec(self.src_cfg) if self.src_tree is None else dict(sorted(self.src_tree.items()))
 
-    @property
-    def dst_spec(self) -> dict[str, ParamSpec]:
+    @functools.cached_property
+    def dst_spec(self) -> Spec:
         if self.tree is None and self.src_tree is None:
             return flat_spec(self.dst_cfg)
-        src = self.src_spec
-        return {name: self._grown(src[self.sources[name]]) for name in sorted(self.sources)}
+        grown = {name: self.src_spec[source] for name, source in sorted(self.sources.items())}
+        size = lambda axis: self.maps[axis].dst_size  # noqa: E731
+        return {name: dataclasses.replace(s, shape=tuple(map(size, s.axes))) for name, s in grown.items()}
 
-    def _grown(self, spec: ParamSpec) -> ParamSpec:
-        return dataclasses.replace(spec, shape=tuple(self.maps[axis].dst_size for axis in spec.axes))
-
-    @property
+    @functools.cached_property
     def sources(self) -> Mapping[str, str]:
+        """{destination leaf: source leaf}."""
         return {name: name for name in self.src_spec} if self.tree is None else self.tree
 
+    def leaf_step(self, name: str, power: int | None = None) -> LeafStep:
+        """The step of one destination leaf, or of its optimizer moment that is of a power in the gradient."""
+        spec, leaf = self.dst_spec[name], self.leaves[name]
+        maps = tuple(self.maps[axis] for axis in spec.axes)
+        if power is None:
+            return LeafStep(leaf, maps, leaf_key(self.seed, name))
+        return LeafStep(leaf.moment(spec, self.maps), maps, power=power)
+
+    def __repr__(self) -> str:
+        return f"<Step {self.policy}: {len(self.leaves)} leaves>"
+
     def to_json(self) -> dict[str, Any]:
-        data = {
-            "src_cfg": to_dict(self.src_cfg),
-            "dst_cfg": to_dict(self.dst_cfg),
-            "policy": self.policy,
-            "seed": self.seed,
-            "masked": self.masked,
-            "preserving": self.preserving,
-            "lively": self.lively,
-            "notes": list(self.notes),
-            "maps": {axis: m.to_json() for axis, m in sorted(self.maps.items())},
-            "leaves": {name: dataclasses.asdict(leaf) for name, leaf in sorted(self.leaves.items())},
-        }
-        if self.tree is not None:
-            data["tree"] = dict(sorted(self.tree.items()))
-        if self.src_tree is not None:
-            data["src_tree"] = {name: spec.to_json() for name, spec in sorted(self.src_tree.items())}
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        data |= {"src_cfg": to_dict(self.src_cfg), "dst_cfg": to_dict(self.dst_cfg), "notes": list(self.notes)}
+        data["maps"] = {axis: axis_map.to_json() for axis, axis_map in sorted(self.maps.items())}
+        data["leaves"] = {name: dataclasses.asdict(leaf) for name, leaf in sorted(self.leaves.items())}
+        for name, tree in (("tree", data.pop("tree")), ("src_tree", data.pop("src_tree"))):
+            if tree is not None:
+                data[name] = {n: s if isinstance(s, str) else s.to_json() for n, s in sorted(tree.items())}
         return data
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Growth:
-        """The inverse of to_json, of a composed growth as well.
-
-        Raises:
-          UserError: a field is missing, unknown, or of another type; steps that do not follow each other.
-        """
-        require(isinstance(data, Mapping), f"plan: expected a table, got {type(data).__name__}")
-        if "steps" in data:
-            from tele_jax.growth.compose import compose
-
-            steps = convert(tuple[dict[str, Any], ...], data["steps"], "plan.steps")
-            require(len(steps) > 0, "plan.steps: empty")
-            return functools.reduce(compose, map(cls.from_json, steps))
+    def from_json(cls, data: Any) -> "Step":
+        """The inverse of to_json. Raises UserError where a field is missing, unknown, or of another type."""
         unknown = data.keys() - {field.name for field in dataclasses.fields(cls)}
         require(not unknown, f"plan: unknown field {', '.join(sorted(unknown))}")
+        read = {
+            **dict.fromkeys(("src_cfg", "dst_cfg"), functools.partial(from_dict, ModelConfig)),
+            **dict.fromkeys(("masked", "preserving", "lively"), functools.partial(convert, bool)),
+            "policy": functools.partial(convert, str),
+            "seed": check_seed,
+            "notes": functools.partial(convert, tuple[str, ...]),
+            "maps": lambda maps, where: {a: AxisMap.from_json(m, f"{where}.{a}") for a, m in maps.items()},
+            "leaves": lambda leaves, where: {n: from_dict(LeafPlan, v, f"{where}.{n}") for n, v in leaves.items()},
+            "tree": functools.partial(convert, dict[str, str] | None),
+            "src_tree": lambda tree, where: {n: ParamSpec.from_json(s) for n, s in tree.items()},
+        }
+        optional = ("tree", "src_tree")
         try:
-            plan = cls(
-                src_cfg=from_dict(ModelConfig, data["src_cfg"], "plan.src_cfg"),
-                dst_cfg=from_dict(ModelConfig, data["dst_cfg"], "plan.dst_cfg"),
-                policy=convert(str, data["policy"], "plan.policy"),
-                seed=check_seed(data["seed"], "plan.seed"),
-                masked=convert(bool, data["masked"], "plan.masked"),
-                preserving=convert(bool, data["preserving"], "plan.preserving"),
-                lively=convert(bool, data["lively"], "plan.lively"),
-                notes=convert(tuple[str, ...], data["notes"], "plan.notes"),
-                maps={axis: AxisMap.from_json(m, f"plan.maps.{axis}") for axis, m in data["maps"].items()},
-                leaves={
-                    name: from_dict(LeafPlan, leaf, f"plan.leaves.{name}") for name, leaf in data["leaves"].items()
-                },
-                tree=convert(dict[str, str] | None, data.get("tree"), "plan.tree"),
-                src_tree={n: ParamSpec.from_json(s) for n, s in data["src_tree"].items()}
-                if "src_tree" in data
-                else None,
-            )
+            step = cls(**{n: f(data[n], f"plan.{n}") for n, f in read.items() if n in data or n not in optional})
         except KeyError as error:
             raise UserError(f"plan: the field {error} is missing") from None
         except UserError:
             raise
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             raise UserError(f"plan: not what to_json makes: {error}") from None
-        plan._require_whole()
-        return plan
+        step._require_whole()
+        return step
 
     def _require_whole(self) -> None:
         """Raises UserError where leaves and axes do not belong together."""
@@ -265,3 +141,244 @@ class Plan(Growth):
         for name, leaf in self.leaves.items():
             numbers = math.isfinite(leaf.coefficient) and leaf.coefficient != 0 and math.isfinite(leaf.value)
             require(numbers, f"plan.leaves.{name}: {leaf.coefficient} and {leaf.value} must be finite, the first not 0")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Plan:
+    """A growth from one tree of parameters to another, as data: print it, check it, apply it, store it as JSON.
+
+    Plans come from growth.plan, growth.compose and surgery. Properties describe the whole way from the first source to
+    the last destination; of a single step they are those of the Step. Every use of the grown tree takes its config
+    from `dst_cfg`.
+    """
+
+    steps: tuple[Step, ...]
+
+    def __post_init__(self):
+        steps = tuple(self.steps) if isinstance(self.steps, Sequence) else ()
+        good = steps and all(isinstance(step, Step) for step in steps)
+        require(good, f"Plan: steps must be a list of one or more growth.Step, got {type(self.steps).__name__}")
+        object.__setattr__(self, "steps", steps)
+
+    @property
+    def src_cfg(self) -> ModelConfig:
+        return self.steps[0].src_cfg
+
+    @property
+    def dst_cfg(self) -> ModelConfig:
+        return self.steps[-1].dst_cfg
+
+    @property
+    def src_spec(self) -> Spec:
+        """{leaf: ParamSpec} of the source, sorted."""
+        return self.steps[0].src_spec
+
+    @property
+    def dst_spec(self) -> Spec:
+        """{leaf: ParamSpec} of the result, sorted."""
+        return self.steps[-1].dst_spec
+
+    @property
+    def policy(self) -> str:
+        return " + ".join(step.policy for step in self.steps)
+
+    @property
+    def seed(self) -> int | list[int]:
+        """The seed of the fresh values; of several steps a list."""
+        return self.steps[0].seed if len(self.steps) == 1 else [step.seed for step in self.steps]
+
+    @property
+    def masked(self) -> bool:
+        return any(step.masked for step in self.steps)
+
+    @property
+    def preserving(self) -> bool:
+        return all(step.preserving for step in self.steps)
+
+    @property
+    def lively(self) -> bool:
+        return all(step.lively for step in self.steps)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(note for step in self.steps for note in step.notes))
+
+    @functools.cached_property
+    def maps(self) -> Mapping[str, AxisMap]:
+        """{axis: AxisMap} from the source to the result."""
+        first, *others = (step.maps for step in self.steps)
+        return {axis: functools.reduce(lambda a, b, x=axis: a.compose(b[x]), others, m) for axis, m in first.items()}
+
+    @property
+    def leaves(self) -> Mapping[str, LeafPlan]:
+        """{leaf: LeafPlan} of a plan with one step; those of several are in `steps`."""
+        require(len(self.steps) == 1, f"plan.leaves: the plan has {len(self.steps)} steps; see plan.steps[i].leaves")
+        return self.steps[0].leaves
+
+    @functools.cached_property
+    def sources(self) -> Mapping[str, str]:
+        """{leaf of the result: leaf of the source}."""
+        return {name: self._names(name)[0] for name in self.dst_spec}
+
+    def _names(self, name: str) -> list[str]:
+        """The names of a leaf of the result: in the source, and after every step."""
+        names = [name]
+        for step in reversed(self.steps):
+            names.append(step.sources[names[-1]])
+        return names[::-1]
+
+    def leaf_steps(self, name: str, power: int | None = None) -> tuple[LeafStep, ...]:
+        """What every step says about a leaf of the result, or about its moment that is of a power in the gradient."""
+        return tuple(step.leaf_step(n, power) for step, n in zip(self.steps, self._names(name)[1:], strict=True))
+
+    @property
+    def grown_axes(self) -> tuple[str, ...]:
+        """Axes with fresh units."""
+        return tuple(axis for axis, axis_map in self.maps.items() if axis_map.fresh.any())
+
+    @property
+    def is_model(self) -> bool:
+        """True where the result is the whole tree of dst_cfg under its own names; surgery may leave less."""
+        shapes = lambda spec: {name: leaf.shape for name, leaf in spec.items()}  # noqa: E731
+        return shapes(self.dst_spec) == shapes(flat_spec(self.dst_cfg))
+
+    def moves_exactly(self, name: str) -> bool:
+        """True where the entries that a leaf keeps of the source arrive unchanged."""
+        return all(step.moves_exactly for step in self.leaf_steps(name))
+
+    def tally(self, name: str) -> dict[str, int]:
+        """How many entries of a leaf are copied, scaled, zero and fresh; they add up to its size."""
+        return count(self.leaf_steps(name))
+
+    def to_json(self) -> dict[str, Any]:
+        steps = [step.to_json() for step in self.steps]
+        return steps[0] if len(steps) == 1 else {"steps": steps}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Plan":
+        """The inverse of to_json.
+
+        Raises:
+          UserError: a field is missing, unknown, or of another type; steps that do not follow each other.
+        """
+        require(isinstance(data, Mapping), f"plan: expected a table, got {type(data).__name__}")
+        if "steps" not in data:
+            return cls((Step.from_json(data),))
+        steps = convert(tuple[dict[str, Any], ...], data["steps"], "plan.steps")
+        require(len(steps) > 0, "plan.steps: empty")
+        return functools.reduce(compose, [cls((Step.from_json(step),)) for step in steps])
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the plan, hexadecimal: equal plans have equal digests, in every process."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        before, after = (sum(leaf.size for leaf in spec.values()) for spec in (self.src_spec, self.dst_spec))
+        return f"<Plan {self.policy}: {self._axes()}; {before:,} -> {after:,} parameters; print it for its leaves>"
+
+    def __str__(self) -> str:
+        return "\n".join([*self._head(), *columns(self._rows()), *(f"note: {note}" for note in self.notes)])
+
+    def _repr_html_(self) -> str:
+        lines = [*self._head(), *(f"note: {note}" for note in self.notes)]
+        return "".join(f"<div>{html.escape(line)}</div>" for line in lines) + html_table(self._rows())
+
+    def _axes(self) -> str:
+        # In the order of the config, which is the same for a plan that comes from JSON.
+        maps = [self.maps[axis] for axis in self.src_cfg.axis_sizes if axis in self.maps]
+        return ", ".join(f"{m.axis} {m.src_size} -> {m.dst_size}" for m in maps if not m.is_identity) or "none grow"
+
+    def _head(self) -> Iterator[str]:
+        """Lines for people: the policy and its promise, what grows, what else changes in the config."""
+        promise = "preserves the function" if self.preserving else "does not preserve the function"
+        yield f"policy {self.policy}: {promise}" + (", behind masks at 0" if self.preserving and self.masked else "")
+        yield f"axes: {self._axes()}"
+        for name in ("vocab_size", "rms_eps", "input_mult", "output_mult"):
+            before, after = getattr(self.src_cfg, name), getattr(self.dst_cfg, name)
+            if before != after:
+                yield f"config: {name} {before} -> {after}"
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """What becomes of every leaf, with totals in parameters and bytes, as rows of text."""
+        rows = [("leaf", "from", "to", *KINDS)]
+        counts = {name: np.array(list(self.tally(name).values())) for name in self.dst_spec}
+        width = {name: np.dtype(leaf.dtype).itemsize for name, leaf in self.dst_spec.items()}
+        for name, leaf in self.dst_spec.items():
+            shapes = ("x".join(map(str, spec.shape)) for spec in (self.src_spec[self.sources[name]], leaf))
+            rows.append((name, *shapes, *(f"{n:,}" for n in counts[name].tolist())))
+        total, nbytes = sum(counts.values()).tolist(), sum(counts[name] * width[name] for name in counts).tolist()
+        before = sum(leaf.size for leaf in self.src_spec.values())
+        before_bytes = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in self.src_spec.values())
+        rows.append(("total", f"{before:,}", f"{sum(total):,}", *(f"{n:,}" for n in total)))
+        return [*rows, ("bytes", *map(_size, (before_bytes, sum(nbytes), *nbytes)))]
+
+
+def compose(first: Plan, then: Plan) -> Plan:
+    """The plan that does `first` and then `then`; bit for bit what one after the other gives.
+
+    >>> compose(plan(small, medium), plan(medium, large)).dst_cfg == large
+
+    Raises:
+      UserError: `then` does not start from what `first` leads to (the fields or leaves that differ are named); one of
+        the two needs masks and the other, which grows something too, must not have them, or copies channels unevenly.
+    """
+    require_plan(first, "compose: the first plan"), require_plan(then, "compose: the second plan")
+    made, taken = to_dict(first.dst_cfg), to_dict(then.src_cfg)
+    lines = [f"{field} {made[field]!r} -> {taken[field]!r}" for field in made if made[field] != taken[field]]
+    have, want = first.dst_spec, then.src_spec
+    lines += sorted(have.keys() ^ want.keys())
+    lines += [
+        f"{n} {have[n].shape} -> {want[n].shape}" for n in sorted(have.keys() & want.keys()) if have[n] != want[n]
+    ]
+    if lines:
+        raise UserError(f"compose: the second plan does not start from what the first leads to: {', '.join(lines)}")
+    parts = [part for part in (first, then) if set(MASKED_AXES) & set(part.grown_axes)]
+    why = ""
+    if len({part.masked for part in parts}) > 1:
+        why = "the new units of one start behind masks, those of the other must not"
+    elif first.masked and "embed" in first.grown_axes and (then.maps["embed"].scale != 1).any():
+        why = "masks weigh the mean of a norm, and copies in embed are scaled to keep the mean without masks"
+    if why:
+        raise UserError(
+            f"compose: {first.policy} and {then.policy} cannot be done in one go: {why}; "
+            "train until the masks are 1, then grow again"
+        )
+    return Plan((*first.steps, *then.steps))
+
+
+def require_plan(plan: Any, where: str) -> None:
+    """Raises UserError, naming the argument, for what is not a Plan."""
+    require(isinstance(plan, Plan), f"{where}: expected a Plan as growth.plan makes it, got {type(plan).__name__}")
+
+
+def require_config(cfg: Any, where: str) -> None:
+    """Raises UserError, naming the argument, for what is not a ModelConfig."""
+    require(isinstance(cfg, ModelConfig), f"{where}: expected a ModelConfig, got {type(cfg).__name__}")
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of text with aligned columns, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    first, *others = widths
+    return ["  ".join([r[0].ljust(first), *(c.rjust(w) for c, w in zip(r[1:], others, strict=True))]) for r in rows]
+
+
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table for notebooks; the first row is its head."""
+    line = lambda row, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)  # noqa: E731
+    return "<table>" + "".join(f"<tr>{line(row, 'td' if i else 'th')}</tr>" for i, row in enumerate(rows)) + "</table>"
+
+
+def _size(nbytes: int) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.4g} TB"

@@ -1,4 +1,4 @@
-"""Policies: from two configs to a plan. What is zero, fresh or scaled follows from the names of a leaf's axes.
+"""Policies, which make a plan from two configs: axis names say which entries of a leaf are zero, fresh or scaled.
 
 The residual stream is the axis `embed`: a leaf with embed among its outputs writes to it, one with embed among its
 inputs reads from it. Growth keeps the function when, on every grown axis, exactly one of the two sides is zero.
@@ -6,14 +6,16 @@ inputs reads from it. Growth keeps the function when, on every grown axis, exact
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tele_jax.axes import ParamSpec, fresh_std
-from tele_jax.config import ModelConfig, check_seed
+from tele_jax.config import ModelConfig, check_seed, require, whole
 from tele_jax.errors import UserError
 from tele_jax.growth import axis_map, layers
 from tele_jax.growth.axis_map import AxisMap
-from tele_jax.growth.plan import LeafPlan, Plan
+from tele_jax.growth.leaf import LeafPlan
+from tele_jax.growth.plan import Plan, Step, require_config
 from tele_jax.model.decoder import MASKED_AXES
 from tele_jax.model.spec import flat_spec
 
@@ -21,15 +23,7 @@ from tele_jax.model.spec import flat_spec
 ZERO_SIDE = {"embed": "outputs", "mlp": "inputs", "heads": "inputs"}
 
 # Fields that growth may change; any other difference is another model, not a larger one.
-_GROWN = {
-    "num_layers": "layers",
-    "embed_dim": "embed",
-    "num_heads": "heads",
-    "num_kv_heads": "kv_heads",
-    "mlp_dim": "mlp",
-    "vocab_size": "vocab",
-    "padded_vocab_size": "vocab",
-}
+_GROWN = {"num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size", "padded_vocab_size"}
 _FREE = {"rms_eps", "input_mult", "output_mult", "mup_base_width", "init_std", "matrix_init_std"}
 _FREE |= {"max_seq_len", "dtype", "remat", "attention"}
 
@@ -44,7 +38,7 @@ def plan(
     scores: Sequence[float] | None = None,
     epsilon: str = "scale",
 ) -> Plan:
-    """How a model of src_cfg becomes one of dst_cfg.
+    """Plans the growth of a model of src_cfg into one of dst_cfg.
 
     Args:
       policy: "exact" keeps the function for any ratio without masks; "msg" (Masked Structural Growth, arXiv
@@ -53,7 +47,7 @@ def plan(
         "stack" repeats the whole stack of layers (G_stack, arXiv 2405.15319) and "random" starts everything new at
         random: both change the function, and are here to compare with.
       layers: which layers are copied, see growth.layers.choose.
-      seed: of the fresh values.
+      seed: seed of the fresh values.
       scores: one per source layer, for layers="distance".
       epsilon: exact growth of embed either scales the norms' epsilon by d/d' ("scale"), or keeps it as published and
         divides what is written to the residual stream instead ("keep").
@@ -66,6 +60,8 @@ def plan(
     >>> plan(small, small.replace(embed_dim=80, mlp_dim=300)).dst_cfg.rms_eps    # from 64 embed, 1e-5
     8e-06
     """
+    require_config(src_cfg, "plan: src_cfg")
+    require_config(dst_cfg, "plan: dst_cfg")
     if policy not in POLICIES:
         raise UserError(f"policy {policy!r} is not one of {', '.join(POLICIES)}")
     if epsilon not in ("scale", "keep"):
@@ -75,15 +71,15 @@ def plan(
     if policy in ("stack", "random") and not (isinstance(layers, str) and layers == "uniform"):
         raise UserError(f"layers={layers!r}: policy {policy} places the layers itself; leave it out")
     made = POLICIES[policy](src_cfg, dst_cfg, _maps(src_cfg, dst_cfg, layers, scores), seed, epsilon)
-    return dataclasses.replace(made, notes=(*made.notes, *_notes(src_cfg, dst_cfg, made)))
+    notes = (*made.notes, *_notes(src_cfg, dst_cfg, made.dst_cfg))
+    return Plan((dataclasses.replace(made, notes=notes),))
 
 
-def _notes(src: ModelConfig, dst: ModelConfig, made: Plan) -> list[str]:
-    """What was asked for and is not so, and what a larger vocabulary means."""
+def _notes(src: ModelConfig, dst: ModelConfig, made: ModelConfig) -> list[str]:
+    """Notes on an epsilon that was asked for and is not kept, and on what a larger vocabulary means."""
     notes = []
-    asked, old, new = dst.rms_eps, src.rms_eps, made.dst_cfg.rms_eps
-    if not (math.isclose(asked, old) or math.isclose(asked, new)):
-        notes.append(f"rms_eps={asked:g} was asked for, but is {new:g} to keep the function")
+    if not (math.isclose(dst.rms_eps, src.rms_eps) or math.isclose(dst.rms_eps, made.rms_eps)):
+        notes.append(f"rms_eps={dst.rms_eps:g} was asked for, but is {made.rms_eps:g} to keep the function")
     if (added := dst.vocab_size - src.vocab_size) > 0:
         notes.append(
             f"{added:,} new tokens: the logits of the {src.vocab_size:,} old ones stay, but the new ones take part in "
@@ -109,19 +105,17 @@ def _maps(src: ModelConfig, dst: ModelConfig, how: str | Sequence[int], scores) 
         heads, kv_heads = axis_map.grouped_heads(src.num_heads, src.num_kv_heads, dst.num_heads, dst.num_kv_heads)
     except ValueError as error:
         raise UserError(f"num_kv_heads: {error}") from None
-    maps = {
-        "layers": axis_map.repeat("layers", src.num_layers, layers.choose(how, src.num_layers, dst.num_layers, scores)),
-        "heads": heads,
-        "kv_heads": kv_heads,
+    ids = layers.choose(how, src.num_layers, dst.num_layers, scores)
+    maps = {"layers": axis_map.repeat("layers", src.num_layers, ids), "heads": heads, "kv_heads": kv_heads}
+    return maps | {
+        axis: axis_map.widen(axis, size, dst.axis_sizes[axis])
+        for axis, size in src.axis_sizes.items()
+        if axis not in maps
     }
-    for axis, size in src.axis_sizes.items():
-        if axis not in maps:
-            maps[axis] = axis_map.widen(axis, size, dst.axis_sizes[axis])
-    return maps
 
 
 def _keep_logit_mult(src: ModelConfig, dst: ModelConfig) -> tuple[ModelConfig, float, float]:
-    """(dst as resolved, coefficient of the embedding, coefficient of the head) that keep both multipliers' effect.
+    """(destination config, coefficient of the embedding, coefficient of the head) that keep both multipliers' effect.
 
     An untied model folds a changed multiplier into the table or the kernel. A tied one has a single table for both,
     so that its multipliers have to stay what they were in effect.
@@ -133,7 +127,7 @@ def _keep_logit_mult(src: ModelConfig, dst: ModelConfig) -> tuple[ModelConfig, f
 
 
 def _fill(cfg: ModelConfig, spec: ParamSpec) -> dict:
-    """Fresh values as a newly initialised model has them."""
+    """The fill of fresh entries: the values that a newly initialised model has."""
     if spec.role == "scale":
         return {"fill": "constant", "value": 1.0}
     if spec.role == "bias":
@@ -142,18 +136,18 @@ def _fill(cfg: ModelConfig, spec: ParamSpec) -> dict:
 
 
 def _is_writer(spec: ParamSpec) -> bool:
-    """Whether the leaf adds to the residual stream (a norm scale that sits in it only passes on)."""
+    """True where the leaf adds to the residual stream; a norm scale that sits in it only passes on."""
     return "embed" in spec.outputs and spec.role != "scale"
 
 
 def _multiplier(spec: ParamSpec, embedding: float, head: float) -> float:
-    """The share of a changed multiplier that is folded into this leaf."""
+    """The part of a changed multiplier that is folded into this leaf."""
     if spec.role == "table":
         return embedding
     return head if "vocab" in spec.outputs else 1.0
 
 
-def _exact(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int, epsilon: str) -> Plan:
+def _exact(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int, epsilon: str) -> Step:
     dst, embedding, head = _keep_logit_mult(src, dst)
     # A norm divides by the root of the mean over embed; zeros in the new channels make that mean smaller by d/d'.
     shrinkage = math.sqrt(src.embed_dim / dst.embed_dim)
@@ -174,10 +168,10 @@ def _exact(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: i
         if src.tie_embeddings and spec.role == "table" and epsilon == "keep" and shrinkage != 1.0:
             raise UserError('epsilon="keep" divides the embedding, which is also the head of a tied model; use "scale"')
         leaves[name] = LeafPlan(coefficient, zero, **_fill(dst, spec))
-    return Plan(src, dst, "exact", maps, leaves, seed)
+    return Step(src, dst, "exact", maps, leaves, seed)
 
 
-def _msg(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int, epsilon: str) -> Plan:
+def _msg(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int, epsilon: str) -> Step:
     del epsilon  # the mask weighs the norm's mean, so that epsilon means the same before and after
     dst, embedding, head = _keep_logit_mult(src, dst)
     dst = dst.replace(rms_eps=src.rms_eps)
@@ -185,16 +179,16 @@ def _msg(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int
         name: LeafPlan(_multiplier(spec, embedding, head), **_fill(dst, spec)) for name, spec in flat_spec(src).items()
     }
     masked = any(maps[axis].fresh.any() for axis in MASKED_AXES)  # a larger vocabulary alone needs none
-    return Plan(src, dst, "msg", maps, leaves, seed, masked=masked)
+    return Step(src, dst, "msg", maps, leaves, seed, masked=masked)
 
 
-def _random(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int, epsilon: str) -> Plan:
+def _random(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int, epsilon: str) -> Step:
     base = _msg(src, dst, maps | {"layers": axis_map.widen("layers", src.num_layers, dst.num_layers)}, seed, epsilon)
     note = "everything new is random and takes part at once: the function changes"
     return dataclasses.replace(base, policy="random", masked=False, preserving=False, notes=(note,))
 
 
-def _stack(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int, epsilon: str) -> Plan:
+def _stack(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int, epsilon: str) -> Step:
     stacked = [i % src.num_layers for i in range(dst.num_layers)]
     base = _exact(src, dst, maps | {"layers": axis_map.repeat("layers", src.num_layers, stacked)}, seed, epsilon)
     leaves = {
@@ -206,7 +200,7 @@ def _stack(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: i
     return dataclasses.replace(base, policy="stack", leaves=leaves, preserving=not deeper, notes=notes)
 
 
-def _copy(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int, epsilon: str) -> Plan:
+def _copy(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int, epsilon: str) -> Step:
     del epsilon  # copies keep the mean of squares, so that epsilon means the same before and after
     dst, embedding, head = _keep_logit_mult(src, dst)
     dst = dst.replace(rms_eps=src.rms_eps)
@@ -233,7 +227,84 @@ def _copy(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: in
         # The tied head reads n copies with the same weights that write them: the sum is n times as large.
         dst = dst.replace(output_mult=dst.output_mult * src.embed_dim / dst.embed_dim)
     note = "copies get equal gradients and stay copies, unless something else tells them apart"
-    return Plan(src, dst, "copy", maps, leaves, seed, lively=False, notes=(note,))
+    return Step(src, dst, "copy", maps, leaves, seed, lively=False, notes=(note,))
 
 
 POLICIES = {"exact": _exact, "msg": _msg, "copy": _copy, "stack": _stack, "random": _random}
+
+
+# ---- one axis at a time; growth.compose puts such plans together
+# `how`: policy, seed and epsilon, as `plan` takes them.
+
+
+def widen_embed(cfg: ModelConfig, embed_dim: int, **how: Any) -> Plan:
+    """Widens the residual stream to embed_dim channels."""
+    return _changed(cfg, how, embed_dim=embed_dim)
+
+
+def widen_mlp(cfg: ModelConfig, mlp_dim: int, **how: Any) -> Plan:
+    """Widens the hidden layer of every mlp to mlp_dim units."""
+    return _changed(cfg, how, mlp_dim=mlp_dim)
+
+
+def widen_heads(cfg: ModelConfig, num_heads: int, num_kv_heads: int | None = None, **how: Any) -> Plan:
+    """Widens attention to num_heads query heads: by more groups, larger groups, or groups split into several.
+
+    Args:
+      num_kv_heads: the number of groups; by default as many as before, or one a head where the model is multi-head.
+
+    Raises:
+      UserError: too few groups to hold the heads that there are, or heads that do not divide into them.
+    """
+    groups = {} if num_kv_heads is None else {"num_kv_heads": num_kv_heads}
+    return _changed(cfg, how, num_heads=num_heads, **groups)
+
+
+def insert_layers(cfg: ModelConfig, layers: int | Sequence[int], **how: Any) -> Plan:
+    """Deepens to `layers` layers, copies spread evenly, or to the source layers listed, where repeated ids are copies.
+
+    >>> insert_layers(cfg, [0, 1, 1, 2])     # from 3 to 4 layers, the second one twice
+    """
+    if isinstance(layers, str) or not hasattr(layers, "__len__"):
+        return _changed(cfg, how, num_layers=whole(layers, "layers"))
+    ids = [whole(i, f"layers[{n}]") for n, i in enumerate(layers)]  # before their number is taken for a size
+    return _changed(cfg, {"layers": ids} | how, num_layers=len(ids))
+
+
+def grow_vocab(cfg: ModelConfig, vocab_size: int, padded_vocab_size: int | None = None, **how: Any) -> Plan:
+    """Adds tokens up to vocab_size after the old ones, whose logits stay.
+
+    Args:
+      padded_vocab_size: rows of the embedding; by default as many as there are, or vocab_size where that is more.
+    """
+    require_config(cfg, "cfg")
+    rows = max(whole(vocab_size, "vocab_size"), cfg.padded_vocab_size)
+    rows = rows if padded_vocab_size is None else padded_vocab_size
+    return _changed(cfg, how, vocab_size=vocab_size, padded_vocab_size=rows)
+
+
+def pad_vocab(cfg: ModelConfig, multiple: int, **how: Any) -> Plan:
+    """Pads the rows of the vocabulary to a multiple, so that they divide over a mesh; the function stays."""
+    require_config(cfg, "cfg")
+    require(whole(multiple, "multiple") > 0, f"pad_vocab: multiple={multiple} must be above 0")
+    return _changed(cfg, how, padded_vocab_size=-(-cfg.padded_vocab_size // multiple) * multiple)
+
+
+def change_multipliers(
+    cfg: ModelConfig,
+    *,
+    input_mult: float | None = None,
+    output_mult: float | None = None,
+    mup_base_width: int | None = None,
+) -> Plan:
+    """Changes the multipliers that are given, and folds the change into the embedding and the head.
+
+    A tied model has one table for both, and keeps its effective multipliers (see plan.dst_cfg).
+    """
+    given = {"input_mult": input_mult, "output_mult": output_mult, "mup_base_width": mup_base_width}
+    return _changed(cfg, {}, **{name: value for name, value in given.items() if value is not None})
+
+
+def _changed(cfg: ModelConfig, how: Mapping[str, Any], **changes: Any) -> Plan:
+    require_config(cfg, "cfg")
+    return plan(cfg, cfg.replace(**changes), **how)

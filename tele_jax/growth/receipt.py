@@ -127,7 +127,7 @@ def require_receipt(directory: Path, src: "checkpoint.Lazy", dst: "checkpoint.La
     return receipt
 
 
-def read_plan(directory: Path) -> growth.Growth:
+def read_plan(directory: Path) -> growth.Plan:
     """The plan in a directory. Raises UserError where there is none, DamageError where it is not what was written."""
     file = directory / PLAN_FILE
     try:
@@ -136,7 +136,7 @@ def read_plan(directory: Path) -> growth.Growth:
         raise error if not file.exists() else DamageError(f"{file}: damaged, {error}") from None
 
 
-def masked_plan(start: "checkpoint.Lazy", where: str) -> growth.Growth | None:
+def masked_plan(start: "checkpoint.Lazy", where: str) -> growth.Plan | None:
     """The plan of the growth that left a checkpoint behind closed masks, for a run to open them; None without masks.
 
     The plan lies in the checkpoint (`tele grow`), or in the directory of the stage that grew it.

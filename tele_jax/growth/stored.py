@@ -149,14 +149,14 @@ def _verify(request: Request, plan: growth.Plan, scores: Any, lazy: Any, grown: 
     return receipt
 
 
-def verify(plan: growth.Growth, src: Any, dst: Any, tokens: np.ndarray, memory_gb: float) -> growth.Report:
+def verify(plan: growth.Plan, src: Any, dst: Any, tokens: np.ndarray, memory_gb: float) -> growth.Report:
     """The report on two open checkpoints: at all levels where memory_gb holds both models, else without logits."""
     if not verifies_wholly(plan, src, memory_gb):
         return growth.verify_stored(plan, src, dst)
     return growth.verify(plan, src, dst, tokens)
 
 
-def verifies_wholly(plan: growth.Growth, src: Any, memory_gb: float) -> bool:
+def verifies_wholly(plan: growth.Plan, src: Any, memory_gb: float) -> bool:
     """Tells whether both models, and what their gradients need, fit into memory_gb; src: the open source."""
     small = sum(array.nbytes for array in src.items["params"].values())
     large = sum(spec.size * np.dtype(spec.dtype).itemsize for spec in plan.dst_spec.values())

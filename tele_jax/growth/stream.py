@@ -29,9 +29,9 @@ from tele_jax.checkpoint import chunked, chunks, layout
 from tele_jax.errors import DamageError, UserError
 from tele_jax.growth import axis_map, host_kernel
 from tele_jax.growth.axis_map import NEW, AxisMap
-from tele_jax.growth.kernel import leaf_key
+from tele_jax.growth.leaf import LeafPlan, LeafStep
 from tele_jax.growth.opt_state import grow_state, kinds
-from tele_jax.growth.plan import Growth, LeafPlan, Plan
+from tele_jax.growth.plan import Plan, require_plan
 
 if TYPE_CHECKING:  # they bring Orbax and TensorStore, which are imported by the call
     from tele_jax.checkpoint import Lazy, LazyArray
@@ -59,7 +59,7 @@ class Streamed:
 
 
 def stream(
-    plan: Growth,
+    plan: Plan,
     src: Any,
     dst: Any,
     *,
@@ -164,7 +164,7 @@ class Outline:
 
 
 def outline(
-    plan: Growth,
+    plan: Plan,
     src: Any,
     dst: Any,
     *,
@@ -192,40 +192,33 @@ def outline(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Step:
-    """What one step does to a leaf. chunks: of what it makes, in memory only unless it is the last."""
-
-    plan: LeafPlan
-    maps: list[AxisMap]
-    key: tuple[int, int]
-    chunks: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class _Job:
-    """One leaf of the destination. values: all of it, where it is small and computed already; then source is None."""
+    """One leaf of the destination.
+
+    steps: what makes it, each with the shape of the chunks of what it makes (in memory only, but for the last).
+    values: all of the leaf, where it is small and computed already; then source is None.
+    """
 
     item: str
     name: str
     leaf: layout.Leaf
     maps: list[AxisMap]  # from the source to the destination
     source: "LazyArray | None"
-    steps: tuple[_Step, ...] = ()
-    power: int = 1
+    steps: tuple[tuple[LeafStep, tuple[int, ...]], ...] = ()
     values: np.ndarray | None = None
 
     @property
     def bytes_between(self) -> int:
-        """Of the chunks of all steps but the last, which a thread may hold at once."""
-        return sum(math.prod(step.chunks) * self.leaf.spec.dtype.itemsize for step in self.steps[:-1])
+        """The bytes of the chunks of all steps but the last, which a thread may hold at once."""
+        return sum(math.prod(shape) * self.leaf.spec.dtype.itemsize for _, shape in self.steps[:-1])
 
     def fill(self, values: np.ndarray, start: list[int], cache: chunks.ChunkCache) -> None:
         """Computes the chunk of the destination that begins at `start`."""
         source = host_kernel.Source(self.source.chunks, functools.partial(cache.chunk, self.source))
-        *before, last = self.steps
-        for step in before:
-            source = host_kernel.grown(source, step.plan, step.maps, step.chunks, step.key, values.dtype, self.power)
-        host_kernel.fill_tile(values, last.plan, last.maps, start, source, last.key, self.power)
+        *before, (last, _) = self.steps
+        for step, shape in before:
+            source = host_kernel.grown(source, step, shape, values.dtype)
+        host_kernel.fill_tile(values, last, start, source)
 
     def order(self, chunk: tuple[int, ...]) -> Any:
         """Sorts chunks so that those that need the same chunk of the source follow each other.
@@ -239,29 +232,25 @@ class _Job:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Grown:
-    """A leaf after one step more: of a parameter, or a moment found in the optimizer state."""
+    """A stored leaf, of a parameter or of a moment, after some steps."""
 
-    step: Plan
-    name: str
-    plan: LeafPlan
-    source: "LazyArray | _Grown"
-    power: int = 1
+    stored: "LazyArray"
+    steps: tuple[LeafStep, ...]
+
+    @classmethod
+    def after(cls, step: LeafStep, source: "LazyArray | _Grown") -> "_Grown":
+        before = source if isinstance(source, _Grown) else cls(source, ())
+        return cls(before.stored, (*before.steps, step))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.step.dst_spec[self.name].shape
-
-    @property
-    def stored(self) -> "LazyArray":
-        return self.source.stored if isinstance(self.source, _Grown) else self.source
-
-    def chain(self) -> "list[_Grown]":
-        return [*(self.source.chain() if isinstance(self.source, _Grown) else []), self]
+        return self.steps[-1].shape
 
 
-def _open(plan: Growth, src: Any, opt: bool) -> "Lazy":
+def _open(plan: Plan, src: Any, opt: bool) -> "Lazy":
     from tele_jax.checkpoint import open_lazy, read
 
+    require_plan(plan, "stream: plan")
     chunked.local_path(src)
     lazy = open_lazy(src)
     lines = read.config_differences(lazy.cfg, plan.src_cfg, "in the plan")
@@ -273,23 +262,23 @@ def _open(plan: Growth, src: Any, opt: bool) -> "Lazy":
     return lazy
 
 
-def _jobs(plan: Growth, lazy: "Lazy", opt: bool, chunk_bytes: int) -> list[_Job]:
+def _jobs(plan: Plan, lazy: "Lazy", opt: bool, chunk_bytes: int) -> list[_Job]:
     """Every leaf of the destination, in the order of growing: parameters, then optimizer state."""
-    leaves: dict[str, Any] = dict(lazy.items["params"])
-    for step in plan.steps:
-        leaves = {name: _Grown(step, name, step.leaves[name], leaves[src]) for name, src in step.sources.items()}
-    jobs = [_job(plan, "params", name, grown, chunk_bytes) for name, grown in sorted(leaves.items())]
+    stored = lazy.items["params"]
+    leaves = {name: _Grown(stored[plan.sources[name]], plan.leaf_steps(name)) for name in plan.dst_spec}
+    jobs = [_job("params", name, plan.dst_spec[name], grown, chunk_bytes) for name, grown in leaves.items()]
     if not opt:
         return jobs
     state = unflatten(lazy.items["opt_state"])
-    grown_state = grow_state(plan, state, _Grown, kinds(plan, state))
+    grown_state = grow_state(plan, state, _Grown.after, kinds(plan, state))
     for name, grown in sorted(layout.named_leaves(grown_state).items()):
         if isinstance(grown, _Grown):
-            jobs.append(_job(plan, "opt_state", name, grown, chunk_bytes))
+            jobs.append(_job("opt_state", name, _owner(plan, name, grown.shape), grown, chunk_bytes))
         elif grown is lazy.items["opt_state"].get(name):
             leaf = _stored(_owner(plan, name, grown.shape) or ParamSpec(grown.shape, grown.dtype), grown, chunk_bytes)
             maps = [axis_map.identity(str(dimension), size) for dimension, size in enumerate(grown.shape)]
-            jobs.append(_Job("opt_state", name, leaf, maps, grown, (_Step(LeafPlan(), maps, (0, 0), leaf.chunks),)))
+            unchanged = LeafStep(LeafPlan(), tuple(maps))
+            jobs.append(_Job("opt_state", name, leaf, maps, grown, ((unchanged, leaf.chunks),)))
         else:
             values = np.asarray(grown)
             leaf = _stored(ParamSpec(values.shape, values.dtype), lazy.items["opt_state"][name], chunk_bytes)
@@ -297,20 +286,18 @@ def _jobs(plan: Growth, lazy: "Lazy", opt: bool, chunk_bytes: int) -> list[_Job]
     return jobs
 
 
-def _owner(plan: Growth, name: str, shape: tuple[int, ...]) -> ParamSpec | None:
+def _owner(plan: Plan, name: str, shape: tuple[int, ...]) -> ParamSpec | None:
     """The parameter that a leaf of the optimizer state belongs to."""
     return plan.dst_spec.get(layout.matching_param(name, shape, plan.dst_spec))
 
 
-def _job(plan: Growth, item: str, name: str, grown: _Grown, chunk_bytes: int) -> _Job:
-    steps = []
-    for part in grown.chain():
-        spec = part.step.dst_spec[part.name]
-        made = _stored(spec, grown.stored, chunk_bytes)
-        maps = [part.step.maps[axis] for axis in spec.axes]
-        steps.append(_Step(part.plan, maps, leaf_key(part.step.seed, part.name), made.chunks))
-    maps = [plan.maps[axis] for axis in plan.dst_spec[grown.name].axes]
-    return _Job(item, name, made, maps, grown.stored, tuple(steps), grown.power)
+def _job(item: str, name: str, spec: ParamSpec, grown: _Grown, chunk_bytes: int) -> _Job:
+    """spec: of the parameter that the leaf belongs to."""
+    made = [_stored(dataclasses.replace(spec, shape=s.shape), grown.stored, chunk_bytes) for s in grown.steps]
+    steps = tuple((step, leaf.chunks) for step, leaf in zip(grown.steps, made, strict=True))
+    first, *others = (step.maps for step in grown.steps)
+    maps = [functools.reduce(AxisMap.compose, along) for along in zip(first, *others, strict=True)]
+    return _Job(item, name, made[-1], maps, grown.stored, steps)
 
 
 def _stored(spec: ParamSpec, source: "LazyArray", chunk_bytes: int) -> layout.Leaf:
@@ -319,7 +306,7 @@ def _stored(spec: ParamSpec, source: "LazyArray", chunk_bytes: int) -> layout.Le
     return layout.Leaf(spec, shape, source.leaf.scalar)
 
 
-def _meta(plan: Growth, lazy: "Lazy", jobs: list[_Job], name: str, step, provenance) -> layout.Meta:
+def _meta(plan: Plan, lazy: "Lazy", jobs: list[_Job], name: str, step, provenance) -> layout.Meta:
     entry = {"stage": name, "kind": "grow", "policy": plan.policy, "seed": plan.seed, "plan": plan.digest}
     items: dict[str, dict[str, Any]] = {}
     for job in jobs:

@@ -1,9 +1,9 @@
-"""Surgery on parameter trees, by the names of their axes: take, drop, reorder, cut, pad, rescale, rename, select.
+"""Changes to parameter trees by the names of their axes: take, drop, reorder, cut, pad, rescale, rename, select.
 
     plan = surgery.drop(cfg, "layers", [3, 7])
     plan = surgery.cut(plan, "mlp", 1024)             functions take a config, or a plan to go on from
     print(plan)
-    small = growth.apply(plan, params)                as plans of growth: apply_opt, stream, verify (a model), JSON
+    small = growth.apply(plan, params)                or apply_opt, stream, verify: they are plans of growth
 
 A plan says whether the function is preserved, and if not, why (plan.notes). Growth that keeps the function and lets
 what is new learn is `growth.plan`.
@@ -22,11 +22,11 @@ from tele_jax.config import ModelConfig, finite, require, whole
 from tele_jax.errors import UserError
 from tele_jax.growth import axis_map
 from tele_jax.growth.axis_map import AxisMap
-from tele_jax.growth.compose import compose
-from tele_jax.growth.plan import Growth, LeafPlan, Plan
+from tele_jax.growth.leaf import LeafPlan
+from tele_jax.growth.plan import Plan, Step, compose, require_config
 from tele_jax.model.spec import flat_spec
 
-Model = ModelConfig | Growth
+Model = ModelConfig | Plan
 
 # The config's field for the size of each axis that surgery can change.
 FIELDS = {"layers": "num_layers", "embed": "embed_dim", "heads": "num_heads", "kv_heads": "num_kv_heads"}
@@ -36,8 +36,8 @@ FIELDS |= {"mlp": "mlp_dim", "vocab": "padded_vocab_size"}
 # ---- by axis -----------------------------------------------------------------------------------------------------
 
 
-def take(model: Model, axis: str, ids: Sequence[int]) -> Growth:
-    """The units `ids` of an axis, in that order; what is not named is dropped.
+def take(model: Model, axis: str, ids: Sequence[int]) -> Plan:
+    """Keeps the units `ids` of an axis, in that order, and drops all others.
 
     layers may be repeated: the copies take part. heads keep the keys and values that they have, so that with grouped
     queries they have to come in groups of one size; kv_heads takes whole groups. vocab takes tokens: the id of a token
@@ -57,45 +57,41 @@ def take(model: Model, axis: str, ids: Sequence[int]) -> Growth:
         maps = _take_heads(cfg, ids) if axis == "heads" else _take_groups(cfg, ids)
     else:
         maps = {axis: axis_map.repeat(axis, cfg.axis_sizes[axis], ids)}
-    changes = {FIELDS[name]: m.dst_size for name, m in maps.items()}
-    if axis == "vocab":
-        changes["vocab_size"] = len(ids)
     same_units = sorted(ids) == list(range(size))
     keeps = same_units and (axis not in ("layers", "vocab") or ids == sorted(ids))
     note = () if keeps else (_what_changes(axis, size, ids, same_units),)
-    return _extend(model, maps=maps, changes=changes, name="surgery", preserving=keeps, notes=note)
+    return _extend(model, "surgery", maps, vocab_size=len(ids) if axis == "vocab" else None, keeps=keeps, notes=note)
 
 
-def drop(model: Model, axis: str, ids: Collection[int]) -> Growth:
-    """All units of an axis but `ids`. Raises UserError as `take`."""
+def drop(model: Model, axis: str, ids: Collection[int]) -> Plan:
+    """Drops the units `ids` of an axis. Raises UserError as `take`."""
     cfg = config_of(model)
     gone = set(_ids(cfg, axis, ids, "drop"))
     return take(model, axis, [i for i in range(_units(cfg, axis)) if i not in gone])
 
 
-def duplicate(model: Model, ids: Collection[int]) -> Growth:
-    """A copy of each of these layers, right after it, that takes part at once (those of growth.plan do not)."""
+def duplicate(model: Model, ids: Collection[int]) -> Plan:
+    """Puts a copy of each of these layers right after it; it takes part at once (those of growth.plan do not)."""
     cfg = config_of(model)
     ids = _ids(cfg, "layers", ids, "duplicate")
     require(len(set(ids)) == len(ids), "duplicate: layers are named twice; use take for several copies of one")
     return take(model, "layers", [i for i in range(cfg.num_layers) for _ in range(1 + (i in ids))])
 
 
-def cut(model: Model, axis: str, size: int) -> Growth:
-    """The first `size` units of an axis. Of the vocabulary, rows: cutting no more than its padding changes nothing."""
+def cut(model: Model, axis: str, size: int) -> Plan:
+    """Keeps the first `size` units of an axis; of vocab that many rows, where cutting mere padding changes nothing."""
     cfg = config_of(model)
     have, size = _size(cfg, axis), whole(size, "cut: the size")
     require(0 < size <= have, f"cut: {axis} has {have} units, and cannot be cut to {size}")
     if axis != "vocab" or size < cfg.vocab_size:
         return take(model, axis, range(size))
-    maps = {axis: axis_map.make(axis, have, np.arange(size))}
-    return _extend(model, maps=maps, changes={"padded_vocab_size": size}, name="surgery")
+    return _extend(model, "surgery", {axis: AxisMap(axis, have, np.arange(size))})
 
 
-def pad(model: Model, axis: str, size: int) -> Growth:
-    """Zeros up to `size` units of layers, heads, mlp or vocab (rows): the function stays, and what is new never learns.
+def pad(model: Model, axis: str, size: int) -> Plan:
+    """Pads layers, heads, mlp or vocab (rows) with zeros up to `size` units, for sizes that have to divide over a mesh.
 
-    For sizes that have to divide over something. heads are padded by whole groups.
+    The function stays, and what is new never learns. heads are padded by whole groups.
 
     Raises:
       UserError: another axis, fewer units than there are, heads that do not make whole groups.
@@ -104,20 +100,16 @@ def pad(model: Model, axis: str, size: int) -> Growth:
     have, size = _size(cfg, axis), whole(size, "pad: the size")
     require(axis in ("layers", "heads", "mlp", "vocab"), f"pad: {axis} cannot be padded; widen it with growth.plan")
     require(size >= have, f"pad: {axis} has {have} units already, more than {size}; see surgery.cut")
+    maps = {axis: axis_map.widen(axis, have, size)}
     if axis == "heads":
         group = cfg.num_heads // cfg.num_kv_heads
         require(size % group == 0, f"pad: {size} heads do not make whole groups of {group}")
-        groups = size // group
-        maps = {"heads": axis_map.widen("heads", have, size)}
-        maps["kv_heads"] = axis_map.widen("kv_heads", cfg.num_kv_heads, groups)
-    else:
-        maps = {axis: axis_map.widen(axis, have, size)}
-    changes = {FIELDS[name]: m.dst_size for name, m in maps.items()}
-    return _extend(model, maps=maps, changes=changes, name="surgery", lively=size == have or axis == "vocab")
+        maps["kv_heads"] = axis_map.widen("kv_heads", cfg.num_kv_heads, size // group)
+    return _extend(model, "surgery", maps, lively=size == have or axis == "vocab")
 
 
-def submodel(model: Model, **ids: Sequence[int]) -> Growth:
-    """A part of a model that is a model itself: for each axis named, the units that it keeps.
+def submodel(model: Model, **ids: Sequence[int]) -> Plan:
+    """Takes a part of a model that is a model itself: for each axis named, the units that it keeps.
 
     >>> submodel(cfg, layers=range(0, 24, 2), heads=range(8), mlp=range(1024))
     """
@@ -139,10 +131,13 @@ def find(
     writes: str | None = None,
     role: str | None = None,
 ) -> tuple[str, ...]:
-    """Names of the leaves that fit all that is given.
+    """Finds the leaves that fit all that is given, and returns their names.
 
-    path: a pattern with * and ?, e.g. "layers.mlp.*".  axis: one that the leaf has.  reads, writes: one of its inputs,
-    of its outputs.  role: "kernel", "table", "bias" or "scale".
+    Args:
+      path: a pattern with * and ?, e.g. "layers.mlp.*".
+      axis: an axis of the leaf.
+      reads, writes: one of the inputs, or outputs, of the leaf.
+      role: "kernel", "table", "bias" or "scale".
 
     >>> find(cfg, writes="embed", role="kernel")       # what adds to the residual stream
     ('layers.attn.o', 'layers.mlp.down')
@@ -151,14 +146,9 @@ def find(
       UserError: nothing fits.
     """
 
-    def fits(name: str, spec: ParamSpec) -> bool:
-        return (
-            fnmatch.fnmatchcase(name, path)
-            and (axis is None or axis in spec.axes)
-            and (reads is None or reads in spec.inputs)
-            and (writes is None or writes in spec.outputs)
-            and (role is None or role == spec.role)
-        )
+    def fits(name: str, leaf: ParamSpec) -> bool:
+        pairs = ((axis, leaf.axes), (reads, leaf.inputs), (writes, leaf.outputs), (role, (leaf.role,)))
+        return fnmatch.fnmatchcase(name, path) and all(given is None or given in have for given, have in pairs)
 
     spec = spec_of(model)
     found = tuple(name for name in spec if fits(name, spec[name]))
@@ -168,18 +158,18 @@ def find(
     return found
 
 
-def select(model: Model, leaves: str | Collection[str]) -> Growth:
-    """Some leaves of the tree: names, or a pattern as `find` takes it. The result is a part of a tree, not a model."""
+def select(model: Model, leaves: str | Collection[str]) -> Plan:
+    """Selects leaves by names, or by a pattern as `find` takes it. The result is a part of a tree, not a model."""
     names = find(model, leaves) if isinstance(leaves, str) else tuple(leaves)
     _require_leaves(model, names, "select")
     require(len(set(names)) == len(names), "select: a leaf is named twice")
     whole = len(names) == len(spec_of(model))
     notes = () if whole else (f"keeps {len(names)} of {len(spec_of(model))} leaves: not a model",)
-    return _extend(model, tree={n: n for n in names}, name="select", preserving=whole, notes=notes)
+    return _extend(model, "select", tree={n: n for n in names}, keeps=whole, notes=notes)
 
 
-def rename(model: Model, names: Mapping[str, str]) -> Growth:
-    """Leaves under other names, {old: new}: a tree for something that calls them so.
+def rename(model: Model, names: Mapping[str, str]) -> Plan:
+    """Renames leaves, {old: new}, for something that expects other names.
 
     Raises:
       UserError: an old name that is not there; two leaves under one name, or one inside another.
@@ -193,25 +183,24 @@ def rename(model: Model, names: Mapping[str, str]) -> Growth:
         require(problem is None, f"rename: {name!r} cannot be stored: {problem}")
         above = next((up for i in range(1, len(parts)) if (up := ".".join(parts[:i])) in tree), None)
         require(above is None, f"rename: {name} would lie inside {above}, which is a leaf")
-    origin = model.sources if isinstance(model, Growth) else {name: name for name in tree.values()}
+    origin = model.sources if isinstance(model, Plan) else {name: name for name in tree.values()}
     moved = sorted(n for n in tree.keys() & flat_spec(config_of(model)).keys() if origin[tree[n]] != n)
     notes = [f"{origin[tree[name]]} takes the place of {name}: the function changes" for name in moved]
     if tree.keys() != flat_spec(config_of(model)).keys():
         notes.append("the leaves have other names than those of a model")
-    return _extend(model, tree=tree, name="rename", preserving=not moved, notes=tuple(notes))
+    return _extend(model, "rename", tree=tree, keeps=not moved, notes=tuple(notes))
 
 
-def rescale(model: Model, factors: Mapping[str, float]) -> Growth:
-    """Leaves multiplied by a factor each, {name or pattern: factor}; where several patterns fit, the last counts."""
+def rescale(model: Model, factors: Mapping[str, float]) -> Plan:
+    """Multiplies leaves by a factor each, {name or pattern: factor}; where several patterns fit, the last counts."""
     coefficients: dict[str, float] = {}
     for pattern, factor in factors.items():
-        require(
-            finite(factor, f"rescale: the factor of {pattern}") != 0, f"rescale: the factor of {pattern} must not be 0"
-        )
+        what = f"rescale: the factor of {pattern}"
+        require(finite(factor, what) != 0, f"{what} must not be 0")
         coefficients |= dict.fromkeys(find(model, pattern), float(factor))
     changed = {name: factor for name, factor in coefficients.items() if factor != 1}
     notes = tuple(f"{name} is multiplied by {factor:g}" for name, factor in changed.items())
-    return _extend(model, coefficients=changed, name="rescale", preserving=not changed, notes=notes)
+    return _extend(model, "rescale", coefficients=changed, keeps=not changed, notes=notes)
 
 
 # ---- two trees ---------------------------------------------------------------------------------------------------
@@ -219,9 +208,10 @@ def rescale(model: Model, factors: Mapping[str, float]) -> Growth:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """One leaf of two trees. what: "only in a", "only in b", "shape", "dtype", "values" or "equal".
+    """The comparison of one leaf in two trees.
 
-    max_abs: largest difference of an entry (nan counts as one unless both are). different: how many entries differ.
+    what: "only in a", "only in b", "shape", "dtype", "values" or "equal". max_abs: largest difference of an entry
+    (NaN differs from all but NaN). different: how many entries differ.
     """
 
     name: str
@@ -234,7 +224,7 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Diff:
-    """What `diff` found, one entry per leaf of either tree."""
+    """The result of `diff`, one Difference per leaf of either tree."""
 
     leaves: tuple[Difference, ...]
 
@@ -283,48 +273,52 @@ def _difference(name: str, a: Any, b: Any) -> Difference:
     return Difference(name, "values" if different else "equal", left, right, largest, different)
 
 
-# ---- what they share ---------------------------------------------------------------------------------------------
+# ---- a change as a plan ------------------------------------------------------------------------------------------
 
 
 def config_of(model: Model) -> ModelConfig:
-    """The config that a plan leads to, or the config itself."""
-    return model.dst_cfg if isinstance(model, Growth) else model
+    """The config that a plan leads to, or the config itself. Raises UserError for anything else."""
+    found = model.dst_cfg if isinstance(model, Plan) else model
+    require_config(found, "surgery: the model is a plan or a config")
+    return found
 
 
 def spec_of(model: Model) -> dict[str, ParamSpec]:
     """{leaf: ParamSpec} of the tree that a plan leads to, or of a config's."""
-    return model.dst_spec if isinstance(model, Growth) else flat_spec(model)
+    return model.dst_spec if isinstance(model, Plan) else flat_spec(config_of(model))
 
 
 def _extend(
     model: Model,
-    *,
     name: str,
     maps: Mapping[str, AxisMap] | None = None,
-    changes: Mapping[str, int] | None = None,
+    *,
+    vocab_size: int | None = None,
     coefficients: Mapping[str, float] | None = None,
     tree: Mapping[str, str] | None = None,
-    preserving: bool = True,
+    keeps: bool = True,
     lively: bool = True,
     notes: tuple[str, ...] = (),
-) -> Growth:
+) -> Plan:
     """The plan of one change, after the plan that `model` is, if it is one."""
     cfg, spec = config_of(model), spec_of(model)
     if maps and not any(axis in leaf.axes for leaf in spec.values() for axis in maps):
         raise UserError(f"no leaf of the tree has the axis {next(iter(maps))}")
-    step = Plan(
+    sizes = {FIELDS[axis]: m.dst_size for axis, m in (maps or {}).items()}
+    step = Step(
         src_cfg=cfg,
-        dst_cfg=dataclasses.replace(cfg, **(changes or {})),
+        dst_cfg=dataclasses.replace(cfg, **sizes, **({} if vocab_size is None else {"vocab_size": vocab_size})),
         policy=name,
         maps={axis: axis_map.identity(axis, size) for axis, size in cfg.axis_sizes.items()} | dict(maps or {}),
         leaves={leaf: LeafPlan((coefficients or {}).get(leaf, 1.0)) for leaf in (tree or spec)},
-        preserving=preserving,
+        preserving=keeps,
         lively=lively,
         notes=notes,
         tree=tree,
-        src_tree=spec if isinstance(model, Growth) and not model.is_model else None,
+        src_tree=spec if isinstance(model, Plan) and not model.is_model else None,
     )
-    return compose(model, step) if isinstance(model, Growth) else step
+    plan = Plan((step,))
+    return compose(model, plan) if isinstance(model, Plan) else plan
 
 
 def _size(cfg: ModelConfig, axis: str) -> int:
@@ -333,7 +327,7 @@ def _size(cfg: ModelConfig, axis: str) -> int:
 
 
 def _units(cfg: ModelConfig, axis: str) -> int:
-    """How many units can be named: padding rows of the vocabulary are no tokens."""
+    """The number of units that can be named: padding rows of the vocabulary are no tokens."""
     return cfg.vocab_size if axis == "vocab" else _size(cfg, axis)
 
 
@@ -367,15 +361,15 @@ def _take_heads(cfg: ModelConfig, ids: list[int]) -> dict[str, AxisMap]:
         len(sizes) == 1,
         f"take: heads {ids} leave groups of {' and '.join(map(str, sizes))}; a model has groups of one size",
     )
-    kv_heads = axis_map.make("kv_heads", cfg.num_kv_heads, [kv for kv, _ in runs])
-    return {"heads": axis_map.make("heads", cfg.num_heads, ids), "kv_heads": kv_heads}
+    kv_heads = AxisMap("kv_heads", cfg.num_kv_heads, [kv for kv, _ in runs])
+    return {"heads": AxisMap("heads", cfg.num_heads, ids), "kv_heads": kv_heads}
 
 
 def _take_groups(cfg: ModelConfig, ids: list[int]) -> dict[str, AxisMap]:
     group = cfg.num_heads // cfg.num_kv_heads
     heads = [kv * group + i for kv in ids for i in range(group)]
-    kv_heads = axis_map.make("kv_heads", cfg.num_kv_heads, ids)
-    return {"heads": axis_map.make("heads", cfg.num_heads, heads), "kv_heads": kv_heads}
+    kv_heads = AxisMap("kv_heads", cfg.num_kv_heads, ids)
+    return {"heads": AxisMap("heads", cfg.num_heads, heads), "kv_heads": kv_heads}
 
 
 def _what_changes(axis: str, size: int, ids: list[int], same_units: bool) -> str:

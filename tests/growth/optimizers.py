@@ -21,6 +21,7 @@ import tele_jax as tele
 from tele_jax import growth
 from tele_jax.axes import flatten, unflatten
 from tests.growth import oracle
+from tests.growth.strategies import with_step
 
 SRC = tele.ModelConfig(
     **dict(num_layers=2, embed_dim=2, num_heads=2, head_dim=2, mlp_dim=2, vocab_size=2),
@@ -164,7 +165,7 @@ def table(rows: list[Row]) -> str:
 def some_leaves() -> growth.Plan:
     """The growth of SRC into DST, of LEAVES alone."""
     whole = growth.plan(SRC, DST)
-    return dataclasses.replace(
+    return with_step(
         whole,
         leaves={name: whole.leaves[name] for name in LEAVES},
         tree={name: name for name in LEAVES},

@@ -22,7 +22,7 @@ def maps(draw, src_size=None, scales=POWERS_OF_TWO):
     src_size = draw(SIZES) if src_size is None else src_size
     index = draw(st.lists(st.integers(NEW, src_size - 1), min_size=1, max_size=12))
     fresh = [i == NEW or draw(st.booleans()) for i in index]
-    return axis_map.make("embed", src_size, index, fresh, *draw(_factors(scales, len(index))))
+    return axis_map.AxisMap("embed", src_size, index, fresh, *draw(_factors(scales, len(index))))
 
 
 @st.composite
@@ -33,7 +33,7 @@ def growing_maps(draw, scales=POWERS_OF_TWO, src_size=None):
     units += [(NEW, True)] * draw(st.integers(0, 4))
     units += [(i, True) for i in draw(st.lists(st.integers(0, src_size - 1), max_size=4))]
     units = draw(st.permutations(units))
-    return axis_map.make("mlp", src_size, *zip(*units, strict=True), *draw(_factors(scales, len(units))))
+    return axis_map.AxisMap("mlp", src_size, *zip(*units, strict=True), *draw(_factors(scales, len(units))))
 
 
 def _factors(values, size):
@@ -121,9 +121,9 @@ def test_the_inverse_of_a_composition_is_the_composition_of_the_inverses(data):
 
 def test_a_map_that_loses_units_has_no_inverse_and_names_them():
     with pytest.raises(ValueError, match=r"embed: units \[1, 3\] of the source are not in the destination"):
-        axis_map.make("embed", 4, [0, 2, NEW]).invert()
+        axis_map.AxisMap("embed", 4, [0, 2, NEW]).invert()
     with pytest.raises(ValueError, match=r"units \[0\]"):  # a masked copy is not the unit itself
-        axis_map.make("embed", 1, [0], fresh=[True]).invert()
+        axis_map.AxisMap("embed", 1, [0], fresh=[True]).invert()
 
 
 @given(st.data())
@@ -231,11 +231,11 @@ def test_groups_split_into_multi_head_attention_hold_copies():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: axis_map.make("mlp", 2, [0, 2]), "mlp: index outside the source axis of size 2"),
-        (lambda: axis_map.make("mlp", 2, [0, -2]), "mlp: index outside the source axis of size 2"),
-        (lambda: axis_map.make("mlp", 2, [0, NEW], fresh=[False, False]), "mlp: a NEW entry is not marked fresh"),
-        (lambda: axis_map.make("mlp", 2, [0, 1], scale=[1.0]), "mlp: index, fresh.* differ in length"),
-        (lambda: axis_map.make("mlp", 2, [0, 1], fresh=[False]), "mlp: index, fresh.* differ in length"),
+        (lambda: axis_map.AxisMap("mlp", 2, [0, 2]), "mlp: index outside the source axis of size 2"),
+        (lambda: axis_map.AxisMap("mlp", 2, [0, -2]), "mlp: index outside the source axis of size 2"),
+        (lambda: axis_map.AxisMap("mlp", 2, [0, NEW], fresh=[False, False]), "mlp: a NEW entry is not marked fresh"),
+        (lambda: axis_map.AxisMap("mlp", 2, [0, 1], scale=[1.0]), "mlp: index, fresh.* differ in length"),
+        (lambda: axis_map.AxisMap("mlp", 2, [0, 1], fresh=[False]), "mlp: index, fresh.* differ in length"),
         (
             lambda: axis_map.widen("mlp", 2, 3).compose(axis_map.identity("mlp", 2)),
             "mlp: cannot compose 3 with a map of 2",

@@ -1,7 +1,5 @@
 """growth.check: passes every plan that growth makes, and names what is wrong with a plan that would not hold."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +10,7 @@ from tele_jax import growth, surgery
 from tele_jax.growth import axis_map
 from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh
-from tests.growth.strategies import growths, without_compiling
+from tests.growth.strategies import growths, with_step, without_compiling
 from tests.growth.test_verify import SCALES, both_sides_random_in_embed, configs, with_leaves
 
 POLICIES = ("exact", "msg", "copy", "stack", "random")
@@ -67,7 +65,7 @@ def refused(plan):
 
 
 def with_maps(plan, **maps):
-    return dataclasses.replace(plan, maps={**plan.maps, **maps})
+    return with_step(plan, maps={**plan.maps, **maps})
 
 
 @pytest.mark.parametrize("policy", ["exact", "msg"])
@@ -91,7 +89,7 @@ def test_every_norm_scale_not_rescaled_is_named():
 )
 def test_another_epsilon(how, eps, right):
     plan = plan_of(**how)
-    message = refused(dataclasses.replace(plan, dst_cfg=plan.dst_cfg.replace(rms_eps=eps)))
+    message = refused(with_step(plan, dst_cfg=plan.dst_cfg.replace(rms_eps=eps)))
     assert message.endswith(f": rms_eps is {eps:.9g}, but {right:.9g} keeps the function")
 
 
@@ -122,7 +120,7 @@ def test_a_tied_model_whose_multipliers_change():
         for policy, embed_dim in (("exact", 11), ("msg", 11), ("copy", 12)):
             plan = growth.plan(src, src.replace(embed_dim=embed_dim, num_kv_heads=4), policy=policy)
             growth.check(plan)
-            wrong = dataclasses.replace(plan, dst_cfg=plan.dst_cfg.replace(output_mult=plan.dst_cfg.output_mult * 1.01))
+            wrong = with_step(plan, dst_cfg=plan.dst_cfg.replace(output_mult=plan.dst_cfg.output_mult * 1.01))
             assert "output_mult: logits is 0.505, but 0.5 keeps the function" in refused(wrong)
 
 
@@ -212,13 +210,13 @@ def test_copies_that_do_not_add_up_to_what_they_copy():
     assert message == "plan (copy): layers.mlp.down: reads every copy along mlp whole, and not its share"
     message = refused(with_leaves(plan, **{"layers.attn.o": dict(scaled=())}))
     assert message == "plan (copy): layers.attn.o: is not scaled along embed, whose copies are"
-    whole = axis_map.make("mlp", 5, plan.maps["mlp"].index, np.zeros(8, bool))
+    whole = axis_map.AxisMap("mlp", 5, plan.maps["mlp"].index, np.zeros(8, bool))
     assert "mlp[0] of the source counts 2 times in the result, and not once" in refused(with_maps(plan, mlp=whole))
 
 
 def test_units_that_are_lost():
     plan = plan_of()
-    lost = axis_map.make("mlp", 5, [0, 1, 2, 3, -1, -1, -1, -1])
+    lost = axis_map.AxisMap("mlp", 5, [0, 1, 2, 3, -1, -1, -1, -1])
     assert "mlp[4] of the source counts 0 times in the result" in refused(with_maps(plan, mlp=lost))
 
 
@@ -236,7 +234,7 @@ def test_maps_that_are_not_the_configs_(maps, message):
 def test_leaves_without_a_plan_and_plans_without_a_leaf():
     plan = plan_of()
     leaves = {name: leaf for name, leaf in plan.leaves.items() if name != "embed.table"}
-    message = refused(dataclasses.replace(plan, leaves={**leaves, "embed.tabel": plan.leaves["embed.table"]}))
+    message = refused(with_step(plan, leaves={**leaves, "embed.tabel": plan.leaves["embed.table"]}))
     assert "embed.tabel: is planned, but no leaf of the result; embed.table: has no plan" in message
 
 
@@ -244,17 +242,17 @@ def test_a_policy_that_does_not_promise_is_not_held_to_it():
     plan = plan_of()
     for change in ({"embed.table": dict(zero=())}, {"layers.attn.o": dict(coefficient=2.0)}):
         with without_compiling():
-            growth.check(dataclasses.replace(with_leaves(plan, **change), preserving=False))
+            growth.check(with_step(with_leaves(plan, **change), preserving=False))
     dead = with_leaves(plan, **dict.fromkeys(BOTH_ZERO["mlp"], NOTHING))
     with without_compiling():
-        growth.check(dataclasses.replace(dead, lively=False))
+        growth.check(with_step(dead, lively=False))
 
 
 def test_all_that_is_wrong_is_said_and_of_every_step():
     with without_compiling():
         first = both_sides_random_in_embed(plan_of())
         then = growth.plan(first.dst_cfg, first.dst_cfg.replace(mlp_dim=20))
-        then = dataclasses.replace(then, dst_cfg=then.dst_cfg.replace(rms_eps=1.0))
+        then = with_step(then, dst_cfg=then.dst_cfg.replace(rms_eps=1.0))
         message = refused(growth.compose(first, then))
     assert "embed: new units are random on both sides (embed.table" in message and "rms_eps is 1," in message
 

@@ -138,3 +138,64 @@ def test_float64_is_not_cut_to_float32():
     assert lazy["final_norm"]["scale"][:8].dtype == np.float64
     kept = params["final_norm"]["scale"] * np.sqrt(8 / 12)
     np.testing.assert_allclose(lazy["final_norm"]["scale"][:8], kept, rtol=1e-15)
+
+
+WRONG_PLANS = ({"steps": []}, "plan.json", None, MASKED.steps[0])
+
+
+@pytest.mark.parametrize("plan", WRONG_PLANS, ids=["dict", "path", "None", "step"])
+def test_what_is_no_plan_is_named(plan):
+    params, word = tele.init(CFG, jax.random.key(0)), "expected a Plan"
+    for call in (growth.apply, growth.shrink, growth.lazy, growth.apply_opt):
+        refused(lambda call=call: call(plan, params), call.__name__, word)
+    refused(lambda: growth.check(plan), "check: plan", word)
+    refused(lambda: growth.sharded(plan, None, None), "sharded: plan", word)
+    refused(lambda: growth.state_shardings(plan, None, None), "state_shardings: plan", word)
+    refused(lambda: growth.compose(plan, MASKED), "first plan", word)
+    refused(lambda: growth.compose(MASKED, plan), "second plan", word)
+    refused(lambda: growth.MaskSchedule(plan), "MaskSchedule: plan", word)
+    refused(lambda: growth.verify(plan, params, params, [[1, 2, 3]]), "verify: plan", word)
+    refused(lambda: growth.verify_stored(plan, params, params), "verify: plan", word)
+    for stream in (growth.stream, growth.stream_outline):
+        refused(lambda stream=stream: stream(plan, "a", "b"), "stream: plan", word)
+    refused(lambda: growth.Plan(plan), "steps")
+
+
+@pytest.mark.parametrize("cfg", [{"num_layers": 3}, "tele_flm_52b", None], ids=["dict", "name", "None"])
+def test_what_is_no_config_is_named(cfg):
+    word = "expected a ModelConfig"
+    refused(lambda: growth.plan(cfg, DEEPER), "src_cfg", word)
+    refused(lambda: growth.plan(CFG, cfg), "dst_cfg", word)
+    refused(lambda: growth.widen_mlp(cfg, 8), "cfg", word)
+    refused(lambda: growth.grow_vocab(cfg, 12), "cfg", word)
+    refused(lambda: growth.pad_vocab(cfg, 4), "cfg", word)
+    refused(lambda: growth.layers.distances(cfg, {}, [[1, 2]]), "cfg", word)
+    for change in (surgery.take, surgery.drop):
+        refused(lambda change=change: change(cfg, "mlp", [0]), "model", word)
+    refused(lambda: surgery.find(cfg), "model", word)
+
+
+def test_a_key_is_no_seed_and_a_list_is_no_tree():
+    refused(lambda: planned(seed=jax.random.key(0)), "seed", "must be a whole number")
+    refused(lambda: growth.apply(planned(), [1, 2]), "nested dict", "list")
+    params = tele.init(CFG, jax.random.key(0))
+    refused(lambda: growth.apply(planned(), {"params": params}), "params.lm_head.kernel: not a parameter")
+    refused(lambda: growth.verify(planned(), params, params, [[1, 2, 3], [4, 5]]), "tokens")
+
+
+def test_lists_are_taken_where_arrays_are():
+    plan, params = planned(layers=(0, 1, 1, 2)), tele.init(CFG, jax.random.key(0))
+    assert growth.verify(plan, params, growth.apply(plan, params), [[1, 2, 3], [4, 5, 6]]).ok
+    assert len(growth.layers.distances(CFG, params, [[1, 2, 3]])) == CFG.num_layers
+    assert growth.AxisMap("mlp", 2, [0, 1, -1], [False, False, True], [1, 1, 1], [1, 1, 1]).fresh.tolist() == [0, 0, 1]
+
+
+def test_plans_and_reports_are_shown_in_a_few_lines_or_as_a_table():
+    plan, params = planned(policy="copy"), tele.init(CFG, jax.random.key(0))
+    both = growth.compose(plan, growth.widen_mlp(plan.dst_cfg, 9))
+    report = growth.verify_stored(plan, params, growth.apply(plan, params))
+    for shown in (repr(plan), repr(both), repr(report), repr(plan.steps[0]), repr(plan.maps["mlp"])):
+        assert len(shown) < 200 and shown.count("\n") < 3
+    for table in (plan._repr_html_(), both._repr_html_(), report._repr_html_()):
+        assert table.count("<table>") == table.count("</table>") == 1
+    assert "layers.mlp.up" in both._repr_html_() and "-&gt;" in both._repr_html_()

@@ -15,8 +15,8 @@ from tele_jax import growth, surgery
 from tele_jax.aot import counts, hlo
 from tele_jax.aot.jobs import sharded_bytes
 from tele_jax.axes import flatten, unflatten
-from tele_jax.growth import exchange
 from tele_jax.growth.opt_state import AdamState
+from tele_jax.growth.sharded import exchange
 from tele_jax.growth.verify import liveness
 from tele_jax.model.spec import abstract_params
 from tele_jax.settings import MeshConfig
@@ -35,7 +35,7 @@ def test_rounds_bring_every_entry_to_where_it_belongs(data):
     ways, size, made = (data.draw(st.integers(1, n)) for n in (6, 4, 5))
     src = np.arange(ways * size)
     index = np.array(data.draw(st.lists(st.integers(-1, len(src) - 1), min_size=ways * made, max_size=ways * made)))
-    plan = exchange.exchange(index, len(src), ways)
+    plan = exchange(index, len(src), ways)
     blocks = src.reshape(ways, size)
     held = [[*block] for block in blocks]
     for step in plan.rounds:

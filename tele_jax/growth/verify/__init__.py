@@ -1,1 +1,1 @@
-"""Verification of a growth: what is compared (entries, moments, parts, liveness), divided (spread) and reported."""
+"""Verification of a growth: comparison (entries, parts, liveness), division among processes (spread), report."""

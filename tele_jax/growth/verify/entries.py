@@ -1,10 +1,12 @@
-"""The first level of verification: every entry of the grown tree is what the plan says.
+"""The comparison of what a growth made with its plan, entry by entry: parameters, and the optimizer state.
 
 Kept entries are the source's, to the bit or, where the plan multiplies them, within their roundings; zeros are zero (of
 either sign), constants are the constant, and fresh values are those that the seed, the name of the leaf and the index
-give, to the bit unless a later step of a composed plan multiplies them. Leaves are read in tiles, from arrays in memory
-or from checkpoints that do not fit there. The optimizer state is looked at in the same way, with the plan of each part
-of it (opt_state.part_plan).
+give, to the bit unless a later step of the plan multiplies them. Leaves are read in tiles, from arrays in memory or
+from checkpoints that do not fit there.
+
+Parts of an optimizer state with the shapes of the parameters are compared like parameters, by the power of the gradient
+that each part is. In the trainer's state new units are born at the current count. All else is unchanged, to the bit.
 """
 
 import dataclasses
@@ -12,36 +14,45 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from tele_jax.axes import is_empty, unflatten
 from tele_jax.checkpoint import chunks, layout
-from tele_jax.growth import describe, host_kernel
-from tele_jax.growth.kernel import leaf_key
-from tele_jax.growth.plan import Growth, Plan
-from tele_jax.sharding import tiles
+from tele_jax.growth import host_kernel
+from tele_jax.growth.gradient_powers import nodes, shown, take_apart
+from tele_jax.growth.leaf import FILLED, KEPT, ZERO, LeafStep, Traced, kinds, trace
+from tele_jax.growth.opt_state import is_adam, power_of
+from tele_jax.growth.opt_state import kinds as state_kinds
+from tele_jax.growth.plan import Plan
+from tele_jax.growth.verify import spread
+from tele_jax.sharding import tiles, to_host
 
+Leaves = Mapping[str, Any]
 TILE_BYTES = 16 * 2**20
 
 
-def look(plan: Growth, src: Mapping[str, Any], dst: Mapping[str, Any], unit: int | None) -> dict[str, str]:
-    """{leaf: the first entry that is not what it should be} for the leaves of one unit of the grown tree: see `share`.
+def differing(plan: Plan, src: Leaves, dst: Leaves, unit: int | None, power: int | None = None) -> dict[str, str]:
+    """{leaf: its first entry that is not as planned} for the leaves of one unit of the grown tree: see spread.py.
 
     src, dst: {dotted name: array, or checkpoint.LazyArray}, with the leaves of that unit at least.
+    power: for an optimizer moment, its power of the gradient.
     """
     found = {}
     for name, spec in plan.dst_spec.items():
         if bool(spec.stack) == (unit is not None) and name in dst:
             # Where nothing comes from the source, its leaf may be missing.
             source, made = (_Chunkwise.of(leaf) for leaf in (src.get(plan.sources[name]), dst[name]))
-            problem = next(_problems(plan, name, source, made, unit), None)
+            problem = next(_problems(plan.leaf_steps(name, power), source, made, unit, np.dtype(spec.dtype)), None)
             if problem is not None:
                 found[name] = problem
     return found
 
 
-def altered(plan: Growth, found: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """{leaf: what is wrong with it} for every leaf that is not what the plan makes of the source; found: in units."""
+def first_problems(plan: Plan, found: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """{leaf: problem} of the first unit that has one, in the order of the leaves; found: what `differing` gave."""
     first: dict[str, str] = {}
     for unit in reversed(found):
         first |= unit
@@ -49,7 +60,7 @@ def altered(plan: Growth, found: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 
 class _Chunkwise:
-    """A stored leaf of which the last chunk stays in memory: tiles are smaller than chunks, which are read whole."""
+    """A stored leaf whose last chunk stays in memory, since tiles are smaller than chunks, which are read whole."""
 
     def __init__(self, stored: Any):
         self._stored, self._place, self._chunk = stored, None, None
@@ -57,7 +68,7 @@ class _Chunkwise:
 
     @classmethod
     def of(cls, leaf: Any) -> Any:
-        """The leaf itself where it is in memory."""
+        """Wraps a stored leaf; a leaf in memory is returned as it is."""
         return cls(leaf) if hasattr(leaf, "chunks") and leaf.shape else leaf
 
     def __getitem__(self, key: tuple[slice, ...]) -> np.ndarray:
@@ -82,118 +93,111 @@ class _Chunkwise:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Unrounded:
-    """A leaf of the result, read in float64, with the products of the plan in the place of what they were rounded to.
+    """A leaf of the result in float64, with unrounded products in the place of the rounded ones that are stored.
 
-    What is not such a product to within its rounding is as it is stored. So the function of a model in float32 or
-    bfloat16 can be compared to the precision of float64, however much of the rounding a sharp softmax makes.
+    An entry that is not such a product to within its rounding is as it is stored. So the function of a model in float32
+    or bfloat16 is compared to the precision of float64, however much of the rounding a sharp softmax makes.
     """
 
-    plan: Growth
-    name: str
+    steps: Sequence[LeafStep]
     source: Any
     made: Any
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        """By integers and slices of step 1, like a LazyArray."""
-        shape = self.plan.dst_spec[self.name].shape
+        """Takes integers and slices of step 1, like a LazyArray."""
         keys = [k for k in (key if isinstance(key, tuple) else (key,)) if k is not Ellipsis]
-        keys += [slice(None)] * (len(shape) - len(keys))
+        keys += [slice(None)] * (len(self.steps[-1].shape) - len(keys))
         where = tuple(k if isinstance(k, slice) else slice(int(k), int(k) + 1) for k in keys)
-        parts = [describe.along(self.plan, self.name, dimension, part) for dimension, part in enumerate(where)]
+        traced = [trace(self.steps, dimension, part) for dimension, part in enumerate(where)]
         read = np.asarray(self.made[where])
         values = read.astype(np.float64)
-        kept = describe.kinds(parts) == describe.KEPT
+        kept = kinds(traced) == KEPT
         if kept.any():
-            products = _products(self.plan, self.name, self.source, parts)
-            rounded = kept & _is_rounded(self.plan, self.name, values, products, read.dtype)
+            products = _products(self.steps, self.source, traced)
+            rounded = kept & _is_rounded(self.steps, values, products, read.dtype)
             values[rounded] = products[rounded]
         return values.reshape([n for n, k in zip(values.shape, keys, strict=True) if isinstance(k, slice)])
 
 
-def _products(plan: Growth, name: str, source: Any, parts: Sequence[describe.Along]) -> np.ndarray:
-    """float64: what the plan makes of the source entries at the origins of a tile, not rounded."""
-    coefficient = math.prod(step.leaves[leaf].coefficient for step, leaf in plan.leaf_steps(name))
-    return _gather(source, parts) * (coefficient * _outer([part.factors[-1] for part in parts]))
+def _products(steps: Sequence[LeafStep], source: Any, traced: Sequence[Traced]) -> np.ndarray:
+    """The source entries at the origins of a tile times all factors, in float64 and not rounded."""
+    coefficient = math.prod(step.coefficient for step in steps)
+    return _gather(source, traced) * (coefficient * _outer([part.factors[-1] for part in traced]))
 
 
-def _is_rounded(plan: Growth, name: str, values: np.ndarray, products: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Where values are the products in the dtype of the leaf: to the bit where nothing is scaled."""
-    if plan.moves_exactly(name):
+def _is_rounded(steps: Sequence[LeafStep], values: np.ndarray, products: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """True where values are the products in the dtype of the leaf: to the bit where nothing is scaled."""
+    if all(step.moves_exactly for step in steps):
         return (values == products) & (np.signbit(values) == np.signbit(products))
     # What is below the smallest normal number may be flushed to 0.
-    slack = sum(_rounding(step, leaf, dtype) for step, leaf in plan.leaf_steps(name))
-    return np.abs(values - products) <= slack * np.abs(products) + float(jnp.finfo(dtype).tiny)
+    return np.abs(values - products) <= _slack(steps, dtype) * np.abs(products) + float(jnp.finfo(dtype).tiny)
 
 
-def _rounding(step: Plan, name: str, dtype: np.dtype) -> float:
-    """The largest relative error of a product that a step makes of an entry of a leaf.
+def _slack(steps: Sequence[LeafStep], dtype: np.dtype) -> float:
+    """The largest relative error of the products that steps make of an entry.
 
-    The coefficient and the factor of every axis are rounded, and multiplied, in float32 or better; their product with
-    the entry is rounded to the dtype of the leaf.
+    In each step the coefficient and the factor of every axis are rounded, and multiplied, in float32 or better; their
+    product with the entry is rounded to the dtype of the leaf.
     """
-    leaf = step.leaves[name]
-    number = sum(leaf.factors(step.maps[axis]) is not None for axis in step.dst_spec[name].axes)
     precise = jnp.finfo(jnp.promote_types(dtype, jnp.float32)).eps
-    return 0.505 * float(jnp.finfo(dtype).eps + (1 + 2 * number) * precise)
+    return sum(0.505 * float(jnp.finfo(dtype).eps + (1 + 2 * step.number_of_factors) * precise) for step in steps)
 
 
-def _problems(plan: Growth, name: str, source: Any, made: Any, unit: int | None) -> Iterator[str]:
-    """Names what is wrong in one unit of a leaf, tile by tile."""
-    spec = plan.dst_spec[name]
+def _problems(steps: Sequence[LeafStep], source: Any, made: Any, unit: int | None, dtype: np.dtype) -> Iterator[str]:
+    """Says what is wrong in one unit of a leaf, tile by tile."""
     stack = () if unit is None else (slice(unit, unit + 1),)
-    for tile in tiles(spec.shape[len(stack) :], np.dtype(spec.dtype).itemsize, TILE_BYTES):
+    for tile in tiles(steps[-1].shape[len(stack) :], dtype.itemsize, TILE_BYTES):
         where = (*stack, *tile)
-        parts = [describe.along(plan, name, dimension, part) for dimension, part in enumerate(where)]
-        kinds = describe.kinds(parts)
+        traced = [trace(steps, dimension, part) for dimension, part in enumerate(where)]
+        kind = kinds(traced)
         read = np.asarray(made[where])
         values = read.astype(np.float64)
         at = lambda place, where=where: f"at {[int(p + w.start) for p, w in zip(place, where, strict=True)]}"  # noqa: E731
         if not np.isfinite(values).all():
             yield f"{values[~np.isfinite(values)][0]} {at(np.argwhere(~np.isfinite(values))[0])}"
-        wrong = (kinds == describe.ZERO) & (values != 0)
+        wrong = (kind == ZERO) & (values != 0)
         if wrong.any():
             yield f"{values[wrong][0]:.6g} {at(np.argwhere(wrong)[0])}, planned 0"
-        kept = kinds == describe.KEPT
+        kept = kind == KEPT
         if kept.any():
-            expected = _products(plan, name, source, parts)
-            wrong = kept & ~_is_rounded(plan, name, values, expected, read.dtype)
+            expected = _products(steps, source, traced)
+            wrong = kept & ~_is_rounded(steps, values, expected, read.dtype)
             if wrong.any():
                 yield f"{values[wrong][0]:.9g} {at(np.argwhere(wrong)[0])}, from the source {expected[wrong][0]:.9g}"
-        for place, value, expected in _wrongly_filled(plan, name, parts, kinds, values, read.dtype):
+        for place, value, expected in _wrongly_filled(steps, traced, kind, values, read.dtype):
             yield f"a new entry is {value:.9g} {at(place)}, planned {expected:.9g}"
 
 
 def _wrongly_filled(
-    plan: Growth, name: str, parts: Sequence[describe.Along], kinds: np.ndarray, values: np.ndarray, dtype: np.dtype
+    steps: Sequence[LeafStep], traced: Sequence[Traced], kind: np.ndarray, values: np.ndarray, dtype: np.dtype
 ) -> Iterator[tuple[Sequence[int], float, float]]:
     """(place in the tile, value, planned value) of the first new entry of every step that is not as planned."""
-    steps = plan.leaf_steps(name)
-    width = kinds.shape[-1] if kinds.ndim else 1
-    for k, (step, leaf_name) in enumerate(steps):
-        if not (kinds == describe.FILLED + k).any():
+    width = kind.shape[-1] if kind.ndim else 1
+    for k, step in enumerate(steps):
+        if not (kind == FILLED + k).any():
             continue
         later = steps[k + 1 :]
-        factors = math.prod(after.leaves[leaf].coefficient for after, leaf in later)
-        factors = np.broadcast_to(factors * _outer([part.factors[len(later)] for part in parts]), kinds.shape)
-        exact = all(after.leaves[leaf].moves_exactly for after, leaf in later)
-        slack = 0.0 if exact else sum(_rounding(after, leaf, dtype) for after, leaf in later)
-        row_numbers, columns = _numbered([part.place[len(later)] for part in parts], step.dst_spec[leaf_name].shape)
+        factors = math.prod(after.coefficient for after in later)
+        factors = np.broadcast_to(factors * _outer([part.factors[len(later)] for part in traced]), kind.shape)
+        exact = all(after.moves_exactly for after in later)
+        slack = 0.0 if exact else _slack(later, dtype)
+        row_numbers, columns = _numbered([part.place[len(later)] for part in traced], step.shape)
         # By blocks: counters and values of a whole tile would take many times its memory.
         count = max(1, host_kernel.BLOCK // width)
-        for first in range(0, kinds.size // width, count):
-            row, column = np.nonzero(kinds.reshape(-1, width)[first : first + count] == describe.FILLED + k)
+        for first in range(0, kind.size // width, count):
+            row, column = np.nonzero(kind.reshape(-1, width)[first : first + count] == FILLED + k)
             row += first
             made, factor = (array.reshape(-1, width)[row, column] for array in (values, factors))
-            planned = _new(step, leaf_name, row_numbers[row], columns[column], dtype) * factor
+            planned = _new(step, row_numbers[row], columns[column], dtype) * factor
             wrong = ~(np.abs(made - planned) <= slack * np.abs(planned))
             if wrong.any():
                 i = int(np.argmax(wrong))
-                yield np.unravel_index(row[i] * width + column[i], kinds.shape), made[i], planned[i]
+                yield np.unravel_index(row[i] * width + column[i], kind.shape), made[i], planned[i]
                 break
 
 
 def _numbered(places: Sequence[np.ndarray], shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """uint32: the numbers of the rows (of all leading dimensions together) and columns of a rectangle in a leaf."""
+    """Numbers uint32 of the rows (of all leading dimensions together) and columns of a rectangle in a leaf."""
     *leading, columns = places or [np.zeros(1, np.int64)]
     rows = np.zeros(1, np.int64)
     for size, place in zip(shape[:-1], leading, strict=True):
@@ -201,12 +205,11 @@ def _numbered(places: Sequence[np.ndarray], shape: tuple[int, ...]) -> tuple[np.
     return rows.astype(np.uint32), columns.astype(np.uint32)
 
 
-def _new(step: Plan, name: str, rows: np.ndarray, columns: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """float64[n]: what a step fills in at rows and columns of a leaf, rounded to the dtype of the leaf."""
-    leaf = step.leaves[name]
-    if leaf.fill == "constant":
-        return np.full(len(rows), leaf.value, dtype).astype(np.float64)
-    return host_kernel.normal(leaf_key(step.seed, name), rows, columns, leaf.value, dtype).astype(np.float64)
+def _new(step: LeafStep, rows: np.ndarray, columns: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The values float64[n] that a step fills in at rows and columns of a leaf, rounded to the dtype of the leaf."""
+    if step.leaf.fill == "constant":
+        return np.full(len(rows), step.leaf.value, dtype).astype(np.float64)
+    return host_kernel.normal(step.key, rows, columns, step.leaf.value, dtype).astype(np.float64)
 
 
 def _outer(vectors: Sequence[np.ndarray]) -> np.ndarray:
@@ -217,14 +220,96 @@ def _outer(vectors: Sequence[np.ndarray]) -> np.ndarray:
     return out
 
 
-def _gather(array: Any, parts: Sequence[describe.Along]) -> np.ndarray:
-    """float64: the source entries at the origins of a tile; only the part of the source around them is read."""
-    if not parts:
+def _gather(array: Any, traced: Sequence[Traced]) -> np.ndarray:
+    """The source entries at the origins of a tile, in float64; only the part of the source around them is read."""
+    if not traced:
         return np.asarray(array).astype(np.float64)
-    box = tuple(slice(int(part.origin.min()), int(part.origin.max()) + 1) for part in parts)
+    box = tuple(slice(int(part.origin.min()), int(part.origin.max()) + 1) for part in traced)
     read = np.asarray(array[box]).astype(np.float64)
-    for dimension, (part, bounds) in enumerate(zip(parts, box, strict=True)):
+    for dimension, (part, bounds) in enumerate(zip(traced, box, strict=True)):
         index = part.origin - bounds.start
         if not np.array_equal(index, np.arange(read.shape[dimension])):
             read = np.take(read, index, axis=dimension)
     return read
+
+
+# ---- optimizer states
+
+
+def differing_state(
+    plan: Plan, before: Any, after: Any, optimizer: optax.GradientTransformation | None = None
+) -> dict[str, str]:
+    """{part of the state: problem} for all parts that are not what growth makes of `before`.
+
+    Args:
+      before, after: trees of arrays or of checkpoint.LazyArray; where several processes hold them together, all have to
+        call this.
+      optimizer: the optimizer that made the state, as for apply_opt.
+
+    Raises:
+      UserError: a part of `before` cannot be grown.
+      DamageError: a stored leaf is damaged.
+    """
+    known = state_kinds(plan, before, optimizer)
+    old, new = take_apart(before, unflatten(plan.src_spec)), take_apart(after, unflatten(plan.dst_spec))
+    wrong: dict[str, str] = {}
+    for path in sorted({*old.trees, *new.trees}):
+        if path not in old.trees or path not in new.trees:
+            which = "source" if path in old.trees else "grown state"
+            wrong[shown(path)] = f"only the {which} has it with the shapes of the parameters"
+            continue
+        for leaf, problem in _tree_problems(plan, power_of(known[path]), old.trees[path], new.trees[path]):
+            wrong[shown((*path, leaf))] = problem
+    born = _births(plan, before, old.others)
+    for path in sorted({*old.others, *new.others}):
+        if path not in old.others or path not in new.others:
+            wrong[shown(path)] = "only the {} has it".format("source" if path in old.others else "grown state")
+        elif problem := _value_problem(born.get(path, old.others[path]), new.others[path]):
+            wrong[shown(path)] = problem
+    return wrong
+
+
+def _tree_problems(plan: Plan, power: int | None, src: Leaves, dst: Leaves) -> Iterator[tuple[str, str]]:
+    """Yields (leaf, problem) for one part of a state; power: of the gradient, None for parameters."""
+    alike = {}
+    for name, source in plan.sources.items():
+        before, after = src[source], dst[name]
+        if is_empty(before) or is_empty(after):
+            if not (is_empty(before) and is_empty(after)):
+                yield name, "is there in one of the two states only"
+        elif np.dtype(before.dtype) != np.dtype(after.dtype):
+            yield name, f"is {after.dtype}, and {before.dtype} in the source"
+        else:
+            alike[name] = after
+    sources = {plan.sources[name]: src[plan.sources[name]] for name in alike}
+    found = spread.each(plan, sources, alike, lambda unit, old, new: differing(plan, old, new, unit, power))
+    yield from first_problems(plan, found).items()
+
+
+def _births(plan: Plan, state: Any, others: Mapping[Any, Any]) -> dict[Any, np.ndarray]:
+    """{path: expected births} of the units of every axis, in all states of the trainer's Adam."""
+    expected = {}
+    for path, node in nodes(state):
+        if is_adam(node):
+            count = _values(others[*path, "count"])
+            for axis, axis_map in plan.maps.items():
+                if (place := (*path, "born", axis)) in others:
+                    old = _values(others[place])
+                    expected[place] = np.where(axis_map.fresh, count, old[np.maximum(axis_map.index, 0)])
+    return expected
+
+
+def _value_problem(expected: Any, found: Any) -> str | None:
+    expected, found = _values(expected), _values(found)
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return f"is {found.dtype}{list(found.shape)}, expected {expected.dtype}{list(expected.shape)}"
+    if expected.tobytes() == found.tobytes():
+        return None
+    place = tuple(int(i) for i in np.argwhere(expected != found)[0]) if (expected != found).any() else (0,) * found.ndim
+    return f"{found[place]} at {list(place)}, expected {expected[place]}"
+
+
+def _values(leaf: Any) -> np.ndarray:
+    if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return to_host(leaf)

@@ -1,6 +1,6 @@
-"""Whether all that is new can learn: two optimizer steps, then which units have no gradient, and which are still equal.
+"""The test that all that is new can learn: after two optimizer steps, which units have no gradient or are still equal.
 
-Leaves stay where they lie, on one device or on a mesh: what is read from it is a bit, or a fingerprint, of every unit.
+Leaves stay where they lie, on one device or on a mesh: read from it is a bit, or a fingerprint, of every unit.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ import optax
 
 from tele_jax.axes import flatten, map_param_subtrees, unflatten
 from tele_jax.growth.masks import vectors
-from tele_jax.growth.plan import Growth
+from tele_jax.growth.plan import Plan
 from tele_jax.model import decoder
 from tele_jax.model.loss import next_token_loss
 from tele_jax.sharding import replicated, to_host
@@ -21,8 +21,8 @@ from tele_jax.sharding import replicated, to_host
 Array = jax.Array | np.ndarray
 
 
-def liveness(plan: Growth, big: Mapping[str, Any], tokens: np.ndarray) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(dead, locked) units of the grown parameters after two Adam steps on tokens int32[B, S], as in verify.Report.
+def liveness(plan: Plan, big: Mapping[str, Any], tokens: np.ndarray) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Finds the (dead, locked) units of a report, after two Adam steps of the grown parameters on tokens int32[B, S].
 
     Masks, where the plan has them, stand half way up. Needs two gradients and Adam's moments beside the parameters,
     all of them cut over devices as the parameters are.
@@ -56,19 +56,19 @@ def liveness(plan: Growth, big: Mapping[str, Any], tokens: np.ndarray) -> tuple[
     return dead(plan, gradient(big)), locked(plan, big)
 
 
-def _state_lies(plan: Growth, state: Any, lies: Mapping[str, Any]) -> Any:
+def _state_lies(plan: Plan, state: Any, lies: Mapping[str, Any]) -> Any:
     """Shardings of an optimizer state: moments as their parameters, the rest whole."""
     some = jax.tree.leaves(lies)[0]
     whole = replicated(some.mesh) if isinstance(some, jax.sharding.NamedSharding) else some
     return map_param_subtrees(lambda path, tree: lies, state, unflatten(plan.dst_spec), lambda *_: whole)
 
 
-def dead(plan: Growth, gradients: Mapping[str, Any]) -> tuple[str, ...]:
-    """New units without a gradient in a leaf, as "axis[unit] in leaf"."""
+def dead(plan: Plan, gradients: Mapping[str, Any]) -> tuple[str, ...]:
+    """Finds new units without a gradient in a leaf, as "axis[unit] in leaf"."""
     fresh = {axis: np.flatnonzero(axis_map.fresh) for axis, axis_map in plan.maps.items()}
 
     def lives(leaves: Mapping[str, Array]) -> dict[str, dict[int, Array]]:
-        """{leaf: {dimension: bool[units]}} where units are new: whether anything of a unit is not 0 in float32."""
+        """{leaf: {dimension: bool[units]}} where units are new: true where anything of a unit is not 0 in float32."""
         return {
             name: {
                 dimension: (leaves[name].astype(np.float32) != 0).any(axis=_others(leaves[name], dimension))
@@ -90,8 +90,8 @@ def dead(plan: Growth, gradients: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def locked(plan: Growth, params: Mapping[str, Any]) -> tuple[str, ...]:
-    """New units that equal another in all leaves, as "axis[unit] = axis[unit]"."""
+def locked(plan: Plan, params: Mapping[str, Any]) -> tuple[str, ...]:
+    """Finds new units that equal another in all leaves, as "axis[unit] = axis[unit]"."""
     new = {axis: units for axis in (*decoder.MASKED_AXES, "kv_heads") if (units := _new(plan, axis)).any()}
 
     def words(leaves: Mapping[str, Array]) -> dict[str, list[Array]]:
@@ -110,15 +110,15 @@ def locked(plan: Growth, params: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _new(plan: Growth, axis: str) -> np.ndarray:
-    """bool[units]: fresh, or the second and further of the copies that a unit was split into, which may be locked."""
+def _new(plan: Plan, axis: str) -> np.ndarray:
+    """True for fresh units, and for all but the first of the copies that a unit was split into: bool[units]."""
     axis_map = plan.maps[axis]
     first_seen = np.unique(axis_map.index, return_index=True)[1]
     return axis_map.fresh | ~np.isin(np.arange(axis_map.dst_size), first_seen)
 
 
 def _of_leaves(function: Callable[[Mapping[str, Array]], Any], tree: Mapping[str, Any]) -> Any:
-    """function of {leaf: array}, its small results in numpy; compiled where the leaves lie on several devices."""
+    """Calls a function of {leaf: array} and returns its small results in numpy; compiled where leaves lie on a mesh."""
     leaves = flatten(tree)
     if all(len(leaf.sharding.device_set) == 1 for leaf in leaves.values()):
         return function({name: np.asarray(leaf) for name, leaf in leaves.items()})  # at once: nothing to compile
@@ -126,7 +126,7 @@ def _of_leaves(function: Callable[[Mapping[str, Array]], Any], tree: Mapping[str
 
 
 def fingerprints(array: Array, dimension: int) -> Array:
-    """uint32[units, 2] of a leaf in float32: equal for equal units, for others by an accident of about 1 in 2^64.
+    """Fingerprints uint32[units, 2] of the units of a leaf in float32; unequal units collide with about 1 in 2^64.
 
     Two sums over a unit, of its entries mixed with their places in it. Sums of integers do not depend on their order,
     hence not on how a leaf is cut over devices.

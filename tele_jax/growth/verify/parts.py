@@ -1,23 +1,20 @@
-"""The second level of verification: every part of the grown model does what that part of the source does.
+"""The comparison of functions, part by part: embedding, each layer and head, before and after growth.
 
-Random inputs go through the embedding, each layer, and the head, before and after, each part on its own: the functions
-agree where all parts do. These are a few short rows: evidence, and no proof for other inputs. All is computed here in
-float64 numpy, from the formulas and not by the model's own code, and leaves are read in blocks, so that a layer need
-not fit into memory.
+Random inputs go through each part on its own; the functions agree where all parts do. A few short rows are evidence,
+and no proof for other inputs. All is computed in float64 numpy, from the formulas and not by the model's own code, and
+leaves are read in blocks, so that a layer need not fit into memory.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from tele_jax.axes import ParamSpec
 from tele_jax.config import ModelConfig
-
-if TYPE_CHECKING:
-    from tele_jax.growth.plan import Growth
+from tele_jax.growth.plan import Plan
 
 BLOCK_BYTES = 64 * 2**20  # of a leaf, as it is stored
 LENGTH = 8  # tokens of a row
@@ -29,7 +26,7 @@ Tree = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Side:
-    """A model: its config, its leaves {dotted name: array or checkpoint.LazyArray}, growth masks by axis name."""
+    """A model before or after: config, leaves {dotted name: array or checkpoint.LazyArray}, masks by axis name."""
 
     cfg: ModelConfig
     spec: Mapping[str, ParamSpec]
@@ -37,17 +34,17 @@ class Side:
     masks: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def vector(self, name: str, layer: int | None = None) -> np.ndarray | None:
-        """A small leaf, float64; None where the model has none of this name."""
+        """A small leaf in float64; None where the model has no leaf of this name."""
         if name not in self.leaves:
             return None
         return np.asarray(self.leaves[name][... if layer is None else layer]).astype(np.float64)
 
 
-def parts(plan: "Growth", src: Tree, dst: Tree, unit: int | None) -> dict[str, float]:
-    """{part: largest difference relative to the largest value of its row} of one unit: see `share`.
+def parts(plan: Plan, src: Tree, dst: Tree, unit: int | None) -> dict[str, float]:
+    """{part: largest difference of its outputs, relative to the largest value of the row} for one unit.
 
-    That is a destination layer, or, where unit is None, the embedding and the head. Each part has random inputs of its
-    own, whichever others are looked at. src, dst: with the leaves of that unit at least.
+    A unit is a destination layer or, where unit is None, the embedding and the head (see spread.py). Each part has
+    random inputs of its own. src, dst: the leaves, those of the unit at least.
     """
     masks = {axis: np.where(m.fresh, 0.0, 1.0) for axis, m in plan.maps.items()} if plan.masked else {}
     old = Side(plan.src_cfg, plan.src_spec, src)
@@ -59,14 +56,14 @@ def parts(plan: "Growth", src: Tree, dst: Tree, unit: int | None) -> dict[str, f
     return {"embed": _embedding(plan, old, new, known), "head": _head(plan, old, new)}
 
 
-def _embedding(plan: "Growth", old: Side, new: Side, known: np.ndarray) -> float:
+def _embedding(plan: Plan, old: Side, new: Side, known: np.ndarray) -> float:
     after_ids, before_ids = shared_tokens(plan)
     tokens = np.random.default_rng(0).integers(0, len(after_ids), 64)
     made, expected = embed(new, after_ids[tokens]), _lift(plan, embed(old, before_ids[tokens]))
     return _difference(made[:, known], expected[:, known])
 
 
-def _layer(plan: "Growth", old: Side, new: Side, known: np.ndarray, layer: int) -> float:
+def _layer(plan: Plan, old: Side, new: Side, known: np.ndarray, layer: int) -> float:
     rng = np.random.default_rng([1, layer])
     x = _inputs(rng, plan.src_cfg.embed_dim)
     lifted = _with_noise(plan, _lift(plan, x), rng)
@@ -76,7 +73,7 @@ def _layer(plan: "Growth", old: Side, new: Side, known: np.ndarray, layer: int) 
     return _difference(made[..., known], _lift(plan, expected)[..., known])
 
 
-def _head(plan: "Growth", old: Side, new: Side) -> float:
+def _head(plan: Plan, old: Side, new: Side) -> float:
     rng = np.random.default_rng(2)
     after_ids, before_ids = shared_tokens(plan)
     x = _inputs(rng, plan.src_cfg.embed_dim)
@@ -84,7 +81,7 @@ def _head(plan: "Growth", old: Side, new: Side) -> float:
     return _difference(after[..., after_ids], before[..., before_ids])
 
 
-def shared_tokens(plan: "Growth") -> tuple[np.ndarray, np.ndarray]:
+def shared_tokens(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     """(ids in the result, ids in the source) of the tokens that both have."""
     before = plan.maps["vocab"].index[: plan.dst_cfg.vocab_size]
     after = np.flatnonzero((before >= 0) & (before < plan.src_cfg.vocab_size))
@@ -96,8 +93,8 @@ def _inputs(rng: np.random.Generator, width: int) -> np.ndarray:
     return rng.standard_normal((len(SCALES), LENGTH, width)) * np.array(SCALES)[:, None, None]
 
 
-def _lift(plan: "Growth", x: np.ndarray) -> np.ndarray:
-    """The residual stream of the grown model where that of the source is x [..., D]; 0 in what is new."""
+def _lift(plan: Plan, x: np.ndarray) -> np.ndarray:
+    """The residual stream [..., D] of the grown model where the source has x; 0 in new channels."""
     for step in plan.steps:
         writers = [n for n, s in step.dst_spec.items() if s.stack and "embed" in s.outputs and s.role == "kernel"]
         leaf, axis_map = step.leaves[writers[0]], step.maps["embed"]
@@ -106,8 +103,8 @@ def _lift(plan: "Growth", x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _with_noise(plan: "Growth", x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Behind masks new channels may hold anything: they do here."""
+def _with_noise(plan: Plan, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Fills new channels that are behind masks with random numbers, since they may hold anything."""
     if not plan.masked:
         return x
     return np.where(plan.maps["embed"].fresh, rng.standard_normal(x.shape), x)
@@ -122,7 +119,7 @@ def _difference(made: np.ndarray, expected: np.ndarray) -> float:
 
 
 def states(side: Side, tokens: np.ndarray) -> Iterator[np.ndarray]:
-    """float64[B, S, D]: the residual stream of tokens int[B, S] before the first layer, and after each."""
+    """Yields the residual stream float64[B, S, D] of tokens int[B, S] before the first layer, and after each."""
     x = embed(side, tokens.ravel()).reshape(*tokens.shape, -1)
     yield x
     for layer in range(side.cfg.num_layers):
@@ -134,7 +131,7 @@ def states(side: Side, tokens: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def embed(side: Side, tokens: np.ndarray) -> np.ndarray:
-    """float64[n, D]: the residual stream before the first layer, of tokens int[n]."""
+    """The residual stream float64[n, D] of tokens int[n] before the first layer."""
     name = next(n for n, s in side.spec.items() if s.role == "table")
     spec, array = side.spec[name], side.leaves[name]
     x = np.empty((len(tokens), spec.shape[1]))

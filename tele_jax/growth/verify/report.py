@@ -1,14 +1,14 @@
-"""Verification of a growth. A report names the levels that it looked at:
+"""Verification of a growth, as a report on several levels.
 
 configs            the configs that two checkpoints hold are those of the plan
 parameters         every entry is kept (to the bit, or to rounding where a factor was         entries.py
                    planned), zero, or the fresh value of its place
-optimizer state    every moment, count and birth is what growth makes of the source's         moments.py
+optimizer state    every moment, count and birth is as growth makes it from the source's      entries.py
 parts              embedding, every layer and head do what they did, on random inputs         parts.py
-logits, liveness   the logits on tokens before and after; whether all that is new can learn   liveness.py
+logits, liveness   the logits on tokens before and after; all that is new can learn           liveness.py
 
-`verify_stored` does all but the last two, and needs no more memory than blocks of leaves; `verify` does all. Configs
-are those of open checkpoints: trees have none. The optimizer state is looked at where one is given or stored.
+`verify_stored` covers all but the last line, and needs no more memory than blocks of leaves; `verify` covers all.
+Configs are those of open checkpoints: trees have none. The optimizer state is compared where one is given or stored.
 """
 
 import dataclasses
@@ -23,12 +23,11 @@ import optax
 
 from tele_jax.axes import flatten
 from tele_jax.config import ModelConfig, differing_fields, require
-from tele_jax.errors import DamageError
+from tele_jax.errors import DamageError, UserError
 from tele_jax.growth.apply import check_tree
 from tele_jax.growth.masks import vectors
-from tele_jax.growth.plan import Growth
+from tele_jax.growth.plan import Plan, html_table, require_plan
 from tele_jax.growth.verify import entries, spread
-from tele_jax.growth.verify import moments as structure_opt
 from tele_jax.growth.verify import parts as layerwise
 from tele_jax.growth.verify.liveness import liveness
 from tele_jax.model import decoder
@@ -44,23 +43,23 @@ RELATIVE_TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "bfloat16": 5e-2}
 PARTS_TOLERANCE = 1e-11
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
-    """What `verify` or `verify_stored` found. What was not looked at is None.
+    """The findings of `verify` or `verify_stored`; None where nothing was looked at.
 
     Attributes:
-      levels: what was looked at, of "configs", "parameters", "optimizer state", "parts", "logits" and "liveness".
-      max_abs: largest difference of a logit of the old tokens; max_rel: the same over the largest logit.
+      levels: those looked at, of "configs", "parameters", "optimizer state", "parts", "logits" and "liveness".
+      max_abs: largest difference of a logit of the old tokens; max_rel: that over the largest logit.
       kl: mean KL divergence of the grown model's predictions from the source's, over the old tokens, in nats.
       altered: leaves that are not what the plan makes of the source, "opt_state.PART" of the optimizer state, and
         "config.FIELD" where a checkpoint holds another config than the plan; problems says how.
-      parts: {part: largest relative difference of what comes out of it}, of embedding, layers and head, in float64 and
-        without the rounding of products to the dtype of the parameters, which `altered` looks at.
-      parts_tolerance: of those.
+      parts: {part: largest relative difference of its outputs}, for embedding, layers and head, in float64 and without
+        the rounding of products to the dtype of the parameters, which `altered` covers.
+      parts_tolerance: the largest difference of a part that counts as none.
       dead: "axis[unit] in leaf" for new units that have no gradient after two optimizer steps.
       locked: "axis[unit] = axis[unit]" for units that are still identical after two optimizer steps.
       tokens: SHA-256 of the tokens.
-      ok: everything that the plan promises holds, as far as it was looked at.
+      ok: all that the plan promises holds, as far as it was looked at.
     """
 
     policy: str
@@ -97,22 +96,32 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"ok": self.ok}
 
-    def __str__(self) -> str:
+    def _rows(self) -> list[tuple[str, str]]:
+        """The findings for people, as (what was looked at, result)."""
         name, difference = self.worst_part
-        lines = [
-            f"looked at: {', '.join(self.levels)}",
-            f"altered leaves: {_listed(self.problems)}",
-            f"parts: {len(self.parts)} looked at, largest relative difference {difference:.3g} in {name or 'none'}",
+        found = f"{len(self.parts)} looked at, largest relative difference {difference:.3g} in {name or 'none'}"
+        rows = [
+            ("looked at", ", ".join(self.levels)),
+            ("altered leaves", _listed(self.problems)),
+            ("parts", found),
         ]
         if self.max_abs is None:
-            lines.append("logits, dead and locked units: not looked at")
-        else:
-            lines += [
-                f"logits: max difference {self.max_abs:.3g} ({self.max_rel:.3g} of the largest), KL {self.kl:.3g} nats",
-                f"dead units: {_listed(self.dead)}",
-                f"locked units: {_listed(self.locked)}",
-            ]
-        return "\n".join([*lines, "ok" if self.ok else "NOT ok"])
+            return [*rows, ("logits, dead and locked units", "not looked at")]
+        moved = f"max difference {self.max_abs:.3g} ({self.max_rel:.3g} of the largest), KL {self.kl:.3g} nats"
+        return [*rows, ("logits", moved), ("dead units", _listed(self.dead)), ("locked units", _listed(self.locked))]
+
+    def __repr__(self) -> str:
+        return f"<Report {self.policy}: {self._verdict}, {len(self.altered)} leaves altered; print it for all levels>"
+
+    def __str__(self) -> str:
+        return "\n".join([*(f"{what}: {result}" for what, result in self._rows()), self._verdict])
+
+    def _repr_html_(self) -> str:
+        return html_table([("verification", self._verdict), *self._rows()])
+
+    @property
+    def _verdict(self) -> str:
+        return "ok" if self.ok else "NOT ok"
 
 
 def _listed(names: tuple[str, ...]) -> str:
@@ -120,7 +129,7 @@ def _listed(names: tuple[str, ...]) -> str:
 
 
 def verify(
-    plan: Growth,
+    plan: Plan,
     params: Any,
     big: Any,
     tokens: jax.Array,
@@ -128,14 +137,19 @@ def verify(
     opt_state: tuple[Any, Any] | None = None,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Report:
-    """Compares the grown parameters with the source's, at all levels that apply; logits on tokens int32[B, S].
+    """Compares the grown parameters with the source's on all levels that apply.
 
-    Needs memory for both trees, two gradients and Adam's moments of the larger one. Other arguments as `verify_stored`;
-    checkpoints are loaded after they were looked at as they are stored.
+    Needs memory for both trees, two gradients and Adam's moments of the larger tree. Checkpoints are compared as they
+    are stored, then loaded.
+
+    Args:
+      tokens: int32[B, S], for the logits and for liveness.
+      others: as for `verify_stored`.
 
     Raises:
       UserError: as verify_stored; rows shorter than 3 tokens, tokens that are in only one of the two vocabularies.
     """
+    require_plan(plan, "verify: plan")
     old_tokens, new_tokens, before_ids, after_ids = _tokens(plan, tokens)
     report = verify_stored(plan, params, big, opt_state=opt_state, optimizer=optimizer)
     params, big = _loaded(params), _loaded(big)
@@ -161,9 +175,12 @@ def verify(
     )
 
 
-def _tokens(plan: Growth, tokens: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _tokens(plan: Plan, tokens: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(tokens for the source, for the grown model, the ids that both share: of the source, of the grown model)."""
-    tokens = np.asarray(tokens)
+    try:
+        tokens = np.asarray(tokens)
+    except ValueError:
+        raise UserError("verify: tokens have to be int32[B, S]: rows of one length") from None
     # A single position has nothing to attend to, so that its queries and keys could not show that they live.
     fits = tokens.ndim == 2 and tokens.shape[1] >= 3
     require(fits, f"verify: tokens of shape {tokens.shape}; rows of at least 3 tokens are needed")
@@ -184,7 +201,7 @@ def _loaded(model: Any) -> Mapping[str, Any]:
 
 
 def verify_stored(
-    plan: Growth,
+    plan: Plan,
     src: Any,
     dst: Any,
     *,
@@ -192,19 +209,21 @@ def verify_stored(
     opt_state: tuple[Any, Any] | None = None,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Report:
-    """The levels that work for models larger than memory: every entry, and the function part by part.
+    """Compares every entry, and the function part by part, for models that may be larger than memory.
 
-    src, dst: trees of arrays or of checkpoint.LazyArray, or open checkpoints (checkpoint.open_lazy), of which the
-      configs and, where `dst` holds one, the optimizer state are compared too. All is read block by block. Of what
-      several processes hold together each reads its share, layer by layer (`share`): all have to call this.
-    layers: destination layers whose function is looked at; all by default.
-    opt_state: the optimizer states (before, after), where src and dst are trees.
-    optimizer: as for apply_opt.
+    Args:
+      src, dst: trees of arrays or of checkpoint.LazyArray, or open checkpoints (checkpoint.open_lazy), of which the
+        configs and, where `dst` holds one, the optimizer state are compared too. All is read block by block. Where
+        several processes hold the arrays together, all of them have to call this (spread.py).
+      layers: destination layers whose function is looked at; all by default.
+      opt_state: the optimizer states (before, after), where src and dst are trees.
+      optimizer: the optimizer that made the state, as for apply_opt.
 
     Raises:
       UserError: a tree is not what the plan's config describes, or the plan does not lead to a whole model.
       DamageError: a stored leaf is damaged.
     """
+    require_plan(plan, "verify: plan")
     require(plan.is_model, f"verify: the plan ({plan.policy}) leads to a part of a model, or to other names")
     levels, wrong = ["parameters"], {}
     if not isinstance(src, Mapping) and not isinstance(dst, Mapping):
@@ -218,10 +237,10 @@ def verify_stored(
     check_tree(src, plan.src_spec)
     check_tree(dst, plan.dst_spec)
     found = spread.each(plan, src, dst, lambda *unit: _examine(plan, layers, *unit))
-    wrong |= entries.altered(plan, [problems for problems, _ in found])
+    wrong |= entries.first_problems(plan, [problems for problems, _ in found])
     if opt_state is not None:
         levels.append("optimizer state")
-        problems = structure_opt.altered(plan, *opt_state, optimizer)
+        problems = entries.differing_state(plan, *opt_state, optimizer)
         wrong |= {f"opt_state.{part}": problem for part, problem in problems.items()}
     (_, ends), *others = found
     parts = {"embed": ends["embed"]}
@@ -241,7 +260,7 @@ def verify_stored(
     )
 
 
-def _config_problems(plan: Growth, src: ModelConfig, dst: ModelConfig) -> dict[str, str]:
+def _config_problems(plan: Plan, src: ModelConfig, dst: ModelConfig) -> dict[str, str]:
     """{config.FIELD: problem} where two checkpoints hold another model than the plan."""
     return {
         f"config.{field}": f"the {which} holds {have!r}, the plan {want!r}"
@@ -250,29 +269,31 @@ def _config_problems(plan: Growth, src: ModelConfig, dst: ModelConfig) -> dict[s
     }
 
 
-def require_configs(plan: Growth, src: "Lazy", dst: "Lazy") -> None:
+def require_configs(plan: Plan, src: "Lazy", dst: "Lazy") -> None:
     """Raises DamageError where two open checkpoints hold other configs than the plan."""
     if problems := _config_problems(plan, src.cfg, dst.cfg):
         raise DamageError(f"{dst.path}: {'; '.join(f'{field}: {what}' for field, what in problems.items())}")
 
 
 def _examine(
-    plan: Growth, layers: Collection[int] | None, unit: int | None, src: Mapping[str, Any], dst: Mapping[str, Any]
+    plan: Plan, layers: Collection[int] | None, unit: int | None, src: Mapping[str, Any], dst: Mapping[str, Any]
 ) -> tuple[dict[str, str], dict[str, float]]:
-    """Examines one unit (see `share`) at both levels, and gives as JSON ({leaf: problem}, {part: difference})."""
-    problems = entries.look(plan, src, dst, unit)
+    """Compares one unit (see spread.py) on both levels, and gives ({leaf: problem}, {part: difference}) as JSON."""
+    problems = entries.differing(plan, src, dst, unit)
     if not (unit is None or layers is None or unit in layers):
         return problems, {}
-    # That products are rounded right is known from there; how their rounding spreads is no matter of the plan.
+    # `problems` says whether products are rounded right; how their rounding spreads is no matter of the plan.
     made = {
-        name: leaf if plan.moves_exactly(name) else entries.Unrounded(plan, name, src.get(plan.sources[name]), leaf)
+        name: leaf
+        if plan.moves_exactly(name)
+        else entries.Unrounded(plan.leaf_steps(name), src.get(plan.sources[name]), leaf)
         for name, leaf in dst.items()
     }
     with np.errstate(all="ignore"):  # what is no number is found in `problems`
         return problems, layerwise.parts(plan, src, made, unit)
 
 
-def _dtypes(plan: Growth) -> set[str]:
+def _dtypes(plan: Plan) -> set[str]:
     """The dtypes in which growth and the two forward passes round."""
     scales = not all(map(plan.moves_exactly, plan.dst_spec))
     return {plan.src_cfg.dtype, plan.dst_cfg.dtype} | ({plan.dst_cfg.param_dtype} if scales else set())

@@ -1,11 +1,7 @@
-"""Verification in units that need nothing of each other, shared by processes whose devices hold the models together.
+"""Splits verification into independent units, and divides them among processes that hold the models together.
 
-A unit is a layer of the grown model, with its source; one more, None, is all that is not stacked: embedding, head and
-final norm.
-
-    each(plan, src, dst, examine)     [examine(unit, src, dst) for every unit], in every process
-
-Of 32 layers on 8 processes each process examines four or five units; it holds one of them at a time.
+A unit is a layer of the grown model with its source layer; one more unit, None, is all that is not stacked: embedding,
+head and final norm. Of 32 layers on 8 processes each process examines four or five units, and holds one at a time.
 """
 
 import dataclasses
@@ -17,7 +13,7 @@ import numpy as np
 
 from tele_jax.axes import ParamSpec
 from tele_jax.growth.axis_map import NEW
-from tele_jax.growth.plan import Growth
+from tele_jax.growth.plan import Plan
 from tele_jax.processes import from_all
 from tele_jax.sharding import fetch, is_spread
 
@@ -26,7 +22,7 @@ Leaves = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer of a stacked leaf, in memory; read as the leaf is: leaf[layer, 8:16] or leaf[layer : layer + 1]."""
+    """One layer of a stacked leaf, in memory; indexed like the leaf: leaf[layer, 8:16] or leaf[layer : layer + 1]."""
 
     layer: int
     values: np.ndarray
@@ -43,11 +39,13 @@ class Layer:
         return self.values[None][(first, *others)]
 
 
-def each(plan: Growth, src: Leaves, dst: Leaves, examine: Callable[[int | None, Leaves, Leaves], Any]) -> list[Any]:
-    """What examine(unit, src, dst) returns, JSON, for every unit: first None, then the layers.
+def each(plan: Plan, src: Leaves, dst: Leaves, examine: Callable[[int | None, Leaves, Leaves], Any]) -> list[Any]:
+    """Calls examine(unit, src, dst) for every unit, and returns the results: first that of None, then of the layers.
 
-    src, dst: {dotted name: leaf}. Where some lie on several devices, each process fetches and examines its share of
-    the units, one in a round; all have to call this alike. Elsewhere leaves are handed on, and not held.
+    Args:
+      src, dst: {dotted name: leaf}. Where some lie on several devices, each process fetches and examines some of the
+        units, one at a time, and all processes have to call this alike. Other leaves are handed on, and not held.
+      examine: returns JSON.
     """
     units = [None, *range(plan.dst_cfg.num_layers)]
     if not any(map(is_spread, [*src.values(), *dst.values()])):
@@ -67,7 +65,7 @@ def each(plan: Growth, src: Leaves, dst: Leaves, examine: Callable[[int | None, 
 
 
 def _fetched(leaves: Leaves, spec: Mapping[str, ParamSpec], wanted: Mapping[int, int | None]) -> Leaves:
-    """What this process wants, {process: layer}: that layer of the leaves that are stacked, or (None) the others."""
+    """Fetches what every process wants, {process: layer}: one layer of stacked leaves, or (None) the other leaves."""
     process, found = jax.process_index(), {}
     for name, leaf in leaves.items():
         stacked = bool(spec[name].stack)

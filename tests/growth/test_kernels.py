@@ -1,5 +1,9 @@
-"""The tile kernel: any rectangle is that rectangle of the whole, and fresh values have the moments they promise."""
+"""Both tile kernels keep the contract in growth/leaf.py: any rectangle is that rectangle of the leaf in the oracle.
 
+Fresh values have the moments that they promise.
+"""
+
+import contextlib
 import math
 
 import jax
@@ -11,10 +15,12 @@ from hypothesis import strategies as st
 
 import tele_jax as tele
 from tele_jax import growth
-from tele_jax.axes import flatten
-from tele_jax.growth import axis_map, kernel
+from tele_jax.axes import flatten, unflatten
+from tele_jax.growth import axis_map, host_kernel, kernel
+from tele_jax.growth.leaf import LeafStep, leaf_key
 from tests import reference
 from tests.growth import oracle
+from tests.growth.checkpoints import random_numbers
 from tests.growth.strategies import growths, without_compiling
 
 
@@ -24,7 +30,7 @@ def _whole(shape):
 
 @pytest.mark.parametrize("shape", [(7,), (5, 9), (2, 3, 5), (2, 3, 4, 6), (1, 1), (3, 1)])
 def test_fresh_values_are_those_of_an_independent_threefry(shape):
-    key = kernel.leaf_key(3, "layers.attn.q")
+    key = leaf_key(3, "layers.attn.q")
     assert key == oracle.key_of(3, "layers.attn.q")
     np.testing.assert_array_equal(kernel.normal(key, _whole(shape), shape, 0.02), oracle.normal(key, shape, 0.02))
 
@@ -60,7 +66,6 @@ def test_any_rectangle_of_a_leaf_is_that_rectangle_of_the_whole():
     def check(tiling):
         plan, name, where = tiling
         with without_compiling():
-            spec = plan.dst_spec[name]
             params = reference.random_params(plan.src_cfg, np.random.default_rng(0), 1.0)
             array = flatten(params)[name]
             asked = []
@@ -69,9 +74,8 @@ def test_any_rectangle_of_a_leaf_is_that_rectangle_of_the_whole():
                 asked.append(math.prod(len(i) for i in indices))
                 return array[np.ix_(*indices)]
 
-            maps = [plan.maps[axis] for axis in spec.axes]
-            key = kernel.leaf_key(plan.seed, name)
-            tile = kernel.tile(plan.leaves[name], maps, where, read, key, spec.shape, array.dtype)
+            (step,) = plan.leaf_steps(name)
+            tile = kernel.tile(step, where, read, array.dtype)
             whole = flatten(oracle.grow(plan, params))[name]
         np.testing.assert_array_equal(tile, whole[np.ix_(*where)])
         assert sum(asked) <= tile.size  # it never reads more than it writes
@@ -93,9 +97,9 @@ def test_tiles_put_together_are_the_leaf():
     plan = growth.plan(src, src.replace(embed_dim=6, mlp_dim=10, num_layers=2))
     name, spec = "layers.mlp.gate", plan.dst_spec["layers.mlp.gate"]
     array = jnp.asarray(np.random.default_rng(0).standard_normal(plan.src_spec[name].shape), jnp.float32)
-    maps, key = [plan.maps[a] for a in spec.axes], kernel.leaf_key(plan.seed, name)
+    (step,) = plan.leaf_steps(name)
     read = lambda indices: array[np.ix_(*indices)]  # noqa: E731
-    cut = lambda w: kernel.tile(plan.leaves[name], maps, w, read, key, spec.shape, array.dtype)  # noqa: E731
+    cut = lambda w: kernel.tile(step, w, read, array.dtype)  # noqa: E731
     rows = [
         np.concatenate([cut([np.arange(2), r, c]) for c in np.split(np.arange(10), 2)], axis=2)
         for r in np.split(np.arange(6), 2)
@@ -111,7 +115,7 @@ STD = 0.02
 
 @pytest.fixture(scope="module")
 def sample():
-    return np.asarray(kernel.normal(kernel.leaf_key(0, "layers.mlp.up"), _whole(SHAPE), SHAPE, STD), np.float64)
+    return np.asarray(kernel.normal(leaf_key(0, "layers.mlp.up"), _whole(SHAPE), SHAPE, STD), np.float64)
 
 
 def test_fresh_values_have_the_mean_and_standard_deviation_asked_for(sample):
@@ -145,7 +149,7 @@ def test_no_row_and_no_column_comes_twice(sample):
 def test_layers_and_leaves_and_seeds_have_values_of_their_own():
     shape = (2, 16, 16)
     values = [
-        np.asarray(kernel.normal(kernel.leaf_key(seed, name), _whole(shape), shape, 1.0))
+        np.asarray(kernel.normal(leaf_key(seed, name), _whole(shape), shape, 1.0))
         for seed in (0, 1, 2**31)
         for name in ("layers.mlp.gate", "layers.mlp.up")
     ]
@@ -177,7 +181,7 @@ def test_low_precision_is_scaled_in_float32_and_rounded_once(dtype):
     values = jnp.asarray(np.random.default_rng(0).standard_normal(500), dtype)
     m = axis_map.identity("embed", 500)
     leaf = growth.LeafPlan(coefficient=math.sqrt(8 / 13))
-    tile = kernel.tile(leaf, [m], [np.arange(500)], lambda i: values, (0, 0), (500,), values.dtype)
+    tile = kernel.tile(LeafStep(leaf, (m,)), [np.arange(500)], lambda i: values, values.dtype)
     exact = np.asarray(values, np.float64) * math.sqrt(8 / 13)
     assert tile.dtype == values.dtype
     # Half a unit in the last place, and what float32 adds to it.
@@ -189,3 +193,66 @@ def test_compiled_values_are_those_computed_eagerly():
     shape = (4, 33)
     compiled = jax.jit(lambda: kernel.normal((5, 6), _whole(shape), shape, 0.3))()
     np.testing.assert_array_equal(compiled, kernel.normal((5, 6), _whole(shape), shape, 0.3))
+
+
+# ---- The kernel in host memory ----
+
+
+def in_memory(array, chunks):
+    """A source for host_kernel.fill_tile, cut into chunks of a shape."""
+
+    @contextlib.contextmanager
+    def chunk(index):
+        part = array[tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, chunks, strict=True))]
+        whole = np.full(chunks, np.nan, array.dtype)  # what is beyond the edge must not be read
+        whole[tuple(slice(n) for n in part.shape)] = part
+        yield whole
+
+    return host_kernel.Source(chunks, chunk)
+
+
+@given(growths(dtype="float32") | growths(dtype="float32", policy="copy"), st.data())
+@settings(max_examples=250)
+def test_any_tile_has_the_bits_of_any_growth(case, data):
+    with without_compiling(), np.errstate(over="ignore"):
+        plan = growth.plan(case.src, case.dst, **case.kwargs)
+        generator = np.random.default_rng(case.params_seed)
+        params = unflatten({n: random_numbers(generator, s.shape) for n, s in plan.src_spec.items()})
+        expected = flatten(oracle.grow(plan, params))
+        specs = plan.dst_spec
+    name = data.draw(st.sampled_from(sorted(specs)))
+    shape, array = specs[name].shape, flatten(params)[name]
+    start = [data.draw(st.integers(0, size - 1)) for size in shape]
+    size = [data.draw(st.integers(1, size)) for size in shape]
+    chunks = tuple(data.draw(st.integers(1, size + 2)) for size in array.shape)
+    out = random_numbers(generator, size)
+    host_kernel.fill_tile(out, *plan.leaf_steps(name), start, in_memory(array, chunks))
+    inside = tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))
+    padded = np.zeros(size, np.float32)
+    padded[tuple(slice(n) for n in expected[name][inside].shape)] = expected[name][inside]
+    if not plan.leaves[name].moves_exactly:  # numpy keeps subnormal numbers, XLA does not
+        padded, out = (np.where(np.abs(x) < np.finfo(np.float32).tiny, 0, x) for x in (padded, out))
+    np.testing.assert_array_equal(out, padded)
+
+
+def scattered(axis, src_size, dst_size, generator):
+    """An AxisMap in which nothing lies beside what it lay beside before."""
+    index = generator.permutation(np.concatenate([np.arange(src_size), np.full(dst_size - src_size, -1)]))
+    fresh = (index == -1) | (generator.random(dst_size) < 0.1)
+    return growth.AxisMap(axis, src_size, index, fresh, *generator.uniform(0.5, 2, (2, dst_size)))
+
+
+@pytest.mark.parametrize("fill", [{"fill": "normal", "value": 0.02}, {"fill": "constant", "value": 0.7}])
+def test_scattered_indices_in_blocks_of_every_kind(fill):
+    """As tree surgery may have them: more runs than are copied one by one, more entries than a block holds."""
+    generator = np.random.default_rng(0)
+    maps = tuple(scattered(axis, n, n + 20, generator) for axis, n in (("a", 30), ("b", 50), ("c", 60)))
+    leaf = growth.LeafPlan(0.3, zero=("b",), scaled=("a", "c"), shared=("b",), **fill)
+    array = random_numbers(generator, (30, 50, 60))
+    out = np.full((50, 70, 80), np.nan, np.float32)
+    assert out.size > 2 * host_kernel.BLOCK
+    step = LeafStep(leaf, maps, key=(1, 2), power=-1)
+    host_kernel.fill_tile(out, step, (0, 0, 0), in_memory(array, (30, 17, 25)))
+    where = [np.arange(size) for size in out.shape]
+    expected = kernel.tile(step, where, lambda i: jnp.asarray(array[np.ix_(*i)]), np.float32)
+    assert out.tobytes() == np.asarray(expected).tobytes()
