@@ -97,6 +97,13 @@ class AxisMap:
         fresh = np.zeros(self.src_size, bool)
         return AxisMap(self.axis, self.dst_size, position, fresh, 1 / self.scale[position], 1 / self.share[position])
 
+    def concatenate(self, other: "AxisMap") -> "AxisMap":
+        """Both maps side by side over one source: the destination of this map, then that of the other."""
+        if other.src_size != self.src_size:
+            raise ValueError(f"{self.axis}: sources of size {self.src_size} and {other.src_size}")
+        pairs = [(getattr(self, name), getattr(other, name)) for name in ("index", "fresh", "scale", "share")]
+        return AxisMap(self.axis, self.src_size, *map(np.concatenate, pairs))
+
     def to_json(self) -> dict[str, Any]:
         """Plain lists, runs of consecutive indices folded: [[start, length], ...], start -1 for a run of NEW."""
         return {

@@ -3,7 +3,7 @@
 `without_compiling()` puts numpy in the place of jax.numpy inside the growth package: the library's own plan, apply,
 shrink and apply_opt then run on float64 numpy arrays. XLA would compile some 50 small programs for every new set of
 shapes, 5 seconds of work for a model of a thousand parameters. What is put in place is tested against what it
-replaces: the fresh values in test_kernel.py, the specs in test_plan.py, apply as a whole in test_apply.py.
+replaces: the fresh values in test_kernels.py, the specs in test_plan.py, apply as a whole in test_apply.py.
 """
 
 import contextlib

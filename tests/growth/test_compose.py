@@ -259,7 +259,7 @@ def test_streaming_both_at_once_gives_the_files_of_one_after_the_other(stored, t
     path, *_ = stored
     with without_compiling():
         plan = next(_streamed_pairs())
-    first, then = plan.steps
+    first, then = (Plan((step,)) for step in plan.steps)
     growth.stream(first, path, tmp_path / "a", opt=True, **SMALL)
     growth.stream(then, tmp_path / "a", tmp_path / "b", opt=True, **SMALL)
     growth.stream(plan, path, tmp_path / "c", opt=True, **SMALL)

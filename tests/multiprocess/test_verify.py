@@ -22,7 +22,7 @@ from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh
 from tests.growth.test_share import WRONG, grown, on_mesh
 
-looked, look, parts = [], entries.look, layerwise.parts
+looked, look, parts = [], entries.differing, layerwise.parts
 
 def count_look(plan, src, dst, unit):
     looked.append(["structure", unit])
@@ -32,7 +32,7 @@ def count_parts(plan, src, dst, unit):
     looked.append(["parts", unit])
     return parts(plan, src, dst, unit)
 
-entries.look, layerwise.parts = count_look, count_parts
+entries.differing, layerwise.parts = count_look, count_parts
 sharding.BLOCK_BYTES = 1000
 number, port = int(sys.argv[1]), sys.argv[2]
 with several.together(processes.Place(f"127.0.0.1:{port}", 2, number)):
@@ -50,7 +50,7 @@ with several.together(processes.Place(f"127.0.0.1:{port}", 2, number)):
             raise DamageError("layer 2 cannot be read")
         return look(plan, src, dst, unit)
 
-    entries.look = fail_in_layer_2
+    entries.differing = fail_in_layer_2
     growth.verify_stored(*case)
 """
 
