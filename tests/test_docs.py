@@ -16,7 +16,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 # A path from the root of the repository, also in a command; and in backticks a file that is named in another way.
 FOLDERS = ("tele_jax", "tests", "docs", "configs", "benchmarks", "launch", "notebooks")
 PATH = re.compile(rf"(?<![\w/.-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w")
-STANDS_FOR_ANY = re.compile(r"(^|_)[A-Z]{3,}$")  # KIND.py, test_VERB.py: any file of the folder
+STANDS_FOR_ANY = re.compile(r"(^|_)[A-Z]+$")  # KIND.py, test_VERB.py: any file of the folder
 NAMED = re.compile(r"`([\w/-]+\.(?:py|sh|ipynb))\b[^`\n]*`")
 
 
@@ -54,6 +54,19 @@ def test_what_the_documents_name_is_there():
         f"{document.relative_to(ROOT)}: {name}"
         for document in DOCUMENTS
         for name in (*links(document), *paths(document, files))
+    }
+    assert not stale, "\n" + "\n".join(sorted(stale))
+
+
+def test_the_files_that_code_names_are_there():
+    code = [
+        path for folder in ("tele_jax", "configs", "benchmarks", "launch") for path in (ROOT / folder).rglob("*.py")
+    ]
+    stale = {
+        f"{file.relative_to(ROOT)}: {path}"
+        for file in code
+        for path in PATH.findall(file.read_text(encoding="utf-8"))
+        if Path(path).suffix and not _is_there(ROOT / path)
     }
     assert not stale, "\n" + "\n".join(sorted(stale))
 
