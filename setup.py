@@ -12,6 +12,7 @@ CORE = [
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "tensorstore>=0.1.86,<0.2",
+    "crc32c>=2.8,<3",  # of chunk files, in hardware; TensorStore checks the same
     "ml-collections>=1.1,<2",
     "numpy>=2.2,<3",
     "absl-py>=2.1,<3",

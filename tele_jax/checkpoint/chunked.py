@@ -3,28 +3,14 @@
     tiles = [tile for name, leaf in leaves.items() for tile in cut("params", name, leaf, tile_bytes)]
     write_leaves(dst, meta, tiles, fill, header={"what": "is made of what"}, workers=4)
 
-`fill(tile, start, out)` computes the numbers of one chunk. Growth on disk and imports give only that. While it is
-written, a checkpoint DST lies in DST.partial:
-
-    DST.partial/header.json                        what is being written, so that nothing else goes on with it
-    DST.partial/journal/<i>-of-<n>                 the tiles that one process has finished; locked while it is at work
-    DST.partial/lock                               held while these are made, and while they become DST
-    DST.partial/checkpoint.orbax-checkpoint-tmp/   DST as it will be, but with chunks missing; named so that
-                                                   locate.find_step takes it for a save that was interrupted
-
-What Orbax and TensorStore know of a checkpoint is written by themselves, before the first chunk.
+`fill(tile, start, out)` computes the numbers of one chunk: growth on disk and imports give only that.
 """
 
 import contextlib
 import dataclasses
-import fcntl
-import itertools
-import json
 import math
 import os
 import queue
-import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,279 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from tele_jax.checkpoint import layout, locate
+from tele_jax.checkpoint import layout
 from tele_jax.checkpoint.chunks import allocate, flush, write_chunk
+from tele_jax.checkpoint.unfinished import FLUSHING, Tile, Unfinished
 from tele_jax.config import require
 from tele_jax.errors import DamageError, UserError
-from tele_jax.files import parse_json
-
-FLUSHING = 16  # threads that wait for the disk: a file system commits the names of many files in one go
-_BLOCK_BYTES = 4096  # of a file system: what the last part of a file, and its directory, take at least
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """Chunks of one leaf that are finished together. leaf name: item "params", name "layers.attn.q"."""
-
-    item: str
-    name: str
-    leaf: layout.Leaf
-    chunks: tuple[tuple[int, ...], ...]
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.chunks) * self.leaf.chunk_bytes
-
-    def files(self) -> Iterator[str]:
-        """Paths of the chunks inside the checkpoint."""
-        for chunk in self.chunks:
-            yield f"{self.item}/{self.name}/{layout.chunk_key(chunk)}"
-
 
 # fill(tile, start, out), see `write_leaves`; progress(done bytes, all bytes).
 Fill = Callable[[Tile, tuple[int, ...], np.ndarray], None]
 Progress = Callable[[int, int], None]
-
-
-def cut(
-    item: str,
-    name: str,
-    leaf: layout.Leaf,
-    tile_bytes: int,
-    order: Callable[[tuple[int, ...]], Any] | None = None,
-) -> list[Tile]:
-    """The chunks of a leaf, sorted by `order`, in tiles of at most tile_bytes (of one chunk where that is larger)."""
-    chunks = sorted(itertools.product(*map(range, leaf.grid)), key=order)
-    count = max(1, tile_bytes // leaf.chunk_bytes)
-    return [Tile(item, name, leaf, tuple(chunks[i : i + count])) for i in range(0, len(chunks), count)]
-
-
-class Unfinished:
-    """A checkpoint until it is complete. One process holds each shard of it.
-
-    done: numbers of the tiles that this or another process, now or in an earlier life, has finished.
-    complete: DST is there.
-    """
-
-    def __init__(
-        self,
-        dst: Any,
-        header: Mapping[str, Any],
-        meta: layout.Meta,
-        tiles: Sequence[Tile],
-        *,
-        shard: tuple[int, int],
-        resume: bool,
-    ):
-        """Begins, or goes on with what an earlier call with the same header began.
-
-        Raises:
-          UserError: dst exists or cannot be made; what was begun has another header, or is being written by another
-            process; too little disk for what is left to write.
-        """
-        self.dst = local_path(dst)
-        self.partial = self.dst.with_name(self.dst.name + ".partial")
-        self.path = self.partial / f"checkpoint{locate.INTERRUPTED}"
-        self._header = json.loads(json.dumps(header))  # as it will be read
-        self._tiles, self._shard = tiles, shard
-        self._journal: int | None = None
-        self.complete = self.dst.exists()
-        if not self.complete or not self._was_moved():
-            self._require_new()
-        if not self.partial.exists():
-            self._require_space(tiles)
-        make_directory(self.partial)
-        with self._locked():
-            if self.complete:
-                self._remove()
-                self.done = set(range(len(tiles)))
-                return
-            self._require_new()  # it may have been completed while this process waited for the lock
-            if not resume:
-                self._start_over()
-            if (self.partial / "header.json").exists():
-                self._require_same_header()
-            else:
-                self._begin(meta)
-            self._claim()
-            self.done = self._finished()
-            self._require_space([tile for i, tile in enumerate(tiles) if i not in self.done])
-
-    def finish(self, number: int) -> None:
-        """Notes that the files of a tile are on the disk. The note need not be: without it they are made again."""
-        os.write(self._journal, b"%010d\n" % number)
-        self.done.add(number)
-
-    def discard(self) -> None:
-        """Removes what was written: it cannot become a checkpoint. Other processes must not be at work on it."""
-        self.close()
-        if not self.complete:
-            shutil.rmtree(self.partial, ignore_errors=True)
-
-    def commit(self) -> bool:
-        """Turns it into DST where all tiles are finished, whoever finished them. Says whether DST is there."""
-        with self._locked():
-            if not self.complete and not (self.partial / "header.json").exists():
-                self.complete = self.dst.exists()  # another process was the last
-            elif not self.complete and len(self._finished()) == len(self._tiles):
-                with ThreadPoolExecutor(FLUSHING) as pool:
-                    list(pool.map(flush, self._not_flushed()))
-                self._require_new()
-                os.rename(self.path, self.dst)
-                flush(self.dst.parent)
-                self._remove()
-                self.complete = True
-        return self.complete
-
-    def _not_flushed(self) -> list[Path]:
-        """All directories, and what is not a chunk: chunks are on the disk already."""
-        paths = []
-        for directory, _, files in os.walk(self.path):
-            paths += [Path(directory), *(Path(directory, name) for name in files if Path(name).suffix)]
-        return paths
-
-    def close(self) -> None:
-        if self._journal is not None:
-            os.close(self._journal)
-            self._journal = None
-
-    def __enter__(self) -> "Unfinished":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.close()
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        # The lock of a directory that another process completed meanwhile is of no use, but does no harm either: what
-        # is looked at under it is then gone.
-        try:
-            descriptor = os.open(self.partial / "lock", os.O_RDWR | os.O_CREAT)
-        except FileNotFoundError:
-            yield
-            return
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
-
-    def _require_new(self) -> None:
-        if os.path.lexists(self.dst):  # a link that leads nowhere counts: nothing can be renamed to it
-            if not self.path.exists() and not (self.partial / "header.json").exists():
-                self._remove()  # of an earlier life that was killed at its very end
-            raise UserError(f"{self.dst}: exists already, and checkpoints are never overwritten; choose another path")
-
-    def _was_moved(self) -> bool:
-        """Whether it was killed after it became DST, and before the rest was removed."""
-        return not self.path.exists() and self._read_header() == self._header
-
-    def _read_header(self) -> dict[str, Any] | None:
-        try:
-            found = parse_json((self.partial / "header.json").read_bytes(), "header.json")
-        except FileNotFoundError:
-            return None
-        except DamageError:
-            return {}
-        return found if isinstance(found, dict) else {}
-
-    def _require_same_header(self) -> None:
-        found = self._read_header()
-        # The first that differs: what comes later in the header may differ because of it.
-        if different := next((key for key, value in self._header.items() if found.get(key) != value), None):
-            raise UserError(
-                f"{self.partial}: was begun with another {different}; finish it as it was begun, or start over with "
-                "resume=False"
-            )
-
-    def _start_over(self) -> None:
-        if self._shard[1] > 1:
-            raise UserError(
-                "resume=False: one of several processes cannot start over; remove the directory before them"
-            )
-        if busy := self._busy():
-            raise UserError(f"{self.partial}: is being written by another process ({', '.join(busy)})")
-        (self.partial / "header.json").unlink(missing_ok=True)
-
-    def _begin(self, meta: layout.Meta) -> None:
-        for child in self.partial.iterdir():  # of an earlier life that was killed right here
-            if child.name in ("journal", "checkpoint") or child.name.endswith((locate.INTERRUPTED, ".tmp")):
-                shutil.rmtree(child) if child.is_dir() else child.unlink()
-            elif child.name != "lock":
-                raise UserError(f"{self.partial}: is needed for the unfinished checkpoint, but holds {child.name}")
-        _write_empty(self.partial / "checkpoint", meta)
-        os.rename(self.partial / "checkpoint", self.path)
-        (self.partial / "journal").mkdir()
-        temporary = self.partial / "header.json.tmp"
-        temporary.write_text(json.dumps(self._header, indent=2))
-        flush(temporary)
-        os.rename(temporary, self.partial / "header.json")
-
-    def _claim(self) -> None:
-        """Takes the journal of this shard, for as long as this process lives."""
-        name, (index, count) = "{}-of-{}".format(*self._shard), self._shard
-        busy = self._busy()
-        if name in busy:
-            raise UserError(f"{self.partial}: shard {index} of {count} is being written by another process")
-        if others := [other for other in busy if not other.endswith(f"-of-{count}")]:
-            raise UserError(
-                f"{self.partial}: is being written in other shards ({', '.join(others)}); use the same number"
-            )
-        self._journal = os.open(self.partial / "journal" / name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-        fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(self._journal, b"\n")  # after a line that a kill or a full disk cut short
-
-    def _busy(self) -> list[str]:
-        """The journals that live processes hold."""
-        busy = []
-        for journal in sorted((self.partial / "journal").glob("*-of-*")):
-            with journal.open() as stream:
-                try:
-                    fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    busy.append(journal.name)
-        return busy
-
-    def _finished(self) -> set[int]:
-        """The tiles in all journals whose files are there: a machine that lost power may have kept one without them."""
-        noted: set[int] = set()
-        for journal in (self.partial / "journal").iterdir():
-            noted |= {int(line) for line in re.findall(rb"^\d{10}$", journal.read_bytes(), re.MULTILINE)}
-        return {
-            i
-            for i in noted
-            if all(_size(self.path / file) == self._tiles[i].leaf.chunk_bytes for file in self._tiles[i].files())
-        }
-
-    def _require_space(self, tiles: Sequence[Tile]) -> None:
-        needed, free = disk_bytes(tiles), free_bytes(self.dst)
-        if free < needed:
-            raise UserError(f"{self.dst}: {needed:,} bytes are to be written, but the disk has only {free:,} free")
-
-    def _remove(self) -> None:
-        """Removes what is left beside DST; the header last, because it tells what the rest is."""
-        shutil.rmtree(self.partial / "journal", ignore_errors=True)
-        (self.partial / "lock").unlink(missing_ok=True)
-        (self.partial / "header.json").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.partial.rmdir()
-
-
-def disk_bytes(tiles: Sequence[Tile]) -> int:
-    """The disk that the files of some tiles take, their directories included."""
-    return sum(tile.nbytes + 2 * _BLOCK_BYTES * len(tile.chunks) for tile in tiles)
-
-
-def free_bytes(path: Path) -> int:
-    """The free bytes of the disk that a path lies on, or would lie on."""
-    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
-
-
-def clear(dst: Path) -> None:
-    """Removes what a process that was killed at its very end left beside the complete `dst`."""
-    partial = dst.with_name(dst.name + ".partial")
-    if dst.exists() and not any(partial.glob(f"*{locate.INTERRUPTED}")):
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,9 +65,9 @@ def write_leaves(
       dst: step directory to make; see `new_path`.
       meta: config, step, provenance and the leaves of the checkpoint.
       tiles: all chunks of all leaves, in the order in which they are made.
-      fill: fill(tile, start, out) computes the numbers of the chunk whose first entry is at `start` of the leaf; out is
-        the part of the chunk that lies inside the leaf. Called by `workers` threads at once. A UserError that it raises
-        says that the source can never be read: what was written is then removed.
+      fill: fill(tile, start, out) computes the numbers of the chunk whose first entry is at `start` of the leaf, into
+        out[tile.leaf.chunks]; what lies beyond the edge of the leaf stays zero. Called by `workers` threads at once. A
+        UserError that it raises says that the source can never be read: what was written is then removed.
       header: JSON values that say what is written from what; a call that goes on must have the same.
       workers: threads that compute.
       shard: (i, n), the i-th part of the work, for n processes; the last to finish makes `dst` complete.
@@ -411,6 +133,11 @@ def threads(memory_bytes: float, needed: Mapping[str, int], workers: int | None,
     return min(wanted, int((memory_bytes - overhead_bytes) // each))
 
 
+def inside(leaf: layout.Leaf, start: Sequence[int], chunk: np.ndarray) -> np.ndarray:
+    """The part of a chunk, as a view, that lies inside its leaf."""
+    return chunk[tuple(slice(min(n, size - s)) for n, size, s in zip(leaf.chunks, leaf.spec.shape, start, strict=True))]
+
+
 def _part(tiles: Sequence[Tile], shard: tuple[int, int]) -> list[int]:
     """The numbers of the tiles of one shard: neighbours, for they share chunks of the source; equal bytes."""
     index, count = shard
@@ -427,10 +154,9 @@ def _write_tile(fill: Fill, tile: Tile, directory: Path, local: threading.local)
     values = local.buffer[: size - layout.CRC_BYTES].view(leaf.spec.dtype).reshape(leaf.chunks)
     for chunk, file in zip(tile.chunks, tile.files(), strict=True):
         start = tuple(c * n for c, n in zip(chunk, leaf.chunks, strict=True))
-        inside = tuple(min(n, whole - s) for n, whole, s in zip(leaf.chunks, leaf.spec.shape, start, strict=True))
-        if inside != leaf.chunks:
+        if inside(leaf, start, values).shape != values.shape:
             values.fill(0)  # a chunk at the edge is stored whole
-        fill(tile, start, values[tuple(slice(n) for n in inside)])
+        fill(tile, start, values)
         write_chunk(directory / file, local.buffer, size)
 
 
@@ -469,66 +195,3 @@ def _finished_tiles(
     finally:
         computing.shutdown(cancel_futures=True)
         flushing.shutdown()
-
-
-def local_path(path: Any, work: str = "growth from checkpoint to checkpoint") -> Path:
-    """The absolute path of a directory on this machine. Raises UserError for an address such as gs://bucket/name."""
-    if "://" in str(path):
-        raise UserError(f"{path}: {work} needs a file system; copy or mount the bucket")
-    return Path(os.fspath(locate.absolute(path)))
-
-
-def new_path(dst: Any, src: Any, work: str) -> Path:
-    """The absolute path of a directory that is to be made from the one at `src`, on this machine.
-
-    Raises:
-      UserError: `dst` is an address, empty, the root or the current directory; it lies inside src, or src inside it: a
-        checkpoint is not written into; something above it is a file.
-    """
-    text = os.fspath(dst)
-    if not text.strip() or text in (".", "..", "/"):
-        raise UserError(f"{text!r}: names no new directory for {work}; give a path such as runs/larger")
-    target, source = local_path(dst, work), local_path(src, work)
-    if not target.name:
-        raise UserError(f"{text!r}: is the root; name a new directory inside it")
-    if source in target.parents:
-        raise UserError(f"{target}: lies inside {source}, which is read, and not written to; choose another place")
-    if target in source.parents:
-        raise UserError(f"{target}: holds {source}, which is read; choose another place")
-    if inside := next((path for path in target.parents if locate.is_step(path)), None):
-        raise UserError(f"{target}: lies inside the checkpoint {inside}; choose another place")
-    above = next(path for path in target.parents if os.path.lexists(path))
-    if not above.is_dir():
-        raise UserError(f"{target}: {above} is a file, not a directory")
-    return target
-
-
-def make_directory(path: Path) -> None:
-    """Makes a directory and those above it. Raises UserError where that is impossible."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be made ({error.strerror}); choose another place") from None
-
-
-def _size(file: Path) -> int | None:
-    try:
-        return file.stat().st_size
-    except FileNotFoundError:
-        return None
-
-
-def _write_empty(path: Path, meta: layout.Meta) -> None:
-    """A checkpoint as Orbax and write.py make it, with the arrays described, but not one chunk."""
-    from tele_jax.checkpoint import write  # brings Orbax
-
-    empty = {
-        item: {name: write.HostLeaf(leaf, ()) for name, leaf in leaves.items()} for item, leaves in meta.items.items()
-    }
-    checkpointer = write.make_checkpointer(list(meta.items))
-    with write.in_one_line(path):
-        try:
-            checkpointer.save(path, write.save_args(meta, empty))
-            checkpointer.wait_until_finished()
-        finally:
-            checkpointer.close()

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
+from crc32c import crc32c
 
 from tele_jax.checkpoint import layout
-from tele_jax.checkpoint.crc32c import crc32c
 from tele_jax.errors import DamageError
 
 if TYPE_CHECKING:  # it brings TensorStore

@@ -1,5 +1,7 @@
 """From what a user names to a step directory: files are listed here, not read."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -123,3 +125,35 @@ def _run_order(work: epath.Path) -> list[str] | None:
     if wrong := [name for name in names if not is_plain_name(name)]:
         raise DamageError(f"{file}: run: damaged, {wrong[0]!r} is not the name of a stage")
     return list(names)
+
+
+def local_path(path: Any, work: str = "growth from checkpoint to checkpoint") -> Path:
+    """The absolute path of a directory on this machine. Raises UserError for an address such as gs://bucket/name."""
+    if "://" in str(path):
+        raise UserError(f"{path}: {work} needs a file system; copy or mount the bucket")
+    return Path(os.fspath(absolute(path)))
+
+
+def new_path(dst: Any, src: Any, work: str) -> Path:
+    """The absolute path of a directory that is to be made from the one at `src`, on this machine.
+
+    Raises:
+      UserError: `dst` is an address, empty, the root or the current directory; it lies inside src, or src inside it: a
+        checkpoint is not written into; something above it is a file.
+    """
+    text = os.fspath(dst)
+    if not text.strip() or text in (".", "..", "/"):
+        raise UserError(f"{text!r}: names no new directory for {work}; give a path such as runs/larger")
+    target, source = local_path(dst, work), local_path(src, work)
+    if not target.name:
+        raise UserError(f"{text!r}: is the root; name a new directory inside it")
+    if source in target.parents:
+        raise UserError(f"{target}: lies inside {source}, which is read, and not written to; choose another place")
+    if target in source.parents:
+        raise UserError(f"{target}: holds {source}, which is read; choose another place")
+    if inside := next((path for path in target.parents if is_step(path)), None):
+        raise UserError(f"{target}: lies inside the checkpoint {inside}; choose another place")
+    above = next(path for path in target.parents if os.path.lexists(path))
+    if not above.is_dir():
+        raise UserError(f"{target}: {above} is a file, not a directory")
+    return target

@@ -52,7 +52,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from tele_jax import checkpoint
-    from tele_jax.checkpoint.chunked import local_path, new_path
+    from tele_jax.checkpoint.locate import local_path, new_path
     from tele_jax.cli.pages import load_page
     from tele_jax.cli.progress import Progress
     from tele_jax.growth import stored

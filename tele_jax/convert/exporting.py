@@ -21,7 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from tele_jax.checkpoint import chunked, chunks, layout
+from tele_jax.checkpoint import chunks, layout, locate, unfinished
 from tele_jax.config import ModelConfig, require
 from tele_jax.convert import FORMATS, chat_files, configs, families, fold, region, sidecar
 from tele_jax.convert.families import Part, Tensor
@@ -174,9 +174,9 @@ def export_checkpoint(
     from tele_jax.checkpoint import open_lazy
     from tele_jax.growth.masks import require_unmasked
 
-    chunked.local_path(src, "an export")
+    locate.local_path(src, "an export")
     lazy = open_lazy(src)
-    dst = chunked.new_path(dst, lazy.path, "an export")
+    dst = locate.new_path(dst, lazy.path, "an export")
     require_unmasked(lazy.provenance, str(src))
     plan = outline(lazy.cfg, format, dtype=dtype, max_seq_len=max_seq_len, provenance=lazy.provenance)
     arrays = lazy.items["params"]
@@ -268,7 +268,7 @@ def write(
     """Writes weights, config.json, the files beside, and documents by name. Raises as export_checkpoint."""
     began = time.monotonic()
     require(0 < shard_gb < math.inf, f"shard_gb={shard_gb:g} must be above 0, and finite")
-    target = chunked.local_path(dst, "an export")
+    target = locate.local_path(dst, "an export")
     shards = split(plan.tensors, int(shard_gb * 1e9))
     report = progress or (lambda done, total: None)
     with _unfinished(target, plan.nbytes) as directory:
@@ -340,7 +340,7 @@ def _unfinished(dst: Path, nbytes: int) -> Iterator[Path]:
     lock_file = partial / ".export"
     if partial.exists() and not lock_file.is_file():
         raise UserError(f"{partial}: is needed for the unfinished export, but exists already")
-    chunked.make_directory(partial)
+    unfinished.make_directory(partial)
     lock = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tele_jax.axes import ParamSpec
-from tele_jax.checkpoint import chunked, layout
+from tele_jax.checkpoint import chunked, layout, locate, unfinished
 from tele_jax.config import require, to_dict
 from tele_jax.convert import region, sidecar
 from tele_jax.convert.families import Part
@@ -68,7 +68,7 @@ def import_checkpoint(
         and tensor; too little memory for a chunk, or too little disk.
       DamageError: writing failed on the way; what is there is kept, for a call that goes on.
     """
-    dst = chunked.new_path(dst, src, "an import")
+    dst = locate.new_path(dst, src, "an import")
     release = open_release(src, format, dtype=dtype, vocab_size=vocab_size, rope_tables=rope_tables)
     chunk_bytes = layout.CHUNK_BYTES if chunk_bytes is None else chunk_bytes
     leaves = {
@@ -129,11 +129,11 @@ def _leaf(spec: ParamSpec, part: Part, chunk_bytes: int) -> layout.Leaf:
     return layout.Leaf(spec, tuple(cut[order.index(i)] for i in range(len(order))))
 
 
-def _cut(release: Release, leaves: dict[str, layout.Leaf], tile_bytes: int) -> list[chunked.Tile]:
+def _cut(release: Release, leaves: dict[str, layout.Leaf], tile_bytes: int) -> list[unfinished.Tile]:
     """All tiles, in the order in which what they need lies in the files."""
-    cut = [tile for name, leaf in leaves.items() for tile in chunked.cut("params", name, leaf, tile_bytes)]
+    cut = [tile for name, leaf in leaves.items() for tile in unfinished.cut("params", name, leaf, tile_bytes)]
 
-    def place(tile: chunked.Tile) -> tuple[str, int, tuple[int, ...]]:
+    def place(tile: unfinished.Tile) -> tuple[str, int, tuple[int, ...]]:
         _, stored = _place(release, tile.name, tile.leaf, tile.chunks[0])
         return str(stored.file), stored.offset, tile.chunks[0]
 
@@ -144,8 +144,9 @@ def _place(release: Release, name: str, leaf: layout.Leaf, chunk: Sequence[int])
     return release.parts[name, chunk[0] if leaf.spec.stack else None]
 
 
-def _fill(release: Release, files: Files, tile: chunked.Tile, start: tuple[int, ...], out: np.ndarray) -> None:
+def _fill(release: Release, files: Files, tile: unfinished.Tile, start: tuple[int, ...], out: np.ndarray) -> None:
     """Reads the numbers of one chunk, see `chunked.write_leaves`."""
     leaf, stacked = tile.leaf, len(tile.leaf.spec.stack)
     part, stored = _place(release, tile.name, leaf, start)
+    out = chunked.inside(leaf, start, out)
     region.read(files, stored, part, leaf.spec.axes[stacked:], list(start[stacked:]), out[0] if stacked else out)

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from tele_jax import checkpoint, files, growth
-from tele_jax.checkpoint import chunked
+from tele_jax.checkpoint import unfinished
 from tele_jax.config import ModelConfig
 from tele_jax.errors import UserError
 from tele_jax.growth import receipt as receipts
@@ -91,7 +91,7 @@ def grow(
         if request.opt != (grown.opt_state is not None):
             how = "without" if request.opt else "with"
             raise UserError(f"{request.unverified}: was made {how} --opt; remove it, or finish it as it was begun")
-        chunked.clear(request.unverified)
+        unfinished.clear(request.unverified)
         return _verify(request, plan, scores, lazy, grown)
 
 

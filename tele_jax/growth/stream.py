@@ -10,23 +10,18 @@ also one for each step between them), and the last chunks of the source, for the
 room for.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
-import os
-import threading
-import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from tele_jax.axes import ParamSpec, unflatten
-from tele_jax.checkpoint import chunked, chunks, layout
-from tele_jax.errors import DamageError, UserError
+from tele_jax.checkpoint import chunked, chunks, layout, locate, unfinished
+from tele_jax.errors import UserError
 from tele_jax.growth import axis_map, host_kernel
 from tele_jax.growth.axis_map import NEW, AxisMap
 from tele_jax.growth.leaf import LeafPlan, LeafStep
@@ -41,21 +36,11 @@ _OVERHEAD_BYTES = 96 * 2**20  # XLA, its two programs, and the names of files, b
 _SLOTS_PER_WORKER = 4  # chunks of the source that stay in memory for the next tiles
 
 
-@dataclasses.dataclass(frozen=True)
-class Streamed:
-    """What a call of `stream` did. complete: the destination is there; else other shards have still to finish.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Streamed(chunked.Written):
+    """What a call of `stream` did. bytes_read: of chunks of the source, some of them more than once."""
 
-    tiles: of this shard, resumed_tiles of them finished by an earlier call. bytes_written: of chunks, by this call.
-    bytes_read: of chunks of the source, some of them more than once.
-    """
-
-    complete: bool
-    seconds: float
     bytes_read: int
-    bytes_written: int
-    tiles: int
-    resumed_tiles: int
-    workers: int
 
 
 def stream(
@@ -71,7 +56,7 @@ def stream(
     step: int | None = None,
     provenance: Mapping[str, Any] | None = None,
     chunk_bytes: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: chunked.Progress | None = None,
 ) -> Streamed:
     """Grows the checkpoint `src` into the checkpoint `dst`, which appears when it is complete.
 
@@ -97,19 +82,18 @@ def stream(
         optimizer state is not the trainer's (files do not say which optimizer made it).
       DamageError: a chunk of src is damaged (names leaf and file), or files could not be written.
     """
-    began = time.monotonic()
     if not 0 <= shard[0] < shard[1]:
         raise UserError(f"shard={shard}: must be (i, n) with 0 <= i < n")
     if jax.distributed.is_initialized():  # Orbax would wait for all processes to call this
         raise UserError("growth.stream runs in processes of their own, each with its shard, not under jax.distributed")
     chunk_bytes = layout.CHUNK_BYTES if chunk_bytes is None else chunk_bytes
     lazy = _open(plan, src, opt)
-    dst = chunked.new_path(dst, lazy.path, "growth from checkpoint to checkpoint")
+    dst = locate.new_path(dst, lazy.path, "growth from checkpoint to checkpoint")
     jobs = _jobs(plan, lazy, opt, chunk_bytes)
     meta = _meta(plan, lazy, jobs, dst.name, step, provenance)
     workers, slots = _divide_memory(jobs, memory_gb, workers)
     tile_bytes = chunk_bytes // _TILES_PER_CHUNK_LIMIT
-    cut = [tile for job in jobs for tile in chunked.cut(job.item, job.name, job.leaf, tile_bytes, job.order)]
+    cut = [tile for job in jobs for tile in unfinished.cut(job.item, job.name, job.leaf, tile_bytes, job.order)]
     sources = [job.source for job in jobs if job.source is not None]
     header = {
         "plan": plan.digest,
@@ -118,34 +102,21 @@ def stream(
         "source": chunks.fingerprint(sources),
         "step": meta.step,
         "provenance": meta.provenance,
-        "number of tiles": len(cut),
     }
     cache = chunks.ChunkCache(slots, max(source.leaf.chunk_bytes for source in sources))
-    try:
-        with chunked.Unfinished(dst, header, meta, cut, shard=shard, resume=resume) as unfinished:
-            mine = _part(cut, shard)
-            left = [number for number in mine if number not in unfinished.done]
-            done, total = (sum(cut[number].nbytes for number in numbers) for numbers in (set(mine) - set(left), mine))
-            report = progress or (lambda done, total: None)
-            report(done, total)
-            work = functools.partial(_write_tile, jobs, cut, cache, unfinished.path, threading.local())
-            with contextlib.closing(chunked.run(work, left, cut, unfinished.path, workers)) as finished:
-                for number in finished:
-                    unfinished.finish(number)
-                    done += cut[number].nbytes
-                    report(done, total)
-            complete = unfinished.commit()
-    except OSError as error:
-        raise DamageError(f"{dst}: could not be finished ({error}); the same call goes on from there") from error
-    return Streamed(
-        complete=complete,
-        seconds=time.monotonic() - began,
-        bytes_read=cache.bytes_read,
-        bytes_written=sum(cut[number].nbytes for number in left),
-        tiles=len(mine),
-        resumed_tiles=len(mine) - len(left),
+    by_leaf = {(job.item, job.name): job for job in jobs}
+    written = chunked.write_leaves(
+        dst,
+        meta,
+        cut,
+        lambda tile, start, out: by_leaf[tile.item, tile.name].fill(out, start, cache),
+        header=header,
         workers=workers,
+        shard=shard,
+        resume=resume,
+        progress=progress,
     )
+    return Streamed(bytes_read=cache.bytes_read, **vars(written))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,18 +145,18 @@ def outline(
 ) -> Outline:
     """Tells what `stream` would do with these arguments; writes nothing and reads no array. Raises as `stream`."""
     lazy = _open(plan, src, opt)
-    dst = chunked.new_path(dst, lazy.path, "growth from checkpoint to checkpoint")
+    dst = locate.new_path(dst, lazy.path, "growth from checkpoint to checkpoint")
     jobs = _jobs(plan, lazy, opt, layout.CHUNK_BYTES)
     _meta(plan, lazy, jobs, dst.name, None, None)
     threads, slots = _divide_memory(jobs, memory_gb, workers)
-    cut = [tile for job in jobs for tile in chunked.cut(job.item, job.name, job.leaf, layout.CHUNK_BYTES, job.order)]
+    cut = [tile for job in jobs for tile in unfinished.cut(job.item, job.name, job.leaf, layout.CHUNK_BYTES, job.order)]
     read = {job.source.name: job.source.leaf for job in jobs if job.source is not None}
     of_chunks = max(job.leaf.chunk_bytes + job.bytes_between for job in jobs) + host_kernel.SCRATCH_BYTES
     return Outline(
         bytes_to_read=sum(math.prod(leaf.grid) * leaf.chunk_bytes for leaf in read.values()),
         bytes_to_write=sum(tile.nbytes for tile in cut),
-        disk_bytes=chunked.disk_bytes(cut),
-        free_bytes=chunked.free_bytes(dst),
+        disk_bytes=unfinished.disk_bytes(cut),
+        free_bytes=unfinished.free_bytes(dst),
         memory_bytes=_OVERHEAD_BYTES + threads * of_chunks + slots * max(leaf.chunk_bytes for leaf in read.values()),
         workers=threads,
     )
@@ -212,13 +183,17 @@ class _Job:
         """The bytes of the chunks of all steps but the last, which a thread may hold at once."""
         return sum(math.prod(shape) * self.leaf.spec.dtype.itemsize for _, shape in self.steps[:-1])
 
-    def fill(self, values: np.ndarray, start: list[int], cache: chunks.ChunkCache) -> None:
-        """Computes the chunk of the destination that begins at `start`."""
+    def fill(self, out: np.ndarray, start: Sequence[int], cache: chunks.ChunkCache) -> None:
+        """Computes the chunk of the destination that begins at `start`; see chunked.write_leaves."""
+        if self.values is not None:
+            part = chunked.inside(self.leaf, start, out)
+            part[...] = self.values[tuple(slice(s, s + n) for s, n in zip(start, part.shape, strict=True))]
+            return
         source = host_kernel.Source(self.source.chunks, functools.partial(cache.chunk, self.source))
         *before, (last, _) = self.steps
         for step, shape in before:
-            source = host_kernel.grown(source, step, shape, values.dtype)
-        host_kernel.fill_tile(values, last, start, source)
+            source = host_kernel.grown(source, step, shape, out.dtype)
+        host_kernel.fill_tile(out, last, start, source)
 
     def order(self, chunk: tuple[int, ...]) -> Any:
         """Sorts chunks so that those that need the same chunk of the source follow each other.
@@ -251,7 +226,7 @@ def _open(plan: Plan, src: Any, opt: bool) -> "Lazy":
     from tele_jax.checkpoint import open_lazy, read
 
     require_plan(plan, "stream: plan")
-    chunked.local_path(src)
+    locate.local_path(src)
     lazy = open_lazy(src)
     lines = read.config_differences(lazy.cfg, plan.src_cfg, "in the plan")
     lines += read.differences({name: array.leaf.spec for name, array in lazy.items["params"].items()}, plan.src_spec)
@@ -327,44 +302,8 @@ def _divide_memory(jobs: list[_Job], memory_gb: float, workers: int | None) -> t
     chunk = max(job.leaf.chunk_bytes for job in jobs)
     of_source = max(job.source.leaf.chunk_bytes for job in jobs if job.source is not None)
     between = max(job.bytes_between for job in jobs)
-    each = chunk + of_source + between + host_kernel.SCRATCH_BYTES
-    memory = memory_gb * 1e9 - _OVERHEAD_BYTES
-    if memory < each:
-        largest = max(jobs, key=lambda job: job.leaf.chunk_bytes + (job.source.leaf.chunk_bytes if job.source else 0))
-        raise UserError(
-            f"memory_gb={memory_gb:g} is too little for {largest.item}/{largest.name}: a chunk of it and one of its "
-            f"source need memory_gb={(each + _OVERHEAD_BYTES) / 1e9:.3f}"
-        )
-    wanted = 2 * (os.cpu_count() or 1) if workers is None else max(1, workers)
-    workers = min(wanted, int(memory // each))
-    slots = int(memory - workers * (chunk + between + host_kernel.SCRATCH_BYTES)) // of_source
+    beside = between + host_kernel.SCRATCH_BYTES
+    needed = {f"{job.item}/{job.name}": job.leaf.chunk_bytes + of_source + beside for job in jobs}
+    workers = chunked.threads(memory_gb * 1e9, needed, workers, _OVERHEAD_BYTES)
+    slots = int(memory_gb * 1e9 - _OVERHEAD_BYTES - workers * (chunk + beside)) // of_source
     return workers, min(slots, _SLOTS_PER_WORKER * workers)
-
-
-def _part(cut: list[chunked.Tile], shard: tuple[int, int]) -> list[int]:
-    """The numbers of the tiles of one shard: neighbours, for they share chunks of the source; equal bytes."""
-    index, count = shard
-    ends = np.cumsum([tile.nbytes for tile in cut])
-    owner = (ends - 1) * count // ends[-1]
-    return np.flatnonzero(owner == index).tolist()
-
-
-def _write_tile(
-    jobs: list[_Job], cut: list, cache: chunks.ChunkCache, directory: Path, local: threading.local, number: int
-) -> None:
-    """Computes and writes the chunks of a tile."""
-    tile = cut[number]
-    job = next(job for job in jobs if (job.item, job.name) == (tile.item, tile.name))
-    size = job.leaf.chunk_bytes
-    if not hasattr(local, "buffer") or len(local.buffer) < size:
-        local.buffer = chunks.allocate(size)  # kept for the next tile: fresh memory is slow to touch
-    values = local.buffer[: size - layout.CRC_BYTES].view(job.leaf.spec.dtype).reshape(job.leaf.chunks)
-    for chunk, file in zip(tile.chunks, tile.files(), strict=True):
-        start = [c * n for c, n in zip(chunk, job.leaf.chunks, strict=True)]
-        if job.values is None:
-            job.fill(values, start, cache)
-        else:
-            part = job.values[tuple(slice(s, s + n) for s, n in zip(start, job.leaf.chunks, strict=True))]
-            values.fill(0)
-            values[tuple(slice(n) for n in part.shape)] = part
-        chunks.write_chunk(directory / file, local.buffer, size)

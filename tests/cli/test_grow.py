@@ -8,11 +8,11 @@ import sys
 import jax
 import numpy as np
 import pytest
+from crc32c import crc32c
 
 import tele_jax as tele
 from tele_jax import checkpoint, growth
 from tele_jax.axes import flatten, unflatten
-from tele_jax.checkpoint.crc32c import crc32c
 from tele_jax.cli.main import main
 from tele_jax.growth import stored
 from tests import reference

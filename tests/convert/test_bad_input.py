@@ -390,7 +390,7 @@ def test_addresses_and_too_little_memory(release, tmp_path):
     src = release()
     with pytest.raises(UserError, match="gs://bucket/x: an import needs a file system"):
         convert.import_checkpoint(src, "gs://bucket/x")
-    with pytest.raises(UserError, match=r"memory_gb=0.01 is too little for a chunk of \S+: it needs memory_gb=0\.\d+"):
+    with pytest.raises(UserError, match=r"memory_gb=0.01 is too little for \S+: a chunk of it.* need memory_gb=0\.\d+"):
         convert.import_checkpoint(src, tmp_path / "ck", memory_gb=0.01)
 
 
