@@ -6,6 +6,7 @@ params = tele.init(cfg, key)                 nested dict of arrays        tele_j
 logits = tele.forward(cfg, params, tokens)
 spec = tele.spec(cfg)                        shapes and axis names        tele_jax/model/spec.py
 tokens = tele.generate(cfg, params, prompts, max_new_tokens=64)           tele_jax/inference/generate.py
+tele.run(config, workdir)                    what `tele train` does       tele_jax/report.py
 tele.growth                                  grow parameter trees         tele_jax/growth/
 tele.surgery                                 take, drop, cut, pad, rename tele_jax/growth/surgery.py
 tele.checkpoint                              save and load                tele_jax/checkpoint/
@@ -40,6 +41,7 @@ __all__ = [
     "growth",
     "init",
     "plots",
+    "run",
     "spec",
     "surgery",
 ]
@@ -49,6 +51,8 @@ def __getattr__(name: str):
     """Loads the heavier parts on first use, so that `import tele_jax` stays light."""
     if name == "surgery":
         return importlib.import_module("tele_jax.growth.surgery")
+    if name == "run":
+        return importlib.import_module("tele_jax.report").run
     if name in ("growth", "checkpoint", "convert", "plots"):
         return importlib.import_module(f"tele_jax.{name}")
     raise AttributeError(f"module 'tele_jax' has no attribute {name!r}")

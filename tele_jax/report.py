@@ -1,4 +1,4 @@
-"""What a finished run shows: one table, and pictures of the loss across the growths and of the layers copied there."""
+"""A whole run and its report: one table, and pictures of the loss across growths and of the layers copied there."""
 
 import importlib.util
 import math
@@ -6,10 +6,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tele_jax import plots
+from tele_jax import plots, tables
 from tele_jax.errors import DamageError, UserError
 from tele_jax.growth import receipt as receipts
-from tele_jax.train import metrics
+from tele_jax.processes import is_first
+from tele_jax.stages import RunConfig, run_config
+from tele_jax.train import loop, metrics
+
+
+def run(
+    config: RunConfig | Mapping[str, Any], workdir: str | Path, *, from_step: int | None = None
+) -> list[dict[str, Any]]:
+    """Runs the stages of a config as `tele train` does: writes and prints the report, and returns the summaries.
+
+    config: the ConfigDict of a page, a dict like it, or a RunConfig.
+
+    Raises:
+      UserError, FailedError, Stopped: as train.loop.run.
+    """
+    if not isinstance(config, RunConfig):
+        if not hasattr(config, "items"):
+            raise UserError(f"config: expected a ConfigDict, a dict or a RunConfig, got {config!r}")
+        config = run_config(config)
+    workdir = Path(workdir)
+    summaries = loop.run(config, workdir, from_step=from_step)
+    if is_first():
+        print(write(workdir, summaries))
+    return summaries
 
 
 def write(workdir: Path, summaries: Sequence[Mapping[str, Any]]) -> str:
@@ -27,7 +50,7 @@ def write(workdir: Path, summaries: Sequence[Mapping[str, Any]]) -> str:
     panels, growths = curves(workdir, summaries)
     pictures = [("loss curve", workdir / "loss.png", plots.loss(panels, growths=growths, x_label="tokens, millions"))]
     for summary in summaries:
-        receipt = _receipt(workdir / summary["stage"]) if summary["kind"] == "grow" else {}
+        receipt = _receipt(workdir / summary["stage"]) if "receipt" in summary else {}
         if receipt.get("layer_scores") is not None:
             picture = workdir / summary["stage"] / "layer_scores.png"
             pictures.append((f"layers copied by {summary['stage']}", picture, plots.layer_scores(receipt)))
@@ -37,13 +60,12 @@ def write(workdir: Path, summaries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """One row per stage: parameters, tokens, FLOPs, bits per byte by domain before -> after, growth receipt."""
+    """A table with a row per stage: parameters, tokens, FLOPs, bits per byte by domain before -> after, growth."""
     domains = sorted({d for s in summaries for d in s.get("bits_per_byte_after", {})})
     head = ["stage", "parameters", "tokens", "FLOPs", *(f"bits/byte {d}" for d in domains), "max logit difference"]
-    rows = [head]
+    rows = []
     for summary in summaries:
         before, after = (summary.get(f"bits_per_byte_{when}", {}) for when in ("before", "after"))
-        receipt = summary.get("receipt")
         rows.append(
             [
                 summary["stage"],
@@ -51,15 +73,10 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
                 f"{summary['tokens']:,}" if "tokens" in summary else "",
                 f"{summary['flops']:.2e}" if "flops" in summary else "",
                 *(_change(before.get(d), after.get(d)) for d in domains),
-                _moved(receipt),
+                _moved(summary.get("receipt")),
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, widths, strict=True)))
-        for r in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return tables.text(rows, head)
 
 
 def _moved(receipt: Mapping[str, Any] | None) -> str:
@@ -71,7 +88,7 @@ def _moved(receipt: Mapping[str, Any] | None) -> str:
 
 
 def _change(before: float | None, after: float | None) -> str:
-    """Bits per byte over a stage; a domain may have got its held-out text while the stage was under way."""
+    """Bits per byte before and after a stage; held-out text may have been added while the stage was under way."""
     if after is None:
         return ""
     return f"{after:.3f}" if before is None else f"{before:.3f} -> {after:.3f}"
@@ -88,7 +105,7 @@ def curves(
     held_out: dict[str, plots.Curve] = {}
     offset, growths = 0, []
     for summary in summaries:
-        if summary["kind"] == "grow":
+        if "tokens" not in summary:
             growths.append(offset / 1e6)
             continue
         stage = training.setdefault(f"{summary['stage']}, {summary['parameters'] / 1e6:.2f}M", ([], []))

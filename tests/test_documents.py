@@ -214,7 +214,7 @@ def opened(place):
     lazy = checkpoint.open_lazy(place / "work" / "a" / "checkpoints" / "7")
     require_unmasked(lazy.provenance, "here")
     position.in_provenance(lazy.provenance)
-    inspect._print(inspect._figures(lazy))
+    inspect.describe(inspect.figures(lazy))
     for array in lazy.items["params"].values():
         assert array.path.parent.parent == lazy.path, "a leaf never leads outside of its checkpoint"
         array.read()

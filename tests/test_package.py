@@ -101,6 +101,16 @@ def test_every_verb_explains_itself(verb, capsys):
     assert capsys.readouterr().out.startswith(f"usage: tele {verb}")
 
 
+def test_the_command_alone_prints_its_verbs_and_its_version(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: tele") and all(f"\n    {verb}" in printed for verb in VERBS)
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"tele {importlib.metadata.version('tele_jax')}\n"
+
+
 def test_an_unknown_verb_is_one_line_and_exit_2():
     done = python("-m", "tele_jax.cli.main", "trian")
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""tele chat CKPT: a conversation on the terminal, or over a pipe; with --message one question and its answer."""
+"""`tele chat CKPT`: a conversation on the terminal, or over a pipe; with --message one question and its answer."""
 
 import argparse
 import contextlib
@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tele_jax.cli import generate
+from tele_jax.cli import models
+from tele_jax.cli.verb import Outcome, flag, note
 from tele_jax.errors import UserError
 from tele_jax.files import require_regular
 
-HELP = "talk to a fine-tuned model"
 COMMANDS = """\
 /reset         forget the conversation, keep the system message
 /system TEXT   begin a new conversation with this system message; without TEXT, with none
@@ -23,26 +23,27 @@ A line that begins with a space is never a command. Ctrl-C stops an answer; it i
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    generate.add_model_arguments(parser)
-    parser.add_argument("--message", "--prompt", metavar="TEXT", help="answer this one question, then exit")
-    parser.add_argument("--system", metavar="TEXT", help="a message to the model before the conversation")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="per answer; default 1024, or half the context")
+    models.add_arguments(parser)
+    flag(parser, "--message, --prompt TEXT", "one question to answer before the exit")
+    flag(parser, "--system TEXT", "message to the model before the conversation; default: none")
+    flag(parser, "--max-new-tokens N", "most tokens of an answer; default: 1024, or half the context", int)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Talks until the input ends; returns the conversation, and count and speed of every answer."""
+def run(args: argparse.Namespace) -> Outcome:
+    """Talks until the input ends; the figures are the conversation, and count and speed of every answer."""
     from tele_jax.inference.chat import Chat
 
-    for flag in ("message", "system"):
-        if getattr(args, flag) is not None:
-            setattr(args, flag, generate.utf8(getattr(args, flag), f"--{flag}"))
-    model = generate.load_model(args)
+    message, system = (
+        None if text is None else models.utf8(text, flag)
+        for flag, text in (("--message", args.message), ("--system", args.system))
+    )
+    model = models.load_model(args, dialogues=True)
     chat = Chat(
         model.cfg,
         model.params,
         model.vocabulary,
         template=model.template,
-        system=args.system,
+        system=system,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
         stop_ids=model.stop_ids,
@@ -50,24 +51,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     stage = _last_on_plain_text(model.provenance)
     if stage is not None:
-        _say(f"{args.ckpt} was last trained on plain text (stage {stage}), not on dialogues: expect it to continue "
-             "text rather than to answer")  # fmt: skip
+        note(
+            f"{args.ckpt} was last trained on plain text (stage {stage}), not on dialogues: expect it to continue "
+            "text rather than to answer"
+        )
     replies: list[dict[str, Any]] = []
-    if args.message is not None:
-        _answer(chat, args.message, replies, set())
+    if message is not None:
+        _answer(chat, message, replies, set())
     else:
         _converse(chat, replies)
-    return {
-        "replies": replies,
-        "messages": chat.messages,
-        "template": chat.template.name,
-        "sampling": model.options,
-        "trained_on_dialogues": stage is None,
-    }
+    figures = {"replies": replies, "messages": chat.messages, "template": chat.template.name}
+    return Outcome(figures | {"sampling": model.options, "trained_on_dialogues": stage is None})
 
 
 def _last_on_plain_text(provenance: Sequence[Mapping[str, Any]]) -> str | None:
-    """The stage of pretraining after which neither fine-tuning nor an import came; None where there is none."""
+    """The stage of pretraining that no fine-tuning and no import came after; None where there is none."""
     kinds = ("import", "pretrain", "sft")
     last = next((entry for entry in reversed(provenance) if entry.get("kind") in kinds), {})
     return last.get("stage", "pretrain") if last.get("kind") == "pretrain" else None
@@ -79,7 +77,7 @@ def _converse(chat: Any, replies: list[dict[str, Any]]) -> None:
         print("/help lists the commands.", file=sys.stderr)
     for line in _lines():
         try:
-            line = generate.utf8(line, "the line") if line else line
+            line = models.utf8(line, "the line") if line else line
             if line.startswith("/"):
                 name, _, rest = line.partition(" ")
                 if name == "/quit":
@@ -90,41 +88,30 @@ def _converse(chat: Any, replies: list[dict[str, Any]]) -> None:
             elif line.strip():
                 _answer(chat, line.strip(), replies, said)
         except UserError as error:  # of this line; the conversation goes on
-            _say(error)
+            note(error)
         except KeyboardInterrupt:
             print("\n(stopped)", file=sys.stderr)
 
 
-def _say(message: object) -> None:
-    print(f"tele: {message}", file=sys.stderr)
-
-
 def _answer(chat: Any, question: str, replies: list[dict[str, Any]], said: set[str]) -> None:
     """Prints the answer as it comes, and on standard error what the conversation has not been told yet (`said`)."""
-    clock = generate.Clock()
+    clock = models.Clock()
 
     def show(text: str) -> None:
         clock.tick()
-        generate.emit(text)
+        models.emit(text)
 
     chat.reply(question, on_text=show)
-    generate.emit("\n")
+    models.emit("\n")
     reply = chat.last
-    figures = {
-        "prompt_tokens": len(reply.prompt.tokens),
-        "new_tokens": len(reply.tokens),
-        "ended": reply.ended,
-        "remembered": reply.remembered,
-        "dropped_turns": reply.prompt.dropped_turns,
-        "cut_question": reply.prompt.cut_question,
-        "dropped_system": reply.prompt.dropped_system,
-    }
-    replies.append(clock.figures() | figures)
-    generate.report(replies[-1])
-    for note in _notes(chat):
-        if note not in said:
-            said.add(note)
-            _say(note)
+    figures = {"prompt_tokens": len(reply.prompt.tokens), "new_tokens": len(reply.tokens), "ended": reply.ended}
+    figures |= {name: getattr(reply.prompt, name) for name in ("dropped_turns", "cut_question", "dropped_system")}
+    replies.append(clock.figures() | figures | {"remembered": reply.remembered})
+    models.print_speed(replies[-1])
+    for line in _notes(chat):
+        if line not in said:
+            said.add(line)
+            note(line)
 
 
 def _notes(chat: Any) -> list[str]:
@@ -189,7 +176,7 @@ def _lines() -> Iterator[str]:
             except KeyboardInterrupt:  # aimed at an answer that ended just before, or at what is typed
                 print("\n(Ctrl-D or /quit ends)", file=sys.stderr)
             except UnicodeDecodeError as error:
-                print(f"tele: the line: not UTF-8 at byte {error.start}", file=sys.stderr)
+                note(f"the line: not UTF-8 at byte {error.start}")
             else:
                 yield line
     try:

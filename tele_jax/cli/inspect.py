@@ -1,39 +1,36 @@
-"""tele inspect CKPT: what a checkpoint holds, without reading its arrays."""
+"""`tele inspect CKPT`: shows what a checkpoint holds, without reading its arrays."""
 
 import argparse
 import json
-from collections.abc import Sequence
 from typing import Any
 
-from tele_jax import checkpoint
+from tele_jax import checkpoint, tables
+from tele_jax.cli.verb import Outcome, flag, switch
 from tele_jax.config import to_dict
 from tele_jax.errors import DamageError
 from tele_jax.growth.masks import mask_of
 
-HELP = "show what a checkpoint holds"
-
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("ckpt", metavar="CKPT", help="a step, stage or work directory; of several steps, the latest")
-    parser.add_argument("--verify", action="store_true", help="read everything, and check it against its checksums")
+    flag(parser, "ckpt CKPT", "step, stage or work directory; of several steps, the latest")
+    switch(parser, "--verify", "read everything, and compare it with its checksums")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints config, parameter tree, totals and provenance, and returns them.
+def run(args: argparse.Namespace) -> Outcome:
+    """Prints config, parameter tree, totals and provenance, which are the figures.
 
     Raises:
       UserError: there is no checkpoint.
       DamageError: its structure is damaged; with --verify, any chunk is.
     """
     lazy = checkpoint.open_lazy(args.ckpt)
-    figures = _figures(lazy)
-    _print(figures)
-    if args.verify:
-        figures["verified"] = _verify(lazy)
-    return figures
+    found = figures(lazy)
+    print(describe(found))
+    return Outcome(found | {"verified": _verify(lazy)} if args.verify else found)
 
 
-def _figures(lazy: Any) -> dict[str, Any]:
+def figures(lazy: checkpoint.Lazy) -> dict[str, Any]:
+    """Everything that `describe` prints, and where each leaf is cut."""
     params = lazy.items["params"].values()
     return {
         "path": str(lazy.path),
@@ -61,31 +58,36 @@ def _figures(lazy: Any) -> dict[str, Any]:
     }
 
 
-def _print(figures: dict[str, Any]) -> None:
-    print(f"{figures['path']}    step {figures['step']:,}")
-    print("\nconfig")
-    for name, value in figures["config"].items():
-        print(f"  {name:18} {value}")
-    print()
-    rows = [("leaf", "axes", "shape", "dtype", "bytes")]
+def describe(figures: dict[str, Any]) -> str:
+    """The figures as text for people."""
+    rows = []
     for leaf in figures["leaves"]:
         shape = " x ".join(f"{size:,}" for size in leaf["shape"])
         rows.append((leaf["name"], " ".join(leaf["axes"]), shape, leaf["dtype"], f"{leaf['bytes']:,}"))
-    _print_table(rows)
-    print(f"\nparameters       {figures['parameters']:,}, {_size(figures['parameter_bytes'])}")
+    opt, mask = "none", figures["mask"]
     if figures["optimizer_leaves"]:
-        leaves, size = figures["optimizer_leaves"], _size(figures["optimizer_bytes"])
-        print(f"optimizer state  {leaves} leaves, {size}")
-    else:
-        print("optimizer state  none")
-    print(f"data position    {'yes' if figures['holds_data_position'] else 'none'}")
-    if (mask := figures["mask"]) is not None:
+        opt = f"{figures['optimizer_leaves']} leaves, {_size(figures['optimizer_bytes'])}"
+    totals = [
+        ("parameters", f"{figures['parameters']:,}, {_size(figures['parameter_bytes'])}"),
+        ("optimizer state", opt),
+        ("data position", "yes" if figures["holds_data_position"] else "none"),
+        ("written by", ", ".join(f"{name} {version}" for name, version in figures["versions"].items())),
+    ]
+    if mask is not None:
         closed = "closed" if mask == 0 else f"at {mask:.2f}"
-        print(f"masks            {closed}: what growth added takes no full part yet; train on with mask_ramp")
-    print(f"written by       {', '.join(f'{name} {version}' for name, version in figures['versions'].items())}")
-    print("\nprovenance, oldest first" if figures["provenance"] else "\nprovenance       none")
-    for entry in figures["provenance"]:
-        print(f"  {json.dumps(_short(entry), ensure_ascii=False)}")
+        masks = f"{closed}: what growth added takes no full part yet; train on with mask_ramp"
+        totals.insert(3, ("masks", masks))
+    parts = [
+        f"{figures['path']}    step {figures['step']:,}",
+        "config\n" + tables.text([(f"  {name}", value) for name, value in figures["config"].items()], align="ll"),
+        tables.text(rows, ("leaf", "axes", "shape", "dtype", "bytes"), align="llllr"),
+        tables.text(totals, align="ll"),
+        "provenance       none",
+    ]
+    if figures["provenance"]:
+        entries = [f"  {json.dumps(_short(entry), ensure_ascii=False)}" for entry in figures["provenance"]]
+        parts[-1] = "\n".join(["provenance, oldest first", *entries])
+    return "\n\n".join(parts)
 
 
 def _short(entry: dict[str, Any]) -> dict[str, Any]:
@@ -95,14 +97,6 @@ def _short(entry: dict[str, Any]) -> dict[str, Any]:
         return entry
     short = {name: f"{at.get('next')} / {at.get('total')}" for name, at in positions.items() if isinstance(at, dict)}
     return entry | {"data": entry["data"] | {"positions": short}}
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their widest cell; the last, of numbers, to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row[:-1], widths[:-1], strict=True)]
-        print("  ".join([*cells, row[-1].rjust(widths[-1])]))
 
 
 def _size(num_bytes: int) -> str:
@@ -125,6 +119,6 @@ def _verify(lazy: Any) -> dict[str, int]:
             f"{lazy.path}: {len(found)} damaged chunks, the first: {first.leaf}: {first.file}: {first.problem}"
         )
     arrays = [array for item in lazy.items.values() for array in item.values()]
-    figures = {"arrays": len(arrays), "bytes": sum(array.nbytes for array in arrays)}
-    print(f"\nverified         {figures['arrays']} arrays, {_size(figures['bytes'])}: every checksum is right")
-    return figures
+    size = sum(array.nbytes for array in arrays)
+    print(f"\nverified         {len(arrays)} arrays, {_size(size)}: every checksum is right")
+    return {"arrays": len(arrays), "bytes": size}

@@ -1,11 +1,13 @@
 """`tele VERB ...`: finds the verb, runs it, and turns its outcome into an exit code.
 
-A verb is a module of this package with HELP (one line), arguments(parser), and run(args), which prints for people and
-returns its figures as a dict, or None. They are imported only when called, so that `tele --help` loads none.
+A verb is a module of this package with arguments(parser) and run(args), which returns an Outcome. One that sets up the
+process that it has for itself has set_up() as well. Modules are imported only when called, so that `tele --help` loads
+none.
 """
 
 import argparse
 import importlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -14,29 +16,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from tele_jax.cli import exit_codes as outcome
+from tele_jax.cli.verb import Outcome, Parser, VerbParser, of_error, one_line
 from tele_jax.errors import UserError
 
 VERBS = {
     "train": "run the stages of a config: pretrain, grow, fine-tune",
     "grow": "grow a checkpoint into a larger one",
-    "plan": "compile a training step for a TPU slice: does it fit, what does it cost",
+    "plan": "compile a step of training, growth or decoding for a TPU slice: does it fit, what does it cost",
     "inspect": "show what a checkpoint holds",
     "import": "read a released checkpoint",
     "export": "write a checkpoint for other programs to read",
     "tokenizer": "train or inspect a tokenizer",
-    "data": "fetch text, make rows of it, look at them",
+    "data": "fetch and clean text, make training rows of it, look at them",
     "generate": "continue a prompt",
     "chat": "talk to a fine-tuned model",
-    "preflight": "check a command before it is started on other machines",
+    "preflight": "check a command before it is started on other machines (launch/)",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises UserError instead of printing the usage, so that a mistake is one line."""
-
-    def error(self, message: str):
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,43 +45,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     if own_process and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return _main(argv, own_process)
+        outcome = _run(argv, own_process)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, KeyboardInterrupt) as error:
-        known = outcome.of(error)
-        if known is None:
+        outcome = of_error(error)
+        if outcome is None:
             raise
-        print(f"tele: {outcome.one_line(known[0])}", file=sys.stderr)
         if own_process and isinstance(error, KeyboardInterrupt):
             # Threads that are at work would be waited for, and print pages of what was taken from them. What they write
             # is safe from a kill.
+            print(f"tele: {outcome.error}", file=sys.stderr)
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(known[1])
-        return known[1]
+            os._exit(outcome.code)
+    if outcome.error:
+        print(f"tele: {one_line(outcome.error)}", file=sys.stderr)
+    return outcome.code
 
 
 def parse(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
     """The verb's module and its arguments; raises UserError for a command line that is not understood."""
-    parser = Parser(prog="tele", description="Pretrain, grow, fine-tune and talk to Tele-FLM and TeleChat models.")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
-    module = None
-    for verb, text in VERBS.items():
-        sub = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False)
-        if list(argv[:1]) == [verb]:
-            module = importlib.import_module(f"tele_jax.cli.{verb}")
-            module.arguments(sub)
-            if not any(a.dest == "json" for a in sub._actions):
-                sub.add_argument("--json", metavar="FILE", type=Path, help="write the figures to FILE as JSON")
-    # argparse knows no open family of flags: --config.a.b=v is taken out first.
-    overrides = [word for word in argv if word.startswith("--config.")]
-    if overrides and not getattr(module, "OVERRIDES", False):
-        raise UserError(f"{overrides[0]}: only verbs that take --config understand this")
-    args = parser.parse_args([word for word in argv if word not in overrides])
-    args.overrides = overrides
+    parser, verbs = _parser()
+    verb = argv[0] if argv and argv[0] in VERBS else None
+    module = importlib.import_module(f"tele_jax.cli.{verb}") if verb else None
+    if module is not None:
+        module.arguments(verbs.choices[verb])
+    end = list(argv).index("--") if "--" in argv else len(argv)
+    words = [f"--override={word}" if word.startswith("--config.") else word for word in argv[:end]]
+    args = parser.parse_args([*words, *argv[end:]])
+    if args.overrides and not hasattr(args, "config"):
+        verb = " ".join(filter(None, (args.verb, getattr(args, "action", None))))
+        raise UserError(f"{args.overrides[0]}: tele {verb} takes no --config")
     return module, args
+
+
+def _parser() -> tuple[Parser, "argparse._SubParsersAction[VerbParser]"]:
+    description = "Pretrain, grow, fine-tune and talk to Tele-FLM and TeleChat models."
+    parser = Parser(prog="tele", description=description)
+    parser.add_argument("--version", action="version", version=f"tele {importlib.metadata.version('tele_jax')}")
+    parser.set_defaults(json=None, overrides=())
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=VerbParser)
+    for verb, text in VERBS.items():
+        verbs.add_parser(verb, help=text, description=text)
+    return parser, verbs
 
 
 def _require_writable(target: Path) -> None:
@@ -99,15 +102,21 @@ def _require_writable(target: Path) -> None:
         raise UserError(f"--json {target}: cannot be written")
 
 
-def _main(argv: list[str], own_process: bool) -> int:
+def _run(argv: list[str], own_process: bool) -> Outcome:
+    if not argv:
+        print(_parser()[0].format_help(), end="")
+        return Outcome()
     module, args = parse(argv)
-    args.own_process = own_process
-    if getattr(args, "json", None) is not None:
+    if args.json is not None:
         _require_writable(args.json)
-    figures = module.run(args)
-    if getattr(args, "json", None) is not None:
-        args.json.write_text(json.dumps(figures or {}, indent=2) + "\n")
-    return 0
+    if own_process and hasattr(module, "set_up"):
+        module.set_up()
+    outcome = module.run(args)
+    if outcome.text:
+        print(outcome.text)
+    if args.json is not None and outcome.figures is not None:
+        args.json.write_text(json.dumps(outcome.figures, indent=2) + "\n")
+    return outcome
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Config pages: a Python file with get_config() -> ConfigDict, and changes to it from the command line."""
+"""Config pages: Python files with get_config() -> ConfigDict, and changes to them from the command line."""
 
 import ast
 import contextlib

@@ -1,7 +1,6 @@
-"""`tele plan`: compile a step for a TPU slice that is not there; whether it fits, and what it costs.
+"""`tele plan`: compiles a step for a TPU slice that is not there, and says whether it fits and what it costs.
 
-A step of training or a growth, the programs that `tele train` runs; or a step of decoding, one turn of the loop that
-`tele generate` runs.
+The step is one of training or of growth, as `tele train` runs it, or one turn of the loop of `tele generate`.
 """
 
 import argparse
@@ -10,71 +9,59 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tele_jax.errors import UserError
+import jax
 
-HELP = "compile a step of training, growth or decoding for a TPU slice, without one: does it fit, what does it cost"
-OVERRIDES = True
+from tele_jax import checkpoint, growth
+from tele_jax.aot import compile as compiling
+from tele_jax.aot import cost, search, topology
+from tele_jax.aot.jobs import DecodeJob, GrowJob, Job
+from tele_jax.aot.topology import find_slice
+from tele_jax.cli.models import parse_mesh
+from tele_jax.cli.pages import load_page
+from tele_jax.cli.verb import Outcome, flag, switch
+from tele_jax.config import ModelConfig, convert
+from tele_jax.errors import UserError
+from tele_jax.published import STAGE_TOKENS, get_model
+from tele_jax.settings import MeshConfig, TrainStage
+from tele_jax.stages import find_kind, run_config
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="a page with stages, as in configs/")
-    parser.add_argument("--stage", metavar="NAME", help="which stage of the page; by default the last that trains")
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="a published model, such as tele_flm_52b: instead of a page, or what its config.start holds",
-    )
-    parser.add_argument("--grow-to", metavar="NAME", help="plan the growth of --model into this one, not its training")
-    parser.add_argument("--policy", metavar="P", help="of that growth (exact)")
-    parser.add_argument("--decode", action="store_true", help="plan a step of decoding against a cache of --seq-len")
-    parser.add_argument("--topology", required=True, metavar="T", help="such as v5p:8x16x16, v5p-4096, v6e-256")
-    parser.add_argument("--num-slices", type=int, metavar="N", help="so many of them, data over all; the page's, or 1")
-    parser.add_argument("--mesh", metavar="M", help="such as fsdp=64,tensor=2; by default the page's")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="sequences a step, over all devices")
-    parser.add_argument(
-        "--seq-len", type=int, metavar="N", help="tokens a sequence; by default the page's, or the model's"
-    )
-    parser.add_argument("--microbatches", type=int, metavar="N", help="parts that the batch is computed in")
-    parser.add_argument("--remat", metavar="POLICY", help="none, full, attention, products or offload; the model's")
-    parser.add_argument("--search", action="store_true", help="try meshes, remat policies and microbatches")
-    parser.add_argument("--tries", type=int, default=4, metavar="N", help="how many of them to compile (4)")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="of earlier results; by default $TELE_PLAN_CACHE")
+    flag(parser, "--config FILE", "page with stages, as in configs/")
+    flag(parser, "--stage NAME", "stage of the page; default: the last that trains")
+    flag(parser, "--model NAME", "published model, instead of a page or for what its config.start holds")
+    flag(parser, "--grow-to NAME", "published model to plan the growth of --model into, instead of its training")
+    flag(parser, "--policy P", "policy of that growth; default: exact")
+    switch(parser, "--decode", "plan a step of decoding against a cache of --seq-len")
+    flag(parser, "--topology T", "slice, such as v5p:8x16x16, v5p-4096, v6e-256", required=True)
+    flag(parser, "--num-slices N", "number of slices, which data runs over; default: the page's, or 1", int)
+    flag(parser, "--mesh M", "mesh, such as fsdp=64,tensor=2; default: the page's")
+    flag(parser, "--batch-size N", "sequences a step, over all devices; default: the page's", int)
+    flag(parser, "--seq-len N", "tokens a sequence; default: the page's, or the model's", int)
+    flag(parser, "--microbatches N", "parts that the batch is computed in; default: the page's, or 1", int)
+    flag(parser, "--remat POLICY", "none, full, attention, products or offload; default: the model's")
+    switch(parser, "--search", "try meshes, remat policies and microbatches")
+    flag(parser, "--tries N", "number of candidates to compile; default: 4", int, default=4)
+    flag(parser, "--cache DIR", "directory of earlier results; default: $TELE_PLAN_CACHE", Path)
     parser.epilog = "needs the extra [tpu]; compiles on the CPU, about a minute of a core for each program"
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints the figures of the plan, and returns them.
+def run(args: argparse.Namespace) -> Outcome:
+    """Prints the figures of the plan; the outcome is a mistake where it does not fit.
 
     Raises:
-      UserError: what is asked for is not known, does not divide, or does not fit; libtpu is missing.
+      UserError: what is asked for is not known or does not divide; libtpu is missing.
     """
-    import jax
-
     jax.config.update("jax_platforms", "cpu")  # on a TPU host as well: the slice planned for is another one
-    from tele_jax.aot import topology
-
     job, tokens = _job(args)
     if not args.search:
         job.check()
         topology.require_libtpu()
     found = _search(args, job, tokens) if args.search else _plan(args, job, tokens)
-    if not found["fits"]:
-        _write_now(args, found)
-        raise UserError(found["advice"])
-    return found
-
-
-def _write_now(args: argparse.Namespace, figures: dict[str, Any]) -> None:
-    import json
-
-    if args.json is not None:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return Outcome(found) if found["fits"] else Outcome(found, error=found["advice"], code=2)
 
 
 def _plan(args: argparse.Namespace, job: Any, tokens: float | None) -> dict[str, Any]:
-    from tele_jax.aot import compile as compiling
-    from tele_jax.aot import cost, search
-
     print(f"compiling for {job.slice.name} ...", file=sys.stderr, flush=True)
     program = compiling.compile_job(job, args.cache)
     figures = cost.figures(job, program, tokens)
@@ -90,31 +77,24 @@ def _plan(args: argparse.Namespace, job: Any, tokens: float | None) -> dict[str,
 
 
 def _search(args: argparse.Namespace, job: Any, tokens: float | None) -> dict[str, Any]:
-    from tele_jax.aot import compile as compiling
-    from tele_jax.aot import cost, search, topology
-
     ranked = search.candidates(job)
     topology.require_libtpu()
-    print(
-        f"{len(ranked)} candidates fit by estimate; compiling the first {min(args.tries, len(ranked))}", file=sys.stderr
-    )
-    tried = []
-    for candidate in ranked[: args.tries]:
+    chosen, tried = ranked[: args.tries], []
+    print(f"{len(ranked)} candidates fit by estimate; compiling the first {len(chosen)}", file=sys.stderr)
+    for candidate in chosen:
         program = compiling.compile_job(candidate, args.cache)
         figures = cost.figures(candidate, program, tokens)
         figures["estimate"] = dataclasses.asdict(search.estimate(candidate))
-        tried.append((candidate, figures))
+        tried.append(figures)
         print(_line(figures), flush=True)
-    good = [figures for _, figures in tried if figures["fits"] and figures["margin"] >= search.MARGIN]
+    good = [figures for figures in tried if figures["fits"] and figures["margin"] >= search.MARGIN]
     if not good:
-        worst = max(figures["margin"] for _, figures in tried)
-        return {"fits": False, "tried": [f for _, f in tried], "advice": (
-            f"none of the {len(tried)} tried leaves {search.MARGIN:.0%} of the HBM free (the best {worst:.0%}); "
-            "give more --tries, or a larger slice"
-        )}  # fmt: skip
+        free = f"{search.MARGIN:.0%} of the HBM free (the best {max(figures['margin'] for figures in tried):.0%})"
+        advice = f"none of the {len(tried)} tried leaves {free}; give more --tries, or a larger slice"
+        return {"fits": False, "tried": tried, "advice": advice}
     best = min(good, key=lambda f: (f["seconds"]["scheduled"], -f["margin"]))
     print("\nthe best:\n" + cost.table(best))
-    return {**best, "tried": [f for _, f in tried]}
+    return {**best, "tried": tried}
 
 
 def _line(f: dict[str, Any]) -> str:
@@ -131,10 +111,6 @@ def _line(f: dict[str, Any]) -> str:
 
 def _job(args: argparse.Namespace) -> tuple[Any, float | None]:
     """The job of the command line, and the tokens of its stage where they are known."""
-    from tele_jax.aot.topology import find_slice
-    from tele_jax.config import convert
-    from tele_jax.settings import MeshConfig
-
     if args.config is None and args.model is None:
         raise UserError("give either --config FILE or --model NAME")
     if args.search:
@@ -145,7 +121,7 @@ def _job(args: argparse.Namespace) -> tuple[Any, float | None]:
     mesh, slices = values.pop("mesh", None), values.pop("num_slices", 1)
     of = find_slice(args.topology, slices if args.num_slices is None else args.num_slices)
     if args.mesh is not None:
-        mesh = _mesh(args.mesh)
+        mesh = parse_mesh(args.mesh)
     if args.search:
         mesh = MeshConfig(fsdp=of.num_devices // of.num_slices, data=of.num_slices)
     elif mesh is None:
@@ -155,9 +131,6 @@ def _job(args: argparse.Namespace) -> tuple[Any, float | None]:
 
 
 def _training(args: argparse.Namespace, cfg: Any, values: dict[str, Any], where: dict[str, Any]) -> Any:
-    from tele_jax.aot.jobs import Job
-    from tele_jax.config import ModelConfig, convert
-
     if args.remat is not None:
         cfg = dataclasses.replace(cfg, remat=convert(ModelConfig.__annotations__["remat"], args.remat, "--remat"))
     values |= _sizes(args, "batch_size", "seq_len", "microbatches")
@@ -167,8 +140,6 @@ def _training(args: argparse.Namespace, cfg: Any, values: dict[str, Any], where:
 
 
 def _decoding(args: argparse.Namespace, cfg: Any, values: dict[str, Any], where: dict[str, Any]) -> Any:
-    from tele_jax.aot.jobs import DecodeJob
-
     _refuse(args, "--decode", "grow_to", "policy", "search", "microbatches", "remat")
     if "plan" in values:
         raise UserError(f"--stage {args.stage}: is a growth, which does not decode; name a stage that trains")
@@ -179,8 +150,6 @@ def _decoding(args: argparse.Namespace, cfg: Any, values: dict[str, Any], where:
 
 
 def _growing(args: argparse.Namespace, cfg: Any, values: dict[str, Any], where: dict[str, Any]) -> Any:
-    from tele_jax.aot.jobs import GrowJob
-
     _refuse(args, "a growth", "search", "microbatches", "remat", "batch_size", "seq_len")
     return GrowJob(**values, **where)
 
@@ -200,31 +169,11 @@ def _sizes(args: argparse.Namespace, *names: str) -> dict[str, int]:
     return given
 
 
-def _mesh(text: str) -> Any:
-    from tele_jax.config import from_dict
-    from tele_jax.settings import MeshConfig
-
-    sizes = {}
-    for part in text.split(","):
-        axis, equals, size = part.partition("=")
-        if not equals or not (size.isascii() and size.isdecimal()):
-            raise UserError(
-                f"--mesh {text}: expected AXIS=SIZE,... with data, fsdp and tensor, such as fsdp=64,tensor=2"
-            )
-        if axis.strip() in sizes:
-            raise UserError(f"--mesh {text}: gives {axis.strip()} twice")
-        sizes[axis.strip()] = int(size)
-    return from_dict(MeshConfig, sizes, "--mesh")
-
-
 def _from_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any], float | None]:
-    from tele_jax import growth
-    from tele_jax.published import STAGE_TOKENS, get_model
-
-    if args.overrides:
-        raise UserError(f"{args.overrides[0]}: changes a page, and --model names none")
     if args.stage is not None:
         raise UserError(f"--stage {args.stage}: is a stage of a page, and --model names none")
+    if args.overrides:
+        raise UserError(f"{args.overrides[0]}: changes a page, and --model names none")
     cfg = get_model(args.model)
     if args.grow_to is not None:
         plan = growth.plan(cfg, get_model(args.grow_to), policy=args.policy or "exact", layers="uniform")
@@ -236,11 +185,6 @@ def _from_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any], float | 
 
 
 def _from_page(args: argparse.Namespace) -> tuple[Any, dict[str, Any], float | None]:
-    from tele_jax.cli.pages import load_page
-    from tele_jax.growth.receipt import plan_of
-    from tele_jax.settings import GrowStage, TrainStage
-    from tele_jax.stages import run_config
-
     _refuse(args, "a page, whose stages name them", "grow_to", "policy")
     config = run_config(load_page(args.config, args.overrides))
     cfg, optimizer = _start(args, config.start), None
@@ -250,17 +194,12 @@ def _from_page(args: argparse.Namespace) -> tuple[Any, dict[str, Any], float | N
         raise UserError(f"--stage {name}: no stage of {args.config}; it has {', '.join(config.run)}")
     for before in config.run[: config.run.index(name) + 1]:
         stage = config.stages[before]
-        if isinstance(stage, GrowStage):
-            small, cfg = cfg, cfg.replace_from(stage.model, f"config.{before}.model")
-            # Which layers are copied does not change what a growth costs; scores for it need a model that is there.
-            try:
-                plan = plan_of(small, cfg, stage, layers="uniform" if stage.layers == "distance" else None)
-            except UserError as error:
-                raise UserError(f"config.{before}: {error}") from None
-        else:
+        if isinstance(stage, TrainStage):
             cfg, optimizer = stage.model_after(cfg), stage.optimizer
+        else:
+            cfg, plan = find_kind(stage.kind).outline(stage, cfg, f"config.{before}")
     where = {"mesh": config.mesh, "num_slices": config.num_slices}
-    if isinstance(stage, GrowStage):
+    if not isinstance(stage, TrainStage):
         values = {"plan": plan, "optimizer_state": stage.optimizer_state, **where}
         return cfg, values | ({"optimizer": optimizer} if optimizer else {}), None
     values = {key: getattr(stage, key) for key in ("batch_size", "seq_len", "microbatches", "optimizer")} | where
@@ -270,9 +209,6 @@ def _from_page(args: argparse.Namespace) -> tuple[Any, dict[str, Any], float | N
 
 def _start(args: argparse.Namespace, start: str | None) -> Any:
     """The model of the checkpoint that the first stage of a page starts from; None where the page has its own."""
-    from tele_jax import checkpoint
-    from tele_jax.published import get_model
-
     if start is None:
         if args.model is not None:
             raise UserError(f"--model {args.model}: {args.config} has a model of its own; leave one of the two out")

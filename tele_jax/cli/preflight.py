@@ -1,4 +1,4 @@
-"""`tele preflight`: check a command before it is started on other machines, and say what the launchers ask for.
+"""`tele preflight`: checks a command before it is started on other machines, and says what the launchers ask for.
 
     tele preflight --topology v5p:4x4x8 --bucket gs://B --checkout . -- tele train --config configs/X.py --workdir W
 
@@ -8,6 +8,7 @@ out as assignments that a shell reads: names of the slice, versions, inputs that
 """
 
 import argparse
+import importlib.metadata
 import itertools
 import math
 import re
@@ -15,41 +16,55 @@ import shlex
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tele_jax.errors import UserError
+from jax.sharding import AbstractMesh
+from packaging.requirements import Requirement
 
-HELP = "check a command before it is started on other machines (launch/)"
-OVERRIDES = True
+from tele_jax.aot import cloud
+from tele_jax.aot.topology import Slice, find_slice, libtpu_requirement, require_libtpu
+from tele_jax.clean.settings import CleanConfig, clean_config
+from tele_jax.cli import grow, main
+from tele_jax.cli.pages import load_page
+from tele_jax.cli.verb import Outcome, flag, switch
+from tele_jax.data.cache import MANIFEST
+from tele_jax.errors import UserError
+from tele_jax.model.spec import spec
+from tele_jax.processes import VARIABLES
+from tele_jax.settings import DataConfig, TrainStage, cache_config
+from tele_jax.sharding import MESH_AXES, batch_sharding, param_shardings
+from tele_jax.stages import RunConfig, run_config
+
 CODE, MOUNT = "/opt/tele", "/mnt/tele"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--topology", metavar="T", help="slice that the command runs on: v5p:4x4x8, v5p-256, v6e-256")
-    parser.add_argument("--num-slices", type=int, default=1, metavar="N", help="so many of them (1)")
-    parser.add_argument("--api", choices=("tpu", "gke", "dataflow"), default="gke", help="who gives the machines (gke)")
-    parser.add_argument("--bucket", metavar="gs://B", help="where the data is and the results go")
-    parser.add_argument("--checkout", type=Path, metavar="DIR", help="what the machines get a copy of")
-    parser.add_argument("--installed", action="store_true", help="check this machine only: jax and its libtpu")
-    parser.add_argument("command", nargs="*", metavar="-- tele VERB ...", help="the command")
+    flag(parser, "--topology T", "slice that the command runs on: v5p:4x4x8, v5p-256, v6e-256")
+    flag(parser, "--num-slices N", "number of slices; default: 1", int, default=1)
+    apis = ("tpu", "gke", "dataflow")
+    flag(parser, "--api", "service that gives the machines; default: gke", choices=apis, default="gke")
+    flag(parser, "--bucket gs://B", "bucket of the data and the results")
+    flag(parser, "--checkout DIR", "directory that the machines get a copy of", Path)
+    switch(parser, "--installed", "check this machine only: jax and its libtpu")
+    flag(parser, "command -- tele VERB ...", "command", nargs="*")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints the assignments, and returns them.
+def run(args: argparse.Namespace) -> Outcome:
+    """Prints the assignments, which are the figures.
 
     Raises:
       UserError: whatever is wrong with the versions, the slice, the bucket or the command.
     """
     found = versions()
     if args.installed:
-        from tele_jax.aot.topology import require_libtpu
-
         found["libtpu"] = require_libtpu()
     elif args.bucket is None or args.checkout is None or not args.command:
         raise UserError("--bucket, --checkout and -- tele VERB ... are needed, or --installed")
     else:
         found |= _command(args)
-    for name, value in found.items():
-        print(f"{name}=({shlex.join(value)})" if isinstance(value, list) else f"{name}={shlex.quote(str(value))}")
-    return found
+    lines = [
+        f"{name}=({shlex.join(value)})" if isinstance(value, list) else f"{name}={shlex.quote(str(value))}"
+        for name, value in found.items()
+    ]
+    return Outcome(found, text="\n".join(lines))
 
 
 def versions() -> dict[str, str]:
@@ -58,12 +73,6 @@ def versions() -> dict[str, str]:
     Raises:
       UserError: jax is not one that tele_jax is made for.
     """
-    import importlib.metadata
-
-    from packaging.requirements import Requirement
-
-    from tele_jax.aot.topology import libtpu_requirement
-
     version = importlib.metadata.version("jax")
     wanted = next(r for text in importlib.metadata.requires("tele_jax") or () if (r := Requirement(text)).name == "jax")
     if not wanted.specifier.contains(version):
@@ -76,25 +85,22 @@ def versions() -> dict[str, str]:
 
 def _command(args: argparse.Namespace) -> dict[str, Any]:
     """Names of the slice, addresses of the inputs, and the command as the machines will run it."""
-    from tele_jax.aot import cloud
-    from tele_jax.aot.topology import find_slice
-    from tele_jax.cli import main
-
     if not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9]", args.bucket):
         raise UserError(f"--bucket {args.bucket}: no bucket; it looks like gs://my-bucket, without a path behind it")
     if args.command[0] != "tele" or args.command[1:2] == ["preflight"]:
         raise UserError(f"-- {args.command[0]}: the command begins with tele and a verb: -- tele train --config ...")
-    words = [*args.command[1:], *args.overrides]
+    words = args.command[1:]
     _, inner = main.parse(words)
-    of = None if args.topology is None else find_slice(args.topology, args.num_slices)
+    tpu = None if args.topology is None else find_slice(args.topology, args.num_slices)
     names: dict[str, Any] = {"code": CODE, "mount": MOUNT, "num_slices": args.num_slices}
-    if of is not None:
-        names |= cloud.tpu_api_names(of) if args.api == "tpu" else cloud.gke_names(of)
+    if tpu is not None:
+        names |= cloud.tpu_api_names(tpu) if args.api == "tpu" else cloud.gke_names(tpu)
     verb = inner.verb if inner.verb != "data" else f"data {inner.action}"
-    if (verb == "train") != (of is not None):
-        how = "give --topology" if of is None else "it runs on one machine: launch/cpu_vm.sh"
-        raise UserError(f"tele {verb}: {'trains on a slice' if of is None else 'uses no slice'}; {how}")
-    inputs = _INPUTS.get(verb, lambda *_: [])(inner, of)
+    if (verb == "train") != (tpu is not None):
+        without = "trains on a slice; give --topology"
+        how = without if tpu is None else "uses no slice; it runs on one machine: launch/cpu_vm.sh"
+        raise UserError(f"tele {verb}: {how}")
+    inputs = _INPUTS.get(verb, lambda *_: [])(inner, tpu)
     if args.api == "dataflow":
         _on_dataflow(inner, inputs)
     page = getattr(inner, "config", None)
@@ -132,15 +138,8 @@ def _inside(what: str, path: str) -> str:
 # ------------------------------------------------------------------------------------- what each verb needs, by verb
 
 
-def _train(inner: argparse.Namespace, of: Any) -> list[str]:
+def _train(inner: argparse.Namespace, tpu: Slice | None) -> list[str]:
     """Checks the mesh against the slice, and every stage against the mesh; returns what has to be in the bucket."""
-    from jax.sharding import AbstractMesh
-
-    from tele_jax.cli.pages import load_page
-    from tele_jax.processes import VARIABLES
-    from tele_jax.sharding import MESH_AXES
-    from tele_jax.stages import run_config
-
     for name in VARIABLES:
         if getattr(inner, name) is not None:
             raise UserError(f"--{name.replace('_', '-')}: leave it out; the workers of a slice find each other")
@@ -148,45 +147,42 @@ def _train(inner: argparse.Namespace, of: Any) -> list[str]:
     _inside("--workdir", str(inner.workdir))
     sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
     devices = math.prod(sizes.values())
-    if devices != of.num_devices:
+    if devices != tpu.num_devices:
         mesh = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise UserError(f"config.mesh: {mesh} = {devices} devices, but {of.name} has {of.num_devices}; change the mesh")
-    if config.num_slices != of.num_slices:
         raise UserError(
-            f"config.num_slices={config.num_slices}, but --num-slices {of.num_slices} are asked for; make them equal"
+            f"config.mesh: {mesh} = {devices} devices, but {tpu.name} has {tpu.num_devices}; change the mesh"
+        )
+    if config.num_slices != tpu.num_slices:
+        raise UserError(
+            f"config.num_slices={config.num_slices}, but --num-slices {tpu.num_slices} are asked for; make them equal"
         )
     data = _fits(config, AbstractMesh(tuple(sizes.values()), MESH_AXES))
     start = [] if config.start is None else [_inside("config.start", config.start)]
     return [*start, *dict.fromkeys(data)]
 
 
-def _fits(config: Any, mesh: Any) -> list[str]:
+def _fits(config: RunConfig, mesh: AbstractMesh) -> list[str]:
     """Checks models and batches against the mesh; returns the data of all stages."""
-    from tele_jax.model.spec import spec
-    from tele_jax.settings import GrowStage
-    from tele_jax.sharding import batch_sharding, param_shardings
-
     cfg, data = None, []
     for name, stage in config.stages.items():
         try:
-            if isinstance(stage, GrowStage):
-                cfg = None if cfg is None else cfg.replace_from(stage.model, "model")
-            else:
+            if isinstance(stage, TrainStage):
                 cfg = stage.model_after(cfg)
                 batch_sharding(mesh, stage.batch_size // stage.microbatches)
                 data += _data(stage.data, "data")
+            else:
+                cfg = None if cfg is None else cfg.replace_from(stage.model, "model")
             if cfg is not None:  # else config.start holds it, elsewhere: the stage checks its sizes when it begins
                 param_shardings(spec(cfg), mesh)
-                if not isinstance(stage, GrowStage):
+                if isinstance(stage, TrainStage):
                     cfg.require_positions(stage.seq_len)
         except UserError as error:
             raise UserError(f"config.{name}: {error}") from None
     return data
 
 
-def _data(data: Any, where: str) -> list[str]:
-    from tele_jax.data.cache import MANIFEST
-
+def _data(data: DataConfig, where: str) -> list[str]:
+    """The files that data is made of, in the bucket."""
     found = [_inside(f"{where}.tokenizer", data.tokenizer)]
     if data.cache is not None:
         found.append(f"{_inside(f'{where}.cache', data.cache)}/{MANIFEST}")
@@ -196,40 +192,27 @@ def _data(data: Any, where: str) -> list[str]:
     return found
 
 
-def _grow(inner: argparse.Namespace, of: Any) -> list[str]:
-    from tele_jax.cli import grow
-    from tele_jax.cli.pages import load_page
-
+def _grow(inner: argparse.Namespace, tpu: Slice | None) -> list[str]:
     if inner.config is not None:
-        grow._stage(load_page(inner.config, inner.overrides), inner)
+        grow.read_stage(load_page(inner.config, inner.overrides), inner)
     sources = [_inside("SRC", inner.src)]
     destination = _inside("DST", inner.dst)
     return [*sources, destination] if inner.check else sources
 
 
-def _cache(inner: argparse.Namespace, of: Any) -> list[str]:
-    from tele_jax.cli.pages import load_page
-    from tele_jax.settings import cache_config
-
+def _cache(inner: argparse.Namespace, tpu: Slice | None) -> list[str]:
     config = cache_config(load_page(inner.config, inner.overrides))
     _inside("--out", str(inner.out))
     return _data(config.data, "config.data")
 
 
-def _clean(inner: argparse.Namespace, of: Any) -> list[str]:
-    config = _clean_page(inner)
+def _clean(inner: argparse.Namespace, tpu: Slice | None) -> list[str]:
+    config = clean_config(load_page(inner.config, inner.overrides))
     read = [file for source in config.sources.values() for file in source.files]
     return [*read, *(file for _, file in _side_files(config))]
 
 
-def _clean_page(inner: argparse.Namespace) -> Any:
-    from tele_jax.clean.settings import clean_config
-    from tele_jax.cli.pages import load_page
-
-    return clean_config(load_page(inner.config, inner.overrides))
-
-
-def _side_files(config: Any) -> list[tuple[str, str]]:
+def _side_files(config: CleanConfig) -> list[tuple[str, str]]:
     """(stage, file) of models and lists, which every worker opens by its own path."""
     files = {
         "quality": lambda table: [table.model],
@@ -241,7 +224,7 @@ def _side_files(config: Any) -> list[tuple[str, str]]:
 
 
 def _on_dataflow(inner: argparse.Namespace, inputs: list[str]) -> None:
-    for stage, file in _side_files(_clean_page(inner)):
+    for stage, file in _side_files(clean_config(load_page(inner.config, inner.overrides))):
         raise UserError(
             f"config.stages: {stage!r} opens {file} on every worker, and Dataflow's have no files; leave the stage out"
         )

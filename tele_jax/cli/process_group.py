@@ -1,4 +1,4 @@
-"""Verbs that several processes carry out together: their flags, and that they end together.
+"""Verbs that several processes carry out together: their flags, how the processes join, and how they end together.
 
 tele train ... --coordinator-address localhost:1234 --num-processes 2 --process-id 0
 """
@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from tele_jax.cli import exit_codes as outcome
+from tele_jax.cli.verb import flag, of_error, one_line
 from tele_jax.errors import UserError
 
 JOIN_SECONDS = 300  # how long a process waits for the others; or TELE_JOIN_SECONDS
@@ -26,11 +26,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "several processes",
         "Start the same command in each. On TPU slices nothing need be said; elsewhere all three, or the variables.",
     )
-    group.add_argument(
-        "--coordinator-address", metavar="HOST:PORT", help="a free port of process 0; or JAX_COORDINATOR_ADDRESS"
-    )
-    group.add_argument("--num-processes", metavar="N", help="how many there are; or JAX_NUM_PROCESSES; 1: this alone")
-    group.add_argument("--process-id", metavar="I", help="which one this is, from 0; or JAX_PROCESS_ID")
+    flag(group, "--coordinator-address HOST:PORT", "address of process 0; default: JAX_COORDINATOR_ADDRESS")
+    flag(group, "--num-processes N", "number of processes; default: JAX_NUM_PROCESSES, or 1")
+    flag(group, "--process-id I", "number of this process, from 0; default: JAX_PROCESS_ID")
 
 
 @contextlib.contextmanager
@@ -53,10 +51,6 @@ def together(place: Any) -> Iterator[None]:
     watcher.start()
     try:
         yield
-    except SystemExit:  # they have agreed on it
-        done.set()
-        watcher.join()
-        raise
     except BaseException as error:
         done.set()
         _end(error)
@@ -101,16 +95,15 @@ def _end(error: BaseException) -> None:
 
     from tele_jax import processes
 
-    known = outcome.of(error)
+    known = of_error(error)
+    line, code = (f"{type(error).__name__}: {error}", 1) if known is None else (known.error, known.code)
     if known is None:
         # What is exchanged with a process that has left breaks here: no failure of its own.
         failure = processes.failure_of_others()
         if failure is not None:
             _follow(failure)
         traceback.print_exception(error)
-        known = (f"{type(error).__name__}: {error}", 1)
-    line, code = outcome.one_line(known[0]), known[1]
-    index = jax.process_index()
+    line, index = one_line(line), jax.process_index()
     if processes.fail(line, code) or index == 0:
         print(f"tele: {line}" if index == 0 else f"tele: process {index}: {line}", file=sys.stderr)
     _exit(code)

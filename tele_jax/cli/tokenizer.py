@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tele_jax import tables
+from tele_jax.cli.verb import Outcome, flag, switch
 from tele_jax.config import check_seed
 from tele_jax.data import vocabulary_training
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
 from tele_jax.errors import UserError
 from tele_jax.files import expand, require_regular
-
-HELP = "train or inspect a tokenizer"
 
 # Tokens per UTF-8 byte over the Tele-FLM report's weighting of domains (arXiv 2404.16645).
 PUBLISHED = {"Tele-FLM, 80,000": 0.261, "GPT-4": 0.291, "Llama-3": 0.251, "Llama-2": 0.356}
@@ -20,32 +20,23 @@ PUBLISHED = {"Tele-FLM, 80,000": 0.261, "GPT-4": 0.291, "Llama-3": 0.251, "Llama
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=type(parser))
-    train = actions.add_parser("train", help="train a SentencePiece BPE with the published options and special ids")
-    train.add_argument("--preset", required=True, choices=vocabulary_training.PRESETS, help="whose special ids")
-    train.add_argument("--vocab-size", required=True, type=int, metavar="N", help="ids, special ones included")
-    train.add_argument("--out", required=True, type=Path, metavar="FILE", help="the model file to write")
-    train.add_argument("--force", action="store_true", help="replace a different file that is there already")
-    train.add_argument(
-        "--input-bytes", type=int, default=100_000_000, metavar="N", help="sample at most about so much (100000000)"
-    )
-    train.add_argument("--seed", type=int, default=0, help="of the sample (0)")
-    train.add_argument(
-        "--character-coverage", type=float, metavar="X", help="1.0 as published, lowered where they do not fit"
-    )
-    train.add_argument("inputs", nargs="+", metavar="INPUT", help="UTF-8 text or .jsonl files; patterns, ** too")
-    inspect = actions.add_parser("inspect", help="special ids, size, and tokens per byte on texts")
-    inspect.add_argument("file", metavar="FILE", help="a SentencePiece model, or a JSON file of `tokenizers`")
-    inspect.add_argument(
-        "--input-bytes", type=int, default=10_000_000, metavar="N", help="sample so much of every INPUT (10000000)"
-    )
-    inspect.add_argument("inputs", nargs="*", metavar="INPUT", help="UTF-8 text or .jsonl files; one line per INPUT")
-    for action in (train, inspect):
-        action.add_argument(
-            "--json", metavar="FILE", type=Path, default=argparse.SUPPRESS, help="write the figures to FILE as JSON"
-        )
+    sub = actions.add_parser("train", help="train a SentencePiece BPE with the published options and special ids")
+    flag(sub, "--preset", "model whose special ids it has", required=True, choices=vocabulary_training.PRESETS)
+    flag(sub, "--vocab-size N", "number of ids, special ones included", int, required=True)
+    flag(sub, "--out FILE", "model file to write", Path, required=True)
+    switch(sub, "--force", "replace a different file that is there already")
+    flag(sub, "--input-bytes N", "bytes to sample at most, about; default: 100000000", int, default=100_000_000)
+    flag(sub, "--seed", "seed of the sample; default: 0", int, default=0)
+    coverage = "character coverage; default: 1.0 as published, lowered where the characters do not fit"
+    flag(sub, "--character-coverage X", coverage, float)
+    flag(sub, "inputs INPUT", "UTF-8 text or .jsonl files; patterns, ** too", nargs="+")
+    sub = actions.add_parser("inspect", help="show special ids, size, and tokens per byte on texts")
+    flag(sub, "file FILE", "SentencePiece model, or JSON file of `tokenizers`")
+    flag(sub, "--input-bytes N", "bytes to sample of every INPUT; default: 10000000", int, default=10_000_000)
+    flag(sub, "inputs INPUT", "UTF-8 text or .jsonl files; one line per INPUT", nargs="*")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> Outcome:
     """Raises UserError for a bad input, before anything is written."""
     if args.input_bytes <= 0:
         raise UserError(f"--input-bytes {args.input_bytes}: must be above 0")
@@ -53,7 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return train(args) if args.action == "train" else inspect(args)
 
 
-def train(args: argparse.Namespace) -> dict[str, Any]:
+def train(args: argparse.Namespace) -> Outcome:
     start = time.monotonic()
     if args.out.exists():  # whether it is the same model is known later, but no other thing is replaced
         require_regular(args.out, "--out ")
@@ -72,16 +63,16 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         "character_coverage": trained.character_coverage,
         "seconds": round(time.monotonic() - start, 1),
     }
-    print(f"{args.out}: {vocabulary.vocab_size:,} ids from {trained.num_bytes:,} bytes, {figures['seconds']} s")
+    text = f"{args.out}: {vocabulary.vocab_size:,} ids from {trained.num_bytes:,} bytes, {figures['seconds']} s"
     if trained.character_coverage < 1:
-        print(
-            f"character coverage {trained.character_coverage:.6f} instead of the published 1.0: so many ids do not "
+        text += (
+            f"\ncharacter coverage {trained.character_coverage:.6f} instead of the published 1.0: so many ids do not "
             "hold all characters and enough merges; rare characters are spelled in bytes"
         )
-    return figures
+    return Outcome(figures, text)
 
 
-def inspect(args: argparse.Namespace) -> dict[str, Any]:
+def inspect(args: argparse.Namespace) -> Outcome:
     vocabulary = load_vocabulary(args.file)
     presets = [name for name in vocabulary_training.PRESETS if not vocabulary_training.misplaced(vocabulary, name)]
     special = {"unk": vocabulary.unk_id, "bos": vocabulary.bos_id, "eos": vocabulary.eos_id, "pad": vocabulary.pad_id}
@@ -99,18 +90,18 @@ def inspect(args: argparse.Namespace) -> dict[str, Any]:
         "inputs": [_measure(vocabulary, pattern, args.input_bytes) for pattern in args.inputs],
         "published_tokens_per_byte": PUBLISHED,
     }
-    print(f"{args.file}: {vocabulary.vocab_size:,} ids, sha256 {vocabulary.sha256}")
-    print(f"special ids as in the preset: {', '.join(presets) or 'none of ours'}")
-    for name, i in special.items():
-        print(f"  {name:8}{i:>6}  {vocabulary.piece(i)}" if i >= 0 else f"  {name:8}  none")
+    ids = [(f"  {name}", *((i, vocabulary.piece(i)) if i >= 0 else ("none", ""))) for name, i in special.items()]
     rows = [(row["input"], f"{row['bytes']:,}", f"{row['tokens_per_byte']:.3f}") for row in figures["inputs"]]
     rows += [(name, "published", f"{value:.3f}") for name, value in PUBLISHED.items()]
-    width = max(len(row[0]) for row in rows)
-    print(f"\n{'input':{width}}  {'bytes':>14}  tokens per byte")
-    for name, size, ratio in rows:
-        print(f"{name:{width}}  {size:>14}  {ratio:>15}")
-    print("published figures: weighted over the domains of that report, another text than yours")
-    return figures
+    lines = [
+        f"{args.file}: {vocabulary.vocab_size:,} ids, sha256 {vocabulary.sha256}",
+        f"special ids as in the preset: {', '.join(presets) or 'none of ours'}",
+        tables.text(ids, align="lrl"),
+        "",
+        tables.text(rows, ("input", "bytes", "tokens per byte")),
+        "published figures: weighted over the domains of that report, another text than yours",
+    ]
+    return Outcome(figures, text="\n".join(lines))
 
 
 def _measure(vocabulary: Vocabulary, pattern: str, max_bytes: int) -> dict[str, Any]:

@@ -1,27 +1,23 @@
-"""`tele train`: run the stages of a config in order; started again, it goes on where it was."""
+"""`tele train`: runs the stages of a config in order; started again, it goes on where it was."""
 
 import argparse
-import sys
 from pathlib import Path
-from typing import Any
 
-from tele_jax.cli import process_group as several
-
-HELP = "run the stages of a config: pretrain, grow, fine-tune"
-OVERRIDES = True
+from tele_jax.cli import process_group
+from tele_jax.cli.verb import Outcome, flag
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE", help="a page with get_config(), as in configs/")
-    parser.add_argument("--workdir", required=True, type=_directory, metavar="W", help="directory of the run alone")
-    parser.add_argument(
-        "--from",
+    flag(parser, "--config FILE", "page with get_config(), as in configs/", required=True)
+    flag(parser, "--workdir W", "directory of this run alone", _directory, required=True)
+    flag(
+        parser,
+        "--from STEP",
+        "checkpoint of the last stage to go back to; its optimizer, schedule or steps may change from there on",
+        _step,
         dest="from_step",
-        type=_step,
-        metavar="STEP",
-        help="go back to this checkpoint of the last stage, and change its optimizer, schedule or steps from there on",
     )
-    several.arguments(parser)
+    process_group.arguments(parser)
     parser.epilog = (
         "--config.STAGE.KEY=VALUE changes a value of the config, as often as wanted. Exit codes: 0 done, 2 a mistake "
         "in the command or config, 1 a failure, 130 after Ctrl-C, 143 after SIGTERM (both saved)."
@@ -40,21 +36,8 @@ def _step(text: str) -> int:
     return int(text)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    from tele_jax.cli.pages import load_page
-    from tele_jax.processes import find_place
-    from tele_jax.stages import run_config
-
-    place = find_place(vars(args))
-    if args.own_process:
-        _keep_freed_memory()
-    config = run_config(load_page(args.config, args.overrides))
-    with several.together(place):
-        return _run(args, config)
-
-
-def _keep_freed_memory() -> None:
-    """Only where JAX will compute on the CPU: the host of a TPU has other uses for its memory, and more threads.
+def set_up() -> None:
+    """Keeps freed memory where JAX will compute on the CPU; the host of a TPU has other uses for its memory.
 
     JAX cannot be asked: it would start its threads, and the allocator has to be told before.
     """
@@ -71,19 +54,22 @@ def _keep_freed_memory() -> None:
         cpu.keep_freed()
 
 
-def _run(args: argparse.Namespace, config: Any) -> dict[str, Any]:
-    from tele_jax import processes, report
-    from tele_jax.train import loop
+def run(args: argparse.Namespace) -> Outcome:
+    """Raises what train.loop.run raises, except that a run which was stopped is an outcome."""
+    from tele_jax.cli.pages import load_page
+    from tele_jax.processes import find_place
+    from tele_jax.stages import run_config
 
-    try:
-        summaries = loop.run(config, args.workdir, from_step=args.from_step)
-    except loop.Stopped as stopped:
-        if processes.is_first():
-            print(stopped, file=sys.stderr)
-        # 128 and the signal's number: a launcher sees that the run is not finished.
-        raise SystemExit(130 if stopped.interrupted else 143) from None
-    if processes.is_first():
-        print(report.write(args.workdir, summaries))
-    else:
-        args.json = None
-    return {"stages": summaries}
+    place = find_place(vars(args))
+    config = run_config(load_page(args.config, args.overrides))
+    with process_group.together(place):
+        from tele_jax import processes, report
+        from tele_jax.train.trainer import Stopped
+
+        try:
+            summaries = report.run(config, args.workdir, from_step=args.from_step)
+        except Stopped as stopped:
+            # 128 and the signal's number: a launcher sees that the run is not finished.
+            code = 130 if stopped.interrupted else 143
+            return Outcome(error=str(stopped) if processes.is_first() else "", code=code)
+        return Outcome({"stages": summaries} if processes.is_first() else None)

@@ -42,7 +42,7 @@ from tele_jax.model.spec import spec
 from tele_jax.processes import StopSignal, from_first, is_first
 from tele_jax.settings import TrainStage
 from tele_jax.sharding import batch_sharding, make_mesh, param_shardings
-from tele_jax.stages import RunConfig, Stage, run_config
+from tele_jax.stages import RunConfig, Stage
 from tele_jax.train import workdir as own
 from tele_jax.train.optimizer import schedule
 from tele_jax.train.step import trained_as
@@ -85,10 +85,9 @@ class OpenedRun:
     masks: Plan | None
 
 
-def run(config: RunConfig | Mapping[str, Any], workdir: Path, *, from_step: int | None = None) -> list[dict[str, Any]]:
+def run(config: RunConfig, workdir: Path, *, from_step: int | None = None) -> list[dict[str, Any]]:
     """Runs every stage that is not complete yet, and returns the summaries of all, in order.
 
-    config: a RunConfig, or the page (ConfigDict or dict) that becomes one.
     from_step: checkpoint that the last stage which has begun goes back to, with what the config changes in its
       optimizer, schedule and steps; None: it goes on from its latest. Asked for again, it is not done again.
 
@@ -98,7 +97,6 @@ def run(config: RunConfig | Mapping[str, Any], workdir: Path, *, from_step: int 
       FailedError: the loss is not finite; a growth that does not preserve.
       Stopped: SIGTERM or Ctrl-C came, to any process; the state is saved.
     """
-    config = config if isinstance(config, RunConfig) else run_config(config)
     _same_everywhere(config, from_step)
     with contextlib.ExitStack() as held:
         stop = held.enter_context(StopSignal())

@@ -6,10 +6,11 @@ import sys
 import numpy as np
 import pytest
 
+import tele_jax as tele
 from tele_jax import checkpoint, stages
 from tele_jax.errors import UserError
 from tele_jax.stages import run_config
-from tele_jax.train import loop, metrics
+from tele_jax.train import metrics
 from tests.inference.test_chat import tokenizer_bytes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -75,7 +76,7 @@ def test_a_kind_that_the_trainer_does_not_know_is_trained(tmp_path, anchored):
     moved = {}
     for parts in (1, 2):
         workdir = tmp_path / str(parts)
-        summaries = loop.run(page(tmp_path, microbatches=parts), workdir)
+        summaries = tele.run(page(tmp_path, microbatches=parts), workdir)
         assert [s["kind"] for s in summaries] == ["pretrain", "anchored"]
         lines = metrics.read(workdir / "second" / "metrics" / "metrics.jsonl")
         moved[parts] = [line["moved"] for line in lines if "moved" in line]
@@ -94,3 +95,8 @@ def test_its_own_fields_are_checked(tmp_path, anchored):
 def test_an_unknown_kind_names_those_that_there_are(tmp_path):
     with pytest.raises(UserError, match=r"config\.second\.kind: 'anchored' is not one of 'grow', 'pretrain', 'sft'"):
         run_config(page(tmp_path))
+
+
+def test_a_run_from_python_needs_a_page(tmp_path):
+    with pytest.raises(UserError, match=r"config: expected a ConfigDict, a dict or a RunConfig, got 'page\.py'"):
+        tele.run("page.py", tmp_path / "w")
