@@ -121,7 +121,7 @@ def convert(what: str, src: str, dst: str, **how: Any) -> dict[str, Any]:
     import jax
 
     from tele_jax import checkpoint
-    from tele_jax.checkpoint import write  # noqa: F401  brings Orbax
+    from tele_jax.checkpoint import saving  # noqa: F401  brings Orbax
     from tele_jax.convert import exporting, importing
 
     jax.devices()

@@ -124,7 +124,7 @@ def stream(size: str, src: str, dst: str, policy: str, **how: Any) -> dict[str, 
     import jax
 
     from tele_jax import checkpoint, growth
-    from tele_jax.checkpoint import write  # noqa: F401  brings Orbax
+    from tele_jax.checkpoint import saving  # noqa: F401  brings Orbax
 
     jax.devices()
     plan = growth.plan(*configs(size), policy=policy)

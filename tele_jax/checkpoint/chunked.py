@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from tele_jax.checkpoint import layout
-from tele_jax.checkpoint.chunks import allocate, flush, write_chunk
+from tele_jax.checkpoint.chunk_files import allocate, flush, write_chunk
 from tele_jax.checkpoint.unfinished import FLUSHING, Tile, Unfinished
 from tele_jax.config import require
 from tele_jax.errors import DamageError, UserError

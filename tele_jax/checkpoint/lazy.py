@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import numpy as np
+import tensorstore as ts
 from etils import epath
 
 from tele_jax.axes import unflatten
-from tele_jax.checkpoint import layout, locate, store
+from tele_jax.checkpoint import layout, locate
 from tele_jax.config import ModelConfig, written_table
-from tele_jax.errors import DamageError
+from tele_jax.errors import DamageError, UserError
 from tele_jax.files import parse_json
 
 
@@ -60,7 +62,7 @@ class LazyArray:
     @functools.cached_property
     def tensorstore(self) -> Any:
         """The open TensorStore, for concurrent reads."""
-        return store.open_array(self.path, self.name)
+        return open_array(self.path, self.name)
 
     def __getitem__(self, key: Any) -> np.ndarray:
         """Reads a part, by numpy's basic indexing with steps above 0: integers, slices, one Ellipsis.
@@ -69,7 +71,7 @@ class LazyArray:
           IndexError: as numpy, and for any other kind of index.
           DamageError: a chunk in that part is missing or damaged; names the leaf and the file.
         """
-        return store.finish(self.tensorstore[basic_index(key, self.shape)].read(), self.name)
+        return finish(self.tensorstore[basic_index(key, self.shape)].read(), self.name)
 
     def read(self) -> np.ndarray:
         """The whole array."""
@@ -190,3 +192,45 @@ def _basic_index(part: Any, size: int, axis: int) -> int | slice:
     if not -size <= index < size:
         raise IndexError(f"index {index} is out of bounds for axis {axis} with size {size}")
     return index % size
+
+
+# --------------------------------------------------------- reading by TensorStore
+
+Read = ts.Future  # a read that is under way; `finish` gives its numpy array
+
+_CONTEXT = ts.Context({"file_io_concurrency": {"limit": 32}})
+
+
+def kvstore(path: Any) -> dict[str, Any] | str:
+    """TensorStore's spec of a directory: a path, or an address such as gs://bucket/name."""
+    return f"{path}/" if "://" in str(path) else {"driver": "file", "path": f"{path}/"}
+
+
+def open_array(path: Any, name: str) -> ts.TensorStore:
+    """Opens a stored array for reading. A chunk that is missing is an error, never zeros; checksums are checked.
+
+    Raises:
+      DamageError: zarr.json is missing or damaged.
+    """
+    spec = {"driver": "zarr3", "kvstore": kvstore(path), "fill_missing_data_reads": False}
+    try:
+        return ts.open(spec, context=_CONTEXT, open=True, read=True, recheck_cached=False).result()
+    except (ValueError, OSError, RuntimeError) as error:
+        raise explain(name, error) from None
+
+
+def finish(future: Read, name: str) -> Any:
+    """The result of a read. Raises DamageError naming the leaf and the file."""
+    try:
+        return future.result()
+    except (ValueError, OSError, RuntimeError) as error:
+        raise explain(name, error) from None
+
+
+def explain(name: str, error: Exception) -> UserError | DamageError:
+    """One line out of what TensorStore says: its status code and its dump of the spec are left out."""
+    text = str(error).split(" [tensorstore_spec=")[0]
+    code, _, reason = text.partition(": ") if re.match(r"[A-Z_]+: ", text) else ("", "", text)
+    if code == "PERMISSION_DENIED":
+        return UserError(f"{name}: {reason}")
+    return DamageError(f"{name}: damaged: {reason}")

@@ -1,24 +1,27 @@
-"""Loading a checkpoint: compared with what is expected first, then read straight to where each part belongs."""
+"""Loading a checkpoint, compared first with what is expected, onto any mesh; and checking the sums of its chunks."""
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from tele_jax import axes
 from tele_jax.axes import ParamSpec
-from tele_jax.checkpoint import layout, store
-from tele_jax.checkpoint.lazy import Lazy, LazyArray, open_lazy
+from tele_jax.checkpoint import layout
+from tele_jax.checkpoint.lazy import Lazy, LazyArray, Read, finish, open_lazy
 from tele_jax.config import ModelConfig, differing_fields
-from tele_jax.errors import UserError
+from tele_jax.errors import DamageError, UserError
 from tele_jax.model.spec import flat_spec
 from tele_jax.sharding import param_shardings
 
+_CHECKED_BYTES = 512 * 2**20  # read and not yet checked, by `verify`
 _IN_FLIGHT_BYTES = 2 * 2**30  # host memory for what has been read and is not yet on the devices
 
 
@@ -194,20 +197,20 @@ def _read_all(arrays: Collection[LazyArray], shardings: Mapping[str, Sharding | 
     in_flight = 0
     for array in arrays:
         while pending and in_flight + array.nbytes > _IN_FLIGHT_BYTES:
-            done, finish = pending.popleft()
+            done, finished = pending.popleft()
             in_flight -= done.nbytes
-            yield done.name, finish()
+            yield done.name, finished()
         pending.append((array, _start_read(array, shardings[array.name])))
         in_flight += array.nbytes
-    for done, finish in pending:
-        yield done.name, finish()
+    for done, finished in pending:
+        yield done.name, finished()
 
 
 def _start_read(array: LazyArray, sharding: Sharding | None) -> Callable[[], Any]:
     """Starts to read what this process needs of an array; the result is called for the jax.Array."""
     if sharding is None or array.leaf.scalar:
         future = array.tensorstore.read()
-        return lambda: _on_default_device(store.finish(future, array.name), array.leaf.scalar)
+        return lambda: _on_default_device(finish(future, array.name), array.leaf.scalar)
     parts: dict[tuple[tuple[int, int], ...], Any] = {}  # a part that several devices hold is read once
     devices: dict[jax.Device, tuple[tuple[int, int], ...]] = {}
     for device, index in sharding.addressable_devices_indices_map(array.shape).items():
@@ -216,13 +219,68 @@ def _start_read(array: LazyArray, sharding: Sharding | None) -> Callable[[], Any
         if bounds not in parts:
             parts[bounds] = array.tensorstore[tuple(slice(*b) for b in bounds)].read()
 
-    def finish() -> jax.Array:
-        blocks = {bounds: store.finish(future, array.name) for bounds, future in parts.items()}
+    def finished() -> jax.Array:
+        blocks = {bounds: finish(future, array.name) for bounds, future in parts.items()}
         placed = [jax.device_put(blocks[bounds], device) for device, bounds in devices.items()]
         return jax.make_array_from_single_device_arrays(array.shape, sharding, placed)
 
-    return finish
+    return finished
 
 
 def _on_default_device(value: np.ndarray, scalar: bool) -> Any:
     return value.item() if scalar else jax.device_put(value)
+
+
+# --------------------------------------------------------------------- checksums
+
+
+@dataclasses.dataclass(frozen=True)
+class Damage:
+    """One chunk that is not what was written. leaf: with its item, "params/layers.attn.q"."""
+
+    leaf: str
+    file: epath.Path
+    problem: str
+
+
+def verify(lazy: Lazy) -> Iterator[Damage]:
+    """Yields every chunk that is missing, of another size, or without its checksum.
+
+    What is read and not yet checked is 512 MiB, or one chunk where that is larger.
+    """
+    for arrays in lazy.items.values():
+        for array in arrays.values():
+            yield from _verify_array(array)
+
+
+def _verify_array(array: LazyArray) -> Iterator[Damage]:
+    pending: collections.deque = collections.deque()
+    window = max(1, _CHECKED_BYTES // array.leaf.chunk_bytes)
+    for index in itertools.product(*(range(count) for count in array.leaf.grid)):
+        file = array.path / layout.chunk_key(index)
+        if problem := _size_problem(array, file):
+            yield Damage(array.name, file, problem)
+            continue
+        if len(pending) == window:
+            yield from _checked(array, *pending.popleft())
+        part = tuple(
+            slice(i * c, min((i + 1) * c, n)) for i, c, n in zip(index, array.chunks, array.shape, strict=True)
+        )
+        pending.append((file, array.tensorstore[part].read()))
+    for file, future in pending:
+        yield from _checked(array, file, future)
+
+
+def _size_problem(array: LazyArray, file: epath.Path) -> str | None:
+    try:
+        size = file.stat().length
+    except FileNotFoundError:
+        return "missing"
+    return None if size == array.leaf.chunk_bytes else f"{size:,} bytes, expected {array.leaf.chunk_bytes:,}"
+
+
+def _checked(array: LazyArray, file: epath.Path, future: Read) -> Iterator[Damage]:
+    try:
+        finish(future, array.name)
+    except DamageError:
+        yield Damage(array.name, file, "its checksum is not that of its content")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tele_jax.checkpoint import layout, locate
-from tele_jax.checkpoint.chunks import flush
+from tele_jax.checkpoint.chunk_files import flush
 from tele_jax.errors import DamageError, UserError
 from tele_jax.files import parse_json
 
@@ -307,16 +307,16 @@ def _size(file: Path) -> int | None:
 
 
 def _write_empty(path: Path, meta: layout.Meta) -> None:
-    """A checkpoint as Orbax and write.py make it, with the arrays described, but not one chunk."""
-    from tele_jax.checkpoint import write  # brings Orbax
+    """A checkpoint as Orbax and saving.py make it, with the arrays described, but not one chunk."""
+    from tele_jax.checkpoint import saving  # brings Orbax
 
     empty = {
-        item: {name: write.HostLeaf(leaf, ()) for name, leaf in leaves.items()} for item, leaves in meta.items.items()
+        item: {name: saving.HostLeaf(leaf, ()) for name, leaf in leaves.items()} for item, leaves in meta.items.items()
     }
-    checkpointer = write.make_checkpointer(list(meta.items))
-    with write.in_one_line(path):
+    checkpointer = saving.make_checkpointer(list(meta.items))
+    with saving.in_one_line(path):
         try:
-            checkpointer.save(path, write.save_args(meta, empty))
+            checkpointer.save(path, saving.save_args(meta, empty))
             checkpointer.wait_until_finished()
         finally:
             checkpointer.close()

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tele_jax.convert.exporting import export_checkpoint
-    from tele_jax.convert.families import tensors
+    from tele_jax.convert.families import FORMATS, tensors
     from tele_jax.convert.importing import import_checkpoint
     from tele_jax.convert.memory import load_hf, save_hf
 
-FORMATS = ("tele_flm", "telechat", "telechat_52b", "llama")
-
 _HOMES = {
+    "FORMATS": "families",
     "export_checkpoint": "exporting",
     "import_checkpoint": "importing",
     "load_hf": "memory",
@@ -36,3 +35,7 @@ def __getattr__(name: str):
     if name in _HOMES:
         return getattr(importlib.import_module(f"tele_jax.convert.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'tele_jax.convert' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

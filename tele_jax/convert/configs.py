@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from tele_jax import files
 from tele_jax.config import ModelConfig, Ntk, Rope
-from tele_jax.convert import FORMATS, fold
+from tele_jax.convert import fold
+from tele_jax.convert.families import FORMATS
 from tele_jax.convert.keys import require_known
 from tele_jax.errors import UserError
 

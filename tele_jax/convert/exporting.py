@@ -21,10 +21,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from tele_jax.checkpoint import chunks, layout, locate, unfinished
+from tele_jax.checkpoint import chunk_files, layout, locate, unfinished
 from tele_jax.config import ModelConfig, require
-from tele_jax.convert import FORMATS, chat_files, configs, families, fold, region, sidecar
-from tele_jax.convert.families import Part, Tensor
+from tele_jax.convert import chat_files, configs, families, fold, region, sidecar
+from tele_jax.convert.families import FORMATS, Part, Tensor
 from tele_jax.convert.files import DTYPES, Files, Stored, create, split
 from tele_jax.data.examples import release_of
 from tele_jax.data.vocabulary import load_vocabulary
@@ -184,7 +184,7 @@ def export_checkpoint(
     threads = _threads(largest, memory_gb, workers)
     buffers: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
     for _ in range(threads):
-        buffers.put(chunks.allocate(largest))
+        buffers.put(chunk_files.allocate(largest))
     pieces = [piece for array in arrays.values() for piece in _chunks_of(array, buffers)]
     beside = sidecar.find_beside(Path(os.fspath(lazy.path)), programs=_comes_from(lazy.provenance, format))
     documents: dict[str, Any] = {}
@@ -245,7 +245,7 @@ def _chunks_of(array: Any, buffers: queue.SimpleQueue) -> Iterator[Piece]:
         def read(index=index, shape=shape) -> Iterator[np.ndarray]:
             buffer = buffers.get()
             try:
-                chunks.read_chunk(array, index, buffer)
+                chunk_files.read_chunk(array, index, buffer)
                 values = buffer[: leaf.chunk_bytes - layout.CRC_BYTES].view(spec.dtype).reshape(leaf.chunks)
                 yield values[tuple(slice(n) for n in shape)]
             finally:
@@ -357,14 +357,14 @@ def _unfinished(dst: Path, nbytes: int) -> Iterator[Path]:
         try:
             yield partial
             for file in partial.iterdir():
-                chunks.flush(file)
+                chunk_files.flush(file)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         lock_file.unlink()
-        chunks.flush(partial)
+        chunk_files.flush(partial)
         os.rename(partial, dst)
-        chunks.flush(dst.parent)
+        chunk_files.flush(dst.parent)
     except OSError as error:
         raise DamageError(f"{dst}: could not be written ({error})") from error
     finally:

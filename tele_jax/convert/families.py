@@ -20,6 +20,8 @@ from tele_jax.config import ModelConfig
 from tele_jax.convert import fold
 from tele_jax.model.spec import flat_spec
 
+FORMATS = ("tele_flm", "telechat", "telechat_52b", "llama")
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tele_jax.config import ModelConfig
-from tele_jax.convert import FORMATS, configs, conventions, families, files, sidecar
-from tele_jax.convert.families import Part, Tensor
+from tele_jax.convert import configs, conventions, families, files, sidecar
+from tele_jax.convert.families import FORMATS, Part, Tensor
 from tele_jax.convert.files import Stored
 from tele_jax.errors import UserError
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from tele_jax import checkpoint, growth
 from tele_jax.axes import flatten
-from tele_jax.checkpoint import chunks
+from tele_jax.checkpoint import chunk_files
 from tele_jax.config import ModelConfig, written_table
 from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.files import read_json
@@ -100,7 +100,9 @@ def provenance_entry(name: str, plan: growth.Plan) -> dict[str, Any]:
 def fingerprints(lazy: "checkpoint.Lazy") -> dict[str, str]:
     """SHA-256 of what each item of a checkpoint holds, from the checksums of its chunks."""
     return {
-        item: chunks.fingerprint(lazy.items[item].values()) for item in ("params", "opt_state") if item in lazy.items
+        item: chunk_files.fingerprint(lazy.items[item].values())
+        for item in ("params", "opt_state")
+        if item in lazy.items
     }
 
 

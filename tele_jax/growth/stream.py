@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from tele_jax.axes import ParamSpec, unflatten
-from tele_jax.checkpoint import chunked, chunks, layout, locate, unfinished
+from tele_jax.checkpoint import chunk_files, chunked, layout, locate, unfinished
 from tele_jax.errors import UserError
 from tele_jax.growth import axis_map, host_kernel
 from tele_jax.growth.axis_map import NEW, AxisMap
@@ -99,11 +99,11 @@ def stream(
         "plan": plan.digest,
         "opt": bool(opt),
         "chunk_bytes": chunk_bytes,
-        "source": chunks.fingerprint(sources),
+        "source": chunk_files.fingerprint(sources),
         "step": meta.step,
         "provenance": meta.provenance,
     }
-    cache = chunks.ChunkCache(slots, max(source.leaf.chunk_bytes for source in sources))
+    cache = chunk_files.ChunkCache(slots, max(source.leaf.chunk_bytes for source in sources))
     by_leaf = {(job.item, job.name): job for job in jobs}
     written = chunked.write_leaves(
         dst,
@@ -183,7 +183,7 @@ class _Job:
         """The bytes of the chunks of all steps but the last, which a thread may hold at once."""
         return sum(math.prod(shape) * self.leaf.spec.dtype.itemsize for _, shape in self.steps[:-1])
 
-    def fill(self, out: np.ndarray, start: Sequence[int], cache: chunks.ChunkCache) -> None:
+    def fill(self, out: np.ndarray, start: Sequence[int], cache: chunk_files.ChunkCache) -> None:
         """Computes the chunk of the destination that begins at `start`; see chunked.write_leaves."""
         if self.values is not None:
             part = chunked.inside(self.leaf, start, out)

@@ -15,7 +15,7 @@ import numpy as np
 
 import tele_jax as tele
 from tele_jax import checkpoint
-from tele_jax.checkpoint import write
+from tele_jax.checkpoint import saving
 from tests.checkpoint.trees import CFG
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir"}
@@ -42,7 +42,7 @@ def values(step: int) -> dict:
 
 def save_three(directory: Path, fatal: int | None) -> int:
     events = Events(directory, fatal)
-    write_array = write._write
+    write_array = saving._write
 
     async def counted(value, info):
         # TensorStore writes behind Python's back; the moments before and after each array count as well.
@@ -50,7 +50,7 @@ def save_three(directory: Path, fatal: int | None) -> int:
         await write_array(value, info)
         events("open", (directory,))
 
-    write._write = counted
+    saving._write = counted
     with checkpoint.Manager(directory, keep=1) as manager:
         for step in (1, 2, 3):
             manager.save(step, CFG, values(step), {"mu": values(step)})

@@ -11,7 +11,7 @@ import pytest
 
 from tele_jax import checkpoint
 from tele_jax.axes import ParamSpec
-from tele_jax.checkpoint import chunks, layout
+from tele_jax.checkpoint import chunk_files, layout
 from tele_jax.errors import DamageError
 from tests.checkpoint.trees import CFG
 
@@ -43,25 +43,25 @@ def refuse(monkeypatch, name, allowed):
 def test_a_chunk_is_written_as_tensorstore_writes_it(refused, array, tmp_path, monkeypatch):
     size = array.leaf.chunk_bytes
     assert size > 2**20 and size % 4096
-    buffer = chunks.allocate(size)
+    buffer = chunk_files.allocate(size)
     buffer[: size - 4] = array[1].reshape(-1).view(np.uint8)
     if refused:
         answers = iter([False, True, True])
         refuse(monkeypatch, refused, lambda: next(answers))
     file = tmp_path / "deeper" / "c"
-    chunks.write_chunk(file, buffer, size)
+    chunk_files.write_chunk(file, buffer, size)
     assert file.read_bytes() == (array.path / layout.chunk_key((1, 0, 0))).read_bytes()
-    chunks.write_chunk(file, buffer, 16)
+    chunk_files.write_chunk(file, buffer, 16)
     assert file.stat().st_size == 16
 
 
 def test_other_failures_are_not_hidden(tmp_path):
     with pytest.raises(OSError, match="directory"):
-        chunks.write_chunk(tmp_path, chunks.allocate(2**21), 2**21)
+        chunk_files.write_chunk(tmp_path, chunk_files.allocate(2**21), 2**21)
 
 
 def test_each_chunk_is_read_once_by_all_threads(array):
-    cache = chunks.ChunkCache(4, array.leaf.chunk_bytes)
+    cache = chunk_files.ChunkCache(4, array.leaf.chunk_bytes)
     barrier = threading.Barrier(4)
 
     def read(_):
@@ -75,7 +75,7 @@ def test_each_chunk_is_read_once_by_all_threads(array):
 
 
 def test_the_chunk_that_was_not_used_longest_makes_room(array):
-    cache = chunks.ChunkCache(2, array.leaf.chunk_bytes)
+    cache = chunk_files.ChunkCache(2, array.leaf.chunk_bytes)
     read = 0
     for index, is_read in [(0, 1), (1, 1), (0, 0), (2, 1), (0, 0), (1, 1), (2, 1)]:
         with cache.chunk(array, (index, 0, 0)) as values:
@@ -87,7 +87,7 @@ def test_the_chunk_that_was_not_used_longest_makes_room(array):
 def test_a_damaged_chunk_is_refused_and_its_room_given_back(array):
     file = Path(array.path) / layout.chunk_key((1, 0, 0))
     whole = file.read_bytes()
-    cache = chunks.ChunkCache(1, array.leaf.chunk_bytes)
+    cache = chunk_files.ChunkCache(1, array.leaf.chunk_bytes)
     damages = [(whole[:-5] + b"x" + whole[-4:], "checksum"), (whole[:-1], "1,400,003 bytes, expected 1,400,004")]
     try:
         for damaged, message in damages:

@@ -13,7 +13,7 @@ import pytest
 
 import tele_jax as tele
 from tele_jax import checkpoint
-from tele_jax.checkpoint import manager as manager_module
+from tele_jax.checkpoint import saving
 from tele_jax.errors import DamageError, UserError
 from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh, param_shardings
@@ -65,14 +65,14 @@ def test_arrays_may_be_donated_at_once(tmp_path):
 
 def test_the_loop_goes_on_while_files_are_written(tmp_path, monkeypatch):
     began, may_write = threading.Event(), threading.Event()
-    write = manager_module.write._write
+    write = saving._write
 
     async def held(value, info):
         began.set()
         assert may_write.wait(60)
         await write(value, info)
 
-    monkeypatch.setattr(manager_module.write, "_write", held)
+    monkeypatch.setattr(saving, "_write", held)
     with checkpoint.Manager(tmp_path) as manager:
         manager.save(1, CFG, params())
         assert manager.latest_step() is None
@@ -107,7 +107,7 @@ def test_a_failed_write_names_the_checkpoint(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     with checkpoint.Manager(tmp_path) as manager:
-        monkeypatch.setattr(manager_module.write, "_write", full)
+        monkeypatch.setattr(saving, "_write", full)
         manager.save(1, CFG, params())
         with pytest.raises(DamageError, match=f"{tmp_path}/1: the checkpoint could not be written: .*No space left"):
             manager.wait()

@@ -16,7 +16,7 @@ import sys
 import threading
 from pathlib import Path
 
-from tele_jax.checkpoint import write  # noqa: F401  brings Orbax, once for all forks
+from tele_jax.checkpoint import saving  # noqa: F401  brings Orbax, once for all forks
 from tele_jax.cli.main import main as tele
 from tele_jax.growth import stored
 from tests.growth.killed import fork

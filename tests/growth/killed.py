@@ -23,7 +23,7 @@ import numpy as np
 import tele_jax as tele
 from tele_jax import checkpoint, growth
 from tele_jax.axes import flatten, unflatten
-from tele_jax.checkpoint import write  # noqa: F401  brings Orbax, once for all forks
+from tele_jax.checkpoint import saving  # noqa: F401  brings Orbax, once for all forks
 from tests.checkpoint.trees import CFG
 from tests.growth.strategies import GROWTH, flat_spec
 

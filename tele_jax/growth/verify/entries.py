@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from tele_jax.axes import is_empty, unflatten
-from tele_jax.checkpoint import chunks, layout
+from tele_jax.checkpoint import chunk_files, layout
 from tele_jax.growth import host_kernel
 from tele_jax.growth.gradient_powers import nodes, shown, take_apart
 from tele_jax.growth.leaf import FILLED, KEPT, ZERO, LeafStep, Traced, kinds, trace
@@ -87,7 +87,7 @@ class _Chunkwise:
         if "://" in str(stored.path):
             ends = zip(place, stored.chunks, stored.shape, strict=True)
             return stored[tuple(slice(i * n, min((i + 1) * n, size)) for i, n, size in ends)]
-        chunks.read_chunk(stored, place, self._buffer)
+        chunk_files.read_chunk(stored, place, self._buffer)
         return self._buffer[: -layout.CRC_BYTES].view(stored.dtype).reshape(stored.chunks)
 
 

@@ -1,0 +1,373 @@
+"""Saving: one checkpoint by `save`, the checkpoints of a training run by `Manager`.
+
+Arrays are copied from the devices to the host at once, and written in the background. Orbax makes a save atomic (it
+writes into a temporary directory and renames it), asynchronous, and the same on one process and on many. The arrays
+themselves are written here, by a type handler of ours, because Orbax's own fixes the codecs of its zarr3 arrays, and
+those carry no checksum of the data.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import absl.logging
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+
+from tele_jax import axes
+from tele_jax.axes import ParamSpec, unflatten
+from tele_jax.checkpoint import layout, locate, read
+from tele_jax.checkpoint.lazy import kvstore
+from tele_jax.config import ModelConfig
+from tele_jax.errors import DamageError, UserError
+from tele_jax.model.spec import flat_spec
+from tele_jax.processes import barrier, from_first, is_first
+
+
+def save(
+    path: Any,
+    cfg: ModelConfig,
+    params: Mapping[str, Any],
+    *,
+    opt_state: Any = None,
+    step: int = 0,
+    provenance: Sequence[Mapping[str, Any]] = (),
+    data_state: bytes | None = None,
+    spec: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes one checkpoint, and returns when it is complete. A save that is killed leaves nothing under `path`.
+
+    path: the step directory, which must not exist; parents are made.
+    params: nested dict of arrays (jax, on any mesh, or numpy), as spec(cfg) describes it.
+    opt_state: any pytree of arrays and Python numbers.
+    provenance: what made this checkpoint, oldest first; dicts of JSON values.
+    data_state: the position of the data feed, opaque.
+    spec: tree of ParamSpec, where params are not those of cfg.
+
+    Raises:
+      UserError: `path` exists; params are not what cfg describes (names every leaf that differs); a leaf or an entry of
+        the provenance cannot be stored.
+      DamageError: the files could not be written, for instance because the disk is full.
+    """
+    path = locate.absolute(path)
+    _require_new(path)
+    specs = flat_spec(cfg) if spec is None else axes.flatten(spec)
+    state = {"opt_state": opt_state, "data_state": data_state}
+    meta, host = _prepare(cfg, params, specs, step=step, provenance=provenance, **state)
+    checkpointer = make_checkpointer(layout.ITEMS)
+    try:
+        with in_one_line(path):
+            checkpointer.save(path, save_args(meta, host))
+            checkpointer.wait_until_finished()
+    finally:
+        with in_one_line(path):
+            checkpointer.close()
+
+
+class Manager:
+    """The checkpoints of a training run, <directory>/<step>/: saved in the background, the last few kept.
+
+    >>> with Manager("W/pretrain/checkpoints", keep=2) as checkpoints:
+    ...     checkpoints.save(100, cfg, params, opt_state)     # returns when the arrays are copied to the host
+    ...     checkpoints.latest_step()                         # 100, once it is complete
+
+    A save that a kill interrupted is never seen as a checkpoint, and its files are removed when the next Manager opens
+    the directory. One Manager at a time may have a directory; several processes have one each for the same directory,
+    which all of them see, and call the same methods in the same order.
+    """
+
+    def __init__(self, directory: Any, *, keep: int = 2):
+        """Makes the directory where needed. keep: how many complete checkpoints stay, the latest ones; above 0."""
+        if keep < 1:
+            raise UserError(f"keep={keep} must be above 0")
+        self.directory = locate.absolute(directory)
+        self._keep = keep
+        self._checkpointer = make_checkpointer(layout.ITEMS)
+        self._saving: epath.Path | None = None
+        self._deleting: list[threading.Thread] = []
+        with in_one_line(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        if is_first():
+            for left in locate.list_unfinished(self.directory):
+                left.rmtree()
+
+    def save(
+        self,
+        step: int,
+        cfg: ModelConfig,
+        params: Mapping[str, Any],
+        opt_state: Any = None,
+        provenance: Sequence[Mapping[str, Any]] = (),
+        data_state: bytes | None = None,
+    ) -> bool:
+        """Saves in the background; arguments as `save` takes them. On return the arrays may be changed or donated.
+
+        Waits first for the save before, and then removes checkpoints beyond `keep`. A step that is there already is
+        left as it is, and the answer is False: a run that starts again at its last step has nothing to
+
+        Raises:
+          UserError: as `save`.
+          DamageError: this or the save before could not be written.
+        """
+        self.wait()
+        path = self.directory / str(step)
+        if from_first(path.exists):
+            return False
+        state = {"opt_state": opt_state, "data_state": data_state}
+        meta, host = _prepare(cfg, params, flat_spec(cfg), step=step, provenance=provenance, **state)
+        with in_one_line(path):
+            self._checkpointer.save(path, save_args(meta, host))
+        self._saving = path
+        return True
+
+    def latest_step(self) -> int | None:
+        """The last step that is complete on disk; None where there is none."""
+        return from_first(lambda: (locate.list_steps(self.directory) or [None])[-1])
+
+    def load(self, step: int | None = None, **how: Any) -> read.Loaded:
+        """Loads a step, by default the latest, with the keywords of `load`; waits for a running save first."""
+        self.wait()
+        step = self.latest_step() if step is None else step
+        return read.load(self.directory if step is None else self.directory / str(step), **how)
+
+    def wait(self) -> None:
+        """Returns when the running save is complete. Raises DamageError where it could not be written."""
+        if self._finish():
+            barrier()  # process 0 gives it its name
+            self._remove_old()
+
+    def _finish(self) -> bool:
+        """Waits for this process's part in the running save. False: there is none."""
+        path, self._saving = self._saving, None
+        if path is not None:
+            with in_one_line(path):
+                self._checkpointer.wait_until_finished()
+        return path is not None
+
+    def close(self) -> None:
+        """Waits for everything that runs in the background, but for no other process: one that failed may close."""
+        try:
+            if self._finish():
+                self._remove_old()
+        finally:
+            with in_one_line(self.directory):
+                self._checkpointer.close()
+            for thread in self._deleting:
+                thread.join()
+
+    def __enter__(self) -> "Manager":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def _remove_old(self) -> None:
+        if not is_first():
+            return
+        self._deleting = [thread for thread in self._deleting if thread.is_alive()]
+        for step in locate.list_steps(self.directory)[: -self._keep]:
+            # Renamed first: a deletion that is interrupted must not leave what looks like a damaged checkpoint.
+            doomed = (self.directory / str(step)).rename(self.directory / f"{step}{locate.DELETED}")
+            self._deleting.append(threading.Thread(target=doomed.rmtree))
+            self._deleting[-1].start()
+
+
+def _require_new(path: epath.Path) -> None:
+    if path.exists():
+        raise UserError(f"{path}: exists already, and checkpoints are never overwritten; choose another path")
+
+
+def _prepare(
+    cfg: ModelConfig,
+    params: Mapping[str, Any],
+    specs: Mapping[str, ParamSpec],
+    *,
+    opt_state: Any,
+    step: int,
+    provenance: Sequence[Mapping[str, Any]],
+    data_state: bytes | None,
+) -> tuple[layout.Meta, dict[str, dict[str, "HostLeaf"]]]:
+    """The meta document, and the arrays copied to the host."""
+    trees = {"params": params, "opt_state": opt_state}
+    if data_state is not None:
+        trees["data"] = {"state": np.frombuffer(data_state, np.uint8)}
+    leaves = {item: layout.named_leaves(tree) for item, tree in trees.items() if tree is not None}
+    described = {item: describe_leaves(named, specs, item) for item, named in leaves.items()}
+    problems = read.differences({name: leaf.spec for name, leaf in described["params"].items()}, specs, "given")
+    if problems:
+        raise UserError("params: not what the config describes: " + ";\n  ".join(problems))
+    meta = layout.Meta(
+        cfg=cfg,
+        step=int(step),
+        provenance=tuple(dict(entry) for entry in provenance),
+        items=described,
+        versions=layout.package_versions(),
+    )
+    layout.meta_to_json(meta)  # raises before anything is copied or written
+    return meta, {item: copy_to_host(named, described[item]) for item, named in leaves.items()}
+
+
+# -------------------------------------------------------------- from arrays to files
+
+_CONTEXT = ts.Context({"file_io_concurrency": {"limit": 32}})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HostLeaf:
+    """A leaf as it was when it was copied. pieces: what this process writes, as (index, values)."""
+
+    leaf: layout.Leaf
+    pieces: tuple[tuple[tuple[slice, ...], np.ndarray], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Read by Orbax, for its log."""
+        return sum(values.nbytes for _, values in self.pieces)
+
+
+def describe_leaves(leaves: Mapping[str, Any], params: Mapping[str, ParamSpec], item: str) -> dict[str, layout.Leaf]:
+    """How each leaf (jax or numpy array, or Python scalar) of an item will be stored.
+
+    params: the parameters by name; a leaf that belongs to one (a moment of Adam) has its axes and is cut like it.
+
+    Raises:
+      UserError: a leaf that is not numeric, or a typed PRNG key.
+    """
+    return {name: _describe_leaf(f"{item}: {name}", name, value, params) for name, value in leaves.items()}
+
+
+def _describe_leaf(where: str, name: str, value: Any, params: Mapping[str, ParamSpec]) -> layout.Leaf:
+    scalar = isinstance(value, (bool, int, float)) and not isinstance(value, np.generic)
+    array = np.asarray(value) if scalar else value
+    dtype = getattr(array, "dtype", None)
+    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        raise UserError(f"{where}: a typed PRNG key cannot be stored; keep jax.random.key_data of it in the state")
+    if dtype is None or np.dtype(dtype).kind in "OSUMm":
+        raise UserError(f"{where}: {type(value).__name__} cannot be stored; leaves must be arrays or numbers")
+    owner = params.get(layout.matching_param(name, array.shape, params))
+    spec = ParamSpec(
+        tuple(array.shape),
+        np.dtype(dtype),
+        *((owner.stack, owner.inputs, owner.outputs) if owner else ()),
+    )
+    shard = array.shape if _is_local(array) else array.sharding.shard_shape(array.shape)
+    chunks = layout.chunk_shape(spec.shape, spec.dtype.itemsize, stacked=len(spec.stack), shard=shard)
+    return layout.Leaf(spec, chunks, scalar)
+
+
+def _is_local(array: Any) -> bool:
+    return not isinstance(array, jax.Array) or array.is_fully_addressable
+
+
+def copy_to_host(leaves: Mapping[str, Any], described: Mapping[str, layout.Leaf]) -> dict[str, HostLeaf]:
+    """Copies what this process has to write. On return the arrays may be changed or donated."""
+    for value in leaves.values():
+        for shard in _owned_shards(value):
+            shard.data.copy_to_host_async()
+    return {name: HostLeaf(described[name], _pieces(value)) for name, value in leaves.items()}
+
+
+def _owned_shards(value: Any) -> list[jax.Shard]:
+    """Of every part of an array, one replica in one process."""
+    return [s for s in value.addressable_shards if s.replica_id == 0] if isinstance(value, jax.Array) else []
+
+
+def _pieces(value: Any) -> tuple[tuple[tuple[slice, ...], np.ndarray], ...]:
+    if not _is_local(value):
+        return tuple((shard.index, np.array(shard.data)) for shard in _owned_shards(value))
+    if jax.process_index() != 0:
+        return ()  # the same on every process
+    if not isinstance(value, jax.Array):
+        return (((), np.array(value)),)
+    # One process has it all: one piece, so that shards that share a chunk do not rewrite each other's file.
+    whole = np.empty(value.shape, value.dtype)
+    for shard in _owned_shards(value):
+        whole[shard.index] = np.asarray(shard.data)
+    return (((), whole),)
+
+
+class _HostLeafHandler(ocp.type_handlers.TypeHandler):
+    """Writes HostLeaf by TensorStore; Orbax notes them as numpy arrays, which it restores without further arguments."""
+
+    def typestr(self) -> str:
+        return "np.ndarray"
+
+    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
+        raise NotImplementedError("tele_jax reads arrays in lazy.py")
+
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
+        raise NotImplementedError("tele_jax reads arrays in lazy.py")
+
+    async def serialize(self, values: Sequence[HostLeaf], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
+        async def write_all() -> None:
+            await asyncio.gather(*(_write(value, info) for value, info in zip(values, infos, strict=True)))
+
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write_all(), name="tele_jax_arrays")]
+
+
+async def _write(value: HostLeaf, info: Any) -> None:
+    await info.await_path_creation()
+    first = jax.process_index() == 0
+    if not first and not value.pieces:
+        return
+    spec = {
+        "driver": "zarr3",
+        "kvstore": kvstore(info.parent_dir / info.name),
+        "metadata": layout.zarr_metadata(value.leaf),
+        # A chunk of zeros is a file like any other, so that a chunk that is not there is always damage.
+        "store_data_equal_to_fill_value": True,
+    }
+    # One process writes zarr.json; the others cannot know when it is there, nor need to.
+    mode = {"create": True} if first else {"open": True, "assume_metadata": True}
+    store = await ts.open(spec, context=_CONTEXT, **mode)
+    for index, values in value.pieces:
+        await store[index].write(values, can_reference_source_data_indefinitely=True)
+
+
+def make_checkpointer(items: Sequence[str]) -> ocp.AsyncCheckpointer:
+    """Orbax's checkpointer for our items: `meta` is JSON, the others trees of HostLeaf."""
+    _quiet_orbax()
+    registry = ocp.type_handlers.create_type_handler_registry((HostLeaf, _HostLeafHandler()))
+    handlers = {
+        item: ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
+        for item in items
+    }
+    meta = ocp.JsonCheckpointHandler(filename=layout.META_FILE)
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(meta=meta, **handlers))
+
+
+@contextlib.contextmanager
+def in_one_line(path: Any) -> Iterator[None]:
+    """Turns whatever Orbax and TensorStore raise where they cannot write, as on a full disk, into DamageError."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).split(" [tensorstore_spec=")[0].split(" [source locations=")[0]
+        raise DamageError(f"{path}: the checkpoint could not be written: {reason}") from error
+
+
+def save_args(meta: layout.Meta, host: Mapping[str, Mapping[str, HostLeaf]]) -> ocp.args.Composite:
+    """What the checkpointer takes; an item without leaves is in `meta` only, since Orbax refuses to save it."""
+    items = {item: ocp.args.PyTreeSave(unflatten(leaves)) for item, leaves in host.items() if leaves}
+    return ocp.args.Composite(meta=ocp.args.JsonSave(layout.meta_to_json(meta)), **items)
+
+
+class _OrbaxWarnings(logging.Filter):
+    """Lets Orbax warn only where absl was asked to be verbose: it warns about defaults that it chose itself."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        is_chatter = record.levelno < logging.ERROR and "orbax" in record.pathname
+        return not is_chatter or absl.logging.get_verbosity() > absl.logging.WARNING
+
+
+def _quiet_orbax() -> None:
+    logger = absl.logging.get_absl_logger()
+    if not any(isinstance(f, _OrbaxWarnings) for f in logger.filters):
+        logger.addFilter(_OrbaxWarnings())
