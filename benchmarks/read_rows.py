@@ -44,7 +44,7 @@ def measure(directory: Path, text: Path, tokenizer: Path, seconds: float) -> dic
     import grain
 
     from tele_jax.data import cache, caching, order
-    from tele_jax.data.cached_feed import CachedFeed
+    from tele_jax.data.feed import CachedFeed
     from tele_jax.settings import CacheConfig, DataConfig, SourceConfig
 
     sources = {
@@ -104,10 +104,10 @@ def measure(directory: Path, text: Path, tokenizer: Path, seconds: float) -> dic
 
 def grains(grain: Any, rows: Any, rates: dict[str, float]) -> Any:
     """Grain's way to the same batches."""
-    from tele_jax.data import records
+    from tele_jax.data import packing
 
     manifest = rows.manifest
-    dtype = records.id_type(manifest.vocab_size)
+    dtype = packing.id_type(manifest.vocab_size)
     domains = []
     for name in rates:
         files = [str(rows.path / shard.file) for shard in manifest.domains[name].shards]
@@ -115,7 +115,7 @@ def grains(grain: Any, rows: Any, rates: dict[str, float]) -> Any:
         domains.append(grain.MapDataset.source(source).seed(len(domains)).shuffle().repeat())
 
     def decode(record: bytes) -> dict[str, np.ndarray]:
-        batch = records.decode([record], manifest.seq_len, dtype, manifest.pad_id)
+        batch = packing.from_records([record], manifest.seq_len, dtype, manifest.pad_id)
         return {name: column[0] for name, column in batch.items()}
 
     mixed = grain.MapDataset.mix(domains, list(rates.values())).map(decode).batch(BATCH)

@@ -60,7 +60,7 @@ def prepare(directory: Path, text: Path | None, tokenizer: Path | None, vocab_si
 def measure(directory: Path, text: Path, tokenizer: Path, repeats: int) -> dict[str, Any]:
     import sentencepiece
 
-    from tele_jax.data import shards
+    from tele_jax.data import encode, shards
     from tele_jax.data.vocabulary import load_vocabulary
     from tele_jax.settings import CacheConfig, DataConfig, SourceConfig
 
@@ -77,13 +77,12 @@ def measure(directory: Path, text: Path, tokenizer: Path, repeats: int) -> dict[
         config = CacheConfig(data=data, seq_len=SEQ_LEN, shard_bytes=1 << 40)
         (unit,) = shards.plan(config)
         documents = list(shards._Reader(unit, seed=0).documents())
-        texts = [document for document, _ in documents]
+        texts = [document.content for document in documents]
         number = iter(range(1_000_000))
 
         def tokenise(config=config, documents=documents):
-            worker = shards._Tokenizer(vocabulary, config, threads=1)
-            for block in shards._blocks(iter(documents)):
-                worker.block(block)
+            for block in shards.blocks(documents):
+                encode.encode(block, vocabulary, config.kind, config.seq_len, piece_bytes=shards.PIECE_BYTES)
 
         def shard(config=config, unit=unit, number=number):
             shards.write_unit(unit, config, vocabulary, directory / f"out{next(number)}")

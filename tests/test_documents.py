@@ -26,7 +26,7 @@ from tele_jax.aot import compile as compiling
 from tele_jax.cli import inspect
 from tele_jax.config import to_dict
 from tele_jax.corpora import fetch as corpora
-from tele_jax.data import cache, cached_feed, caching, position, shards, sources
+from tele_jax.data import cache, caching, documents, feed, order, shards
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import DamageError, UserError
 from tele_jax.growth import receipt as receipts
@@ -153,7 +153,7 @@ def place(tmp_path_factory):
     """A directory with one of everything."""
     root = tmp_path_factory.mktemp("documents")
     params = jax.tree.map(np.float32, reference.random_params(CFG, np.random.default_rng(0), 1.0))
-    start = position.Position(checksum="c", name="a", seed=0, total=9, next=4, open=(((1, 2),),), first=(3,))
+    start = order.Position(checksum="c", name="a", seed=0, total=9, next=4, open=(((1, 2),),), first=(3,))
     entry = {"stage": "a", "kind": "train", "mask": None, "data": {"positions": {"a": start.to_json()}}}
     work = root / "work"
     for step in (5, 7):
@@ -213,7 +213,7 @@ def work_config(place):
 def opened(place):
     lazy = checkpoint.open_lazy(place / "work" / "a" / "checkpoints" / "7")
     require_unmasked(lazy.provenance, "here")
-    position.in_provenance(lazy.provenance)
+    order.positions_in(lazy.provenance)
     inspect.describe(inspect.figures(lazy))
     for array in lazy.items["params"].values():
         assert array.path.parent.parent == lazy.path, "a leaf never leads outside of its checkpoint"
@@ -240,11 +240,13 @@ KINDS = {
     "shard account": lambda p: Kind(
         p / "begun" / shards.ACCOUNTS / "prose/00000.json", lambda: shards.finished(p / "begun", unit_of(p))
     ),
-    "position": lambda p: Kind(p / "state", lambda: cached_feed.parse_state((p / "state").read_bytes())),
+    "position": lambda p: Kind(p / "state", lambda: feed.parse_state((p / "state").read_bytes())),
     "fetched": lambda p: Kind(p / "fetched/manifest.json", lambda: corpora._read_manifest(p / "fetched")),
     "program": lambda p: Kind(p / "program/program.json", lambda: compiling._read(p / "program")),
-    "dialogue": lambda p: Kind(p / "dialogue", lambda: sources.check_record((p / "dialogue").read_text(), "dialogues")),
-    "text": lambda p: Kind(p / "text", lambda: sources.check_record((p / "text").read_text(), "jsonl")),
+    "dialogue": lambda p: Kind(
+        p / "dialogue", lambda: documents.check_record((p / "dialogue").read_text(), "dialogues")
+    ),
+    "text": lambda p: Kind(p / "text", lambda: documents.check_record((p / "text").read_text(), "jsonl")),
     "release config": lambda p: Kind(p / "hf/config.json", lambda: convert.release.open_release(p / "hf")),
     "generation config": lambda p: Kind(
         written(p / "hf/generation_config.json", GENERATION), lambda: convert.release.open_release(p / "hf")

@@ -135,7 +135,7 @@ def _cache(args: argparse.Namespace) -> Outcome:
 
 def _table(manifest: "Manifest") -> str:
     """One line per domain of a cache, and one of their sums."""
-    from tele_jax.data import stats
+    from tele_jax.data import describe
     from tele_jax.data.cache import Counts
 
     every = {name: (domain.counts, len(domain.shards)) for name, domain in manifest.domains.items()}
@@ -146,7 +146,7 @@ def _table(manifest: "Manifest") -> str:
         (
             name,
             *(f"{getattr(counts, column):,}" for column in ("documents", "rejected", "text_bytes", "tokens")),
-            f"{stats.tokens_per_byte(counts):.4f}",
+            f"{describe.tokens_per_byte(counts):.4f}",
             f"{counts.rows:,}",
             f"{100 * counts.tokens / (counts.rows * manifest.seq_len):.2f}%",
             f"{number:,}",
@@ -173,7 +173,7 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _show(args: argparse.Namespace) -> Outcome:
     """Raises UserError for rows that are not there; UserError and DamageError as cache.RowCache."""
-    from tele_jax.data import looking
+    from tele_jax.data import describe
     from tele_jax.data.cache import RowCache
     from tele_jax.data.vocabulary import load_vocabulary
 
@@ -186,9 +186,9 @@ def _show(args: argparse.Namespace) -> Outcome:
     color = sys.stdout.isatty() if args.color == "auto" else args.color == "always"
     figures, texts = [], []
     for i, (domain, epoch, row) in enumerate(places):
-        segments = looking.segments({name: column[i] for name, column in batch.items()}, vocabulary)
+        segments = describe.segments({name: column[i] for name, column in batch.items()}, vocabulary)
         title = f"{domain}, row {row}" + ("" if epoch is None else f", epoch {epoch}")
-        texts.append(looking.render(title, segments, cache.manifest.seq_len, color=color))
+        texts.append(describe.render(title, segments, cache.manifest.seq_len, color=color))
         figures.append({"domain": domain, "row": row, "epoch": epoch, "segments": [s.to_json() for s in segments]})
     return Outcome({"rows": figures}, text="\n".join(texts))
 
@@ -198,7 +198,7 @@ def _places(args: argparse.Namespace, cache: "RowCache") -> list[tuple[str, int 
     import numpy as np
 
     from tele_jax.config import check_seed
-    from tele_jax.data import order, stats
+    from tele_jax.data import describe, order
 
     if args.step is None:
         domain, first = args.domain or next(iter(cache.rows)), args.row or 0
@@ -212,7 +212,7 @@ def _places(args: argparse.Namespace, cache: "RowCache") -> list[tuple[str, int 
     if (args.step + 1) * args.batch_size + args.count > order.MAX_ROWS:
         raise UserError(f"--step {args.step} --batch-size {args.batch_size}: a run has at most {order.MAX_ROWS:,} rows")
     check_seed(args.seed, "--seed")
-    located = stats.order(cache.manifest, args.seed).locate(args.step * args.batch_size + np.arange(args.count))
+    located = describe.run_order(cache.manifest, args.seed).locate(args.step * args.batch_size + np.arange(args.count))
     names = list(cache.rows)
     return [(names[d], epoch, row) for d, epoch, row in zip(*(column.tolist() for column in located))]
 
@@ -229,7 +229,7 @@ def _stats_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _stats(args: argparse.Namespace) -> Outcome:
     """Raises UserError and DamageError as cache.RowCache, and DamageError for a checksum that differs."""
-    from tele_jax.data import stats
+    from tele_jax.data import describe
     from tele_jax.data.cache import RowCache
 
     cache = RowCache(args.dir)
@@ -237,16 +237,16 @@ def _stats(args: argparse.Namespace) -> Outcome:
         raise UserError(f"--tokens {args.tokens:g}: must be above 0 and finite")
     manifest = cache.manifest
     rows = sum(cache.rows.values()) if args.tokens is None else max(1, round(args.tokens / manifest.seq_len))
-    simulated, epochs, shares = stats.simulate(manifest), stats.epochs(manifest, rows), stats.shares(manifest)
+    simulated, epochs, shares = describe.simulate(manifest), describe.epochs(manifest, rows), describe.shares(manifest)
     drawn = [(n, f"{100 * rate:.4f}%", f"{100 * simulated[n]:.4f}%", f"{epochs[n]:.3f}") for n, rate in shares.items()]
     lengths = [
-        (name, *(f"{2 * stats.length_quantile(domain.counts, q) - 1:,}" for q in (0.5, 0.9)))
+        (name, *(f"{2 * describe.length_quantile(domain.counts, q) - 1:,}" for q in (0.5, 0.9)))
         for name, domain in manifest.domains.items()
     ]
     parts = [
         f"{args.dir}: {manifest.kind} rows of {manifest.seq_len} tokens, {manifest.vocab_size:,} ids",
         _table(manifest),
-        f"A run of {rows:,} rows, {rows * manifest.seq_len:,} tokens; shares counted in {stats.SIMULATED_ROWS:,}:",
+        f"A run of {rows:,} rows, {rows * manifest.seq_len:,} tokens; shares counted in {describe.SIMULATED_ROWS:,}:",
         tables.text(drawn, ("domain", "share asked", "share drawn", "epochs")),
         "Tokens of a document, half of them have at most, nine in ten at most (within a factor of 2):",
         tables.text(lengths, ("domain", "half", "nine in ten")),
@@ -256,7 +256,7 @@ def _stats(args: argparse.Namespace) -> Outcome:
         _verify(cache)
     domains = {
         name: vars(domain.counts)
-        | {"tokens_per_byte": stats.tokens_per_byte(domain.counts), "share": shares[name]}
+        | {"tokens_per_byte": describe.tokens_per_byte(domain.counts), "share": shares[name]}
         | {"share_drawn": simulated[name], "epochs": epochs[name]}
         for name, domain in manifest.domains.items()
     }
@@ -266,13 +266,13 @@ def _stats(args: argparse.Namespace) -> Outcome:
 
 def _picture(manifest: "Manifest", args: argparse.Namespace) -> str:
     """Draws it; says where it is, or why there is none: a cache may be read-only, and its figures are wanted still."""
-    from tele_jax.data import stats
+    from tele_jax.data import describe
 
     if importlib.util.find_spec("matplotlib") is None:
         return "no picture: matplotlib is missing; pip install 'tele_jax[plots]'"
     picture = args.plot or args.dir / "stats.png"
     try:
-        stats.plot(manifest, picture)
+        describe.plot(manifest, picture)
     except ValueError as error:  # no format that matplotlib knows
         raise UserError(f"--plot {picture}: {error}") from None
     except OSError as error:

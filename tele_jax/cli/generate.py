@@ -22,8 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     """Prints the continuations, without the prompts; the figures are their counts and times."""
-    from tele_jax.data.examples import document_start
-    from tele_jax.data.templates import marker_ids
+    from tele_jax.data.templates import document_start, marker_ids
     from tele_jax.inference.chat import TextStream, why_ended
     from tele_jax.inference.generate import generate
 

@@ -129,7 +129,7 @@ def load_model(args: argparse.Namespace, *, dialogues: bool) -> Model:
     from tele_jax import checkpoint
     from tele_jax.config import check_seed
     from tele_jax.data import templates
-    from tele_jax.data.examples import release_of
+    from tele_jax.data.templates import release_of
     from tele_jax.data.vocabulary import load_vocabulary
     from tele_jax.growth.masks import require_unmasked
     from tele_jax.inference.chat import check_vocabulary, find_tokenizer

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tele_jax.data import templates
-from tele_jax.data.examples import document_start
-from tele_jax.data.templates import Template
+from tele_jax.data.templates import Template, document_start
 from tele_jax.data.vocabulary import Vocabulary
 from tele_jax.errors import UserError
 from tele_jax.files import read_table

@@ -26,7 +26,7 @@ from tele_jax.config import ModelConfig, require
 from tele_jax.convert import chat_files, configs, families, fold, region, sidecar
 from tele_jax.convert.families import FORMATS, Part, Tensor
 from tele_jax.convert.files import DTYPES, Files, Stored, create, split
-from tele_jax.data.examples import release_of
+from tele_jax.data.templates import release_of
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import DamageError, UserError
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from tele_jax.data import examples, sources
 from tele_jax.data import feed as feeds
-from tele_jax.data.cached_feed import Batch, CachedFeed
-from tele_jax.data.position import Position
+from tele_jax.data import sources
+from tele_jax.data.encode import Kind
+from tele_jax.data.feed import Batch
+from tele_jax.data.order import Position
 from tele_jax.settings import TrainStage
 
 
@@ -23,7 +24,7 @@ class Batches:
       corpora: by place, the indexes that feed and held_out have opened; their `rejected` cannot be used.
     """
 
-    def __init__(self, stage: TrainStage, kind: examples.Kind, index: sources.Indexes):
+    def __init__(self, stage: TrainStage, kind: Kind, index: sources.Indexes):
         """Checks all that `stage.data` names; raises as feed.check. index: makes each index of text once for a run."""
         self._stage, self._index = stage, index
         self._shape: dict[str, Any] = {"kind": kind, "seq_len": stage.seq_len}
@@ -40,7 +41,7 @@ class Batches:
         rows: Sequence[int] | None = None,
         place: Callable[[Batch], Any] = lambda batch: batch,
         known: Sequence[Position] = (),
-    ) -> "feeds.LiveFeed | CachedFeed":
+    ) -> "feeds.LiveFeed | feeds.CachedFeed":
         """The batches to train on; arguments as feed.open_feed."""
         how = {"rows": rows, "place": place, "known": known, "aside": self._keep, "index": self._index}
         return feeds.open_feed(

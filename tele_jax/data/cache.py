@@ -2,7 +2,7 @@
 
     DIR/manifest.json                     what is in it; written last, with a checksum of its own
     DIR/tokenizer.model, or .json         a copy of the tokenizer that made it
-    DIR/<domain>/00000.array_record       rows (records.py), about 16,384 a shard
+    DIR/<domain>/00000.array_record       rows (packing.py), about 16,384 a shard
     DIR/<domain>/00000.rejected.jsonl     documents that could not be used, and why; absent if there are none
 
 ArrayRecord checks every record that it reads; the manifest has the size and the CRC-32 of every shard.
@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from tele_jax.config import as_written, written_table
-from tele_jax.data import examples, records
+from tele_jax.data import packing
+from tele_jax.data.encode import Kind
 from tele_jax.data.vocabulary import tokenizer_in
 from tele_jax.errors import DamageError, UserError
 from tele_jax.extras import need
@@ -54,7 +55,7 @@ class Counts:
       documents: or dialogues, without the rejected ones.
       shortened: dialogues that were longer than a row and lost their oldest turns (dialogue.py).
       rejected: documents that could not be used.
-      held_out: documents that the page of the cache holds out as well (apart.py).
+      held_out: documents that the page of the cache holds out as well.
       text_bytes: UTF-8 bytes of text.
       text_tokens: tokens that spell text: neither ends of sequences nor markers.
       tokens: positions that are not padding.
@@ -184,7 +185,7 @@ class RowCache:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         self._array_record = need("array_record.python.array_record_module")
-        self._dtype = records.id_type(self.manifest.vocab_size)
+        self._dtype = packing.id_type(self.manifest.vocab_size)
         self._readers: collections.OrderedDict[str, Any] = collections.OrderedDict()
         self._lock = threading.Lock()
         self._first_rows = {}
@@ -239,7 +240,7 @@ class RowCache:
             for i, record in zip(places, self._records(shard, inside), strict=True):
                 found[i] = record
         try:
-            return records.decode(found, self.manifest.seq_len, self._dtype, self.manifest.pad_id)
+            return packing.from_records(found, self.manifest.seq_len, self._dtype, self.manifest.pad_id)
         except DamageError as error:
             raise DamageError(f"{self.path}: damaged, {error}") from None
 
@@ -297,7 +298,7 @@ def check_fits(
     manifest: Manifest,
     where: str,
     *,
-    kind: examples.Kind,
+    kind: Kind,
     seq_len: int,
     tokenizer: str,
     sha256: str,

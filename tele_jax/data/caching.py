@@ -19,9 +19,10 @@ from typing import Any
 
 from tele_jax import beam_workers
 from tele_jax.config import written_table
-from tele_jax.data import apart, feed, shards, sources, templates
+from tele_jax.data import documents, shards, sources, templates
 from tele_jax.data.cache import FORMAT, MANIFEST, Counts, Domain, Manifest, incomplete, read_manifest
-from tele_jax.data.cached_feed import difference
+from tele_jax.data.domains import has_dialogues, open_vocabulary, require_other_files, resolve
+from tele_jax.data.feed import difference
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary, tokenizer_name
 from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.extras import need
@@ -69,11 +70,11 @@ def make(
         raise UserError(f"workers={workers} is for the DirectRunner; {runner} has options of its own, or none")
     if out.exists():
         raise UserError(f"{out}: is there already; choose another --out, or remove it")
-    config = dataclasses.replace(config, data=feed.resolve(config.data))
-    vocabulary = feed.open_vocabulary(config.data, config.kind)
+    config = dataclasses.replace(config, data=resolve(config.data))
+    vocabulary = open_vocabulary(config.data, config.kind)
     units = shards.plan(config)
     _check_vocabularies(units, vocabulary)
-    apart.require_other_files(config.data)
+    require_other_files(config.data)
     if workers is None:
         workers = min(len(os.sched_getaffinity(0)), len(units)) if runner == "DirectRunner" else 1
     run = _serial if runner == SERIAL else _pipeline(runner, workers, options)
@@ -183,14 +184,14 @@ def _require_same_text(work: Path, units: Sequence[shards.Unit]) -> None:
         raise UserError(f"{paths}: changed while this cache was made; start again, and its shards are made anew")
 
 
-def _held_out(config: CacheConfig) -> frozenset[bytes]:
-    """The digests of the lines that the page holds out (apart.py)."""
-    corpora = [
-        sources.index(f"sources.{name}.validation_files", name, source.validation_files, source.format)
-        for name, source in config.data.sources.items()
-        if source.validation_files and source.format != "text"
-    ]
-    return apart.HeldOutLines.of(corpora).digests
+def _held_out(config: CacheConfig) -> frozenset[int]:
+    """Reads the digests of the lines that the page holds out."""
+    found: set[int] = set()
+    for name, source in config.data.sources.items():
+        if source.validation_files and source.format != "text":
+            where = f"sources.{name}.validation_files"
+            found.update(sources.index(where, name, source.validation_files, source.format).line_digests().tolist())
+    return frozenset(found)
 
 
 def _of_tasks(work: Path, units: Sequence[shards.Unit]) -> dict[str, str]:
@@ -243,7 +244,7 @@ class _Work:
         threads: int,
         goes_on: bool,
         load_tasks: Callable[[], Any] | None,
-        held_out: frozenset[bytes],
+        held_out: frozenset[int],
     ):
         self._config, self.directory, self._sha256, self._threads = config, directory, tokenizer_sha256, threads
         self._goes_on, self._load_tasks, self._held_out = goes_on, load_tasks, held_out
@@ -340,7 +341,7 @@ def _assemble(work: Path, config: CacheConfig, vocabulary: Vocabulary, units: li
             of = config.data.sources[name]
             if of.task and reasons[name] is None:
                 raise UserError(f"sources.{name}.task: the split {of.split!r} of the task {of.task} has no example")
-            raise sources.nothing_usable(f"sources.{name}", reasons[name])
+            raise documents.nothing_usable(f"sources.{name}", reasons[name])
     shutil.copyfile(vocabulary.path, work / tokenizer_name(vocabulary.path))
     manifest = Manifest(
         format=FORMAT,
@@ -359,7 +360,7 @@ def _assemble(work: Path, config: CacheConfig, vocabulary: Vocabulary, units: li
             )
             for name, domain in domains.items()
         },
-        template=templates.choose(vocabulary).name if feed.has_dialogues(config.data, config.kind) else None,
+        template=templates.choose(vocabulary).name if has_dialogues(config.data, config.kind) else None,
     )
     shards.replace(work / MANIFEST, manifest.to_text())
     return read_manifest(work)

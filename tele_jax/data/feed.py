@@ -1,233 +1,207 @@
-"""Batches for training and for evaluation, from what a DataConfig names.
+"""Batches for training and for evaluation, from a DataConfig.
 
-`open_feed` gives a LiveFeed, straight from files and seqio Tasks, or a CachedFeed (cached_feed.py); `held_out` reads
-what is held out.
+`open_feed` returns a LiveFeed, which reads files and seqio Tasks while training goes on, or a CachedFeed, which reads
+rows from a cache. `held_out` reads the text that is held out.
 """
 
 import dataclasses
-import difflib
-import functools
 import json
-import os
-import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 
-from tele_jax.data import apart, cache, examples, live_feed, order, packing, sources, templates
-from tele_jax.data import position as positions_
-from tele_jax.data.cached_feed import AHEAD, ELSEWHERE, Batch, CachedFeed, difference, parse_state
-from tele_jax.data.position import Position
-from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
-from tele_jax.errors import UserError
-from tele_jax.files import expand
-from tele_jax.settings import DataConfig, SourceConfig
+from tele_jax.data import cache, live_rows, order, packing, sources
+from tele_jax.data.domains import OnRejects, OpenData, warn
+from tele_jax.data.domains import check as check
+from tele_jax.data.domains import ignore as ignore
+from tele_jax.data.domains import resolve as resolve
+from tele_jax.data.domains import shared as shared
+from tele_jax.data.encode import Kind
+from tele_jax.data.held_out import HeldOut as HeldOut
+from tele_jax.data.held_out import held_out as held_out
+from tele_jax.data.order import Position
+from tele_jax.data.templates import separator
+from tele_jax.errors import DamageError, UserError
+from tele_jax.files import parse_json
+from tele_jax.settings import DataConfig
 
-if TYPE_CHECKING:
-    from tele_jax.data import task_documents
+Batch = dict[str, np.ndarray]
+Place = Callable[[Batch], Any]
 
-SPAN_BYTES = 16_384
-SPAN_BYTES_PER_TOKEN = 32  # a span is about eight rows of English
-
-# Is given a corpus (or a task_documents.TaskDocuments, which has the same account of what cannot be used).
-Aside = Callable[[Any], None]
-Index = Callable[..., sources.Corpus]  # sources.index, or a sources.Indexes
-
-
-def warn(corpus: Any) -> None:
-    """Warns of the documents of a domain that cannot be used, if there are such: what becomes of them by default."""
-    if corpus.rejected:
-        warnings.warn(corpus.account(), stacklevel=2)
-
-
-def ignore(corpus: Any) -> None:
-    """Says nothing of them: for a first look, before the one that does."""
+AHEAD = 2  # batches that are read while training goes on
 
 
 def open_feed(
     data: DataConfig,
     *,
-    kind: examples.Kind,
+    kind: Kind,
     seq_len: int,
     batch_size: int,
     seed: int,
     rows: Sequence[int] | None = None,
-    place: Callable[[Batch], Any] = lambda batch: batch,
-    aside: Aside = warn,
+    place: Place = lambda batch: batch,
+    aside: OnRejects = warn,
     known: Sequence[Position] = (),
-    index: Index = sources.index,
+    index: sources.Indexes | None = None,
 ) -> "LiveFeed | CachedFeed":
-    """The feed of a stage. Its batches have been through `place`, which may put them on devices.
+    """Opens the feed of a stage.
 
     Args:
-      data, kind, seq_len, batch_size, seed: as LiveFeed.
-      rows: which rows of every batch this process needs; None: all. A live feed gives all in every process.
-      place: is given every batch; by a cached feed ahead of time.
-      aside: as LiveFeed. (What a cache could not use was kept aside when it was made.)
-      known, index: as LiveFeed.
+      data: domains, rates and the tokenizer.
+      kind: "pretrain": every token counts; "sft": answers only, of dialogues.
+      seq_len: tokens in a row.
+      batch_size: rows in a batch over all processes.
+      seed: seed of the orders; a domain that goes on keeps the seed of the stage which began to read it.
+      rows: numbers of the rows of every batch that this process needs; None: all. A live feed gives all rows.
+      place: is given every batch in a thread ahead of time, to put it on devices; its result is what the feed returns.
+      aside: is given every domain of a live feed, to report the documents that cannot be used.
+      known: positions that earlier stages came to, the latest first; a domain goes on where it was left.
+      index: shares indexes of text files with other stages.
 
     Raises:
       UserError: as LiveFeed and check.
       DamageError: as cache.RowCache.
     """
     if data.cache is None:
-        shape = {"kind": kind, "seq_len": seq_len, "batch_size": batch_size}
-        return LiveFeed(data, **shape, seed=seed, place=place, aside=aside, known=known, index=index)
+        how = {"kind": kind, "seq_len": seq_len, "batch_size": batch_size, "seed": seed}
+        return LiveFeed(data, **how, place=place, aside=aside, known=known, index=index)
     check(data, kind=kind, seq_len=seq_len, index=index)
     rates = {name: source.rate for name, source in resolve(data).sources.items()}
     row_cache = cache.RowCache(data.cache)
     return CachedFeed(row_cache, rates, batch_size=batch_size, seed=seed, rows=rows, place=place, known=known)
 
 
-def resolve(data: DataConfig) -> DataConfig:
-    """`data` with the sources that it leaves to its cache, and with a domain for every task of a Mixture.
+class _Feed:
+    """An endless iterator of batches that reads ahead, and whose place can be saved and restored.
 
-    Raises:
-      UserError: the cache is missing, has no such domain, or was made from other files; seqio has no such task.
-      DamageError: the cache is damaged.
+    A batch is a dict of arrays [rows, seq_len]: tokens int32 (inputs), targets int32, loss_weights float32, segment_ids
+    int32 (1, 2, ... in a row; 0 is padding), positions int32 (from 0 in every segment).
+
+    Attributes:
+      batches: number of batches that were given out, including those before a restore.
+      taken_over: the positions of earlier stages at which domains go on, by name.
     """
-    if any(source.task for source in data.sources.values()):
-        from tele_jax.data import task_documents
 
-        data = task_documents.expand(data)
-    if data.cache is None:
-        return data
-    domains = cache.read_manifest(Path(data.cache)).domains
-    resolved = {}
-    for name, source in data.sources.items():
-        if name not in domains:
-            near = difflib.get_close_matches(name, domains, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(domains)}"
-            raise UserError(f"sources.{name}: the cache {data.cache} has no such domain; {hint}")
-        made_from = domains[name].source
-        of_task = (source.task, source.split)
-        differs = source.files and source.files != made_from.files and not _same_sizes(source, domains[name], name)
-        if differs or (source.task and of_task != (made_from.task, made_from.split)):
-            field = "files" if differs else "task"
-            what = f"the split {made_from.split!r} of the task {made_from.task}"
+    _saved_elsewhere: str  # message for a state of the other kind of feed
+    _identity: dict[str, Any]  # what a state has to agree with
+    batches: int
+    taken_over: dict[str, Position]
+
+    def __init__(self, place: Place):
+        self._place = place
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self._pending: deque[Future] = deque()
+
+    def _begin(self, starts: dict[str, Position], batches: int) -> None:
+        """Sets where the next batch comes from, while nothing is being read."""
+        self._starts, self._positions, self.batches = starts, starts, batches
+
+    def _make(self, step: int) -> tuple[Any, dict[str, Position]]:
+        """Makes the batch of a step, and the positions to be saved after it. Called in a thread, in order."""
+        raise NotImplementedError
+
+    def _restored(self, positions: dict[str, Position]) -> dict[str, Position]:
+        """Checks saved positions; DamageError where no feed like this one can have come to them."""
+        raise NotImplementedError
+
+    def __iter__(self) -> "_Feed":
+        return self
+
+    def __next__(self) -> Any:
+        """Returns the next batch, as `place` gives it.
+
+        Raises:
+          UserError: a file has changed, or is gone, since the feed was made.
+          DamageError: a shard of the cache is damaged.
+        """
+        while len(self._pending) <= AHEAD:
+            self._pending.append(self._pool.submit(self._make, self.batches + len(self._pending)))
+        batch, self._positions = self._pending.popleft().result()
+        self.batches += 1
+        return batch
+
+    def close(self) -> None:
+        """Stops reading ahead; the feed cannot be used after."""
+        self._stop_reading()
+        self._pool.shutdown()
+
+    def _stop_reading(self) -> None:
+        for future in self._pending:
+            future.cancel()
+        wait([future for future in self._pending if not future.cancelled()])
+        self._pending.clear()
+
+    def positions(self) -> dict[str, Position]:
+        """Returns the position of every domain after the last batch that was returned, for a later stage."""
+        return self._positions
+
+    def state(self) -> bytes:
+        """Returns the place in the data after the last batch that was returned, for `restore`."""
+        positions = {name: position.to_json() for name, position in self._positions.items()}
+        return json.dumps({"batches": self.batches, **self._identity, "positions": positions}).encode()
+
+    def restore(self, state: bytes) -> None:
+        """Goes to a place that `state` gave, in this process or another; the next batch is the one that came after it.
+
+        Raises:
+          UserError: the state is of a feed of other data, rates, tokenizer, sizes or seed.
+          DamageError: the bytes are not what `state` gave.
+        """
+        saved, batches, positions = parse_state(state)
+        if saved.get("feed") in {"live", "cache"} - {self._identity["feed"]}:
+            raise UserError(f"the position in the data was saved for {self._saved_elsewhere}")
+        if changed := difference(saved, self._identity):
             raise UserError(
-                f"sources.{name}.{field}: the cache {data.cache} was made from "
-                f"{what if made_from.task else ', '.join(made_from.files)}; make it again, or leave {field} out"
+                f"the position in the data was saved for another feed: {changed}; go on with what it was saved for, or "
+                "from the checkpoint in another work directory (config.start)"
             )
-        # What is held out comes from the task that the cache was made from.
-        resolved[name] = dataclasses.replace(
-            source, task=made_from.task, split=made_from.split, files=source.files or made_from.files
-        )
-    return dataclasses.replace(data, sources=resolved or {name: d.source for name, d in domains.items()})
+        starts = self._restored(positions)
+        self._stop_reading()
+        self._begin(starts, batches)
 
 
-def _same_sizes(source: SourceConfig, domain: cache.Domain, name: str) -> bool:
-    """Compares the sizes of files with those that a cache was made from: they may lie elsewhere, and are not read."""
-    try:
-        files = expand(source.files, f"sources.{name}.files")
-    except UserError:
-        return False
-    return tuple(os.path.getsize(file) for file in files) == domain.text_files
+class LiveFeed(_Feed):
+    """A feed that reads, tokenises, packs and mixes documents while training goes on.
 
-
-def check(data: DataConfig, *, kind: examples.Kind, seq_len: int, index: Index = sources.index) -> Vocabulary:
-    """Looks through all that `data` names, as a feed would, and returns the tokenizer. Of rejects it says nothing.
-
-    Raises:
-      UserError: as LiveFeed, as resolve; a cache that was made for another kind, length or tokenizer.
-      DamageError: a cache is damaged, as far as can be seen without reading the rows.
+    Every epoch of a domain has every document once, in an order of its own. The shares of the domains in the rows are
+    their rates. The same configuration, files and seed give the same batches, bit for bit, and a restored feed goes on
+    as if nothing had happened, in any epoch. Documents are compared with the index when they are read: a document that
+    has changed ends the run, and two versions are never mixed.
     """
-    vocabulary = open_vocabulary(data, kind)
-    resolved = resolve(data)
-    apart.require_other_files(resolved)
-    if data.cache is None:
-        open_documents(resolved, vocabulary, kind, seq_len, aside=ignore, index=index)
-    else:
-        cache.check_fits(
-            cache.RowCache(data.cache).manifest,
-            data.cache,
-            kind=kind,
-            seq_len=seq_len,
-            tokenizer=data.tokenizer,
-            sha256=vocabulary.sha256,
-            template=data.template,
-        )
-    open_corpora(resolved, vocabulary, kind, seq_len, "validation_files", aside=ignore, index=index)
-    open_tasks(resolved, vocabulary, kind, seq_len, "validation_split", aside=ignore, index=index)
-    return vocabulary
 
-
-def shared(data: DataConfig, seq_len: int, *, index: Index = sources.index) -> list[str]:
-    """Lines for people, one for each domain with documents that are held out and trained on.
-
-    Compared are lines, byte for byte, of all domains with each other. What a cache was made from was compared with what
-    its own page holds out, and is not read again.
-    """
-    corpora: dict[str, list[sources.Corpus]] = {"files": [], "validation_files": []}
-    if data.cache is not None:
-        domains = cache.read_manifest(Path(data.cache)).domains
-        counts = {f"sources.{name}.files": domains[name].counts.held_out for name in resolve(data).sources}
-    elif not any(source.validation_files for source in data.sources.values()):
-        return []
-    else:
-        for field, found in corpora.items():
-            for name, source in data.sources.items():
-                if (patterns := getattr(source, field)) and source.format != "text":
-                    where = f"sources.{name}.{field}"
-                    found.append(index(where, name, patterns, source.format, span_bytes=_span_bytes(seq_len)))
-        held = apart.HeldOutLines.of(corpora["validation_files"])
-        counts = {corpus.where: held.count(corpus) for corpus in corpora["files"]}
-    return [f"{where}: {count:,} documents are held out as well" for where, count in counts.items() if count]
-
-
-class LiveFeed:
-    """An endless iterator of batches, read, tokenised, packed and mixed while training goes on.
-
-    A batch is a dict of arrays [batch_size, seq_len]: tokens int32 (inputs), targets int32, loss_weights float32,
-    segment_ids int32 (1, 2, ... in a row; 0 is padding), positions int32 (from 0 in every segment).
-
-    Every epoch of a domain has every document once, in an order of its own. The domains' shares of the rows are their
-    rates. The same configuration, files and seed give the same batches, bit for bit, and `state` and `restore` go on
-    in the middle as if nothing had happened, in any epoch and in another process too. What is read is compared with the
-    checksums of the index: a document that changed since ends the run when it is read, and no two versions are mixed.
-    """
+    _saved_elsewhere = "a feed from a cache"
 
     def __init__(
         self,
         data: DataConfig,
         *,
-        kind: examples.Kind,
+        kind: Kind,
         seq_len: int,
         batch_size: int,
         seed: int,
-        place: Callable[[Batch], Any] = lambda batch: batch,
-        aside: Aside = warn,
+        place: Place = lambda batch: batch,
+        aside: OnRejects = warn,
         known: Sequence[Position] = (),
-        index: Index = sources.index,
+        index: sources.Indexes | None = None,
     ):
-        """Checks all files; reading begins with the first batch.
-
-        Args:
-          data: domains, rates and the tokenizer.
-          kind: "pretrain": every token counts; "sft": answers only, of dialogues.
-          seq_len: tokens in a row.
-          batch_size: rows in a batch.
-          seed: of the orders; a domain that goes on keeps that of the stage which began to read it.
-          place: is given every batch, in a thread, before it is asked for.
-          aside: is given the index of every domain, whose `rejected` are the documents that cannot be used.
-          known: positions that earlier stages came to, the latest first; a domain goes on where it was left.
-          index: makes the indexes; sources.Indexes() where several feeds read the same files.
+        """Checks all files; documents are read from the first batch on. Arguments as `open_feed`.
 
         Raises:
-          UserError: files that are missing, empty or compressed; a domain without one usable document (sources.index);
-            a tokenizer that is missing or lacks what is needed; a system message that its template has no place for.
+          UserError: as OpenData and OpenData.train.
         """
-        self._vocabulary = open_vocabulary(data, kind)
-        data = resolve(data)
-        self._documents = open_documents(data, self._vocabulary, kind, seq_len, aside=aside, index=index)
+        super().__init__(place)
+        opened = OpenData(data, kind=kind, seq_len=seq_len, index=index)
+        self._vocabulary, self._documents = opened.vocabulary, opened.train
+        for documents in self._documents.values():
+            aside(documents)
         self._shape = {"kind": kind, "seq_len": seq_len}
-        self._batch_size, self._place = batch_size, place
-        self._weights = order.integer_weights([data.sources[name].rate for name in self._documents])
-        self.taken_over = positions_.choose(known, {name: each.checksum for name, each in self._documents.items()})
+        self._batch_size = batch_size
+        rates = {name: opened.data.sources[name].rate for name in self._documents}
+        self._weights = order.integer_weights(list(rates.values()))
+        self.taken_over = order.choose(known, {name: each.checksum for name, each in self._documents.items()})
         self._identity = {
             "feed": "live",
             **self._shape,
@@ -236,324 +210,192 @@ class LiveFeed:
             "tokenizer": self._vocabulary.sha256,
             "order": order.VERSION,
             "sources": {
-                name: {"checksum": each.checksum, "format": each.format, "rate": data.sources[name].rate}
+                name: {"checksum": each.checksum, "format": each.format, "rate": rates[name]}
                 for name, each in self._documents.items()
             },
         }
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="documents")
-        self._pending: deque[Future] = deque()
-        self._begin(
-            {
-                name: live_feed.go_on(self.taken_over.get(name), name, documents, **self._shape, seed=seed)
-                for name, documents in self._documents.items()
-            },
-            batches=0,
-        )
+        starts = {
+            name: live_rows.go_on(self.taken_over.get(name), name, documents, **self._shape, seed=seed)
+            for name, documents in self._documents.items()
+        }
+        self._begin(starts, 0)
 
     def _begin(self, starts: dict[str, Position], batches: int) -> None:
-        """Sets where the next batch comes from; nothing may be at work."""
-        self._batches, self._made, self._positions, self._starts = batches, batches, starts, starts
-        self._rows: list[Any] = []
+        super()._begin(starts, batches)
+        self._packers: list[live_rows.CutRows | live_rows.WholeRows] = []
         self._broken: Exception | None = None
 
-    def _packers(self) -> list[Any]:
-        """One of each domain, made in the thread that reads: what was open is read again."""
-        pad_id, separator = max(self._vocabulary.pad_id, 0), examples.separator(self._vocabulary)
-        made = []
+    def _open_packers(self) -> list[live_rows.CutRows | live_rows.WholeRows]:
+        """Makes a packer for each domain; it reads again the documents of its open rows."""
+        pad_id, made = max(self._vocabulary.pad_id, 0), []
         for name, documents in self._documents.items():
             start = self._starts[name]
-            read = documents.reader(start)
+            read = live_rows.Shuffled(documents.example, start)
             if self._shape["kind"] == "pretrain":
-                made.append(live_feed.CutRows(read, start, separator=separator, pad_id=pad_id))
+                made.append(live_rows.CutRows(read, start, separator=separator(self._vocabulary), pad_id=pad_id))
             else:
-                made.append(live_feed.WholeRows(read, start, pad_id=pad_id))
+                made.append(live_rows.WholeRows(read, start, pad_id=pad_id))
         return made
 
-    def _make(self) -> tuple[Any, dict[str, Position]]:
-        """The next batch, and the position of every domain after it."""
+    def _make(self, step: int) -> tuple[Any, dict[str, Position]]:
         if self._broken is not None:  # a packer may stand in the middle of a row
             raise self._broken
         try:
-            return self._make_next()
+            self._packers = self._packers or self._open_packers()
+            first = step * self._batch_size
+            domain, _ = order.mixture(np.arange(first, first + self._batch_size), self._weights)
+            rows = np.stack([self._packers[i].row() for i in domain.tolist()])
+            positions = {name: packer.position() for name, packer in zip(self._documents, self._packers, strict=True)}
+            return self._place(packing.to_batch(rows)), positions
         except Exception as error:
             self._broken = error
             raise
 
-    def _make_next(self) -> tuple[Any, dict[str, Position]]:
-        self._rows = self._rows or self._packers()
-        first = self._made * self._batch_size
-        domain, _ = order.mixture(np.arange(first, first + self._batch_size), self._weights)
-        rows = np.stack([self._rows[i].row() for i in domain.tolist()])
-        self._made += 1
-        positions = {name: packer.position() for name, packer in zip(self._documents, self._rows, strict=True)}
-        return self._place(packing.to_batch(rows)), positions
+    def _restored(self, positions: dict[str, Position]) -> dict[str, Position]:
+        for name, documents in self._documents.items():
+            live_rows.check_own(positions.get(name), name, documents, **self._shape)
+        return {name: positions[name] for name in self._documents}
 
-    def __iter__(self) -> "LiveFeed":
-        return self
 
-    def __next__(self) -> Any:
-        """The next batch, as `place` gives it.
+class CachedFeed(_Feed):
+    """A feed that reads rows from a cache: each batch is a pure function of seed, step and earlier stages.
+
+    The rows of step t are those at the places t * batch_size ... (t + 1) * batch_size - 1 of one order (order.py). So
+    going to a step takes no time, and the batches do not depend on how many processes read them. The state is the step
+    and what the order depends on: the checksums of the rows, not the path of the cache.
+    """
+
+    _saved_elsewhere = "a feed without a cache"
+
+    def __init__(
+        self,
+        cache: cache.RowCache,
+        rates: dict[str, float],
+        *,
+        batch_size: int,
+        seed: int,
+        rows: Sequence[int] | None = None,
+        place: Place = lambda batch: batch,
+        known: Sequence[Position] = (),
+    ):
+        """Reads only the manifest; rows are read from the first batch on.
+
+        Args:
+          cache: the cache.
+          rates: relative rates of the domains to draw from.
+          batch_size, seed, place, known: as `open_feed`.
+          rows: numbers of the rows of every batch that this process reads; None: all. Process h of H that share a batch
+            evenly: range(h * batch_size // H, (h + 1) * batch_size // H).
 
         Raises:
-          UserError: a file has changed, or is gone, since the feed was made.
+          UserError: a rate of a domain that the cache does not have.
+          ValueError: rows that are not in a batch.
         """
-        while len(self._pending) <= AHEAD:
-            self._pending.append(self._pool.submit(self._make))
-        batch, self._positions = self._pending.popleft().result()
-        self._batches += 1
-        return batch
+        super().__init__(place)
+        for name in rates:
+            if name not in cache.rows:
+                raise UserError(f"{cache.path}: has no domain {name!r}; it has {', '.join(cache.rows)}")
+        self._cache = cache
+        self._rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+        if not ((self._rows >= 0) & (self._rows < batch_size)).all():
+            raise ValueError(f"rows {self._rows.tolist()} are not all in a batch of {batch_size}")
+        self._batch_size, self._rates, self._seed = batch_size, rates, seed
+        manifest = cache.manifest
+        self._checksums = {name: manifest.checksum(name) for name in rates}
+        self._identity = {
+            "feed": "cache",
+            "kind": manifest.kind,
+            "seq_len": manifest.seq_len,
+            "batch_size": batch_size,
+            "seed": seed,
+            "tokenizer": manifest.tokenizer_sha256,
+            "order": order.VERSION,
+            "sources": {name: {"checksum": self._checksums[name], "rate": rates[name]} for name in rates},
+        }
+        self.taken_over = order.choose(known, self._checksums)
+        self._begin(self._complete(self.taken_over), 0)
+
+    def _complete(self, positions: dict[str, Position]) -> dict[str, Position]:
+        """Adds the beginning of every domain that has no position."""
+        total, checksums = self._cache.rows, self._checksums
+        return {
+            name: positions.get(name)
+            or Position(checksum=checksums[name], name=name, seed=self._seed, total=total[name])
+            for name in self._rates
+        }
+
+    def _begin(self, starts: dict[str, Position], batches: int) -> None:
+        super()._begin(starts, batches)
+        begins = {name: (start.next, start.name, start.seed) for name, start in starts.items()}
+        rows = tuple(self._cache.rows[name] for name in self._rates)
+        self.order = order.Order(tuple(self._rates), rows, tuple(self._rates.values()), self._seed, begins)
+
+    def read(self, step: int) -> Batch:
+        """Reads the rows of a step's batch that this process needs, as arrays [len(rows), S].
+
+        Raises:
+          DamageError: a shard of the cache is damaged.
+        """
+        domain, _, row = self.order.locate(step * self._batch_size + self._rows)
+        return self._cache.read([self.order.domains[i] for i in domain.tolist()], row.tolist())
+
+    def _make(self, step: int) -> tuple[Any, dict[str, Position]]:
+        return self._place(self.read(step)), self._starts
 
     def close(self) -> None:
-        """Stops reading ahead; the feed cannot be used after."""
-        self._forget()
-        self._pool.shutdown()
-
-    def _forget(self) -> None:
-        """Returns when nothing is read any more."""
-        for future in self._pending:
-            future.cancel()
-        wait([future for future in self._pending if not future.cancelled()])
-        self._pending.clear()
-
-    @property
-    def batches(self) -> int:
-        """How many batches have been given out, those before a restore included."""
-        return self._batches
+        """Stops reading ahead and closes the files; the feed cannot be used after."""
+        super().close()
+        self._cache.close()
 
     def positions(self) -> dict[str, Position]:
-        """The position of every domain after the last batch that was returned, for `known` of a later stage."""
-        return self._positions
+        """Returns the position of every domain after the last batch that was returned, for a later stage."""
+        counts = self.order.counts(self.batches * self._batch_size)
+        return {
+            name: dataclasses.replace(start, next=start.next + counts[name]) for name, start in self._starts.items()
+        }
 
-    def state(self) -> bytes:
-        """The place in the data after the last batch that was returned."""
-        positions = {name: position.to_json() for name, position in self._positions.items()}
-        return json.dumps({"batches": self._batches, **self._identity, "positions": positions}).encode()
-
-    def restore(self, state: bytes) -> None:
-        """Goes to a place that `state` gave; the next batch is the one that came after it.
-
-        Raises:
-          UserError: the state is of a feed of other files, rates, tokenizer, sizes or seed.
-          DamageError: the bytes are not what `state` gave.
-        """
-        saved, batches, positions = parse_state(state)
-        if saved.get("feed") == "cache":
-            raise UserError("the position in the data was saved for a feed from a cache")
-        if changed := difference(saved, self._identity):
-            raise UserError(f"the position in the data was saved for another feed: {changed}; {ELSEWHERE}")
-        for name, documents in self._documents.items():
-            live_feed.check_own(positions.get(name), name, documents, **self._shape)
-        self._forget()
-        self._begin({name: positions[name] for name in self._documents}, batches)
+    def _restored(self, positions: dict[str, Position]) -> dict[str, Position]:
+        for name, start in positions.items():
+            if name not in self._rates or start.total != self._cache.rows[name]:
+                raise DamageError(f"the saved position in the data is damaged: positions.{name} is not of this cache")
+        return self._complete(positions)
 
 
-@dataclasses.dataclass(frozen=True)
-class HeldOut:
-    """Held-out text of one domain.
-
-    Weights are 1 on tokens of text only: not on the end-of-sequence token, nor on `<_end>`. So the loss summed over
-    the weights, in bits, over num_bytes is the number of bits per byte of text exactly, whatever the tokenizer and
-    however the text falls into documents. (Training does count these tokens.)
-
-    Attributes:
-      batches: as LiveFeed's; the last one is filled up with rows of padding.
-      num_bytes: UTF-8 bytes whose tokens are predicted.
-      num_tokens: number of those tokens: the sum of all loss_weights.
-    """
-
-    batches: list[Batch]
-    num_bytes: int
-    num_tokens: int
-
-
-def held_out(
-    data: DataConfig,
-    *,
-    kind: examples.Kind,
-    seq_len: int,
-    batch_size: int,
-    aside: Aside = warn,
-    index: Index = sources.index,
-) -> dict[str, HeldOut]:
-    """The first data.eval_bytes of what is held out of each domain that has some, always the same batches.
-
-    A document longer than what is left of eval_bytes is cut at a character; a dialogue or an example of a Task never
-    is, and the last one may go beyond. (Of these, what is learned is counted.) Documents longer than seq_len are cut
-    into pieces, each beginning with the separator as its only context. Documents that cannot be used are left out;
-    `aside` is as in LiveFeed.
+def parse_state(state: bytes) -> tuple[dict[str, Any], int, dict[str, Position]]:
+    """Takes apart what a feed's `state` gave: (identity of the feed, batches given out, positions by domain).
 
     Raises:
-      UserError: as LiveFeed.
+      DamageError: the bytes are not what `state` gave.
+      UserError: they are of an earlier version.
     """
-    vocabulary, data = open_vocabulary(data, kind), resolve(data)
-    how = {"aside": aside, "index": index}
-    corpora = open_corpora(data, vocabulary, kind, seq_len, "validation_files", **how)
-    readers = {name: _reader(corpus, vocabulary, kind, seq_len) for name, corpus in corpora.items()}
-    for name, documents in open_tasks(data, vocabulary, kind, seq_len, "validation_split", **how).items():
-        readers[name] = (len(documents), lambda i, left, documents=documents: (documents.example(i), True))
-    held = {
-        name: _held_out(*readers[name], vocabulary, seq_len, batch_size, data.eval_bytes)
-        for name in data.sources
-        if name in readers
-    }
-    for name, text in held.items():
-        if text is None:
-            field = "validation_files" if name in corpora else "validation_split"
-            raise UserError(f"eval_bytes={data.eval_bytes} holds no character of sources.{name}.{field}; give more")
-    return held
+    earlier = UserError(
+        "the position in the data was saved by an earlier version, in another form; start a new work directory "
+        "from this checkpoint (config.start)"
+    )
+    if state[:2] == b"PK":
+        raise earlier
+    try:
+        saved = parse_json(state, "the saved position in the data")
+        if "batches" in saved and "cache" in saved and "positions" not in saved:
+            raise earlier
+        batches, positions = saved.pop("batches"), dict(saved.pop("positions").items())
+    except UserError:
+        raise
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise DamageError(f"the saved position in the data is damaged: {type(error).__name__}: {error}") from None
+    if type(batches) is not int or batches < 0:
+        raise DamageError(f"the saved position in the data is damaged: {batches!r} batches")
+    found = {name: order.position_from_json(value, f"positions.{name}") for name, value in positions.items()}
+    return saved, batches, found
 
 
-# Gives document i, of at most so many bytes where it can be cut, and whether its text begins with it.
-_Read = Callable[[int, int], tuple[np.ndarray, bool]]
-
-
-def _reader(corpus: sources.Corpus, vocabulary: Vocabulary, kind: examples.Kind, seq_len: int) -> tuple[int, _Read]:
-    def read(i: int, left: int) -> tuple[np.ndarray, bool]:
-        example = examples.example(corpus, i, vocabulary, kind, seq_len, max_bytes=left)
-        return example, not examples.continues(corpus, i, vocabulary)
-
-    return len(corpus), read
-
-
-def _held_out(
-    count: int, read: _Read, vocabulary: Vocabulary, seq_len: int, batch_size: int, max_bytes: int
-) -> HeldOut | None:
-    """None where max_bytes holds no character."""
-    sizes = np.array([len(spelled) for spelled in vocabulary.piece_bytes])
-    spaced = np.array([spelled[:1] == b" " for spelled in vocabulary.piece_bytes])
-    num_bytes, num_tokens, pieces = 0, 0, []
-    for i in range(count):
-        if num_bytes >= max_bytes:
-            break
-        example, begins = read(i, max_bytes - num_bytes)
-        _, targets, weights = example
-        weights *= sizes[targets] > 0
-        num_tokens += int(weights.sum())
-        num_bytes += int((sizes[targets] * weights).sum())
-        # A space that is not in the text, at the start of each.
-        if vocabulary.adds_dummy_prefix and begins:
-            num_bytes -= int(np.count_nonzero(spaced[targets] & (np.diff(weights, prepend=0) == 1)))
-        for start in range(0, example.shape[1], seq_len):
-            piece = example[:, start : start + seq_len].copy()
-            if start:
-                piece[0, 0] = examples.separator(vocabulary)
-            pieces.append(piece)
-    if not num_bytes:
-        return None
-    pad_id = max(vocabulary.pad_id, 0)
-    open_rows, full_rows = packing.fit_rows(packing.empty_rows(64, seq_len, pad_id), pieces, pad_id=pad_id)
-    rows = np.stack([*full_rows, *filter(packing.used, open_rows)])
-    padding = packing.empty_rows(-len(rows) % batch_size, seq_len, pad_id)
-    batches = np.concatenate([rows, padding]).reshape(-1, batch_size, *rows.shape[1:])
-    return HeldOut([packing.to_batch(batch) for batch in batches], num_bytes, num_tokens)
-
-
-def open_vocabulary(data: DataConfig, kind: examples.Kind) -> Vocabulary:
-    """The tokenizer of `data`, checked for what training needs.
-
-    Raises:
-      UserError: there is none, or it lacks pieces for the bytes, for the end of a sequence or, if there are dialogues,
-        for their markers.
-    """
-    vocabulary = load_vocabulary(data.tokenizer).with_template(data.template)
-    if not vocabulary.spells_bytes or vocabulary.eos_id < 0:
-        raise UserError(f"tokenizer {data.tokenizer}: it needs pieces for the 256 bytes and for the end of a sequence")
-    if has_dialogues(data, kind):
-        templates.marker_ids(templates.choose(vocabulary), vocabulary)
-    return vocabulary
-
-
-def has_dialogues(data: DataConfig, kind: examples.Kind) -> bool:
-    """True where dialogues are written, for which a tokenizer needs markers: fine-tuning on Tasks alone has none."""
-    if kind == "sft" and data.cache is not None and not data.sources:
-        return cache.read_manifest(Path(data.cache)).template is not None
-    files = [source for source in data.sources.values() if not source.task]
-    return any(kind == "sft" or source.format == "dialogues" for source in files)
-
-
-def open_corpora(
-    data: DataConfig,
-    vocabulary: Vocabulary,
-    kind: examples.Kind,
-    seq_len: int,
-    field: Literal["files", "validation_files"],
-    *,
-    aside: Aside = warn,
-    index: Index = sources.index,
-) -> dict[str, sources.Corpus]:
-    """The indexed files of every domain that has some in `field`; each has been given to `aside`.
-
-    Raises:
-      UserError: as sources.index; fine-tuning on what is not dialogues; a system message that the template of the
-        vocabulary has no place for.
-    """
-    corpora = {}
-    for name, source in data.sources.items():
-        if patterns := getattr(source, field):
-            examples.check_format(name, source.format, kind)
-            span_bytes = _span_bytes(seq_len)
-            corpora[name] = index(f"sources.{name}.{field}", name, patterns, source.format, span_bytes=span_bytes)
-            examples.check_systems(corpora[name], vocabulary)
-            aside(corpora[name])
-    return corpora
-
-
-def open_documents(
-    data: DataConfig,
-    vocabulary: Vocabulary,
-    kind: examples.Kind,
-    seq_len: int,
-    *,
-    aside: Aside = warn,
-    index: Index = sources.index,
-) -> dict[str, live_feed.Documents]:
-    """The documents of every domain to be read live, by name in order.
-
-    Raises:
-      UserError, FailedError: as open_corpora and open_tasks.
-    """
-    corpora = open_corpora(data, vocabulary, kind, seq_len, "files", aside=aside, index=index)
-    found: dict[str, live_feed.Documents] = {
-        name: live_feed.CorpusDocuments(corpus, vocabulary, kind, seq_len, _span_bytes(seq_len))
-        for name, corpus in corpora.items()
-    }
-    found |= open_tasks(data, vocabulary, kind, seq_len, "split", aside=aside, index=index)
-    return {name: found[name] for name in sorted(found)}
-
-
-def open_tasks(
-    data: DataConfig,
-    vocabulary: Vocabulary,
-    kind: examples.Kind,
-    seq_len: int,
-    field: Literal["split", "validation_split"],
-    *,
-    aside: Aside = warn,
-    index: Index = sources.index,
-) -> dict[str, "task_documents.TaskDocuments"]:
-    """The examples of every domain that is a seqio Task (`resolve`) and has a split in `field`.
-
-    Raises:
-      UserError, FailedError: as task_documents.open_task.
-    """
-    found = {}
-    for name, source in data.sources.items():
-        if source.task and (split := getattr(source, field)):
-            from tele_jax.data import task_documents
-
-            where = f"sources.{name}.{'task' if field == 'split' else field}"
-            made = functools.partial(task_documents.open_task, source, where, vocabulary, kind, seq_len, split=split)
-            longest = seq_len if kind == "sft" else None
-            key = ("task", where, source.task, split, vocabulary.sha256, kind, longest)
-            found[name] = index.once(key, made) if isinstance(index, sources.Indexes) else made()
-            aside(found[name])
-    return found
-
-
-def _span_bytes(seq_len: int) -> int:
-    """Bytes at which long documents are cut.
-
-    Rows of one document come near each other: a span is short enough to bound how many, and long enough that few rows
-    begin inside a document.
-    """
-    return max(SPAN_BYTES, SPAN_BYTES_PER_TOKEN * seq_len)
+def difference(saved: dict[str, Any], current: dict[str, Any], path: str = "") -> str:
+    """Lists what differs, by name; empty if nothing does."""
+    parts = []
+    for key in sorted({*saved, *current}):
+        old, new = saved.get(key), current.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            parts.append(difference(old, new, f"{path}{key}."))
+        elif old != new:
+            parts.append(f"{path}{key} was {old!r}, now {new!r}")
+    return "; ".join(filter(None, parts))

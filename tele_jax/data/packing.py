@@ -1,22 +1,37 @@
-"""Packing examples into rows of fixed length, in numpy.
+"""Packing examples into rows of fixed length, and rows as bytes, in numpy.
 
 A row is int32 [5, S]: tokens, targets, loss_weights, segment_ids (1, 2, ... and 0 for padding), positions (from 0 in
-every segment). Two ways, one shape: both take the rows that are still open, fill them with examples, and return the
-rows that are full together with those left open, so that packing can stop after any example and go on later.
+every segment). There are two ways to pack. Both take the rows that are still open, fill them with examples, and return
+the full rows together with those left open, so that packing can stop after any example and go on later.
 
 `cut_rows` (pretraining): examples are laid end to end, and a row ends where it is full, inside an example or not. No
 position is wasted and every target is kept, once. The rest of a cut example starts the next row as a segment of its
 own, whose first input is the separator again.
 `fit_rows` (fine-tuning): an example stays whole; it goes where it leaves the least room, and if it fits nowhere, the
 fullest row is closed, its end padded.
+
+A cache stores a row as one record of an ArrayRecord file. A record is little-endian, for S positions, with ids of 16
+bits where the vocabulary has at most 65,536 of them and of 32 bits otherwise:
+
+    uint32        number of positions that are not padding
+    uint32        number of segments
+    ids [S]       targets; padding at the end
+    bits [S]      loss weights, most significant bit first
+    uint32 [...]  where each segment begins
+    uint32 [...]  the first input of each segment
+
+The rest follows: inside a segment an input is the target before it, and positions count from its beginning.
 """
 
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from tele_jax.errors import DamageError
+
 COLUMNS = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
 TOKENS, TARGETS, LOSS_WEIGHTS, SEGMENT_IDS, POSITIONS = range(5)
+HEADER = 8  # bytes of a record before its ids
 
 
 def empty_rows(count: int, seq_len: int, pad_id: int) -> np.ndarray:
@@ -122,3 +137,69 @@ def to_batch(rows: np.ndarray) -> dict[str, np.ndarray]:
 
 def _stack(rows: Sequence[np.ndarray], seq_len: int) -> np.ndarray:
     return np.stack(rows) if rows else np.zeros((0, 5, seq_len), np.int32)
+
+
+def id_type(vocab_size: int) -> np.dtype:
+    """What the ids of a vocabulary are stored as."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def to_records(rows: np.ndarray, dtype: np.dtype) -> list[bytes]:
+    """int32 [R, 5, S] as R records.
+
+    Raises:
+      ValueError: loss weights other than 0 and 1, ids beyond `dtype`, or inputs that do not follow from the targets.
+    """
+    segment_ids, tokens, targets = (rows[:, column] for column in (SEGMENT_IDS, TOKENS, TARGETS))
+    weights = rows[:, LOSS_WEIGHTS]
+    begins = np.diff(segment_ids, axis=1, prepend=0) > 0
+    inside = (segment_ids > 0) & ~begins
+    if ((weights != 0) & (weights != 1)).any():
+        raise ValueError("a loss weight is neither 0 nor 1")
+    if len(rows) and max(targets.max(), tokens.max()) > np.iinfo(dtype).max:
+        raise ValueError(f"an id does not fit {dtype}")
+    if (tokens[:, 1:] != targets[:, :-1])[inside[:, 1:]].any():
+        raise ValueError("an input is not the target before it")
+    used = np.count_nonzero(segment_ids, axis=1)
+    header = np.stack([used, segment_ids.max(axis=1, initial=0)], axis=1).astype("<u4")
+    targets, weights = targets.astype(dtype), np.packbits(weights.astype(np.uint8), axis=1)
+    row, start = np.nonzero(begins)
+    tails = np.split(np.stack([start, tokens[row, start]]).astype("<u4"), np.cumsum(header[:-1, 1]), axis=1)
+    return [b"".join(map(np.ndarray.tobytes, parts)) for parts in zip(header, targets, weights, tails)]
+
+
+def from_records(records: Sequence[bytes], seq_len: int, dtype: np.dtype, pad_id: int) -> dict[str, np.ndarray]:
+    """The batch of arrays [R, S] that training takes (to_batch), of R records.
+
+    Raises:
+      DamageError: a record that is not such a row.
+    """
+    fixed = HEADER + seq_len * dtype.itemsize + -(-seq_len // 8)
+    blocks = np.frombuffer(b"".join([record[:fixed] for record in records]), np.uint8)
+    if len(blocks) != len(records) * fixed:
+        raise DamageError(f"a record is shorter than a row of {seq_len} tokens")
+    blocks = blocks.reshape(len(records), fixed)
+    header = blocks[:, :HEADER].copy().view("<u4").astype(np.int64)
+    if any(len(record) != fixed + 8 * count for record, count in zip(records, header[:, 1].tolist())):
+        raise DamageError(f"a record is not a row of {seq_len} tokens")
+    ids, bits = blocks[:, HEADER : fixed - -(-seq_len // 8)], blocks[:, fixed - -(-seq_len // 8) :]
+    targets = np.ascontiguousarray(ids).view(dtype).astype(np.int32)
+    weights = np.unpackbits(bits, axis=1, count=seq_len).astype(np.float32)
+    row = np.repeat(np.arange(len(records)), header[:, 1])
+    tails = [np.frombuffer(record, "<u4", offset=fixed).reshape(2, -1) for record in records]
+    start, first = np.concatenate([np.zeros((2, 0), "<u4"), *tails], axis=1).astype(np.int64)
+    if (header[:, 0] > seq_len).any() or (start >= seq_len).any():
+        raise DamageError(f"a record is not a row of {seq_len} tokens")
+    tokens = np.empty_like(targets)
+    tokens[:, 1:] = targets[:, :-1]
+    tokens[row, start] = first
+    begins = np.zeros(targets.shape, np.int32)
+    begins[row, start] = 1
+    segment_ids = np.cumsum(begins, axis=1, dtype=np.int32)
+    places = np.arange(seq_len, dtype=np.int32)
+    positions = places - np.maximum.accumulate(begins * places, axis=1)
+    for i in np.flatnonzero(header[:, 0] < seq_len).tolist():
+        end = header[i, 0]
+        tokens[i, end:] = pad_id
+        segment_ids[i, end:] = positions[i, end:] = 0
+    return dict(zip(COLUMNS, (tokens, targets, weights, segment_ids, positions), strict=True))

@@ -1,13 +1,14 @@
-"""Examples of registered seqio Tasks as documents: what a page that names `task` is trained on, live and cached.
+"""Examples of registered seqio Tasks as documents, for live feeds and for caches.
 
-A Task is gone through once, in its own order, and its examples are kept in a scratch file, from where they are read at
-random: so the order of every epoch, the place in the data and going on exactly are those of files (live_feed.py), and
-what the Task would give at another time does not matter until the next start, which compares checksums.
+A Task is gone through once, in its own order, and its encoded examples are kept in a scratch file, from where they are
+read at random. So the order of every epoch, positions in the data and exact resuming are those of files (live_rows.py).
+The next start compares checksums, in case the Task gives something else then.
 
 A cache takes a Task by the shards of its source, each of which becomes one shard of rows (shards.py).
 """
 
 import array
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -22,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from tele_jax.data import examples, live_feed, sources
-from tele_jax.data.position import Position
+from tele_jax.data import documents, encode
+from tele_jax.data.encode import Kind
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import FailedError, UserError
 from tele_jax.extras import keep_off_accelerators, need
@@ -33,9 +34,9 @@ tf = need("tensorflow")
 seqio = need("seqio")
 keep_off_accelerators()  # a page may have loaded it
 
-FEATURES = (("targets",), ("inputs", "targets"), ("inputs", "loss_weights", "targets"))  # sorted: what we understand
+FEATURES = (("targets",), ("inputs", "targets"), ("inputs", "loss_weights", "targets"))  # that are understood, sorted
 SAY_EVERY = 30  # seconds between lines about a task that takes long
-COMPARED = 512  # ids of a vocabulary of a kind that we do not know
+COMPARED = 512  # ids that are compared of a vocabulary of an unknown class
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,67 +56,59 @@ class TaskShard:
 
 
 class TaskDocuments:
-    """A split of a Task as the documents of a live feed (live_feed.Documents), or a shard of it as those of a cache.
+    """A split of a Task as domains.Documents, or a shard of the split for a cache.
 
     Attributes:
-      checksum: BLAKE2 of all that the Task gave, hexadecimal; of what was rejected too.
+      checksum: BLAKE2 of all that the Task gave, hexadecimal; rejected examples are included.
       cut: 0, no document is cut.
       format: "task".
-      where: the page names it, for messages: "sources.lm.task".
+      where: names the Task in messages: "sources.lm.task".
       rejected: the first examples that cannot be used.
-      num_rejected: how many there are.
+      num_rejected: number of examples that cannot be used.
     """
 
     cut = 0
     format = "task"
 
-    def __init__(self, shard: TaskShard, vocabulary: Vocabulary, kind: examples.Kind, seq_len: int, *, where: str = ""):
+    def __init__(self, shard: TaskShard, vocabulary: Vocabulary, kind: Kind, seq_len: int | None, *, where: str = ""):
         """Goes through the Task once.
 
         Args:
-          shard: which part; its Task is registered.
-          vocabulary: of the run.
+          shard: part of the Task, which is registered.
+          vocabulary: vocabulary of the run.
           kind: "pretrain", or "sft", which learns answers.
-          seq_len: in fine-tuning an example that is longer is rejected.
-          where: the page names it.
+          seq_len: in fine-tuning, a longer example is rejected.
+          where: names the Task in messages.
 
         Raises:
           UserError: there is no such Task or split; its features or its vocabulary are not those of the run; reading
             it fails.
-          FailedError: no room for the scratch file.
+          FailedError: the scratch file finds no room.
         """
         self.where = where or f"task {shard.task}"
-        self._shard, self._rejects = shard, sources.Rejects()
+        self._shard, self._vocabulary, self._rejects = shard, vocabulary, documents.Rejects()
         self._starts = array.array("q", [0])  # where the columns of a document begin, in positions
         self._scratch = tempfile.TemporaryFile(prefix="tele_task_")  # noqa: SIM115  as long as the documents
         digest = hashlib.blake2b(digest_size=16)
         task = find(shard.task)
-        _check_task(task, shard, vocabulary, kind)
+        _check_split(task, shard.task, shard.split)
+        check_features(task, kind)
+        check_vocabularies(task, vocabulary)
         said = time.monotonic()
         for number, features in enumerate(_features(task, shard)):
             _update(digest, features)
-            self._keep(number, features, vocabulary, kind, seq_len)
+            self._keep(number, features, kind, seq_len)
             if number % 1024 == 0 and time.monotonic() - said > SAY_EVERY:
                 said = time.monotonic()
                 print(f"tele: task {shard.task}: {number:,} examples of {shard.split} so far", file=sys.stderr)
         self.checksum = digest.hexdigest()
-        self.rejected: tuple[sources.Reject, ...]
         self.rejected, self.num_rejected = tuple(self._rejects.first), self._rejects.count
-        try:
+        with _one_line_if_full():
             self._scratch.flush()
-        except OSError as error:
-            raise _no_room(error) from None
 
-    def _keep(
-        self,
-        number: int,
-        features: Mapping[str, np.ndarray],
-        vocabulary: Vocabulary,
-        kind: examples.Kind,
-        seq_len: int,
-    ) -> None:
+    def _keep(self, number: int, features: Mapping[str, np.ndarray], kind: Kind, seq_len: int | None) -> None:
         """Puts an example into the scratch file, or among the rejected ones."""
-        shard = self._shard
+        shard, vocabulary = self._shard, self._vocabulary
         for name in features.keys() - {"loss_weights"}:
             ids = features[name]
             if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary.vocab_size:
@@ -124,75 +117,65 @@ class TaskDocuments:
                     f"tokenizer {vocabulary.path} has those from 0 to {vocabulary.vocab_size - 1}"
                 )
         try:
-            columns = examples.from_features(features, vocabulary, kind)
-            if kind == "sft" and columns.shape[1] > seq_len:
-                raise UserError(f"{columns.shape[1]:,} tokens, more than a row of {seq_len:,}")
+            columns = encode.encode([documents.Document(features)], vocabulary, kind, seq_len or 0).columns
         except UserError as error:
             of = {"task": shard.task, "split": shard.split, "shard": shard.index, "example": number}
             sample = vocabulary.decode(features["targets"][:50].tolist())
             self._rejects.add({**of, "reason": str(error), "sample": sample})
             return
-        try:
+        with _one_line_if_full():
             self._scratch.write(columns.tobytes())
-        except OSError as error:
-            raise _no_room(error) from None
         self._starts.append(self._starts[-1] + columns.shape[1])
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
     def account(self) -> str:
-        """Says how many examples were rejected, and why the first."""
-        return sources.account(self.where, len(self), self.num_rejected, self.rejected)
+        """Says in a line how many examples were rejected, and why the first."""
+        return documents.account(self.where, len(self), self.num_rejected, self.rejected)
 
     def example(self, i: int) -> np.ndarray:
-        """Document `i` as int32 [3, n] (examples.COLUMNS)."""
+        """Reads document `i` as int32 [3, n] (encode.COLUMNS)."""
         start, end = self._starts[i], self._starts[i + 1]
-        size = np.dtype(np.int32).itemsize * len(examples.COLUMNS)
+        size = np.dtype(np.int32).itemsize * len(encode.COLUMNS)
         data = os.pread(self._scratch.fileno(), size * (end - start), size * start)
-        return np.frombuffer(data, np.int32).reshape(len(examples.COLUMNS), end - start).copy()
+        return np.frombuffer(data, np.int32).reshape(len(encode.COLUMNS), end - start).copy()
 
-    def reader(self, start: Position) -> Callable[[int], np.ndarray]:
-        """Documents by their running number, as live_feed.Documents says."""
-        return live_feed.Shuffled(self.example, start)
+    def in_order(self, bytes_left: Callable[[], int]) -> Iterator[tuple[np.ndarray, bool]]:
+        """Reads all documents in order; none is cut."""
+        del bytes_left
+        return ((self.example(i), True) for i in range(len(self)))
 
 
-def _no_room(error: OSError) -> FailedError:
-    what = os.strerror(error.errno or errno.EIO)
-    return FailedError(f"{tempfile.gettempdir()}: {what}; a large task belongs into a cache (tele data cache)")
+@contextlib.contextmanager
+def _one_line_if_full() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        what = os.strerror(error.errno or errno.EIO)
+        raise FailedError(
+            f"{tempfile.gettempdir()}: {what}; a large task belongs into a cache (tele data cache)"
+        ) from None
 
 
 def open_task(
-    source: SourceConfig,
-    where: str,
-    vocabulary: Vocabulary,
-    kind: examples.Kind,
-    seq_len: int,
-    *,
-    split: str,
+    source: SourceConfig, where: str, vocabulary: Vocabulary, kind: Kind, seq_len: int | None, *, split: str
 ) -> TaskDocuments:
-    """A split of the Task that `source` names; `where` the page names it, for messages.
+    """Opens a split of the Task that `source` names; `where` names it in messages.
 
     Raises:
-      UserError: as TaskDocuments; not one example can be used.
+      UserError, FailedError: as TaskDocuments; not one example can be used.
     """
-    shard = TaskShard(task=source.task, split=split)
-    made = TaskDocuments(shard, vocabulary, kind, seq_len, where=where)
+    made = TaskDocuments(TaskShard(task=source.task, split=split), vocabulary, kind, seq_len, where=where)
+    if not len(made) and made.rejected:
+        raise documents.nothing_usable(where, documents.place(made.rejected[0]))
     if not len(made):
-        raise no_example(made)
+        raise UserError(f"{where}: the split {split!r} of the task {source.task} has no example")
     return made
 
 
-def no_example(documents: TaskDocuments) -> UserError:
-    """The error of a split without one example that can be used."""
-    if documents.rejected:
-        return sources.nothing_usable(documents.where, sources.place(documents.rejected[0]))
-    shard = documents._shard
-    return UserError(f"{documents.where}: the split {shard.split!r} of the task {shard.task} has no example")
-
-
 def checksum(shard: TaskShard) -> str:
-    """Computes what TaskDocuments.checksum would be now: goes through the Task once, and keeps nothing.
+    """Computes the present TaskDocuments.checksum: goes through the Task once, and keeps nothing.
 
     Raises:
       UserError: there is no such Task or split; reading it fails.
@@ -209,11 +192,8 @@ def _update(digest: Any, features: Mapping[str, np.ndarray]) -> None:
         digest.update(np.ascontiguousarray(features[name], np.int64).tobytes())
 
 
-# --------------------------------------------------------------------------------------------- what seqio has by a name
-
-
 def find(name: str) -> "seqio.Task | seqio.Mixture":
-    """The registered seqio Task or Mixture of this name.
+    """Returns the registered seqio Task or Mixture of this name.
 
     Raises:
       UserError: there is none.
@@ -232,7 +212,7 @@ def is_registered(name: str) -> bool:
 
 
 def expand(data: DataConfig) -> DataConfig:
-    """`data` with a domain for every task of the Mixtures that it names.
+    """Returns `data` with a domain for every task of the Mixtures that it names.
 
     Raises:
       UserError: no such task, mixture or split; two domains would have one name.
@@ -267,7 +247,7 @@ def _parts(name: str, source: SourceConfig) -> dict[str, SourceConfig]:
 
 
 def shares(mixture: Any) -> dict[str, float]:
-    """The share of every task of a seqio Mixture in it, by name; their sum is 1.
+    """Returns the share of every task in a seqio Mixture, by name; they sum to 1.
 
     Raises:
       UserError: its rates cannot be.
@@ -292,7 +272,7 @@ def _check_split(provider: Any, name: str, split: str) -> None:
 
 
 def list_shards(task_name: str, split: str) -> list[TaskShard]:
-    """The parts of a split that a cache makes apart from each other: the shards of the Task's source, if it has some.
+    """Lists the parts of a split that a cache makes independently: the shards of the Task's source, if it has some.
 
     Raises:
       UserError: there is no such Task or split, or its source fails.
@@ -308,11 +288,8 @@ def list_shards(task_name: str, split: str) -> list[TaskShard]:
     return [TaskShard(task=task_name, split=split, index=i, count=count, file=files[i]) for i in range(count)]
 
 
-# ------------------------------------------------------------------------------------------------- what a Task gives
-
-
 def _features(task: Any, shard: TaskShard) -> Iterator[dict[str, np.ndarray]]:
-    """The features of all examples in the Task's own order, not cut, int [n] each."""
+    """Reads the features of all examples in the Task's own order, not cut, int [n] each."""
     names = list(task.output_features)
     info = seqio.ShardInfo(index=shard.index, num_shards=shard.count) if shard.count > 1 else None
     try:
@@ -335,27 +312,20 @@ def _features(task: Any, shard: TaskShard) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _seed(task: Any) -> int | None:
-    """A seed, so that random preprocessors give the same every time; a source that is a function may not take one."""
+    """Returns a seed that fixes random preprocessors; None for a source whose function takes none."""
     function = getattr(task.source, "_dataset_fn", None)
     return 0 if function is None or "seed" in inspect.signature(function).parameters else None
 
 
 def _said(error: Exception) -> str:
-    """The first line of what an error says, without what TensorFlow puts before it."""
+    """Returns the first line of an error's message, without what TensorFlow puts before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0].split("}} ")[-1] if lines else ""
     return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
 
 
-def _check_task(task: Any, shard: TaskShard, vocabulary: Vocabulary, kind: examples.Kind) -> None:
-    """Raises UserError for a Task that cannot be trained on so."""
-    _check_split(task, shard.task, shard.split)
-    check_features(task, kind)
-    check_vocabularies(task, vocabulary)
-
-
-def check_features(task: Any, kind: examples.Kind) -> None:
-    """Raises UserError unless the features of a Task are such as `examples.from_features` takes."""
+def check_features(task: Any, kind: Kind) -> None:
+    """Raises UserError unless the encoder takes the features of a Task."""
     features = task.output_features
     if tuple(sorted(features)) not in FEATURES:
         raise UserError(
@@ -414,7 +384,7 @@ def _differs(theirs: Any, ours: Vocabulary) -> str:
 
 
 def _text(spelled: bytes) -> str:
-    """The text of a piece, without spaces around it, which vocabularies treat differently; empty where it is none."""
+    """Returns the text of a piece without spaces around it, which vocabularies treat differently; "" for no text."""
     try:
         return spelled.decode().strip()
     except UnicodeDecodeError:

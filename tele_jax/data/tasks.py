@@ -2,7 +2,7 @@
 round, see task_documents.py.)
 
 A domain is a Task: its source gives the spans of its files, each once an epoch, in an order that is drawn anew every
-epoch; its preprocessor makes examples of them (examples.py). A Mixture draws from the domains at their rates, and it
+epoch; its preprocessor makes examples of them (encode.py). A Mixture draws from the domains at their rates, and it
 draws rows, not documents: each domain is packed before it is mixed, so that a rate is a share of the tokens whatever
 the lengths of the documents.
 
@@ -20,8 +20,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tele_jax.data import examples, feed, packing, task_documents
+from tele_jax.data import domains, packing, task_documents
+from tele_jax.data.documents import Document
+from tele_jax.data.encode import COLUMNS, Kind, encode
 from tele_jax.data.sources import Corpus
+from tele_jax.data.templates import separator
 from tele_jax.data.vocabulary import SentencePieceVocabulary
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import UserError
@@ -90,7 +93,7 @@ def task(
     corpus: Corpus,
     vocabulary: Vocabulary,
     *,
-    kind: examples.Kind,
+    kind: Kind,
     seq_len: int,
     validation: Corpus | None = None,
     name: str | None = None,
@@ -108,15 +111,15 @@ def task(
     Raises:
       UserError: a corpus without answers for fine-tuning.
     """
-    examples.check_format(corpus.name, corpus.format, kind)
+    domains.check_format(corpus.name, corpus.format, kind)
     corpora = {"train": corpus} | ({} if validation is None else {"validation": validation})
 
     def read(split: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         part = list(corpora.values())[split[0]]
-        block = [examples.example(part, i, vocabulary, kind, seq_len) for i in numbers.tolist()]
-        return np.concatenate(block, axis=1), np.array([example.shape[1] for example in block])
+        block = encode(list(part.documents(numbers.tolist())), vocabulary, kind, seq_len)
+        return block.columns, block.lengths
 
-    def encode(dataset: Any) -> Any:
+    def encoded(dataset: Any) -> Any:
         # In blocks: a call from TensorFlow into Python costs more than a short document.
         def one_block(element: Mapping[str, Any]) -> dict[str, Any]:
             columns, lengths = tf.numpy_function(
@@ -125,7 +128,7 @@ def task(
             columns, lengths = tf.ensure_shape(columns, [3, None]), tf.ensure_shape(lengths, [None])
             return {
                 name: tf.RaggedTensor.from_row_lengths(column, lengths, validate=False)
-                for name, column in zip(examples.COLUMNS, tf.unstack(columns), strict=True)
+                for name, column in zip(COLUMNS, tf.unstack(columns), strict=True)
             }
 
         return dataset.batch(BLOCK).map(as_written(one_block)).unbatch()
@@ -133,15 +136,13 @@ def task(
     return seqio.Task(
         name or "tele_" + re.sub(r"\W", "_", corpus.name),
         source=SpanSource(corpora),
-        preprocessors=[encode],
+        preprocessors=[encoded],
         output_features=_features(vocabulary),
         shuffle_buffer_size=None,
     )
 
 
-def as_examples(
-    task: "seqio.Task", vocabulary: Vocabulary, kind: examples.Kind, seq_len: int, name: str
-) -> "seqio.Task":
+def as_examples(task: "seqio.Task", vocabulary: Vocabulary, kind: Kind, seq_len: int, name: str) -> "seqio.Task":
     """A Task of targets, or inputs and targets, as one with the features of ours (examples.from_features).
 
     Examples of which nothing is learned, and in fine-tuning those longer than a row, are left out with a warning.
@@ -155,21 +156,18 @@ def as_examples(
 
     def columns(*features: np.ndarray) -> np.ndarray:
         try:
-            made = examples.from_features(dict(zip(names, features, strict=True)), vocabulary, kind)
-            if kind == "pretrain" or made.shape[1] <= seq_len:
-                return made
-            reason = f"more tokens than a row of {seq_len}"
+            document = Document(dict(zip(names, features, strict=True)))
+            return encode([document], vocabulary, kind, seq_len).columns
         except UserError as error:
-            reason = str(error)
-        warnings.warn(f"task {task.name}: some examples are left out ({reason})", stacklevel=1)
-        return np.zeros((len(examples.COLUMNS), 0), np.int32)
+            warnings.warn(f"task {task.name}: some examples are left out ({error})", stacklevel=1)
+        return np.zeros((len(COLUMNS), 0), np.int32)
 
     def one(example: Mapping[str, Any]) -> dict[str, Any]:
         made = tf.numpy_function(columns, [example[name] for name in names], tf.int32, stateful=False)
-        made = tf.ensure_shape(made, [len(examples.COLUMNS), None])
-        return dict(zip(examples.COLUMNS, tf.unstack(made), strict=True))
+        made = tf.ensure_shape(made, [len(COLUMNS), None])
+        return dict(zip(COLUMNS, tf.unstack(made), strict=True))
 
-    def encode(dataset: Any) -> Any:
+    def encoded(dataset: Any) -> Any:
         return dataset.map(as_written(one)).filter(as_written(lambda example: tf.size(example["targets"]) > 0))
 
     def as_before(step: Any) -> Any:
@@ -183,7 +181,7 @@ def as_examples(
 
         return run
 
-    steps = [*map(as_before, task.preprocessors), encode]
+    steps = [*map(as_before, task.preprocessors), encoded]
     return task.replace(name=name, preprocessors=steps, output_features=_features(vocabulary))
 
 
@@ -200,7 +198,7 @@ class RowConverter(seqio.FeatureConverter):
     before the first row.
     """
 
-    TASK_FEATURES: ClassVar = {name: seqio.FeatureConverter.FeatureSpec(dtype=tf.int32) for name in examples.COLUMNS}
+    TASK_FEATURES: ClassVar = {name: seqio.FeatureConverter.FeatureSpec(dtype=tf.int32) for name in COLUMNS}
     MODEL_FEATURES: ClassVar = {
         "tokens": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
         "targets": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
@@ -208,10 +206,10 @@ class RowConverter(seqio.FeatureConverter):
     }
     PACKING_FEATURE_DTYPES: ClassVar = {"segment_ids": tf.int32, "positions": tf.int32}
 
-    def __init__(self, vocabulary: Vocabulary, kind: examples.Kind):
+    def __init__(self, vocabulary: Vocabulary, kind: Kind):
         """`kind` pretrain cuts examples where a row is full; sft keeps them whole."""
         # The lengths are right by construction, and the check costs more than the packing.
-        super().__init__(pack=True, apply_length_check=False, bos_id=examples.separator(vocabulary))
+        super().__init__(pack=True, apply_length_check=False, bos_id=separator(vocabulary))
         self._pad_id = max(vocabulary.pad_id, 0)
         self._cut = kind == "pretrain"
 
@@ -231,7 +229,7 @@ class RowConverter(seqio.FeatureConverter):
         count = 1 if self._cut else OPEN_ROWS
 
         def scan(open_rows: Any, block: Mapping[str, Any]) -> tuple[Any, Any]:
-            columns = [block[name].flat_values for name in examples.COLUMNS]
+            columns = [block[name].flat_values for name in COLUMNS]
             lengths = block["targets"].row_lengths()
             left, rows = tf.numpy_function(step, [open_rows, lengths, *columns], [tf.int32, tf.int32], stateful=False)
             return tf.ensure_shape(left, [count, 5, seq_len]), tf.ensure_shape(rows, [None, 5, seq_len])
@@ -258,7 +256,7 @@ def mixture(
     name: str = "tele_mixture",
 ) -> "seqio.Mixture":
     """The Mixture of the tasks; its dataset is endless and gives rows, a task's share of them being its rate."""
-    lengths = dict.fromkeys(examples.COLUMNS, seq_len)
+    lengths = dict.fromkeys(COLUMNS, seq_len)
 
     def sample(datasets: Sequence[Any], rates: Sequence[float], seed: int | None) -> Any:
         packed = [converter(dataset.map(as_written(_even)).repeat(), lengths) for dataset in datasets]
@@ -270,7 +268,7 @@ def mixture(
 
 def _even(example: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of an example at the length of the shortest: seqio cuts those whose length its user names."""
-    columns = {name: example[name] for name in examples.COLUMNS}
+    columns = {name: example[name] for name in COLUMNS}
     length = tf.reduce_min([tf.size(column) for column in columns.values()])
     return {name: column[:length] for name, column in columns.items()}
 
@@ -283,11 +281,10 @@ def register(name: str, config: CacheConfig) -> "seqio.Mixture":
     Raises:
       UserError: as feed.LiveFeed; the name is taken; two domains have one name once seqio's characters are left.
     """
-    data = feed.resolve(config.data)
-    vocabulary = feed.open_vocabulary(data, config.kind)
+    opened = domains.OpenData(config.data, kind=config.kind, seq_len=config.seq_len)
+    data, vocabulary = opened.data, opened.vocabulary
     train, validation = (
-        feed.open_corpora(data, vocabulary, config.kind, config.seq_len, files)
-        for files in ("files", "validation_files")
+        {name: found.corpus for name, found in opened.files(field).items()} for field in ("files", "validation_files")
     )
     rates: dict[str, float] = {}
     for domain, source in data.sources.items():
@@ -320,7 +317,7 @@ def register_mixture(name: str, rates: Mapping[str, float], config: CacheConfig)
     Raises:
       UserError: a task that is not registered or cannot be trained on so, a rate that is not above 0.
     """
-    vocabulary = feed.open_vocabulary(feed.resolve(config.data), config.kind)
+    vocabulary = domains.open_vocabulary(domains.resolve(config.data), config.kind)
     made: dict[str, list[Any]] = {}
     for own, rate in rates.items():
         try:
@@ -335,7 +332,7 @@ def register_mixture(name: str, rates: Mapping[str, float], config: CacheConfig)
                 made[part][1] += rate * share
                 continue
             one = task_documents.find(part)
-            if set(one.output_features) != set(examples.COLUMNS):
+            if set(one.output_features) != set(COLUMNS):
                 one = as_examples(one, vocabulary, config.kind, config.seq_len, f"{name}.{part}")
             made[part] = [one, rate * share]
     registered = mixture(

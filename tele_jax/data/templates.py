@@ -1,14 +1,15 @@
-"""Dialogue templates: what stands around questions and answers, as each family was released, and how it draws.
+"""Dialogue templates: the markers around questions and answers, as each family was released, and its sampling.
 
-One table. A marker is a single id of the vocabulary, named in angle brackets as everywhere, or text that is spelled out
-like any other. Which template a model has follows from its vocabulary where that has the markers; the models on the
-vocabulary of Tele-FLM, which has none, are told apart by where they were imported from, or by name.
+A marker is a single id of the vocabulary, named in angle brackets, or text that is encoded like any other. The template
+of a model follows from its vocabulary where that has the markers. The models on the vocabulary of Tele-FLM, which has
+none, are told apart by the release that they were imported from, or by name.
 """
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from tele_jax.config import as_written, written_table
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import UserError
 
@@ -20,18 +21,17 @@ class Template:
         start [system text] user question bot answer between user question bot answer end
 
     Attributes:
-      name: in TEMPLATES.
-      markers: whether start, user, bot, system and between are ids or text. `end` is always an id: what a reply ends
-        with. Texts between ids are encoded apart from each other; where markers are text, they are encoded together
-        with the question, and in a prompt together with all of the dialogue (encode_parts).
-      start: what a dialogue begins with, once; "" for nothing.
-      system: before a system message, which is the first message of a dialogue; "" for nothing; None: no place for one.
+      name: key in TEMPLATES.
+      markers: whether start, user, bot, system and between are ids or text. `end`, which ends a reply, is always an id.
+        Texts between ids are encoded apart from each other; markers that are text are encoded together with the
+        question, and in a prompt together with all of the dialogue (encode_parts).
+      start: marker at the beginning of a dialogue; "" for nothing.
+      system: marker before a system message, which comes first; "" for nothing; None: a system message is refused.
       user, bot, end: see above.
-      between: after an answer that another question follows; "" for nothing. Learned if it is the same as end.
+      between: marker after an answer that another question follows; "" for nothing. Learned if it is the same as end.
       strips: whether white space around a question is dropped.
-      sampling: how it draws when asked to sample, keywords of generate.sampling.
-      greedy: the same for when it is not asked: the released models take the likeliest token, after a repetition
-        penalty.
+      sampling: keywords of inference.sampling where a sample is asked for.
+      greedy: the same keywords otherwise: the released models take the likeliest token, after a repetition penalty.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Template:
 
 
 def _as_released(repetition_penalty: float) -> dict[str, Mapping[str, Any]]:
-    """TeleChat's sampling, by generation_config.json of every size: only the penalty differs, and applies always."""
+    """Returns TeleChat's sampling by generation_config.json, which is the same for every size but for the penalty."""
     penalty = {"repetition_penalty": repetition_penalty}
     return {"sampling": {"temperature": 0.3, "top_k": 5, "top_p": 0.85, **penalty}, "greedy": penalty}
 
@@ -87,9 +87,9 @@ TEMPLATES: Mapping[str, Template] = {
 
 @dataclasses.dataclass(frozen=True)
 class Markers:
-    """The markers of a template as ids of a vocabulary, as far as they are ids.
+    """The markers of a template as ids of a vocabulary; only `end` has any where markers are text.
 
-    Where they are text, only `end` has any. `system` is None where a system message has no place or no id.
+    `system` is None where a system message has no place or no id.
     """
 
     start: list[int]
@@ -102,15 +102,18 @@ class Markers:
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-    """Text that somebody wrote: markers in it are no markers."""
+    """Text that a person or the model wrote: markers in it are plain text."""
 
     text: str
 
 
 def choose(vocabulary: Vocabulary, name: str | None = None, provenance: Iterable[Mapping[str, Any]] = ()) -> Template:
-    """The template called `name`, or that of the checkpoint or the vocabulary.
+    """Returns the template called `name`, or the one that the checkpoint or the vocabulary implies.
 
-    provenance: of the checkpoint; an import says its format there, and that of TeleChat-52B is a template as well.
+    Args:
+      vocabulary: vocabulary of the model.
+      name: key in TEMPLATES; None: the template of the vocabulary.
+      provenance: provenance of the checkpoint; an import of TeleChat-52B implies its template.
 
     Raises:
       UserError: no such template; nothing says which it is.
@@ -135,7 +138,7 @@ def choose(vocabulary: Vocabulary, name: str | None = None, provenance: Iterable
 
 
 def marker_ids(template: Template, vocabulary: Vocabulary) -> Markers:
-    """The template's markers as ids.
+    """Returns the markers of a template as ids.
 
     Raises:
       UserError: the vocabulary has no such piece.
@@ -147,17 +150,17 @@ def marker_ids(template: Template, vocabulary: Vocabulary) -> Markers:
     start = [vocabulary.id_of(template.start)] if template.start else []
     try:
         system = None if template.system is None else [vocabulary.system_id]
-    except UserError:  # said when a dialogue has one
+    except UserError:  # raised where a dialogue has a system message
         system = None
     return Markers(start=start, system=system, user=user, bot=bot, between=end, end=end)
 
 
 def encode_parts(template: Template, vocabulary: Vocabulary, parts: Sequence[str | Said | list[int]]) -> list[int]:
-    """The ids of a string that is made of the template's own text, of what somebody wrote, and of ids.
+    """Encodes a string that is made of the template's own text, of text that was written (Said), and of ids.
 
-    The text is encoded as one string, as the released code does, so that its ids are those of the whole: pieces reach
-    over the ends of the parts. Where markers are text, one that somebody typed is spelled with one of its letters in
-    bytes: the same text in other ids than the marker's. Ids that are handed in stand where they are.
+    The text is encoded as one string, as in the released code, so that pieces reach over the ends of the parts. Where
+    markers are text, one that was typed is spelled with one of its letters in bytes: the same text, but not the ids of
+    the marker. Ids stand where they are.
 
     Raises:
       UserError: a marker in the text that somebody wrote, and a vocabulary that has only bytes for all of its letters.
@@ -195,7 +198,7 @@ def encode_parts(template: Template, vocabulary: Vocabulary, parts: Sequence[str
 
 
 def _letter_apart(vocabulary: Vocabulary, marker: str) -> int:
-    """The place of the first letter that the marker itself does not have in bytes; mostly the first."""
+    """Returns the place of the first letter that the marker itself does not spell in bytes; mostly 0."""
     own = vocabulary.encode(marker)
     for place, letter in enumerate(marker):
         if not set(own).intersection(_in_bytes(vocabulary, letter)):
@@ -208,9 +211,69 @@ def _in_bytes(vocabulary: Vocabulary, letter: str) -> list[int]:
 
 
 def stop_ids(template: Template, vocabulary: Vocabulary) -> list[int]:
-    """What ends a reply. A model that goes on with the next question has finished its answer just as well."""
+    """Returns the ids that end a reply; a model that goes on with the next question has finished its answer, too."""
     markers = marker_ids(template, vocabulary)
     ends = {*markers.end, vocabulary.eos_id}
     if template.markers == "ids":
         ends |= {*markers.user, *markers.bot}
     return sorted(ends - {-1})
+
+
+def separator(vocabulary: Vocabulary) -> int:
+    """Returns the id that ends every document in training, and so conditions the first token of the next one."""
+    return vocabulary.eos_id
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampling:
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Generation:
+    """The field "generation" that an import writes into the provenance, see convert/conventions.py."""
+
+    eos_token_ids: tuple[int, ...] = ()
+    do_sample: bool = False
+    sampling: _Sampling = _Sampling()
+    document_start: int | None = None
+
+
+def release_of(provenance: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Returns the provenance entry of the import that a model comes from, "generation" complete; None without one.
+
+    Raises:
+      DamageError: a field of the entry is not what an import writes.
+    """
+    for number, entry in reversed(list(enumerate(provenance))):
+        if entry.get("kind") == "import":
+            where, fields = f"provenance[{number}]", {"config": dict[str, Any], "constants": dict[str, float]}
+            written_table(entry, where, {"format": str, "prefix": str, **fields})
+            generation = as_written(_Generation, entry.get("generation", {}), f"{where}.generation")
+            sampling = {k: v for k, v in dataclasses.asdict(generation.sampling).items() if v is not None}
+            return entry | {"generation": dataclasses.asdict(generation) | {"sampling": sampling}}
+    return None
+
+
+def document_start(vocabulary: Vocabulary, provenance: Sequence[Mapping[str, Any]]) -> int | None:
+    """Returns the id that conditions the first token of a document in a model; None where nothing does.
+
+    That is the separator for a model that was pretrained here, and else the token that the code of its release puts
+    before a text, as the import noted. Fine-tuning on dialogues, which begin with their first marker, and growth do not
+    change it.
+
+    Args:
+      vocabulary: vocabulary of the model.
+      provenance: provenance of the checkpoint.
+
+    Raises:
+      DamageError: the entry of an import is not what was written.
+    """
+    kind = next((e["kind"] for e in reversed(provenance) if e.get("kind") in ("pretrain", "import")), None)
+    if kind == "pretrain":
+        return separator(vocabulary)
+    release = release_of(provenance)
+    return None if release is None else release["generation"]["document_start"]

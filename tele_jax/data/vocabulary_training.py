@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tele_jax.data import sources
+from tele_jax.data import documents, sources
 from tele_jax.data.vocabulary import SPACE, SentencePieceVocabulary
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import UserError
@@ -248,7 +248,7 @@ def write_vocabulary(trained: Trained, path: Path, *, preset: str, force: bool =
     return SentencePieceVocabulary(path)
 
 
-def format_of(path: str) -> sources.Format:
+def format_of(path: str) -> documents.Format:
     """The format of an input file: by its name `text` or JSON lines; these by the first of them."""
     if not path.endswith(".jsonl"):
         return "text"
@@ -272,21 +272,21 @@ def sample_texts(patterns: Sequence[str], *, max_bytes: int | None, seed: int) -
     ]
     for corpus in corpora:
         for reject in corpus.rejected:
-            if reject["reason"] != sources.EMPTY:
-                raise UserError(f"{sources.place(reject)}; convert or leave out")
+            if reject["reason"] != documents.EMPTY:
+                raise UserError(f"{documents.place(reject)}; convert or leave out")
         if corpus.num_rejected > len(corpus.rejected):
             raise UserError(f"{corpus.account()}; leave them out")
     places = [(corpus, i) for corpus in corpora for i in range(len(corpus))]
-    sizes = np.concatenate([corpus.num_bytes for corpus in corpora])
+    sizes = np.concatenate([corpus.spans["num_bytes"] for corpus in corpora])
     chosen = np.arange(len(places))
     if max_bytes is not None and sizes.sum() > max_bytes:
         order = np.random.default_rng(seed).permutation(len(places))
         enough = int(np.searchsorted(np.cumsum(sizes[order]), max_bytes)) + 1
         chosen = np.sort(order[:enough])
-    return (_text(*places[i]) for i in chosen)
+    return (_text(corpus.document(i)) for corpus, i in map(places.__getitem__, chosen))
 
 
-def _text(corpus: sources.Corpus, i: int) -> str:
-    if corpus.format == "dialogues":
-        return "\n".join(message["content"] for message in corpus.messages(i))
-    return corpus.text(i)
+def _text(document: documents.Document) -> str:
+    if isinstance(document.content, str):
+        return document.content
+    return "\n".join(message["content"] for message in document.content)

@@ -79,7 +79,7 @@ def generate(
         (checkpoint.load(path, mesh), sharding.param_shardings), the cache is sharded over it too: rows over data and
         fsdp, padded with rows that nobody asked for where they do not divide, and kv_heads over tensor.
       prompts: token ids, one list per row, of any lengths above 0. A model that was trained here on documents has seen
-        a separator before each: data.examples.document_start says what a text begins with.
+        a separator before each: data.templates.document_start says what a text begins with.
       max_new_tokens: for every row. Prompt and new tokens together are the total length that NTK scaling goes by, and
         must not exceed cfg.max_seq_len where the model has no NTK scaling.
       temperature, top_k, top_p, repetition_penalty: see `sampling`; by default the likeliest token is taken.

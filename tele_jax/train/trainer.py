@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from tele_jax import checkpoint
 from tele_jax.config import ModelConfig, written_table
-from tele_jax.data import position, shards, sources
+from tele_jax.data import documents, order, shards
 from tele_jax.data.batches import Batches
+from tele_jax.data.domains import Documents
 from tele_jax.errors import FailedError
 from tele_jax.growth import MaskSchedule, Plan
 from tele_jax.model.decoder import init
@@ -94,7 +95,7 @@ class Trainer:
         self.closed_steps = {} if plan is None else self.masks.closed_steps()
         self.data = {"tokenizer": tokenizer, "domains": batches.domains}
         self.changes = from_first(lambda: workdir.read_changes(directory))
-        self.known = [] if before is None or stage.data.restart else position.in_provenance(before.provenance)
+        self.known = [] if before is None or stage.data.restart else order.positions_in(before.provenance)
         place = functools.partial(put_batch, mesh=mesh, batch_size=stage.batch_size)
         self.feed = batches.feed(rows=local_rows(mesh, stage.batch_size), place=place, known=self.known)
         self.held_out = batches.held_out
@@ -107,12 +108,12 @@ class Trainer:
             self._keep_rejected(corpus)
         self.writer = metrics.Metrics(directory / "metrics", self.first_step)
 
-    def _keep_rejected(self, corpus: sources.Corpus) -> None:
+    def _keep_rejected(self, corpus: Documents) -> None:
         """Writes down which documents of a domain cannot be used, and says so."""
         file = self.directory / "rejected" / f"{corpus.where.removeprefix('sources.')}.jsonl"
         from_first(lambda: shards.write_rejected(file, corpus.rejected))
         if corpus.rejected:
-            told = "all are" if corpus.num_rejected == len(corpus.rejected) else f"the first {sources.KEPT:,} are"
+            told = "all are" if corpus.num_rejected == len(corpus.rejected) else f"the first {documents.KEPT:,} are"
             self.say(f"  {corpus.account()}; {told} in {file}")
 
     def _restore(self, previous: Path | None, before: "checkpoint.Lazy | None") -> None:
@@ -167,7 +168,7 @@ class Trainer:
             return params
         return jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree), out_shardings=shardings)(params)
 
-    def _say_data(self, positions: Mapping[str, position.Position]) -> None:
+    def _say_data(self, positions: Mapping[str, order.Position]) -> None:
         """Says where the data goes on: a domain that is not there is read from its beginning."""
         unit = "document" if self.stage.data.cache is None else "row"
         known = {at.name for at in self.known}

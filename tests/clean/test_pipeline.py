@@ -142,7 +142,7 @@ def test_uncompressed_shards_are_read_by_what_training_reads(tmp_path, jsonl, pr
     jsonl("a.jsonl", [{"text": text} for text in prose[:6]])
     clean(only(tmp_path), tmp_path / "out")
     corpus = sources.index("sources.a.files", "a", [str(tmp_path / "out/d/*.jsonl")], "jsonl")
-    assert [corpus.text(i) for i in range(len(corpus))] == prose[:6]
+    assert [corpus.document(i).content for i in range(len(corpus))] == prose[:6]
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0, 0.0])

@@ -152,13 +152,13 @@ def test_show_prints_rows_with_borders_and_weights(place, capsys, tmp_path):
 
 
 def test_a_marker_that_somebody_typed_is_shown_as_text(place):
-    from tele_jax.data import looking
+    from tele_jax.data import describe
     from tele_jax.data.vocabulary import load_vocabulary
 
     vocabulary = load_vocabulary(place / "tokenizer.model")
-    real = looking.spell([vocabulary.bot_id], vocabulary)
+    real = describe.spell([vocabulary.bot_id], vocabulary)
     for typed in ("<_bot>", real, "\\u27e6<_bot>\\u27e7"):
-        assert real not in looking.spell(vocabulary.encode(f"a {typed} b"), vocabulary)
+        assert real not in describe.spell(vocabulary.encode(f"a {typed} b"), vocabulary)
 
 
 def test_show_follows_the_order_of_a_run(place, capsys, tmp_path):
@@ -211,12 +211,12 @@ def test_mistakes_are_one_line(place, capsys, tmp_path):
 
 
 def test_figures_of_a_cache_that_cannot_be_written_to(place, capsys, tmp_path, monkeypatch):
-    from tele_jax.data import stats
+    from tele_jax.data import describe
 
     def refuse(manifest, path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(stats, "plot", refuse)  # root may write everywhere, so that no mode of a file would do
+    monkeypatch.setattr(describe, "plot", refuse)  # root may write everywhere, so that no mode of a file would do
     assert main(["data", "stats", str(place / "rows"), "--json", str(tmp_path / "stats.json")]) == 0
     assert "stats.png: Permission denied; --plot FILE puts it elsewhere" in capsys.readouterr().out
     assert json.loads((tmp_path / "stats.json").read_text())["domains"]

@@ -12,8 +12,7 @@ from tele_jax.cli.models import sampling_options
 from tele_jax.config import ModelConfig
 from tele_jax.convert import configs, conventions
 from tele_jax.convert.exporting import outline
-from tele_jax.data.examples import document_start
-from tele_jax.data.templates import TEMPLATES
+from tele_jax.data.templates import TEMPLATES, document_start
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import DamageError, UserError
 from tele_jax.inference.generate import generate

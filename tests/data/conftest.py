@@ -3,6 +3,7 @@
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tele_jax.data import vocabulary_training
@@ -42,6 +43,9 @@ class Counting:
     def encode(self, text: str) -> list[int]:
         first, _, count = text.partition(":")
         return [1000 * int(first) + k for k in range(int(count))]
+
+    def encode_batch(self, texts, threads=1):
+        return [np.array(self.encode(text), np.int32) for text in texts]
 
 
 @pytest.fixture

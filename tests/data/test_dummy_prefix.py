@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from tele_jax.data import cache, examples, feed, sources
+from tele_jax.data import cache, encode, feed, sources
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import UserError
 from tele_jax.settings import DataConfig, SourceConfig
@@ -68,7 +68,9 @@ def test_a_live_feed_and_evaluation_too(prefixed, format, tmp_path):
         path = caches.write_lines(tmp_path / "a.jsonl", [{"text": text}])
     corpus = sources.index("a", "a", [str(path)], format, span_bytes=4096)
     assert len(corpus) > 3
-    made = [examples.example(corpus, i, vocabulary, "pretrain", 64)[1] for i in range(len(corpus))]
+    spans = list(corpus.documents(range(len(corpus))))
+    made = [encode.encode([span], vocabulary, "pretrain", 64).columns[1] for span in spans]
+    assert encode.encode(spans, vocabulary, "pretrain", 64).columns[1].tolist() == np.concatenate(made).tolist()
     assert documents_of(np.concatenate(made), vocabulary) == [" " + text]
     source = SourceConfig(files=(str(path),), validation_files=(str(path),), format=format)
     data = DataConfig(tokenizer=str(prefixed), sources={"a": source}, eval_bytes=10**9)
@@ -97,7 +99,7 @@ def test_ids_and_texts_that_are_none_are_refused(prefixed):
         with pytest.raises(UserError, match=r"tokenizer .*: (-1 is no id|the ids are no whole numbers)"):
             vocabulary.decode(ids)
     for text in ("a\ud800", 5, None, b"a"):
-        for encode in (vocabulary.encode, vocabulary.encode_continuation):
+        for encoded in (vocabulary.encode, vocabulary.encode_continuation):
             with pytest.raises(UserError, match=r"is not a text|character 1 of the text is half a surrogate pair"):
-                encode(text)
+                encoded(text)
     assert vocabulary.decode(np.array(vocabulary.encode("a  b"), np.int32)) == "a  b"

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tele_jax.data import dialogue, feed, sources
+from tele_jax.data import dialogue, domains, feed, sources
 from tele_jax.errors import DamageError, UserError
 from tele_jax.files import expand
 from tele_jax.settings import DataConfig, SourceConfig
@@ -69,7 +69,7 @@ def real(model_file, texts, tmp_path):
 @pytest.fixture
 def counted(counting, monkeypatch):
     """LiveFeeds in whose corpora every token is another one."""
-    monkeypatch.setattr(feed, "open_vocabulary", lambda data, kind: counting)
+    monkeypatch.setattr(domains, "open_vocabulary", lambda data, kind: counting)
 
     def data(**domains):
         return DataConfig(tokenizer="counting", sources=domains)
@@ -442,8 +442,8 @@ def test_domains_without_validation_files_are_left_out(real):
 
 def test_spans_of_a_long_document_do_not_end_it(counted, counting, tmp_path, monkeypatch):
     """A document cut into spans has one end, and every other token of it is predicted."""
-    monkeypatch.setattr(feed, "SPAN_BYTES", 8)
-    monkeypatch.setattr(feed, "SPAN_BYTES_PER_TOKEN", 0)
+    monkeypatch.setattr(sources, "SPAN_BYTES", 8)
+    monkeypatch.setattr(sources, "SPAN_BYTES_PER_TOKEN", 0)
     text = "1:5\n2:5\n3:5\n4:5\n"
     (tmp_path / "a.txt").write_text(text)
     assert len(sources.index("a", "a", [str(tmp_path / "a.txt")], "text", span_bytes=8)) == 2

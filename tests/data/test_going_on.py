@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tele_jax.data import cache, feed, position
+from tele_jax.data import cache, domains, feed, order, sources
 from tele_jax.errors import DamageError, UserError
 from tele_jax.settings import DataConfig, SourceConfig
 from tests.data import caches
@@ -72,7 +72,7 @@ def drive(stages, *, every=1000, kills=(), hosts=(1,)):
             starts += 1
             rows = [range(h * stage.batch_size // count, (h + 1) * stage.batch_size // count) for h in range(count)]
             shape = {"kind": stage.kind, "seq_len": stage.seq_len, "batch_size": stage.batch_size, "seed": stage.seed}
-            known = position.in_provenance(provenance)
+            known = order.positions_in(provenance)
             opened = [feed.open_feed(stage.data, **shape, rows=part, known=known) for part in rows]
             if saved is not None:
                 for each in opened:
@@ -130,7 +130,7 @@ def test_a_run_that_is_killed_sees_what_an_undisturbed_one_sees(place, model_fil
 
 def test_live_every_token_comes_once_an_epoch_through_all_stages(counting, tmp_path, monkeypatch):
     """With other batches, other row lengths, other rates and other seeds in every stage."""
-    monkeypatch.setattr(feed, "open_vocabulary", lambda data, kind: counting)
+    monkeypatch.setattr(domains, "open_vocabulary", lambda data, kind: counting)
     lengths = {"a": [3 + 7 * i % 31 for i in range(37)], "b": [2 + 5 * i % 23 for i in range(11)]}
     for name, each in lengths.items():
         first = 1 if name == "a" else 101
@@ -191,7 +191,7 @@ def test_cached_every_row_comes_once_an_epoch_through_all_stages(place, model_fi
 
 def first_batch(stage, provenance, vocabulary=None):
     shape = {"kind": stage.kind, "seq_len": stage.seq_len, "batch_size": stage.batch_size, "seed": stage.seed}
-    opened = feed.open_feed(stage.data, **shape, known=position.in_provenance(provenance))
+    opened = feed.open_feed(stage.data, **shape, known=order.positions_in(provenance))
     batch = next(opened)
     opened.close()
     return batch, opened.taken_over
@@ -265,14 +265,14 @@ def test_no_dialogue_that_waits_for_a_row_is_lost_between_stages(place, model_fi
 
 
 def test_text_that_is_cut_at_other_places_begins_its_next_epoch(model_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(feed, "SPAN_BYTES", 200)
-    monkeypatch.setattr(feed, "SPAN_BYTES_PER_TOKEN", 10)
+    monkeypatch.setattr(sources, "SPAN_BYTES", 200)
+    monkeypatch.setattr(sources, "SPAN_BYTES_PER_TOKEN", 10)
     (tmp_path / "long.txt").write_text("".join(f"line {i} of a long text\n" for i in range(200)))
     data = DataConfig(tokenizer=str(model_file), sources={"x": SourceConfig(files=(f"{tmp_path}/*.txt",))})
     _, provenance = drive([Stage(data, 3, 2, seed=0, seq_len=16)])
-    before = position.in_provenance(provenance)[0]
+    before = order.positions_in(provenance)[0]
     _, later = drive([Stage(data, 1, 2, seed=0, seq_len=16), Stage(data, 1, 2, seed=0, seq_len=60)])
-    after = position.in_provenance(later)[0]
+    after = order.positions_in(later)[0]
     assert 0 < before.epochs < 1 and before.cut == 200
     assert 1 < after.epochs < 2 and after.cut == 600 and after.total < before.total
 
@@ -293,10 +293,10 @@ def test_a_damaged_position_in_a_provenance_is_named(place, model_file, field):
     _, provenance = drive([Stage(data_of(place, model_file), 1, 2, seed=0)])
     provenance[0]["data"]["positions"]["a"][field[0]] = field[1]
     with pytest.raises(DamageError, match=r"provenance\[0\]\.data\.positions\.a"):
-        position.in_provenance(provenance)
+        order.positions_in(provenance)
     provenance[0]["data"]["positions"] = 5
     with pytest.raises(DamageError, match=r"provenance\[0\]\.data\.positions"):
-        position.in_provenance(provenance)
+        order.positions_in(provenance)
 
 
 def test_a_state_of_a_stage_is_not_for_another_data(place, model_file):

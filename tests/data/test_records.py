@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tele_jax.data import packing, records
+from tele_jax.data import packing
 from tele_jax.errors import DamageError
 
 PAD = 3
@@ -35,13 +35,13 @@ def rows(draw):
 @given(rows())
 def test_a_row_comes_back_as_it_was(made):
     packed, largest = made
-    dtype = records.id_type(largest)
+    dtype = packing.id_type(largest)
     seq_len = packed.shape[2]
-    stored = records.encode(packed, dtype)
-    back = records.decode(stored, seq_len, dtype, PAD)
+    stored = packing.to_records(packed, dtype)
+    back = packing.from_records(stored, seq_len, dtype, PAD)
     for name, expected in packing.to_batch(packed).items():
         assert back[name].dtype == expected.dtype and (back[name] == expected).all(), name
-    backwards = records.decode(stored[::-1], seq_len, dtype, PAD)
+    backwards = packing.from_records(stored[::-1], seq_len, dtype, PAD)
     assert all((backwards[name] == back[name][::-1]).all() for name in back), "a row does not depend on the others"
 
 
@@ -52,12 +52,12 @@ def packed_row(seq_len=8):
 
 
 def test_small_vocabularies_take_half_the_space():
-    sizes = [len(records.encode(packed_row(), records.id_type(n))[0]) for n in (65_536, 65_537)]
+    sizes = [len(packing.to_records(packed_row(), packing.id_type(n))[0]) for n in (65_536, 65_537)]
     assert sizes[1] - sizes[0] == 2 * 8
 
 
 def test_what_cannot_be_stored_is_refused():
-    dtype = records.id_type(100)
+    dtype = packing.id_type(100)
     row = packed_row()
     for column, value, message in (
         (packing.LOSS_WEIGHTS, 2, "neither 0 nor 1"),
@@ -67,16 +67,16 @@ def test_what_cannot_be_stored_is_refused():
         changed = row.copy()
         changed[0, column, 1] = value
         with pytest.raises(ValueError, match=message):
-            records.encode(changed, dtype)
+            packing.to_records(changed, dtype)
 
 
 def test_bytes_that_are_no_row_are_damage():
-    dtype = records.id_type(100)
-    (record,) = records.encode(packed_row(), dtype)
+    dtype = packing.id_type(100)
+    (record,) = packing.to_records(packed_row(), dtype)
     beyond = bytearray(record)
     beyond[0] = 9  # more tokens than the row is long
     for damaged in (record[:10], record[:-8], record + b"12345678", bytes(beyond), b""):
         with pytest.raises(DamageError):
-            records.decode([damaged], 8, dtype, PAD)
+            packing.from_records([damaged], 8, dtype, PAD)
     with pytest.raises(DamageError):
-        records.decode([record], 9, dtype, PAD)
+        packing.from_records([record], 9, dtype, PAD)

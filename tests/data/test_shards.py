@@ -107,7 +107,7 @@ def test_units_share_out_every_line_whatever_their_size(tmp_path_factory, files,
     made = caches.config("t.model", {"x": (directory / "*.jsonl", "jsonl", 1)}, shard_bytes=shard_bytes)
     units = shards.plan(made)
     readers = [shards._Reader(unit, seed=0) for unit in units]
-    found = [text for reader in readers for text, _ in reader.documents()]
+    found = [document.content for reader in readers for document in reader.documents()]
     assert sorted(found) == sorted(names)
     assert [unit.number for unit in units] == list(range(len(units)))
     assert not any(reader.rejected for reader in readers)
@@ -189,7 +189,7 @@ def test_a_byte_order_mark_is_no_text(model_file, vocabulary, tmp_path):
         name = "txt" if format == "text" else "jsonl"
         made = caches.config("t.model", {"a": (tmp_path / f"a.{name}", format, 1)}, shard_bytes=shard_bytes)
         readers = [shards._Reader(unit, seed=0) for unit in shards.plan(made)]
-        assert sorted(text for reader in readers for text, _ in reader.documents()) == expected
+        assert sorted(document.content for reader in readers for document in reader.documents()) == expected
         assert not any(reader.rejected for reader in readers)
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tele_jax.data import shards, sources, vocabulary_training
+from tele_jax.data import documents, shards, sources, vocabulary_training
 from tele_jax.errors import UserError
 from tele_jax.files import expand
 
@@ -28,11 +28,11 @@ def write(path, data):
 def test_spans_of_a_text_file_join_to_the_file(tmp_path_factory, text, span_bytes):
     path = write(tmp_path_factory.mktemp("text") / "a.txt", text)
     corpus = sources.index("x", "x", [path], "text", span_bytes=span_bytes)
-    spans = [corpus.text(i) for i in range(len(corpus))]
+    spans = [corpus.document(i).content for i in range(len(corpus))]
     assert "".join(spans) == text.removeprefix("\ufeff")
-    assert [len(span.encode()) for span in spans] == corpus.num_bytes.tolist()
-    assert corpus.num_bytes.max() <= span_bytes
-    assert corpus.last.tolist() == [False] * (len(spans) - 1) + [True]
+    assert [len(span.encode()) for span in spans] == corpus.spans["num_bytes"].tolist()
+    assert corpus.spans["num_bytes"].max() <= span_bytes
+    assert corpus.spans["last"].tolist() == [False] * (len(spans) - 1) + [True]
 
 
 @given(texts=st.lists(LINES, min_size=1, max_size=4).filter(any), span_bytes=st.integers(8, 64))
@@ -43,18 +43,18 @@ def test_spans_of_json_lines_join_to_the_documents(tmp_path_factory, texts, span
     corpus = sources.index("x", "x", [path], "jsonl", span_bytes=span_bytes)
     documents, current = [], ""
     for i in range(len(corpus)):
-        current += corpus.text(i)
-        if corpus.last[i]:
+        current += corpus.document(i).content
+        if corpus.spans["last"][i]:
             documents.append(current)
             current = ""
     assert documents == [text for text in texts if text]
-    assert corpus.num_bytes.sum() == sum(len(text.encode()) for text in texts)
+    assert corpus.spans["num_bytes"].sum() == sum(len(text.encode()) for text in texts)
 
 
 def test_a_long_document_is_cut_after_line_ends(tmp_path):
     text = "".join(f"line {i}\n" for i in range(200))
     corpus = sources.index("x", "x", [write(tmp_path / "a.txt", text)], "text", span_bytes=100)
-    assert all(corpus.text(i).endswith("\n") for i in range(len(corpus)))
+    assert all(corpus.document(i).content.endswith("\n") for i in range(len(corpus)))
     assert len(corpus) < 2 * len(text) / 100 + 1
 
 
@@ -77,7 +77,7 @@ def test_stages_that_read_the_same_files_share_an_index(tmp_path):
     path = write(tmp_path / "a.txt", "one")
     index = sources.Indexes()
     first, second = (index(where, name, [path], "text") for where, name in (("x.files", "x"), ("y.files", "y")))
-    assert (second.where, second.name) == ("y.files", "y") and second.offset is first.offset
+    assert (second.where, second.name) == ("y.files", "y") and second.spans is first.spans
     write(tmp_path / "b.txt", "two")
     os.replace(tmp_path / "b.txt", path)
     assert index("x", "x", [path], "text").checksum == checksum_of(b"two"), "another file is read again"
@@ -112,7 +112,7 @@ def test_dialogues_are_read_whole(tmp_path):
     messages = [{"role": "user", "content": "q" * 100}, {"role": "assistant", "content": "a"}]
     path = write(tmp_path / "d.jsonl", json.dumps({"messages": messages}) + "\n")
     corpus = sources.index("x", "x", [path], "dialogues", span_bytes=8)
-    assert len(corpus) == 1 and corpus.messages(0) == messages and corpus.num_bytes.tolist() == [101]
+    assert len(corpus) == 1 and corpus.document(0).content == messages and corpus.spans["num_bytes"].tolist() == [101]
 
 
 USER = {"role": "user", "content": "q"}
@@ -170,14 +170,14 @@ def test_lines_that_cannot_be_used_are_kept_aside(tmp_path):
     assert corpus.account() == (
         f"sources.code.files: 3 of 6 documents cannot be used; the first is {a}, line 3: not UTF-8 at byte 30 (0xe9)"
     )
-    texts = [corpus.text(i) for i in range(len(corpus))]
-    assert len(texts) > 3 and "".join(texts) == "one" + "long " * 9 + "中" and corpus.last.sum() == 3
+    texts = [corpus.document(i).content for i in range(len(corpus))]
+    assert len(texts) > 3 and "".join(texts) == "one" + "long " * 9 + "中" and corpus.spans["last"].sum() == 3
     raw = [(tmp_path / name).read_bytes().removeprefix(b"\xef\xbb\xbf") for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
     assert corpus.checksum == checksum_of(*raw), "of what cannot be used as well"
 
 
 def test_of_many_documents_that_cannot_be_used_the_first_are_kept_and_all_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "KEPT", 2)
+    monkeypatch.setattr(documents, "KEPT", 2)
     a = write(tmp_path / "a.jsonl", b'{"text": ""}\n' * 3 + b'{"text": "one"}\n' + b'{"text": ""}\n')
     corpus = sources.index("sources.a.files", "a", [a], "jsonl")
     assert [reject["line"] for reject in corpus.rejected] == [1, 2]
@@ -193,7 +193,7 @@ def test_of_a_text_file_that_is_not_utf8_nothing_is_used(tmp_path):
     sample = "two\n" * 2 + "\\xff" + "two\n"  # of the span that was read
     reject = {"file": files[1], "byte": 32, "reason": "not UTF-8 at byte 40 (0xff)", "sample": sample}
     assert corpus.rejected == (reject,)
-    assert "".join(corpus.text(i) for i in range(len(corpus))) == "one\n" * 5 + "three\n" * 5
+    assert "".join(corpus.document(i).content for i in range(len(corpus))) == "one\n" * 5 + "three\n" * 5
     assert corpus.account().startswith("sources.code.files: 1 of 3 documents cannot be used; the first is")
     assert corpus.checksum == checksum_of(*raw)
 
@@ -217,8 +217,8 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     ):
         path = write(tmp_path / f"a.{format}", b"\xef\xbb\xbf" + data.encode())
         corpus = sources.index("x", "x", [path], format)
-        assert [corpus.text(i) for i in range(len(corpus))] == expected
-        assert corpus.num_bytes.sum() == sum(len(text.encode()) for text in expected)
+        assert [corpus.document(i).content for i in range(len(corpus))] == expected
+        assert corpus.spans["num_bytes"].sum() == sum(len(text.encode()) for text in expected)
 
 
 @pytest.mark.parametrize(("pack", "name"), [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")])
@@ -248,4 +248,4 @@ def test_a_file_that_changed_after_the_check_is_named(tmp_path, format):
     corpus = sources.index("x", "x", [path], format)
     write(tmp_path / "a.x", b"\xff" * 100)
     with pytest.raises(UserError, match=r"a\.x: has changed"):
-        corpus.text(0)
+        corpus.document(0)

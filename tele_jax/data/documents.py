@@ -1,0 +1,243 @@
+"""Documents in text files: reading them, cutting long ones, and recording those that cannot be used.
+
+There are three formats, all UTF-8: `text` (a file is one document), `jsonl` (a line is {"text": ...}) and `dialogues`
+(a line is {"messages": [...]}, see dialogue.py). The live feed and caches read documents by the functions here, and so
+reject the same ones for the same reasons.
+"""
+
+import codecs
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from tele_jax.data import dialogue
+from tele_jax.errors import UserError
+from tele_jax.files import require_regular
+
+Format = Literal["text", "jsonl", "dialogues"]
+WHOLE = 1 << 62  # larger than any document: no cutting
+BLOCK_BYTES = 1 << 20  # of a text file that are read at a time
+
+# A document that cannot be used: {"file", "byte" where its line or this stretch of its text begins, "reason", "sample"
+# of its first bytes}, and "line" where it is known. For an example of a seqio Task: {"task", "split", "shard",
+# "example", "reason", "sample"}.
+Reject = dict[str, Any]
+EMPTY = "the text is empty"  # reason of a Reject
+KEPT = 10_000  # rejects of a domain that are kept in memory; the others are counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A document, or a part of one.
+
+    Attributes:
+      content: a text, the messages of a dialogue, or the features of an example of a seqio Task.
+      begins, ends: whether the document begins and ends with this part.
+    """
+
+    content: str | Sequence[dialogue.Message] | Mapping[str, np.ndarray]
+    begins: bool = True
+    ends: bool = True
+
+
+class Rejects:
+    """A count of the rejected documents, and the first KEPT of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[Reject] = []
+
+    def add(self, reject: Reject) -> None:
+        """Counts a rejected document."""
+        self.count += 1
+        if self.count <= KEPT:
+            self.first.append(reject)
+
+
+def digest(data: bytes, format: Format) -> int:
+    """Returns 64 bits that name a record; what ends a line does not count."""
+    data = data if format == "text" else data.rstrip(b"\r\n")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+_PACKED = {
+    "gzip": rb"\x1f\x8b",
+    "bzip2": rb"BZh[1-9]1AY&SY",
+    "xz": rb"\xfd7zXZ\x00",
+    "zstd": rb"\x28\xb5\x2f\xfd",
+    "zip": rb"PK\x03\x04",
+}
+
+
+@contextlib.contextmanager
+def open_text(path: str) -> Iterator[BinaryIO]:
+    """Opens a file of text behind its byte order mark, if it has one.
+
+    Raises:
+      UserError: there is no such file, or it is empty or compressed: text is read at any byte of a file.
+    """
+    require_regular(path)
+    with open(path, "rb") as file:
+        start = file.read(10)
+        if start in (b"", codecs.BOM_UTF8):
+            raise UserError(f"{path}: the file is empty")
+        for name, magic in _PACKED.items():
+            if re.match(magic, start):
+                raise UserError(
+                    f"{path}: is compressed ({name}), and text is read at any byte of a file; unpack it, or have tele "
+                    "data clean write it with output.compression='none'"
+                )
+        file.seek(text_begin(file))
+        yield file
+
+
+def text_begin(file: BinaryIO) -> int:
+    """Returns where the text of a file begins: after its byte order mark, if it has one."""
+    file.seek(0)
+    return len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+
+
+def stretches(
+    file: BinaryIO, sizes: Sequence[int], seen: Callable[[bytes], None]
+) -> Iterator[tuple[int, int, bytes, bool]]:
+    """Reads a text file once, cut for each of several sizes: (size, offset, bytes, whether the file ends with them).
+
+    Args:
+      file: open at the first byte of its text.
+      sizes: the most bytes of a stretch.
+      seen: is given all bytes once, in order.
+    """
+    offsets, waiting = dict.fromkeys(sizes, file.tell()), {size: bytearray() for size in sizes}
+    while True:
+        block = file.read(BLOCK_BYTES)
+        seen(block)
+        for size, rest in waiting.items():
+            rest += block
+            while len(rest) > size or (rest and not block):
+                last = len(rest) <= size
+                data = bytes(rest) if last else bytes(rest[: cut_bytes(rest[:size])])
+                del rest[: len(data)]
+                yield size, offsets[size], data, last
+                offsets[size] += len(data)
+        if not block:
+            return
+
+
+def read_document(
+    path: str, offset: int, data: bytes, format: Format, reject: Callable[[Reject], None], line: int | None = None
+) -> Any:
+    """Returns the text of a document, or the messages of a dialogue; None where it cannot be used.
+
+    Args:
+      path, offset: file and byte where the document begins.
+      data: a line; for the format text a stretch of the file that ends with a character.
+      format: format of the file.
+      reject: is given the entry of a document that cannot be used.
+      line: number of the line, where it is known.
+    """
+    try:
+        text = data.decode("utf-8")
+        return text if format == "text" else check_record(text, format)
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x})"
+    except UserError as error:
+        reason = str(error)
+    sample = data[:200].decode(errors="backslashreplace")
+    file = os.fsencode(path).decode(errors="backslashreplace")  # a name may be what no file of text can hold
+    entry = {"file": file, "byte": offset, "reason": reason, "sample": sample}
+    reject(entry if line is None else entry | {"line": line})
+    return None
+
+
+def account(where: str, used: int, count: int, rejected: Sequence[Reject]) -> str:
+    """Says in a line how many documents were rejected, and why the first.
+
+    Args:
+      where: names the domain.
+      used, count: number of documents that are used, and that are not.
+      rejected: the first documents that are not used.
+    """
+    first = f"; the first is {place(rejected[0])}" if count else ""
+    return f"{where}: {count:,} of {count + used:,} documents cannot be used{first}"
+
+
+def place(reject: Reject) -> str:
+    """Says where a rejected document is, and why it cannot be used."""
+    if "task" in reject:
+        return f"task {reject['task']}, split {reject['split']}, example {reject['example']}: {reject['reason']}"
+    where = f"line {reject['line']}" if "line" in reject else f"byte {reject['byte']}"
+    return f"{reject['file']}, {where}: {reject['reason']}"
+
+
+def nothing_usable(where: str, first: str | None) -> UserError:
+    """Returns the error of a domain without a usable document; first: what `place` says of a rejected one."""
+    why = f"the first is {first}" if first else "its files hold nothing but blank lines"
+    return UserError(f"{where}: not one document can be used; {why}")
+
+
+def check_record(record: str, format: Format) -> Any:
+    """Returns the text of a JSON line, or the messages of a dialogue.
+
+    Raises:
+      UserError: the line is not of the format; the message says why, and the caller adds where.
+    """
+    try:
+        value = json.loads(record)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON: {error}") from None
+    if format == "dialogues":
+        value = dialogue.from_record(value)
+    elif not isinstance(value, dict) or "text" not in value:
+        raise UserError(f'not a table with the key "text", as the format {format} asks for')
+    elif not isinstance(value := value["text"], str):
+        raise UserError('"text" is not a string')
+    elif not value:
+        raise UserError(EMPTY)
+    if "\\u" in record:  # JSON can spell half a surrogate pair, UTF-8 cannot
+        try:
+            text_of(value).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"character {error.start} of the text is half a surrogate pair") from None
+    return value
+
+
+def text_of(value: Any) -> str:
+    """Returns a text, or the messages of a dialogue joined, whose size alone matters."""
+    return value if isinstance(value, str) else "".join(message["content"] for message in value)
+
+
+def cut_bytes(data: bytes | bytearray) -> int:
+    """Returns where to cut `data`: after the last line end of its second half, or else before a character."""
+    cut = data.rfind(b"\n", len(data) // 2) + 1
+    if cut == 0:
+        cut = len(data)
+        while cut and data[cut - 1] & 0xC0 == 0x80:
+            cut -= 1
+        if cut and data[cut - 1] >= 0xC0:
+            cut -= 1
+        cut = cut or len(data)  # no character begins here: not UTF-8, which is for the decoder to say
+    return cut
+
+
+def cut_text(text: str, span_bytes: int) -> list[tuple[int, int]]:
+    """Returns (begin, end) of spans of about `span_bytes` that cover `text`; none for an empty text."""
+    num_bytes = len(text.encode()) if len(text) * 4 > span_bytes else 0
+    if num_bytes <= span_bytes:
+        return [(0, len(text))] if text else []
+    step = max(1, span_bytes * len(text) // num_bytes)
+    spans, begin = [], 0
+    while begin < len(text):
+        end = min(begin + step, len(text))
+        if end < len(text):
+            newline = text.rfind("\n", begin + step // 2, end)
+            end = newline + 1 if newline >= 0 else end
+        spans.append((begin, end))
+        begin = end
+    return spans

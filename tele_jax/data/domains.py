@@ -1,0 +1,338 @@
+"""What a DataConfig names, resolved, checked and opened: a tokenizer, domains to train on and domains held out."""
+
+import dataclasses
+import difflib
+import filecmp
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from tele_jax.data import cache, documents, encode, sources, templates
+from tele_jax.data.encode import Kind
+from tele_jax.data.vocabulary import load_vocabulary
+from tele_jax.data.vocabulary_base import Vocabulary
+from tele_jax.errors import UserError
+from tele_jax.files import expand
+from tele_jax.settings import DataConfig, SourceConfig
+
+
+class Documents(Protocol):
+    """The documents of a domain, encoded: files (CorpusDocuments) or a seqio Task (task_documents.TaskDocuments).
+
+    Attributes:
+      where: names the domain in messages.
+      format: format of the files, or "task".
+      checksum: names everything that is read.
+      cut: bytes at which long documents are cut into several; 0 where none is that long.
+      rejected: the first documents that cannot be used.
+      num_rejected: number of documents that cannot be used.
+    """
+
+    where: str
+    format: str
+    checksum: str
+    cut: int
+    rejected: Sequence[documents.Reject]
+    num_rejected: int
+
+    def __len__(self) -> int:
+        """Number of documents in an epoch; a document that is cut counts as several."""
+
+    def account(self) -> str:
+        """Says in a line how many documents were rejected, and why the first."""
+
+    def example(self, i: int) -> np.ndarray:
+        """Reads document `i` as int32 [3, n] (encode.COLUMNS)."""
+
+    def in_order(self, bytes_left: Callable[[], int]) -> Iterator[tuple[np.ndarray, bool]]:
+        """Reads all documents in order as (int32 [3, n], whether a text begins with them).
+
+        A text that is longer than `bytes_left()` is cut there, at a character, and then has no end.
+        """
+
+
+class CorpusDocuments:
+    """The spans of a corpus as Documents."""
+
+    def __init__(self, corpus: sources.Corpus, vocabulary: Vocabulary, kind: Kind, seq_len: int):
+        self.corpus = corpus
+        self.where, self.format, self.checksum, self.account = (
+            corpus.where,
+            corpus.format,
+            corpus.checksum,
+            corpus.account,
+        )
+        self.rejected, self.num_rejected = corpus.rejected, corpus.num_rejected
+        self.cut = 0 if corpus.spans["last"].all() else sources.span_bytes_for(seq_len)
+        self._encode = lambda document: encode.encode([document], vocabulary, kind, seq_len).columns
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def example(self, i: int) -> np.ndarray:
+        """Reads span `i`; UserError where its file has changed."""
+        return self._encode(self.corpus.document(i))
+
+    def in_order(self, bytes_left: Callable[[], int]) -> Iterator[tuple[np.ndarray, bool]]:
+        """Reads all spans, opening each file once."""
+        for i, document in enumerate(self.corpus.documents(range(len(self)))):
+            left = bytes_left()
+            if isinstance(document.content, str) and self.corpus.spans["num_bytes"][i] > left:
+                text = document.content.encode()[:left].decode(errors="ignore")
+                document = dataclasses.replace(document, content=text, ends=False)
+            yield self._encode(document), document.begins
+
+
+OnRejects = Callable[[Documents], None]  # is given every domain, to report the documents that cannot be used
+
+
+def warn(domain: Documents) -> None:
+    """Warns of the documents of a domain that cannot be used, if there are some; the default."""
+    if domain.num_rejected:
+        warnings.warn(domain.account(), stacklevel=2)
+
+
+def ignore(domain: Documents) -> None:
+    """Reports nothing: for a first check, which a call that reports will follow."""
+
+
+class OpenData:
+    """A DataConfig with its tokenizer and caches resolved. Domains are opened on use, once.
+
+    Attributes:
+      data: the configuration after `resolve`.
+      vocabulary: the tokenizer.
+    """
+
+    def __init__(self, data: DataConfig, *, kind: Kind, seq_len: int, index: sources.Indexes | None = None):
+        """Reads the tokenizer, and the manifest of a cache.
+
+        Args:
+          data: domains, rates and the tokenizer.
+          kind: "pretrain": every token counts; "sft": answers only, of dialogues.
+          seq_len: tokens in a row.
+          index: shares indexes of text files among calls.
+
+        Raises:
+          UserError: as open_vocabulary and resolve.
+          DamageError: a cache is damaged.
+        """
+        self._kind, self._seq_len, self._index = kind, seq_len, index or sources.Indexes()
+        self.vocabulary, self.data = open_vocabulary(data, kind), resolve(data)
+
+    @functools.cached_property
+    def train(self) -> dict[str, Documents]:
+        """The documents of every domain to be read live, by name in order.
+
+        Raises:
+          UserError: files that are missing, empty or compressed; a domain without one usable document; fine-tuning on
+            what is not dialogues; a system message that the template has no place for; a Task that does not fit.
+        """
+        found = self.files("files") | self._tasks("split")
+        return {name: found[name] for name in sorted(found)}
+
+    @functools.cached_property
+    def held_out(self) -> dict[str, Documents]:
+        """The held-out documents of every domain that has some, by name. Errors as `train`."""
+        found = self.files("validation_files") | self._tasks("validation_split")
+        return {name: found[name] for name in self.data.sources if name in found}
+
+    def files(self, field: Literal["files", "validation_files"]) -> "dict[str, CorpusDocuments]":
+        """Opens the files of every domain that has some in `field`. Errors as `train`."""
+        found = {}
+        for name, source in self.data.sources.items():
+            if patterns := getattr(source, field):
+                check_format(name, source.format, self._kind)
+                span_bytes = sources.span_bytes_for(self._seq_len)
+                corpus = self._index(f"sources.{name}.{field}", name, patterns, source.format, span_bytes=span_bytes)
+                check_systems(corpus, self.vocabulary)
+                found[name] = CorpusDocuments(corpus, self.vocabulary, self._kind, self._seq_len)
+        return found
+
+    def _tasks(self, field: Literal["split", "validation_split"]) -> dict[str, Documents]:
+        found: dict[str, Documents] = {}
+        for name, source in self.data.sources.items():
+            if source.task and (split := getattr(source, field)):
+                from tele_jax.data import task_documents
+
+                where = f"sources.{name}.{'task' if field == 'split' else field}"
+                how = (where, self.vocabulary, self._kind, self._seq_len if self._kind == "sft" else None)
+                make = functools.partial(task_documents.open_task, source, *how, split=split)
+                found[name] = self._index.once(("task", source.task, split, *how), make)
+        return found
+
+    def once(self, key: object, make: Callable[[], object]) -> object:
+        """Returns what `make` gave when it was first called for this key, in all that shares the indexes."""
+        return self._index.once(key, make)
+
+
+def resolve(data: DataConfig) -> DataConfig:
+    """Returns `data` with the sources that it leaves to its cache, and with a domain for every task of a Mixture.
+
+    Raises:
+      UserError: the cache is missing, has no such domain, or was made from other files; seqio has no such task.
+      DamageError: the cache is damaged.
+    """
+    if any(source.task for source in data.sources.values()):
+        from tele_jax.data import task_documents
+
+        data = task_documents.expand(data)
+    if data.cache is None:
+        return data
+    domains = cache.read_manifest(Path(data.cache)).domains
+    resolved = {}
+    for name, source in data.sources.items():
+        if name not in domains:
+            near = difflib.get_close_matches(name, domains, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(domains)}"
+            raise UserError(f"sources.{name}: the cache {data.cache} has no such domain; {hint}")
+        made_from = domains[name].source
+        differs = source.files and source.files != made_from.files and not _same_sizes(source, domains[name], name)
+        if differs or (source.task and (source.task, source.split) != (made_from.task, made_from.split)):
+            field = "files" if differs else "task"
+            what = f"the split {made_from.split!r} of the task {made_from.task}"
+            raise UserError(
+                f"sources.{name}.{field}: the cache {data.cache} was made from "
+                f"{what if made_from.task else ', '.join(made_from.files)}; make it again, or leave {field} out"
+            )
+        # The task that the cache was made from also gives what is held out.
+        resolved[name] = dataclasses.replace(
+            source, task=made_from.task, split=made_from.split, files=source.files or made_from.files
+        )
+    return dataclasses.replace(data, sources=resolved or {name: d.source for name, d in domains.items()})
+
+
+def _same_sizes(source: SourceConfig, domain: cache.Domain, name: str) -> bool:
+    """Compares the sizes of files with those that a cache was made from: they may lie elsewhere, and are not read."""
+    try:
+        files = expand(source.files, f"sources.{name}.files")
+    except UserError:
+        return False
+    return tuple(os.path.getsize(file) for file in files) == domain.text_files
+
+
+def open_vocabulary(data: DataConfig, kind: Kind) -> Vocabulary:
+    """Reads the tokenizer of `data`, and checks it for what training needs.
+
+    Raises:
+      UserError: there is none, or it lacks pieces for the bytes, for the end of a sequence or, if there are dialogues,
+        for their markers.
+    """
+    vocabulary = load_vocabulary(data.tokenizer).with_template(data.template)
+    if not vocabulary.spells_bytes or vocabulary.eos_id < 0:
+        raise UserError(f"tokenizer {data.tokenizer}: it needs pieces for the 256 bytes and for the end of a sequence")
+    if has_dialogues(data, kind):
+        templates.marker_ids(templates.choose(vocabulary), vocabulary)
+    return vocabulary
+
+
+def has_dialogues(data: DataConfig, kind: Kind) -> bool:
+    """Tells whether dialogues are written, for which a tokenizer needs markers: fine-tuning on Tasks alone has none."""
+    if kind == "sft" and data.cache is not None and not data.sources:
+        return cache.read_manifest(Path(data.cache)).template is not None
+    files = [source for source in data.sources.values() if not source.task]
+    return any(kind == "sft" or source.format == "dialogues" for source in files)
+
+
+def check_format(domain: str, format: documents.Format, kind: Kind) -> None:
+    """Raises UserError where fine-tuning is to be fed with files that have no answers."""
+    if kind == "sft" and format != "dialogues":
+        raise UserError(
+            f"sources.{domain}: fine-tuning learns answers, so its files have to be dialogues, not {format}"
+        )
+
+
+def check_systems(corpus: sources.Corpus, vocabulary: Vocabulary) -> None:
+    """Raises UserError, with its place, for the first system message that the template has no place for."""
+    for i in np.flatnonzero(corpus.spans["system"])[:1]:
+        where = f"{corpus.files[corpus.spans['file'][i]]}: dialogue at byte {corpus.spans['offset'][i]:,}"
+        encode.check_system(corpus.document(i).content, vocabulary, where)
+
+
+def check(data: DataConfig, *, kind: Kind, seq_len: int, index: sources.Indexes | None = None) -> Vocabulary:
+    """Checks all that `data` names, as a feed would, and returns the tokenizer. Rejected documents are not reported.
+
+    Raises:
+      UserError: as OpenData; a cache that was made for another kind, length or tokenizer; text that is both trained on
+        and held out.
+      DamageError: a cache is damaged, as far as can be seen without reading the rows.
+    """
+    opened = OpenData(data, kind=kind, seq_len=seq_len, index=index)
+    require_other_files(opened.data)
+    if data.cache is None:
+        _ = opened.train
+    else:
+        asked = {"tokenizer": data.tokenizer, "sha256": opened.vocabulary.sha256, "template": data.template}
+        cache.check_fits(cache.RowCache(data.cache).manifest, data.cache, kind=kind, seq_len=seq_len, **asked)
+    _ = opened.held_out
+    return opened.vocabulary
+
+
+def require_other_files(data: DataConfig) -> None:
+    """Raises UserError where a file, by its path or its content, or a split of a Task is trained on and held out.
+
+    Files of a cache that are not here any more are not compared.
+    """
+    trained: dict[str, str] = {}  # real path -> its domain
+    splits: dict[tuple[str, str], str] = {}
+    for name, source in data.sources.items():
+        if source.task:
+            splits[source.task, source.split] = name
+        for path in _paths(source.files, f"sources.{name}.files", missing_ok=data.cache is not None):
+            trained[os.path.realpath(path)] = name
+    sizes: dict[int, list[str]] = {}
+    for path in trained if any(source.validation_files for source in data.sources.values()) else ():
+        sizes.setdefault(os.path.getsize(path), []).append(path)
+    for name, source in data.sources.items():
+        if (other := splits.get((source.task, source.validation_split))) is not None:
+            raise UserError(
+                f"sources.{name}.validation_split: {source.validation_split!r} is what {other} is trained on"
+            )
+        for path in _paths(source.validation_files, f"sources.{name}.validation_files", missing_ok=False):
+            real = os.path.realpath(path)
+            same = [real] if real in trained else sizes.get(os.path.getsize(path), [])
+            for each in same:
+                if each == real or filecmp.cmp(each, path, shallow=False):
+                    raise UserError(
+                        f"sources.{name}.validation_files: {path} is trained on as well (sources.{trained[each]}.files"
+                        f"{'' if each == real else f', {each} is the same text'}); hold other text out"
+                    )
+
+
+def _paths(patterns: Sequence[str], where: str, *, missing_ok: bool) -> tuple[str, ...]:
+    try:
+        return expand(patterns, where) if patterns else ()
+    except UserError:
+        if missing_ok:
+            return ()
+        raise
+
+
+def shared(data: DataConfig, seq_len: int, *, index: sources.Indexes | None = None) -> list[str]:
+    """Returns a line for every domain with documents that are trained on and held out, in any domain.
+
+    Lines of the files are compared, byte for byte but for their ends. A cache was compared when it was made, with the
+    text that its own page holds out.
+    """
+    if data.cache is not None:
+        domains = cache.read_manifest(Path(data.cache)).domains
+        counts = {f"sources.{name}.files": domains[name].counts.held_out for name in resolve(data).sources}
+    elif not any(source.validation_files for source in data.sources.values()):
+        return []
+    else:
+        index = index or sources.Indexes()
+        digests: dict[str, dict[str, np.ndarray]] = {"files": {}, "validation_files": {}}
+        for field, found in digests.items():
+            for name, source in data.sources.items():
+                if (patterns := getattr(source, field)) and source.format != "text":
+                    where, span_bytes = f"sources.{name}.{field}", sources.span_bytes_for(seq_len)
+                    corpus = index(where, name, patterns, source.format, span_bytes=span_bytes)
+                    found[where] = corpus.line_digests()
+        held = np.concatenate([np.zeros(0, np.uint64), *digests["validation_files"].values()])
+        counts = {where: int(np.isin(lines, held).sum()) for where, lines in digests["files"].items()}
+    return [f"{where}: {count:,} documents are held out as well" for where, count in counts.items() if count]

@@ -1,0 +1,172 @@
+"""The one encoder: documents, dialogues and examples of seqio Tasks become inputs, targets and loss weights.
+
+A document is its tokens and then the end-of-sequence token. Its inputs are its targets moved right by one, with the
+end-of-sequence token in front, which so separates documents (templates.separator): every token is predicted, the first
+too. In pretraining a dialogue is a document like others, and its markers are learned. In fine-tuning it begins with its
+first marker, which is given: inputs are tokens[:-1] and targets tokens[1:], as in the released template without BOS,
+and only answers count (dialogue.py). An example of a seqio Task is what the Task gives, id for id.
+
+Where a document ends is given as lengths; packing (packing.py) turns them into segment ids and positions.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from tele_jax.data import dialogue, templates
+from tele_jax.data.documents import WHOLE, Document, cut_text, text_of
+from tele_jax.data.templates import separator
+from tele_jax.data.vocabulary_base import Vocabulary
+from tele_jax.errors import UserError
+
+Kind = Literal["pretrain", "sft"]
+COLUMNS = ("inputs", "targets", "loss_weights")  # rows of an example
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Examples one after the other.
+
+    Attributes:
+      columns: int32 [3, N], the COLUMNS of all examples; loss weights are 0 or 1.
+      lengths: int64 [n], positions of each example; their sum is N.
+      documents: number of documents that end here.
+      shortened: number of dialogues that were longer than a row and lost their oldest turns.
+      text_bytes: UTF-8 bytes of the documents; None where parts of them are missing, or a Task gave ids.
+    """
+
+    columns: np.ndarray
+    lengths: np.ndarray
+    documents: int
+    shortened: int = 0
+    text_bytes: int | None = None
+
+
+def encode(
+    documents: Sequence[Document],
+    vocabulary: Vocabulary,
+    kind: Kind,
+    seq_len: int,
+    *,
+    threads: int = 1,
+    piece_bytes: int = WHOLE,
+) -> Encoded:
+    """Encodes documents whose contents are of one sort: texts, dialogues or features.
+
+    Args:
+      documents: at least one.
+      vocabulary: makes the tokens.
+      kind: "pretrain" learns every token, except answers marked as not to be learned; "sft" learns answers.
+      seq_len: in fine-tuning, the most positions of an example.
+      threads: threads of the tokenizer library.
+      piece_bytes: texts are cut into pieces of about this size before they are encoded.
+
+    Raises:
+      UserError: the vocabulary lacks the markers of dialogues; features that are no example. The caller adds where.
+    """
+    ended = sum(document.ends for document in documents)
+    contents = [document.content for document in documents]
+    if isinstance(contents[0], Mapping):
+        return joined([_features(features, vocabulary, kind, seq_len) for features in contents], ended)
+    text_bytes = len("".join(map(text_of, contents)).encode())
+    if not isinstance(contents[0], str):
+        made = [_dialogue(messages, vocabulary, kind, seq_len) for messages in contents]
+        shortened = sum(is_shortened for _, is_shortened in made)
+        return joined([each for each, _ in made], ended, shortened, None if shortened else text_bytes)
+    targets, lengths = _texts(documents, vocabulary, threads, piece_bytes)
+    columns = np.empty((3, len(targets)), np.int32)
+    columns[0, 1:], columns[1], columns[2] = targets[:-1], targets, 1
+    columns[0, (np.cumsum(lengths) - lengths)[lengths > 0]] = separator(vocabulary)
+    return Encoded(columns, lengths, ended, 0, text_bytes)
+
+
+def joined(
+    examples: Sequence[np.ndarray], documents: int, shortened: int = 0, text_bytes: int | None = None
+) -> Encoded:
+    """Joins examples, int32 [3, n] each, that were encoded before."""
+    lengths = np.array([example.shape[1] for example in examples])
+    return Encoded(np.concatenate(examples, axis=1), lengths, documents, shortened, text_bytes)
+
+
+def _texts(
+    documents: Sequence[Document], vocabulary: Vocabulary, threads: int, piece_bytes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the targets of all texts, int32 [N], and the length of each, int64 [n]."""
+    pieces, first_piece, continue_text = [], [], []
+    for document in documents:
+        text = document.content
+        first_piece.append(len(pieces))
+        parts = [text[begin:end] for begin, end in cut_text(text, piece_bytes) or [(0, 0)]]
+        pieces += parts
+        continue_text += [not document.begins, *[True] * (len(parts) - 1)]
+    if len(pieces) > 1:
+        ids = vocabulary.encode_batch(pieces, threads)
+    else:
+        ids = [np.array(vocabulary.encode(pieces[0]), np.int32)]
+    if vocabulary.adds_dummy_prefix:  # no space where a text goes on
+        for i in np.flatnonzero(continue_text):
+            ids[i] = np.array(vocabulary.encode_continuation(pieces[i]), np.int32)
+    tokens = np.concatenate(ids)
+    lengths = np.add.reduceat(np.fromiter(map(len, ids), np.int64, len(ids)), first_piece)
+    ends = np.array([document.ends for document in documents])
+    targets = np.full(len(tokens) + ends.sum(), separator(vocabulary), np.int32)
+    targets[np.arange(len(tokens)) + np.repeat(np.cumsum(ends) - ends, lengths)] = tokens
+    return targets, lengths + ends
+
+
+def _dialogue(
+    messages: Sequence[dialogue.Message], vocabulary: Vocabulary, kind: Kind, seq_len: int
+) -> tuple[np.ndarray, bool]:
+    """Returns int32 [3, n], and whether the dialogue had to be shortened to a row."""
+    if kind == "pretrain":
+        tokens, weights = dialogue.render(messages, vocabulary, given=1)
+        tokens = [separator(vocabulary), *tokens, separator(vocabulary)]
+        return np.array([tokens[:-1], tokens[1:], [*weights, 1]], np.int32), False
+    tokens, weights = dialogue.render(messages, vocabulary)
+    shortened = len(tokens) > seq_len + 1
+    if shortened:
+        tokens, weights = dialogue.render(messages, vocabulary, max_tokens=seq_len + 1)
+    return np.array([tokens[:-1], tokens[1:], weights[1:]], np.int32), shortened
+
+
+def _features(features: Mapping[str, np.ndarray], vocabulary: Vocabulary, kind: Kind, seq_len: int) -> np.ndarray:
+    """Turns the features of an example of a seqio Task, int [n] each, into int32 [3, n]; keeps every id of the Task.
+
+    `targets` alone are a document that is learned. `inputs` and `targets` are one document, inputs first, of which the
+    targets are learned. With `loss_weights` as well, the three are taken as they are. In pretraining a document without
+    the end-of-sequence token at its end gets it.
+    """
+    targets = features["targets"]
+    if len(targets) == 0:
+        raise UserError("targets is empty")
+    if "loss_weights" in features:
+        columns = [features[name] for name in COLUMNS]
+        if len({len(column) for column in columns}) > 1:
+            raise UserError(f"inputs, targets and loss_weights have {', '.join(str(len(c)) for c in columns)} entries")
+        if not np.isin(columns[2], (0, 1)).all() or not columns[2].any():
+            raise UserError("loss_weights are 0 or 1, and one of them has to be 1")
+    else:
+        given = features.get("inputs", targets[:0])
+        tokens = np.concatenate([[separator(vocabulary)], given, targets])
+        if kind == "pretrain" and tokens[-1] != separator(vocabulary):
+            tokens = np.append(tokens, separator(vocabulary))
+        columns = [tokens[:-1], tokens[1:], np.arange(1, len(tokens)) > len(given)]
+    if kind == "sft" and len(columns[0]) > seq_len:
+        raise UserError(f"{len(columns[0]):,} tokens, more than a row of {seq_len:,}")
+    return np.array(columns, np.int32)
+
+
+def takes_system(vocabulary: Vocabulary) -> bool:
+    """Tells whether the dialogue template of a vocabulary has a place for a system message."""
+    return templates.marker_ids(templates.choose(vocabulary), vocabulary).system is not None
+
+
+def check_system(messages: Sequence[dialogue.Message], vocabulary: Vocabulary, where: str) -> None:
+    """Raises UserError for a dialogue with a system message that the template has no place for."""
+    if messages[0]["role"] == "system" and not takes_system(vocabulary):
+        try:
+            dialogue.render(messages, vocabulary)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
