@@ -1,20 +1,21 @@
 """From text files to training rows. Light to import: TensorFlow, seqio and sentencepiece load on use.
 
-vocabulary.py            load_vocabulary(path): text to ids and back
-vocabulary_training.py   training one, with the published special ids
-sources.py               the files of a domain: checked, indexed, read
-dialogue.py              TeleChat's template: messages to tokens and loss weights
-examples.py              a document or a dialogue as inputs, targets and loss weights
-packing.py               examples into rows of fixed length
-tasks.py                 seqio: Task, Mixture, FeatureConverter, its registries (this one needs TensorFlow)
-feed.py                  open_feed, LiveFeed and held_out: batches for training and evaluation
-caching.py               `tele data cache`: a cache of rows, by Beam or without
-shards.py                  what one worker does: files to a shard of packed rows
-records.py                 a row as bytes
-cache.py                   the cache on disk: manifest, checks, reading rows at random
-order.py                 which row of which domain comes when, as a pure function
-cached_feed.py           CachedFeed: batches from a cache
-stats.py, looking.py     figures and a picture of a cache; a row as text
-corpora.py               real text that every machine can get, to try things on
-clean/                   raw text to deduplicated, screened documents (Beam)
+vocabulary.py            load_vocabulary(path): text to ids and back; vocabulary_base.py is the interface
+vocabulary_training.py   training a vocabulary with the published special ids
+templates.py             the markers around questions and answers, by family
+dialogue.py              messages to tokens and loss weights, in a template
+documents.py             documents in text files: reading, cutting, rejecting
+sources.py               the index of a domain's files; Indexes shares and keeps them
+encode.py                the one encoder: documents, dialogues and Tasks to inputs, targets and loss weights
+packing.py               examples into rows of fixed length, and rows as bytes
+order.py                 which row or document comes when, as a pure function; positions in the data
+domains.py               what a DataConfig names, resolved, checked and opened
+task_documents.py        registered seqio Tasks as domains
+tasks.py                 domains as seqio Tasks and Mixtures
+batches.py               what a training stage reads, opened once
+feed.py                  open_feed: batches, live (live_rows.py) or from a cache
+held_out.py              held-out text as batches
+shards.py, caching.py    `tele data cache`: one worker's part, and all of it
+cache.py                 a cache on disk: manifest, checks, reading rows at random
+describe.py              figures and a picture of a cache; a row as text
 """
