@@ -1,0 +1,71 @@
+"""The structure of the package: imports make no circle, and no file has outgrown its room."""
+
+from pathlib import Path
+
+import grimp
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "tele_jax"
+
+
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    """The modules that each module imports, also inside functions."""
+    graph = grimp.build_graph("tele_jax", cache_dir=None)
+    return {module: set(graph.find_modules_directly_imported_by(module)) for module in graph.modules}
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Sets of nodes that can all be reached from each other: strongly connected components (Tarjan 1972)."""
+    order: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        order[node] = lowest[node] = len(order)
+        stack.append(node)
+        for other in sorted(edges.get(node, ())):
+            if other not in order:
+                visit(other)
+            if other in stack:
+                lowest[node] = min(lowest[node], lowest[other])
+        if lowest[node] == order[node]:
+            component = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            if len(component) > 1:
+                found.append(sorted(component))
+
+    for node in sorted(edges):
+        if node not in order:
+            visit(node)
+    return found
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": {"d"}}) == [["a", "b", "c"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_circle_of_files(imports):
+    assert len(imports) > 50
+    assert circles(imports) == []
+
+
+def test_no_circle_of_packages(imports):
+    def room(module: str) -> str:
+        return ".".join(module.split(".")[:2])
+
+    edges: dict[str, set[str]] = {}
+    for module, imported in imports.items():
+        if module == "tele_jax":  # the public names: above all that it lists
+            continue
+        edges.setdefault(room(module), set()).update(room(other) for other in imported if room(other) != room(module))
+    assert circles(edges) == []
+
+
+def test_no_file_is_longer_than_a_reader_bears():
+    longer = {
+        str(p.relative_to(PACKAGE)): n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400
+    }
+    assert longer == {}
