@@ -82,7 +82,7 @@ def open_mesh(text: str | None) -> Any:
 def sampling_options(
     args: argparse.Namespace, template: Any, released: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Keywords for generate.sampling: as the model was released, or with --sample as it draws then, and the flags.
+    """Keywords for sampling.sampling: as the model was released, or with --sample as it draws then, and the flags.
 
     released: of the checkpoint's import, what generation_config.json says (convert/conventions.py); None where the
       model does not come from a release that says something: then the template's family does.
@@ -107,7 +107,7 @@ class Model:
     Attributes:
       template: how dialogues are written; None where `tele generate` needs none and nothing says which it is.
       params: prepared (generate.prepare); with --mesh they lie on the mesh.
-      options: keywords for generate.sampling.
+      options: keywords for sampling.sampling.
       stop_ids: what ends a text, by the files of its release.
       provenance: of the checkpoint.
     """

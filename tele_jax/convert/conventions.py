@@ -6,7 +6,7 @@ in the checkpoint's provenance, through training and growth:
     "generation": {
       "eos_token_ids": [2],                      each of them ends a text
       "do_sample": False,                        whether it samples without being asked
-      "sampling": {"temperature": 0.3, ...},     keywords of generate.sampling; empty where the release says nothing
+      "sampling": {"temperature": 0.3, ...},     keywords of sampling.sampling; empty where the release says nothing
       "document_start": None                     the id before the first token of a text
     }
 """

@@ -30,7 +30,7 @@ class Template:
       user, bot, end: see above.
       between: marker after an answer that another question follows; "" for nothing. Learned if it is the same as end.
       strips: whether white space around a question is dropped.
-      sampling: keywords of inference.sampling where a sample is asked for.
+      sampling: keywords of inference.sampling.sampling where a sample is asked for.
       greedy: the same keywords otherwise: the released models take the likeliest token, after a repetition penalty.
     """
 

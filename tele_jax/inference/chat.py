@@ -80,7 +80,7 @@ class Chat:
         max_new_tokens: longest reply; by default 1,024, or half of cfg.max_seq_len where that is less.
         seed: the n-th reply is drawn with seed + n.
         stop_ids: more ids that end a reply, beside those of the template.
-        options: temperature, top_k, top_p and repetition_penalty as in generate.sampling; template.sampling and
+        options: temperature, top_k, top_p and repetition_penalty as in sampling.sampling; template.sampling and
           template.greedy have what a family was released with.
 
         Raises:
