@@ -17,7 +17,6 @@ from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import FailedError, UserError
 from tele_jax.files import read_bytes
 from tele_jax.growth import receipt as receipts
-from tele_jax.growth import stored
 from tele_jax.inference.chat import find_tokenizer
 from tele_jax.processes import find_place
 from tele_jax.settings import GrowStage
@@ -45,7 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    """Raises UserError and FailedError as growth.stored.grow."""
+    """Raises UserError and FailedError as growth.receipt.grow_stored."""
     if args.memory_gb <= 0:
         raise UserError(f"--memory-gb {args.memory_gb:g}: must be above 0")
     if args.check:
@@ -64,13 +63,13 @@ def run(args: argparse.Namespace) -> Outcome:
         files = ()  # a checkpoint from elsewhere may come without; chat and generate then ask for one
     how = {"opt": args.opt, "memory_gb": args.memory_gb, "workers": args.workers, "shard": _shard(args.shard)}
     what = {"stage": stage, "where": where, "tokens": tokens, "verified_on": verified_on}
-    request = stored.Request(src=args.src, dst=dst, files=files, **what, **how)
+    request = receipts.Request(src=args.src, dst=dst, files=files, **what, **how)
     if stage.layers == "distance" and args.text is None:
         print("note: layers are chosen by what they do to random tokens; --text FILE gives better scores")
     _say_without_effect(args, stage, cfg, request)
     if args.dry_run:
-        return Outcome(stored.outline(request, print))
-    receipt = stored.grow(request, print, Progress("grow"))
+        return Outcome(receipts.outline(request, print))
+    receipt = receipts.grow_stored(request, print, Progress("grow"))
     if receipt is None:
         return Outcome({})
     lines = [_summary(receipt, dst)]
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace) -> Outcome:
     return Outcome(receipt, text="\n".join(lines))
 
 
-def _say_without_effect(args: argparse.Namespace, stage: GrowStage, cfg: ModelConfig, request: stored.Request) -> None:
+def _say_without_effect(args: argparse.Namespace, stage: GrowStage, cfg: ModelConfig, request: receipts.Request) -> None:
     """Says which flags of the command line change nothing."""
     larger = cfg.replace_from(stage.model, f"{request.where}.model")
     deeper = larger.num_layers != cfg.num_layers
@@ -93,14 +92,14 @@ def _say_without_effect(args: argparse.Namespace, stage: GrowStage, cfg: ModelCo
     drawn = any(leaf.fill == "normal" and plan.tally(name)["fresh"] for name, leaf in plan.leaves.items())
     if args.seed is not None and not drawn:
         print(f"note: --seed {args.seed} has no effect: policy {plan.policy} draws nothing here")
-    wholly = stored.verifies_wholly(plan, checkpoint.open_lazy(args.src), args.memory_gb)
+    wholly = receipts.verifies_wholly(plan, checkpoint.open_lazy(args.src), args.memory_gb)
     if args.text is not None and not wholly and not (stage.layers == "distance" and deeper):
         print("note: --text has no effect: logits are not compared, which needs more --memory-gb")
 
 
 def _check(args: argparse.Namespace, dst: Path) -> Outcome:
     tokens, verified_on = _tokens(args, checkpoint.open_lazy(args.src).cfg)
-    report = stored.recheck(args.src, dst, tokens, args.memory_gb)
+    report = receipts.recheck(args.src, dst, tokens, args.memory_gb)
     print(f"{report}\nverified on {verified_on}")
     if not report.ok:
         raise FailedError(f"{dst}: is not what its receipt promises")

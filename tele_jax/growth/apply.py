@@ -157,11 +157,8 @@ class GrownArray:
             raise IndexError("a grown leaf takes slices without a step")
         out = np.empty([part.stop - part.start for part in bounds], self.dtype)
         if out.size:
-            *before, last = self.plan.leaf_steps(self.name)
-            source = _chunkwise(self.source)
-            for step in before:
-                source = host_kernel.grown(source, step, _chunks(step.shape, self.dtype.itemsize), self.dtype)
-            host_kernel.fill_tile(out, last, [part.start for part in bounds], source)
+            steps = [(step, _chunks(step.shape, out.itemsize)) for step in self.plan.leaf_steps(self.name)]
+            host_kernel.fill_after(out, steps, [part.start for part in bounds], _chunkwise(self.source))
         return out[tuple(slice(None) if isinstance(part, slice) else 0 for part in index)]
 
 

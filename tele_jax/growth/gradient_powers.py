@@ -6,6 +6,7 @@ go through it again. A part of the state that a power of the gradient brings fro
 zero where the parameters are new, can be grown; any other cannot, and the reason is which change it did not follow.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -53,18 +54,10 @@ class Parts(NamedTuple):
 
 def take_apart(state: Any, like: Any) -> Parts:
     """Takes a state apart; like: a nested dict of anything with the shapes of the parameters."""
-    parts = Parts({}, {})
-
-    def keep_tree(path: Path, tree: Any) -> Any:
-        parts.trees[path] = flatten(tree)
-        return tree
-
-    def keep_other(path: Path, leaf: Any) -> Any:
-        parts.others[path] = leaf
-        return leaf
-
-    map_param_subtrees(keep_tree, state, like, keep_other)
-    return parts
+    trees: dict[Path, dict[str, Any]] = {}
+    others: dict[Path, Any] = {}
+    map_param_subtrees(lambda path, tree: trees.setdefault(path, flatten(tree)), state, like, others.setdefault)
+    return Parts(trees, others)
 
 
 def nodes(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -83,7 +76,7 @@ def nodes(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def is_zero(tree: Mapping[str, Any]) -> bool:
-    """Tells whether all entries are known to be zero; an array under jit, or of other processes, is not known.
+    """True where all entries are known to be zero; an array under jit, or of other processes, is not known.
 
     Of arrays on disk (checkpoint.LazyArray) the first blocks are read, up to an entry that is not zero.
     """
@@ -149,6 +142,8 @@ def measure(plan: Plan, opt_state: Any, optimizer: optax.GradientTransformation)
         (*path, field) for path, node in nodes(opt_state) for field in _ITERATES.get(type(node), ()) if node is not None
     }
 
+    cannot = lambda path: f"optimizer state {shown(path)} ({type_at(opt_state, path)}) cannot be grown: "  # noqa: E731
+
     def compare(change: _Change) -> tuple[dict[Path, set[Kind]], set[Path], dict[Path, tuple[int, ...]]]:
         fits, moved, shapes = _compare(plan.src_spec, optimizer, change, sign, paired)
         return fits | {path: {"parameters"} for path in iterates}, moved - iterates, shapes
@@ -157,13 +152,11 @@ def measure(plan: Plan, opt_state: Any, optimizer: optax.GradientTransformation)
         fits, moved, shapes = compare(_Change(scales, scales, True))
         failed = sorted({path for path, found in fits.items() if not found} | moved)
         for path in failed[:1]:
-            reason = "it does not follow a change of parameters, gradients and sizes together"
             for change, why in _REASONS.items():
                 again, others, _ = compare(change)
                 if path in others or not again.get(path, ()):
-                    reason = why
-                    break
-            raise UserError(f"optimizer state {shown(path)} ({type_at(opt_state, path)}) cannot be grown: {reason}")
+                    raise UserError(cannot(path) + why)
+            raise UserError(cannot(path) + "it does not follow a change of parameters, gradients and sizes together")
     kinds = {path: next(iter(found)) for path, found in fits.items() if len(found) == 1}
     trees, others = take_apart(opt_state, unflatten(plan.src_spec))
     for path in [*trees, *others]:
@@ -172,7 +165,6 @@ def measure(plan: Plan, opt_state: Any, optimizer: optax.GradientTransformation)
                 f"optimizer state {shown(path)} ({type_at(opt_state, path)}): the optimizer that was given keeps no "
                 "such part of the model that the plan grows; both have to belong to that model"
             )
-    cannot = lambda path: f"optimizer state {shown(path)} ({type_at(opt_state, path)}) cannot be grown: "  # noqa: E731
     for path, tree in trees.items():
         if path not in kinds:
             why = f"it was still zero after {_MOST_STEPS} steps of a trial, so that what it is was not seen"
@@ -201,13 +193,12 @@ def _compare(
     fits: dict[Path, set[Kind]] = {}
     moved: set[Path] = set()
     before = Parts({}, {})
-    grown = (
-        (
-            {n: _place(x * of_params[n], large[n]) for n, x in params.items()},
-            {n: _place(g / of_gradients[n], np.zeros_like(large[n])) for n, g in gradients.items()},
-        )
-        for params, gradients in _steps(shapes)
-    )
+
+    def grow(params: dict[str, np.ndarray], gradients: dict[str, np.ndarray]) -> tuple[Any, Any]:
+        params = {n: _place(x * of_params[n], large[n]) for n, x in params.items()}
+        return params, {n: _place(g / of_gradients[n], np.zeros_like(large[n])) for n, g in gradients.items()}
+
+    grown = itertools.starmap(grow, _steps(shapes))
     states = zip(_run(optimizer, _steps(shapes), paired), _run(optimizer, grown, paired), strict=True)
     for step, (before, after) in enumerate(states, 1):
         moved |= before.trees.keys() ^ after.trees.keys()
@@ -262,7 +253,7 @@ def _run(optimizer: Any, steps: Iterator[tuple[Any, Any]], paired: bool) -> Iter
 
 
 def _fits(kind: Kind, before: Any, after: Any, of_gradient: float, of_params: float, params: np.ndarray) -> bool:
-    """Tells whether a leaf of the second run is what growth makes of that leaf of the first."""
+    """True where a leaf of the second run is what growth makes of that leaf of the first."""
     before, after = (np.asarray(x).astype(np.float64) for x in (before, after))
     factor, new = (of_params, params) if kind == "parameters" else (of_gradient**-kind, np.zeros_like(after))
     expected = _place(before * factor, new)

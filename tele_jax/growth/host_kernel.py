@@ -77,19 +77,30 @@ def fill_tile(out: np.ndarray, step: LeafStep, start: Sequence[int], source: Sou
             _fill_normal(matrix, rows, columns, step, start, out.shape)
 
 
-def grown(source: Source, step: LeafStep, chunks: tuple[int, ...], dtype: Any) -> Source:
-    """The leaf that a step makes, as the source of the next step: chunks are computed when they are asked for.
+def fill_after(
+    out: np.ndarray, steps: Sequence[tuple[LeafStep, tuple[int, ...]]], start: Sequence[int], source: Source
+) -> None:
+    """Fills a rectangle of a leaf after several steps, as `fill_tile` does after one.
 
-    Each use computes its chunk again, and holds it for as long as it is used.
+    Chunks between the steps are computed when they are asked for, and held for as long as they are used.
+
+    Args:
+      steps: each with the shape of the chunks that are computed of what it makes; that of the last is not used.
     """
+    *before, (last, _) = steps
+    for step, shape in before:
+        source = _grown(source, step, shape, out.dtype)
+    fill_tile(out, last, start, source)
 
+
+def _grown(source: Source, step: LeafStep, shape: tuple[int, ...], dtype: Any) -> Source:
     @contextlib.contextmanager
     def chunk(index: tuple[int, ...]) -> Iterator[np.ndarray]:
-        out = np.empty(chunks, dtype)
-        fill_tile(out, step, [i * n for i, n in zip(index, chunks, strict=True)], source)
+        out = np.empty(shape, dtype)
+        fill_tile(out, step, [i * n for i, n in zip(index, shape, strict=True)], source)
         yield out
 
-    return Source(chunks, chunk)
+    return Source(shape, chunk)
 
 
 def _rows_and_columns(masks: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -190,17 +201,22 @@ def _scale(matrix: np.ndarray, rows, columns, of_rows: np.ndarray, of_columns: n
 
 
 def _fill_normal(matrix: np.ndarray, rows, columns, step: LeafStep, start, shape) -> None:
-    sizes = step.shape
-    require_countable(sizes)
-    numbers = np.zeros(1, np.uint32)
-    for size, first, length in zip(sizes[:-1], start[:-1], shape[:-1], strict=True):
-        numbers = np.add.outer(numbers * np.uint32(size), np.arange(first, first + length, dtype=np.uint32)).ravel()
+    require_countable(step.shape)
     rows, columns = np.flatnonzero(rows), np.flatnonzero(columns)
-    of_rows, of_columns = numbers[rows], (columns + start[-1]).astype(np.uint32)
+    places = [np.arange(first, first + length) for first, length in zip(start, shape, strict=True)]
+    of_rows, of_columns = row_numbers(step.shape, places)[rows], (columns + start[-1]).astype(np.uint32)
     for r, c in _blocks(rows, columns):
         places = np.broadcast_arrays(of_rows[r, None], of_columns[c])
         drawn = normal(step.key, *(place.ravel() for place in places), step.leaf.value, matrix.dtype)
         matrix[_at(rows[r], columns[c])] = drawn.reshape(places[0].shape)
+
+
+def row_numbers(shape: Sequence[int], places: Sequence[np.ndarray]) -> np.ndarray:
+    """Numbers uint32 of the rows, of all leading dimensions together, at the places along every dimension of a leaf."""
+    numbers = np.zeros(1, np.uint32)
+    for size, place in zip(shape[:-1], places[:-1], strict=True):
+        numbers = np.add.outer(numbers * np.uint32(size), place.astype(np.uint32)).ravel()
+    return numbers
 
 
 def normal(key: tuple[int, int], rows: np.ndarray, columns: np.ndarray, std: float, dtype) -> np.ndarray:

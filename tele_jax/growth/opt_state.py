@@ -77,7 +77,7 @@ def kinds(plan: Plan, opt_state: Any, optimizer: optax.GradientTransformation | 
             born = node["born"] if isinstance(node, Mapping) else node.born
             found |= {(*path, "born", axis): "carried" for axis in born}
     for path, node in _foremost(opt_state):
-        found |= {(*path, field): power for field, power in _powers().get(type(node), {}).items()}
+        found |= {(*path, field): power for field, power in _POWERS.get(type(node), {}).items()}
 
     trees, others = take_apart(opt_state, unflatten(plan.src_spec))
     for path, tree in trees.items():
@@ -98,7 +98,7 @@ def power_of(kind: Kind) -> int | None:
 
 
 def is_adam(node: Any) -> bool:
-    """Tells whether a node is the trainer's state, or the nested dict that a checkpoint gives back of it.
+    """True where a node is the trainer's state, or the nested dict that a checkpoint gives back of it.
 
     Files name fields, not types; these four, of which one is the births of the units of every axis, are its own.
     """
@@ -157,17 +157,18 @@ def _born(axis_map: AxisMap, old: Any, count: Any) -> Any:
     return xp.where(axis_map.fresh, xp.asarray(count, inherited.dtype), inherited)
 
 
-def _powers() -> dict[type, dict[str, int]]:
-    """Types of which every optimizer that makes them means the same, if what comes in is the gradient."""
-    return {
-        optax.TraceState: {"trace": 1},
-        optax.EmaState: {"ema": 1},
-        optax.ScaleByLionState: {"mu": 1},
-        optax.ScaleByAmsgradState: {"mu": 1, "nu": 2, "nu_max": 2},
-        optax.MultiStepsState: {"acc_grads": 1},
-        contrib.MuonState: {"mu": 1},
-    }
+# Types of which every optimizer that makes them means the same, if what comes in is the gradient.
+_POWERS: dict[type, dict[str, int]] = {
+    optax.TraceState: {"trace": 1},
+    optax.EmaState: {"ema": 1},
+    optax.ScaleByLionState: {"mu": 1},
+    optax.ScaleByAmsgradState: {"mu": 1, "nu": 2, "nu_max": 2},
+    optax.MultiStepsState: {"acc_grads": 1},
+    contrib.MuonState: {"mu": 1},
+}
 
+# Arrays of a state that no gradient moves.
+_CONSTANTS = {contrib.MuonState: ("ns_coeffs",), optax.AddNoiseState: ("rng_key",)}
 
 # Types that hand the gradient on to what they wrap, and the field that holds its state.
 _WRAPPERS = {
@@ -196,18 +197,17 @@ def _foremost(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def _is_number(leaf: Any) -> bool:
-    """Tells whether a leaf can depend on gradients; counts, marks and random keys do not."""
+    """True where a leaf can depend on gradients; counts, marks and random keys do not."""
     dtype = getattr(leaf, "dtype", None)
     return isinstance(leaf, float) if dtype is None else jax.dtypes.issubdtype(dtype, np.inexact)
 
 
 def _is_constant(opt_state: Any, path: Path) -> bool:
-    """Tells, by the type that holds it, whether an array is a constant of the optimizer, which no gradient moves."""
-    constants = {contrib.MuonState: ("ns_coeffs",), optax.AddNoiseState: ("rng_key",)}
+    """True where the type that holds an array says that it is a constant of the optimizer."""
     return any(
         path[: len(above) + 1] == (*above, field)
         for above, node in nodes(opt_state)
-        for field in constants.get(type(node), ())
+        for field in _CONSTANTS.get(type(node), ())
     )
 
 

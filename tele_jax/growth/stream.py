@@ -190,10 +190,7 @@ class _Job:
             part[...] = self.values[tuple(slice(s, s + n) for s, n in zip(start, part.shape, strict=True))]
             return
         source = host_kernel.Source(self.source.chunks, functools.partial(cache.chunk, self.source))
-        *before, (last, _) = self.steps
-        for step, shape in before:
-            source = host_kernel.grown(source, step, shape, out.dtype)
-        host_kernel.fill_tile(out, last, start, source)
+        host_kernel.fill_after(out, self.steps, start, source)
 
     def order(self, chunk: tuple[int, ...]) -> Any:
         """Sorts chunks so that those that need the same chunk of the source follow each other.

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tele_jax.checkpoint import saving  # noqa: F401  brings Orbax, once for all forks
 from tele_jax.cli.main import main as tele
-from tele_jax.growth import stored
+from tele_jax.growth import receipt as receipts
 from tests.growth.killed import fork
 from tests.growth.strategies import GROWTH, flat_spec
 
@@ -55,7 +55,7 @@ def grow(work: Path, name: str, moment: tuple[str, str, int] | None = None, *mor
     """The exit code; to be called in a fork."""
     for module in ("check", "plan", "policies"):
         GROWTH[module].flat_spec = flat_spec  # evaluates no module: half a second less for every fork
-    stored._LARGE_TREES = 10**9  # as for models larger than memory: logits are compared in test_grow.py
+    receipts._LARGE_TREES = 10**9  # as for models larger than memory: logits are compared in test_grow.py
     (work / name).mkdir(exist_ok=True)
     if moment is not None:
         Kill(work / name, moment)

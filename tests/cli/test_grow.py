@@ -14,7 +14,7 @@ import tele_jax as tele
 from tele_jax import checkpoint, growth
 from tele_jax.axes import flatten, unflatten
 from tele_jax.cli.main import main
-from tele_jax.growth import stored
+from tele_jax.growth import receipt as receipts
 from tests import reference
 from tests.checkpoint.trees import assert_same, chunk_files
 from tests.growth.checkpoints import random_state
@@ -59,14 +59,14 @@ def place(tmp_path_factory):
 @pytest.fixture
 def by_parts(monkeypatch):
     """As for models that are larger than memory: no logits, and so nothing to compile."""
-    monkeypatch.setattr(stored, "_LARGE_TREES", 10**9)
+    monkeypatch.setattr(receipts, "_LARGE_TREES", 10**9)
 
 
 @pytest.fixture(scope="module")
 def grown(place):
     """(DST of a growth verified by parts, its plan)"""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stored, "_LARGE_TREES", 10**9)
+        patch.setattr(receipts, "_LARGE_TREES", 10**9)
         assert main(["grow", str(place / "src"), str(place / "dst"), "--config", str(place / "page.py")]) == 0
     return place / "dst", growth.Plan.from_json(json.loads((place / "dst" / "plan.json").read_text()))
 
@@ -499,7 +499,7 @@ def test_what_was_begun_otherwise_is_not_finished_as_if_it_was_the_same(place, b
         raise Stopped
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(stored, "_verify", stop)
+        patch.setattr(receipts, "_verify_and_name", stop)
         grow(place, tmp_path / "dst")
     assert [path.name for path in tmp_path.iterdir()] == ["dst.unverified"]
     err = grow(place, tmp_path / "dst", "--seed", 4, code=2, capsys=capsys)

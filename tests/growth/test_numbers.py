@@ -180,7 +180,9 @@ def test_a_key_is_no_seed_and_a_list_is_no_tree():
     refused(lambda: growth.apply(planned(), [1, 2]), "nested dict", "list")
     params = tele.init(CFG, jax.random.key(0))
     refused(lambda: growth.apply(planned(), {"params": params}), "params.lm_head.kernel: not a parameter")
-    refused(lambda: growth.verify(planned(), params, params, [[1, 2, 3], [4, 5]]), "tokens")
+    for tokens in ([[1, 2, 3], [4, 5]], [[1.0, 2.0, 3.0]], "abc"):
+        refused(lambda tokens=tokens: growth.verify(planned(), params, params, tokens), "tokens")
+    refused(lambda: growth.verify(planned(), "runs/a", params, [[1, 2, 3]]), "params", "open checkpoint", "str")
 
 
 def test_lists_are_taken_where_arrays_are():

@@ -20,7 +20,6 @@ import numpy as np
 import optax
 
 from tele_jax.axes import is_empty, unflatten
-from tele_jax.checkpoint import chunk_files, layout
 from tele_jax.growth import host_kernel
 from tele_jax.growth.gradient_powers import nodes, shown, take_apart
 from tele_jax.growth.leaf import FILLED, KEPT, ZERO, LeafStep, Traced, kinds, trace
@@ -64,7 +63,6 @@ class _Chunkwise:
 
     def __init__(self, stored: Any):
         self._stored, self._place, self._chunk = stored, None, None
-        self._buffer = np.empty(stored.leaf.chunk_bytes, np.uint8)
 
     @classmethod
     def of(cls, leaf: Any) -> Any:
@@ -72,23 +70,16 @@ class _Chunkwise:
         return cls(leaf) if hasattr(leaf, "chunks") and leaf.shape else leaf
 
     def __getitem__(self, key: tuple[slice, ...]) -> np.ndarray:
-        sizes = self._stored.chunks
-        place = tuple(part.start // size for part, size in zip(key, sizes, strict=True))
-        if any((part.stop - 1) // size > i for part, size, i in zip(key, sizes, place, strict=True)):
-            return self._stored[key]  # of several chunks
-        if place != self._place:
-            self._place, self._chunk = place, self._read(place)
-        return self._chunk[
-            tuple(slice(p.start - i * n, p.stop - i * n) for p, i, n in zip(key, place, sizes, strict=True))
-        ]
-
-    def _read(self, place: tuple[int, ...]) -> np.ndarray:
         stored = self._stored
-        if "://" in str(stored.path):
-            ends = zip(place, stored.chunks, stored.shape, strict=True)
-            return stored[tuple(slice(i * n, min((i + 1) * n, size)) for i, n, size in ends)]
-        chunk_files.read_chunk(stored, place, self._buffer)
-        return self._buffer[: -layout.CRC_BYTES].view(stored.dtype).reshape(stored.chunks)
+        place = tuple(part.start // size for part, size in zip(key, stored.chunks, strict=True))
+        starts = [i * size for i, size in zip(place, stored.chunks, strict=True)]
+        if any(part.stop > start + size for part, start, size in zip(key, starts, stored.chunks, strict=True)):
+            return stored[key]  # in several chunks
+        if place != self._place:
+            ends = [min(start + n, size) for start, n, size in zip(starts, stored.chunks, stored.shape, strict=True)]
+            self._chunk = None  # or two chunks would be held
+            self._place, self._chunk = place, stored[tuple(map(slice, starts, ends))]
+        return self._chunk[tuple(slice(k.start - start, k.stop - start) for k, start in zip(key, starts, strict=True))]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -181,28 +172,20 @@ def _wrongly_filled(
         factors = np.broadcast_to(factors * _outer([part.factors[len(later)] for part in traced]), kind.shape)
         exact = all(after.moves_exactly for after in later)
         slack = 0.0 if exact else _slack(later, dtype)
-        row_numbers, columns = _numbered([part.place[len(later)] for part in traced], step.shape)
+        places = [part.place[len(later)] for part in traced] or [np.zeros(1, np.int64)]
+        rows, columns = host_kernel.row_numbers(step.shape, places), places[-1].astype(np.uint32)
         # By blocks: counters and values of a whole tile would take many times its memory.
         count = max(1, host_kernel.BLOCK // width)
         for first in range(0, kind.size // width, count):
             row, column = np.nonzero(kind.reshape(-1, width)[first : first + count] == FILLED + k)
             row += first
             made, factor = (array.reshape(-1, width)[row, column] for array in (values, factors))
-            planned = _new(step, row_numbers[row], columns[column], dtype) * factor
+            planned = _new(step, rows[row], columns[column], dtype) * factor
             wrong = ~(np.abs(made - planned) <= slack * np.abs(planned))
             if wrong.any():
                 i = int(np.argmax(wrong))
                 yield np.unravel_index(row[i] * width + column[i], kind.shape), made[i], planned[i]
                 break
-
-
-def _numbered(places: Sequence[np.ndarray], shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers uint32 of the rows (of all leading dimensions together) and columns of a rectangle in a leaf."""
-    *leading, columns = places or [np.zeros(1, np.int64)]
-    rows = np.zeros(1, np.int64)
-    for size, place in zip(shape[:-1], leading, strict=True):
-        rows = np.add.outer(rows * size, place).ravel()
-    return rows.astype(np.uint32), columns.astype(np.uint32)
 
 
 def _new(step: LeafStep, rows: np.ndarray, columns: np.ndarray, dtype: np.dtype) -> np.ndarray:

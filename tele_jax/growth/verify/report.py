@@ -143,8 +143,8 @@ def verify(
     are stored, then loaded.
 
     Args:
+      params, big, opt_state, optimizer: as for `verify_stored`.
       tokens: int32[B, S], for the logits and for liveness.
-      others: as for `verify_stored`.
 
     Raises:
       UserError: as verify_stored; rows shorter than 3 tokens, tokens that are in only one of the two vocabularies.
@@ -179,8 +179,9 @@ def _tokens(plan: Plan, tokens: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray
     """(tokens for the source, for the grown model, the ids that both share: of the source, of the grown model)."""
     try:
         tokens = np.asarray(tokens)
+        require(np.issubdtype(tokens.dtype, np.integer), f"verify: tokens have to be integers, not {tokens.dtype}")
     except ValueError:
-        raise UserError("verify: tokens have to be int32[B, S]: rows of one length") from None
+        raise UserError("verify: tokens have to be int32[B, S], rows of one length") from None
     # A single position has nothing to attend to, so that its queries and keys could not show that they live.
     fits = tokens.ndim == 2 and tokens.shape[1] >= 3
     require(fits, f"verify: tokens of shape {tokens.shape}; rows of at least 3 tokens are needed")
@@ -225,6 +226,9 @@ def verify_stored(
     """
     require_plan(plan, "verify: plan")
     require(plan.is_model, f"verify: the plan ({plan.policy}) leads to a part of a model, or to other names")
+    for name, model in (("params", src), ("grown params", dst)):
+        known = isinstance(model, Mapping) or hasattr(model, "params")
+        require(known, f"verify: {name}: expected a tree or an open checkpoint, got {type(model).__name__}")
     levels, wrong = ["parameters"], {}
     if not isinstance(src, Mapping) and not isinstance(dst, Mapping):
         levels.insert(0, "configs")
