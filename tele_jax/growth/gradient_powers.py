@@ -54,14 +54,18 @@ class Parts(NamedTuple):
 
 def take_apart(state: Any, like: Any) -> Parts:
     """Takes a state apart; like: a nested dict of anything with the shapes of the parameters."""
-    trees: dict[Path, dict[str, Any]] = {}
-    others: dict[Path, Any] = {}
-    map_param_subtrees(lambda path, tree: trees.setdefault(path, flatten(tree)), state, like, others.setdefault)
-    return Parts(trees, others)
+    parts = Parts({}, {})
+
+    def keep(path: Path, tree: Any) -> Any:
+        parts.trees[path] = flatten(tree)
+        return tree
+
+    map_param_subtrees(keep, state, like, parts.others.setdefault)
+    return parts
 
 
 def nodes(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every container of a state with its path, outer ones first."""
+    """Yields every container of a state with its path, outer ones first."""
     if isinstance(node, Mapping):
         children = dict(node)
     elif hasattr(node, "_fields"):
@@ -124,7 +128,7 @@ _REASONS = {
 
 
 def measure(plan: Plan, opt_state: Any, optimizer: optax.GradientTransformation) -> dict[Path, Kind]:
-    """{path: kind} of every part of the states that an optimizer makes, one of which is opt_state.
+    """Measures the kind of every part of the states that an optimizer makes, one of which is opt_state: {path: kind}.
 
     Where the plan scales no leaf, nothing but new entries is tried.
 
@@ -181,7 +185,7 @@ def measure(plan: Plan, opt_state: Any, optimizer: optax.GradientTransformation)
 def _compare(
     spec: Mapping[str, ParamSpec], optimizer: Any, change: _Change, sign: float, paired: bool
 ) -> tuple[dict[Path, set[Kind]], set[Path], dict[Path, tuple[int, ...]]]:
-    """({path: the kinds that fit}, paths of other leaves that moved, shapes of other leaves) under one change."""
+    """Compares two runs: ({path: kinds that fit}, paths of other leaves that moved, shapes of other leaves)."""
     of_params, of_gradients = (
         {n: sign * _FACTORS[(i + shift) % len(_FACTORS)] if asked else 1.0 for i, n in enumerate(spec)}
         for shift, asked in ((1, change.parameters), (0, change.gradients))
@@ -218,7 +222,7 @@ def _compare(
 
 
 def _steps(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
-    """(parameters, gradients) of every step. The parameters move by themselves, not as the optimizer moves them."""
+    """Yields (parameters, gradients) of every step. Parameters are drawn anew, not moved by the optimizer."""
     rng = np.random.default_rng(1)
     for _ in range(_MOST_STEPS):
         params = {name: rng.normal(size=shape) for name, shape in shapes.items()}
@@ -235,7 +239,7 @@ def _place(inner: np.ndarray, outer: np.ndarray) -> np.ndarray:
 
 
 def _run(optimizer: Any, steps: Iterator[tuple[Any, Any]], paired: bool) -> Iterator[Parts]:
-    """The state after every step of (parameters, gradients)."""
+    """Yields the parts of the state after every step of (parameters, gradients)."""
     with_arguments = optax.with_extra_args_support(optimizer).update
     # One program: operations one by one would each be compiled for every shape.
     update = jax.jit(lambda g, state, p: with_arguments(g, state, p, value=1.0, grad=g)[1])

@@ -150,7 +150,7 @@ def _copy(out: np.ndarray, values: np.ndarray, pairs: Sequence[tuple[np.ndarray,
 
 
 def _runs(to: np.ndarray, origin: np.ndarray) -> Iterator[tuple[slice, slice]]:
-    """Where both go up by one, as slices."""
+    """Yields pairs of slices along which both go up by one."""
     breaks = np.flatnonzero((np.diff(to) != 1) | (np.diff(origin) != 1)) + 1
     for first, end in itertools.pairwise([0, *breaks.tolist(), len(to)]):
         size = end - first
@@ -205,10 +205,13 @@ def _fill_normal(matrix: np.ndarray, rows, columns, step: LeafStep, start, shape
     rows, columns = np.flatnonzero(rows), np.flatnonzero(columns)
     places = [np.arange(first, first + length) for first, length in zip(start, shape, strict=True)]
     of_rows, of_columns = row_numbers(step.shape, places)[rows], (columns + start[-1]).astype(np.uint32)
+    counters = np.zeros((2, BLOCK), np.uint32)  # once: fresh memory is slow to touch
     for r, c in _blocks(rows, columns):
-        places = np.broadcast_arrays(of_rows[r, None], of_columns[c])
-        drawn = normal(step.key, *(place.ravel() for place in places), step.leaf.value, matrix.dtype)
-        matrix[_at(rows[r], columns[c])] = drawn.reshape(places[0].shape)
+        shape = (r.stop - r.start, c.stop - c.start)
+        row, column = (counter[: math.prod(shape)].reshape(shape) for counter in counters)
+        row[...], column[...] = of_rows[r, None], of_columns[c]
+        drawn = _drawn(step.key, counters, step.leaf.value, matrix.dtype)
+        matrix[_at(rows[r], columns[c])] = drawn[: math.prod(shape)].reshape(shape)
 
 
 def row_numbers(shape: Sequence[int], places: Sequence[np.ndarray]) -> np.ndarray:
@@ -219,22 +222,25 @@ def row_numbers(shape: Sequence[int], places: Sequence[np.ndarray]) -> np.ndarra
     return numbers
 
 
-def normal(key: tuple[int, int], rows: np.ndarray, columns: np.ndarray, std: float, dtype) -> np.ndarray:
+def normal(key: tuple[int, int], rows: np.ndarray, columns: np.ndarray, std: float, dtype: Any) -> np.ndarray:
     """Fresh values dtype[n] at (row, column) of a leaf, two uint32[n]; its leading dimensions count as one of rows."""
     out = np.empty(len(rows), dtype)
-    counters, words, scale = np.zeros((2, BLOCK), np.uint32), np.array(key, np.uint32), np.float32(std / SUM_STD)
+    counters = np.zeros((2, BLOCK), np.uint32)
     for first in range(0, len(rows), BLOCK):
-        part = slice(first, min(first + BLOCK, len(rows)))
-        size = part.stop - first
-        counters[0, :size], counters[1, :size] = rows[part], columns[part]
-        with _on_host():
-            out[part] = np.asarray(_normal(*words, *counters, scale, dtype=out.dtype))[:size]
+        part = out[first : first + BLOCK]
+        counters[:, : len(part)] = rows[first : first + BLOCK], columns[first : first + BLOCK]
+        part[...] = _drawn(key, counters, std, out.dtype)[: len(part)]
     return out
+
+
+def _drawn(key: tuple[int, int], counters: np.ndarray, std: float, dtype: Any) -> np.ndarray:
+    with _on_host():
+        return np.asarray(_normal(*np.array(key, np.uint32), *counters, np.float32(std / SUM_STD), dtype=dtype))
 
 
 @contextlib.contextmanager
 def _on_host() -> Iterator[None]:
-    """On the CPU whatever else there is, and with float64 where the leaf has it."""
+    """Computes on the CPU whatever other devices there are, and in float64 where the leaf has it."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]), jax.enable_x64(True):
         yield
 

@@ -66,7 +66,7 @@ def _cycle(order: Sequence[int], number: int) -> list[int]:
 
 
 def distances(cfg: ModelConfig, params: Any, tokens: jax.Array, metric: str = "cosine") -> list[float]:
-    """How much each layer changes its input, averaged over calibration tokens int32[B, S]: one float per layer.
+    """Measures how much each layer changes its input, averaged over calibration tokens int32[B, S]: a float per layer.
 
     Args:
       params: a tree of arrays, or of checkpoint.LazyArray, which is read layer by layer.

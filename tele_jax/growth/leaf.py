@@ -185,7 +185,7 @@ def kinds(traced: Sequence[Traced]) -> np.ndarray:
 
 
 def count(steps: Sequence[LeafStep]) -> dict[str, int]:
-    """How many entries of a leaf are copied, scaled, zero and fresh; nothing of the size of the leaf is allocated."""
+    """Counts the entries of a leaf that are copied, scaled, zero and fresh, without an array of its size."""
     classes: list[tuple[Traced, list[int]]] = []  # per dimension: one index of each sort, and how many there are
     for dimension in range(len(steps[-1].maps)):
         part = trace(steps, dimension)

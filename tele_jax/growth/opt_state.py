@@ -185,7 +185,7 @@ _WRAPPERS = {
 
 
 def _foremost(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """The states that see the gradient itself: first in every chain around them."""
+    """Yields the states that see the gradient itself: those that come first in every chain around them."""
     yield path, node
     if type(node) in (tuple, list) and node:
         yield from _foremost(node[0], (*path, "0"))

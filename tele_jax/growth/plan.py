@@ -46,15 +46,15 @@ class Step:
     src_cfg: ModelConfig
     dst_cfg: ModelConfig
     policy: str
-    maps: Mapping[str, AxisMap]
-    leaves: Mapping[str, LeafPlan]
+    maps: dict[str, AxisMap]
+    leaves: dict[str, LeafPlan]
     seed: int = 0
     masked: bool = False
     preserving: bool = True
     lively: bool = True
     notes: tuple[str, ...] = ()
-    tree: Mapping[str, str] | None = None
-    src_tree: Mapping[str, ParamSpec] | None = None
+    tree: dict[str, str] | None = None
+    src_tree: dict[str, ParamSpec] | None = None
 
     @functools.cached_property
     def src_spec(self) -> Spec:
@@ -97,28 +97,14 @@ class Step:
     @classmethod
     def from_json(cls, data: Any) -> "Step":
         """The inverse of to_json. Raises UserError where a field is missing, unknown, or of another type."""
-        unknown = data.keys() - {field.name for field in dataclasses.fields(cls)}
-        require(not unknown, f"plan: unknown field {', '.join(sorted(unknown))}")
-        read = {
-            **dict.fromkeys(("src_cfg", "dst_cfg"), functools.partial(from_dict, ModelConfig)),
-            **dict.fromkeys(("masked", "preserving", "lively"), functools.partial(convert, bool)),
-            "policy": functools.partial(convert, str),
-            "seed": check_seed,
-            "notes": functools.partial(convert, tuple[str, ...]),
-            "maps": lambda maps, where: {a: AxisMap.from_json(m, f"{where}.{a}") for a, m in maps.items()},
-            "leaves": lambda leaves, where: {n: from_dict(LeafPlan, v, f"{where}.{n}") for n, v in leaves.items()},
-            "tree": functools.partial(convert, dict[str, str] | None),
-            "src_tree": lambda tree, where: {n: ParamSpec.from_json(s) for n, s in tree.items()},
-        }
-        optional = ("tree", "src_tree")
-        try:
-            step = cls(**{n: f(data[n], f"plan.{n}") for n, f in read.items() if n in data or n not in optional})
-        except KeyError as error:
-            raise UserError(f"plan: the field {error} is missing") from None
-        except UserError:
-            raise
-        except (AttributeError, IndexError, TypeError, ValueError) as error:
-            raise UserError(f"plan: not what to_json makes: {error}") from None
+        missing = [f.name for f in dataclasses.fields(cls) if f.name not in (*data, "tree", "src_tree")]
+        require(not missing, f"plan: the field {', '.join(map(repr, missing))} is missing")
+        maps, tree = (convert(dict[str, Any], data.get(name, {}), f"plan.{name}") for name in ("maps", "src_tree"))
+        data = {**data, "maps": {axis: AxisMap.from_json(m, f"plan.maps.{axis}") for axis, m in maps.items()}}
+        if "src_tree" in data:
+            data["src_tree"] = {name: ParamSpec.from_json(spec) for name, spec in tree.items()}
+        step = from_dict(cls, data, "plan")
+        check_seed(step.seed, "plan.seed")
         step._require_whole()
         return step
 
@@ -147,26 +133,37 @@ class Step:
 class Plan:
     """A growth from one tree of parameters to another, as data: print it, check it, apply it, store it as JSON.
 
-    Plans come from growth.plan, growth.compose and surgery. Properties describe the whole way from the first source to
-    the last destination; of a single step they are those of the Step. Every use of the grown tree takes its config
-    from `dst_cfg`.
+    Plans come from growth.plan, compose and surgery. Every use of the grown tree takes its config from `dst_cfg`.
+
+    Attributes:
+      src_cfg, dst_cfg: the configs of the first source and of the last destination.
+      policy: the policies of the steps, joined by " + ".
+      seed: the seed of the step, or those of several steps.
+      masked, preserving, lively, notes: as in Step, for all steps together.
     """
 
     steps: tuple[Step, ...]
+    src_cfg: ModelConfig = dataclasses.field(init=False)
+    dst_cfg: ModelConfig = dataclasses.field(init=False)
+    policy: str = dataclasses.field(init=False)
+    seed: int | list[int] = dataclasses.field(init=False)
+    masked: bool = dataclasses.field(init=False)
+    preserving: bool = dataclasses.field(init=False)
+    lively: bool = dataclasses.field(init=False)
+    notes: tuple[str, ...] = dataclasses.field(init=False)
 
     def __post_init__(self):
         steps = tuple(self.steps) if isinstance(self.steps, Sequence) else ()
         good = steps and all(isinstance(step, Step) for step in steps)
         require(good, f"Plan: steps must be a list of one or more growth.Step, got {type(self.steps).__name__}")
-        object.__setattr__(self, "steps", steps)
-
-    @property
-    def src_cfg(self) -> ModelConfig:
-        return self.steps[0].src_cfg
-
-    @property
-    def dst_cfg(self) -> ModelConfig:
-        return self.steps[-1].dst_cfg
+        derived = {"steps": steps, "src_cfg": steps[0].src_cfg, "dst_cfg": steps[-1].dst_cfg}
+        derived["policy"] = " + ".join(step.policy for step in steps)
+        derived["seed"] = steps[0].seed if len(steps) == 1 else [step.seed for step in steps]
+        derived["masked"] = any(step.masked for step in steps)
+        derived |= {name: all(getattr(step, name) for step in steps) for name in ("preserving", "lively")}
+        derived["notes"] = tuple(dict.fromkeys(note for step in steps for note in step.notes))
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     @property
     def src_spec(self) -> Spec:
@@ -177,31 +174,6 @@ class Plan:
     def dst_spec(self) -> Spec:
         """{leaf: ParamSpec} of the result, sorted."""
         return self.steps[-1].dst_spec
-
-    @property
-    def policy(self) -> str:
-        return " + ".join(step.policy for step in self.steps)
-
-    @property
-    def seed(self) -> int | list[int]:
-        """The seed of the fresh values; of several steps a list."""
-        return self.steps[0].seed if len(self.steps) == 1 else [step.seed for step in self.steps]
-
-    @property
-    def masked(self) -> bool:
-        return any(step.masked for step in self.steps)
-
-    @property
-    def preserving(self) -> bool:
-        return all(step.preserving for step in self.steps)
-
-    @property
-    def lively(self) -> bool:
-        return all(step.lively for step in self.steps)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(note for step in self.steps for note in step.notes))
 
     @functools.cached_property
     def maps(self) -> Mapping[str, AxisMap]:
@@ -228,7 +200,7 @@ class Plan:
         return names[::-1]
 
     def leaf_steps(self, name: str, power: int | None = None) -> tuple[LeafStep, ...]:
-        """What every step says about a leaf of the result, or about its moment that is of a power in the gradient."""
+        """The LeafStep of every step for a leaf of the result, or for its moment that is of a power in the gradient."""
         return tuple(step.leaf_step(n, power) for step, n in zip(self.steps, self._names(name)[1:], strict=True))
 
     @property
@@ -247,7 +219,7 @@ class Plan:
         return all(step.moves_exactly for step in self.leaf_steps(name))
 
     def tally(self, name: str) -> dict[str, int]:
-        """How many entries of a leaf are copied, scaled, zero and fresh; they add up to its size."""
+        """Counts the entries of a leaf that are copied, scaled, zero and fresh; they add up to its size."""
         return count(self.leaf_steps(name))
 
     def to_json(self) -> dict[str, Any]:
@@ -306,7 +278,7 @@ class Plan:
                 yield f"config: {name} {before} -> {after}"
 
     def _rows(self) -> list[tuple[str, ...]]:
-        """What becomes of every leaf, with totals in parameters and bytes, as rows of text."""
+        """Rows of text that say what becomes of every leaf, with totals in parameters and bytes."""
         rows = [("leaf", "from", "to", *KINDS)]
         counts = {name: np.array(list(self.tally(name).values())) for name in self.dst_spec}
         width = {name: np.dtype(leaf.dtype).itemsize for name, leaf in self.dst_spec.items()}

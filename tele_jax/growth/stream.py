@@ -4,10 +4,10 @@
     stream(plan, src, dst, opt=True, memory_gb=4, workers=8)                    and optimizer state
     stream(plan, src, dst, shard=(i, n))                                        in each of n processes
 
-The destination is what checkpoint.save would have written of growth.apply and growth.apply_opt, to the bit. It is made
-chunk by chunk. In memory are, for every thread, a chunk of the destination and one of the source (of a composed growth
-also one for each step between them), and the last chunks of the source, for the next tiles: as many as memory_gb has
-room for.
+The destination has the bits that checkpoint.save would have written of growth.apply and growth.apply_opt. It is made
+chunk by chunk. In memory every thread has a chunk of the destination and one of the source (and, of a plan with several
+steps, one for each step between them); the last chunks of the source stay there for the next tiles, as many as
+memory_gb has room for.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ _SLOTS_PER_WORKER = 4  # chunks of the source that stay in memory for the next t
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Streamed(chunked.Written):
-    """What a call of `stream` did. bytes_read: of chunks of the source, some of them more than once."""
+    """The figures of a call of `stream`. bytes_read: chunks of the source, some of them read more than once."""
 
     bytes_read: int
 
@@ -121,9 +121,10 @@ def stream(
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """An account of what `stream` would do. Bytes are of chunk files; free_bytes: of the disk that `dst` would lie on.
+    """The figures that `stream` would have. Bytes are those of chunk files.
 
-    bytes_to_read: of the source, each chunk once; with little memory some are read again.
+    bytes_to_read: each chunk of the source once; with little memory some are read again. free_bytes: on the disk on
+    which `dst` would lie.
     """
 
     bytes_to_read: int
@@ -135,15 +136,9 @@ class Outline:
 
 
 def outline(
-    plan: Plan,
-    src: Any,
-    dst: Any,
-    *,
-    opt: bool = False,
-    memory_gb: float = 1.0,
-    workers: int | None = None,
+    plan: Plan, src: Any, dst: Any, *, opt: bool = False, memory_gb: float = 1.0, workers: int | None = None
 ) -> Outline:
-    """Tells what `stream` would do with these arguments; writes nothing and reads no array. Raises as `stream`."""
+    """Outlines what `stream` would do with these arguments; writes nothing and reads no array. Raises as `stream`."""
     lazy = _open(plan, src, opt)
     dst = locate.new_path(dst, lazy.path, "growth from checkpoint to checkpoint")
     jobs = _jobs(plan, lazy, opt, layout.CHUNK_BYTES)
@@ -235,7 +230,7 @@ def _open(plan: Plan, src: Any, opt: bool) -> "Lazy":
 
 
 def _jobs(plan: Plan, lazy: "Lazy", opt: bool, chunk_bytes: int) -> list[_Job]:
-    """Every leaf of the destination, in the order of growing: parameters, then optimizer state."""
+    """The jobs of all leaves of the destination: parameters, then optimizer state."""
     stored = lazy.items["params"]
     leaves = {name: _Grown(stored[plan.sources[name]], plan.leaf_steps(name)) for name in plan.dst_spec}
     jobs = [_job("params", name, plan.dst_spec[name], grown, chunk_bytes) for name, grown in leaves.items()]
@@ -264,7 +259,7 @@ def _owner(plan: Plan, name: str, shape: tuple[int, ...]) -> ParamSpec | None:
 
 
 def _job(item: str, name: str, spec: ParamSpec, grown: _Grown, chunk_bytes: int) -> _Job:
-    """spec: of the parameter that the leaf belongs to."""
+    """The job of a grown leaf; spec: that of the parameter that the leaf belongs to."""
     made = [_stored(dataclasses.replace(spec, shape=s.shape), grown.stored, chunk_bytes) for s in grown.steps]
     steps = tuple((step, leaf.chunks) for step, leaf in zip(grown.steps, made, strict=True))
     first, *others = (step.maps for step in grown.steps)

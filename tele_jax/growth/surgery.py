@@ -11,6 +11,7 @@ what is new learn is `growth.plan`.
 
 import dataclasses
 import fnmatch
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -350,17 +351,10 @@ def _require_leaves(model: Model, names: Collection[str], what: str) -> None:
 
 def _take_heads(cfg: ModelConfig, ids: list[int]) -> dict[str, AxisMap]:
     group = cfg.num_heads // cfg.num_kv_heads
-    runs: list[list[int]] = []  # [group, how many heads of it follow each other]
-    for head in ids:
-        if group > 1 and runs and runs[-1][0] == head // group:
-            runs[-1][1] += 1
-        else:
-            runs.append([head // group, 1])
-    sizes = sorted({size for _, size in runs})
-    require(
-        len(sizes) == 1,
-        f"take: heads {ids} leave groups of {' and '.join(map(str, sizes))}; a model has groups of one size",
-    )
+    # (group, the number of its heads that follow each other)
+    runs = [(kv, len([*heads])) for kv, heads in itertools.groupby(ids, lambda head: head // group)]
+    sizes = " and ".join(map(str, sorted({size for _, size in runs})))
+    require(" " not in sizes, f"take: heads {ids} leave groups of {sizes}; a model has groups of one size")
     kv_heads = AxisMap("kv_heads", cfg.num_kv_heads, [kv for kv, _ in runs])
     return {"heads": AxisMap("heads", cfg.num_heads, ids), "kv_heads": kv_heads}
 

@@ -162,7 +162,7 @@ def _problems(steps: Sequence[LeafStep], source: Any, made: Any, unit: int | Non
 def _wrongly_filled(
     steps: Sequence[LeafStep], traced: Sequence[Traced], kind: np.ndarray, values: np.ndarray, dtype: np.dtype
 ) -> Iterator[tuple[Sequence[int], float, float]]:
-    """(place in the tile, value, planned value) of the first new entry of every step that is not as planned."""
+    """Yields (place in the tile, value, planned value) of the first wrong entry that each step filled."""
     width = kind.shape[-1] if kind.ndim else 1
     for k, step in enumerate(steps):
         if not (kind == FILLED + k).any():

@@ -89,7 +89,7 @@ def shared_tokens(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _inputs(rng: np.random.Generator, width: int) -> np.ndarray:
-    """float64[len(SCALES), LENGTH, width]"""
+    """Random residual streams float64[len(SCALES), LENGTH, width]."""
     return rng.standard_normal((len(SCALES), LENGTH, width)) * np.array(SCALES)[:, None, None]
 
 
@@ -195,7 +195,7 @@ def _plus(x: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
 
 
 def linear(side: Side, name: str, x: np.ndarray, layer: int) -> np.ndarray:
-    """x [B, S, *inputs] times a kernel [*inputs, *outputs] of a layer: [B, S, *outputs], block by block of its rows."""
+    """The product of x [B, S, *inputs] and a layer's kernel [*inputs, *outputs], block by block of its rows."""
     spec, array = side.spec[name], side.leaves[name]
     shape = spec.shape[len(spec.stack) :]
     rows, inputs = shape[0], len(spec.inputs)
@@ -224,7 +224,7 @@ def logits(side: Side, x: np.ndarray) -> np.ndarray:
 
 
 def blocks(size: int, row_bytes: int) -> Iterator[slice]:
-    """Slices of about BLOCK_BYTES that cover `size` rows."""
+    """Yields slices of about BLOCK_BYTES that cover `size` rows."""
     step = max(1, BLOCK_BYTES // row_bytes)
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))

@@ -100,11 +100,7 @@ class Report:
         """The findings for people, as (what was looked at, result)."""
         name, difference = self.worst_part
         found = f"{len(self.parts)} looked at, largest relative difference {difference:.3g} in {name or 'none'}"
-        rows = [
-            ("looked at", ", ".join(self.levels)),
-            ("altered leaves", _listed(self.problems)),
-            ("parts", found),
-        ]
+        rows = [("looked at", ", ".join(self.levels)), ("altered leaves", _listed(self.problems)), ("parts", found)]
         if self.max_abs is None:
             return [*rows, ("logits, dead and locked units", "not looked at")]
         moved = f"max difference {self.max_abs:.3g} ({self.max_rel:.3g} of the largest), KL {self.kl:.3g} nats"
