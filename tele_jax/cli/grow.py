@@ -81,7 +81,9 @@ def run(args: argparse.Namespace) -> Outcome:
     return Outcome(receipt, text="\n".join(lines))
 
 
-def _say_without_effect(args: argparse.Namespace, stage: GrowStage, cfg: ModelConfig, request: receipts.Request) -> None:
+def _say_without_effect(
+    args: argparse.Namespace, stage: GrowStage, cfg: ModelConfig, request: receipts.Request
+) -> None:
     """Says which flags of the command line change nothing."""
     larger = cfg.replace_from(stage.model, f"{request.where}.model")
     deeper = larger.num_layers != cfg.num_layers
