@@ -2,7 +2,7 @@
 
     start(Place("10.0.0.1:1234", num_processes=2, process_id=0))    # on a TPU slice: start(None)
     if is_first(): ...                          # process 0 prints, and writes what is not a part of an array
-    step = from_first(lambda: latest_step())    # looked up in process 0; the same in all
+    step = from_first(lambda: latest_step())    # looked up in process 0; equal in all
     sizes = from_all(size)                      # [that of process 0, that of process 1, ...] in all
     with StopSignal() as stop: ...              # stop(): SIGTERM or Ctrl-C came to any; True in all at the same call
 
@@ -36,7 +36,7 @@ _FAILURE, _LEFT = "tele_jax/failure", "tele_jax/left"
 
 # Calls are numbered, so that the n-th of one process meets the n-th of the others. Like the service that they are
 # made to, the numbers belong to the process and not to a run.
-_call = itertools.count()
+_call, _polls = itertools.count(), itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Place:
 
 
 def find_place(given: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Place | None:
-    """Where this process stands, from what is given (a flag, or None) or else from the environment; see VARIABLES.
+    """The place of this process, from what is given (a flag, or None) or else from the environment; see VARIABLES.
 
     None: nothing says so, which on a TPU slice leaves it to JAX, and elsewhere means one process.
 
@@ -58,27 +58,25 @@ def find_place(given: Mapping[str, Any], environment: Mapping[str, str] = os.env
     """
     values = {key: environment.get(name) if given.get(key) is None else given[key] for key, name in VARIABLES.items()}
     names = {key: f"--{key.replace('_', '-')} (or {name})" for key, name in VARIABLES.items()}
+    if all(value is None for value in values.values()):
+        return None
     numbers = {}
     for key in ("num_processes", "process_id"):
         text = str(values[key] or 0)
         if not (text.isascii() and text.isdecimal()):
             raise UserError(f"{names[key]}: {values[key]!r} is not a number from 0")
         numbers[key] = int(text)
-    if all(value is None for value in values.values()):
-        return None
-    alone = values["num_processes"] is not None and numbers["num_processes"] == 1
-    if alone and numbers["process_id"] == 0:
+    count, number = numbers["num_processes"], numbers["process_id"]
+    if count == 1 and number == 0:
         return Place(None, 1)
     if missing := [names[key] for key, value in values.items() if value is None]:
         raise UserError(f"several processes need an address, a number and an id each; missing: {', '.join(missing)}")
-    if not numbers["process_id"] < numbers["num_processes"]:
-        number, count = numbers["process_id"], numbers["num_processes"]
+    if number >= count:
         raise UserError(f"{names['process_id']} {number}: {count} processes have ids from 0 to {count - 1}")
-    host, _, port = str(values["coordinator_address"]).rpartition(":")
+    address = values["coordinator_address"]
+    host, _, port = str(address).rpartition(":")
     if not (host and port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
-        raise UserError(
-            f"{names['coordinator_address']}: {values['coordinator_address']!r} is not HOST:PORT, a port up to 65535"
-        )
+        raise UserError(f"{names['coordinator_address']}: {address!r} is not HOST:PORT, a port up to 65535")
     return Place(f"{host}:{port}", **numbers)
 
 
@@ -90,27 +88,25 @@ def start(place: Place | None, *, timeout: int = 300) -> None:
     Raises:
       UserError: there is no TPU slice around that JAX could find its way in.
     """
-    how: dict[str, Any] = {"initialization_timeout": timeout, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
-    if place is None:
-        if not on_tpu():
-            return
-    elif place.coordinator_address is None:
+    if not on_tpu() if place is None else place.coordinator_address is None:
         return
-    else:
+    how: dict[str, Any] = {"initialization_timeout": timeout, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    if place is not None:
         how |= dataclasses.asdict(place) | {"cluster_detection_method": "deactivate"}
     try:
         jax.distributed.initialize(**how)
     except (ValueError, OSError, RuntimeError) as error:
         if place is not None:
             raise
+        first = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"the other workers of this TPU slice could not be found ({_first_line(error)}); --num-processes 1 works "
-            "with the chips of this one alone"
+            f"the other workers of this TPU slice could not be found ({first}); --num-processes 1 works with the chips "
+            "of this one alone"
         ) from error
 
 
 def on_tpu() -> bool:
-    """Whether JAX will use TPUs of this machine. (Asking JAX for its devices would be too early.)"""
+    """True where JAX will use TPUs of this machine. (Asking JAX for its devices would be too early.)"""
     from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
     platforms = jax.config.jax_platforms
@@ -129,12 +125,17 @@ def _client() -> Any:
 
 
 def is_first() -> bool:
-    """Whether this is process 0, or the only one."""
+    """True in process 0, and in the only one."""
     return jax.process_index() == 0
 
 
+def several() -> bool:
+    """True where there are other processes."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def from_first(make: Callable[[], Any]) -> Any:
-    """What make() returns in process 0, a JSON value, in every process. Others return after make() has."""
+    """Calls make() in process 0, and returns its result, a JSON value, in every process once it is there."""
     client = _client()
     if client is None:
         return make()
@@ -165,13 +166,12 @@ def from_all(value: Any) -> list[Any]:
 
 def barrier() -> None:
     """Returns when all processes have come here."""
-    client = _client()
-    if client is not None:
+    if (client := _client()) is not None:
         client.wait_at_barrier(f"tele_jax/barrier/{next(_call)}", _FOREVER_MS)
 
 
 class StopSignal(contextlib.AbstractContextManager):
-    """While it is entered, SIGTERM and Ctrl-C do not end the process. stop() says whether one came, to any process.
+    """While it is entered, SIGTERM and Ctrl-C do not end the process; stop() tells that one came, to any process.
 
     Processes have to ask equally often: each call is a point in the program where all get the same answer. Once True,
     it stays so. A second Ctrl-C raises KeyboardInterrupt at once.
@@ -183,16 +183,12 @@ class StopSignal(contextlib.AbstractContextManager):
         self._restore = contextlib.ExitStack()
 
     def __enter__(self) -> "StopSignal":
-        # In a thread, as in a notebook's worker, there is nothing to install.
-        with contextlib.suppress(ValueError):
-            self._handle(signal.SIGINT)
-            if jax.process_count() == 1:  # or JAX's preemption service has taken SIGTERM, and tells the others
-                self._handle(signal.SIGTERM)
+        # JAX's preemption service takes SIGTERM where there are several processes, and tells the others.
+        numbers = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else (signal.SIGINT,)
+        with contextlib.suppress(ValueError):  # in a thread, as in a notebook's worker, there is nothing to install
+            for number in numbers:
+                self._restore.callback(signal.signal, number, signal.signal(number, self._receive))
         return self
-
-    def _handle(self, number: int) -> None:
-        before = signal.signal(number, self._receive)
-        self._restore.callback(signal.signal, number, before)
 
     def _receive(self, number: int, frame: object) -> None:
         if number == signal.SIGINT:
@@ -208,7 +204,7 @@ class StopSignal(contextlib.AbstractContextManager):
 
     def __call__(self) -> bool:
         if not self._stopped:
-            self._stopped = bool(self._received) if jax.process_count() == 1 else _preempted(next(_polls))
+            self._stopped = bool(self._received) if jax.process_count() == 1 else _preempted()
         return self._stopped
 
     def interrupted(self) -> bool:
@@ -216,23 +212,18 @@ class StopSignal(contextlib.AbstractContextManager):
         return any(from_all(signal.SIGINT in self._received))
 
 
-_polls = itertools.count()  # JAX's service asks for numbers that rise by one, in the life of a process
-
-
-def _preempted(number: int) -> bool:
+def _preempted() -> bool:
     from jax.experimental import multihost_utils
 
-    return multihost_utils.reached_preemption_sync_point(number)
-
-
-# ------------------------------------------------------------------------------------------------ failing together
+    # The service asks for numbers that rise by one, in the life of a process.
+    return multihost_utils.reached_preemption_sync_point(next(_polls))
 
 
 def fail(line: str, code: int) -> bool:
     """Tells the other processes that this one ends with exit code `code`. False: another has told the same before."""
-    client, failure = _client(), {"process": jax.process_index(), "line": line, "code": code}
+    failure = {"process": jax.process_index(), "line": line, "code": code}
     try:
-        client.key_value_set(_FAILURE, json.dumps(failure))
+        _client().key_value_set(_FAILURE, json.dumps(failure))
         return True
     except jax.errors.JaxRuntimeError:
         told = failure_of_others()
@@ -240,7 +231,7 @@ def fail(line: str, code: int) -> bool:
 
 
 def failure_of_others() -> dict[str, Any] | None:
-    """What a process told by `fail`: {"process", "line", "code"}; None where all is well, as far as is known."""
+    """The failure that a process told by `fail`, {"process", "line", "code"}; None where none did so far."""
     try:
         return json.loads(_client().key_value_try_get(_FAILURE))
     except jax.errors.JaxRuntimeError:
@@ -248,19 +239,10 @@ def failure_of_others() -> dict[str, Any] | None:
 
 
 def leave() -> None:
-    """To be called after `fail`, before the process ends. Process 0 waits for the others: they need its service."""
+    """Waits in process 0, before the process ends after `fail`, for the others: they need its service."""
     client, index = _client(), jax.process_index()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         client.key_value_set(f"{_LEFT}/{index}", "")
         until = time.monotonic() + _LEAVING_SECONDS
         while index == 0 and len(client.key_value_dir_get(_LEFT)) < jax.process_count() and time.monotonic() < until:
             time.sleep(0.05)
-
-
-def several() -> bool:
-    """Whether there are other processes."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -15,17 +15,17 @@ from tele_jax.config import ModelConfig, check_seed, from_dict, require, require
 class SourceConfig:
     """One domain of text: where its files are, or which seqio Task gives it, and how often it is drawn."""
 
-    files: tuple[str, ...] = ()  # glob patterns; these or a task are needed unless the rows come from a cache
+    files: tuple[str, ...] = ()  # glob patterns; needed unless a task or a cache gives the text
+    # format of the files. text: a file is one document; jsonl: a line is {"text": ...}; dialogues: a line is
+    # {"messages": [{"role", "content"}, ...]}
     format: Literal["text", "jsonl", "dialogues"] = "text"
-    # text: a file is one document; jsonl: {"text": ...} a line; dialogues: {"messages": [{"role", "content"}, ...]}
-    # a line
-    rate: float = 1.0  # relative; the mixture divides by the sum. 0: the domain is left out
-    validation_files: tuple[str, ...] = ()  # held out, for bits per byte; none: the domain is not evaluated
+    rate: float = 1.0  # relative rate; the mixture divides by the sum. 0: the domain is left out
+    validation_files: tuple[str, ...] = ()  # held-out text, for bits per byte; none: the domain is not evaluated
     # Instead of files: a seqio Task or Mixture by its name, registered in a module that the page imports. A Mixture
     # becomes one domain for each of its tasks, NAME.TASK, which share `rate` as the Mixture says.
     task: str = ""
-    split: str = "train"  # of the task, to train on
-    validation_split: str = ""  # of the task, held out as validation_files are
+    split: str = "train"  # split of the task to train on
+    validation_split: str = ""  # split of the task that is held out, as validation_files are
 
     def __post_init__(self):
         require(math.isfinite(self.rate) and self.rate >= 0, f"rate={self.rate} must be 0 or above, and finite")
@@ -51,9 +51,9 @@ class DataConfig:
     """
 
     tokenizer: str  # path of a SentencePiece model, or of a JSON file of the `tokenizers` library
-    sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)  # by domain
+    sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)  # where each domain comes from
     cache: str | None = None  # directory that `tele data cache` wrote; None: files are read while training goes on
-    template: str | None = None  # how dialogues are written, see data/templates.py; None: as the tokenizer says
+    template: str | None = None  # format of dialogues, see data/templates.py; None: as the tokenizer says
     eval_bytes: int = 200_000  # UTF-8 bytes of held-out text per domain
     # A domain that an earlier stage (or the run that config.start is of) has read goes on where it was left. True: this
     # stage reads everything from the beginning.
@@ -82,12 +82,12 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """What `tele data cache` makes: the rows of all domains of `data`, for one length."""
+    """Settings of `tele data cache`, which makes rows of one length of all domains of `data`."""
 
     data: DataConfig
     seq_len: int  # tokens in a row
     kind: Literal["pretrain", "sft"] = "pretrain"
-    seed: int = 0  # of the order of the documents inside a shard
+    seed: int = 0  # seed of the order of the documents inside a shard
     # Text that goes into one shard of rows, in bytes. None: 65,536 * seq_len, about 16,384 rows: a shard that is read
     # at random keeps 8 bytes a row in memory, and looks through them at every read.
     shard_bytes: int | None = None
@@ -105,15 +105,15 @@ class CacheConfig:
 class OptimizerConfig:
     """AdamW in muP groups (arXiv 2404.16645). Learning rates are peaks, at the muP base width."""
 
-    learning_rate: float  # vector-like parameters
-    matrix_learning_rate: float | None = None  # matrix-like ones, divided by r; None: learning_rate
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # kernels and tables only
-    clip_norm: float = 1.0
-    new_warmup_steps: int = 0  # parameters born by growth warm up alone over so many steps
-    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # as stored; computed in float32 or better
+    learning_rate: float  # peak rate of vector-like parameters
+    matrix_learning_rate: float | None = None  # peak rate of matrix-like ones, divided by r; None: learning_rate
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.95  # decay of the second moment
+    eps: float = 1e-8  # is added to the root of the second moment
+    weight_decay: float = 0.0  # decay of kernels and tables; nothing else decays
+    clip_norm: float = 1.0  # largest global norm of the gradient
+    new_warmup_steps: int = 0  # steps over which parameters that growth added warm up
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # stored dtype; computed in float32 or better
 
     def __post_init__(self):
         require_positive(self, "learning_rate", "eps", "clip_norm")
@@ -133,12 +133,12 @@ class OptimizerConfig:
 class ScheduleConfig:
     """Learning rate over a stage, as a factor on the peak. `warmup`, `decay` and `total` are in `unit`."""
 
-    kind: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
-    unit: Literal["steps", "tokens"] = "steps"
-    warmup: int = 0
-    total: int | None = None  # None: the length of the stage
-    decay: int | None = None  # wsd: length of the final decay; None: a tenth of total
-    final: float = 0.1  # factor at the end
+    kind: Literal["constant", "cosine", "linear", "wsd"] = "cosine"  # shape after the warm-up; wsd decays at the end
+    unit: Literal["steps", "tokens"] = "steps"  # unit of warmup, decay and total
+    warmup: int = 0  # length of the linear rise to the peak
+    total: int | None = None  # length of the schedule; None: that of the stage
+    decay: int | None = None  # length of the final decay of wsd; None: a tenth of total
+    final: float = 0.1  # factor on the peak at the end
 
     def __post_init__(self):
         require(self.warmup >= 0, f"warmup={self.warmup} must not be negative")
@@ -152,9 +152,9 @@ class ScheduleConfig:
 class MeshConfig:
     """Devices along each mesh axis; their product is the number of devices that the run takes."""
 
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = 1  # copies of the model; the batch is cut over them
+    fsdp: int = 1  # devices that a copy is cut over, with the batch
+    tensor: int = 1  # devices that heads, mlp and vocabulary are cut over
 
     def __post_init__(self):
         require_positive(self, "data", "fsdp", "tensor")
@@ -164,30 +164,30 @@ class MeshConfig:
 class TrainStage:
     """Fields of every kind of stage that trains; a kind may add others (stages/)."""
 
-    kind: str
+    kind: str  # a module of stages/
     data: DataConfig
     optimizer: OptimizerConfig
-    steps: int
+    steps: int  # length of the stage
     batch_size: int  # sequences per step, over all devices
-    seq_len: int  # tokens
-    model: ModelConfig | None = None  # None: as the stage before left it
-    # How the model is computed from this stage on; None: as `model` says.
+    seq_len: int  # tokens in a row
+    model: ModelConfig | None = None  # config of the model; None: as the stage before left it
+    # What the backward pass recomputes, from this stage on; None: as `model` says.
     remat: Literal["none", "full", "attention", "products", "offload"] | None = None
+    # Form of attention, from this stage on; None: as `model` says.
     attention: Literal["auto", "reference", "xla", "blocks", "splash"] | None = None
     schedule: ScheduleConfig = ScheduleConfig()
-    microbatches: int = 1  # gradients are accumulated over so many parts of the batch
-    # Masks of the growth before, by policy msg; see growth.MaskSchedule.
-    mask_start: int = 0  # when they begin to rise, in mask_unit
-    mask_ramp: int = 0  # from 0 to 1, in mask_unit; for each axis in turn, where mask_order names them
-    mask_unit: Literal["steps", "tokens"] = "steps"  # tokens: step * batch_size * seq_len, whatever their weights
-    mask_order: str | tuple[str, ...] = "together"  # or the axes that grow, one after another: ("embed", "mlp", ...)
-    mask_shape: Literal["linear", "cosine"] = "linear"
-    reset_optimizer: bool = False
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 0  # 0: at the start and the end of the stage only
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 2
+    microbatches: int = 1  # parts of the batch that gradients are accumulated over
+    mask_start: int = 0  # when the masks of a growth by policy msg begin to rise, in mask_unit
+    mask_ramp: int = 0  # length of the rise from 0 to 1, in mask_unit; with an order, that of each axis in turn
+    mask_unit: Literal["steps", "tokens"] = "steps"  # a token is any position of a batch, whatever its weight
+    mask_order: str | tuple[str, ...] = "together"  # or axes that grow one after another: ("embed", "mlp", ...)
+    mask_shape: Literal["linear", "cosine"] = "linear"  # shape of the rise, see growth.MaskSchedule
+    reset_optimizer: bool = False  # drops the moments of the stage before
+    seed: int = 0  # seed of fresh parameters and of the order of the data
+    log_every: int = 10  # steps between lines of figures
+    eval_every: int = 0  # steps between evaluations; 0: at the start and the end of the stage only
+    checkpoint_every: int = 100  # steps between checkpoints
+    keep_checkpoints: int = 2  # latest checkpoints that are kept
 
     def __post_init__(self):
         require_positive(self, "steps", "batch_size", "seq_len", "microbatches", "log_every", "checkpoint_every")
@@ -245,12 +245,12 @@ class GrowStage:
     """Growth of what the stage before left; `model` holds the fields that change."""
 
     kind: Literal["grow"]
-    model: dict[str, Any]
-    policy: str = "exact"
-    layers: str | tuple[int, ...] = "uniform"
-    epsilon: Literal["scale", "keep"] = "scale"
-    seed: int = 0
-    optimizer_state: bool = True
+    model: dict[str, Any]  # fields of the model that change
+    policy: str = "exact"  # how new entries are made, see docs/growth.md
+    layers: str | tuple[int, ...] = "uniform"  # uniform, last, middle or distance; or the source of every layer
+    epsilon: Literal["scale", "keep"] = "scale"  # what becomes of the norm's epsilon, see growth.plan
+    seed: int = 0  # seed of fresh values
+    optimizer_state: bool = True  # grows the moments as well; False: the next stage starts with new ones
     tolerance: float | None = None  # largest logit difference allowed; None: what rounding explains in the dtype
 
     def __post_init__(self):

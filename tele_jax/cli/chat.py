@@ -12,6 +12,7 @@ from tele_jax.cli import models
 from tele_jax.cli.verb import Outcome, flag, note
 from tele_jax.errors import UserError
 from tele_jax.files import require_regular
+from tele_jax.inference.chat import Chat
 
 COMMANDS = """\
 /reset         forget the conversation, keep the system message
@@ -31,24 +32,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     """Talks until the input ends; the figures are the conversation, and count and speed of every answer."""
-    from tele_jax.inference.chat import Chat
-
     message, system = (
         None if text is None else models.utf8(text, flag)
         for flag, text in (("--message", args.message), ("--system", args.system))
     )
     model = models.load_model(args, dialogues=True)
-    chat = Chat(
-        model.cfg,
-        model.params,
-        model.vocabulary,
-        template=model.template,
-        system=system,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-        stop_ids=model.stop_ids,
-        **model.options,
-    )
+    how = {"template": model.template, "stop_ids": model.stop_ids, **model.options}
+    how |= {"system": system, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+    chat = Chat(model.cfg, model.params, model.vocabulary, **how)
     stage = _last_on_plain_text(model.provenance)
     if stage is not None:
         note(
@@ -71,8 +62,8 @@ def _last_on_plain_text(provenance: Sequence[Mapping[str, Any]]) -> str | None:
     return last.get("stage", "pretrain") if last.get("kind") == "pretrain" else None
 
 
-def _converse(chat: Any, replies: list[dict[str, Any]]) -> None:
-    said: set[str] = set()
+def _converse(chat: Chat, replies: list[dict[str, Any]]) -> None:
+    printed: set[str] = set()
     if sys.stdin.isatty():
         print("/help lists the commands.", file=sys.stderr)
     for line in _lines():
@@ -84,17 +75,17 @@ def _converse(chat: Any, replies: list[dict[str, Any]]) -> None:
                     return
                 _command(chat, name, rest.strip())
                 if name in ("/reset", "/system"):
-                    said.clear()
+                    printed.clear()
             elif line.strip():
-                _answer(chat, line.strip(), replies, said)
+                _answer(chat, line.strip(), replies, printed)
         except UserError as error:  # of this line; the conversation goes on
             note(error)
         except KeyboardInterrupt:
             print("\n(stopped)", file=sys.stderr)
 
 
-def _answer(chat: Any, question: str, replies: list[dict[str, Any]], said: set[str]) -> None:
-    """Prints the answer as it comes, and on standard error what the conversation has not been told yet (`said`)."""
+def _answer(chat: Chat, question: str, replies: list[dict[str, Any]], printed: set[str]) -> None:
+    """Prints the answer as it comes, and notes on it on standard error; notes that were `printed` before are not."""
     clock = models.Clock()
 
     def show(text: str) -> None:
@@ -109,57 +100,57 @@ def _answer(chat: Any, question: str, replies: list[dict[str, Any]], said: set[s
     replies.append(clock.figures() | figures | {"remembered": reply.remembered})
     models.print_speed(replies[-1])
     for line in _notes(chat):
-        if line not in said:
-            said.add(line)
+        if line not in printed:
+            printed.add(line)
             note(line)
 
 
-def _notes(chat: Any) -> list[str]:
+def _notes(chat: Chat) -> list[str]:
     """Lines on what happened to the last reply and does not show in its text."""
-    reply, notes = chat.last, []
+    reply = chat.last
     room = f"beside an answer of {chat.max_new_tokens:,} tokens in the model's context of {chat.max_seq_len:,}"
-    if reply.prompt.dropped_turns:
-        notes.append(f"the conversation does not fit {room}: its oldest turns are left out from here on")
-    if reply.prompt.cut_question:
-        notes.append(f"the question does not fit {room}: its beginning is left out")
-    if reply.prompt.dropped_system:
-        notes.append(f"the system message does not fit {room}: it is left out")
-    if not reply.remembered:
-        notes.append("the answer is empty: it and its question are left out of the conversation")
-    if reply.ended == "length":
-        notes.append(f"the answer was cut after {chat.max_new_tokens:,} tokens (--max-new-tokens)")
-    if reply.ended == "context":
-        notes.append(f"the answer was cut: it fills the model's context of {chat.max_seq_len:,} tokens")
-    return notes
+    happened = {
+        f"the conversation does not fit {room}: its oldest turns are left out from here on": reply.prompt.dropped_turns,
+        f"the question does not fit {room}: its beginning is left out": reply.prompt.cut_question,
+        f"the system message does not fit {room}: it is left out": reply.prompt.dropped_system,
+        "the answer is empty: it and its question are left out of the conversation": not reply.remembered,
+        f"the answer was cut after {chat.max_new_tokens:,} tokens (--max-new-tokens)": reply.ended == "length",
+        f"the answer was cut: it fills the model's context of {chat.max_seq_len:,} tokens": reply.ended == "context",
+    }
+    return [line for line, did in happened.items() if did]
 
 
-def _command(chat: Any, name: str, rest: str) -> None:
+def _command(chat: Chat, name: str, rest: str) -> None:
     system = chat.messages[0]["content"] if chat.messages and chat.messages[0]["role"] == "system" else None
     if name == "/reset":
         chat.reset(system)
     elif name == "/system":
         chat.reset(rest or None)
     elif name == "/save":
-        if not rest:
-            raise UserError("/save needs the name of a file")
-        if len(chat.messages) < 2:
-            raise UserError("there is nothing to save yet")
-        try:
-            target = Path(rest).expanduser()
-            if target.exists():
-                require_regular(target)
-            with target.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": chat.messages}, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise UserError(f"{rest}: {error.strerror}") from None
-        except UserError:
-            raise
-        except (RuntimeError, ValueError) as error:  # ~nobody/, a name with a zero byte
-            raise UserError(f"{rest!r}: {error}") from None
+        _save(chat, rest)
     elif name == "/help":
         print(COMMANDS)
     else:
         raise UserError(f"{name}: no such command; /help lists them, and a space before it sends the line as it is")
+
+
+def _save(chat: Chat, name: str) -> None:
+    if not name:
+        raise UserError("/save needs the name of a file")
+    if len(chat.messages) < 2:
+        raise UserError("there is nothing to save yet")
+    try:
+        target = Path(name).expanduser()
+        if target.exists():
+            require_regular(target)
+        with target.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"messages": chat.messages}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror}") from None
+    except UserError:
+        raise
+    except (RuntimeError, ValueError) as error:  # ~nobody/, a name with a zero byte
+        raise UserError(f"{name!r}: {error}") from None
 
 
 def _lines() -> Iterator[str]:

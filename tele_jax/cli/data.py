@@ -7,15 +7,22 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
 
 from tele_jax import tables
 from tele_jax.cli import data_clean
+from tele_jax.cli.pages import load_page
 from tele_jax.cli.verb import Outcome, flag, note, switch
+from tele_jax.config import check_seed
+from tele_jax.corpora import fetch as corpora
+from tele_jax.data import caching, describe, order
+from tele_jax.data.cache import Counts, Manifest, RowCache
+from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import DamageError, UserError
-
-if TYPE_CHECKING:
-    from tele_jax.data.cache import Manifest, RowCache
+from tele_jax.settings import cache_config
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +42,6 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def _fetch_arguments(parser: argparse.ArgumentParser) -> None:
-    from tele_jax.corpora import fetch as corpora
-
     flag(parser, "name NAME", "stdlib (no download) or quickstart (13 MB)", choices=corpora.SETS)
     flag(parser, "--out DIR", "directory to write", Path, required=True)
     flag(parser, "--max-bytes N", "most bytes of text in a domain; default: all", int)
@@ -45,8 +50,6 @@ def _fetch_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _fetch(args: argparse.Namespace) -> Outcome:
     """Raises UserError as corpora.fetch."""
-    from tele_jax.corpora import fetch as corpora
-
     fetched = corpora.fetch(args.name, args.out, max_bytes=args.max_bytes, cache=args.cache, say=note)
     domains = fetched.manifest["domains"].items()
     sources = [
@@ -85,12 +88,6 @@ def _cache_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _cache(args: argparse.Namespace) -> Outcome:
     """Raises UserError and FailedError as caching.make."""
-    from tqdm import tqdm
-
-    from tele_jax.cli.pages import load_page
-    from tele_jax.data import caching
-    from tele_jax.settings import cache_config
-
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be above 0")
     config = cache_config(load_page(args.config, args.overrides))
@@ -114,30 +111,23 @@ def _cache(args: argparse.Namespace) -> Outcome:
     lines = [_table(manifest), ""]
     lines.append(f"{args.out}: {total / 1e6:,.1f} MB of text in {seconds:.1f} s, {total / seconds / 1e6:.2f} MB/s")
     for name, domain in manifest.domains.items():
-        if domain.counts.rejected:
-            where = args.out / name / "*.rejected.jsonl"
-            lines.append(
-                f"WARNING: {name}: {domain.counts.rejected:,} documents cannot be used; which and why: {where}"
-            )
-        if domain.counts.held_out:
-            lines.append(
-                f"WARNING: {name}: {domain.counts.held_out:,} documents are held out as well (validation_files)"
-            )
-        if domain.counts.shortened:
-            lines.append(
-                f"{name}: {domain.counts.shortened:,} dialogues were longer than a row and lost their oldest turns"
-            )
+        counts, where = domain.counts, args.out / name / "*.rejected.jsonl"
+        notes = {
+            f"WARNING: {name}: {counts.rejected:,} documents cannot be used; which and why: {where}": counts.rejected,
+            f"WARNING: {name}: {counts.held_out:,} documents are held out as well (validation_files)": counts.held_out,
+            f"{name}: {counts.shortened:,} dialogues were longer than a row and lost their oldest turns": (
+                counts.shortened
+            ),
+        }
+        lines += [line for line, count in notes.items() if count]
     figures = {"seconds": round(seconds, 3), "text_bytes_per_second": round(total / seconds)}
     figures |= {"cores": len(os.sched_getaffinity(0)), "digest": manifest.digest}
     figures |= {"domains": {name: vars(domain.counts) for name, domain in manifest.domains.items()}}
     return Outcome(figures, text="\n".join(lines))
 
 
-def _table(manifest: "Manifest") -> str:
+def _table(manifest: Manifest) -> str:
     """One line per domain of a cache, and one of their sums."""
-    from tele_jax.data import describe
-    from tele_jax.data.cache import Counts
-
     every = {name: (domain.counts, len(domain.shards)) for name, domain in manifest.domains.items()}
     if len(every) > 1:
         sums = sum((domain.counts for domain in manifest.domains.values()), Counts())
@@ -173,10 +163,6 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _show(args: argparse.Namespace) -> Outcome:
     """Raises UserError for rows that are not there; UserError and DamageError as cache.RowCache."""
-    from tele_jax.data import describe
-    from tele_jax.data.cache import RowCache
-    from tele_jax.data.vocabulary import load_vocabulary
-
     cache = RowCache(args.dir)
     if args.count < 1 or args.batch_size < 1:
         raise UserError("--count and --batch-size must be above 0")
@@ -193,13 +179,8 @@ def _show(args: argparse.Namespace) -> Outcome:
     return Outcome({"rows": figures}, text="\n".join(texts))
 
 
-def _places(args: argparse.Namespace, cache: "RowCache") -> list[tuple[str, int | None, int]]:
+def _places(args: argparse.Namespace, cache: RowCache) -> list[tuple[str, int | None, int]]:
     """(domain, epoch, row) of every row that is asked for: some of a domain, or those of a run from a step on."""
-    import numpy as np
-
-    from tele_jax.config import check_seed
-    from tele_jax.data import describe, order
-
     if args.step is None:
         domain, first = args.domain or next(iter(cache.rows)), args.row or 0
         if domain not in cache.rows:
@@ -229,9 +210,6 @@ def _stats_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _stats(args: argparse.Namespace) -> Outcome:
     """Raises UserError and DamageError as cache.RowCache, and DamageError for a checksum that differs."""
-    from tele_jax.data import describe
-    from tele_jax.data.cache import RowCache
-
     cache = RowCache(args.dir)
     if args.tokens is not None and not 0 < args.tokens < float("inf"):
         raise UserError(f"--tokens {args.tokens:g}: must be above 0 and finite")
@@ -264,10 +242,8 @@ def _stats(args: argparse.Namespace) -> Outcome:
     return Outcome(figures | {"domains": domains}, text=f"\n{_picture(manifest, args)}")
 
 
-def _picture(manifest: "Manifest", args: argparse.Namespace) -> str:
+def _picture(manifest: Manifest, args: argparse.Namespace) -> str:
     """Draws it; says where it is, or why there is none: a cache may be read-only, and its figures are wanted still."""
-    from tele_jax.data import describe
-
     if importlib.util.find_spec("matplotlib") is None:
         return "no picture: matplotlib is missing; pip install 'tele_jax[plots]'"
     picture = args.plot or args.dir / "stats.png"
@@ -282,9 +258,7 @@ def _picture(manifest: "Manifest", args: argparse.Namespace) -> str:
     return f"picture: {picture}"
 
 
-def _verify(cache: "RowCache") -> None:
-    from tqdm import tqdm
-
+def _verify(cache: RowCache) -> None:
     total = sum(len(domain.shards) for domain in cache.manifest.domains.values())
     damaged = []
     for shard, problem in tqdm(cache.verify(), total=total, unit="shard", disable=not sys.stderr.isatty()):

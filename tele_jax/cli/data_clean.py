@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tele_jax import tables
+from tele_jax.clean import ngrams, pipeline, quality, reading
+from tele_jax.clean.settings import clean_config
+from tele_jax.cli.pages import load_page
 from tele_jax.cli.verb import Outcome, flag, note
+from tele_jax.data.sources import expand
 from tele_jax.errors import UserError
 
 RUNNERS = ("DirectRunner", "DataflowRunner", "FlinkRunner", "SparkRunner", "PrismRunner")
@@ -22,19 +26,14 @@ TRAIN = "train a quality classifier or an n-gram model for `clean`"
 def clean_arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "--config PAGE", "page, as configs/data/clean_quickstart.py", required=True)
     flag(parser, "--out DIR", "directory to write; must not exist", required=True)
-    flag(
-        parser, "--runner R", f"runner of Beam: {', '.join(RUNNERS)} ...; default: DirectRunner", default="DirectRunner"
-    )
+    runners = f"runner of Beam: {', '.join(RUNNERS)} ...; default: DirectRunner"
+    flag(parser, "--runner R", runners, default="DirectRunner")
     flag(parser, "--workers N", "processes of the DirectRunner; default: 1", int, default=1)
     flag(parser, "--beam OPTION", "option of Beam: --beam=--project=P; repeat it", action="append", default=[])
 
 
 def clean(args: argparse.Namespace) -> Outcome:
     """Raises UserError and FailedError as pipeline.clean."""
-    from tele_jax.clean import pipeline
-    from tele_jax.clean.settings import clean_config
-    from tele_jax.cli.pages import load_page
-
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be at least 1")
     config = clean_config(load_page(args.config, args.overrides))
@@ -94,8 +93,6 @@ def train(args: argparse.Namespace) -> Outcome:
 
 
 def _train_quality(args: argparse.Namespace) -> Outcome:
-    from tele_jax.clean import quality
-
     good, bad = (list(_texts(files, args.field)) for files in (args.good, args.bad))
     trained = quality.train(good, bad)
     trained.classifier.save(args.out)
@@ -110,8 +107,6 @@ def _train_quality(args: argparse.Namespace) -> Outcome:
 
 
 def _train_ngrams(args: argparse.Namespace) -> Outcome:
-    from tele_jax.clean import ngrams
-
     if not 1 <= args.order <= 7:
         raise UserError(f"--order {args.order}: must be 1 to 7")
     texts = list(_texts(args.files, args.field))
@@ -127,9 +122,6 @@ def _train_ngrams(args: argparse.Namespace) -> Outcome:
 
 
 def _texts(patterns: list[str], field: str) -> Iterator[str]:
-    from tele_jax.clean import reading
-    from tele_jax.data.sources import expand
-
     for path in expand(patterns, "FILE"):
         try:
             with io.TextIOWrapper(reading.open_stream(path), encoding="utf-8-sig", newline="\n") as file:

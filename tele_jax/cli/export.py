@@ -3,68 +3,42 @@
 import argparse
 import os
 
-from tele_jax.cli.verb import Outcome, flag, switch
+from tele_jax import checkpoint, convert, tables
+from tele_jax.cli.verb import Outcome, Progress, flag, pick, switch
+from tele_jax.convert import FORMATS
+from tele_jax.convert.exporting import outline
+from tele_jax.data.templates import TEMPLATES
 from tele_jax.errors import UserError
+from tele_jax.published import PUBLISHED, get_model
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    from tele_jax.convert import FORMATS
-    from tele_jax.data.templates import TEMPLATES
-
     flag(parser, "src SRC", "checkpoint, stage directory or work directory")
     flag(parser, "dst DST", "directory to write; must not exist", nargs="?")
-    flag(
-        parser,
-        "--format",
-        "format; llama runs in transformers with nothing of ours installed (vLLM and llama.cpp were not tried)",
-        required=True,
-        choices=FORMATS,
-    )
-    flag(
-        parser,
-        "--dtype",
-        "dtype of the files, to which values are rounded; default: that of the parameters",
-        choices=("bfloat16", "float16", "float32", "float64"),
-    )
+    form = "format; llama runs in transformers with nothing of ours installed (vLLM and llama.cpp were not tried)"
+    flag(parser, "--format", form, required=True, choices=FORMATS)
+    dtypes = ("bfloat16", "float16", "float32", "float64")
+    flag(parser, "--dtype", "dtype to round the values to; default: that of the parameters", choices=dtypes)
     flag(parser, "--max-seq-len N", "context to promise; default: the model's", int)
-    flag(
-        parser,
-        "--template NAME",
-        f"format of dialogues for the chat template of a llama export: {', '.join(TEMPLATES)}; default: as the "
-        "tokenizer and the checkpoint say",
-        choices=TEMPLATES,
-    )
+    known = ", ".join(TEMPLATES)
+    chat = f"chat template of a llama export: {known}; default: as the tokenizer and the checkpoint say"
+    flag(parser, "--template NAME", chat, choices=TEMPLATES)
     flag(parser, "--shard-gb G", "most 10^9 bytes of a file; default: 5", float, default=5.0)
     flag(parser, "--memory-gb G", "memory to work in, in 10^9 bytes; default: 1", float, default=1.0)
     flag(parser, "--workers N", "number of threads; default: one a core", int)
-    switch(
-        parser, "--list", "print the tensors that would be written, and write nothing; SRC may name a published model"
-    )
+    switch(parser, "--list", "print what would be written, and write nothing; SRC may name a published model")
 
 
 def run(args: argparse.Namespace) -> Outcome:
     """Raises UserError and DamageError as convert.export_checkpoint."""
-    from tele_jax import convert
-    from tele_jax.cli.verb import Progress
-
     if args.list:
         return _list(args)
     if args.template is not None and args.format != "llama":
         raise UserError(f"--template {args.template}: only an export as llama gets a chat template")
     if args.dst is None:
         raise UserError("tele export: DST is missing; see tele export --help")
-    done = convert.export_checkpoint(
-        args.src,
-        args.dst,
-        format=args.format,
-        dtype=args.dtype,
-        max_seq_len=args.max_seq_len,
-        template=args.template,
-        shard_gb=args.shard_gb,
-        memory_gb=args.memory_gb,
-        workers=args.workers,
-        progress=Progress("export"),
-    )
+    how = pick(args, "format", "dtype", "max_seq_len", "template", "shard_gb", "memory_gb", "workers")
+    done = convert.export_checkpoint(args.src, args.dst, **how, progress=Progress("export"))
     files = "file" if len(done.shards) == 1 else "files"
     wrote = f"{done.tensors} tensors, {done.bytes_written:,} bytes in {len(done.shards)} {files}, {done.seconds:.1f} s"
     figures = {"format": args.format, "tensors": done.tensors, "bytes": done.bytes_written, "files": done.shards}
@@ -73,10 +47,6 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def _list(args: argparse.Namespace) -> Outcome:
-    from tele_jax import checkpoint, get_model, tables
-    from tele_jax.convert.exporting import outline
-    from tele_jax.published import PUBLISHED
-
     if args.src in PUBLISHED and not os.path.exists(args.src):
         cfg, provenance = get_model(args.src), ()
     else:

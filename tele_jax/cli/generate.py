@@ -1,10 +1,13 @@
 """`tele generate CKPT --prompt TEXT`: continues one prompt on the terminal as it is made, or several as a batch."""
 
 import argparse
-from typing import Any
 
 from tele_jax.cli import models
 from tele_jax.cli.verb import Outcome, flag
+from tele_jax.config import ModelConfig
+from tele_jax.data.templates import document_start, marker_ids
+from tele_jax.inference.chat import TextStream, why_ended
+from tele_jax.inference.generate import generate
 
 MAX_NEW_TOKENS = 128
 
@@ -12,20 +15,11 @@ MAX_NEW_TOKENS = 128
 def arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "--prompt TEXT", "text to continue; several become a batch", action="append", required=True)
     models.add_arguments(parser)
-    flag(
-        parser,
-        "--max-new-tokens N",
-        "most tokens to make; default: 128, or what the context leaves beside the prompt",
-        int,
-    )
+    flag(parser, "--max-new-tokens N", "most tokens to make; default: 128, or what the context leaves", int)
 
 
 def run(args: argparse.Namespace) -> Outcome:
     """Prints the continuations, without the prompts; the figures are their counts and times."""
-    from tele_jax.data.templates import document_start, marker_ids
-    from tele_jax.inference.chat import TextStream, why_ended
-    from tele_jax.inference.generate import generate
-
     asked = [models.utf8(text, "--prompt") for text in args.prompt]
     model = models.load_model(args, dialogues=False)
     cfg, vocabulary, template = model.cfg, model.vocabulary, model.template
@@ -37,8 +31,7 @@ def run(args: argparse.Namespace) -> Outcome:
         ends |= set(marker_ids(template, vocabulary).end)
     length = args.max_new_tokens or _default_length(cfg, max(map(len, prompts)))
     streams = [TextStream(vocabulary, continues=True) for _ in prompts]
-    texts = ["" for _ in prompts]
-    clock = models.Clock(len(prompts))
+    texts, clock = ["" for _ in prompts], models.Clock(len(prompts))
 
     def show(row: int, text: str) -> None:
         texts[row] += text
@@ -49,16 +42,8 @@ def run(args: argparse.Namespace) -> Outcome:
         clock.tick()
         show(row, streams[row].add(token))
 
-    outputs = generate(
-        cfg,
-        model.params,
-        prompts,
-        max_new_tokens=length,
-        stop_ids=sorted(ends),
-        seed=args.seed,
-        on_token=on_token,
-        **model.options,
-    )
+    how = {"max_new_tokens": length, "stop_ids": sorted(ends), "seed": args.seed, "on_token": on_token}
+    outputs = generate(cfg, model.params, prompts, **how, **model.options)
     for row, stream in enumerate(streams):
         show(row, stream.end())
     if len(prompts) == 1:
@@ -68,25 +53,15 @@ def run(args: argparse.Namespace) -> Outcome:
             models.emit(f"--- {row + 1}: {' '.join(prompt.split())[:70]}\n{text}\n")
     speed = clock.figures()
     models.print_speed(speed)
-    rows = zip(asked, texts, prompts, outputs, strict=True)
-    figures = {
-        "document_start": start,
-        "sampling": model.options,
-        "continuations": [
-            {
-                "prompt": prompt,
-                "text": text,
-                "prompt_tokens": len(ids),
-                "new_tokens": len(output),
-                "ended": why_ended(cfg, ids, output, length),
-            }
-            for prompt, text, ids, output in rows
-        ],
-    }
-    return Outcome(speed | figures)
+    rows = [
+        {"prompt": prompt, "text": text, "prompt_tokens": len(ids), "new_tokens": len(output)}
+        | {"ended": why_ended(cfg, ids, output, length)}
+        for prompt, text, ids, output in zip(asked, texts, prompts, outputs, strict=True)
+    ]
+    return Outcome(speed | {"document_start": start, "sampling": model.options, "continuations": rows})
 
 
-def _default_length(cfg: Any, prompt: int) -> int:
+def _default_length(cfg: ModelConfig, prompt: int) -> int:
     room = cfg.max_seq_len - prompt
     fits = room >= MAX_NEW_TOKENS or room < 1 or cfg.rope.ntk is not None  # below 1: the prompt alone is refused
     return MAX_NEW_TOKENS if fits else room

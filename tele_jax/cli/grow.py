@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from tele_jax import checkpoint
 from tele_jax.checkpoint.locate import local_path, new_path
 from tele_jax.cli.pages import load_page
-from tele_jax.cli.verb import Outcome, Progress, flag, switch
+from tele_jax.cli.verb import Outcome, Progress, flag, pick, switch
 from tele_jax.config import ModelConfig, from_dict
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import FailedError, UserError
@@ -61,9 +61,8 @@ def run(args: argparse.Namespace) -> Outcome:
         files = (Path(find_tokenizer(args.src)),)
     except UserError:
         files = ()  # a checkpoint from elsewhere may come without; chat and generate then ask for one
-    how = {"opt": args.opt, "memory_gb": args.memory_gb, "workers": args.workers, "shard": _shard(args.shard)}
-    what = {"stage": stage, "where": where, "tokens": tokens, "verified_on": verified_on}
-    request = receipts.Request(src=args.src, dst=dst, files=files, **what, **how)
+    what = {"stage": stage, "where": where, "tokens": tokens, "verified_on": verified_on, "shard": _shard(args.shard)}
+    request = receipts.Request(dst=dst, files=files, **what, **pick(args, "src", "opt", "memory_gb", "workers"))
     if stage.layers == "distance" and args.text is None:
         print("note: layers are chosen by what they do to random tokens; --text FILE gives better scores")
     _say_without_effect(args, stage, cfg, request)

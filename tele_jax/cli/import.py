@@ -1,37 +1,26 @@
-"""`tele import SRC DST`: reads a released checkpoint and writes it as one of ours."""
+"""`tele import SRC DST`: reads a released checkpoint and writes it in the format of tele_jax."""
 
 import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from tele_jax.cli.verb import Outcome, flag, switch
+from tele_jax import convert, count_params
+from tele_jax.cli import verb
+from tele_jax.cli.verb import Outcome, flag, pick, switch
+from tele_jax.config import to_dict
+from tele_jax.convert import FORMATS
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    from tele_jax.convert import FORMATS
-
     flag(parser, "src SRC", "directory with config.json and *.safetensors, as released")
     flag(parser, "dst DST", "where the checkpoint goes; must not exist")
     flag(parser, "--format", "format that SRC must have; default: what its config.json says", choices=FORMATS)
-    flag(
-        parser,
-        "--dtype",
-        "dtype of the parameters; default: that of the files, so that an export gives back the same bits",
-        choices=("bfloat16", "float32", "float64"),
-    )
-    flag(
-        parser,
-        "--vocab-size N",
-        "rows of the embedding that are no padding; default: what the tokenizer in SRC says (llama: all rows)",
-        int,
-    )
-    flag(
-        parser,
-        "--rope-tables",
-        "dtype that rotary tables are rounded to; float16 as TeleChat's released code does; default: float32",
-        choices=("float32", "float16"),
-        default="float32",
-    )
+    dtypes = ("bfloat16", "float32", "float64")
+    flag(parser, "--dtype", "dtype of the parameters; default: that of the files, whose bits stay", choices=dtypes)
+    rows = "rows of the embedding that are no padding; default: as the tokenizer in SRC says (llama: all)"
+    flag(parser, "--vocab-size N", rows, int)
+    rope = "dtype that rotary tables are rounded to, float16 in TeleChat's released code; default: float32"
+    flag(parser, "--rope-tables", rope, choices=("float32", "float16"), default="float32")
     flag(parser, "--memory-gb G", "memory to work in, in 10^9 bytes; default: 1", float, default=1.0)
     flag(parser, "--workers N", "number of threads; default: two a core", int)
     switch(parser, "--start-over", "remove what an interrupted import left, instead of going on with it")
@@ -49,24 +38,10 @@ def _drawing(generation: Mapping[str, Any]) -> str:
 
 def run(args: argparse.Namespace) -> Outcome:
     """Raises UserError and DamageError as convert.import_checkpoint."""
-    from tele_jax import convert, count_params
-    from tele_jax.cli.verb import Progress
-    from tele_jax.config import to_dict
-
-    done = convert.import_checkpoint(
-        args.src,
-        args.dst,
-        format=args.format,
-        dtype=args.dtype,
-        vocab_size=args.vocab_size,
-        rope_tables=args.rope_tables,
-        memory_gb=args.memory_gb,
-        workers=args.workers,
-        resume=not args.start_over,
-        progress=Progress("import"),
-    )
-    release = done.release
-    cfg = release.cfg
+    how = pick(args, "format", "dtype", "vocab_size", "rope_tables", "memory_gb", "workers")
+    progress = verb.Progress("import")
+    done = convert.import_checkpoint(args.src, args.dst, **how, resume=not args.start_over, progress=progress)
+    release, cfg = done.release, done.release.cfg
     names = [file.name for file in release.files]
     lines = [
         f"{release.format}: {cfg.num_layers} layers, embed {cfg.embed_dim:,}, {cfg.num_heads} heads of {cfg.head_dim} "

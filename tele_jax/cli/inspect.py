@@ -37,14 +37,8 @@ def figures(lazy: checkpoint.Lazy) -> dict[str, Any]:
         "step": lazy.step,
         "config": to_dict(lazy.cfg),
         "leaves": [
-            {
-                "name": array.name.removeprefix("params/"),
-                "axes": list(array.axes),
-                "shape": list(array.shape),
-                "dtype": array.dtype.name,
-                "bytes": array.nbytes,
-                "chunks": list(array.chunks),
-            }
+            {"name": array.name.removeprefix("params/"), "dtype": array.dtype.name, "bytes": array.nbytes}
+            | {what: list(getattr(array, what)) for what in ("axes", "shape", "chunks")}
             for array in params
         ],
         "parameters": sum(array.leaf.spec.size for array in params),

@@ -8,35 +8,37 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
+from tele_jax import checkpoint
 from tele_jax.cli.verb import flag, switch
+from tele_jax.config import ModelConfig, check_seed, from_dict
+from tele_jax.data import templates
+from tele_jax.data.templates import release_of
+from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
 from tele_jax.errors import UserError
+from tele_jax.growth.masks import require_unmasked
+from tele_jax.inference.chat import check_vocabulary, find_tokenizer
+from tele_jax.inference.generate import prepare
+from tele_jax.inference.sampling import sampling
+from tele_jax.settings import MeshConfig
+from tele_jax.sharding import make_mesh
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that generate and chat share: the checkpoint, where it lies, dialogues and draws."""
-    from tele_jax.data.templates import TEMPLATES
-
     flag(parser, "ckpt CKPT", "step, stage or work directory; of several steps, the latest")
     flag(parser, "--tokenizer FILE", "default: tokenizer.model or tokenizer.json in or above the checkpoint")
-    flag(
-        parser,
-        "--template NAME",
-        f"format of dialogues: {', '.join(TEMPLATES)}; default: as the tokenizer and the checkpoint say",
-        choices=TEMPLATES,
+    known = ", ".join(templates.TEMPLATES)
+    form = f"format of dialogues: {known}; default: as the tokenizer and the checkpoint say"
+    flag(parser, "--template NAME", form, choices=templates.TEMPLATES)
+    mesh = "devices to spread the model over: tensor=4, or data=2,tensor=4, as config.mesh; default: one device"
+    flag(parser, "--mesh AXIS=N,...", mesh)
+    sample = (
+        "draw as the model was released to sample; default: the likeliest token (of a released model after its "
+        "repetition penalty), unless its generation_config.json has do_sample; a flag below replaces its value"
     )
-    flag(
-        parser,
-        "--mesh AXIS=N,...",
-        "devices to spread the model over: tensor=4, or data=2,tensor=4; axes data, fsdp, tensor as in "
-        "config.mesh; default: one device",
-    )
-    switch(
-        parser,
-        "--sample",
-        "draw as the model was released when asked to sample, TeleChat-7B with temperature 0.3, top-k 5, top-p "
-        "0.85 and repetition penalty 1.03; without it the likeliest token is taken, of a released model after its "
-        "repetition penalty, unless its generation_config.json has do_sample; a flag below replaces its value",
-    )
+    switch(parser, "--sample", sample)
     flag(parser, "--temperature T", "temperature; 0 takes the likeliest token; default: as released", float)
     flag(parser, "--top-k K", "number of likeliest tokens to draw among; default: as released, or all", int)
     flag(parser, "--top-p P", "sum of the likeliest to draw among; default: as released, or all", float)
@@ -44,11 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "--seed N", "seed of the draws; default: 0", int, default=0)
 
 
-def parse_mesh(text: str) -> Any:
+def parse_mesh(text: str) -> MeshConfig:
     """The MeshConfig that `text` describes, e.g. "fsdp=2,tensor=4"; raises UserError for anything else."""
-    from tele_jax.config import from_dict
-    from tele_jax.settings import MeshConfig
-
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
@@ -60,7 +59,7 @@ def parse_mesh(text: str) -> Any:
     return from_dict(MeshConfig, sizes, "--mesh")
 
 
-def open_mesh(text: str | None) -> Any:
+def open_mesh(text: str | None) -> jax.sharding.Mesh | None:
     """The mesh over the first devices, as many as it takes; None for None.
 
     Raises:
@@ -68,10 +67,6 @@ def open_mesh(text: str | None) -> Any:
     """
     if text is None:
         return None
-    import jax
-
-    from tele_jax.sharding import make_mesh
-
     config = parse_mesh(text)
     count = math.prod(dataclasses.asdict(config).values())
     if count > len(jax.devices()):
@@ -112,10 +107,10 @@ class Model:
       provenance: of the checkpoint.
     """
 
-    cfg: Any
+    cfg: ModelConfig
     params: Any
-    vocabulary: Any
-    template: Any
+    vocabulary: Vocabulary
+    template: templates.Template | None
     options: dict[str, Any]
     stop_ids: list[int]
     provenance: Sequence[Mapping[str, Any]]
@@ -126,15 +121,6 @@ def load_model(args: argparse.Namespace, *, dialogues: bool) -> Model:
 
     dialogues: a template is needed.
     """
-    from tele_jax import checkpoint
-    from tele_jax.config import check_seed
-    from tele_jax.data import templates
-    from tele_jax.data.templates import release_of
-    from tele_jax.data.vocabulary import load_vocabulary
-    from tele_jax.growth.masks import require_unmasked
-    from tele_jax.inference.chat import check_vocabulary, find_tokenizer
-    from tele_jax.inference.generate import prepare, sampling
-
     check_seed(args.seed)
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")

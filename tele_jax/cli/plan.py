@@ -69,10 +69,8 @@ def _plan(args: argparse.Namespace, job: Any, tokens: float | None) -> dict[str,
     if not program.fits:
         over = (program.needed_bytes - program.usable_bytes) / 2**30
         hint = search.advice(job, program.needed_bytes, sum(program.held.values()))
-        figures["advice"] = (
-            f"does not fit {job.slice.name}: {program.needed_bytes / 2**30:,.1f} GiB a device, {over:,.1f} GiB more "
-            f"than there is; {hint}"
-        )
+        needed = f"{program.needed_bytes / 2**30:,.1f} GiB a device, {over:,.1f} GiB more than there is"
+        figures["advice"] = f"does not fit {job.slice.name}: {needed}; {hint}"
     return figures
 
 
@@ -161,7 +159,7 @@ def _refuse(args: argparse.Namespace, what: str, *names: str) -> None:
 
 
 def _sizes(args: argparse.Namespace, *names: str) -> dict[str, int]:
-    """Those that were given."""
+    """The sizes that the command line gives; raises UserError for one that is not above 0."""
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name, value in given.items():
         if value <= 0:

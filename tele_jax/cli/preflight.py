@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> Outcome:
     """Prints the assignments, which are the figures.
 
     Raises:
-      UserError: whatever is wrong with the versions, the slice, the bucket or the command.
+      UserError: the versions, the slice, the bucket or the command are wrong: says what.
     """
     found = versions()
     if args.installed:
@@ -119,7 +119,7 @@ def _with_page(words: list[str], page: str, other: str) -> list[str]:
 
 
 def _on_machines(page: str, checkout: Path) -> str:
-    """Where the machines have a page, "page.py:7b" included."""
+    """The path of a page on the machines; the page may be "page.py:7b"."""
     file = Path(page).absolute()
     root = checkout.absolute()
     if not file.is_relative_to(root):

@@ -12,7 +12,10 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from tele_jax.cli.verb import flag, of_error, one_line
+import jax
+
+from tele_jax import processes
+from tele_jax.cli.verb import flag, note, of_error, one_line
 from tele_jax.errors import UserError
 
 JOIN_SECONDS = 300  # how long a process waits for the others; or TELE_JOIN_SECONDS
@@ -32,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def together(place: Any) -> Iterator[None]:
+def together(place: processes.Place | None) -> Iterator[None]:
     """Joins the other processes. When one of them fails, all end with its exit code, and say why in one line.
 
     place: what processes.find_place makes of the flags.
@@ -40,8 +43,6 @@ def together(place: Any) -> Iterator[None]:
     Raises:
       UserError: as processes.start; TELE_JOIN_SECONDS is no time.
     """
-    from tele_jax import processes
-
     _join(place, _join_seconds())
     if not processes.several():
         yield
@@ -65,19 +66,15 @@ def _join_seconds() -> int:
     return int(text)
 
 
-def _join(place: Any, seconds: int) -> None:
-    """processes.start, which JAX would end with a stack trace where the others do not come."""
-    from tele_jax import processes
+def _join(place: processes.Place | None, seconds: int) -> None:
+    """Joins the others within so many seconds, where JAX would end with a stack trace; raises as processes.start."""
 
     def give_up() -> None:
         who = "processes of this slice"
         if place is not None:
             who = f"{place.num_processes} processes at {place.coordinator_address}"
-        print(
-            f"tele: the {who} did not all come within {seconds} s; start the same command on every worker",
-            file=sys.stderr,
-            flush=True,
-        )
+        note(f"the {who} did not all come within {seconds} s; start the same command on every worker")
+        sys.stderr.flush()
         os._exit(1)
 
     timer = threading.Timer(seconds, give_up)
@@ -91,10 +88,6 @@ def _join(place: Any, seconds: int) -> None:
 
 def _end(error: BaseException) -> None:
     """Ends this process because of an error. An orderly shutdown of JAX would wait for what the others are at."""
-    import jax
-
-    from tele_jax import processes
-
     known = of_error(error)
     line, code = (f"{type(error).__name__}: {error}", 1) if known is None else (known.error, known.code)
     if known is None:
@@ -105,14 +98,12 @@ def _end(error: BaseException) -> None:
         traceback.print_exception(error)
     line, index = one_line(line), jax.process_index()
     if processes.fail(line, code) or index == 0:
-        print(f"tele: {line}" if index == 0 else f"tele: process {index}: {line}", file=sys.stderr)
+        note(line if index == 0 else f"process {index}: {line}")
     _exit(code)
 
 
 def _watch(done: threading.Event) -> None:
     """Ends this process when another has failed, whatever its main thread waits for."""
-    from tele_jax import processes
-
     while not done.wait(_LOOK_SECONDS):
         failure = processes.failure_of_others()
         if failure is not None and not done.wait(_GRACE_SECONDS):
@@ -121,17 +112,13 @@ def _watch(done: threading.Event) -> None:
 
 def _follow(failure: dict[str, Any]) -> NoReturn:
     """Ends this process as another has ended, which told it."""
-    import jax
-
     line = f"process {failure['process']} failed: {failure['line']}"
     index = jax.process_index()
-    print(f"tele: {line}" if index == 0 else f"tele: process {index} stops: {line}", file=sys.stderr)
+    note(line if index == 0 else f"process {index} stops: {line}")
     _exit(failure["code"])
 
 
 def _exit(code: int) -> NoReturn:
-    from tele_jax import processes
-
     sys.stdout.flush()
     sys.stderr.flush()
     processes.leave()

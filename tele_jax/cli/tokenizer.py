@@ -54,15 +54,9 @@ def train(args: argparse.Namespace) -> Outcome:
         texts, preset=args.preset, vocab_size=args.vocab_size, character_coverage=args.character_coverage
     )
     vocabulary = vocabulary_training.write_vocabulary(trained, args.out, preset=args.preset, force=args.force)
-    figures = {
-        "file": str(args.out),
-        "preset": args.preset,
-        "vocab_size": vocabulary.vocab_size,
-        "sha256": vocabulary.sha256,
-        "input_bytes": trained.num_bytes,
-        "character_coverage": trained.character_coverage,
-        "seconds": round(time.monotonic() - start, 1),
-    }
+    figures = {"file": str(args.out), "preset": args.preset, "vocab_size": vocabulary.vocab_size}
+    figures |= {"sha256": vocabulary.sha256, "input_bytes": trained.num_bytes}
+    figures |= {"character_coverage": trained.character_coverage, "seconds": round(time.monotonic() - start, 1)}
     text = f"{args.out}: {vocabulary.vocab_size:,} ids from {trained.num_bytes:,} bytes, {figures['seconds']} s"
     if trained.character_coverage < 1:
         text += (
@@ -81,21 +75,15 @@ def inspect(args: argparse.Namespace) -> Outcome:
             special[name] = vocabulary.id_of(f"<_{name}>")
         except UserError:
             special[name] = -1
-    figures = {
-        "file": args.file,
-        "sha256": vocabulary.sha256,
-        "vocab_size": vocabulary.vocab_size,
-        "special_ids_of": presets,
-        "special": special,
-        "inputs": [_measure(vocabulary, pattern, args.input_bytes) for pattern in args.inputs],
-        "published_tokens_per_byte": PUBLISHED,
-    }
+    figures = {"file": args.file, "sha256": vocabulary.sha256, "vocab_size": vocabulary.vocab_size}
+    figures |= {"special_ids_of": presets, "special": special, "published_tokens_per_byte": PUBLISHED}
+    figures["inputs"] = [_measure(vocabulary, pattern, args.input_bytes) for pattern in args.inputs]
     ids = [(f"  {name}", *((i, vocabulary.piece(i)) if i >= 0 else ("none", ""))) for name, i in special.items()]
     rows = [(row["input"], f"{row['bytes']:,}", f"{row['tokens_per_byte']:.3f}") for row in figures["inputs"]]
     rows += [(name, "published", f"{value:.3f}") for name, value in PUBLISHED.items()]
     lines = [
         f"{args.file}: {vocabulary.vocab_size:,} ids, sha256 {vocabulary.sha256}",
-        f"special ids as in the preset: {', '.join(presets) or 'none of ours'}",
+        f"special ids as in the preset: {', '.join(presets) or 'none'}",
         tables.text(ids, align="lrl"),
         "",
         tables.text(rows, ("input", "bytes", "tokens per byte")),

@@ -1,22 +1,24 @@
 """`tele train`: runs the stages of a config in order; started again, it goes on where it was."""
 
 import argparse
+import importlib.metadata
 from pathlib import Path
 
+import jax
+
+from tele_jax import processes
 from tele_jax.cli import process_group
+from tele_jax.cli.pages import load_page
 from tele_jax.cli.verb import Outcome, flag
+from tele_jax.model import cpu
+from tele_jax.stages import run_config
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "--config FILE", "page with get_config(), as in configs/", required=True)
     flag(parser, "--workdir W", "directory of this run alone", _directory, required=True)
-    flag(
-        parser,
-        "--from STEP",
-        "checkpoint of the last stage to go back to; its optimizer, schedule or steps may change from there on",
-        _step,
-        dest="from_step",
-    )
+    back = "checkpoint of the last stage to go back to; its optimizer, schedule or steps may change from there on"
+    flag(parser, "--from STEP", back, _step, dest="from_step")
     process_group.arguments(parser)
     parser.epilog = (
         "--config.STAGE.KEY=VALUE changes a value of the config, as often as wanted. Exit codes: 0 done, 2 a mistake "
@@ -41,29 +43,18 @@ def set_up() -> None:
 
     JAX cannot be asked: it would start its threads, and the allocator has to be told before.
     """
-    import importlib.metadata
-
-    import jax
-
-    from tele_jax.model import cpu
-    from tele_jax.processes import on_tpu
-
     platforms = jax.config.jax_platforms
-    others = on_tpu() or importlib.metadata.entry_points(group="jax_plugins")
+    others = processes.on_tpu() or importlib.metadata.entry_points(group="jax_plugins")
     if platforms == "cpu" or (not platforms and not others):
         cpu.keep_freed()
 
 
 def run(args: argparse.Namespace) -> Outcome:
     """Raises what train.loop.run raises, except that a run which was stopped is an outcome."""
-    from tele_jax.cli.pages import load_page
-    from tele_jax.processes import find_place
-    from tele_jax.stages import run_config
-
-    place = find_place(vars(args))
+    place = processes.find_place(vars(args))
     config = run_config(load_page(args.config, args.overrides))
     with process_group.together(place):
-        from tele_jax import processes, report
+        from tele_jax import report  # what it brings would start threads before set_up
         from tele_jax.train.trainer import Stopped
 
         try:

@@ -1,4 +1,4 @@
-"""What all verbs share: the parser with its flags, progress on the way, and the outcome with its exit code."""
+"""Parts that all verbs share: the parser with its flags, progress on the way, the outcome with its exit code."""
 
 import argparse
 import dataclasses
@@ -40,12 +40,17 @@ def switch(parser: Any, name: str, help: str) -> None:
     parser.add_argument(name, help=help, action="store_true")
 
 
+def pick(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The arguments of these names, as keywords."""
+    return {name: getattr(args, name) for name in names}
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a verb returns.
+    """The result of a verb.
 
     Attributes:
-      figures: what --json writes; None where another process writes it.
+      figures: written by --json; None where another process writes them.
       text: is printed on standard output.
       error: is printed on standard error, as one line.
       code: the exit code, 2 for a user's mistake and 1 for a failure.
@@ -58,7 +63,7 @@ class Outcome:
 
 
 def of_error(error: BaseException) -> Outcome | None:
-    """The outcome that an error is; None for a mistake of ours, which deserves a traceback."""
+    """The outcome that an error amounts to; None for a defect of tele_jax, which deserves a traceback."""
     if isinstance(error, UserError):
         return Outcome(error=str(error), code=2)
     if isinstance(error, (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)):

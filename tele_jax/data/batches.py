@@ -1,4 +1,4 @@
-"""What a training stage reads, opened once: its tokenizer, its feed and its held-out text."""
+"""The data of a training stage, opened once: its tokenizer, its feed and its held-out text."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""A run: its stages are opened once, carried out in order, and go on where they were when it is started again.
+"""Runs the stages of a config: opens everything once, carries them out in order, and goes on where a start ended.
 
 A work directory W:
 
@@ -145,9 +145,8 @@ def _same_everywhere(config: RunConfig, from_step: int | None) -> None:
     mine = own.as_json(config) | {"from": from_step}
     changed = own.differences(from_first(lambda: mine), mine)
     if changed:
-        raise UserError(
-            f"started with another config than process 0: {own.said(changed, 'config')}; start the same command in all"
-        )
+        changes = own.listed(changed, "config")
+        raise UserError(f"started with another config than process 0: {changes}; start the same command in all")
 
 
 def _claim(config: RunConfig, tokenizer: Mapping[str, Any], workdir: Path, from_step: int | None) -> None:

@@ -38,7 +38,7 @@ def trained_as(cfg: ModelConfig) -> ModelConfig:
 
 
 def state_shardings(cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[Any, Any]:
-    """(of the parameters, of the optimizer state): moments lie where their parameters lie, the rest everywhere."""
+    """Shardings of parameters and optimizer state: moments lie with their parameters, the rest lies everywhere."""
     params = param_shardings(spec(cfg), mesh)
     opt_state = jax.eval_shape(tx.init, abstract_params(cfg))
     return params, map_param_subtrees(lambda path, tree: params, opt_state, spec(cfg), lambda *_: replicated(mesh))

@@ -36,9 +36,9 @@ from tele_jax.settings import TrainStage
 from tele_jax.stages import RunConfig, run_config
 
 CONFIG, CHANGES, SUMMARY, LOCK = "config.json", "changes.json", "summary.json", ".lock"
-SET_ASIDE = "set_aside"  # directory of a stage: what came after the checkpoint that --from went back to
+SET_ASIDE = "set_aside"  # directory in a stage: the checkpoints that came after the one that --from went back to
 
-# Paths inside a stage, as patterns: what says how, where and how often, and not what is computed.
+# Paths inside a stage, as patterns, of settings that say how, where and how often, but not what is computed.
 _FREE = re.compile(
     r"log_every|eval_every|checkpoint_every|keep_checkpoints|microbatches|tolerance|(model\.)?(remat|attention)"
     r"|data\.(cache|tokenizer|eval_bytes|sources\.[^.]+\.(files|validation_files|task|split|validation_split))(\..*)?"
@@ -49,7 +49,7 @@ _ON_REQUEST = re.compile(
 
 
 def require_own(workdir: Path, from_step: int | None = None) -> None:
-    """Raises UserError where `workdir` holds something that is not of a run: nothing of it may be overwritten.
+    """Raises UserError where `workdir` holds anything but a run: nothing of it may be overwritten.
 
     from_step: as in `claim`, for which there has to be a run.
 
@@ -97,7 +97,7 @@ def _holds_run(directory: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Holds the directory for this run, which makes it where needed; process 0 does.
+    """Locks the directory for this run in process 0, and makes it where needed.
 
     Raises:
       UserError: another run has it.
@@ -110,7 +110,7 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def as_json(config: RunConfig) -> dict[str, Any]:
-    """The config as it is written down."""
+    """The config as W/config.json has it."""
     page = {"run": list(config.run), **{name: to_dict(stage) for name, stage in config.stages.items()}}
     where = {"mesh": dataclasses.asdict(config.mesh), "num_slices": config.num_slices, "start": config.start}
     return json.loads(json.dumps(page | where))
@@ -126,13 +126,13 @@ def differences(before: Any, now: Any, path: str = "") -> dict[str, tuple[Any, A
     return {} if before == now else {path: (before, now)}
 
 
-def said(changes: dict[str, tuple[Any, Any]], where: str) -> str:
-    """Differences as one line."""
+def listed(changes: dict[str, tuple[Any, Any]], where: str) -> str:
+    """The differences as one line."""
     return "; ".join(f"{where}.{path} was {before!r}, is {now!r}" for path, (before, now) in changes.items())
 
 
 def claim(config: RunConfig, workdir: Path, from_step: int | None, say: Callable[[str], None]) -> None:
-    """Compares the config with that of the run in `workdir`, changes what may be and is asked for, and writes it down.
+    """Compares the config with that of the run in `workdir`, makes the changes that are allowed, and writes it down.
 
     from_step: checkpoint that the last stage goes back to; None: it goes on from its latest.
 
@@ -158,9 +158,9 @@ def claim(config: RunConfig, workdir: Path, from_step: int | None, say: Callable
         found = differences(_resolved(before[name]), _resolved(now[name]))
         changes[name] = {key: pair for key, pair in found.items() if not _is_free(key, before[name], now[name])}
     if begun and before["start"] != now["start"] and not _same_start(before["start"], now["start"], workdir / begun[0]):
-        refused.append(said({"start": (before["start"], now["start"])}, "config"))
+        refused.append(listed({"start": (before["start"], now["start"])}, "config"))
     last = begun[-1] if begun else None
-    refused += [said(found, f"config.{name}") for name, found in changes.items() if found and name != last]
+    refused += [listed(found, f"config.{name}") for name, found in changes.items() if found and name != last]
     if refused:
         raise UserError(f"{workdir}: was started with another config: {'; '.join(refused)}; {elsewhere}")
     if last is not None:
@@ -170,7 +170,7 @@ def claim(config: RunConfig, workdir: Path, from_step: int | None, say: Callable
     for name in before["run"]:
         later = differences(before[name], now[name]) if name not in begun and name in now else {}
         if later:
-            say(f"stage {name} has not begun, and changes: {said(later, f'config.{name}')}")
+            say(f"stage {name} has not begun, and changes: {listed(later, f'config.{name}')}")
             shutil.rmtree(workdir / name / "metrics", ignore_errors=True)  # of a start that came to no checkpoint
     files.write_json(path, now)
 
@@ -188,7 +188,7 @@ def _same_start(before: str | None, now: str | None, first: Path) -> bool:
 
 
 def _resolved(stage: dict[str, Any]) -> dict[str, Any]:
-    """A stage whose schedule says how long it is: to change `steps` changes it, or does not."""
+    """A stage with the length of its schedule written out, so that a change of `steps` shows where it changes that."""
     schedule = stage.get("schedule")
     if schedule is None:
         return stage
@@ -198,7 +198,7 @@ def _resolved(stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_free(path: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """True for a difference inside a stage that says nothing of what is computed."""
+    """True for a difference inside a stage that does not change what is computed."""
     if _FREE.fullmatch(path):
         return True
     # Sources that are left to the cache are those of the cache: their checksums and rates are compared by the feed.
@@ -240,7 +240,7 @@ def _change_last(
     entry = {"from": start, "config": {path: list(pair) for path, pair in changed.items()}}
     if known[-1:] != [entry]:
         files.write_json(directory / CHANGES, {"changes": [*known, entry]})
-    what = f": {said(changed, where)}" if changed else ""
+    what = f": {listed(changed, where)}" if changed else ""
     say(f"stage {name} goes on from step {start}{what}")
 
 
@@ -255,7 +255,7 @@ def _require_steps_alone(changed: dict[str, tuple[Any, Any]], where: str, workdi
     if "steps" in changed and list(others) == ["schedule.total"]:
         before = others["schedule.total"][0]
         how = f"the schedule follows the length of the stage; --{where}.schedule.total={before} keeps it, {how}"
-    raise UserError(f"{workdir}: was started with another config: {said(changed, where)}; {how}")
+    raise UserError(f"{workdir}: was started with another config: {listed(changed, where)}; {how}")
 
 
 def _set_aside(directory: Path, later: Sequence[int], say: Callable[[str], None]) -> None:
