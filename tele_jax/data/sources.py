@@ -232,6 +232,13 @@ class Indexes:
         self._sizes = {span_bytes_for(seq_len) for seq_len in seq_lens}
         self._made: dict[Any, Any] = {}
 
+    def keep_in(self, directory: str | os.PathLike) -> None:
+        """Keeps all indexes in `directory`: those that were made so far, and those to come."""
+        self._directory = Path(directory)
+        for key, made in self._made.items():
+            if isinstance(made, Corpus) and key[0] == _stamps(made.files):
+                self._keep(key, made)
+
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """Returns what `make` gave when it was first called for this key."""
         if key not in self._made:

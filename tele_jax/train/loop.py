@@ -4,6 +4,7 @@ A work directory W:
 
     W/config.json                     the run, as it was last started
     W/tokenizer.model or .json        a copy of the tokenizer
+    W/indexes/                        indexes of the text, so that another start does not read it again
     W/<stage>/checkpoints/<step>/     see checkpoint/
     W/<stage>/metrics/                metrics.jsonl and TensorBoard events
     W/<stage>/rejected/               documents that cannot be used: <domain>.files.jsonl or .validation_files.jsonl
@@ -104,10 +105,13 @@ def run(config: RunConfig, workdir: Path, *, from_step: int | None = None) -> li
         there = from_first((workdir / own.CONFIG).exists)
         if there:  # who else is at work in it is found before all text is read
             held.enter_context(own.locked(workdir))
-        opened = open_run(config)
+        lengths = [stage.seq_len for stage in config.stages.values() if isinstance(stage, TrainStage)]
+        index = sources.Indexes(workdir / own.INDEXES if there else None, seq_lens=lengths)
+        opened = open_run(config, index)
         if not there:  # a config that cannot be leaves no trace
             held.enter_context(own.locked(workdir))
         from_first(lambda: _claim(config, opened.tokenizer, workdir, from_step))
+        index.keep_in(workdir / own.INDEXES)
         previous: Path | None = None if config.start is None else Path(config.start)
         masks = opened.masks
         for name, stage in opened.stages.items():
@@ -165,13 +169,15 @@ def _say(line: str) -> None:
 # ----------------------------------------------------------------------------------------------- before the first step
 
 
-def open_run(config: RunConfig) -> OpenedRun:
+def open_run(config: RunConfig, index: sources.Indexes) -> OpenedRun:
     """Opens what a run reads, and finds what can be known to be wrong: hours of training should not end in a typo.
+
+    index: makes the indexes of text, each once.
 
     Raises:
       UserError: a checkpoint, tokenizer, text, cache or growth that is missing or does not fit.
     """
-    mesh, index = _open_mesh(config), sources.Indexes()
+    mesh = _open_mesh(config)
     cfg, masks = _open_start(config)
     started = masks
     batches: dict[str, Batches] = {}

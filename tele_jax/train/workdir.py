@@ -35,7 +35,7 @@ from tele_jax.processes import is_first
 from tele_jax.settings import TrainStage
 from tele_jax.stages import RunConfig, run_config
 
-CONFIG, CHANGES, SUMMARY, LOCK = "config.json", "changes.json", "summary.json", ".lock"
+CONFIG, CHANGES, SUMMARY, LOCK, INDEXES = "config.json", "changes.json", "summary.json", ".lock", "indexes"
 SET_ASIDE = "set_aside"  # directory in a stage: the checkpoints that came after the one that --from went back to
 
 # Paths inside a stage, as patterns, of settings that say how, where and how often, but not what is computed.
