@@ -97,42 +97,60 @@ def warn(domain: Documents) -> None:
         warnings.warn(domain.account(), stacklevel=2)
 
 
-def ignore(domain: Documents) -> None:
-    """Reports nothing: for a first check, which a call that reports will follow."""
-
-
 class OpenData:
     """A DataConfig with its tokenizer and caches resolved. Domains are opened on use, once.
 
     Attributes:
       data: the configuration after `resolve`.
+      kind: "pretrain": every token counts; "sft": answers only, of dialogues.
+      seq_len: tokens in a row.
       vocabulary: the tokenizer.
+      index: shares indexes of text files, and other things that are made once, among stages.
     """
 
-    def __init__(self, data: DataConfig, *, kind: Kind, seq_len: int, index: sources.Indexes | None = None):
+    def __init__(
+        self,
+        data: DataConfig,
+        *,
+        kind: Kind,
+        seq_len: int,
+        index: sources.Indexes | None = None,
+        on_rejects: OnRejects = warn,
+    ):
         """Reads the tokenizer, and the manifest of a cache.
-
-        Args:
-          data: domains, rates and the tokenizer.
-          kind: "pretrain": every token counts; "sft": answers only, of dialogues.
-          seq_len: tokens in a row.
-          index: shares indexes of text files among calls.
 
         Raises:
           UserError: as open_vocabulary and resolve.
-          DamageError: a cache is damaged.
+          DamageError: the cache is damaged.
         """
-        self._kind, self._seq_len, self._index = kind, seq_len, index or sources.Indexes()
+        self.kind, self.seq_len, self.index, self._on_rejects = kind, seq_len, index or sources.Indexes(), on_rejects
         self.vocabulary, self.data = open_vocabulary(data, kind), resolve(data)
 
     @functools.cached_property
+    def cache(self) -> cache.RowCache | None:
+        """The cache, whose shards have their sizes; None where data is read live.
+
+        Raises:
+          UserError: the rows are of another kind, length, tokenizer or template.
+          DamageError: as cache.RowCache.
+        """
+        if self.data.cache is None:
+            return None
+        opened = cache.RowCache(self.data.cache)
+        asked = {"tokenizer": self.data.tokenizer, "sha256": self.vocabulary.sha256, "template": self.data.template}
+        cache.check_fits(opened.manifest, self.data.cache, kind=self.kind, seq_len=self.seq_len, **asked)
+        return opened
+
+    @functools.cached_property
     def train(self) -> dict[str, Documents]:
-        """The documents of every domain to be read live, by name in order.
+        """The documents of every domain that is read live, by name in order; none where there is a cache.
 
         Raises:
           UserError: files that are missing, empty or compressed; a domain without one usable document; fine-tuning on
             what is not dialogues; a system message that the template has no place for; a Task that does not fit.
         """
+        if self.data.cache is not None:
+            return {}
         found = self.files("files") | self._tasks("split")
         return {name: found[name] for name in sorted(found)}
 
@@ -147,11 +165,12 @@ class OpenData:
         found = {}
         for name, source in self.data.sources.items():
             if patterns := getattr(source, field):
-                check_format(name, source.format, self._kind)
-                span_bytes = sources.span_bytes_for(self._seq_len)
-                corpus = self._index(f"sources.{name}.{field}", name, patterns, source.format, span_bytes=span_bytes)
+                check_format(name, source.format, self.kind)
+                span_bytes = sources.span_bytes_for(self.seq_len)
+                corpus = self.index(f"sources.{name}.{field}", name, patterns, source.format, span_bytes=span_bytes)
                 check_systems(corpus, self.vocabulary)
-                found[name] = CorpusDocuments(corpus, self.vocabulary, self._kind, self._seq_len)
+                found[name] = CorpusDocuments(corpus, self.vocabulary, self.kind, self.seq_len)
+                self._on_rejects(found[name])
         return found
 
     def _tasks(self, field: Literal["split", "validation_split"]) -> dict[str, Documents]:
@@ -161,14 +180,29 @@ class OpenData:
                 from tele_jax.data import task_documents
 
                 where = f"sources.{name}.{'task' if field == 'split' else field}"
-                how = (where, self.vocabulary, self._kind, self._seq_len if self._kind == "sft" else None)
+                how = (where, self.vocabulary, self.kind, self.seq_len if self.kind == "sft" else None)
                 make = functools.partial(task_documents.open_task, source, *how, split=split)
-                found[name] = self._index.once(("task", source.task, split, *how), make)
+                found[name] = self.index.once(("task", source.task, split, *how), make)
+                self._on_rejects(found[name])
         return found
 
-    def once(self, key: object, make: Callable[[], object]) -> object:
-        """Returns what `make` gave when it was first called for this key, in all that shares the indexes."""
-        return self._index.once(key, make)
+    def shared(self) -> list[str]:
+        """Returns a line for every domain with documents that are trained on and held out, in any domain.
+
+        Lines of files are compared, byte for byte but for their ends. The text of a cache was compared when it was
+        made, with what its own page holds out.
+        """
+        if self.cache is not None:
+            made_from = self.cache.manifest.domains
+            counts = {f"sources.{name}.files": made_from[name].counts.held_out for name in self.data.sources}
+        else:
+            lines = {
+                part: {each.where: each.corpus.line_digests() for each in found.values() if each.format != "task"}
+                for part, found in (("train", self.train), ("held out", self.held_out))
+            }
+            held = np.concatenate([np.zeros(0, np.uint64), *lines["held out"].values()])
+            counts = {where: int(np.isin(digests, held).sum()) for where, digests in lines["train"].items()}
+        return [f"{where}: {count:,} documents are held out as well" for where, count in counts.items() if count]
 
 
 def resolve(data: DataConfig) -> DataConfig:
@@ -254,23 +288,17 @@ def check_systems(corpus: sources.Corpus, vocabulary: Vocabulary) -> None:
         encode.check_system(corpus.document(i).content, vocabulary, where)
 
 
-def check(data: DataConfig, *, kind: Kind, seq_len: int, index: sources.Indexes | None = None) -> Vocabulary:
-    """Checks all that `data` names, as a feed would, and returns the tokenizer. Rejected documents are not reported.
+def check(data: DataConfig, *, kind: Kind, seq_len: int, index: sources.Indexes | None = None) -> OpenData:
+    """Opens all that `data` names, and checks it. Rejected documents are not reported.
 
     Raises:
-      UserError: as OpenData; a cache that was made for another kind, length or tokenizer; text that is both trained on
-        and held out.
+      UserError: as OpenData; text that is both trained on and held out.
       DamageError: a cache is damaged, as far as can be seen without reading the rows.
     """
-    opened = OpenData(data, kind=kind, seq_len=seq_len, index=index)
+    opened = OpenData(data, kind=kind, seq_len=seq_len, index=index, on_rejects=lambda domain: None)
     require_other_files(opened.data)
-    if data.cache is None:
-        _ = opened.train
-    else:
-        asked = {"tokenizer": data.tokenizer, "sha256": opened.vocabulary.sha256, "template": data.template}
-        cache.check_fits(cache.RowCache(data.cache).manifest, data.cache, kind=kind, seq_len=seq_len, **asked)
-    _ = opened.held_out
-    return opened.vocabulary
+    _ = opened.cache, opened.train, opened.held_out
+    return opened
 
 
 def require_other_files(data: DataConfig) -> None:
@@ -311,28 +339,3 @@ def _paths(patterns: Sequence[str], where: str, *, missing_ok: bool) -> tuple[st
         if missing_ok:
             return ()
         raise
-
-
-def shared(data: DataConfig, seq_len: int, *, index: sources.Indexes | None = None) -> list[str]:
-    """Returns a line for every domain with documents that are trained on and held out, in any domain.
-
-    Lines of the files are compared, byte for byte but for their ends. A cache was compared when it was made, with the
-    text that its own page holds out.
-    """
-    if data.cache is not None:
-        domains = cache.read_manifest(Path(data.cache)).domains
-        counts = {f"sources.{name}.files": domains[name].counts.held_out for name in resolve(data).sources}
-    elif not any(source.validation_files for source in data.sources.values()):
-        return []
-    else:
-        index = index or sources.Indexes()
-        digests: dict[str, dict[str, np.ndarray]] = {"files": {}, "validation_files": {}}
-        for field, found in digests.items():
-            for name, source in data.sources.items():
-                if (patterns := getattr(source, field)) and source.format != "text":
-                    where, span_bytes = f"sources.{name}.{field}", sources.span_bytes_for(seq_len)
-                    corpus = index(where, name, patterns, source.format, span_bytes=span_bytes)
-                    found[where] = corpus.line_digests()
-        held = np.concatenate([np.zeros(0, np.uint64), *digests["validation_files"].values()])
-        counts = {where: int(np.isin(lines, held).sum()) for where, lines in digests["files"].items()}
-    return [f"{where}: {count:,} documents are held out as well" for where, count in counts.items() if count]

@@ -1,7 +1,7 @@
-"""Batches for training and for evaluation, from a DataConfig.
+"""Batches for training, from opened data (domains.py).
 
 `open_feed` returns a LiveFeed, which reads files and seqio Tasks while training goes on, or a CachedFeed, which reads
-rows from a cache. `held_out` reads the text that is held out.
+rows from a cache.
 """
 
 import dataclasses
@@ -13,20 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from tele_jax.data import cache, live_rows, order, packing, sources
-from tele_jax.data.domains import OnRejects, OpenData, warn
-from tele_jax.data.domains import check as check
-from tele_jax.data.domains import ignore as ignore
-from tele_jax.data.domains import resolve as resolve
-from tele_jax.data.domains import shared as shared
-from tele_jax.data.encode import Kind
-from tele_jax.data.held_out import HeldOut as HeldOut
-from tele_jax.data.held_out import held_out as held_out
+from tele_jax.data import cache, live_rows, order, packing
+from tele_jax.data.domains import OpenData
 from tele_jax.data.order import Position
 from tele_jax.data.templates import separator
 from tele_jax.errors import DamageError, UserError
 from tele_jax.files import parse_json
-from tele_jax.settings import DataConfig
 
 Batch = dict[str, np.ndarray]
 Place = Callable[[Batch], Any]
@@ -35,43 +27,32 @@ AHEAD = 2  # batches that are read while training goes on
 
 
 def open_feed(
-    data: DataConfig,
+    opened: OpenData,
     *,
-    kind: Kind,
-    seq_len: int,
     batch_size: int,
     seed: int,
     rows: Sequence[int] | None = None,
     place: Place = lambda batch: batch,
-    aside: OnRejects = warn,
     known: Sequence[Position] = (),
-    index: sources.Indexes | None = None,
 ) -> "LiveFeed | CachedFeed":
     """Opens the feed of a stage.
 
     Args:
-      data: domains, rates and the tokenizer.
-      kind: "pretrain": every token counts; "sft": answers only, of dialogues.
-      seq_len: tokens in a row.
+      opened: domains, rates and the tokenizer.
       batch_size: rows in a batch over all processes.
       seed: seed of the orders; a domain that goes on keeps the seed of the stage which began to read it.
       rows: numbers of the rows of every batch that this process needs; None: all. A live feed gives all rows.
       place: is given every batch in a thread ahead of time, to put it on devices; its result is what the feed returns.
-      aside: is given every domain of a live feed, to report the documents that cannot be used.
       known: positions that earlier stages came to, the latest first; a domain goes on where it was left.
-      index: shares indexes of text files with other stages.
 
     Raises:
-      UserError: as LiveFeed and check.
-      DamageError: as cache.RowCache.
+      UserError, DamageError: as OpenData.train and OpenData.cache.
     """
-    if data.cache is None:
-        how = {"kind": kind, "seq_len": seq_len, "batch_size": batch_size, "seed": seed}
-        return LiveFeed(data, **how, place=place, aside=aside, known=known, index=index)
-    check(data, kind=kind, seq_len=seq_len, index=index)
-    rates = {name: source.rate for name, source in resolve(data).sources.items()}
-    row_cache = cache.RowCache(data.cache)
-    return CachedFeed(row_cache, rates, batch_size=batch_size, seed=seed, rows=rows, place=place, known=known)
+    how = {"batch_size": batch_size, "seed": seed, "place": place, "known": known}
+    if opened.cache is None:
+        return LiveFeed(opened, **how)
+    rates = {name: source.rate for name, source in opened.data.sources.items()}
+    return CachedFeed(opened.cache, rates, rows=rows, **how)
 
 
 class _Feed:
@@ -176,28 +157,17 @@ class LiveFeed(_Feed):
 
     def __init__(
         self,
-        data: DataConfig,
+        opened: OpenData,
         *,
-        kind: Kind,
-        seq_len: int,
         batch_size: int,
         seed: int,
         place: Place = lambda batch: batch,
-        aside: OnRejects = warn,
         known: Sequence[Position] = (),
-        index: sources.Indexes | None = None,
     ):
-        """Checks all files; documents are read from the first batch on. Arguments as `open_feed`.
-
-        Raises:
-          UserError: as OpenData and OpenData.train.
-        """
+        """Checks all files; documents are read from the first batch on. Arguments and errors as `open_feed`."""
         super().__init__(place)
-        opened = OpenData(data, kind=kind, seq_len=seq_len, index=index)
         self._vocabulary, self._documents = opened.vocabulary, opened.train
-        for documents in self._documents.values():
-            aside(documents)
-        self._shape = {"kind": kind, "seq_len": seq_len}
+        self._shape = {"kind": opened.kind, "seq_len": opened.seq_len}
         self._batch_size = batch_size
         rates = {name: opened.data.sources[name].rate for name in self._documents}
         self._weights = order.integer_weights(list(rates.values()))

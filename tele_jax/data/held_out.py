@@ -1,16 +1,14 @@
-"""Held-out text as batches for evaluation, in bits per byte."""
+"""Batches of held-out text, to be evaluated in bits per byte."""
 
 import dataclasses
 
 import numpy as np
 
-from tele_jax.data import packing, sources
-from tele_jax.data.domains import Documents, OnRejects, OpenData, warn
-from tele_jax.data.encode import Kind
+from tele_jax.data import packing
+from tele_jax.data.domains import Documents, OpenData
 from tele_jax.data.templates import separator
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import UserError
-from tele_jax.settings import DataConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,38 +30,23 @@ class HeldOut:
     num_tokens: int
 
 
-def held_out(
-    data: DataConfig,
-    *,
-    kind: Kind,
-    seq_len: int,
-    batch_size: int,
-    aside: OnRejects = warn,
-    index: sources.Indexes | None = None,
-) -> dict[str, HeldOut]:
+def held_out(opened: OpenData, *, batch_size: int) -> dict[str, HeldOut]:
     """Reads the first data.eval_bytes of the text that is held out of each domain, always as the same batches.
 
     A document longer than what is left of eval_bytes is cut at a character; a dialogue or an example of a Task is not,
     and the last one may go beyond; of these, learned tokens count. Documents longer than seq_len are cut into pieces,
     each with the separator as its only context. Documents that cannot be used are left out.
 
-    Args:
-      data, kind, seq_len, aside, index: as feed.open_feed. With one `index` the same text is read once.
-      batch_size: rows in a batch.
-
     Raises:
-      UserError: as OpenData and OpenData.held_out.
+      UserError: as OpenData.held_out.
     """
-    opened = OpenData(data, kind=kind, seq_len=seq_len, index=index)
-    for documents in opened.held_out.values():
-        aside(documents)
     held = {}
     for name, documents in opened.held_out.items():
-        how = (opened.vocabulary, seq_len, batch_size, data.eval_bytes)
-        key = ("held out", documents.where, documents.checksum, kind, *how, opened.vocabulary.template)
-        text = opened.once(key, lambda documents=documents, how=how: _batches(documents, *how))
+        how = (opened.vocabulary, opened.seq_len, batch_size, opened.data.eval_bytes)
+        key = ("held out", documents.where, documents.checksum, opened.kind, *how, opened.vocabulary.template)
+        text = opened.index.once(key, lambda documents=documents, how=how: _batches(documents, *how))
         if text is None:
-            raise UserError(f"eval_bytes={data.eval_bytes} holds no character of {documents.where}; give more")
+            raise UserError(f"eval_bytes={opened.data.eval_bytes} holds no character of {documents.where}; give more")
         held[name] = text
     return held
 

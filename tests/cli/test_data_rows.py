@@ -15,6 +15,7 @@ from tele_jax.axes import flatten
 from tele_jax.cli.main import main
 from tele_jax.cli.pages import load_page
 from tele_jax.settings import cache_config
+from tests.data import caches
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -162,12 +163,11 @@ def test_a_marker_that_somebody_typed_is_shown_as_text(place):
 
 
 def test_show_follows_the_order_of_a_run(place, capsys, tmp_path):
-    from tele_jax.data import feed
     from tele_jax.data.vocabulary import load_vocabulary
     from tele_jax.settings import DataConfig
 
     data = DataConfig(tokenizer=str(place / "tokenizer.model"), cache=str(place / "rows"))
-    batch = feed.open_feed(data, kind="pretrain", seq_len=32, batch_size=4, seed=2).read(9)
+    batch = caches.open_feed(data, kind="pretrain", seq_len=32, batch_size=4, seed=2).read(9)
     arguments = ["data", "show", str(place / "rows"), "--step", "9", "--batch-size", "4", "--seed", "2"]
     assert main([*arguments, "--count", "4", "--json", str(tmp_path / "rows.json")]) == 0
     vocabulary = load_vocabulary(place / "tokenizer.model")

@@ -10,6 +10,7 @@ from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import UserError
 from tele_jax.inference.chat import find_tokenizer
 from tele_jax.settings import DataConfig, SourceConfig
+from tests.data import caches
 from tests.data.test_vocabulary_tokenizers import byte_level
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -63,7 +64,7 @@ def data(place, template):
 
 def test_fine_tuning_reads_dialogues_in_the_template(place):
     vocabulary = load_vocabulary(place / "released.json")
-    batch = next(feed.LiveFeed(data(place, "telechat_52b"), kind="sft", seq_len=64, batch_size=2, seed=0))
+    batch = next(caches.open_feed(data(place, "telechat_52b"), kind="sft", seq_len=64, batch_size=2, seed=0))
     row = batch["tokens"][0][batch["segment_ids"][0] == 1]
     assert vocabulary.decode(row).startswith("<_user>第")
     learned = batch["targets"][0][(batch["segment_ids"][0] == 1) & (batch["loss_weights"][0] > 0)]

@@ -5,7 +5,9 @@ import json
 
 import numpy as np
 
-from tele_jax.data import caching
+from tele_jax.data import caching, domains, feed
+from tele_jax.data import held_out as held
+from tele_jax.data.domains import OpenData
 from tele_jax.settings import CacheConfig, DataConfig, SourceConfig
 
 
@@ -57,3 +59,13 @@ def documents(batch, eos_id):
 
 def same(a, b):
     return a.keys() == b.keys() and all((a[name] == b[name]).all() and a[name].dtype == b[name].dtype for name in a)
+
+
+def open_feed(data, *, kind, seq_len, index=None, on_rejects=domains.warn, **how):
+    """The feed of a DataConfig."""
+    return feed.open_feed(OpenData(data, kind=kind, seq_len=seq_len, index=index, on_rejects=on_rejects), **how)
+
+
+def held_out(data, *, kind, seq_len, batch_size, on_rejects=domains.warn):
+    """The held-out text of a DataConfig."""
+    return held.held_out(OpenData(data, kind=kind, seq_len=seq_len, on_rejects=on_rejects), batch_size=batch_size)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tele_jax.data import feed, sources
+from tele_jax.data import domains
 from tele_jax.errors import UserError
 from tele_jax.settings import DataConfig, SourceConfig
 
@@ -19,9 +19,9 @@ def test_documents_that_are_trained_on_and_held_out_are_counted_in_every_domain(
     (tmp_path / "b.jsonl").write_bytes(b"".join(line + b"\r\n" for line in lines[40:]))
     held = [lines[39], lines[0], *lines[55:], json.dumps({"text": "document"}).encode()]
     (tmp_path / "held.jsonl").write_bytes(b"".join(line + b"\n" for line in held))
-    domains = {name: dict(files=(str(tmp_path / f"{name}.jsonl"),), format="jsonl") for name in ("a", "b")}
-    domains["a"]["validation_files"] = (str(tmp_path / "held.jsonl"),)
-    said = feed.shared(data_of(model_file, **domains), 32, index=sources.Indexes())
+    page = {name: dict(files=(str(tmp_path / f"{name}.jsonl"),), format="jsonl") for name in ("a", "b")}
+    page["a"]["validation_files"] = (str(tmp_path / "held.jsonl"),)
+    said = domains.OpenData(data_of(model_file, **page), kind="pretrain", seq_len=32).shared()
     assert said == [
         "sources.a.files: 2 documents are held out as well",
         "sources.b.files: 5 documents are held out as well",
@@ -36,6 +36,6 @@ def test_the_same_text_is_refused_under_another_name_and_in_another_domain(model
     with pytest.raises(
         UserError, match=r"sources\.a\.validation_files: .*copy\.txt is trained on as well \(sources\.b"
     ):
-        feed.check(data, kind="pretrain", seq_len=16)
+        domains.check(data, kind="pretrain", seq_len=16)
     data = data_of(model_file, a=dict(files=file["a"], validation_files=file["other"]), b=dict(files=file["b"]))
-    feed.check(data, kind="pretrain", seq_len=16)
+    domains.check(data, kind="pretrain", seq_len=16)

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from tele_jax.data import cache, feed
+from tele_jax.data import cache, domains, feed
 from tele_jax.errors import DamageError, UserError
 from tele_jax.settings import DataConfig, SourceConfig
 from tests.data import caches
@@ -32,7 +32,7 @@ def data(place, model_file):
 
 
 def make(data, *, batch_size=8, seed=3, **options):
-    return feed.open_feed(data, kind="pretrain", seq_len=32, batch_size=batch_size, seed=seed, **options)
+    return caches.open_feed(data, kind="pretrain", seq_len=32, batch_size=batch_size, seed=seed, **options)
 
 
 def joined(parts):
@@ -128,9 +128,9 @@ def test_resume_is_exact_at_any_step_and_with_another_number_of_hosts(data):
 
 RESUMED = """
 import hashlib, pickle, sys
-from tele_jax.data import feed
+from tests.data import caches
 data, state = pickle.load(sys.stdin.buffer)
-made = feed.open_feed(data, kind="pretrain", seq_len=32, batch_size=8, seed=3)
+made = caches.open_feed(data, kind="pretrain", seq_len=32, batch_size=8, seed=3)
 made.restore(state)
 batches = [next(made) for _ in range(10)]
 print(hashlib.sha256(b"".join(batch[n].tobytes() for batch in batches for n in sorted(batch))).hexdigest())
@@ -237,7 +237,7 @@ def other_tokenizer(model_file, tmp_path):
 def test_what_does_not_fit_a_cache_is_one_clear_line(data, place, model_file, tmp_path):
     def check(kind="pretrain", seq_len=32, **changes):
         fields = {"tokenizer": data.tokenizer, "cache": data.cache, **changes}
-        feed.check(DataConfig(**fields), kind=kind, seq_len=seq_len)
+        domains.check(DataConfig(**fields), kind=kind, seq_len=seq_len)
 
     check()
     check(sources={"en": SourceConfig(files=(str(place / "en.jsonl"),))})
@@ -273,6 +273,6 @@ def test_held_out_text_is_read_from_the_files_that_the_cache_was_made_with(model
     caches.make(made, tmp_path / "rows")
     cached = DataConfig(tokenizer=str(model_file), cache=str(tmp_path / "rows"))
     shape = {"kind": "pretrain", "seq_len": 32, "batch_size": 4}
-    from_cache, from_files = (feed.held_out(each, **shape)["a"] for each in (cached, made.data))
+    from_cache, from_files = (caches.held_out(each, **shape)["a"] for each in (cached, made.data))
     assert from_cache.num_bytes == from_files.num_bytes == len(texts[1].encode())
     assert all(caches.same(a, b) for a, b in zip(from_cache.batches, from_files.batches, strict=True))

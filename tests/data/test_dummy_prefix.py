@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from tele_jax.data import cache, encode, feed, sources
+from tele_jax.data import cache, encode, sources
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import UserError
 from tele_jax.settings import DataConfig, SourceConfig
@@ -74,7 +74,7 @@ def test_a_live_feed_and_evaluation_too(prefixed, format, tmp_path):
     assert documents_of(np.concatenate(made), vocabulary) == [" " + text]
     source = SourceConfig(files=(str(path),), validation_files=(str(path),), format=format)
     data = DataConfig(tokenizer=str(prefixed), sources={"a": source}, eval_bytes=10**9)
-    held = feed.held_out(data, kind="pretrain", seq_len=64, batch_size=1)["a"]
+    held = caches.held_out(data, kind="pretrain", seq_len=64, batch_size=1)["a"]
     assert held.num_bytes == len(text.encode())
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tele_jax.data import dialogue, domains, feed, sources
+from tele_jax.data import dialogue, domains, sources
 from tele_jax.errors import DamageError, UserError
 from tele_jax.files import expand
 from tele_jax.settings import DataConfig, SourceConfig
+from tests.data import caches
 
 pytest.importorskip("seqio")
 
@@ -78,7 +79,7 @@ def counted(counting, monkeypatch):
 
 
 def test_a_batch_is_what_training_takes(real):
-    live = feed.LiveFeed(real, kind="pretrain", seq_len=64, batch_size=3, seed=0)
+    live = caches.open_feed(real, kind="pretrain", seq_len=64, batch_size=3, seed=0)
     batch = next(live)
     assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == {
         "tokens": ((3, 64), "int32"),
@@ -97,7 +98,7 @@ def test_every_token_is_predicted_once_an_epoch(counted, counting, tmp_path):
     lengths.append(1600 - 32 - sum(lengths))  # with their ends 1,600 tokens: 100 rows of 16
     assert min(lengths) > 0
     path = write_lines(tmp_path / "a.jsonl", [{"text": f"{i + 1}:{n}"} for i, n in enumerate(lengths)])
-    live = feed.LiveFeed(
+    live = caches.open_feed(
         counted(a=SourceConfig(files=(path,), format="jsonl")), kind="pretrain", seq_len=16, batch_size=10, seed=3
     )
     begun, said, ends, rows = [], {i + 1: [] for i in range(32)}, 0, 300
@@ -126,7 +127,7 @@ def test_every_token_is_predicted_once_an_epoch(counted, counting, tmp_path):
 def test_a_dialogue_stays_whole_and_only_its_answer_counts(counted, counting, tmp_path):
     talks = [talk(f"{2 * i + 1}:{1 + i % 5}", f"{2 * i + 2}:{1 + i % 7}") for i in range(48)]
     path = write_lines(tmp_path / "a.jsonl", talks)
-    live = feed.LiveFeed(
+    live = caches.open_feed(
         counted(a=SourceConfig(files=(path,), format="dialogues")), kind="sft", seq_len=24, batch_size=4, seed=0
     )
     expected = {}
@@ -151,7 +152,7 @@ def test_a_dialogue_stays_whole_and_only_its_answer_counts(counted, counting, tm
 
 def test_a_long_dialogue_is_cut_as_the_template_says(counted, counting, tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [talk("1:50", "2:5")])
-    live = feed.LiveFeed(
+    live = caches.open_feed(
         counted(a=SourceConfig(files=(path,), format="dialogues")), kind="sft", seq_len=20, batch_size=1, seed=0
     )
     batch = next(live)
@@ -167,7 +168,7 @@ def test_a_rate_is_a_share_of_the_tokens_whatever_the_length_of_documents(counte
         long=SourceConfig(files=(long,), format="jsonl", rate=1),
         short=SourceConfig(files=(short,), format="jsonl", rate=3),
     )
-    live = feed.LiveFeed(data, kind="pretrain", seq_len=32, batch_size=50, seed=0)
+    live = caches.open_feed(data, kind="pretrain", seq_len=32, batch_size=50, seed=0)
     targets = np.stack([next(live)["targets"] for _ in range(20)])
     share = ((targets >= 1000) & (targets < 100_000)).any(-1).mean()
     assert abs(share - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 1000)
@@ -175,7 +176,7 @@ def test_a_rate_is_a_share_of_the_tokens_whatever_the_length_of_documents(counte
 
 def test_a_single_document_makes_a_feed(counted, tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"text": "1:7"}])
-    live = feed.LiveFeed(
+    live = caches.open_feed(
         counted(a=SourceConfig(files=(path,), format="jsonl")), kind="pretrain", seq_len=8, batch_size=2, seed=0
     )
     assert next(live)["targets"].tolist() == [[*range(1000, 1007), 2]] * 2
@@ -188,7 +189,7 @@ def test_resume_is_exact_and_seeds_matter(real, tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(lines[:300]))
 
     def make(seed=5):
-        return feed.LiveFeed(real, kind="pretrain", seq_len=128, batch_size=16, seed=seed)
+        return caches.open_feed(real, kind="pretrain", seq_len=128, batch_size=16, seed=seed)
 
     live = make()
     batches, states = [], {}
@@ -208,9 +209,9 @@ def test_resume_is_exact_and_seeds_matter(real, tmp_path):
         assert all(same(next(again), batch) for batch in batches[at : at + 20]), f"restored at {at}"
     code = (
         "import hashlib, pickle, sys\n"
-        "from tele_jax.data import feed\n"
+        "from tests.data import caches\n"
         "data, state = pickle.load(sys.stdin.buffer)\n"
-        "live = feed.LiveFeed(data, kind='pretrain', seq_len=128, batch_size=16, seed=5)\n"
+        "live = caches.open_feed(data, kind='pretrain', seq_len=128, batch_size=16, seed=5)\n"
         "live.restore(state)\n"
         "batches = [next(live) for _ in range(20)]\n"
         "parts = [batch[name].tobytes() for batch in batches for name in sorted(batch)]\n"
@@ -225,12 +226,12 @@ def test_resume_is_exact_and_seeds_matter(real, tmp_path):
 
 def test_resume_of_fine_tuning_is_exact(real):
     data = DataConfig(tokenizer=real.tokenizer, sources={"talks": real.sources["talks"]})
-    live = feed.LiveFeed(data, kind="sft", seq_len=96, batch_size=8, seed=0)
+    live = caches.open_feed(data, kind="sft", seq_len=96, batch_size=8, seed=0)
     for _ in range(9):
         next(live)
     state = live.state()
     expected = [next(live) for _ in range(20)]
-    again = feed.LiveFeed(data, kind="sft", seq_len=96, batch_size=8, seed=0)
+    again = caches.open_feed(data, kind="sft", seq_len=96, batch_size=8, seed=0)
     again.restore(state)
     assert all(same(next(again), batch) for batch in expected)
 
@@ -240,7 +241,7 @@ def test_a_state_is_for_one_feed_only(counted, tmp_path):
 
     def make(seq_len=8, rate=1.0):
         data = counted(a=SourceConfig(files=(path,), format="jsonl", rate=rate))
-        return feed.LiveFeed(data, kind="pretrain", seq_len=seq_len, batch_size=2, seed=0)
+        return caches.open_feed(data, kind="pretrain", seq_len=seq_len, batch_size=2, seed=0)
 
     state = make().state()
     with pytest.raises(
@@ -284,7 +285,7 @@ def test_a_file_that_changes_under_a_feed_is_named(real, tmp_path, format, chang
     pattern = write("old")
     data = DataConfig(tokenizer=real.tokenizer, sources={"a": SourceConfig(files=(pattern,), format=format)})
     kind = "sft" if format == "dialogues" else "pretrain"
-    live = feed.LiveFeed(data, kind=kind, seq_len=64, batch_size=2, seed=0)
+    live = caches.open_feed(data, kind=kind, seq_len=64, batch_size=2, seed=0)
     next(live)
     state = live.state()
     for path in map(Path, expand([pattern], "x")):
@@ -302,13 +303,13 @@ def test_a_file_that_changes_under_a_feed_is_named(real, tmp_path, format, chang
             next(live)
     if change == "same lengths":  # nor does a later start take the one for the other
         with pytest.raises(UserError, match=r"saved for another feed: sources\.a\.checksum was"):
-            feed.LiveFeed(data, kind=kind, seq_len=64, batch_size=2, seed=0).restore(state)
+            caches.open_feed(data, kind=kind, seq_len=64, batch_size=2, seed=0).restore(state)
 
 
 def test_bad_sources_are_refused_before_training(real, tmp_path):
     def make(**changes):
         fields = {"tokenizer": real.tokenizer, "sources": real.sources, **changes}
-        return feed.LiveFeed(DataConfig(**fields), kind="pretrain", seq_len=8, batch_size=1, seed=0)
+        return caches.open_feed(DataConfig(**fields), kind="pretrain", seq_len=8, batch_size=1, seed=0)
 
     with pytest.raises(UserError, match=r"absent\.model: No such file"):
         make(tokenizer=str(tmp_path / "absent.model"))
@@ -317,7 +318,7 @@ def test_bad_sources_are_refused_before_training(real, tmp_path):
         with pytest.raises(UserError, match=message):
             make(sources={"x": SourceConfig(files=(f"{tmp_path}/{pattern}",))})
     with pytest.raises(UserError, match=r"sources\.code: fine-tuning learns answers.*dialogues, not text"):
-        feed.LiveFeed(real, kind="sft", seq_len=8, batch_size=1, seed=0)
+        caches.open_feed(real, kind="sft", seq_len=8, batch_size=1, seed=0)
 
 
 def test_with_bad_documents_the_rows_are_those_of_the_good_ones(real, tmp_path):
@@ -339,8 +340,8 @@ def test_with_bad_documents_the_rows_are_those_of_the_good_ones(real, tmp_path):
     feeds = []
     for sources_ in (clean, {name: spoiled[name] for name in clean}):
         data = dataclasses.replace(real, sources=sources_, eval_bytes=2000)
-        shape = {"kind": "pretrain", "seq_len": 64, "batch_size": 8, "aside": told.append}
-        feeds.append((feed.LiveFeed(data, **shape, seed=3), feed.held_out(data, **shape), data))
+        shape = {"kind": "pretrain", "seq_len": 64, "batch_size": 8, "on_rejects": told.append}
+        feeds.append((caches.open_feed(data, **shape, seed=3), caches.held_out(data, **shape), data))
     counts = [(corpus.where, len(corpus.rejected)) for corpus in told if corpus.rejected]
     numbers = {"code": 1, "prose": 4, "talks": 4}
     assert counts == [
@@ -353,7 +354,7 @@ def test_with_bad_documents_the_rows_are_those_of_the_good_ones(real, tmp_path):
     expected = [next(good) for _ in range(30)]
     assert all(same(next(left), batch) for batch in expected[:12])
     with pytest.warns(UserWarning, match="documents cannot be used") as warned:
-        again = feed.LiveFeed(data, kind="pretrain", seq_len=64, batch_size=8, seed=3)
+        again = caches.open_feed(data, kind="pretrain", seq_len=64, batch_size=8, seed=3)
     assert "prose.bad.jsonl, line 1: not UTF-8 at byte 13 (0xe9)" in str(warned[1].message)
     again.restore(left.state())
     assert all(same(next(again), batch) for batch in expected[12:])
@@ -369,7 +370,7 @@ def test_a_system_message_that_the_template_has_no_place_for_is_found_before_tra
     def check(template):
         sources = {"x": SourceConfig(files=(path,), format="dialogues")}
         data = DataConfig(tokenizer=str(model_file), sources=sources, template=template)
-        feed.check(data, kind="sft", seq_len=8)
+        domains.check(data, kind="sft", seq_len=8)
 
     check("telechat")
     second = len((tmp_path / "talks.jsonl").read_bytes().splitlines(keepends=True)[0])
@@ -381,7 +382,7 @@ def test_a_system_message_that_the_template_has_no_place_for_is_found_before_tra
 def held(path, format, model_file, eval_bytes=10**9, kind="pretrain", seq_len=32, batch_size=4):
     source = SourceConfig(files=(str(path),), format=format, validation_files=(str(path),))
     data = DataConfig(tokenizer=str(model_file), sources={"x": source}, eval_bytes=eval_bytes)
-    return feed.held_out(data, kind=kind, seq_len=seq_len, batch_size=batch_size)
+    return caches.held_out(data, kind=kind, seq_len=seq_len, batch_size=batch_size)
 
 
 def test_held_out_text_is_all_there_and_counted_to_the_byte(vocabulary, model_file, texts, tmp_path):
@@ -437,7 +438,7 @@ def test_held_out_dialogues_count_the_text_of_the_answers(vocabulary, model_file
 
 
 def test_domains_without_validation_files_are_left_out(real):
-    assert feed.held_out(real, kind="pretrain", seq_len=8, batch_size=1) == {}
+    assert caches.held_out(real, kind="pretrain", seq_len=8, batch_size=1) == {}
 
 
 def test_spans_of_a_long_document_do_not_end_it(counted, counting, tmp_path, monkeypatch):
@@ -452,7 +453,7 @@ def test_spans_of_a_long_document_do_not_end_it(counted, counting, tmp_path, mon
         "encode",
         lambda self, text: [1000 * int(line.split(":")[0]) + k for line in text.split() for k in range(5)],
     )
-    live = feed.LiveFeed(
+    live = caches.open_feed(
         counted(a=SourceConfig(files=(str(tmp_path / "a.txt"),))), kind="pretrain", seq_len=7, batch_size=3, seed=0
     )
     # Two spans an epoch, and 16 rows that are filled in turn.

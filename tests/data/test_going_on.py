@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tele_jax.data import cache, domains, feed, order, sources
+from tele_jax.data import cache, domains, order, sources
 from tele_jax.errors import DamageError, UserError
 from tele_jax.settings import DataConfig, SourceConfig
 from tests.data import caches
@@ -73,7 +73,7 @@ def drive(stages, *, every=1000, kills=(), hosts=(1,)):
             rows = [range(h * stage.batch_size // count, (h + 1) * stage.batch_size // count) for h in range(count)]
             shape = {"kind": stage.kind, "seq_len": stage.seq_len, "batch_size": stage.batch_size, "seed": stage.seed}
             known = order.positions_in(provenance)
-            opened = [feed.open_feed(stage.data, **shape, rows=part, known=known) for part in rows]
+            opened = [caches.open_feed(stage.data, **shape, rows=part, known=known) for part in rows]
             if saved is not None:
                 for each in opened:
                     each.restore(saved)
@@ -191,7 +191,7 @@ def test_cached_every_row_comes_once_an_epoch_through_all_stages(place, model_fi
 
 def first_batch(stage, provenance, vocabulary=None):
     shape = {"kind": stage.kind, "seq_len": stage.seq_len, "batch_size": stage.batch_size, "seed": stage.seed}
-    opened = feed.open_feed(stage.data, **shape, known=order.positions_in(provenance))
+    opened = caches.open_feed(stage.data, **shape, known=order.positions_in(provenance))
     batch = next(opened)
     opened.close()
     return batch, opened.taken_over
@@ -230,14 +230,14 @@ def test_the_same_data_is_known_by_its_content_and_other_data_begins(place, mode
 @pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
 def test_what_is_read_may_lie_elsewhere_when_a_stage_goes_on(place, model_file, tmp_path, cached):
     shape = {"kind": "pretrain", "seq_len": 16, "batch_size": 4, "seed": 0}
-    opened = feed.open_feed(data_of(place, model_file, cached), **shape)
+    opened = caches.open_feed(data_of(place, model_file, cached), **shape)
     for _ in range(5):
         next(opened)
     state, expected = opened.state(), [next(opened) for _ in range(20)]
     opened.close()
     shutil.copytree(place, tmp_path / "moved")
     shutil.copyfile(model_file, tmp_path / "moved.model")
-    again = feed.open_feed(data_of(tmp_path / "moved", tmp_path / "moved.model", cached), **shape)
+    again = caches.open_feed(data_of(tmp_path / "moved", tmp_path / "moved.model", cached), **shape)
     again.restore(state)
     assert all(caches.same(next(again), batch) for batch in expected)
     again.close()
@@ -301,8 +301,8 @@ def test_a_damaged_position_in_a_provenance_is_named(place, model_file, field):
 
 def test_a_state_of_a_stage_is_not_for_another_data(place, model_file):
     stage = Stage(data_of(place, model_file), 1, 2, seed=0)
-    live = feed.open_feed(stage.data, kind="pretrain", seq_len=16, batch_size=2, seed=0)
-    cached = feed.open_feed(data_of(place, model_file, True), kind="pretrain", seq_len=16, batch_size=2, seed=0)
+    live = caches.open_feed(stage.data, kind="pretrain", seq_len=16, batch_size=2, seed=0)
+    cached = caches.open_feed(data_of(place, model_file, True), kind="pretrain", seq_len=16, batch_size=2, seed=0)
     with pytest.raises(UserError, match="saved for a feed without a cache"):
         cached.restore(live.state())
     with pytest.raises(UserError, match="saved for a feed from a cache"):

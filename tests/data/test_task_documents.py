@@ -15,7 +15,7 @@ import pytest
 from tele_jax import checkpoint
 from tele_jax.axes import flatten
 from tele_jax.cli.main import main
-from tele_jax.data import cache, caching, feed
+from tele_jax.data import cache, caching, domains
 from tele_jax.errors import UserError
 from tele_jax.settings import CacheConfig, DataConfig, SourceConfig
 from tests.data import caches
@@ -155,7 +155,7 @@ def epoch_of(batch, weights_too=False):
 
 
 def live_documents(data, count, kind="pretrain"):
-    with_feed = feed.open_feed(data, kind=kind, seq_len=256, batch_size=8, seed=0)
+    with_feed = caches.open_feed(data, kind=kind, seq_len=256, batch_size=8, seed=0)
     try:
         batches = [next(with_feed) for _ in range(count)]
     finally:
@@ -193,7 +193,9 @@ def test_of_inputs_and_targets_the_targets_are_learned(place, vocabulary, kind):
 def test_an_example_that_is_longer_than_a_row_is_counted_in_fine_tuning(place, vocabulary):
     longer = [line for line in place[2] if len(vocabulary.encode(line.replace(" = ", ""))) + 1 > 24]
     given = []
-    opened = feed.open_feed(data_of(place, "qa"), kind="sft", seq_len=24, batch_size=4, seed=0, aside=given.append)
+    opened = caches.open_feed(
+        data_of(place, "qa"), kind="sft", seq_len=24, batch_size=4, seed=0, on_rejects=given.append
+    )
     opened.close()
     (account,) = given
     assert account.num_rejected == len(account.rejected) > 0 and abs(len(longer) - account.num_rejected) < 10
@@ -203,9 +205,9 @@ def test_an_example_that_is_longer_than_a_row_is_counted_in_fine_tuning(place, v
 
 
 def test_held_out_text_of_a_task_is_counted_in_bytes(place):
-    held = feed.held_out(data_of(place, "qa", validation_split="held"), kind="sft", seq_len=32, batch_size=4)["own"]
+    held = caches.held_out(data_of(place, "qa", validation_split="held"), kind="sft", seq_len=32, batch_size=4)["own"]
     assert held.num_bytes == len("3") + len("50")
-    held = feed.held_out(data_of(place, "lm", validation_split="held"), kind="pretrain", seq_len=32, batch_size=4)[
+    held = caches.held_out(data_of(place, "lm", validation_split="held"), kind="pretrain", seq_len=32, batch_size=4)[
         "own"
     ]
     assert held.num_bytes == len("1 and 2 = 3") + len("20 and 30 = 50")
@@ -213,7 +215,7 @@ def test_held_out_text_of_a_task_is_counted_in_bytes(place):
 
 def test_a_mixture_becomes_a_domain_for_each_of_its_tasks(place):
     _, user, _ = place
-    resolved = feed.resolve(data_of(place, "mixture", rate=8))
+    resolved = domains.resolve(data_of(place, "mixture", rate=8))
     rates = {name: (source.task, source.rate) for name, source in resolved.sources.items()}
     assert rates == {f"own.{user}_lm": (f"{user}_lm", 2.0), f"own.{user}_bare": (f"{user}_bare", 6.0)}
 
@@ -248,7 +250,7 @@ def test_our_vocabulary_serves_any_number_of_datasets_of_a_process(place, vocabu
 )
 def test_a_task_that_cannot_be_trained_on_is_refused_by_name(place, task, kind, fields, expected):
     with pytest.raises(UserError, match=expected) as caught:
-        feed.check(data_of(place, task, **fields), kind=kind, seq_len=32)
+        domains.check(data_of(place, task, **fields), kind=kind, seq_len=32)
     assert "\n" not in str(caught.value)
 
 

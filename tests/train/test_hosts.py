@@ -10,10 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from tele_jax.data import caching, feed, vocabulary_training
+from tele_jax.data import caching, vocabulary_training
 from tele_jax.settings import CacheConfig, DataConfig, MeshConfig, SourceConfig
 from tele_jax.sharding import make_mesh
 from tele_jax.train.step import local_rows, put_batch
+from tests.data import caches
 from tests.ports import free_port
 
 SHAPE = dict(kind="pretrain", seq_len=16, batch_size=8, seed=1)
@@ -26,14 +27,14 @@ address, number, data, mesh = json.loads(sys.argv[1])
 jax.distributed.initialize(address, num_processes=2, process_id=number)
 import numpy as np
 from jax.experimental import multihost_utils
-from tele_jax.data import feed
+from tests.data import caches
 from tele_jax.settings import DataConfig, MeshConfig
 from tele_jax.sharding import make_mesh
 from tele_jax.train.step import local_rows, put_batch
 mesh = make_mesh(MeshConfig(**mesh), jax.devices())
 rows = local_rows(mesh, 8)
 place = functools.partial(put_batch, mesh=mesh, batch_size=8)
-made = feed.open_feed(DataConfig(**data), kind="pretrain", seq_len=16, batch_size=8, seed=1, rows=rows, place=place)
+made = caches.open_feed(DataConfig(**data), kind="pretrain", seq_len=16, batch_size=8, seed=1, rows=rows, place=place)
 digests = []
 for _ in range(3):
     batch = multihost_utils.process_allgather(next(made), tiled=True)
@@ -72,7 +73,7 @@ def test_two_processes_hold_the_batch_of_one(data, mesh):
     outputs = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     found = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
-    whole = feed.open_feed(DataConfig(**data), **SHAPE)
+    whole = caches.open_feed(DataConfig(**data), **SHAPE)
     batches = [next(whole) for _ in range(3)]
     expected = [hashlib.sha256(b"".join(b[name].tobytes() for name in sorted(b))).hexdigest() for b in batches]
     assert [each["digests"] for each in found] == [expected, expected]
