@@ -169,6 +169,19 @@ def held_alone(file: Path, message: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, and then moves what was written there to `path`: all of it or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes JSON atomically: a kill leaves the old file or the new one. Raises DamageError, as on a full disk."""
     temporary = path.with_suffix(".tmp")

@@ -26,7 +26,7 @@ from tele_jax.data.templates import separator
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.extras import need
-from tele_jax.files import expand, parse_json
+from tele_jax.files import expand, parse_json, replacing
 from tele_jax.settings import CacheConfig, SourceConfig
 
 if TYPE_CHECKING:
@@ -425,13 +425,6 @@ def write_rejected(path: Path, rejected: Sequence[documents.Reject]) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Writes a file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes a text file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,7 +35,7 @@ from tele_jax.data.documents import (
 )
 from tele_jax.data.documents import account as account_of
 from tele_jax.errors import UserError
-from tele_jax.files import expand
+from tele_jax.files import expand, replacing
 
 # A long document is cut into spans of max(SPAN_BYTES, SPAN_BYTES_PER_TOKEN * seq_len) bytes, about eight rows of
 # English: short enough to bound how many rows of one document follow each other, and long enough that few rows begin
@@ -218,26 +217,21 @@ def _scan_lines(
 class Indexes:
     """Makes each index once, for all stages of a run, and keeps it on disk for the next start. Called as `index` is.
 
-    Files are read once for all sizes of spans that `seq_lens` and the call ask for.
+    Files are read once for all sizes of spans that `seq_lens` and the call ask for. Nothing is written before `keep_in`
+    is called, so that a run which is refused leaves no trace.
     """
 
     def __init__(self, directory: str | os.PathLike | None = None, *, seq_lens: Iterable[int] = ()):
         """Reads nothing yet.
 
         Args:
-          directory: where indexes are kept, e.g. W/indexes; made on use. None: nowhere.
+          directory: where an earlier start kept indexes, e.g. W/indexes. None: nowhere.
           seq_lens: the row lengths of all stages.
         """
         self._directory = None if directory is None else Path(directory)
         self._sizes = {span_bytes_for(seq_len) for seq_len in seq_lens}
         self._made: dict[Any, Any] = {}
-
-    def keep_in(self, directory: str | os.PathLike) -> None:
-        """Keeps all indexes in `directory`: those that were made so far, and those to come."""
-        self._directory = Path(directory)
-        for key, made in self._made.items():
-            if isinstance(made, Corpus) and key[0] == _stamps(made.files):
-                self._keep(key, made)
+        self._unwritten: list[tuple[tuple, Corpus]] = []
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """Returns what `make` gave when it was first called for this key."""
@@ -259,7 +253,7 @@ class Indexes:
             for size, made in _index(where, name, files, format, sorted(sizes)).items():
                 self._made[stamps, format, size] = made
                 if stamps == _stamps(files):  # no file changed meanwhile
-                    self._keep((stamps, format, size), made)
+                    self._unwritten.append(((stamps, format, size), made))
         return dataclasses.replace(self._made[key], where=where, name=name)
 
     def _file(self, key: tuple) -> Path:
@@ -282,22 +276,18 @@ class Indexes:
             return None
         return None
 
-    def _keep(self, key: tuple, made: Corpus) -> None:
-        """Writes an index atomically, unless the disk does not allow it: a kept index only saves time."""
-        if self._directory is None:
-            return
-        about = {"stamps": key[0], "checksum": made.checksum, "rejected": made.rejected}
-        about["num_rejected"] = made.num_rejected
+    def keep_in(self, directory: str | os.PathLike) -> None:
+        """Writes the indexes made so far, each atomically, unless the disk does not allow it: they only save time."""
+        self._directory = Path(directory)
+        unwritten, self._unwritten = self._unwritten, []
         with contextlib.suppress(OSError):
-            self._directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._directory, prefix=".", delete=False) as file:
-                try:
+            if unwritten:
+                self._directory.mkdir(parents=True, exist_ok=True)
+            for key, made in unwritten:
+                about = {"stamps": key[0], "checksum": made.checksum}
+                about |= {"rejected": made.rejected, "num_rejected": made.num_rejected}
+                with replacing(self._file(key)) as temporary, temporary.open("wb") as file:
                     np.savez(file, spans=made.spans, about=np.frombuffer(json.dumps(about).encode(), np.uint8))
-                    file.flush()
-                    os.replace(file.name, self._file(key))
-                except OSError:
-                    os.unlink(file.name)
-                    raise
 
 
 def _stamps(files: Sequence[str]) -> tuple[tuple[str, int, int, int], ...]:

@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import glob
 import io
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from tele_jax.data.vocabulary import SPACE, SentencePieceVocabulary
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import UserError
 from tele_jax.extras import need
-from tele_jax.files import expand, read_bytes, require_regular
+from tele_jax.files import expand, read_bytes, replacing, require_regular
 
 DIGITS = tuple("0123456789")
 # The released file has ten emoji here, which label what a teacher thought of a text. Which ones they are is not
@@ -237,14 +236,10 @@ def write_vocabulary(trained: Trained, path: Path, *, preset: str, force: bool =
     if path.exists() and not force:
         raise UserError(f"{path}: is there already and differs; choose another name, or replace it with --force")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(trained.model)
         wrong = misplaced(SentencePieceVocabulary(temporary), preset)
         assert not wrong, f"{preset}: {'; '.join(wrong[:3])}"
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return SentencePieceVocabulary(path)
 
 
