@@ -38,9 +38,6 @@ def run(args: argparse.Namespace) -> Outcome:
     return args.run(args)
 
 
-# ---------------------------------------------------------------------------------------------------------------- fetch
-
-
 def _fetch_arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "name NAME", "stdlib (no download) or quickstart (13 MB)", choices=corpora.SETS)
     flag(parser, "--out DIR", "directory to write", Path, required=True)
@@ -72,9 +69,6 @@ def _fetch(args: argparse.Namespace) -> Outcome:
     if missing := fetched.manifest["missing"]:
         lines.append(f"missing: {', '.join(missing)}: no Chinese; run the command again to try once more")
     return Outcome(fetched.manifest, text="\n".join(lines))
-
-
-# ---------------------------------------------------------------------------------------------------------------- cache
 
 
 def _cache_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,9 +141,6 @@ def _table(manifest: Manifest) -> str:
     return tables.text(rows, header)
 
 
-# ----------------------------------------------------------------------------------------------------------------- show
-
-
 def _show_arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "dir DIR", "directory that `tele data cache` wrote", Path)
     flag(parser, "--domain NAME", "domain of the rows; default: the first")
@@ -196,9 +187,6 @@ def _places(args: argparse.Namespace, cache: RowCache) -> list[tuple[str, int | 
     located = describe.run_order(cache.manifest, args.seed).locate(args.step * args.batch_size + np.arange(args.count))
     names = list(cache.rows)
     return [(names[d], epoch, row) for d, epoch, row in zip(*(column.tolist() for column in located))]
-
-
-# ---------------------------------------------------------------------------------------------------------------- stats
 
 
 def _stats_arguments(parser: argparse.ArgumentParser) -> None:

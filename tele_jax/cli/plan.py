@@ -104,9 +104,6 @@ def _line(f: dict[str, Any]) -> str:
     return f"{head}  step at least {seconds['scheduled']:.4g} s as scheduled, {seconds['step']:.4g} if all overlaps"
 
 
-# --------------------------------------------------------------------------------------------------- what is asked for
-
-
 def _job(args: argparse.Namespace) -> tuple[Any, float | None]:
     """The job of the command line, and the tokens of its stage where they are known."""
     if args.config is None and args.model is None:
@@ -117,27 +114,28 @@ def _job(args: argparse.Namespace) -> tuple[Any, float | None]:
             raise UserError(f"--tries {args.tries}: must be above 0")
     cfg, values, tokens = _from_page(args) if args.config else _from_model(args)
     mesh, slices = values.pop("mesh", None), values.pop("num_slices", 1)
-    of = find_slice(args.topology, slices if args.num_slices is None else args.num_slices)
+    tpu = find_slice(args.topology, slices if args.num_slices is None else args.num_slices)
     if args.mesh is not None:
         mesh = parse_mesh(args.mesh)
     if args.search:
-        mesh = MeshConfig(fsdp=of.num_devices // of.num_slices, data=of.num_slices)
+        mesh = MeshConfig(fsdp=tpu.num_devices // tpu.num_slices, data=tpu.num_slices)
     elif mesh is None:
-        raise UserError(f"--mesh: missing; for example fsdp={of.num_devices}, or --search for the best")
-    make = _decoding if args.decode else _growing if "plan" in values else _training
-    return make(args, cfg, values, dict(slice=of, mesh=convert(MeshConfig, mesh, "--mesh"))), tokens
-
-
-def _training(args: argparse.Namespace, cfg: Any, values: dict[str, Any], where: dict[str, Any]) -> Any:
+        raise UserError(f"--mesh: missing; for example fsdp={tpu.num_devices}, or --search for the best")
+    where = {"slice": tpu, "mesh": convert(MeshConfig, mesh, "--mesh")}
+    if args.decode:
+        return _decoding(args, cfg, values, where), tokens
+    if "plan" in values:
+        _refuse(args, "a growth", "search", "microbatches", "remat", "batch_size", "seq_len")
+        return GrowJob(**values, **where), tokens
     if args.remat is not None:
-        cfg = dataclasses.replace(cfg, remat=convert(ModelConfig.__annotations__["remat"], args.remat, "--remat"))
+        cfg = cfg.replace(remat=convert(ModelConfig.__annotations__["remat"], args.remat, "--remat"))
     values |= _sizes(args, "batch_size", "seq_len", "microbatches")
     if "batch_size" not in values:
         raise UserError("--batch-size: missing; sequences a step over all devices")
-    return Job(cfg=cfg, **values, **where)
+    return Job(cfg=cfg, **values, **where), tokens
 
 
-def _decoding(args: argparse.Namespace, cfg: Any, values: dict[str, Any], where: dict[str, Any]) -> Any:
+def _decoding(args: argparse.Namespace, cfg: ModelConfig, values: dict[str, Any], where: dict[str, Any]) -> DecodeJob:
     _refuse(args, "--decode", "grow_to", "policy", "search", "microbatches", "remat")
     if "plan" in values:
         raise UserError(f"--stage {args.stage}: is a growth, which does not decode; name a stage that trains")
@@ -145,11 +143,6 @@ def _decoding(args: argparse.Namespace, cfg: Any, values: dict[str, Any], where:
     if "batch_size" not in sizes:
         raise UserError("--batch-size: missing; rows that are decoded together, over all devices")
     return DecodeJob(cfg=cfg, **sizes, **where)
-
-
-def _growing(args: argparse.Namespace, cfg: Any, values: dict[str, Any], where: dict[str, Any]) -> Any:
-    _refuse(args, "a growth", "search", "microbatches", "remat", "batch_size", "seq_len")
-    return GrowJob(**values, **where)
 
 
 def _refuse(args: argparse.Namespace, what: str, *names: str) -> None:
@@ -167,7 +160,7 @@ def _sizes(args: argparse.Namespace, *names: str) -> dict[str, int]:
     return given
 
 
-def _from_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any], float | None]:
+def _from_model(args: argparse.Namespace) -> tuple[ModelConfig, dict[str, Any], float | None]:
     if args.stage is not None:
         raise UserError(f"--stage {args.stage}: is a stage of a page, and --model names none")
     if args.overrides:
@@ -182,7 +175,7 @@ def _from_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any], float | 
     return cfg, {"seq_len": min(cfg.max_seq_len, 4096)}, tokens
 
 
-def _from_page(args: argparse.Namespace) -> tuple[Any, dict[str, Any], float | None]:
+def _from_page(args: argparse.Namespace) -> tuple[ModelConfig, dict[str, Any], float | None]:
     _refuse(args, "a page, whose stages name them", "grow_to", "policy")
     config = run_config(load_page(args.config, args.overrides))
     cfg, optimizer = _start(args, config.start), None
@@ -205,7 +198,7 @@ def _from_page(args: argparse.Namespace) -> tuple[Any, dict[str, Any], float | N
     return cfg, values, tokens
 
 
-def _start(args: argparse.Namespace, start: str | None) -> Any:
+def _start(args: argparse.Namespace, start: str | None) -> ModelConfig | None:
     """The model of the checkpoint that the first stage of a page starts from; None where the page has its own."""
     if start is None:
         if args.model is not None:

@@ -80,9 +80,6 @@ def versions() -> dict[str, str]:
     return {"jax": version, "libtpu": str(libtpu_requirement().specifier)}
 
 
-# ---------------------------------------------------------------------------------------------------- the command
-
-
 def _command(args: argparse.Namespace) -> dict[str, Any]:
     """Names of the slice, addresses of the inputs, and the command as the machines will run it."""
     if not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9]", args.bucket):
@@ -133,9 +130,6 @@ def _inside(what: str, path: str) -> str:
     if PurePosixPath(path).is_absolute() or ".." in parts or ":" in path or not parts:
         raise UserError(f"{what}={path}: the machines see the bucket as their current directory; give the path in it")
     return path
-
-
-# ------------------------------------------------------------------------------------- what each verb needs, by verb
 
 
 def _train(inner: argparse.Namespace, tpu: Slice | None) -> list[str]:
