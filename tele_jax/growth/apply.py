@@ -26,7 +26,7 @@ from tele_jax.growth.leaf import LeafPlan, LeafStep
 from tele_jax.growth.plan import Plan, Step, require_plan
 from tele_jax.sharding import tiles
 
-BLOCK_BYTES = 32 * 2**20  # of the source, read at once for a lazy leaf
+BLOCK_BYTES = 32 * 2**20  # bytes of the source that a lazy leaf reads at once
 
 Params = Mapping[str, Any]
 Take = Callable[[jax.Array, Sequence[np.ndarray]], jax.Array]

@@ -16,7 +16,7 @@ from tele_jax.config import from_dict, require
 from tele_jax.errors import UserError
 
 NEW = -1
-_MOST_UNITS = 10**8  # of an axis that is read from JSON
+_MOST_UNITS = 10**8  # the longest axis that is read from JSON
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -90,7 +90,7 @@ class AxisMap:
         """
         position = np.full(self.src_size, NEW)
         kept = np.flatnonzero((self.index != NEW) & ~self.fresh)[::-1]
-        position[self.index[kept]] = kept  # of several places the first counts
+        position[self.index[kept]] = kept  # the first place of a unit counts
         if (position == NEW).any():
             lost = np.flatnonzero(position == NEW).tolist()
             raise ValueError(f"{self.axis}: units {lost} of the source are not in the destination")

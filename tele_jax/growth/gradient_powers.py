@@ -21,11 +21,11 @@ from tele_jax.errors import UserError
 from tele_jax.growth.plan import Plan
 from tele_jax.sharding import tiles
 
-# What a tree of the shapes of the parameters is: a power of the gradient (0: scaling the gradient does not change it),
-# or parameters, which grow as the model's own. Of another array: "carried", passed on as it is.
+# The kind of a part of a state with the shapes of the parameters: a power of the gradient (0 where scaling the gradient
+# changes nothing), or "parameters", which grow as the model's own. Other arrays are "carried": passed on unchanged.
 Kind = int | Literal["parameters", "carried"]
 Path = tuple[str, ...]
-_BLOCK_BYTES = 16 * 2**20  # of an array on disk, read at once
+_BLOCK_BYTES = 16 * 2**20  # bytes of an array on disk that are read at once
 
 _BEFORE, _AFTER = 2, 3  # sizes of every axis
 # A part that is still zero after so many steps, such as what waits for accumulated gradients, is run on.
@@ -36,8 +36,7 @@ _FACTORS = (2.0, 0.25, 0.5, 4.0, 0.125)  # powers of 2: exact in every dtype
 # Second copies of the parameters, which the optimizer moves: they grow as parameters, not with the gradients.
 _ITERATES = {contrib.ScheduleFreeState: ("z",)}
 
-
-# What an optimizer raises that wants other arguments, or parameters of other sizes.
+# The errors of an optimizer that wants other arguments, or parameters of other sizes.
 _ERRORS = (TypeError, ValueError, AttributeError, LookupError, AssertionError, NotImplementedError)
 
 
@@ -118,7 +117,7 @@ class _Change(NamedTuple):
     entries: bool = False
 
 
-# Why a part does not grow: the first change that it does not follow.
+# Reasons why a part does not grow, by the first change that it does not follow.
 _REASONS = {
     _Change(entries=True): "where parameters are added it is not zero, or it changes elsewhere (it begins at a value "
     "other than zero, or depends on whole leaves)",

@@ -21,9 +21,9 @@ from tele_jax.growth.kernel import SUM_STD, bell, require_countable
 from tele_jax.growth.leaf import Along, LeafStep
 
 BLOCK = 2**17  # entries that XLA computes at once: small enough for the cache, large enough to be worth the call
-SCRATCH_BYTES = 24 * 2**20  # besides the tile itself and a chunk of the source, both of 128 MiB
+SCRATCH_BYTES = 24 * 2**20  # memory beside the tile and a chunk of the source, both of 128 MiB
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # of Threefry-2x32
-_MAX_RUNS = 1024  # above, entries are gathered one by one
+_MAX_RUNS = 1024  # with more runs, entries are gathered one by one
 
 Chunk = Callable[[tuple[int, ...]], contextlib.AbstractContextManager[np.ndarray]]
 
@@ -142,7 +142,7 @@ def _copy(out: np.ndarray, values: np.ndarray, pairs: Sequence[tuple[np.ndarray,
             out[tuple(to for to, _ in combination)] = values[tuple(origin for _, origin in combination)]
     elif math.prod(len(to) for to, _ in pairs) <= BLOCK:
         out[np.ix_(*(to for to, _ in pairs))] = values[np.ix_(*(origin for _, origin in pairs))]
-    else:  # in halves: what is gathered is held twice
+    else:  # in halves, since gathered entries are held twice
         longest = max(range(len(pairs)), key=lambda d: len(pairs[d][0]))
         middle = len(pairs[longest][0]) // 2
         for half in (slice(None, middle), slice(middle, None)):
@@ -205,7 +205,7 @@ def _fill_normal(matrix: np.ndarray, rows, columns, step: LeafStep, start, shape
     rows, columns = np.flatnonzero(rows), np.flatnonzero(columns)
     places = [np.arange(first, first + length) for first, length in zip(start, shape, strict=True)]
     of_rows, of_columns = row_numbers(step.shape, places)[rows], (columns + start[-1]).astype(np.uint32)
-    counters = np.zeros((2, BLOCK), np.uint32)  # once: fresh memory is slow to touch
+    counters = np.zeros((2, BLOCK), np.uint32)  # allocated once, since fresh memory is slow to touch
     for r, c in _blocks(rows, columns):
         shape = (r.stop - r.start, c.stop - c.start)
         row, column = (counter[: math.prod(shape)].reshape(shape) for counter in counters)

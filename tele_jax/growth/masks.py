@@ -31,7 +31,7 @@ def mask_of(provenance: Sequence[Mapping[str, Any]], where: str) -> float | None
 def require_unmasked(provenance: Sequence[Mapping[str, Any]], where: str) -> None:
     """Raises UserError for a checkpoint from the middle of a mask ramp: without its masks it is another function."""
     if (mask := mask_of(provenance, where)) is not None:
-        shown = min(math.floor(mask * 100), 99) / 100  # never 1.00: they are not complete
+        shown = min(math.floor(mask * 100), 99) / 100  # never 1.00, which would say that they are dropped
         raise UserError(
             f"{where}: grown behind masks that stand at {shown:.2f}; train on until they are 1 and dropped "
             "(`tele train` with config.start and mask_ramp, or the run that it is of), or take the checkpoint from "
@@ -50,8 +50,10 @@ def vectors(plan: Plan, c: float | Mapping[str, float]) -> dict[str, np.ndarray]
     Raises:
       UserError: a mapping without one of the grown axes.
 
-    >>> vectors(plan, {"embed": 1.0, "mlp": 0.25})["mlp"]    # of a plan that grows both, mlp 3 -> 5
-    array([1.  , 1.  , 1.  , 0.25, 0.25], dtype=float32)
+    >>> from tele_jax import ModelConfig, growth
+    >>> cfg = ModelConfig(num_layers=2, embed_dim=8, num_heads=2, mlp_dim=3, vocab_size=10)
+    >>> vectors(growth.widen_mlp(cfg, 5, policy="msg"), 0.25)
+    {'mlp': array([1.  , 1.  , 1.  , 0.25, 0.25], dtype=float32)}
     """
     axes = masked_axes(plan)
     each = c if isinstance(c, Mapping) else dict.fromkeys(axes, c)
@@ -67,7 +69,10 @@ class MaskSchedule:
     Called with a step it gives {axis: float32[size]}; or None from the end of the ramp on, where the model is the plain
     one, and for plans that need no masks.
 
-    >>> masks = MaskSchedule(plan, start=100, ramp=5000)(step)
+    >>> from tele_jax import ModelConfig, growth
+    >>> cfg = ModelConfig(num_layers=2, embed_dim=8, num_heads=2, mlp_dim=3, vocab_size=10)
+    >>> MaskSchedule(growth.widen_mlp(cfg, 5, policy="msg"), start=100, ramp=400)(200)
+    {'mlp': array([1.  , 1.  , 1.  , 0.25, 0.25], dtype=float32)}
 
     Attributes:
       start: the time at which c begins to rise from 0, in `unit`.

@@ -57,8 +57,12 @@ def apply_opt(plan: Plan, opt_state: Any, optimizer: optax.GradientTransformatio
     Raises:
       UserError: names the part of the state that cannot be grown, and why; the optimizer is needed and not given.
 
-    >>> tx = optax.adamw(1e-3)
-    >>> apply_opt(plan, tx.init(params), tx)
+    >>> import tele_jax as tele
+    >>> cfg = tele.ModelConfig(num_layers=2, embed_dim=8, num_heads=2, mlp_dim=3, vocab_size=10)
+    >>> plan, tx = tele.growth.widen_mlp(cfg, 5), optax.adamw(1e-3)
+    >>> state = tx.init(tele.init(cfg, jax.random.key(0)))
+    >>> apply_opt(plan, state, tx)[0].mu["layers"]["mlp"]["up"].shape
+    (2, 8, 5)
     """
     return grow_state(plan, opt_state, grow_leaf, kinds(plan, opt_state, optimizer))
 
@@ -152,12 +156,12 @@ def _mark_born(step: Step, state: Any) -> Any:
 
 
 def _born(axis_map: AxisMap, old: Any, count: Any) -> Any:
-    xp = jnp if isinstance(old, jax.Array) else np  # what growth.stream reads from disk needs no compiled program
+    xp = jnp if isinstance(old, jax.Array) else np  # arrays from disk need no compiled program
     inherited = xp.asarray(old)[np.maximum(axis_map.index, 0)]
     return xp.where(axis_map.fresh, xp.asarray(count, inherited.dtype), inherited)
 
 
-# Types of which every optimizer that makes them means the same, if what comes in is the gradient.
+# {type: {field: power}} for types that mean the same in every optimizer, if their input is the gradient.
 _POWERS: dict[type, dict[str, int]] = {
     optax.TraceState: {"trace": 1},
     optax.EmaState: {"ema": 1},

@@ -295,7 +295,11 @@ class Plan:
 def compose(first: Plan, then: Plan) -> Plan:
     """The plan that does `first` and then `then`; bit for bit what one after the other gives.
 
-    >>> compose(plan(small, medium), plan(medium, large)).dst_cfg == large
+    >>> from tele_jax import growth
+    >>> cfg = ModelConfig(num_layers=2, embed_dim=8, num_heads=2, mlp_dim=12, vocab_size=10)
+    >>> wider = growth.widen_mlp(cfg, 20)
+    >>> compose(wider, growth.insert_layers(wider.dst_cfg, 3)).steps
+    (<Step exact: 12 leaves>, <Step exact: 12 leaves>)
 
     Raises:
       UserError: `then` does not start from what `first` leads to (the fields or leaves that differ are named); one of

@@ -19,7 +19,7 @@ from tele_jax.growth.plan import Plan, Step, require_config
 from tele_jax.model.decoder import MASKED_AXES
 from tele_jax.model.spec import flat_spec
 
-# Exact growth: which side of a new unit is zero. The other side is random, so that the first step moves the zero one.
+# The zero side of a new unit in exact growth. The other side is random, so that the first step moves the zero side.
 ZERO_SIDE = {"embed": "outputs", "mlp": "inputs", "heads": "inputs"}
 
 # Fields that growth may change; any other difference is another model, not a larger one.
@@ -57,8 +57,9 @@ def plan(
         init std, epsilon, length, dtype or how it is computed; groups that do not hold the heads; what a tied table
         cannot do (epsilon="keep", copies by a ratio that is no integer); an unknown policy.
 
-    >>> plan(small, small.replace(embed_dim=80, mlp_dim=300)).dst_cfg.rms_eps    # from 64 embed, 1e-5
-    8e-06
+    >>> small = ModelConfig(num_layers=2, embed_dim=64, num_heads=4, mlp_dim=172, vocab_size=512)
+    >>> plan(small, small.replace(embed_dim=80, mlp_dim=300))
+    <Plan exact: embed 64 -> 80, mlp 172 -> 300; 164,672 -> 267,280 parameters; print it for its leaves>
     """
     require_config(src_cfg, "plan: src_cfg")
     require_config(dst_cfg, "plan: dst_cfg")
@@ -158,7 +159,7 @@ def _exact(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: i
         coefficient = _multiplier(spec, embedding, head)
         if spec.role == "scale":
             zero: tuple[str, ...] = ()
-            # What a norm in the stream writes is divided like all that is written; s * (1/s) leaves it as it was.
+            # A norm that writes to the stream is divided like every writer; s * (1/s) leaves it unchanged.
             coefficient = shrinkage * (written if "embed" in spec.outputs else 1.0)
         else:
             zero = tuple(axis for axis, side in ZERO_SIDE.items() if axis in getattr(spec, side))
@@ -263,11 +264,13 @@ def widen_heads(cfg: ModelConfig, num_heads: int, num_kv_heads: int | None = Non
 def insert_layers(cfg: ModelConfig, layers: int | Sequence[int], **how: Any) -> Plan:
     """Deepens to `layers` layers, copies spread evenly, or to the source layers listed, where repeated ids are copies.
 
-    >>> insert_layers(cfg, [0, 1, 1, 2])     # from 3 to 4 layers, the second one twice
+    >>> cfg = ModelConfig(num_layers=3, embed_dim=8, num_heads=2, mlp_dim=12, vocab_size=10)
+    >>> insert_layers(cfg, [0, 1, 1, 2]).maps["layers"]
+    <AxisMap layers: 3 -> 4, 1 fresh>
     """
     if isinstance(layers, str) or not hasattr(layers, "__len__"):
         return _changed(cfg, how, num_layers=whole(layers, "layers"))
-    ids = [whole(i, f"layers[{n}]") for n, i in enumerate(layers)]  # before their number is taken for a size
+    ids = [whole(i, f"layers[{n}]") for n, i in enumerate(layers)]  # before the length of the list is taken as a size
     return _changed(cfg, {"layers": ids} | how, num_layers=len(ids))
 
 

@@ -54,7 +54,7 @@ def choose_plan(
 ) -> tuple[growth.Plan, list[float] | None]:
     """(plan, the score of every source layer where the stage chooses layers by distance); params may be lazy."""
     larger = cfg.replace_from(stage.model, f"{where}.model")
-    plan_of(cfg, larger, stage, layers="uniform" if stage.layers == "distance" else None)  # wrong before slow
+    plan_of(cfg, larger, stage, layers="uniform" if stage.layers == "distance" else None)  # errors before slow work
     check_tree(flatten(params), flat_spec(cfg))
     scores = distances(cfg, params, tokens) if stage.layers == "distance" else None
     return plan_of(cfg, larger, stage, scores=scores), scores
@@ -152,7 +152,7 @@ def require_receipt(directory: Path, src: "checkpoint.Lazy", dst: "checkpoint.La
         if which not in receipt:  # a growth stage that was killed before it could look at its checkpoint
             continue
         known, found = receipt[which], fingerprints(lazy)
-        # An item that is in the destination alone is one that nobody looked at.
+        # An item that only the destination has was never verified.
         for item in ("params", "opt_state"):
             looked_at = item in known or (which == "destination" and item in found)
             if looked_at and found.get(item) != known.get(item):

@@ -5,9 +5,8 @@ sends the others what they take from its own part: widening 8,192 channels on 25
 the parts of two or three others.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +56,7 @@ def sharded(plan: Plan, mesh: Mesh, opt_state: Any, optimizer: Any = None) -> Ca
 
     if opt_state is None:
         return jax.jit(lambda p, _: (grow_params(plan, p, grow), None), out_shardings=(params, None))
-    for leaf in jax.tree.leaves(opt_state):  # jit would cut it without a word
+    for leaf in jax.tree.leaves(opt_state):  # jit would cut it silently
         wide = hasattr(leaf, "dtype") and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
         if wide and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
             raise UserError(f"optimizer state: {leaf.dtype} needs jax.config.update('jax_enable_x64', True)")
@@ -76,8 +75,7 @@ def _cut(mesh: Mesh, axis: str, *sizes: int) -> str | None:
     return None if any(size % mesh.shape[mesh_axis] for size in sizes) else mesh_axis
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Round:
+class Round(NamedTuple):
     """A round of an exchange, in which each device sends to one other at most, and receives from one.
 
     pairs: (sender, receiver). send: int32[ways, n], the entries of its own part that each device sends.
@@ -87,8 +85,7 @@ class Round:
     send: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Exchange:
+class Exchange(NamedTuple):
     """The rounds, then `take`, int32[ways, n]: the places in its own part, and all received, that each device keeps."""
 
     rounds: tuple[Round, ...]
@@ -104,32 +101,28 @@ def exchange(index: np.ndarray, src_size: int, ways: int) -> Exchange:
     size = src_size // ways
     wanted = index.reshape(ways, -1)
     take = np.zeros(wanted.shape, np.int32)
-    pairs: list[dict[int, int]] = []  # of each round, receiver -> sender
-    for receiver, entries in enumerate(wanted):
-        for sender in np.unique(entries[entries != NEW] // size).tolist():
-            if sender != receiver:
-                free = (r for r in pairs if receiver not in r and sender not in r.values())
-                chosen = next(free, None)
-                if chosen is None:
-                    pairs.append(chosen := {})
-                chosen[receiver] = sender
-    for receiver, entries in enumerate(wanted):
-        own = (entries != NEW) & (entries // size == receiver)
-        take[receiver, own] = entries[own] - receiver * size
+    senders = np.where(wanted == NEW, NEW, wanted // size)
+    pairs: list[dict[int, int]] = []  # one per round: {sender: receiver}
+    for receiver, needed in enumerate(senders):
+        own = needed == receiver
+        take[receiver, own] = wanted[receiver, own] - receiver * size
+        for sender in np.setdiff1d(needed, (NEW, receiver)).tolist():
+            free = next((r for r in pairs if sender not in r and receiver not in r.values()), None)
+            if free is None:
+                pairs.append(free := {})
+            free[sender] = receiver
     rounds, before = [], size
     for found in pairs:
         parts = {}
-        for receiver, sender in found.items():
-            entries = wanted[receiver]
-            of_sender = (entries != NEW) & (entries // size == sender)
-            parts[receiver, sender], place = np.unique(entries[of_sender] - sender * size, return_inverse=True)
-            take[receiver, of_sender] = before + place
-        longest = max(map(len, parts.values()))
-        send = np.zeros((ways, longest), np.int32)
-        for (_, sender), part in parts.items():
+        for sender, receiver in found.items():
+            here = senders[receiver] == sender
+            parts[sender], place = np.unique(wanted[receiver, here] - sender * size, return_inverse=True)
+            take[receiver, here] = before + place
+        send = np.zeros((ways, max(map(len, parts.values()))), np.int32)
+        for sender, part in parts.items():
             send[sender, : len(part)] = part
-        rounds.append(Round(tuple((sender, receiver) for receiver, sender in found.items()), send))
-        before += longest
+        rounds.append(Round(tuple(found.items()), send))
+        before += send.shape[1]
     return Exchange(tuple(rounds), take)
 
 
@@ -143,7 +136,7 @@ def take(array: jax.Array, indices: Sequence[np.ndarray], cuts: Sequence[str | N
         for dimension, index in enumerate(indices)
         if not np.array_equal(index, np.arange(array.shape[dimension]))
     ]
-    # What travels should be small: axes that are cut before those that are whole, those that grow most last.
+    # Little should travel: axes that are cut come before whole ones, and those that grow most come last.
     changes.sort(key=lambda change: (cuts[change[0]] is None, len(change[1]) / array.shape[change[0]]))
     sizes = array.shape
 

@@ -28,7 +28,7 @@ from tele_jax.growth.leaf import LeafPlan, LeafStep
 from tele_jax.growth.opt_state import grow_state, kinds
 from tele_jax.growth.plan import Plan, require_plan
 
-if TYPE_CHECKING:  # they bring Orbax and TensorStore, which are imported by the call
+if TYPE_CHECKING:  # they import Orbax and TensorStore, which only the call needs
     from tele_jax.checkpoint import Lazy, LazyArray
 
 _TILES_PER_CHUNK_LIMIT = 8  # small chunks are finished together, an eighth of the largest chunk at a time

@@ -29,7 +29,7 @@ from tele_jax.model.spec import flat_spec
 
 Model = ModelConfig | Plan
 
-# The config's field for the size of each axis that surgery can change.
+# {axis that surgery can change: the config's field for its size}
 FIELDS = {"layers": "num_layers", "embed": "embed_dim", "heads": "num_heads", "kv_heads": "num_kv_heads"}
 FIELDS |= {"mlp": "mlp_dim", "vocab": "padded_vocab_size"}
 
@@ -112,7 +112,9 @@ def pad(model: Model, axis: str, size: int) -> Plan:
 def submodel(model: Model, **ids: Sequence[int]) -> Plan:
     """Takes a part of a model that is a model itself: for each axis named, the units that it keeps.
 
-    >>> submodel(cfg, layers=range(0, 24, 2), heads=range(8), mlp=range(1024))
+    >>> cfg = ModelConfig(num_layers=4, embed_dim=8, num_heads=2, mlp_dim=12, vocab_size=10)
+    >>> submodel(cfg, layers=range(0, 4, 2), mlp=range(6)).dst_cfg.num_layers
+    2
     """
     require(bool(ids), f"submodel: name what to keep, of {', '.join(FIELDS)}")
     for axis, units in ids.items():
@@ -140,7 +142,8 @@ def find(
       reads, writes: one of the inputs, or outputs, of the leaf.
       role: "kernel", "table", "bias" or "scale".
 
-    >>> find(cfg, writes="embed", role="kernel")       # what adds to the residual stream
+    >>> cfg = ModelConfig(num_layers=2, embed_dim=8, num_heads=2, mlp_dim=12, vocab_size=10)
+    >>> find(cfg, writes="embed", role="kernel")
     ('layers.attn.o', 'layers.mlp.down')
 
     Raises:
@@ -249,9 +252,9 @@ class Diff:
 def diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> Diff:
     """Compares two trees of arrays, in memory or checkpoint.open_lazy(path).params, one slice of a leaf at a time.
 
-    >>> print(diff(before, after))
-    embed.table  float32[512,64]  equal
-    layers.mlp.up  float32[2,64,172]  values  22,016 entries, by 0.00213 at most
+    >>> print(diff({"a": np.zeros(3), "b": np.ones(2)}, {"a": np.zeros(3), "b": np.array([1, 1.5])}))
+    a  float64[3]  equal
+    b  float64[2]  values  1 entries, by 0.5 at most
     """
     a, b = flatten(a), flatten(b)
     return Diff(tuple(_difference(name, a.get(name), b.get(name)) for name in sorted({*a, *b})))

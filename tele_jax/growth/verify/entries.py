@@ -120,7 +120,7 @@ def _is_rounded(steps: Sequence[LeafStep], values: np.ndarray, products: np.ndar
     """True where values are the products in the dtype of the leaf: to the bit where nothing is scaled."""
     if all(step.moves_exactly for step in steps):
         return (values == products) & (np.signbit(values) == np.signbit(products))
-    # What is below the smallest normal number may be flushed to 0.
+    # Values below the smallest normal number may be flushed to 0.
     return np.abs(values - products) <= _slack(steps, dtype) * np.abs(products) + float(jnp.finfo(dtype).tiny)
 
 
@@ -174,7 +174,7 @@ def _wrongly_filled(
         slack = 0.0 if exact else _slack(later, dtype)
         places = [part.place[len(later)] for part in traced] or [np.zeros(1, np.int64)]
         rows, columns = host_kernel.row_numbers(step.shape, places), places[-1].astype(np.uint32)
-        # By blocks: counters and values of a whole tile would take many times its memory.
+        # In blocks, since counters and values of a whole tile would take many times its memory.
         count = max(1, host_kernel.BLOCK // width)
         for first in range(0, kind.size // width, count):
             row, column = np.nonzero(kind.reshape(-1, width)[first : first + count] == FILLED + k)

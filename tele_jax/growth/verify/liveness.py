@@ -34,7 +34,7 @@ def liveness(plan: Plan, big: Mapping[str, Any], tokens: np.ndarray) -> tuple[tu
         "loss_weights": np.ones(tokens[:, 1:].shape, np.float32),
     }
     optimizer = optax.adam(1e-3)
-    # Bound to where everything lies: without, moments that begin as zeros would lie whole on every device.
+    # With explicit shardings: moments, which begin as zeros, would else lie whole on every device.
     big = jax.tree.map(jnp.asarray, big)
     lies = jax.tree.map(lambda leaf: leaf.sharding, big)
     big = jax.device_put(big, lies)
@@ -121,7 +121,7 @@ def _of_leaves(function: Callable[[Mapping[str, Array]], Any], tree: Mapping[str
     """Calls a function of {leaf: array} and returns its small results in numpy; compiled where leaves lie on a mesh."""
     leaves = flatten(tree)
     if all(len(leaf.sharding.device_set) == 1 for leaf in leaves.values()):
-        return function({name: np.asarray(leaf) for name, leaf in leaves.items()})  # at once: nothing to compile
+        return function({name: np.asarray(leaf) for name, leaf in leaves.items()})  # nothing to compile
     return jax.tree.map(to_host, jax.jit(function)(leaves))
 
 

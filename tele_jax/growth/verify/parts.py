@@ -16,9 +16,9 @@ from tele_jax.axes import ParamSpec
 from tele_jax.config import ModelConfig
 from tele_jax.growth.plan import Plan
 
-BLOCK_BYTES = 64 * 2**20  # of a leaf, as it is stored
+BLOCK_BYTES = 64 * 2**20  # bytes of a leaf, as stored, that are read at once
 LENGTH = 8  # tokens of a row
-# Residual streams of these sizes: usual ones, and so small that the norm's epsilon matters.
+# Sizes of the residual stream: usual, and so small that the norm's epsilon matters.
 SCALES = (1.0, 1e-3)
 
 Tree = Mapping[str, Any]
@@ -49,7 +49,7 @@ def parts(plan: Plan, src: Tree, dst: Tree, unit: int | None) -> dict[str, float
     masks = {axis: np.where(m.fresh, 0.0, 1.0) for axis, m in plan.maps.items()} if plan.masked else {}
     old = Side(plan.src_cfg, plan.src_spec, src)
     new = Side(plan.dst_cfg, plan.dst_spec, dst, masks)
-    # New channels hold zeros, and have to; behind masks they may hold anything.
+    # New channels have to hold zeros, but may hold anything behind masks.
     known = ~plan.maps["embed"].fresh if plan.masked else np.ones(plan.dst_cfg.embed_dim, bool)
     if unit is not None:
         return {f"layers[{unit}]": _layer(plan, old, new, known, unit)}
@@ -135,7 +135,8 @@ def embed(side: Side, tokens: np.ndarray) -> np.ndarray:
     name = next(n for n, s in side.spec.items() if s.role == "table")
     spec, array = side.spec[name], side.leaves[name]
     x = np.empty((len(tokens), spec.shape[1]))
-    for part in blocks(spec.shape[0], spec.shape[1] * np.dtype(spec.dtype).itemsize):  # a stored row costs a chunk
+    # In blocks, since reading one stored row costs a whole chunk.
+    for part in blocks(spec.shape[0], spec.shape[1] * np.dtype(spec.dtype).itemsize):
         inside = (tokens >= part.start) & (tokens < part.stop)
         if inside.any():
             x[inside] = np.asarray(array[part])[tokens[inside] - part.start]

@@ -33,7 +33,7 @@ from tele_jax.growth.verify.liveness import liveness
 from tele_jax.model import decoder
 from tele_jax.sharding import to_host
 
-if TYPE_CHECKING:  # it brings TensorStore
+if TYPE_CHECKING:  # it imports TensorStore
     from tele_jax.checkpoint import Lazy
 
 # Largest logit difference, relative to the largest logit, that rounding explains.
@@ -81,7 +81,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        # Written so that a difference that is no number does not pass.
+        # A difference that is NaN does not pass.
         same = self.max_rel is None or self.max_rel <= self.tolerance
         parts = all(difference <= self.parts_tolerance for difference in self.parts.values())
         preserved = not self.preserving or (same and parts)
@@ -150,7 +150,7 @@ def verify(
     report = verify_stored(plan, params, big, opt_state=opt_state, optimizer=optimizer)
     params, big = _loaded(params), _loaded(big)
     masks = vectors(plan, 0.0) if plan.masked else None
-    # On TPUs the default precision multiplies in bfloat16, whose rounding would hide what is looked for.
+    # On TPUs the default precision multiplies in bfloat16, whose rounding would hide differences.
     with jax.default_matmul_precision("highest"):
         before = jax.jit(decoder.forward, static_argnums=0)(plan.src_cfg, params, old_tokens)
         after = jax.jit(decoder.forward, static_argnums=0)(plan.dst_cfg, big, new_tokens, masks=masks)
@@ -289,7 +289,7 @@ def _examine(
         else entries.Unrounded(plan.leaf_steps(name), src.get(plan.sources[name]), leaf)
         for name, leaf in dst.items()
     }
-    with np.errstate(all="ignore"):  # what is no number is found in `problems`
+    with np.errstate(all="ignore"):  # NaN and infinities are found in `problems`
         return problems, layerwise.parts(plan, src, made, unit)
 
 
