@@ -203,6 +203,17 @@ class Plan:
         """The LeafStep of every step for a leaf of the result, or for its moment that is of a power in the gradient."""
         return tuple(step.leaf_step(n, power) for step, n in zip(self.steps, self._names(name)[1:], strict=True))
 
+    def replace(self, **fields: Any) -> "Plan":
+        """The plan with other values in some fields of its only step, for example leaves={**plan.leaves, name: ...}.
+
+        Raises:
+          UserError: a field that a Step does not have, or a plan of several steps.
+        """
+        unknown = fields.keys() - {field.name for field in dataclasses.fields(Step)}
+        require(not unknown, f"plan.replace: a step has no field {', '.join(sorted(unknown))}")
+        require(len(self.steps) == 1, f"plan.replace: the plan has {len(self.steps)} steps; replace them in plan.steps")
+        return Plan((dataclasses.replace(self.steps[0], **fields),))
+
     @property
     def grown_axes(self) -> tuple[str, ...]:
         """Axes with fresh units."""

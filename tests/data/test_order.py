@@ -24,7 +24,7 @@ def make(rates, rows=None, seed=0):
 @pytest.mark.parametrize(
     "rates", [PUBLISHED, (1.0, 1.0099), (1e-9, 1.0), (1.0,), tuple(1 + 0.01 * i for i in range(40)), (3, 1e6, 7)]
 )
-def test_shares_over_a_million_rows_are_the_rates(rates):
+def test_spreads_over_a_million_rows_are_the_rates(rates):
     share = np.array(list(make(rates).counts(ROWS).values())) / ROWS
     wanted = np.array(rates) / sum(rates)
     assert np.abs(share - wanted).max() < 1e-3, "the 0.1% that is asked for"
@@ -33,7 +33,7 @@ def test_shares_over_a_million_rows_are_the_rates(rates):
 
 @settings(max_examples=30)
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=12), st.integers(0, 1 << 35))
-def test_shares_hold_in_any_stretch_of_a_run(rates, start):
+def test_spreads_hold_in_any_stretch_of_a_run(rates, start):
     stretch = 20_000
     domain, _, _ = make(rates).locate(np.arange(start, start + stretch))
     counts = np.bincount(domain, minlength=len(rates))

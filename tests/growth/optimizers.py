@@ -21,7 +21,6 @@ import tele_jax as tele
 from tele_jax import growth
 from tele_jax.axes import flatten, unflatten
 from tests.growth import oracle
-from tests.growth.strategies import with_step
 
 SRC = tele.ModelConfig(
     **dict(num_layers=2, embed_dim=2, num_heads=2, head_dim=2, mlp_dim=2, vocab_size=2),
@@ -165,8 +164,7 @@ def table(rows: list[Row]) -> str:
 def some_leaves() -> growth.Plan:
     """The growth of SRC into DST, of LEAVES alone."""
     whole = growth.plan(SRC, DST)
-    return with_step(
-        whole,
+    return whole.replace(
         leaves={name: whole.leaves[name] for name in LEAVES},
         tree={name: name for name in LEAVES},
         src_tree={name: whole.src_spec[name] for name in LEAVES},

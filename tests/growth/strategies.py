@@ -17,7 +17,6 @@ import pytest
 from hypothesis import strategies as st
 
 import tele_jax as tele
-from tele_jax import growth
 from tele_jax.axes import ParamSpec
 from tests.growth import oracle
 
@@ -43,12 +42,6 @@ def _template(tie_embeddings: bool, output_biases: bool, embed_norm: bool) -> di
     options = dict(tie_embeddings=tie_embeddings, output_biases=output_biases, embed_norm=embed_norm)
     sizes = dict(num_layers=1, embed_dim=2, num_heads=1, head_dim=2, mlp_dim=1, vocab_size=2)
     return FLAT_SPEC(tele.ModelConfig(**sizes, **options))
-
-
-def with_step(plan, **changes):
-    """The plan of a single step with other values in some of the step's fields."""
-    (step,) = plan.steps
-    return growth.Plan((dataclasses.replace(step, **changes),))
 
 
 def _normal(key, where, shape, std):

@@ -10,7 +10,7 @@ from tele_jax import growth, surgery
 from tele_jax.growth import axis_map
 from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh
-from tests.growth.strategies import growths, with_step, without_compiling
+from tests.growth.strategies import growths, without_compiling
 from tests.growth.test_verify import SCALES, both_sides_random_in_embed, configs, with_leaves
 
 POLICIES = ("exact", "msg", "copy", "stack", "random")
@@ -65,7 +65,7 @@ def refused(plan):
 
 
 def with_maps(plan, **maps):
-    return with_step(plan, maps={**plan.maps, **maps})
+    return plan.replace(maps={**plan.maps, **maps})
 
 
 @pytest.mark.parametrize("policy", ["exact", "msg"])
@@ -89,7 +89,7 @@ def test_every_norm_scale_not_rescaled_is_named():
 )
 def test_another_epsilon(how, eps, right):
     plan = plan_of(**how)
-    message = refused(with_step(plan, dst_cfg=plan.dst_cfg.replace(rms_eps=eps)))
+    message = refused(plan.replace(dst_cfg=plan.dst_cfg.replace(rms_eps=eps)))
     assert message.endswith(f": rms_eps is {eps:.9g}, but {right:.9g} keeps the function")
 
 
@@ -120,7 +120,7 @@ def test_a_tied_model_whose_multipliers_change():
         for policy, embed_dim in (("exact", 11), ("msg", 11), ("copy", 12)):
             plan = growth.plan(src, src.replace(embed_dim=embed_dim, num_kv_heads=4), policy=policy)
             growth.check(plan)
-            wrong = with_step(plan, dst_cfg=plan.dst_cfg.replace(output_mult=plan.dst_cfg.output_mult * 1.01))
+            wrong = plan.replace(dst_cfg=plan.dst_cfg.replace(output_mult=plan.dst_cfg.output_mult * 1.01))
             assert "output_mult: logits is 0.505, but 0.5 keeps the function" in refused(wrong)
 
 
@@ -234,7 +234,7 @@ def test_maps_that_are_not_the_configs_(maps, message):
 def test_leaves_without_a_plan_and_plans_without_a_leaf():
     plan = plan_of()
     leaves = {name: leaf for name, leaf in plan.leaves.items() if name != "embed.table"}
-    message = refused(with_step(plan, leaves={**leaves, "embed.tabel": plan.leaves["embed.table"]}))
+    message = refused(plan.replace(leaves={**leaves, "embed.tabel": plan.leaves["embed.table"]}))
     assert "embed.tabel: is planned, but no leaf of the result; embed.table: has no plan" in message
 
 
@@ -242,17 +242,17 @@ def test_a_policy_that_does_not_promise_is_not_held_to_it():
     plan = plan_of()
     for change in ({"embed.table": dict(zero=())}, {"layers.attn.o": dict(coefficient=2.0)}):
         with without_compiling():
-            growth.check(with_step(with_leaves(plan, **change), preserving=False))
+            growth.check(with_leaves(plan, **change).replace(preserving=False))
     dead = with_leaves(plan, **dict.fromkeys(BOTH_ZERO["mlp"], NOTHING))
     with without_compiling():
-        growth.check(with_step(dead, lively=False))
+        growth.check(dead.replace(lively=False))
 
 
 def test_all_that_is_wrong_is_said_and_of_every_step():
     with without_compiling():
         first = both_sides_random_in_embed(plan_of())
         then = growth.plan(first.dst_cfg, first.dst_cfg.replace(mlp_dim=20))
-        then = with_step(then, dst_cfg=then.dst_cfg.replace(rms_eps=1.0))
+        then = then.replace(dst_cfg=then.dst_cfg.replace(rms_eps=1.0))
         message = refused(growth.compose(first, then))
     assert "embed: new units are random on both sides (embed.table" in message and "rms_eps is 1," in message
 

@@ -20,7 +20,7 @@ from tests import reference
 from tests.checkpoint.trees import assert_same
 from tests.growth import oracle
 from tests.growth.checkpoints import DST, SMALL, SRC
-from tests.growth.strategies import growths, with_step, without_compiling
+from tests.growth.strategies import growths, without_compiling
 from tests.growth.test_apply import closed_masks, params_of, relative_difference, same_bits, tokens_of
 from tests.growth.test_apply_opt import close, grown_moments
 
@@ -186,8 +186,8 @@ def test_json_and_digest():
         assert str(again) == str(both)
         assert [step.to_json() for step in again.steps] == [first.to_json(), then.to_json()]
         others = [
-            growth.compose(with_step(first, seed=first.seed + 1), then),
-            growth.compose(first, with_step(then, seed=then.seed + 1)),
+            growth.compose(first.replace(seed=first.seed + 1), then),
+            growth.compose(first, then.replace(seed=then.seed + 1)),
         ]
         assert len({plan.digest for plan in (both, first, then, *others)}) == 5
 

@@ -273,7 +273,7 @@ LAYERS = {"layers[0]", "layers[2]"}  # layers[1] is a copy, and writes nothing
         (lambda plan: with_leaves(plan, **{"layers.mlp_norm.scale": dict(coefficient=1.0)}), LAYERS),
         (lambda plan: with_leaves(plan, **{"final_norm.scale": dict(coefficient=1.0)}), {"head"}),
         (lambda plan: with_leaves(plan, **{"lm_head.kernel": dict(coefficient=1.0)}), {"head"}),
-        (lambda plan: strategies.with_step(plan, dst_cfg=plan.dst_cfg.replace(rms_eps=1e-3)), {*LAYERS, "head"}),
+        (lambda plan: plan.replace(dst_cfg=plan.dst_cfg.replace(rms_eps=1e-3)), {*LAYERS, "head"}),
         (heads_appended_across_groups, LAYERS),
         (both_sides_random_in_embed, {"embed"}),
         (lambda plan: with_leaves(plan, **{"layers.mlp.down": dict(zero=("layers", "mlp"))}), LAYERS),

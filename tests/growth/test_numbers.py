@@ -161,6 +161,14 @@ def test_what_is_no_plan_is_named(plan):
     refused(lambda: growth.Plan(plan), "steps")
 
 
+def test_a_field_of_a_plan_is_replaced_and_a_misspelt_one_is_named():
+    assert MASKED.replace(seed=7).seed == 7 and MASKED.replace(seed=7) != MASKED
+    refused(lambda: MASKED.replace(leafs={}), "leafs")
+    both = growth.compose(growth.widen_mlp(CFG, 8), growth.widen_mlp(CFG.replace(mlp_dim=8), 9))
+    refused(lambda: both.replace(seed=7), "2 steps")
+    refused(lambda: both.leaves, "2 steps")
+
+
 @pytest.mark.parametrize("cfg", [{"num_layers": 3}, "tele_flm_52b", None], ids=["dict", "name", "None"])
 def test_what_is_no_config_is_named(cfg):
     word = "expected a ModelConfig"

@@ -287,7 +287,7 @@ def test_equal_plans_have_equal_digests_and_other_plans_others():
         growth.plan(SRC, DST, layers=[0, 0, 1]),
         growth.plan(SRC, DST, epsilon="keep"),
         growth.plan(SRC, DST.replace(mlp_dim=16)),
-        strategies.with_step(plan, leaves={**plan.leaves, "embed.table": LeafPlan()}),
+        plan.replace(leaves={**plan.leaves, "embed.table": LeafPlan()}),
     ]
     assert len({p.digest for p in [plan, *others]}) == 1 + len(others)
 

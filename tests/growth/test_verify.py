@@ -15,7 +15,7 @@ from tele_jax.axes import flatten, unflatten
 from tele_jax.growth import axis_map
 from tele_jax.model.loss import next_token_loss
 from tests import reference
-from tests.growth.strategies import with_step, without_compiling
+from tests.growth.strategies import without_compiling
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -53,8 +53,7 @@ def verify(plan, change=None):
 
 def with_leaves(plan, **changes):
     """The plan with fields of some leaves changed: with_leaves(plan, **{"embed.table": dict(zero=())})."""
-    return with_step(
-        plan,
+    return plan.replace(
         leaves={**plan.leaves, **{k: dataclasses.replace(plan.leaves[k], **v) for k, v in changes.items()}},
     )
 
@@ -86,7 +85,7 @@ def test_copies_are_found_to_be_locked_and_a_policy_that_says_so_passes(x64):
     report = verify(plan)
     assert report.ok and not report.lively and not report.altered
     assert "mlp[5] = mlp[0]" in report.locked and "embed[6] = embed[0]" in report.locked
-    assert not verify(with_step(plan, lively=True)).ok
+    assert not verify(plan.replace(lively=True)).ok
 
 
 def test_a_policy_that_does_not_preserve_is_measured_but_not_failed(x64):
@@ -108,12 +107,12 @@ def one_norm_not_rescaled(plan):
 
 
 def epsilon_kept_without_dividing_the_writers(plan):
-    return with_step(plan, dst_cfg=plan.dst_cfg.replace(rms_eps=plan.src_cfg.rms_eps))
+    return plan.replace(dst_cfg=plan.dst_cfg.replace(rms_eps=plan.src_cfg.rms_eps))
 
 
 def heads_appended_across_groups(plan):
     heads = axis_map.widen("heads", plan.src_cfg.num_heads, plan.dst_cfg.num_heads)
-    return with_step(plan, maps={**plan.maps, "heads": heads})
+    return plan.replace(maps={**plan.maps, "heads": heads})
 
 
 def multiplier_recomputed_instead_of_folded(plan):

@@ -19,7 +19,7 @@ from tele_jax.sharding import make_mesh, param_shardings
 from tests import reference
 from tests.growth.strategies import without_compiling
 from tests.growth.test_apply_opt import grown_moments
-from tests.growth.test_share import DST, SRC, on_mesh
+from tests.growth.test_spread import DST, SRC, on_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tele_jax import growth
-from tests.growth.test_share import WRONG, grown
+from tests.growth.test_spread import WRONG, grown
 from tests.ports import free_port
 
 SCRIPT = """
@@ -20,7 +20,7 @@ from tele_jax.growth.verify import entries
 from tele_jax.growth.verify import parts as layerwise
 from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh
-from tests.growth.test_share import WRONG, grown, on_mesh
+from tests.growth.test_spread import WRONG, grown, on_mesh
 
 looked, look, parts = [], entries.differing, layerwise.parts
 

@@ -28,7 +28,7 @@ from tele_jax.growth.apply import check_tree
 from tele_jax.growth.masks import vectors
 from tele_jax.growth.plan import Plan, html_table, require_plan
 from tele_jax.growth.verify import entries, spread
-from tele_jax.growth.verify import parts as layerwise
+from tele_jax.growth.verify import parts as model_parts
 from tele_jax.growth.verify.liveness import liveness
 from tele_jax.model import decoder
 from tele_jax.sharding import to_host
@@ -181,7 +181,7 @@ def _tokens(plan: Plan, tokens: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray
     # A single position has nothing to attend to, so that its queries and keys could not show that they live.
     fits = tokens.ndim == 2 and tokens.shape[1] >= 3
     require(fits, f"verify: tokens of shape {tokens.shape}; rows of at least 3 tokens are needed")
-    after_ids, before_ids = layerwise.shared_tokens(plan)
+    after_ids, before_ids = model_parts.shared_tokens(plan)
     unknown = np.setdiff1d(tokens, before_ids)
     require(unknown.size == 0, f"verify: tokens {', '.join(map(str, unknown[:8]))} are not in both vocabularies")
     new_ids = np.zeros(plan.src_cfg.vocab_size, np.int32)
@@ -290,7 +290,7 @@ def _examine(
         for name, leaf in dst.items()
     }
     with np.errstate(all="ignore"):  # NaN and infinities are found in `problems`
-        return problems, layerwise.parts(plan, src, made, unit)
+        return problems, model_parts.parts(plan, src, made, unit)
 
 
 def _dtypes(plan: Plan) -> set[str]:
