@@ -56,3 +56,7 @@ def __getattr__(name: str):
     if name in ("growth", "checkpoint", "convert", "plots"):
         return importlib.import_module(f"tele_jax.{name}")
     raise AttributeError(f"module 'tele_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -163,6 +163,12 @@ def finite(value: Any, what: str) -> float:
     return float(value)
 
 
+def require_config(cfg: Any, where: str) -> None:
+    """Raises UserError, naming the argument, for what is not a ModelConfig."""
+    hint = "; tele.get_model(name) makes one" if isinstance(cfg, str) else ""
+    require(isinstance(cfg, ModelConfig), f"{where}: expected a ModelConfig, got {type(cfg).__name__}{hint}")
+
+
 def require_positive(config: Any, *names: str) -> None:
     """Raises UserError for the first named field that is not above zero, or infinite."""
     for name in names:
@@ -325,7 +331,15 @@ class ModelConfig:
         """A copy with some fields changed, validated again.
 
         Multi-head attention stays so when num_heads changes, a vocabulary without padding when vocab_size does.
+
+        Raises:
+          UserError: a field that there is not, or values that do not fit together.
         """
+        fields = [field.name for field in dataclasses.fields(self)]
+        for name in changes:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"fields: {', '.join(fields)}"
+            require(name in fields, f"replace: ModelConfig has no field {name!r}; {hint}")
         return dataclasses.replace(self, **{**self._follow(changes), **changes})
 
     def replace_from(self, changes: Mapping[str, Any], where: str) -> "ModelConfig":

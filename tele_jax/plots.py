@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from tele_jax.growth import MaskSchedule, Plan
 
+__all__ = ["layer_scores", "loss", "mask_ramp", "plan", "receipts"]
+
 # Colours that people with any colour vision tell apart (Okabe and Ito, 2008).
 BLUE, ORANGE, GREEN, PINK, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 CYCLE = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY)
@@ -351,3 +353,7 @@ def _figure_class() -> type:
             return buffer.getvalue()
 
     return Picture
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

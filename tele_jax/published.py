@@ -7,7 +7,7 @@ import difflib
 import math
 from typing import Any
 
-from tele_jax.config import ModelConfig, Ntk, Rope
+from tele_jax.config import ModelConfig, Ntk, Rope, require
 from tele_jax.errors import UserError
 
 # Tele-FLM (arXiv 2404.16645, 2407.02783): init std and learning rates transfer back to muP base width 256, where the
@@ -93,6 +93,7 @@ def get_model(name: str) -> ModelConfig:
     Raises:
       UserError: an unknown name; the message gives the nearest known one, or all.
     """
+    require(isinstance(name, str), f"get_model: expected the name of a model, got {type(name).__name__}")
     if name not in PUBLISHED:
         near = difflib.get_close_matches(name, PUBLISHED, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PUBLISHED)}"

@@ -76,6 +76,19 @@ class Meta:
     versions: dict[str, str]
 
 
+def summary(items: Mapping[str, Mapping[str, Any]]) -> str:
+    """The leaves of a checkpoint in a few words; they have .shape.
+
+    >>> import numpy as np
+    >>> summary({"params": {"w": np.zeros((4, 8))}, "opt_state": {"count": np.zeros(())}})
+    '32 parameters in 1 leaf; opt_state of 1 leaf'
+    """
+    counts = {item: f"{len(leaves)} {'leaf' if len(leaves) == 1 else 'leaves'}" for item, leaves in items.items()}
+    size = sum(math.prod(leaf.shape) for leaf in items["params"].values())
+    others = [f"{item} of {count}" for item, count in counts.items() if item != "params"]
+    return "; ".join([f"{size:,} parameters in {counts['params']}", *others])
+
+
 def describe(shape: Sequence[int], dtype: Any) -> str:
     """float32[4,8,2]"""
     return f"{jnp.dtype(dtype).name}[{','.join(map(str, shape))}]"

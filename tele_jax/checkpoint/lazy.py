@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import html
 import re
 from typing import Any
 
@@ -9,11 +10,14 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from tele_jax import tables
 from tele_jax.axes import unflatten
 from tele_jax.checkpoint import layout, locate
 from tele_jax.config import ModelConfig, written_table
 from tele_jax.errors import DamageError, UserError
 from tele_jax.files import parse_json
+
+_HEADER = ("leaf", "shape", "bytes")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,6 +103,19 @@ class Lazy:
     provenance: tuple[dict[str, Any], ...]
     versions: dict[str, str]
     items: dict[str, dict[str, LazyArray]]
+
+    def __repr__(self) -> str:
+        return f"<Lazy {self.path}: step {self.step}; {layout.summary(self.items)}; print it for its leaves>"
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.path}: step {self.step}", tables.text(self._rows(), _HEADER)])
+
+    def _repr_html_(self) -> str:
+        return f"<div>{html.escape(f'{self.path}: step {self.step}')}</div>{tables.html(self._rows(), _HEADER)}"
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        arrays = [array for named in self.items.values() for array in named.values()]
+        return [(a.name, layout.describe(a.shape, a.dtype), f"{a.nbytes:,}") for a in arrays]
 
     @property
     def params(self) -> dict[str, Any]:

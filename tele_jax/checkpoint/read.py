@@ -36,6 +36,11 @@ class Loaded:
     provenance: tuple[dict[str, Any], ...]
     data_state: bytes | None
 
+    def __repr__(self) -> str:
+        items = {"params": axes.flatten(self.params)}
+        items |= {} if self.opt_state is None else {"opt_state": layout.named_leaves(self.opt_state)}
+        return f"<Loaded step {self.step}: {layout.summary(items)}>"
+
 
 def load(
     path: Any,

@@ -29,6 +29,9 @@ from tele_jax.model.spec import flat_spec
 
 Model = ModelConfig | Plan
 
+__all__ = ["Diff", "Difference", "cut", "diff", "drop", "duplicate", "find", "pad", "rename", "rescale", "select"]
+__all__ += ["submodel", "take"]
+
 # {axis that surgery can change: the config's field for its size}
 FIELDS = {"layers": "num_layers", "embed": "embed_dim", "heads": "num_heads", "kv_heads": "num_kv_heads"}
 FIELDS |= {"mlp": "mlp_dim", "vocab": "padded_vocab_size"}
@@ -377,3 +380,7 @@ def _what_changes(axis: str, size: int, ids: list[int], same_units: bool) -> str
     if repeated := len(ids) - len(set(ids)):
         parts.append(f"{repeated} layers are repeated")
     return " and ".join(parts) + ": the function changes"
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

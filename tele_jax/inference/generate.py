@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tele_jax.axes import flatten, unflatten
-from tele_jax.config import ModelConfig, check_seed, require, whole
+from tele_jax.config import ModelConfig, check_seed, require, require_config, whole
 from tele_jax.errors import FailedError, UserError
 from tele_jax.inference.sampling import Sampling, draw, sampling
 from tele_jax.model import decoder
@@ -87,6 +87,7 @@ def generate(
         of its range.
       FailedError: logits that are not finite numbers; says whether a parameter is not.
     """
+    require_config(cfg, "generate: cfg")
     how = sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
     prompts = [_ids(cfg, prompt, f"prompts[{row}]") for row, prompt in enumerate(prompts)]
     stop_ids = _ids(cfg, stop_ids, "stop_ids")

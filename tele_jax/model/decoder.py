@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,16 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from tele_jax.axes import declare
-from tele_jax.config import ModelConfig, require
-from tele_jax.model import rope
+from tele_jax.config import ModelConfig, require, require_config
+from tele_jax.errors import UserError
+from tele_jax.model import inputs, rope
 from tele_jax.model.attention import SAVED, attend, cached, indices
+from tele_jax.model.inputs import MASKED_AXES as MASKED_AXES
+from tele_jax.model.inputs import Masks as Masks
 from tele_jax.model.products import gated, project
 from tele_jax.sharding import constrain, lookup, mesh_of_step, platform, whole_rows
 
 UNROLLED_LAYERS = 16  # on CPUs; the program, and the time to compile it, grow with them
-
-# Growth masks: axis name -> float vector over that axis, 1 on old entries and c in [0, 1] on new ones.
-Masks = Mapping[str, jax.Array]
-MASKED_AXES = ("embed", "mlp", "heads", "layers")  # kv_heads need none: the heads that read new ones are masked
 
 
 class Context(struct.PyTreeNode):
@@ -257,31 +257,17 @@ def init(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
     (2, 8, 1, 128)
 
     Raises:
-      UserError: float64 parameters without jax_enable_x64.
+      UserError: what is no ModelConfig, or no random key; float64 parameters without jax_enable_x64.
     """
-    _require_x64(cfg)
+    require_config(cfg, "init: cfg")
+    inputs.require_key(key, "init: key")
+    inputs.require_x64(cfg)
     return _init(cfg, key)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _init(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
     return nn.meta.unbox(init_boxed(cfg, key))
-
-
-def _require_x64(cfg: ModelConfig) -> None:
-    wide = "float64" in (cfg.dtype, cfg.param_dtype)
-    require(not wide or jax.config.jax_enable_x64, 'float64 needs jax.config.update("jax_enable_x64", True)')
-
-
-def _check_inputs(cfg: ModelConfig, tokens, positions, segment_ids, masks: Masks) -> None:
-    """Shapes, at trace time: what JAX would broadcast silently is refused."""
-    for name, array in (("positions", positions), ("segment_ids", segment_ids)):
-        fits = array is None or array.shape == tokens.shape
-        require(fits, f"{name}: shape {getattr(array, 'shape', None)}, but tokens have {tokens.shape}")
-    for axis, mask in masks.items():
-        require(axis in MASKED_AXES, f"masks: {axis!r} is not one of {', '.join(MASKED_AXES)}")
-        size = cfg.axis_sizes[axis]
-        require(mask.shape == (size,), f"masks: {axis} has shape {mask.shape}, but the axis has size {size}")
 
 
 def hidden(
@@ -299,9 +285,9 @@ def hidden(
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    _require_x64(cfg)
+    inputs.require_x64(cfg)
     masks = masks or {}
-    _check_inputs(cfg, tokens, positions, segment_ids, masks)
+    inputs.check_shapes(cfg, tokens, positions, segment_ids, masks)
     ctx = _context(cfg, positions, tokens.shape[1] if rope_length is None else rope_length, segment_ids, masks)
     return Decoder(cfg).apply({"params": params}, tokens, ctx, masks.get("layers"), None)[0]
 
@@ -325,8 +311,8 @@ def hidden_cached(
       slot: int32[], the slot of the first of the S tokens. The last must not go beyond the cache.
       rope_length: the length of the whole sequence that NTK scaling goes by, the same for every part of it.
     """
-    _require_x64(cfg)
-    _check_inputs(cfg, tokens, positions, None, {})
+    inputs.require_x64(cfg)
+    inputs.check_shapes(cfg, tokens, positions, None, {})
     ctx = _context(cfg, positions, rope_length, slot=slot)
     cache = cache.replace(positions=jax.lax.dynamic_update_slice(cache.positions, positions, indices(0, slot)))
     if isinstance(params["layers"], Mapping):
@@ -385,6 +371,19 @@ def forward(
       positions: int32[B, S] for the rotary embedding; the row index by default.
       segment_ids: int32[B, S]; attention stays within equal ids and always looks back along the row.
       masks: growth masks by axis name, see growth/masks.py; None for a plain model.
+
+    Raises:
+      UserError: an argument of another kind or shape, ids beyond the vocabulary (where they are known: not inside jit),
+        rows longer than the model's positions, or parameters that are not those of cfg.
     """
-    x = hidden(cfg, params, tokens, positions, segment_ids, masks)
-    return logits_of(cfg, params, x)
+    require_config(cfg, "forward: cfg")
+    require(isinstance(params, Mapping), f"forward: params: expected a nested dict, got {type(params).__name__}")
+    tokens = inputs.checked_tokens(cfg, tokens)
+    if positions is None:
+        cfg.require_positions(tokens.shape[1])
+    positions, segment_ids = (x if x is None else jnp.asarray(x) for x in (positions, segment_ids))
+    try:
+        return logits_of(cfg, params, hidden(cfg, params, tokens, positions, segment_ids, masks))
+    except (flax.errors.ScopeParamShapeError, flax.errors.ScopeParamNotFoundError) as error:
+        what = str(error).split(" (https://flax")[0]
+        raise UserError(f"forward: params are not those of cfg: {what}") from None

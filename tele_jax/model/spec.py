@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tele_jax import axes
-from tele_jax.config import ModelConfig
+from tele_jax.config import ModelConfig, require_config
 from tele_jax.model import decoder
 
 
@@ -22,11 +22,12 @@ def _flat_spec(cfg: ModelConfig) -> tuple[tuple[str, axes.ParamSpec], ...]:
 
 def spec(cfg: ModelConfig) -> dict[str, Any]:
     """The parameter tree of cfg as axes.ParamSpec leaves (shape, dtype, axis names); allocates nothing."""
-    return axes.unflatten(dict(_flat_spec(cfg)))
+    return axes.unflatten(flat_spec(cfg))
 
 
 def flat_spec(cfg: ModelConfig) -> dict[str, axes.ParamSpec]:
-    """The same as one dict with dotted names, sorted."""
+    """The parameters of cfg by dotted name, sorted, as axes.ParamSpec. UserError for what is not a ModelConfig."""
+    require_config(cfg, "cfg")
     return dict(_flat_spec(cfg))
 
 

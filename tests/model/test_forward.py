@@ -24,7 +24,7 @@ BASE = dict(
     mlp_dim=37,
     vocab_size=61,
     padded_vocab_size=64,
-    max_seq_len=64,
+    max_seq_len=512,
 )
 
 

@@ -1,0 +1,55 @@
+"""Checks of what users hand to the model: tokens, keys, positions, segments and masks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tele_jax.config import ModelConfig, require
+from tele_jax.errors import UserError
+
+# Growth masks: axis name -> float vector over that axis, 1 on old entries and c in [0, 1] on new ones.
+Masks = Mapping[str, jax.Array]
+MASKED_AXES = ("embed", "mlp", "heads", "layers")  # kv_heads need none: the heads that read new ones are masked
+
+
+def require_key(key: Any, where: str) -> None:
+    """Raises UserError, naming the argument, for what is not a random key."""
+    is_key = isinstance(key, jax.Array) and (key.dtype == jnp.uint32 or jnp.issubdtype(key.dtype, jax.dtypes.prng_key))
+    require(is_key, f"{where}: expected jax.random.key(seed), got {type(key).__name__}")
+
+
+def require_x64(cfg: ModelConfig) -> None:
+    """Raises UserError for float64 without jax_enable_x64."""
+    wide = "float64" in (cfg.dtype, cfg.param_dtype)
+    require(not wide or jax.config.jax_enable_x64, 'float64 needs jax.config.update("jax_enable_x64", True)')
+
+
+def check_shapes(cfg: ModelConfig, tokens, positions, segment_ids, masks: Masks) -> None:
+    """Shapes, at trace time: what JAX would broadcast silently is refused."""
+    for name, array in (("positions", positions), ("segment_ids", segment_ids)):
+        fits = array is None or array.shape == tokens.shape
+        require(fits, f"{name}: shape {getattr(array, 'shape', None)}, but tokens have {tokens.shape}")
+    for axis, mask in masks.items():
+        require(axis in MASKED_AXES, f"masks: {axis!r} is not one of {', '.join(MASKED_AXES)}")
+        size = cfg.axis_sizes[axis]
+        require(mask.shape == (size,), f"masks: {axis} has shape {mask.shape}, but the axis has size {size}")
+
+
+def checked_tokens(cfg: ModelConfig, tokens: Any) -> jax.Array:
+    """Tokens as an array [B, S]; UserError where they are none."""
+    if not isinstance(tokens, jax.Array):
+        try:
+            tokens = np.asarray(tokens)
+        except ValueError:
+            raise UserError("forward: tokens: rows of unequal length; expected int32[B, S]") from None
+    fits = tokens.ndim == 2 and jnp.issubdtype(tokens.dtype, jnp.integer) and tokens.size > 0
+    require(fits, f"forward: tokens: expected int32[B, S], got {tokens.dtype}{list(tokens.shape)}")
+    if not isinstance(tokens, jax.core.Tracer) and getattr(tokens, "is_fully_addressable", True):
+        least, most = int(tokens.min()), int(tokens.max())
+        inside = least >= 0 and most < cfg.padded_vocab_size
+        beyond = least if least < 0 else most
+        require(inside, f"forward: tokens: id {beyond} is not in the vocabulary of {cfg.vocab_size} tokens")
+    return jnp.asarray(tokens, jnp.int32)
