@@ -160,6 +160,7 @@ def read_stage(page: ConfigDict, args: argparse.Namespace) -> tuple[GrowStage, s
 def _tokens(args: argparse.Namespace, cfg: ModelConfig) -> tuple[np.ndarray, str]:
     """Tokens int32[B, S] to verify on, and what they are."""
     rows, length = VERIFY_SHAPE
+    length = length if cfg.rope.ntk is not None else min(length, cfg.max_seq_len)
     if args.text is None:
         return np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, length), np.int32), "random tokens, seed 0"
     try:
