@@ -81,7 +81,7 @@ def measure(directory: Path, text: Path, tokenizer: Path, repeats: int) -> dict[
         number = iter(range(1_000_000))
 
         def tokenise(config=config, documents=documents):
-            for block in shards.blocks(documents):
+            for block in encode.blocks(documents, shards.BLOCK_BYTES):
                 encode.encode(block, vocabulary, config.kind, config.seq_len, piece_bytes=shards.PIECE_BYTES)
 
         def shard(config=config, unit=unit, number=number):

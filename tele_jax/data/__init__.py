@@ -7,14 +7,13 @@ dialogue.py              messages to tokens and loss weights, in a template
 documents.py             documents in text files: reading, cutting, rejecting
 sources.py               the index of a domain's files; Indexes shares and keeps them
 encode.py                the one encoder: documents, dialogues and Tasks to inputs, targets and loss weights
-packing.py               examples into rows of fixed length, and rows as bytes
+packing.py               examples into rows of fixed length, live or for a cache, and rows as bytes
 order.py                 which row or document comes when, as a pure function; positions in the data
 domains.py               what a DataConfig names, resolved, checked and opened
 task_documents.py        registered seqio Tasks as domains
 tasks.py                 domains as seqio Tasks and Mixtures
-batches.py               what a training stage reads, opened once
-feed.py                  open_feed: batches, live (live_rows.py) or from a cache
-held_out.py              held-out text as batches
+feed.py                  open_feed: batches, live or from a cache
+batches.py               the data of a training stage, opened once, with held-out text
 shards.py, caching.py    `tele data cache`: one worker's part, and all of it
 cache.py                 a cache on disk: manifest, checks, reading rows at random
 describe.py              figures and a picture of a cache; a row as text

@@ -44,15 +44,15 @@ class Shard:
     rows: int
     file_bytes: int
     crc32: int
-    text: str | None = None  # checksum of the text that it was made from (shards.text_checksum)
+    text: str | None = None  # checksum of its text (shards.text_checksum)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What went into some rows.
+    """Counts of documents, tokens and rows.
 
     Attributes:
-      documents: or dialogues, without the rejected ones.
+      documents: documents or dialogues, without the rejected ones.
       shortened: dialogues that were longer than a row and lost their oldest turns (dialogue.py).
       rejected: documents that could not be used.
       held_out: documents that the page of the cache holds out as well.
@@ -60,7 +60,7 @@ class Counts:
       text_tokens: tokens that spell text: neither ends of sequences nor markers.
       tokens: positions that are not padding.
       learned_tokens: positions with a loss weight of 1.
-      rows, segments: of packing.
+      rows, segments: rows, and segments in them.
       lengths: int [LENGTH_BINS], number of documents by the floor of log2 of their tokens.
     """
 
@@ -93,7 +93,7 @@ class Domain:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a cache holds."""
+    """The contents of a cache."""
 
     format: int
     kind: str
@@ -103,7 +103,7 @@ class Manifest:
     vocab_size: int
     pad_id: int  # fills the ends of rows
     domains: dict[str, Domain]
-    template: str | None = None  # that dialogues were written by; None: there are none
+    template: str | None = None  # of the dialogues; None: there are none
 
     def to_text(self) -> str:
         """JSON, with a checksum of what it says."""
@@ -127,13 +127,13 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def incomplete(path: Path) -> Path:
-    """Where a cache lies while it is being made."""
+    """Returns the directory of a cache while it is being made."""
     whole = path if path.name not in ("", "..") else Path(os.path.abspath(path))
     return whole.with_name(whole.name + ".incomplete")
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the cache in the directory `path`.
+    """Reads the manifest of the cache in the directory `path`.
 
     Raises:
       UserError: there is no complete cache, or one of a format that this version does not know.
@@ -209,7 +209,7 @@ class RowCache:
         return {name: domain.counts.rows for name, domain in self.manifest.domains.items()}
 
     def tokenizer(self) -> Path:
-        """The copy of the tokenizer that made it.
+        """Returns the copy of the tokenizer that made the cache.
 
         Raises:
           DamageError: it is missing, or another one.
@@ -222,7 +222,7 @@ class RowCache:
         return file
 
     def read(self, domains: Sequence[str], rows: Sequence[int]) -> dict[str, np.ndarray]:
-        """The rows `rows[i]` of `domains[i]` as one batch of arrays [R, S] (packing.to_batch).
+        """Reads the rows `rows[i]` of `domains[i]` as one batch of arrays [R, S] (packing.to_batch).
 
         Raises:
           DamageError: a shard does not hold what was written.
@@ -286,7 +286,7 @@ class RowCache:
 
 
 def file_crc32(path: Path) -> int:
-    """CRC-32 of a file."""
+    """Computes the CRC-32 of a file."""
     crc = 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -307,11 +307,11 @@ def check_fits(
     """Raises UserError unless the rows are what a stage asks for.
 
     Args:
-      manifest: of the cache.
-      where: the cache, for messages.
-      kind, seq_len: of the stage.
+      manifest: manifest of the cache.
+      where: names the cache in messages.
+      kind, seq_len: kind and row length of the stage.
       tokenizer, sha256: path and hash of the stage's tokenizer.
-      template: that the stage writes dialogues by; None where it does not say.
+      template: dialogue template of the stage; None where it does not say.
     """
     if manifest.tokenizer_sha256 != sha256:
         raise UserError(

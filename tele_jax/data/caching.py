@@ -1,7 +1,7 @@
-"""`tele data cache`: the units of shards.py spread over workers by Apache Beam, and put together as one cache.
+"""Makes a cache: spreads the units of shards.py over workers by Apache Beam, and puts the shards together.
 
-While it is made a cache lies in DIR.incomplete, with a plan and an account of every finished unit; what is finished
-is kept when it is started again. It gets its name when it is complete, and never before.
+While a cache is made, it lies in DIR.incomplete, with a plan and an account of every finished unit. Finished units are
+kept when the work is started again. The cache gets its name when it is complete, and never before.
 """
 
 import contextlib
@@ -49,14 +49,14 @@ def make(
     """Makes a cache in the directory `out`, or goes on making it. The same files and config give the same bytes.
 
     Args:
-      config: what to make.
+      config: settings of the cache.
       out: a directory that is not there yet. All workers have to see it, and the files, by the same path.
-      runner: of Beam, by name; or "serial": one unit after the other in this process, without Beam.
+      runner: name of a Beam runner; or "serial": one unit after the other in this process, without Beam.
       workers: processes of the DirectRunner. With 1 everything is done in this one, tokenising on all its cores. None:
         one for every core, and at most one for every unit.
-      options: more for Beam, as on its command line.
+      options: more options for Beam, as on its command line.
       progress: called now and then with the number of finished units and of all.
-      say: gets lines about what is being done.
+      say: prints a line.
       load_tasks: registers the seqio Tasks that `config` names, in a worker process that does not have them; has to be
         such as pickle takes. (Here they are registered.)
 
@@ -103,7 +103,7 @@ def make(
 
 @contextlib.contextmanager
 def _failing_in_one_line(work: Path) -> Iterator[None]:
-    """A full disk, or whatever else the system says no to."""
+    """Turns a full disk, or another refusal of the system, into a FailedError of one line."""
     try:
         yield
     except OSError as error:
@@ -145,7 +145,7 @@ def _begun(
 
 
 def _read_plan(work: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
-    """(what the cache was begun for, the stamps of its files then)."""
+    """Reads what the cache was begun for, and the stamps of its files then."""
     file, fields = work / PLAN, {"files": dict[str, tuple[int, ...]]}
     try:
         plan = written_table(parse_json(file.read_bytes(), str(file)), str(file), fields, required=fields)
@@ -155,7 +155,7 @@ def _read_plan(work: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
 
 
 def _stamps(units: Sequence[shards.Unit]) -> dict[str, list[int]]:
-    """Size, times and inode of every file: they change when it is written anew, and nothing is read for them."""
+    """Returns size, times and inode of every file, which change when it is written anew; reads no file."""
     found = {}
     for path in sorted({path for unit in units for path in unit.paths}):
         stat = os.stat(path)
@@ -195,7 +195,7 @@ def _held_out(config: CacheConfig) -> frozenset[int]:
 
 
 def _of_tasks(work: Path, units: Sequence[shards.Unit]) -> dict[str, str]:
-    """The checksums of what the finished units of seqio Tasks were made from, by unit."""
+    """Returns the checksums of the examples that finished units of seqio Tasks were made from, by unit."""
     accounts = {unit.name: shards.finished(work, unit) for unit in units if unit.task is not None}
     return {name: done.text for name, done in accounts.items() if done is not None}
 
@@ -234,7 +234,7 @@ def _watched(work: Path, units: list[shards.Unit], progress: Callable[[int, int]
 
 
 class _Work:
-    """What a worker does with a unit. It is pickled: the tokenizer is read anew by every process, and kept."""
+    """The work on a unit, to be pickled: every process reads the tokenizer anew, once."""
 
     def __init__(
         self,
@@ -273,7 +273,7 @@ def _serial(units: Sequence[shards.Unit], work: _Work) -> None:
 
 
 def _pipeline(runner: str, workers: int, options: Sequence[str]) -> Callable[[Sequence[shards.Unit], _Work], None]:
-    """What does the work by Beam; made before anything is written, since Beam checks the options here."""
+    """Returns the function that runs the work by Beam; called before anything is written, since Beam checks options."""
     options = [*options, "--default_sdk_harness_log_level=ERROR"]
     if workers > 1:
         options += [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing", beam_workers.OPTION]
@@ -299,7 +299,7 @@ def _pipeline(runner: str, workers: int, options: Sequence[str]) -> Callable[[Se
 
 
 def _said(error: Exception, runner: str) -> Exception:
-    """The error of ours inside what Beam makes of it: the same with more text, or a RuntimeError with a traceback."""
+    """Returns our error inside what Beam makes of it: the same with more text, or a RuntimeError with a traceback."""
     if isinstance(error, tuple(_ERRORS.values())):
         return type(error)(str(error).split(" [while running")[0])
     found = re.findall(rf"({'|'.join(_ERRORS)}): (.*?)(?: \[while running|\n|$)", str(error))
@@ -312,7 +312,7 @@ def _said(error: Exception, runner: str) -> Exception:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Beam's log to itself: what matters of it is raised."""
+    """Silences Beam's log; what matters of it is raised."""
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -367,5 +367,5 @@ def _assemble(work: Path, config: CacheConfig, vocabulary: Vocabulary, units: li
 
 
 def _sizes(units: Sequence[shards.Unit]) -> tuple[int, ...]:
-    """Bytes of the files of some units, in order."""
+    """Returns the bytes of the files of some units, in order."""
     return tuple({part.path: part.file_bytes for unit in units for part in unit.parts}.values())

@@ -13,13 +13,14 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, Literal
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 
 from tele_jax.data import dialogue
 from tele_jax.errors import UserError
-from tele_jax.files import require_regular
+from tele_jax.files import replacing, require_regular
 
 Format = Literal["text", "jsonl", "dialogues"]
 WHOLE = 1 << 62  # larger than any document: no cutting
@@ -45,6 +46,41 @@ class Document:
     content: str | Sequence[dialogue.Message] | Mapping[str, np.ndarray]
     begins: bool = True
     ends: bool = True
+
+
+class Documents(Protocol):
+    """The documents of a domain, encoded: files (CorpusDocuments) or a seqio Task (task_documents.TaskDocuments).
+
+    Attributes:
+      where: names the domain in messages.
+      format: format of the files, or "task".
+      checksum: names everything that is read.
+      cut: bytes at which long documents are cut into several; 0 where none is that long.
+      rejected: the first documents that cannot be used.
+      num_rejected: number of documents that cannot be used.
+    """
+
+    where: str
+    format: str
+    checksum: str
+    cut: int
+    rejected: Sequence[Reject]
+    num_rejected: int
+
+    def __len__(self) -> int:
+        """Number of documents in an epoch; a document that is cut counts as several."""
+
+    def account(self) -> str:
+        """Says in a line how many documents were rejected, and why the first."""
+
+    def example(self, i: int) -> np.ndarray:
+        """Reads document `i` as int32 [3, n] (encode.COLUMNS)."""
+
+    def in_order(self, bytes_left: Callable[[], int]) -> Iterator[tuple[np.ndarray, bool]]:
+        """Reads all documents in order as (int32 [3, n], whether a text begins with them).
+
+        A text that is longer than `bytes_left()` is cut there, at a character, and then has no end.
+        """
 
 
 class Rejects:
@@ -154,6 +190,17 @@ def read_document(
     entry = {"file": file, "byte": offset, "reason": reason, "sample": sample}
     reject(entry if line is None else entry | {"line": line})
     return None
+
+
+def write_rejected(path: Path, rejected: Sequence[Reject]) -> None:
+    """Writes a file of rejects atomically, one a line; removes the file where there are none."""
+    if not rejected:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected)
+        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def account(where: str, used: int, count: int, rejected: Sequence[Reject]) -> str:

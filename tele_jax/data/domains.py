@@ -1,4 +1,4 @@
-"""What a DataConfig names, resolved, checked and opened: a tokenizer, domains to train on and domains held out."""
+"""Resolves, checks and opens a DataConfig: its tokenizer, the domains to train on and the domains held out."""
 
 import dataclasses
 import difflib
@@ -8,52 +8,18 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
 from tele_jax.data import cache, documents, encode, sources, templates
+from tele_jax.data.documents import Documents
 from tele_jax.data.encode import Kind
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import UserError
 from tele_jax.files import expand
 from tele_jax.settings import DataConfig, SourceConfig
-
-
-class Documents(Protocol):
-    """The documents of a domain, encoded: files (CorpusDocuments) or a seqio Task (task_documents.TaskDocuments).
-
-    Attributes:
-      where: names the domain in messages.
-      format: format of the files, or "task".
-      checksum: names everything that is read.
-      cut: bytes at which long documents are cut into several; 0 where none is that long.
-      rejected: the first documents that cannot be used.
-      num_rejected: number of documents that cannot be used.
-    """
-
-    where: str
-    format: str
-    checksum: str
-    cut: int
-    rejected: Sequence[documents.Reject]
-    num_rejected: int
-
-    def __len__(self) -> int:
-        """Number of documents in an epoch; a document that is cut counts as several."""
-
-    def account(self) -> str:
-        """Says in a line how many documents were rejected, and why the first."""
-
-    def example(self, i: int) -> np.ndarray:
-        """Reads document `i` as int32 [3, n] (encode.COLUMNS)."""
-
-    def in_order(self, bytes_left: Callable[[], int]) -> Iterator[tuple[np.ndarray, bool]]:
-        """Reads all documents in order as (int32 [3, n], whether a text begins with them).
-
-        A text that is longer than `bytes_left()` is cut there, at a character, and then has no end.
-        """
 
 
 class CorpusDocuments:

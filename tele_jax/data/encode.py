@@ -10,7 +10,7 @@ Where a document ends is given as lengths; packing (packing.py) turns them into 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -80,6 +80,19 @@ def encode(
     columns[0, 1:], columns[1], columns[2] = targets[:-1], targets, 1
     columns[0, (np.cumsum(lengths) - lengths)[lengths > 0]] = separator(vocabulary)
     return Encoded(columns, lengths, ended, 0, text_bytes)
+
+
+def blocks(read: Iterable[Document], characters: int) -> Iterator[list[Document]]:
+    """Groups documents into blocks of at least so many characters."""
+    block, count = [], 0
+    for document in read:
+        block.append(document)
+        count += len(text_of(document.content))
+        if count >= characters:
+            yield block
+            block, count = [], 0
+    if block:
+        yield block
 
 
 def joined(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tele_jax.data import cache, live_rows, order, packing
+from tele_jax.data import cache, order, packing
 from tele_jax.data.domains import OpenData
 from tele_jax.data.order import Position
 from tele_jax.data.templates import separator
@@ -185,26 +185,26 @@ class LiveFeed(_Feed):
             },
         }
         starts = {
-            name: live_rows.go_on(self.taken_over.get(name), name, documents, **self._shape, seed=seed)
+            name: packing.go_on(self.taken_over.get(name), name, documents, **self._shape, seed=seed)
             for name, documents in self._documents.items()
         }
         self._begin(starts, 0)
 
     def _begin(self, starts: dict[str, Position], batches: int) -> None:
         super()._begin(starts, batches)
-        self._packers: list[live_rows.CutRows | live_rows.WholeRows] = []
+        self._packers: list[packing.CutRows | packing.WholeRows] = []
         self._broken: Exception | None = None
 
-    def _open_packers(self) -> list[live_rows.CutRows | live_rows.WholeRows]:
+    def _open_packers(self) -> list[packing.CutRows | packing.WholeRows]:
         """Makes a packer for each domain; it reads again the documents of its open rows."""
         pad_id, made = max(self._vocabulary.pad_id, 0), []
         for name, documents in self._documents.items():
             start = self._starts[name]
-            read = live_rows.Shuffled(documents.example, start)
+            read = packing.Shuffled(documents.example, start)
             if self._shape["kind"] == "pretrain":
-                made.append(live_rows.CutRows(read, start, separator=separator(self._vocabulary), pad_id=pad_id))
+                made.append(packing.CutRows(read, start, separator=separator(self._vocabulary), pad_id=pad_id))
             else:
-                made.append(live_rows.WholeRows(read, start, pad_id=pad_id))
+                made.append(packing.WholeRows(read, start, pad_id=pad_id))
         return made
 
     def _make(self, step: int) -> tuple[Any, dict[str, Position]]:
@@ -223,7 +223,7 @@ class LiveFeed(_Feed):
 
     def _restored(self, positions: dict[str, Position]) -> dict[str, Position]:
         for name, documents in self._documents.items():
-            live_rows.check_own(positions.get(name), name, documents, **self._shape)
+            packing.check_own(positions.get(name), name, documents, **self._shape)
         return {name: positions[name] for name in self._documents}
 
 

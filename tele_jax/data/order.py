@@ -1,15 +1,18 @@
-"""Which row of which domain comes when: a pure function of the seed and of the row's place in the whole training run.
+"""The order of rows and documents, a pure function of the seed and the place in the whole training run; positions.
 
-A stage that goes on in data which an earlier one has read adds where that ended (Order.begins).
+A stage that goes on in data which an earlier one has read begins where that one ended (Order.begins). A `Position` says
+where, in the provenance of a checkpoint. It is found again by the checksum of the data, whatever the domain is called
+and wherever its files lie. It counts rows of a cache or documents of a live feed, not steps, so that a later stage with
+another batch size (and, live, another row length) goes on where the earlier one ended; packing.go_on has the exception.
 
-Two pieces of integer arithmetic, with no buffer and nothing to remember:
+The order is two pieces of integer arithmetic, with no buffer:
 
     mixture       place in the run -> (domain, how many rows of it came before)     shares to a few rows, at any length
     permutation   how many came before -> (epoch, row)                              every row once an epoch
 
-They are written out here because a run depends on them for months: the order must not change with a library's next
-release (Grain's index_shuffle is under `experimental`, and its `mix` rounds rates to whole percents of the smallest:
-0.25% off for rates of 1 and 1.0099). docs/data.md has the comparison.
+The arithmetic is written out here because a run depends on it for months: the order must not change with the next
+release of a library. Grain's index_shuffle is under `experimental`, and its `mix` rounds rates to whole percents of the
+smallest, 0.25% off for rates of 1 and 1.0099; docs/data.md has the comparison.
 """
 
 import dataclasses
@@ -24,14 +27,14 @@ import numpy as np
 from tele_jax.config import from_dict
 from tele_jax.errors import DamageError, UserError
 
-VERSION = 1  # of the arithmetic; a change to it is a change of every order
+VERSION = 1  # of the arithmetic, whose change would change every order
 ROUNDS = 6
 WEIGHT_SUM = 1 << 24  # shares are exact to 6e-8
 MAX_ROWS = 1 << 39  # rows in a run: their number times WEIGHT_SUM has to fit 63 bits
 
 
 def integer_weights(rates: Sequence[float]) -> tuple[int, ...]:
-    """Whole numbers in proportion to `rates`, none below 1, whose sum is WEIGHT_SUM (largest remainders)."""
+    """Returns whole numbers in proportion to `rates`, at least 1, whose sum is WEIGHT_SUM (largest remainders)."""
     total = math.fsum(rates)
     exact = [rate / total * WEIGHT_SUM for rate in rates]
     weights = [max(1, int(value)) for value in exact]
@@ -43,7 +46,7 @@ def integer_weights(rates: Sequence[float]) -> tuple[int, ...]:
 
 
 def mixture(index: np.ndarray, weights: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(domain, number of rows of that domain before), int64 [n] each, for the places `index`, int64 [n].
+    """Returns (domain, number of rows of that domain before), int64 [n] each, for the places `index`, int64 [n].
 
     The first domain takes a place where floor(k * its share) moves on; the places that are left over are shared out in
     the same way among the rest. After any number of rows each domain is off its share by fewer rows than there are
@@ -75,7 +78,7 @@ def counts_before(place: int, weights: Sequence[int]) -> list[int]:
 
 
 def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
-    """A permutation of range(size) at the places `index`, int64 [n], chosen by `key`, uint64 [ROUNDS].
+    """Permutes range(size) at the places `index`, int64 [n], as chosen by `key`, uint64 [ROUNDS].
 
     A Feistel network over the pairs (left, right) of digits to the base ceil(sqrt(size)). It permutes the square of
     that base; what falls beyond `size` is permuted again until it falls below (Black and Rogaway, 2002, "cycle
@@ -94,14 +97,14 @@ def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
-    """64 bits stirred: the finalizer of splitmix64 (Steele, Lea, Flood, 2014; constants of Stafford's variant 13)."""
+    """Mixes 64 bits: the finalizer of splitmix64 (Steele, Lea, Flood, 2014; constants of Stafford's variant 13)."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
 
 
 def in_epoch(index: np.ndarray, size: int, seed: int, domain: str, epoch: int) -> np.ndarray:
-    """Which of `size` rows (or documents) of a domain come at the places `index`, int64 [n], of an epoch."""
+    """Returns the rows (or documents), of `size` in a domain, at the places `index`, int64 [n], of an epoch."""
     return permute(index, size, _key(seed, domain, epoch))
 
 
@@ -117,9 +120,9 @@ class Order:
 
     Attributes:
       domains: names; their order here does not matter.
-      rows: number of rows in each.
-      rates: of each, relative.
-      seed: of the permutations. The mixture has none: every run has the same domain at the same place.
+      rows: number of rows of each domain.
+      rates: relative rate of each domain.
+      seed: seed of the permutations. The mixture has none: every run has the same domain at the same place.
       begins: where a domain goes on that an earlier stage has read, by name: (rows of it before, name and seed of the
         permutations there).
     """
@@ -132,12 +135,12 @@ class Order:
 
     @functools.cached_property
     def _canonical(self) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Domains by name, and their weights: a page that lists them otherwise gives the same run."""
+        """Domains by name, and their weights, so that the order in which a page lists them does not matter."""
         by_name = sorted(range(len(self.domains)), key=self.domains.__getitem__)
         return np.array(by_name), integer_weights([self.rates[i] for i in by_name])
 
     def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(domain, epoch, row), int64 [n] each, of the rows at the places `index`, int64 [n], of the run.
+        """Returns (domain, epoch, row), int64 [n] each, of the rows at the places `index`, int64 [n], of the run.
 
         The time it takes does not depend on how far into the run they are.
         """
@@ -154,14 +157,14 @@ class Order:
         return domain, epoch, row
 
     def counts(self, rows: int) -> dict[str, int]:
-        """How many of the first `rows` rows of a run are of each domain; which ones they are is not computed."""
+        """Counts by domain the first `rows` rows of a run, without computing which ones they are."""
         by_name, weights = self._canonical
         found = np.zeros(len(weights), np.int64)
         found[by_name] = counts_before(rows, weights)
         return dict(zip(self.domains, found.tolist(), strict=True))
 
     def epochs(self, rows: int) -> dict[str, float]:
-        """How often each domain is gone through in the first `rows` rows of a run."""
+        """Returns how often each domain is gone through in the first `rows` rows of a run."""
         total = math.fsum(self.rates)
         return {name: rows * rate / total / n for name, rate, n in zip(self.domains, self.rates, self.rows)}
 
@@ -171,11 +174,11 @@ class Position:
     """The part of a domain that has been read.
 
     Attributes:
-      checksum: of what is read: the rows of a cache, or the files of a live feed.
-      name, seed: of the domain and of the stage that began to read it; the orders of all epochs come from them.
+      checksum: checksum of the rows of a cache, or of the files of a live feed.
+      name, seed: name of the domain, and seed of the stage that began to read it, which fix the orders of all epochs.
       total: rows or documents in an epoch.
       next: the number of the next one, counted on through all epochs.
-      kind, seq_len: of the live feed that was here ("pretrain" or "sft", tokens in a row).
+      kind, seq_len: kind ("pretrain" or "sft") and row length of the live feed that was here.
       cut: bytes at which the live feed cuts long documents into several; 0 where none is that long.
       turn: rows of the live feed so far.
       open: documents that a live feed has begun to put into rows, as (number, tokens of it that are given out), for
@@ -201,13 +204,13 @@ class Position:
         return self.next / self.total
 
     def to_json(self) -> dict[str, Any]:
-        """A dict for JSON, without the fields that say nothing."""
+        """Returns a dict for JSON, without empty fields."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in fields.items() if value not in ("", ()) or name in ("checksum", "name")}
 
 
 def position_from_json(value: Any, where: str) -> Position:
-    """The inverse of `to_json`.
+    """Reads what `to_json` gave.
 
     Raises:
       DamageError: the value is not what `to_json` gave.
@@ -224,7 +227,7 @@ def position_from_json(value: Any, where: str) -> Position:
 
 
 def positions_in(provenance: Sequence[Mapping[str, Any]]) -> list[Position]:
-    """The positions that a checkpoint's provenance knows, the latest first.
+    """Reads the positions in a checkpoint's provenance, the latest first.
 
     Raises:
       DamageError: an entry is not what was written.
@@ -243,7 +246,7 @@ def positions_in(provenance: Sequence[Mapping[str, Any]]) -> list[Position]:
 
 
 def choose(known: Sequence[Position], domains: Mapping[str, str]) -> dict[str, Position]:
-    """The latest position of every domain that has one.
+    """Returns the latest position of every domain that has one.
 
     Where several domains read the same data, only a position of the same name is taken.
 

@@ -10,6 +10,10 @@ own, whose first input is the separator again.
 `fit_rows` (fine-tuning): an example stays whole; it goes where it leaves the least room, and if it fits nowhere, the
 fullest row is closed, its end padded.
 
+For live feeds, `CutRows` and `WholeRows` pack documents in an order that is a pure function of the domain's name, the
+seed and the epoch (order.py). No buffer has to be saved: a `Position` holds the number of the next document and the
+documents in the open rows, and a packer is rebuilt from it bit for bit, in another process or stage.
+
 A cache stores a row as one record of an ArrayRecord file. A record is little-endian, for S positions, with ids of 16
 bits where the vocabulary has at most 65,536 of them and of 32 bits otherwise:
 
@@ -23,26 +27,33 @@ bits where the vocabulary has at most 65,536 of them and of 32 bits otherwise:
 The rest follows: inside a segment an input is the target before it, and positions count from its beginning.
 """
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from tele_jax.data import order
+from tele_jax.data.documents import Documents
+from tele_jax.data.order import Position
 from tele_jax.errors import DamageError
 
 COLUMNS = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
 TOKENS, TARGETS, LOSS_WEIGHTS, SEGMENT_IDS, POSITIONS = range(5)
 HEADER = 8  # bytes of a record before its ids
+LANES = 16  # rows of pretraining that are filled in turn
+OPEN_ROWS = 8  # rows of fine-tuning to choose from
+ORDERED = 256  # places of the order that are computed together
 
 
 def empty_rows(count: int, seq_len: int, pad_id: int) -> np.ndarray:
-    """Int32 [count, 5, seq_len] of padding."""
+    """Returns rows of padding, int32 [count, 5, seq_len]."""
     rows = np.zeros((count, 5, seq_len), np.int32)
     rows[:, [TOKENS, TARGETS]] = pad_id
     return rows
 
 
 def used(row: np.ndarray) -> int:
-    """Number of positions of a row that are not padding."""
+    """Counts the positions of a row that are not padding."""
     return int(np.count_nonzero(row[SEGMENT_IDS]))
 
 
@@ -114,7 +125,7 @@ def fit_rows(open_rows: np.ndarray, examples: Iterable[np.ndarray], *, pad_id: i
 
 
 def best_row(filled: Sequence[int], length: int, seq_len: int) -> tuple[int, bool]:
-    """The row that an example of `length` fills best, and True; else the fullest one, to be closed, and False.
+    """Returns the row that an example of `length` fills best, and True; else the fullest one, to be closed, and False.
 
     filled: positions that are taken in every open row.
     """
@@ -129,7 +140,7 @@ def spread(rows: np.ndarray, distance: int) -> np.ndarray:
 
 
 def to_batch(rows: np.ndarray) -> dict[str, np.ndarray]:
-    """[B, 5, S] as the dict of arrays [B, S] that training takes: int32, loss_weights float32."""
+    """Turns [B, 5, S] into the dict of arrays [B, S] that training takes: int32, loss_weights float32."""
     batch = {name: np.ascontiguousarray(rows[:, i]) for i, name in enumerate(COLUMNS)}
     batch["loss_weights"] = batch["loss_weights"].astype(np.float32)
     return batch
@@ -140,12 +151,12 @@ def _stack(rows: Sequence[np.ndarray], seq_len: int) -> np.ndarray:
 
 
 def id_type(vocab_size: int) -> np.dtype:
-    """What the ids of a vocabulary are stored as."""
+    """Returns the type that the ids of a vocabulary are stored as."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def to_records(rows: np.ndarray, dtype: np.dtype) -> list[bytes]:
-    """int32 [R, 5, S] as R records.
+    """Writes int32 [R, 5, S] as R records.
 
     Raises:
       ValueError: loss weights other than 0 and 1, ids beyond `dtype`, or inputs that do not follow from the targets.
@@ -169,7 +180,7 @@ def to_records(rows: np.ndarray, dtype: np.dtype) -> list[bytes]:
 
 
 def from_records(records: Sequence[bytes], seq_len: int, dtype: np.dtype, pad_id: int) -> dict[str, np.ndarray]:
-    """The batch of arrays [R, S] that training takes (to_batch), of R records.
+    """Reads R records as the batch of arrays [R, S] that training takes (to_batch).
 
     Raises:
       DamageError: a record that is not such a row.
@@ -203,3 +214,144 @@ def from_records(records: Sequence[bytes], seq_len: int, dtype: np.dtype, pad_id
         tokens[i, end:] = pad_id
         segment_ids[i, end:] = positions[i, end:] = 0
     return dict(zip(COLUMNS, (tokens, targets, weights, segment_ids, positions), strict=True))
+
+
+class Shuffled:
+    """Reads documents by their running number through all epochs, each epoch in an order of its own (order.py)."""
+
+    def __init__(self, example: Callable[[int], np.ndarray], start: Position):
+        """example: reads document `i` of start.total, as int32 [3, n], n > 0 (encode.COLUMNS)."""
+        self._example, self._start = example, start
+        self._ordered: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def __call__(self, number: int) -> np.ndarray:
+        block = number // ORDERED
+        if self._ordered[0] != block:
+            self._ordered = (block, self._order(block * ORDERED))
+        return self._example(int(self._ordered[1][number % ORDERED]))
+
+    def _order(self, first: int) -> np.ndarray:
+        size = self._start.total
+        epochs, places = np.divmod(np.arange(first, first + ORDERED), size)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            places[here] = order.in_epoch(places[here], size, self._start.seed, self._start.name, epoch)
+        return places
+
+
+class _Packer:
+    """The documents that come next, by number, and the position."""
+
+    def __init__(self, read: Callable[[int], np.ndarray], start: Position, pad_id: int):
+        self._read, self._start, self._pad_id = read, start, pad_id
+        self._next, self._first, self._turn = start.next, list(start.first), start.turn
+
+    def _take(self) -> tuple[int, np.ndarray]:
+        number = self._first.pop(0) if self._first else self._next
+        self._next = max(self._next, number + 1)
+        return number, self._read(number)
+
+    def _open(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """The documents in the open rows, as Position.open has them."""
+        raise NotImplementedError
+
+    def position(self) -> Position:
+        """Returns the position that the next row comes from."""
+        rows = self._open()
+        here = {"next": self._next, "first": tuple(self._first), "turn": self._turn}
+        return dataclasses.replace(self._start, **here, open=rows if any(rows) else ())
+
+
+class CutRows(_Packer):
+    """Rows of pretraining: documents are laid end to end and cut where a row is full; nothing is padded or left out.
+
+    LANES rows are filled in turn, each from documents of its own, so that the rows of a long document do not come one
+    after the other.
+    """
+
+    def __init__(self, read: Callable[[int], np.ndarray], start: Position, *, separator: int, pad_id: int):
+        """separator: the first input of a row that continues a document. start: position of this feed (`go_on`)."""
+        super().__init__(read, start, pad_id)
+        self._separator, self._empty = separator, empty_rows(1, start.seq_len, pad_id)
+        rows = start.open or ((),) * LANES
+        self._lanes = [(row[0][0], row[0][1], read(row[0][0])) if row else None for row in rows]
+
+    def row(self) -> np.ndarray:
+        """Returns the next row, int32 [5, S]."""
+        lane, seq_len = self._turn % LANES, self._empty.shape[2]
+        parts, filled = [], 0
+        while filled < seq_len:
+            if (current := self._lanes[lane]) is None:
+                number, columns = self._take()
+                current = (number, 0, columns)
+            number, begin, columns = current
+            part = columns[:, begin : begin + seq_len - filled]
+            if begin:
+                part = part.copy()
+                part[0, 0] = self._separator
+            parts.append(part)
+            filled += part.shape[1]
+            end = begin + part.shape[1]
+            self._lanes[lane] = (number, end, columns) if end < columns.shape[1] else None
+        self._turn += 1
+        lengths = np.array([part.shape[1] for part in parts])
+        columns = np.concatenate(parts, axis=1)
+        # The row is full to its last position: no row is left open, and no padding is used.
+        return cut_rows(self._empty, columns, lengths, separator=self._separator, pad_id=0)[1][0]
+
+    def _open(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        return tuple(() if lane is None else ((lane[0], lane[1]),) for lane in self._lanes)
+
+
+class WholeRows(_Packer):
+    """Rows of fine-tuning: an example stays whole, and goes where it leaves the least room among OPEN_ROWS rows."""
+
+    def __init__(self, read: Callable[[int], np.ndarray], start: Position, *, pad_id: int):
+        """start: position of this feed (`go_on`)."""
+        super().__init__(read, start, pad_id)
+        self._rows = [[(number, read(number)) for number, _ in row] for row in start.open or ((),) * OPEN_ROWS]
+
+    def row(self) -> np.ndarray:
+        """Returns the next row, int32 [5, S]."""
+        while True:
+            number, example = self._take()
+            filled = [sum(columns.shape[1] for _, columns in row) for row in self._rows]
+            k, fits = best_row(filled, example.shape[1], self._start.seq_len)
+            if fits:
+                self._rows[k].append((number, example))
+                continue
+            full, self._rows[k] = self._rows[k], [(number, example)]
+            self._turn += 1
+            empty = empty_rows(1, self._start.seq_len, self._pad_id)
+            return fit_rows(empty, [columns for _, columns in full], pad_id=self._pad_id)[0][0]
+
+    def _open(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        return tuple(tuple((number, 0) for number, _ in row) for row in self._rows)
+
+
+def go_on(before: Position | None, name: str, documents: Documents, *, kind: str, seq_len: int, seed: int) -> Position:
+    """Returns the position at which a feed of rows of `kind` and `seq_len` begins, after what an earlier one has read.
+
+    Rows of pretraining go on inside the documents that are cut, at any row length. Whole dialogues that wait in the
+    open rows of fine-tuning stay there if the row length is the same, and come first otherwise. Where another row
+    length cuts long documents at other places, the next epoch begins. `before` is None at the beginning.
+    """
+    shape = {"kind": kind, "seq_len": seq_len, "total": len(documents), "cut": documents.cut}
+    if before is None:
+        return Position(checksum=documents.checksum, name=name, seed=seed, **shape)
+    if (before.total, before.cut) != (len(documents), documents.cut):
+        epoch = -(-before.next // before.total)
+        return dataclasses.replace(before, **shape, next=epoch * len(documents), open=(), first=(), turn=0)
+    if before.kind == kind and (kind == "pretrain" or before.seq_len == seq_len):
+        return dataclasses.replace(before, **shape)
+    waiting = [number for row in before.open for number, given in row if not given]
+    return dataclasses.replace(before, **shape, open=(), first=(*before.first, *sorted(waiting)), turn=0)
+
+
+def check_own(position: Position | None, name: str, documents: Documents, *, kind: str, seq_len: int) -> None:
+    """Raises DamageError for a position that no feed of this domain and shape can have come to."""
+    wanted = (documents.checksum, len(documents), documents.cut, kind, seq_len)
+    rows = LANES if kind == "pretrain" else OPEN_ROWS
+    found = position and (position.checksum, position.total, position.cut, position.kind, position.seq_len)
+    if found != wanted or len(position.open) not in (0, rows):
+        raise DamageError(f"the saved position in the data is damaged: {name} is not of this feed")

@@ -1,4 +1,4 @@
-"""What one worker of `tele data cache` does: a part of a domain becomes a shard of packed rows.
+"""Makes shards of packed rows from parts of domains: the work of one worker of `tele data cache`.
 
 A unit is some 65,536 * seq_len bytes of consecutive input, or a shard of a Task's source, and becomes one shard. Units
 do not depend on each other, so that they can be made in any order, anywhere, and again: the same unit gives the same
@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -232,19 +232,6 @@ def text_checksum(unit: Unit) -> str:
     return reader.checksum
 
 
-def blocks(read: Iterable[Document]) -> Iterator[list[Document]]:
-    """Groups documents into blocks of about BLOCK_BYTES characters."""
-    block, characters = [], 0
-    for document in read:
-        block.append(document)
-        characters += len(documents.text_of(document.content))
-        if characters >= BLOCK_BYTES:
-            yield block
-            block, characters = [], 0
-    if block:
-        yield block
-
-
 class _Unit:
     """A unit while it becomes a shard: its examples and what is counted of them."""
 
@@ -262,7 +249,7 @@ class _Unit:
     def _encoded(self) -> Iterator[Encoded]:
         config = self._config
         if self._unit.task is None:
-            for block in blocks(self.source.documents()):
+            for block in encode.blocks(self.source.documents(), BLOCK_BYTES):
                 how = {"threads": self._threads, "piece_bytes": PIECE_BYTES}
                 yield encode.encode(block, self._vocabulary, config.kind, config.seq_len, **how)
             return
@@ -322,10 +309,7 @@ def write_unit(
     """Writes the shard of a unit, whole or not at all, and last the account of it; does nothing if that is there.
 
     Args:
-      unit: made by `plan`.
-      config, vocabulary: of the cache.
       out: directory of the cache while it is being made.
-      threads: threads of the tokenizer library.
       goes_on: whether the account may be of an earlier start, since when a Task may give other examples. (Changed files
         are the caller's to notice.)
       held_out: digests of the lines that are held out, to be counted.
@@ -345,7 +329,7 @@ def write_unit(
         account.parent.mkdir(parents=True, exist_ok=True)
         (out / unit.domain).mkdir(exist_ok=True)
         done, rejected = _write(unit, config, vocabulary, out, threads, held_out)
-        write_rejected(out / f"{unit.name}.rejected.jsonl", rejected)
+        documents.write_rejected(out / f"{unit.name}.rejected.jsonl", rejected)
         replace(account, json.dumps(dataclasses.asdict(done)))
     except OSError as error:
         raise FailedError(
@@ -361,7 +345,7 @@ def _write(
     dtype = packing.id_type(vocabulary.vocab_size)
     target = out / f"{unit.name}.array_record"
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    counts = Counts()
+    counts, shard = Counts(), None
     array_record = need("array_record.python.array_record_module")
     try:
         # A group is what is compressed together, and so what has to be read to get at one row.
@@ -372,28 +356,21 @@ def _write(
             segments = rows[:, packing.SEGMENT_IDS].max(axis=1, initial=0).sum()
             counts += Counts(rows=len(rows), segments=int(segments))
         writer.close()
-        counts += work.counts()
-        shard = _keep(temporary, target, counts.rows, out)
+        counts, checksum = counts + work.counts(), work.source.checksum
+        if counts.rows:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            size, crc32 = temporary.stat().st_size, file_crc32(temporary)
+            os.replace(temporary, target)
+            file = str(target.relative_to(out))
+            shard = Shard(file=file, rows=counts.rows, file_bytes=size, crc32=crc32, text=checksum)
     except RuntimeError as error:  # what ArrayRecord makes of any failure to write
         raise FailedError(f"{target}: {str(error).split(';')[0]}; start again to go on") from None
     finally:
         temporary.unlink(missing_ok=True)
-    rejected, checksum = work.source.rejected, work.source.checksum
+    rejected = work.source.rejected
     reason = documents.place(rejected[0]) if rejected else None
-    if shard is not None:
-        shard = dataclasses.replace(shard, text=checksum)
     return Done(shard=shard, counts=counts, first_reason=reason, text=checksum), rejected
-
-
-def _keep(temporary: Path, target: Path, rows: int, out: Path) -> Shard | None:
-    """Renames a finished file once it is on the disk; None where it has no rows."""
-    if not rows:
-        return None
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    crc32 = file_crc32(temporary)
-    os.replace(temporary, target)
-    return Shard(file=str(target.relative_to(out)), rows=rows, file_bytes=target.stat().st_size, crc32=crc32)
 
 
 def account_file(out: Path, unit: Unit) -> Path:
@@ -413,15 +390,6 @@ def finished(out: Path, unit: Unit) -> Done | None:
         return done if shard.file == file and (out / file).stat().st_size == shard.file_bytes else None
     except (OSError, DamageError):
         return None
-
-
-def write_rejected(path: Path, rejected: Sequence[documents.Reject]) -> None:
-    """Writes a reject file atomically, an entry a line; without entries there is none when this returns."""
-    if not rejected:
-        path.unlink(missing_ok=True)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected))
 
 
 def replace(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
 """Examples of registered seqio Tasks as documents, for live feeds and for caches.
 
 A Task is gone through once, in its own order, and its encoded examples are kept in a scratch file, from where they are
-read at random. So the order of every epoch, positions in the data and exact resuming are those of files (live_rows.py).
+read at random. So the order of every epoch, positions in the data and exact resuming are those of files (packing.py).
 The next start compares checksums, in case the Task gives something else then.
 
 A cache takes a Task by the shards of its source, each of which becomes one shard of rows (shards.py).
@@ -56,7 +56,7 @@ class TaskShard:
 
 
 class TaskDocuments:
-    """A split of a Task as domains.Documents, or a shard of the split for a cache.
+    """A split of a Task as documents.Documents, or a shard of the split for a cache.
 
     Attributes:
       checksum: BLAKE2 of all that the Task gave, hexadecimal; rejected examples are included.

@@ -1,12 +1,9 @@
-"""Our data as seqio knows it: Task, Mixture and FeatureConverter. (A run that a page's `task` feeds is the other way
-round, see task_documents.py.)
+"""Domains of a page as seqio Tasks, Mixtures and a FeatureConverter. (task_documents.py is the other way round.)
 
 A domain is a Task: its source gives the spans of its files, each once an epoch, in an order that is drawn anew every
-epoch; its preprocessor makes examples of them (encode.py). A Mixture draws from the domains at their rates, and it
-draws rows, not documents: each domain is packed before it is mixed, so that a rate is a share of the tokens whatever
-the lengths of the documents.
-
-`register` puts the domains of a page, and their mixture, into seqio's registries:
+epoch; its preprocessor encodes them (encode.py). A Mixture draws from the domains at their rates, and it draws rows,
+not documents: each domain is packed before it is mixed, so that a rate is a share of the tokens whatever the lengths of
+the documents. `register` puts the domains of a page, and their mixture, into seqio's registries:
 
     tasks.register("tele_flm", cache_config(load_page("configs/data/tele_flm.py")))
     rows = seqio.get_mixture_or_task("tele_flm").get_dataset(split="train", seed=0, trim_output_features=False)
@@ -45,15 +42,14 @@ OPEN_ROWS = 8  # for fit_rows
 
 
 class SpanSource(seqio.DataSource):
-    """The spans of a domain as {"split", "span": int64 []}, shuffled by a permutation that costs no memory or buffer.
+    """The spans of a domain as {"split", "span": int64 []}, shuffled by a keyed hash of the index, without a buffer.
 
-    The permutation is a keyed hash of the index. Its key is drawn anew each time that the dataset is repeated, so that
-    an iterator's state holds the key and a position, not a buffer of documents. It holds no keys of later epochs: a
-    run that has to go on exactly is fed by feed.LiveFeed.
+    The key is drawn anew each time that the dataset is repeated. A run that has to go on exactly is fed by
+    feed.LiveFeed.
     """
 
     def __init__(self, corpora: Mapping[str, Corpus]):
-        """`corpora` by split."""
+        """corpora: by split."""
         self._corpora = dict(corpora)
         # The number of examples stays unsaid: seqio would cache a small source, and with it its first order.
         super().__init__(splits=tuple(corpora), caching_permitted=False, performs_internal_shuffling=True)
@@ -68,7 +64,7 @@ class SpanSource(seqio.DataSource):
     def get_dataset(
         self, split: str = "train", shuffle: bool = True, seed: int | None = None, shard_info: Any = None, **_: Any
     ) -> Any:
-        """One epoch; repeated, the next in another order."""
+        """Makes a dataset of one epoch; repeated, each epoch has another order."""
         corpus, number = self._corpora[split], list(self._corpora).index(split)
         count = len(corpus)
         numbers = tf.data.Dataset.range(count)
@@ -90,28 +86,16 @@ class SpanSource(seqio.DataSource):
 
 
 def task(
-    corpus: Corpus,
-    vocabulary: Vocabulary,
-    *,
-    kind: Kind,
-    seq_len: int,
-    validation: Corpus | None = None,
-    name: str | None = None,
+    name: str, corpus: Corpus, validation: Corpus | None, vocabulary: Vocabulary, kind: Kind, seq_len: int
 ) -> "seqio.Task":
-    """The Task of one domain, with the int32 features inputs, targets and loss_weights (0 or 1).
+    """Makes the Task of one domain, with the int32 features inputs, targets and loss_weights (0 or 1).
 
     Args:
+      name: name of the task.
       corpus: the domain.
-      vocabulary: makes the tokens.
-      kind: whether every token is learned or the answers only.
-      seq_len: the longest that a dialogue may be.
       validation: becomes the split of this name, beside "train".
-      name: of the task; None: after the domain.
-
-    Raises:
-      UserError: a corpus without answers for fine-tuning.
+      vocabulary, kind, seq_len: as encode.encode.
     """
-    domains.check_format(corpus.name, corpus.format, kind)
     corpora = {"train": corpus} | ({} if validation is None else {"validation": validation})
 
     def read(split: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +118,7 @@ def task(
         return dataset.batch(BLOCK).map(as_written(one_block)).unbatch()
 
     return seqio.Task(
-        name or "tele_" + re.sub(r"\W", "_", corpus.name),
+        name,
         source=SpanSource(corpora),
         preprocessors=[encoded],
         output_features=_features(vocabulary),
@@ -143,7 +127,7 @@ def task(
 
 
 def as_examples(task: "seqio.Task", vocabulary: Vocabulary, kind: Kind, seq_len: int, name: str) -> "seqio.Task":
-    """A Task of targets, or inputs and targets, as one with the features of ours (examples.from_features).
+    """Turns a Task of targets, or inputs and targets, into one with the features of ours.
 
     Examples of which nothing is learned, and in fine-tuning those longer than a row, are left out with a warning.
 
@@ -243,7 +227,7 @@ class RowConverter(seqio.FeatureConverter):
         return ds.ragged_batch(BLOCK).scan(start, as_written(scan)).unbatch().map(as_written(name))
 
     def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
-        """All rows have one length."""
+        """Returns the one length of all rows."""
         return dict.fromkeys(packing.COLUMNS, task_feature_lengths["targets"])
 
 
@@ -255,7 +239,7 @@ def mixture(
     seq_len: int,
     name: str = "tele_mixture",
 ) -> "seqio.Mixture":
-    """The Mixture of the tasks; its dataset is endless and gives rows, a task's share of them being its rate."""
+    """Makes the Mixture of the tasks, whose dataset is endless and gives rows in shares of the rates."""
     lengths = dict.fromkeys(COLUMNS, seq_len)
 
     def sample(datasets: Sequence[Any], rates: Sequence[float], seed: int | None) -> Any:
@@ -267,7 +251,7 @@ def mixture(
 
 
 def _even(example: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of an example at the length of the shortest: seqio cuts those whose length its user names."""
+    """Cuts the columns of an example to the shortest: seqio cuts only those whose length its user names."""
     columns = {name: example[name] for name in COLUMNS}
     length = tf.reduce_min([tf.size(column) for column in columns.values()])
     return {name: column[:length] for name, column in columns.items()}
@@ -296,14 +280,7 @@ def register(name: str, config: CacheConfig) -> "seqio.Mixture":
             raise UserError(f"seqio already has a task or mixture {taken!r}; choose another name")
     for domain, corpus in train.items():
         own = _task_name(name, domain)
-        built = task(
-            corpus,
-            vocabulary,
-            kind=config.kind,
-            seq_len=config.seq_len,
-            validation=validation.get(domain),
-            name=own,
-        )
+        built = task(own, corpus, validation.get(domain), vocabulary, config.kind, config.seq_len)
         seqio.TaskRegistry.add_provider(own, built)
     return register_mixture(name, rates, config)
 

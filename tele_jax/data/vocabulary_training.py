@@ -138,7 +138,7 @@ def train_vocabulary(
 
 
 def _cuts(text: str) -> Iterator[slice]:
-    """Slices that cover the text, each below SentencePiece's limits, after a line end where there is one."""
+    """Yields slices that cover the text, below SentencePiece's limits, cut after a line end where there is one."""
     begin = 0
     while begin < len(text):
         # A character has at most four bytes.
@@ -152,7 +152,7 @@ def _cuts(text: str) -> Iterator[slice]:
 
 
 def _coverage(characters: collections.Counter[str], layout: Preset, room: int) -> float:
-    """The share of characters that the `room` most frequent ones make up; 1.0 if there are no more."""
+    """Returns the share of the text that its `room` most frequent characters make up."""
     counts = sorted((n for c, n in characters.items() if c not in layout.visible), reverse=True)
     if len(counts) <= room:
         return 1.0
@@ -200,7 +200,7 @@ def _fit(sentences: Sequence[str], layout: Preset, vocab_size: int, character_co
 
 
 def _reason(error: Exception) -> str:
-    """What SentencePiece says, without the place in its source code."""
+    """Returns the message of SentencePiece without the place in its source code."""
     return str(error).split("] ")[-1].strip() or f"SentencePiece failed: {error}"
 
 
@@ -214,7 +214,7 @@ def _hide(model: bytes, layout: Preset) -> bytes:
 
 
 def misplaced(vocabulary: Vocabulary, preset: str) -> list[str]:
-    """The special pieces of the preset that are not at their ids: "`<_user>` is not at id 20"; none if all are."""
+    """Lists the special pieces of the preset that are not at their ids, as "<_user> is not at id 20"."""
     layout = PRESETS[preset]
     expected = [layout.unk, layout.bos, layout.eos, layout.pad, *layout.visible, *layout.hidden]
     expected += [f"<0x{byte:02X}>" for byte in range(256)]
@@ -244,7 +244,7 @@ def write_vocabulary(trained: Trained, path: Path, *, preset: str, force: bool =
 
 
 def format_of(path: str) -> documents.Format:
-    """The format of an input file: by its name `text` or JSON lines; these by the first of them."""
+    """Returns the format of an input file: `text`, or for a .jsonl file what its first line holds."""
     if not path.endswith(".jsonl"):
         return "text"
     require_regular(path)
@@ -253,7 +253,7 @@ def format_of(path: str) -> documents.Format:
 
 
 def sample_texts(patterns: Sequence[str], *, max_bytes: int | None, seed: int) -> Iterator[str]:
-    """The texts of all files, or, if they hold more than `max_bytes`, a random sample of about so many bytes.
+    """Returns the texts of all files, or, if they hold more than `max_bytes`, a random sample of about so many bytes.
 
     The files are all checked before the first text comes. Text is drawn in pieces of a document's size or
     MAX_SENTENCE_BYTES, whichever is less, uniformly over all files.

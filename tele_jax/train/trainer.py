@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from tele_jax import checkpoint
 from tele_jax.config import ModelConfig, written_table
-from tele_jax.data import documents, order, shards
+from tele_jax.data import documents, order
 from tele_jax.data.batches import Batches
 from tele_jax.data.domains import Documents
 from tele_jax.errors import FailedError
@@ -111,7 +111,7 @@ class Trainer:
     def _keep_rejected(self, corpus: Documents) -> None:
         """Writes down which documents of a domain cannot be used, and says so."""
         file = self.directory / "rejected" / f"{corpus.where.removeprefix('sources.')}.jsonl"
-        from_first(lambda: shards.write_rejected(file, corpus.rejected))
+        from_first(lambda: documents.write_rejected(file, corpus.rejected))
         if corpus.rejected:
             told = "all are" if corpus.num_rejected == len(corpus.rejected) else f"the first {documents.KEPT:,} are"
             self.say(f"  {corpus.account()}; {told} in {file}")

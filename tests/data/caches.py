@@ -5,8 +5,7 @@ import json
 
 import numpy as np
 
-from tele_jax.data import caching, domains, feed
-from tele_jax.data import held_out as held
+from tele_jax.data import batches, caching, domains, feed
 from tele_jax.data.domains import OpenData
 from tele_jax.settings import CacheConfig, DataConfig, SourceConfig
 
@@ -68,4 +67,4 @@ def open_feed(data, *, kind, seq_len, index=None, on_rejects=domains.warn, **how
 
 def held_out(data, *, kind, seq_len, batch_size, on_rejects=domains.warn):
     """The held-out text of a DataConfig."""
-    return held.held_out(OpenData(data, kind=kind, seq_len=seq_len, on_rejects=on_rejects), batch_size=batch_size)
+    return batches.held_out(OpenData(data, kind=kind, seq_len=seq_len, on_rejects=on_rejects), batch_size=batch_size)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tele_jax.data import documents, shards, sources, vocabulary_training
+from tele_jax.data import documents, sources, vocabulary_training
 from tele_jax.errors import UserError
 from tele_jax.files import expand
 
@@ -202,10 +202,10 @@ def test_a_reject_of_a_file_whose_name_is_not_utf8_can_be_written(tmp_path):
     write(tmp_path / "a.txt", "fine")
     write(tmp_path / os.fsdecode(b"caf\xe9.txt"), b"\xff")
     corpus = sources.index("x", "x", [f"{tmp_path}/*.txt"], "text")
-    shards.write_rejected(tmp_path / "deep" / "x.jsonl", corpus.rejected)
+    documents.write_rejected(tmp_path / "deep" / "x.jsonl", corpus.rejected)
     (line,) = (tmp_path / "deep" / "x.jsonl").read_text("utf-8").splitlines()
     assert json.loads(line)["file"] == f"{tmp_path}/caf\\xe9.txt"
-    shards.write_rejected(tmp_path / "deep" / "x.jsonl", ())
+    documents.write_rejected(tmp_path / "deep" / "x.jsonl", ())
     assert not list((tmp_path / "deep").iterdir()), "nothing is left of an earlier start"
 
 
