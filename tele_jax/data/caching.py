@@ -233,38 +233,30 @@ def _watched(work: Path, units: list[shards.Unit], progress: Callable[[int, int]
         thread.join()
 
 
+@dataclasses.dataclass(frozen=True)
 class _Work:
     """The work on a unit, to be pickled: every process reads the tokenizer anew, once."""
 
-    def __init__(
-        self,
-        config: CacheConfig,
-        directory: Path,
-        tokenizer_sha256: str,
-        threads: int,
-        goes_on: bool,
-        load_tasks: Callable[[], Any] | None,
-        held_out: frozenset[int],
-    ):
-        self._config, self.directory, self._sha256, self._threads = config, directory, tokenizer_sha256, threads
-        self._goes_on, self._load_tasks, self._held_out = goes_on, load_tasks, held_out
+    config: CacheConfig
+    directory: Path
+    tokenizer_sha256: str
+    threads: int
+    goes_on: bool
+    load_tasks: Callable[[], Any] | None
+    held_out: frozenset[int]
 
     def __call__(self, unit: shards.Unit) -> None:
-        vocabulary = load_vocabulary(self._config.data.tokenizer).with_template(self._config.data.template)
-        if vocabulary.sha256 != self._sha256:
+        vocabulary = load_vocabulary(self.config.data.tokenizer).with_template(self.config.data.template)
+        if vocabulary.sha256 != self.tokenizer_sha256:
             raise UserError(f"tokenizer {vocabulary.path}: has changed since this cache was begun")
-        if unit.task is not None:
-            self._register(unit.task.task)
-        how = {"threads": self._threads, "goes_on": self._goes_on, "held_out": self._held_out}
-        shards.write_unit(unit, self._config, vocabulary, self.directory, **how)
+        if unit.task is not None and self.load_tasks is not None:
+            from tele_jax.data import task_documents
 
-    def _register(self, task: str) -> None:
-        """A worker process begins with an empty registry."""
-        from tele_jax.data import task_documents
-
-        with _REGISTERING:
-            if self._load_tasks is not None and not task_documents.is_registered(task):
-                self._load_tasks()
+            with _REGISTERING:  # a worker process begins with an empty registry
+                if not task_documents.is_registered(unit.task.task):
+                    self.load_tasks()
+        how = {"threads": self.threads, "goes_on": self.goes_on, "held_out": self.held_out}
+        shards.write_unit(unit, self.config, vocabulary, self.directory, **how)
 
 
 def _serial(units: Sequence[shards.Unit], work: _Work) -> None:

@@ -1,18 +1,18 @@
-"""Dialogues as tokens, for training and for chat, in the template of a family (templates.py). TeleChat's
-(arXiv 2401.03804):
+"""Dialogues as tokens, for training and for chat, in the template of a family (templates.py). TeleChat's template
+(arXiv 2401.03804) is
 
     <_system> system text <_user> question <_bot> answer <_end> <_user> question <_bot> answer <_end> ...
 
 `<_system>` is there only if the dialogue has a system message. There is no BOS but TeleChat2's `<_start>`: the first
 marker is where a dialogue begins, in training as in chat.
 
-Ids are those of the released code, of which there are two kinds. Where markers are ids, every text is
-encoded apart from them, and from each other. Where they are text (TeleChat-52B, Tele-FLM Instruct), a prompt is encoded
+The ids are those of the released code, of which there are two kinds. Where markers are ids, every text is encoded
+apart from them, and from each other. Where they are text (TeleChat-52B, Tele-FLM Instruct), a prompt is encoded
 as one string, markers, questions and answers together; in training the string of a turn is its question with its
 markers, then the answer is a string of its own. Tokenizers with a dummy prefix, as the released ones, begin every
 such string with a space.
 
-What is learned, exactly: a token has weight 1 when it belongs to an answer or is the `<_end>` after it, and weight 0
+The answers are learned: a token has weight 1 when it belongs to an answer or is the `<_end>` after it, and weight 0
 otherwise. So the position that holds `<_bot>` learns the first token of the answer, and the last token of the answer
 learns `<_end>`; `<_bot>` itself is given by the prompt and has weight 0, and so has the `<_user>` that follows
 `<_end>`, which the released trainer counts. Where an answer inside a dialogue does not end as the last one does
@@ -44,7 +44,7 @@ LABELS = frozenset({"id", "source", "url", "title", "language", "lang", "license
 
 
 def from_record(record: Any) -> list[Message]:
-    """The messages of a record, the system message among them.
+    """Returns the messages of a record, the system message among them.
 
     Raises:
       UserError: it is no record of a dialogue, or has a field that is not understood.
@@ -74,7 +74,7 @@ def from_record(record: Any) -> list[Message]:
 
 
 def is_learned(message: Message) -> bool:
-    """True for an answer that is learned: none of its marks says otherwise."""
+    """Tells whether an answer is learned: none of its marks says otherwise."""
     return not any(message.get(mark) in (0, False) for mark in MARKS if message.get(mark) is not None)
 
 
@@ -143,7 +143,7 @@ def render(
     *,
     given: int = 0,
 ) -> tuple[list[int], list[int]]:
-    """A whole dialogue as (tokens, weights), two lists of one length; weights are 0 or 1, see above.
+    """Encodes a whole dialogue as (tokens, weights), two lists of one length; weights are 0 or 1, see above.
 
     >>> tokens, weights = render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], v)
     [v.user_id, *v.encode("Hi"), v.bot_id, *v.encode("Hello"), v.end_id], [0, 0, 0, 1, 1]     # one token a word
@@ -154,7 +154,7 @@ def render(
       max_tokens: if the dialogue is longer, the oldest turns go, then the left end of the question; then, which the
         released code does not have to face, the system message, and at last the right end of the answer with its end.
       template: that of the vocabulary by default.
-      given: the weight of all that is no answer: 0 in fine-tuning, 1 in pretraining.
+      given: weight of everything but answers: 0 in fine-tuning, 1 in pretraining.
 
     Raises:
       UserError: messages that are not such a dialogue; a vocabulary without the markers; a system message where the
@@ -168,7 +168,7 @@ def render(
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A dialogue as the tokens after which the model answers, and what of it did not fit.
+    """The tokens of a dialogue after which the model answers, and what did not fit.
 
     Attributes:
       tokens: they end in `<_bot>`.
@@ -186,7 +186,7 @@ class Prompt:
 def render_prompt(
     messages: Sequence[Message], vocabulary: Vocabulary, max_tokens: int | None = None, template: Template | None = None
 ) -> list[int]:
-    """A dialogue whose last message is a question, as the tokens after which the model answers: they end in `<_bot>`.
+    """Encodes a dialogue whose last message is a question; the tokens end in `<_bot>`, after which the model answers.
 
     Args:
       messages: the dialogue so far.
@@ -208,10 +208,10 @@ def fit_prompt(
     template: Template | None = None,
     drawn: Mapping[int, Sequence[int]] | None = None,
 ) -> Prompt:
-    """`render_prompt`, and what had to be left out.
+    """Does what `render_prompt` does, and reports what had to be left out.
 
-    drawn: by the index of an answer in messages, the ids that the model drew for it, without what ended it. They stand
-      in the prompt as they are; text that is encoded again can have other ids.
+    drawn: the ids that the model drew for an answer, without what ended it, by its index in messages. They stand in the
+      prompt as they are; text that is encoded again can have other ids.
     """
     check(messages, complete=False)
     encoder = _Encoder(vocabulary, template)
@@ -226,7 +226,7 @@ def fit_prompt(
 
 
 def shortest(vocabulary: Vocabulary, template: Template | None = None) -> int:
-    """The least max_tokens that `render` and `render_prompt` take: markers, end, and one token of an answer."""
+    """Returns the least max_tokens of `render` and `render_prompt`: markers, end, and one token of an answer."""
     return _Encoder(vocabulary, template).shortest
 
 
@@ -248,14 +248,14 @@ class _Fitted:
 
 
 class _Encoder:
-    """A template in a vocabulary: dialogues to tokens and weights, in the strings that the released code encodes.
+    """Encodes dialogues by a template and a vocabulary, in the strings that the released code encodes.
 
     Attributes:
       shortest: tokens of the markers, of what ends a reply, and of one token of an answer.
     """
 
     def __init__(self, vocabulary: Vocabulary, template: Template | None, given: int = 0):
-        """Reads the markers. given: the weight of all tokens that are not of an answer."""
+        """Reads the markers. given: weight of the tokens that are not of an answer."""
         self._given = given
         self._vocabulary, self._template = vocabulary, template or templates.choose(vocabulary)
         self._markers = templates.marker_ids(self._template, vocabulary)
@@ -266,7 +266,7 @@ class _Encoder:
     def open(
         self, messages: Sequence[Message], drawn: Mapping[int, Sequence[int]] | None = None
     ) -> tuple[str | list[int] | None, list[_Turn]]:
-        """The system message, if there is one, and the turns: texts where markers are text, otherwise ids."""
+        """Returns the system message, if there is one, and the turns: texts where markers are text, otherwise ids."""
         template, vocabulary = self._template, self._vocabulary
         first = int(messages[0]["role"] == "system")
         if first and self._markers.system is None:
@@ -289,7 +289,7 @@ class _Encoder:
         return (take(system) if first else None), turns
 
     def prompt(self, system: str | list[int] | None, turns: Sequence[_Turn]) -> tuple[list[int], list[int]]:
-        """Tokens, and weights that are all 0, of a dialogue that ends with a question."""
+        """Encodes a dialogue that ends with a question: tokens, and weights that are all 0."""
         if not self._is_text:
             return self._of_ids(system, turns)
         parts: list[str | Said | list[int]] = self._opening(system)
@@ -301,7 +301,7 @@ class _Encoder:
         return tokens, [0] * len(tokens)
 
     def sample(self, system: str | list[int] | None, turns: Sequence[_Turn]) -> tuple[list[int], list[int]]:
-        """Tokens and weights of a dialogue that ends with an answer."""
+        """Encodes a dialogue that ends with an answer: tokens and weights."""
         if not self._is_text:
             return self._of_ids(system, turns)
         tokens: list[int] = []
@@ -354,9 +354,9 @@ def _fit(
     least: int,
     encode: Callable[[Any, Sequence[_Turn]], tuple[list[int], list[int]]],
 ) -> _Fitted:
-    """Drops and cuts turns as `render` describes; what is still too long, the caller cuts at the right end.
+    """Drops and cuts turns as `render` describes; the caller cuts off the right end of what is still too long.
 
-    The released code also drops the oldest messages, but one by one: there half a turn can stay.
+    The released code drops the oldest messages one by one, so that half a turn can stay.
     """
     if max_tokens is None:
         return _Fitted(system, turns, *encode(system, turns))
@@ -367,7 +367,7 @@ def _fit(
         return len(encode(system, turns)[0]) <= max_tokens
 
     def first_that_fits(count: int, is_enough: Callable[[int], bool]) -> int:
-        """The least number below count for which is_enough holds, as it does for all above it; else count."""
+        """Returns the least number below count for which is_enough holds, as it does for all above it; else count."""
         return bisect.bisect_left(range(count), True, key=is_enough)
 
     whole = _Fitted(system, turns, *encode(system, turns))

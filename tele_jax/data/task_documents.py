@@ -358,9 +358,6 @@ def _differs(theirs: Any, ours: Vocabulary) -> str:
     """Describes how a vocabulary differs from ours; empty where it does not."""
     if isinstance(theirs, Vocabulary):
         return "" if theirs.sha256 == ours.sha256 else f"it is that of {theirs.path}"
-    if isinstance(theirs, seqio.PassThroughVocabulary):
-        size, most = theirs.vocab_size, ours.vocab_size
-        return "" if size <= most else f"it has {size:,} ids, and the tokenizer {most:,}"
     if isinstance(theirs, seqio.SentencePieceVocabulary):
         path = theirs.sentencepiece_model_file
         try:
@@ -371,9 +368,10 @@ def _differs(theirs: Any, ours: Vocabulary) -> str:
         return "" if same else f"it is that of {path}"
     if theirs.vocab_size > ours.vocab_size:
         return f"it has {theirs.vocab_size:,} ids, and the tokenizer {ours.vocab_size:,}"
+    if isinstance(theirs, seqio.PassThroughVocabulary):
+        return ""
     spelled = [i for i in range(theirs.vocab_size) if _text(ours.piece_bytes[i])]
-    step = max(1, len(spelled) // COMPARED)
-    for i in spelled[::step]:
+    for i in spelled[:: max(1, len(spelled) // COMPARED)]:
         try:
             text = theirs.decode([i])
         except Exception as error:
