@@ -58,7 +58,7 @@ def as_written(hint: Any, value: Any, where: str) -> Any:
     """The value, as JSON gave it, as the type `hint` asks for: `convert` for what tele_jax wrote itself.
 
     >>> as_written(tuple[str, ...], ["small", "grow"], "W/config.json: run")
-    ("small", "grow")
+    ('small', 'grow')
 
     Raises:
       DamageError: a field is missing, unknown or of another type; the message has its path.

@@ -34,8 +34,8 @@ _DIRECT_BYTES = 2**20  # from here on a file is written past the page cache
 class ChunkCache:
     """Chunks of the source, each read and checked once while it stays among the last few. Safe for threads.
 
-    >>> cache = ChunkCache(slots=4, nbytes=2**27)
-    >>> with cache.chunk(array, (3, 0)) as values: ...
+    cache = ChunkCache(slots=4, nbytes=2**27)
+    with cache.chunk(array, (3, 0)) as values: ...
     """
 
     def __init__(self, slots: int, nbytes: int):

@@ -97,8 +97,9 @@ def describe(shape: Sequence[int], dtype: Any) -> str:
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Any pytree as {dotted name: leaf}: dict keys, field names and positions, joined; empty nodes have no name.
 
-    >>> named_leaves({"a": (optax.ScaleByAdamState(count=0, mu={"w": x}, nu={"w": y}), optax.EmptyState())})
-    {"a.0.count": 0, "a.0.mu.w": x, "a.0.nu.w": y}
+    >>> import optax
+    >>> named_leaves({"a": (optax.ScaleByAdamState(count=0, mu={"w": 1.5}, nu={"w": 2.5}), optax.EmptyState())})
+    {'a.0.count': 0, 'a.0.mu.w': 1.5, 'a.0.nu.w': 2.5}
 
     Raises:
       UserError: a key that cannot be part of a name, or two leaves of one name.
@@ -128,8 +129,8 @@ def _key_name(key: Any) -> str:
 def matching_param(name: str, shape: Sequence[int], params: Mapping[str, Any]) -> str | None:
     """The parameter that a leaf of an optimizer state belongs to: its name ends in the parameter's, and shapes agree.
 
-    >>> matching_param("0.mu.layers.attn.q", (4, 64, 4, 16), params)
-    "layers.attn.q"
+    >>> matching_param("0.mu.layers.attn.q", (4, 64, 4, 16), {"layers.attn.q": jnp.zeros((4, 64, 4, 16))})
+    'layers.attn.q'
     """
     parts = name.split(".")
     for start in range(len(parts)):

@@ -24,11 +24,9 @@ _HEADER = ("leaf", "shape", "bytes")
 class LazyArray:
     """A stored array. Indexing it with integers and slices reads a numpy array, and only the chunks it lies in.
 
-    >>> q = open_lazy(path).params["layers"]["attn"]["q"]
-    >>> q.shape, q.axes, q.chunks
-    ((80, 8192, 64, 128), ("layers", "embed", "heads", "head_dim"), (1, 4096, 64, 128))
-    >>> q[3].shape          # one layer: 2 files
-    (8192, 64, 128)
+        q = open_lazy(path).params["layers"]["attn"]["q"]
+        q.shape, q.chunks    # (80, 8192, 64, 128), (1, 4096, 64, 128)
+        q[3]                 # one layer, numpy [8192, 64, 128]: reads 2 files
 
     name: with the item, "params/layers.attn.q".  path: directory of its zarr3 array.
     """

@@ -100,8 +100,9 @@ def load(
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any], verb: str = "stored") -> list[str]:
     """One line for every leaf whose name, shape or dtype differs; leaves have .shape and .dtype.
 
-    >>> differences({"w": x}, {"w": y, "b": z})
-    ["b: missing, expected float32[4]", "w: stored float32[4,8], expected float32[4,16]"]
+    >>> x, y = np.zeros((4, 8), np.float32), np.zeros((4, 16), np.float32)
+    >>> differences({"w": x}, {"w": y, "b": x[:, 0]})
+    ['b: missing, expected float32[4]', 'w: stored float32[4,8], expected float32[4,16]']
     """
     lines = []
     for name in sorted({*found, *expected}):

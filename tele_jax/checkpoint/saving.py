@@ -74,9 +74,9 @@ def save(
 class Manager:
     """The checkpoints of a training run, <directory>/<step>/: saved in the background, the last few kept.
 
-    >>> with Manager("W/pretrain/checkpoints", keep=2) as checkpoints:
-    ...     checkpoints.save(100, cfg, params, opt_state)     # returns when the arrays are copied to the host
-    ...     checkpoints.latest_step()                         # 100, once it is complete
+        with Manager("W/pretrain/checkpoints", keep=2) as checkpoints:
+            checkpoints.save(100, cfg, params, opt_state)     # returns when the arrays are copied to the host
+            checkpoints.latest_step()                         # 100, once it is complete
 
     A save that a kill interrupted is never seen as a checkpoint, and its files are removed when the next Manager opens
     the directory. One Manager at a time may have a directory; several processes have one each for the same directory,

@@ -42,13 +42,10 @@ class Reply:
 class Chat:
     """A conversation. Each reply is drawn after the whole history, as far as the model's context holds it.
 
-    >>> chat = Chat(cfg, params, vocabulary, system="Answer in one word.")
-    >>> chat.reply("What is the capital of France?")
-    'Paris'
-    >>> chat.messages[-1]
-    {'role': 'assistant', 'content': 'Paris'}
-    >>> chat.last.ended
-    'eos'
+        chat = Chat(cfg, params, vocabulary, system="Answer in one word.")
+        chat.reply("What is the capital of France?")     # 'Paris'
+        chat.messages[-1]                                # {'role': 'assistant', 'content': 'Paris'}
+        chat.last.ended                                  # 'eos'
 
     What does not fit beside max_new_tokens in cfg.max_seq_len is trimmed: the oldest turns go, then the left end of the
     question; `last.prompt` says so. `messages` keeps all of it. Answers stand in later prompts by the very ids that
@@ -178,9 +175,8 @@ def why_ended(
 class TextStream:
     """Tokens to text one by one. A character made of several byte tokens comes out whole, when its last byte is there.
 
-    >>> stream = TextStream(vocabulary)
-    >>> [stream.add(token) for token in (0xE4 + 123, 0xB8 + 123, 0xAD + 123)]     # bytes start at id 123 here
-    ['', '', '中']
+    stream = TextStream(vocabulary)
+    [stream.add(token) for token in three_byte_tokens]     # ['', '', '中']
     """
 
     def __init__(self, vocabulary: Vocabulary, *, continues: bool = False):

@@ -62,8 +62,7 @@ def generate(
 ) -> list[list[int]]:
     """Continues each prompt until a stop id or max_new_tokens.
 
-    >>> generate(cfg, params, [[5, 6, 7], [8]], max_new_tokens=3)
-    [[17, 4, 17], [9, 9, 2]]
+        generate(cfg, params, [[5, 6, 7], [8]], max_new_tokens=3)     # [[17, 4, 17], [9, 9, 2]], say
 
     Args:
       params: nested dict of arrays, or what `prepare` made of it. Where they are sharded over a mesh of ours

@@ -253,8 +253,9 @@ def init_boxed(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
 def init(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """Fresh parameters: a nested dict of arrays of cfg.param_dtype, layers stacked on the leading axis.
 
+    >>> cfg = ModelConfig(num_layers=2, embed_dim=16, num_heads=2, mlp_dim=24, vocab_size=64)
     >>> init(cfg, jax.random.key(0))["layers"]["attn"]["q"].shape    # layers, embed, heads, head_dim
-    (2, 8, 1, 128)
+    (2, 16, 2, 8)
 
     Raises:
       UserError: what is no ModelConfig, or no random key; float64 parameters without jax_enable_x64.
