@@ -160,6 +160,7 @@ def tensors(cfg: ModelConfig, format: str, dtype: Any = None) -> list[Tensor]:
 
     dtype: of the file; cfg.param_dtype by default.
 
+    >>> from tele_jax.published import get_model
     >>> len(tensors(get_model("telechat_7b"), "telechat", "bfloat16"))
     302
 

@@ -31,8 +31,8 @@ def load_hf(
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Reads a released checkpoint onto the default device.
 
-    >>> cfg, params = load_hf("TeleChat-7B")
-    >>> logits = tele.forward(cfg, params, tokens)
+        cfg, params = load_hf("TeleChat-7B")
+        logits = tele.forward(cfg, params, tokens)
 
     Arguments as `release.open_release` takes them. A model that does not fit on one device is imported (`tele import`)
     and loaded onto a mesh (checkpoint.load).

@@ -145,8 +145,9 @@ def render(
 ) -> tuple[list[int], list[int]]:
     """Encodes a whole dialogue as (tokens, weights), two lists of one length; weights are 0 or 1, see above.
 
-    >>> tokens, weights = render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], v)
-    [v.user_id, *v.encode("Hi"), v.bot_id, *v.encode("Hello"), v.end_id], [0, 0, 0, 1, 1]     # one token a word
+        tokens, weights = render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], v)
+        tokens       # [v.user_id, *v.encode("Hi"), v.bot_id, *v.encode("Hello"), v.end_id]
+        weights      # [0, 0, 0, 1, 1], where Hi and Hello are one token each
 
     Args:
       messages: the dialogue; the last one is an answer.
