@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from tele_jax import plots, tables
 from tele_jax.errors import DamageError, UserError
 from tele_jax.growth import receipt as receipts
@@ -15,7 +17,7 @@ from tele_jax.train import loop, metrics
 
 
 def run(
-    config: RunConfig | Mapping[str, Any], workdir: str | Path, *, from_step: int | None = None
+    config: RunConfig | Mapping[str, Any] | ConfigDict, workdir: str | Path, *, from_step: int | None = None
 ) -> list[dict[str, Any]]:
     """Runs the stages of a config as `tele train` does: writes and prints the report, and returns the summaries.
 

@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from ml_collections import ConfigDict
+
 from tele_jax.config import ModelConfig, check_seed, from_dict, require, require_positive
 
 
@@ -257,10 +259,10 @@ class GrowStage:
         check_seed(self.seed)
 
 
-def cache_config(page: Mapping[str, Any]) -> CacheConfig:
+def cache_config(page: Mapping[str, Any] | ConfigDict) -> CacheConfig:
     """Reads a page for `tele data cache` (configs/data/).
 
     Raises:
       UserError: an unknown or missing key, or a value that cannot be.
     """
-    return from_dict(CacheConfig, page, "config")
+    return from_dict(CacheConfig, dict(page.items()), "config")

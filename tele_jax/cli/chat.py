@@ -12,7 +12,7 @@ from tele_jax.cli import models
 from tele_jax.cli.verb import Outcome, flag, note
 from tele_jax.errors import UserError
 from tele_jax.files import require_regular
-from tele_jax.inference.chat import Chat
+from tele_jax.inference.chat import Chat, Reply
 
 COMMANDS = """\
 /reset         forget the conversation, keep the system message
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> Outcome:
         for flag, text in (("--message", args.message), ("--system", args.system))
     )
     model = models.load_model(args, dialogues=True)
-    how = {"template": model.template, "stop_ids": model.stop_ids, **model.options}
+    how: dict[str, Any] = {"template": model.template, "stop_ids": model.stop_ids, **model.options}
     how |= {"system": system, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
     chat = Chat(model.cfg, model.params, model.vocabulary, **how)
     stage = _last_on_plain_text(model.provenance)
@@ -95,19 +95,19 @@ def _answer(chat: Chat, question: str, replies: list[dict[str, Any]], printed: s
     chat.reply(question, on_text=show)
     models.emit("\n")
     reply = chat.last
+    assert reply is not None
     figures = {"prompt_tokens": len(reply.prompt.tokens), "new_tokens": len(reply.tokens), "ended": reply.ended}
     figures |= {name: getattr(reply.prompt, name) for name in ("dropped_turns", "cut_question", "dropped_system")}
     replies.append(clock.figures() | figures | {"remembered": reply.remembered})
     models.print_speed(replies[-1])
-    for line in _notes(chat):
+    for line in _notes(chat, reply):
         if line not in printed:
             printed.add(line)
             note(line)
 
 
-def _notes(chat: Chat) -> list[str]:
+def _notes(chat: Chat, reply: Reply) -> list[str]:
     """Lines on what happened to the last reply and does not show in its text."""
-    reply = chat.last
     room = f"beside an answer of {chat.max_new_tokens:,} tokens in the model's context of {chat.max_seq_len:,}"
     happened = {
         f"the conversation does not fit {room}: its oldest turns are left out from here on": reply.prompt.dropped_turns,

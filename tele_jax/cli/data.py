@@ -114,7 +114,7 @@ def _cache(args: argparse.Namespace) -> Outcome:
             ),
         }
         lines += [line for line, count in notes.items() if count]
-    figures = {"seconds": round(seconds, 3), "text_bytes_per_second": round(total / seconds)}
+    figures: dict[str, Any] = {"seconds": round(seconds, 3), "text_bytes_per_second": round(total / seconds)}
     figures |= {"cores": len(os.sched_getaffinity(0)), "digest": manifest.digest}
     figures |= {"domains": {name: vars(domain.counts) for name, domain in manifest.domains.items()}}
     return Outcome(figures, text="\n".join(lines))

@@ -1,6 +1,7 @@
 """`tele generate CKPT --prompt TEXT`: continues one prompt on the terminal as it is made, or several as a batch."""
 
 import argparse
+from typing import Any
 
 from tele_jax.cli import models
 from tele_jax.cli.verb import Outcome, flag
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> Outcome:
         clock.tick()
         show(row, streams[row].add(token))
 
-    how = {"max_new_tokens": length, "stop_ids": sorted(ends), "seed": args.seed, "on_token": on_token}
+    how: dict[str, Any] = {"max_new_tokens": length, "stop_ids": sorted(ends), "seed": args.seed, "on_token": on_token}
     outputs = generate(cfg, model.params, prompts, **how, **model.options)
     for row, stream in enumerate(streams):
         show(row, stream.end())

@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> Outcome:
         files = (Path(find_tokenizer(args.src)),)
     except UserError:
         files = ()  # a checkpoint from elsewhere may come without; chat and generate then ask for one
-    what = {"stage": stage, "where": where, "tokens": tokens, "verified_on": verified_on, "shard": _shard(args.shard)}
-    request = receipts.Request(dst=dst, files=files, **what, **pick(args, "src", "opt", "memory_gb", "workers"))
+    how = pick(args, "src", "opt", "memory_gb", "workers") | {"shard": _shard(args.shard), "verified_on": verified_on}
+    request = receipts.Request(dst=dst, stage=stage, where=where, tokens=tokens, files=files, **how)
     if stage.layers == "distance" and args.text is None:
         print("note: layers are chosen by what they do to random tokens; --text FILE gives better scores")
     _say_without_effect(args, stage, cfg, request)

@@ -68,13 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
     """The verb's module and its arguments; raises UserError for a command line that is not understood."""
     parser, verbs = _parser()
-    verb = argv[0] if argv and argv[0] in VERBS else None
-    module = importlib.import_module(f"tele_jax.cli.{verb}") if verb else None
-    if module is not None:
-        module.arguments(verbs.choices[verb])
+    module = None
+    if argv and argv[0] in VERBS:
+        module = importlib.import_module(f"tele_jax.cli.{argv[0]}")
+        module.arguments(verbs.choices[argv[0]])
     end = list(argv).index("--") if "--" in argv else len(argv)
     words = [f"--override={word}" if word.startswith("--config.") else word for word in argv[:end]]
     args = parser.parse_args([*words, *argv[end:]])
+    assert module is not None  # the parser knows the verbs, and no other
     if args.overrides and not hasattr(args, "config"):
         verb = " ".join(filter(None, (args.verb, getattr(args, "action", None))))
         raise UserError(f"{args.overrides[0]}: tele {verb} takes no --config")

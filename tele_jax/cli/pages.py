@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
@@ -39,8 +40,9 @@ def load_page(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
         raise UserError(f"--config {path}: no such file")
     try:
         with _neighbours(file.resolve().parent):
-            module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("config_page", file))
-            module.__spec__.loader.exec_module(module)
+            loader = importlib.machinery.SourceFileLoader("config_page", str(file))
+            module = importlib.util.module_from_spec(importlib.util.spec_from_loader("config_page", loader))
+            loader.exec_module(module)
             if not hasattr(module, "get_config"):
                 raise UserError(f"--config {path}: the page defines no get_config()")
             page = module.get_config(*arguments)

@@ -121,7 +121,7 @@ def _job(args: argparse.Namespace) -> tuple[Any, float | None]:
         mesh = MeshConfig(fsdp=tpu.num_devices // tpu.num_slices, data=tpu.num_slices)
     elif mesh is None:
         raise UserError(f"--mesh: missing; for example fsdp={tpu.num_devices}, or --search for the best")
-    where = {"slice": tpu, "mesh": convert(MeshConfig, mesh, "--mesh")}
+    where: dict[str, Any] = {"slice": tpu, "mesh": convert(MeshConfig, mesh, "--mesh")}
     if args.decode:
         return _decoding(args, cfg, values, where), tokens
     if "plan" in values:
@@ -189,9 +189,10 @@ def _from_page(args: argparse.Namespace) -> tuple[ModelConfig, dict[str, Any], f
             cfg, optimizer = stage.model_after(cfg), stage.optimizer
         else:
             cfg, plan = find_kind(stage.kind).outline(stage, cfg, f"config.{before}")
-    where = {"mesh": config.mesh, "num_slices": config.num_slices}
+    assert cfg is not None
+    where: dict[str, Any] = {"mesh": config.mesh, "num_slices": config.num_slices}
     if not isinstance(stage, TrainStage):
-        values = {"plan": plan, "optimizer_state": stage.optimizer_state, **where}
+        values: dict[str, Any] = {"plan": plan, "optimizer_state": stage.optimizer_state, **where}
         return cfg, values | ({"optimizer": optimizer} if optimizer else {}), None
     values = {key: getattr(stage, key) for key in ("batch_size", "seq_len", "microbatches", "optimizer")} | where
     tokens = None if args.decode else float(stage.steps * stage.batch_size * stage.seq_len)

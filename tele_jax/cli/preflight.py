@@ -134,6 +134,7 @@ def _inside(what: str, path: str) -> str:
 
 def _train(inner: argparse.Namespace, tpu: Slice | None) -> list[str]:
     """Checks the mesh against the slice, and every stage against the mesh; returns what has to be in the bucket."""
+    assert tpu is not None  # a run without a slice was refused
     for name in VARIABLES:
         if getattr(inner, name) is not None:
             raise UserError(f"--{name.replace('_', '-')}: leave it out; the workers of a slice find each other")

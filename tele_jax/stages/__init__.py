@@ -31,6 +31,8 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from tele_jax.config import convert, from_dict, require
 from tele_jax.errors import UserError
 from tele_jax.settings import GrowStage, MeshConfig, TrainStage
@@ -69,7 +71,7 @@ def read_stage(table: Mapping[str, Any], where: str) -> Stage:
     return from_dict(find_kind(kind).Settings, table, where)
 
 
-def run_config(page: Mapping[str, Any]) -> RunConfig:
+def run_config(page: Mapping[str, Any] | ConfigDict) -> RunConfig:
     """Reads a config page (ConfigDict or dict).
 
     Raises:

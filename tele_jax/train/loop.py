@@ -82,7 +82,7 @@ class OpenedRun:
 
     mesh: jax.sharding.Mesh
     stages: Mapping[str, OpenedStage]
-    tokenizer: Mapping[str, Any]
+    tokenizer: dict[str, Any]
     masks: Plan | None
 
 
@@ -153,7 +153,7 @@ def _same_everywhere(config: RunConfig, from_step: int | None) -> None:
         raise UserError(f"started with another config than process 0: {changes}; start the same command in all")
 
 
-def _claim(config: RunConfig, tokenizer: Mapping[str, Any], workdir: Path, from_step: int | None) -> None:
+def _claim(config: RunConfig, tokenizer: dict[str, Any], workdir: Path, from_step: int | None) -> None:
     if (workdir / own.CONFIG).exists():  # before anything is changed
         own.adopt_tokenizer(tokenizer, workdir)
     own.claim(config, workdir, from_step, _say)
@@ -186,7 +186,9 @@ def open_run(config: RunConfig, index: sources.Indexes) -> OpenedRun:
     for name, stage in config.stages.items():
         where, kind = f"config.{name}", stages.find_kind(stage.kind)
         if isinstance(stage, TrainStage):
-            cfg = trained_as(stage.model_after(cfg))
+            model = stage.model_after(cfg)
+            assert model is not None  # the first stage has one, or config.start
+            cfg = trained_as(model)
             _check_training(stage, cfg, masks, where)
             masks = None
             batch_sharding(mesh, stage.batch_size // stage.microbatches)
@@ -237,7 +239,7 @@ def _open_start(config: RunConfig) -> tuple[ModelConfig | None, Plan | None]:
     if not isinstance(stage, TrainStage):  # only training opens masks
         require_unmasked(start.provenance, where)
     plan = receipts.masked_plan(start, where)
-    if plan is not None and stage.mask_ramp == 0:
+    if plan is not None and isinstance(stage, TrainStage) and stage.mask_ramp == 0:
         raise UserError(
             f"config.{name}.mask_ramp: has to be above 0: {where} was grown by policy 'msg', and its masks, which are "
             "closed, rise in the training stage that comes first"

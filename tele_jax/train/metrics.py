@@ -70,13 +70,13 @@ class Metrics:
         self._events.write_event(Event(wall_time=time.time(), step=first_step + 1, session_log=begins))
         self._flushed = time.monotonic()
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
+    def write(self, step: int, figures: Mapping[str, float | None]) -> None:
         """One line, with `step`; figures that are None are left out."""
         if not self._writes:
             return
-        figures = {name: float(value) for name, value in figures.items() if value is not None}
-        self._file.write(_to_line({"step": step, **figures}))
-        values = [self._summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
+        known = {name: float(value) for name, value in figures.items() if value is not None}
+        self._file.write(_to_line({"step": step, **known}))
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in known.items()]
         self._events.write_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()

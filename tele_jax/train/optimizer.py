@@ -19,7 +19,7 @@ from tele_jax.settings import OptimizerConfig, ScheduleConfig
 
 
 def optimizer(
-    cfg: ModelConfig, config: OptimizerConfig, factor: Callable[[jax.Array], jax.Array]
+    cfg: ModelConfig, config: OptimizerConfig, factor: Callable[[Any], jax.Array]
 ) -> optax.GradientTransformation:
     """Clipping by global norm, Adam, decoupled weight decay, muP groups, and the schedule `factor(step)`.
 
@@ -119,7 +119,7 @@ def restart_schedule(opt_state: Any) -> Any:
     )
 
 
-def schedule(config: ScheduleConfig, steps: int, tokens_per_step: int) -> Callable[[jax.Array], jax.Array]:
+def schedule(config: ScheduleConfig, steps: int, tokens_per_step: int) -> Callable[[Any], jax.Array]:
     """factor(step) in [0, 1]: linear warm-up to 1, then constant, cosine, linear, or constant and a final linear decay.
 
     The first step (0) already learns: the warm-up reaches 1 at step `warmup` - 1. Lengths in tokens are divided by

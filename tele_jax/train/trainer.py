@@ -22,7 +22,7 @@ from tele_jax.errors import FailedError
 from tele_jax.growth import MaskSchedule, Plan
 from tele_jax.model.decoder import init
 from tele_jax.model.spec import abstract_params, count_params
-from tele_jax.processes import from_first, is_first
+from tele_jax.processes import StopSignal, from_first, is_first
 from tele_jax.settings import TrainStage
 from tele_jax.stages import find_kind
 from tele_jax.train import metrics, workdir
@@ -91,8 +91,9 @@ class Trainer:
         self.beside = self.kind.beside(stage, self.cfg, previous, mesh) if hasattr(self.kind, "beside") else None
         self.factor = schedule(stage.schedule, stage.steps, stage.tokens_per_step)
         self.tx = optimizer(self.cfg, stage.optimizer, self.factor)
-        self.masks = (lambda step: None) if plan is None else mask_schedule(stage, plan)
-        self.closed_steps = {} if plan is None else self.masks.closed_steps()
+        masks = None if plan is None else mask_schedule(stage, plan)
+        self.masks = masks or (lambda step: None)
+        self.closed_steps = {} if masks is None else masks.closed_steps()
         self.data = {"tokenizer": tokenizer, "domains": batches.domains}
         self.changes = from_first(lambda: workdir.read_changes(directory))
         self.known = [] if before is None or stage.data.restart else order.positions_in(before.provenance)
@@ -120,13 +121,13 @@ class Trainer:
         """Loads this stage's own state where there is some, else what the stage before left, else fresh parameters."""
         params, opt_state = state_shardings(self.cfg, self.tx, self.mesh)
         like = jax.eval_shape(self.tx.init, abstract_params(self.cfg))
-        fits = {"cfg": self.cfg, "shardings": params, "opt_state_like": like}
+        fits: dict[str, Any] = {"cfg": self.cfg, "shardings": params, "opt_state_like": like}
         latest = self.checkpoints.latest_step()
         self.first_step, self.history = latest or 0, []
         if latest is not None:
             loaded = self.checkpoints.load(**fits)
             self.params, self.opt_state = loaded.params, jax.device_put(loaded.opt_state, opt_state)
-            self.feed.restore(loaded.data_state)
+            self.feed.restore(loaded.data_state or b"")
             *self.history, own = loaded.provenance or ({},)
             self.tokens = written_table(own, f"{self.checkpoints.directory}: provenance", {"tokens": int}, {"tokens"})[
                 "tokens"
@@ -179,7 +180,7 @@ class Trainer:
         begins = f"begins {', '.join(new)}" if new else ""
         self.say(f"  data: {'; '.join(filter(None, (goes_on, begins)))}")
 
-    def run(self, stop: Callable[[], bool]) -> dict[str, Any]:
+    def run(self, stop: StopSignal) -> dict[str, Any]:
         """Trains to the last step and returns the stage's summary.
 
         Raises:
@@ -198,7 +199,7 @@ class Trainer:
             self.writer.close()
         return from_first(self._summary)
 
-    def _train(self, stop: Callable[[], bool]) -> None:
+    def _train(self, stop: StopSignal) -> None:
         stage = self.stage
         how = {"batch_size": stage.batch_size, "microbatches": stage.microbatches, "loss": self.kind.loss}
         step_function = make_step(self.cfg, self.tx, self.mesh, **how)
@@ -318,7 +319,7 @@ class Trainer:
                 k.removeprefix(metrics.EVALUATION): v for k, v in line.items() if k.startswith(metrics.EVALUATION)
             }
             if figures:
-                found[line["step"]] = figures
+                found[int(line["step"])] = figures
         return found
 
     def _evaluated(self, step: int) -> bool:

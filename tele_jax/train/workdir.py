@@ -234,6 +234,7 @@ def _change_last(
     if not steps:
         raise UserError(f"{directory}: is complete, but has no checkpoint left to go on from")
     start = steps[-1] if from_step is None else from_step
+    assert isinstance(stage, TrainStage)  # a growth has nothing that may change while it is under way
     if stage.steps < start:
         raise UserError(f"{where}.steps={stage.steps}: the stage goes on from step {start}, which is beyond")
     _set_aside(directory, [step for step in steps if step > start], say)
