@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tele_jax.cli.main import main
-from tele_jax.data import feed
+from tele_jax.data import domains
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import UserError
 from tele_jax.inference.chat import find_tokenizer
@@ -71,9 +71,9 @@ def test_fine_tuning_reads_dialogues_in_the_template(place):
     assert learned[-1] == vocabulary.eos_id == 2
     assert vocabulary.decode(learned).startswith("答") and "<_" not in vocabulary.decode(learned)
     with pytest.raises(UserError, match="no piece '<_user>', so nothing says how dialogues are written"):
-        feed.open_vocabulary(data(place, None), "sft")
+        domains.open_vocabulary(data(place, None), "sft")
     with pytest.raises(UserError, match="template 'other' is not one of"):
-        feed.open_vocabulary(data(place, "other"), "sft")
+        domains.open_vocabulary(data(place, "other"), "sft")
 
 
 def test_the_tokenizer_travels_with_the_checkpoints(place, capsys):
