@@ -282,7 +282,7 @@ def _pipeline(runner: str, workers: int, options: Sequence[str]) -> Callable[[Se
                 # Reshuffle lets every unit go to another worker.
                 _ = pipeline | beam.Create(units) | beam.Reshuffle() | "write" >> beam.Map(work)
         except (RuntimeError, ValueError, ImportError) as error:
-            raise _said(error, runner) from None
+            raise _own_error(error, runner) from None
         missing = [unit.name for unit in units if shards.finished(work.directory, unit) is None]
         if missing:
             raise FailedError(f"{runner} is done, but {len(missing)} of {len(units)} shards are missing: {missing[0]}")
@@ -290,7 +290,7 @@ def _pipeline(runner: str, workers: int, options: Sequence[str]) -> Callable[[Se
     return run
 
 
-def _said(error: Exception, runner: str) -> Exception:
+def _own_error(error: Exception, runner: str) -> Exception:
     """Returns our error inside what Beam makes of it: the same with more text, or a RuntimeError with a traceback."""
     if isinstance(error, tuple(_ERRORS.values())):
         return type(error)(str(error).split(" [while running")[0])

@@ -94,12 +94,12 @@ class TaskDocuments:
         _check_split(task, shard.task, shard.split)
         check_features(task, kind)
         check_vocabularies(task, vocabulary)
-        said = time.monotonic()
+        last_line = time.monotonic()
         for number, features in enumerate(_features(task, shard)):
             _update(digest, features)
             self._keep(number, features, kind, seq_len)
-            if number % 1024 == 0 and time.monotonic() - said > SAY_EVERY:
-                said = time.monotonic()
+            if number % 1024 == 0 and time.monotonic() - last_line > SAY_EVERY:
+                last_line = time.monotonic()
                 print(f"tele: task {shard.task}: {number:,} examples of {shard.split} so far", file=sys.stderr)
         self.checksum = digest.hexdigest()
         self.rejected, self.num_rejected = tuple(self._rejects.first), self._rejects.count
@@ -255,7 +255,7 @@ def shares(mixture: Any) -> dict[str, float]:
     try:
         rates = {task.name: float(mixture.get_rate(task)) for task in mixture.tasks}
     except Exception as error:  # a rate may be a function of the user's
-        raise UserError(f"the rates of the mixture {mixture.name} fail: {_said(error)}") from None
+        raise UserError(f"the rates of the mixture {mixture.name} fail: {_reason(error)}") from None
     total = sum(rates.values())
     if not (min(rates.values()) >= 0 and 0 < total < float("inf")):
         raise UserError(f"the rates of the mixture {mixture.name} are {rates}, not 0 or above, and one above 0")
@@ -282,7 +282,7 @@ def list_shards(task_name: str, split: str) -> list[TaskShard]:
     try:
         names = [] if task.requires_caching else [str(name) for name in task.source.list_shards(split)]
     except Exception as error:
-        raise UserError(f"task {task_name}: its source fails: {_said(error)}") from None
+        raise UserError(f"task {task_name}: its source fails: {_reason(error)}") from None
     count = max(1, len(names))
     files = [name if os.path.isfile(name) else "" for name in names] or [""]
     return [TaskShard(task=task_name, split=split, index=i, count=count, file=files[i]) for i in range(count)]
@@ -308,7 +308,7 @@ def _features(task: Any, shard: TaskShard) -> Iterator[dict[str, np.ndarray]]:
         options.deterministic = True
         yield from dataset.with_options(options).as_numpy_iterator()
     except Exception as error:  # the preprocessors are the user's, and TensorFlow wraps what they raise
-        raise UserError(f"task {shard.task}, split {shard.split}: reading it fails: {_said(error)}") from None
+        raise UserError(f"task {shard.task}, split {shard.split}: reading it fails: {_reason(error)}") from None
 
 
 def _seed(task: Any) -> int | None:
@@ -317,7 +317,7 @@ def _seed(task: Any) -> int | None:
     return 0 if function is None or "seed" in inspect.signature(function).parameters else None
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """Returns the first line of an error's message, without what TensorFlow puts before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0].split("}} ")[-1] if lines else ""
@@ -364,7 +364,7 @@ def _differs(theirs: Any, ours: Vocabulary) -> str:
             with tf.io.gfile.GFile(path, "rb") as file:
                 same = hashlib.sha256(file.read()).hexdigest() == ours.sha256
         except Exception as error:
-            return f"{path} cannot be read ({_said(error)})"
+            return f"{path} cannot be read ({_reason(error)})"
         return "" if same else f"it is that of {path}"
     if theirs.vocab_size > ours.vocab_size:
         return f"it has {theirs.vocab_size:,} ids, and the tokenizer {ours.vocab_size:,}"
@@ -375,7 +375,7 @@ def _differs(theirs: Any, ours: Vocabulary) -> str:
         try:
             text = theirs.decode([i])
         except Exception as error:
-            return f"it cannot decode the id {i} ({_said(error)})"
+            return f"it cannot decode the id {i} ({_reason(error)})"
         if not isinstance(text, str) or text.strip() != _text(ours.piece_bytes[i]):
             return f"the id {i} is {text!r}, and in the tokenizer {ours.piece_bytes[i].decode()!r}"
     return ""

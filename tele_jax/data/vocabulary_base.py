@@ -39,8 +39,7 @@ class Vocabulary(abc.ABC):
     There is one exception: in a SentencePiece file with a dummy prefix, as the released ones are, U+2581 becomes a
     space.
 
-    >>> vocabulary.decode(vocabulary.encode("  def f():\n\treturn 1 \n"))  # doctest: +SKIP
-    '  def f():\n\treturn 1 \n'
+        vocabulary.decode(vocabulary.encode("  def f():\n\treturn 1 \n")) == "  def f():\n\treturn 1 \n"
 
     The class has all members of a seqio vocabulary, and where seqio is loaded (tele_jax.data.tasks) it counts as one
     for isinstance. It does not inherit from seqio's class, because that would load TensorFlow for a line of chat; only
