@@ -20,6 +20,7 @@ from tele_jax.data.batches import Batches
 from tele_jax.data.domains import Documents
 from tele_jax.errors import FailedError
 from tele_jax.growth import MaskSchedule, Plan
+from tele_jax.model import cpu
 from tele_jax.model.decoder import init
 from tele_jax.model.spec import abstract_params, count_params
 from tele_jax.processes import StopSignal, from_first, is_first
@@ -156,7 +157,9 @@ class Trainer:
             self.params, self.history = self._widened(loaded.params, params), loaded.provenance
             self.say(f"  takes over parameters from {previous}; the optimizer is new; begins at step 0")
         else:
-            fresh = jax.jit(lambda key: init(self.cfg, key), out_shardings=params)
+            on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+            options = cpu.COMPILED_ONCE if on_cpu else None
+            fresh = jax.jit(lambda key: init(self.cfg, key), out_shardings=params, compiler_options=options)
             self.params = fresh(jax.random.key(self.stage.seed))
             self.say("  parameters and optimizer are new; begins at step 0")
         start = lambda params: delay_births(self.tx.init(params), self.closed_steps)  # noqa: E731
