@@ -192,7 +192,8 @@ def bits_per_byte(
     """Bits per byte of every domain, comparable across tokenizers: sum of losses / ln 2 / bytes (arXiv 2404.16645).
 
     held_out: what data.batches.held_out returns, by domain: `batches` of rows and `num_bytes` of text in them. The
-    number of rows has to divide over the mesh, over which they are cut. Every process has all rows, and gets all figures.
+    number of rows has to divide over the mesh, over which they are cut. Every process has all rows, and gets all
+    figures.
     """
     result = {}
     with jax.set_mesh(mesh):
