@@ -95,7 +95,7 @@ def _default(value: ast.expr | None) -> str:
         return "required"
     text = ast.unparse(value)
     made = re.fullmatch(r"dataclasses\.field\(default_factory=(\w+)\)", text)
-    return f"{made[1]}()" if made else text
+    return f"`{made[1]}()`" if made else f"`{text}`"
 
 
 def render() -> str:
@@ -106,10 +106,8 @@ def render() -> str:
         for cls in classes:
             if len(classes) > 1:
                 parts.append(f"### {cls.__name__}\n")
-            parts.append(inspect.getdoc(cls).split("\n\n    ")[0] + "\n")
-            rows = [
-                f"| `{k.name}` | `{_cell(k.type)}` | `{_cell(k.default)}` | {_cell(k.meaning)} |" for k in keys(cls)
-            ]
+            parts.append(re.split(r"\n\n(?:Raises|Attributes):|\n\n    ", inspect.getdoc(cls))[0] + "\n")
+            rows = [f"| `{k.name}` | `{_cell(k.type)}` | {_cell(k.default)} | {_cell(k.meaning)} |" for k in keys(cls)]
             parts.append("\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows]) + "\n")
     return "\n".join(parts)
 

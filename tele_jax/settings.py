@@ -86,9 +86,9 @@ class DataConfig:
 class CacheConfig:
     """Settings of `tele data cache`, which makes rows of one length of all domains of `data`."""
 
-    data: DataConfig
+    data: DataConfig  # text, its mixture and its tokenizer
     seq_len: int  # tokens in a row
-    kind: Literal["pretrain", "sft"] = "pretrain"
+    kind: Literal["pretrain", "sft"] = "pretrain"  # what the rows are for: all tokens are learned, or answers alone
     seed: int = 0  # seed of the order of the documents inside a shard
     # Text that goes into one shard of rows, in bytes. None: 65,536 * seq_len, about 16,384 rows: a shard that is read
     # at random keeps 8 bytes a row in memory, and looks through them at every read.
@@ -167,8 +167,8 @@ class TrainStage:
     """Fields of every kind of stage that trains; a kind may add others (stages/)."""
 
     kind: str  # a module of stages/
-    data: DataConfig
-    optimizer: OptimizerConfig
+    data: DataConfig  # text, its mixture and its tokenizer
+    optimizer: OptimizerConfig  # AdamW and its rates
     steps: int  # length of the stage
     batch_size: int  # sequences per step, over all devices
     seq_len: int  # tokens in a row
@@ -177,7 +177,7 @@ class TrainStage:
     remat: Literal["none", "full", "attention", "products", "offload"] | None = None
     # Form of attention, from this stage on; None: as `model` says.
     attention: Literal["auto", "reference", "xla", "blocks", "splash"] | None = None
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: ScheduleConfig = ScheduleConfig()  # the learning rate over the stage
     microbatches: int = 1  # parts of the batch that gradients are accumulated over
     mask_start: int = 0  # when the masks of a growth by policy msg begin to rise, in mask_unit
     mask_ramp: int = 0  # length of the rise from 0 to 1, in mask_unit; with an order, that of each axis in turn
@@ -246,7 +246,7 @@ class TrainStage:
 class GrowStage:
     """Growth of what the stage before left; `model` holds the fields that change."""
 
-    kind: Literal["grow"]
+    kind: Literal["grow"]  # the file in stages/ that carries the stage out
     model: dict[str, Any]  # fields of the model that change
     policy: str = "exact"  # how new entries are made, see docs/growth.md
     layers: str | tuple[int, ...] = "uniform"  # uniform, last, middle or distance; or the source of every layer

@@ -85,3 +85,9 @@ def test_the_page_of_keys_is_what_the_settings_say():
     command = [sys.executable, str(DOCS / "make_configuration.py"), "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr or f"run {DOCS.name}/make_configuration.py, which writes it anew"
+
+
+def test_every_key_of_a_page_has_a_meaning():
+    rows = [line for line in (DOCS / "configuration.md").read_text(encoding="utf-8").splitlines() if line[:3] == "| `"]
+    assert len(rows) > 100
+    assert [row for row in rows if not re.split(r"(?<!\\)\|", row)[4].strip()] == []

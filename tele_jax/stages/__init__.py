@@ -44,9 +44,9 @@ Stage = TrainStage | GrowStage
 class RunConfig:
     """The stages of a run in order, and where they run."""
 
-    run: tuple[str, ...]
-    stages: dict[str, Stage]
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    run: tuple[str, ...]  # names of the stages, in the order in which they run
+    stages: dict[str, Stage]  # the tables of the stages; on a page they stand beside `run`, each under its name
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)  # how many devices lie along each mesh axis
     # TPU slices that the mesh lies on, joined by a slower network (DCN): mesh.data runs over them, and only gradients
     # cross from one to another.
     num_slices: int = 1
