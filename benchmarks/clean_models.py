@@ -78,14 +78,14 @@ def figures(values, thresholds, *, above: bool) -> dict:
 
 
 def wikipedia(cache: Path):
-    for document in corpora_text.wikipedia(corpora.install(corpora.WIKIPEDIA, cache)):
+    for document in corpora_text.wikipedia(corpora.download(corpora.WIKIPEDIA, cache)):
         if document.text and len(document.text) > 150:
             yield document.text
 
 
 def rest_of_english(cache: Path):
     """All of clean_corpus.english but Wikipedia, which comes first there."""
-    first = sum(bool(d.text) for d in corpora_text.wikipedia(corpora.install(corpora.WIKIPEDIA, cache)))
+    first = sum(bool(d.text) for d in corpora_text.wikipedia(corpora.download(corpora.WIKIPEDIA, cache)))
     yield from itertools.islice(clean_corpus.english(cache), first, None)
 
 

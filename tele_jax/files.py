@@ -1,4 +1,4 @@
-"""Reading files: the answer is the content, or one line that says what the path holds.
+"""Files: read with one line that says what is wrong, written whole or not at all, locked. Nobody else renames or locks.
 
 A directory, a named pipe (which would be waited for without end), a link to itself, a file without permission, text
 that is not UTF-8, JSON that is too deep: all are a UserError that names the path.
@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -158,39 +159,114 @@ def read_table(path: str | os.PathLike, what: str = "", *, missing: str = "") ->
 
 
 @contextlib.contextmanager
-def held_alone(file: Path, message: str) -> Iterator[None]:
-    """Locks a file, which is made where needed with its directory; UserError(message) where another process has it."""
+def locked(file: Path) -> Iterator[bool]:
+    """Locks a file, which is made where needed with its directory; yields False where another process has the lock."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
         except OSError:
-            raise UserError(message) from None
-        yield
+            free = False
+        yield free
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, and then moves what was written there to `path`: all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def held_alone(file: Path, message: str) -> Iterator[None]:
+    """Locks a file as `locked`; raises UserError(message) where another process has the lock."""
+    with locked(file) as free:
+        if not free:
+            raise UserError(message)
+        yield
+
+
+def flush(path: str | os.PathLike) -> None:
+    """Returns when a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def move(path: Path, target: Path) -> None:
+    """Gives a complete file or directory its final name, in one step."""
+    os.replace(path, target)
+    flush(target.parent)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, and then moves what was written there to `path`: all of it or nothing.
+
+    A body that leaves no file there leaves `path` as it was. The default name of the temporary path has the number of
+    the process, for files that several processes may write at once.
+    """
+    temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with contextlib.suppress(FileNotFoundError):
+            flush(temporary)
+            move(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def write_file(path: str | os.PathLike, data: bytes | str) -> None:
+    """Writes a file, text as UTF-8, and its directory where needed: a kill leaves the old file or the new one.
+
+    One process at a time may write a file; a next call removes what a kill leaves, the temporary file NAME.tmp.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, path.with_suffix(".tmp")) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes JSON atomically: a kill leaves the old file or the new one. Raises DamageError, as on a full disk."""
-    temporary = path.with_suffix(".tmp")
+    """Writes JSON as `write_file`. Raises DamageError, as on a full disk."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(_json_value(value), indent=2, allow_nan=False) + "\n")
-        os.replace(temporary, path)
+        write_file(path, json.dumps(_json_value(value), indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise DamageError(f"{path}: could not be written ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, what: str) -> Iterator[Path]:
+    """Yields the directory PATH.partial, which becomes `path` when the body ends, with all files on the disk.
+
+    A body that fails leaves nothing. What a killed process left is removed first.
+
+    Args:
+      path: must not exist; the directories above it are made.
+      what: names the content in messages, as "export".
+
+    Raises:
+      UserError: `path` exists or cannot be made; PATH.partial holds something else, or another process is writing it.
+    """
+    if os.path.lexists(path):
+        raise UserError(f"{path}: exists already, and is not overwritten; choose another path")
+    partial = path.with_name(path.name + ".partial")
+    marker = partial / ".lock"
+    if os.path.lexists(partial) and not marker.is_file() and not (partial.is_dir() and not os.listdir(partial)):
+        raise UserError(f"{partial}: is needed for the unfinished {what}, but exists already")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{partial}: cannot be made ({error.strerror}); choose another place") from None
+    with held_alone(marker, f"{partial}: is being written by another process"):
+        for child in partial.iterdir():
+            if child != marker:
+                shutil.rmtree(child) if child.is_dir() else child.unlink()
+        try:
+            yield partial
+            for place in [*partial.rglob("*"), partial]:
+                flush(place)
+            marker.unlink()
+            move(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def _json_value(value: Any) -> Any:

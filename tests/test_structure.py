@@ -1,5 +1,6 @@
 """The structure of the package: imports make no circle, and no file has outgrown its room."""
 
+import re
 from pathlib import Path
 
 import grimp
@@ -69,3 +70,17 @@ def test_no_file_is_longer_than_a_reader_bears():
         str(p.relative_to(PACKAGE)): n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400
     }
     assert longer == {}
+
+
+# Modules beside files.py that rename or lock for themselves, and why.
+PROTOCOLS = {
+    "checkpoint/saving.py": "renames what is to be deleted, also in a bucket, which has its own renaming",
+    "checkpoint/unfinished.py": "the journals by which several processes and lives finish one checkpoint",
+    "beam_workers.py": "a lock held for life, by which workers know that their command has ended",
+}
+
+
+def test_only_files_renames_and_locks():
+    calls = re.compile(r"\bos\.(replace|rename)\(|\.rename\(|\bflock\(|\bshutil\.move\(")
+    found = {str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if calls.search(p.read_text())}
+    assert found - {"files.py"} == set(PROTOCOLS)

@@ -5,14 +5,12 @@ job = Job(cfg=tele.get_model("tele_flm_52b"), slice=find_slice("v5p:4x4x8"), mes
 program = compile_job(job)     # about a minute of a core, whatever the number of layers
 """
 
-import contextlib
 import dataclasses
 import gzip
 import hashlib
 import json
 import os
 import re
-import shutil
 import time
 import typing
 import zlib
@@ -28,7 +26,7 @@ from tele_jax.aot.counts import Counts
 from tele_jax.aot.jobs import OnSlice
 from tele_jax.config import as_written, written_table
 from tele_jax.errors import DamageError
-from tele_jax.files import parse_json
+from tele_jax.files import parse_json, replacing
 from tele_jax.sharding import make_mesh
 
 GIB = 2**30
@@ -98,14 +96,12 @@ def _lowered(job: OnSlice) -> tuple[Mesh, jax.stages.Lowered, str]:
 
 
 def _store(directory: Path, values: dict[str, Any], text: str | None) -> None:
-    part = directory.with_suffix(f".{os.getpid()}.part")
-    part.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     if text is not None:
-        (part / "program.hlo.gz").write_bytes(gzip.compress(text.encode(), 6))
-    (part / "program.json").write_text(json.dumps(values))
-    with contextlib.suppress(FileExistsError, OSError):  # another process was faster
-        part.rename(directory)
-    shutil.rmtree(part, ignore_errors=True)
+        with replacing(directory / "program.hlo.gz") as temporary:
+            temporary.write_bytes(gzip.compress(text.encode(), 6))
+    with replacing(directory / "program.json") as temporary:  # last: with it, the program is there
+        temporary.write_text(json.dumps(values))
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], str | None]:

@@ -2,12 +2,10 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from tele_jax.clean.settings import CleanConfig
 from tele_jax.config import to_dict
 from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.extras import need
-from tele_jax.files import expand
+from tele_jax.files import expand, new_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +106,7 @@ def clean(
     check(config)
     total = sum(file.size for file in files)
     say(f"{len(files):,} files, {total:,} bytes; {len(config.stages)} stages")
-    with _partial(out) as directory:
+    with _making(out) as directory:
         try:
             with beam_workers.ending_with_us():
                 _run(config, files, directory, [*options, beam_workers.OPTION])
@@ -238,35 +236,12 @@ def _read_json(directory: str, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _partial(out: str) -> Iterator[str]:
-    """The directory to write to; it gets the name `out` at the end, and is gone after a failure.
-
-    What a killed run left is cleared by the next one; a lock tells it from a run that is under way.
-    """
-    if "://" in out:
-        if need("apache_beam.io.filesystems").FileSystems.exists(f"{out}/manifest.json"):
-            raise UserError(f"{out}: is there already; choose another address")
-        yield out.rstrip("/")
+def _making(out: str) -> Iterator[str]:
+    """Yields the directory to write to: at an address `out` itself, else one that becomes `out` when the body ends."""
+    if "://" not in out:
+        with new_directory(Path(out).absolute(), "text") as directory:
+            yield str(directory)
         return
-    target = Path(out)
-    if target.exists():
-        raise UserError(f"{out}: is there already; choose another directory, or remove it")
-    target = target.absolute()
-    partial = target.with_name(f".{target.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out}: another run is writing it") from None
-        for child in partial.iterdir():
-            shutil.rmtree(child) if child.is_dir() else child.unlink()
-        try:
-            yield str(partial)
-            os.rename(partial, target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    finally:
-        os.close(lock)
+    if need("apache_beam.io.filesystems").FileSystems.exists(f"{out}/manifest.json"):
+        raise UserError(f"{out}: exists already, and is not overwritten; choose another address")
+    yield out.rstrip("/")

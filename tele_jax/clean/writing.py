@@ -17,6 +17,7 @@ from tele_jax.clean.document import Document, Reject, num_bytes
 from tele_jax.clean.settings import OutputConfig
 from tele_jax.errors import FailedError, UserError
 from tele_jax.extras import need
+from tele_jax.files import write_file
 
 FORMAT = "tele_jax cleaned text 2"
 TRAIN, VALIDATION = "train", "validation"  # splits; the files of training have no more than their number
@@ -34,16 +35,7 @@ def replace_file(path: str | Path, data: bytes) -> None:
             with need("apache_beam.io.filesystems").FileSystems.create(path, compression_type="uncompressed") as file:
                 file.write(data)
             return
-        temporary = f"{path}.{os.getpid()}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+        write_file(path, data)
     except OSError as error:
         raise FailedError(f"{path}: cannot be written: {error.strerror or error}") from error
 
@@ -113,8 +105,6 @@ def write_shard(
         name, data = f"{name}.gz", compress(map(record, documents), config.level)
     else:
         data = "".join(map(record, documents)).encode("utf-8", "surrogatepass")
-    if "://" not in directory:
-        os.makedirs(os.path.join(directory, domain), exist_ok=True)
     replace_file(os.path.join(directory, name), data)
     return {
         "file": name,
@@ -130,8 +120,6 @@ def write_rejects(directory: str, source: str, rejects: Iterable[Reject]) -> dic
     """Writes what could not be read of a source, bytes as base64; returns its entry in the manifest."""
     data = compress(_reject_lines(rejects), 6)
     name = f"rejects/{source}.jsonl.gz"
-    if "://" not in directory:
-        os.makedirs(os.path.join(directory, "rejects"), exist_ok=True)
     replace_file(os.path.join(directory, name), data)
     return {"file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 

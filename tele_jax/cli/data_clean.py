@@ -15,8 +15,8 @@ from tele_jax.clean import ngrams, pipeline, quality, reading
 from tele_jax.clean.settings import clean_config
 from tele_jax.cli.pages import load_page
 from tele_jax.cli.verb import Outcome, flag, note
-from tele_jax.data.sources import expand
 from tele_jax.errors import UserError
+from tele_jax.files import expand
 
 RUNNERS = ("DirectRunner", "DataflowRunner", "FlinkRunner", "SparkRunner", "PrismRunner")
 CLEAN = "clean and deduplicate text, from raw files to jsonl by domain"

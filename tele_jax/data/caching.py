@@ -26,7 +26,7 @@ from tele_jax.data.feed import difference
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary, tokenizer_name
 from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.extras import need
-from tele_jax.files import held_alone, parse_json
+from tele_jax.files import held_alone, move, parse_json, write_file
 from tele_jax.settings import CacheConfig
 
 _REGISTERING = threading.Lock()  # a worker may have several threads
@@ -97,7 +97,7 @@ def make(
         shutil.rmtree(work / shards.ACCOUNTS)
         (work / PLAN).unlink()
         (work / LOCK).unlink()
-        os.rename(work, out)
+        move(work, out)
     return manifest
 
 
@@ -127,7 +127,7 @@ def _begun(
     plan, files = json.loads(json.dumps(plan)), _stamps(units)
     file = work / PLAN
     if not file.exists():
-        shards.replace(file, json.dumps(plan | {"files": files}))
+        write_file(file, json.dumps(plan | {"files": files}))
         return False
     before, stamps = _read_plan(work)
     if changed := difference(before, plan):
@@ -140,7 +140,7 @@ def _begun(
     if stale:
         paths = sorted({path for unit in stale for path in unit.paths if files[path] != stamps.get(path)})
         say(f"{', '.join(paths)}: changed since this cache was begun; {len(stale)} finished shards are made again")
-    shards.replace(file, json.dumps(plan | {"files": files}))
+    write_file(file, json.dumps(plan | {"files": files}))
     return True
 
 
@@ -354,7 +354,7 @@ def _assemble(work: Path, config: CacheConfig, vocabulary: Vocabulary, units: li
         },
         template=templates.choose(vocabulary).name if has_dialogues(config.data, config.kind) else None,
     )
-    shards.replace(work / MANIFEST, manifest.to_text())
+    write_file(work / MANIFEST, manifest.to_text())
     return read_manifest(work)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from tele_jax.data import dialogue
 from tele_jax.errors import UserError
-from tele_jax.files import replacing, require_regular
+from tele_jax.files import require_regular, write_file
 
 Format = Literal["text", "jsonl", "dialogues"]
 WHOLE = 1 << 62  # larger than any document: no cutting
@@ -197,10 +197,7 @@ def write_rejected(path: Path, rejected: Sequence[Reject]) -> None:
     if not rejected:
         path.unlink(missing_ok=True)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected)
-        temporary.write_text("".join(lines), encoding="utf-8")
+    write_file(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected))
 
 
 def account(where: str, used: int, count: int, rejected: Sequence[Reject]) -> str:

@@ -26,7 +26,7 @@ from tele_jax.data.templates import separator
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.extras import need
-from tele_jax.files import expand, parse_json, replacing
+from tele_jax.files import expand, parse_json, replacing, write_file
 from tele_jax.settings import CacheConfig, SourceConfig
 
 if TYPE_CHECKING:
@@ -330,7 +330,7 @@ def write_unit(
         (out / unit.domain).mkdir(exist_ok=True)
         done, rejected = _write(unit, config, vocabulary, out, threads, held_out)
         documents.write_rejected(out / f"{unit.name}.rejected.jsonl", rejected)
-        replace(account, json.dumps(dataclasses.asdict(done)))
+        write_file(account, json.dumps(dataclasses.asdict(done)))
     except OSError as error:
         raise FailedError(
             f"{error.filename or out / unit.name}: {error.strerror or error}; start again to go on"
@@ -344,30 +344,27 @@ def _write(
     work = _Unit(unit, config, vocabulary, threads, held_out)
     dtype = packing.id_type(vocabulary.vocab_size)
     target = out / f"{unit.name}.array_record"
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     counts, shard = Counts(), None
     array_record = need("array_record.python.array_record_module")
     try:
-        # A group is what is compressed together, and so what has to be read to get at one row.
-        writer = array_record.ArrayRecordWriter(str(temporary), "group_size:1,zstd:1")
-        for rows in work.rows():
-            for record in packing.to_records(rows, dtype):
-                writer.write(record)
-            segments = rows[:, packing.SEGMENT_IDS].max(axis=1, initial=0).sum()
-            counts += Counts(rows=len(rows), segments=int(segments))
-        writer.close()
-        counts, checksum = counts + work.counts(), work.source.checksum
-        if counts.rows:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            size, crc32 = temporary.stat().st_size, file_crc32(temporary)
-            os.replace(temporary, target)
-            file = str(target.relative_to(out))
-            shard = Shard(file=file, rows=counts.rows, file_bytes=size, crc32=crc32, text=checksum)
+        with replacing(target) as temporary:
+            # A group is what is compressed together, and so what has to be read to get at one row.
+            writer = array_record.ArrayRecordWriter(str(temporary), "group_size:1,zstd:1")
+            for rows in work.rows():
+                for record in packing.to_records(rows, dtype):
+                    writer.write(record)
+                segments = rows[:, packing.SEGMENT_IDS].max(axis=1, initial=0).sum()
+                counts += Counts(rows=len(rows), segments=int(segments))
+            writer.close()
+            counts, checksum = counts + work.counts(), work.source.checksum
+            if counts.rows:
+                size, crc32 = temporary.stat().st_size, file_crc32(temporary)
+                file = str(target.relative_to(out))
+                shard = Shard(file=file, rows=counts.rows, file_bytes=size, crc32=crc32, text=checksum)
+            else:
+                temporary.unlink()
     except RuntimeError as error:  # what ArrayRecord makes of any failure to write
         raise FailedError(f"{target}: {str(error).split(';')[0]}; start again to go on") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     rejected = work.source.rejected
     reason = documents.place(rejected[0]) if rejected else None
     return Done(shard=shard, counts=counts, first_reason=reason, text=checksum), rejected
@@ -390,9 +387,3 @@ def finished(out: Path, unit: Unit) -> Done | None:
         return done if shard.file == file and (out / file).stat().st_size == shard.file_bytes else None
     except (OSError, DamageError):
         return None
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes a text file atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

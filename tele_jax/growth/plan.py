@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tele_jax import tables
 from tele_jax.axes import ParamSpec
 from tele_jax.config import ModelConfig, check_seed, convert, from_dict, require, to_dict
 from tele_jax.errors import UserError
@@ -267,11 +268,11 @@ class Plan:
         return f"<Plan {self.policy}: {self._axes()}; {before:,} -> {after:,} parameters; print it for its leaves>"
 
     def __str__(self) -> str:
-        return "\n".join([*self._head(), *columns(self._rows()), *(f"note: {note}" for note in self.notes)])
+        return "\n".join([*self._head(), tables.text(self._rows()), *(f"note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
-        lines = [*self._head(), *(f"note: {note}" for note in self.notes)]
-        return "".join(f"<div>{html.escape(line)}</div>" for line in lines) + html_table(self._rows())
+        rows, lines = self._rows(), [*self._head(), *(f"note: {note}" for note in self.notes)]
+        return "".join(f"<div>{html.escape(line)}</div>" for line in lines) + tables.html(rows[1:], rows[0])
 
     def _axes(self) -> str:
         # In the order of the config, which is the same for a plan that comes from JSON.
@@ -348,19 +349,6 @@ def require_plan(plan: Any, where: str) -> None:
 def require_config(cfg: Any, where: str) -> None:
     """Raises UserError, naming the argument, for what is not a ModelConfig."""
     require(isinstance(cfg, ModelConfig), f"{where}: expected a ModelConfig, got {type(cfg).__name__}")
-
-
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of text with aligned columns, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    first, *others = widths
-    return ["  ".join([r[0].ljust(first), *(c.rjust(w) for c, w in zip(r[1:], others, strict=True))]) for r in rows]
-
-
-def html_table(rows: Sequence[Sequence[str]]) -> str:
-    """A table for notebooks; the first row is its head."""
-    line = lambda row, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)  # noqa: E731
-    return "<table>" + "".join(f"<tr>{line(row, 'td' if i else 'th')}</tr>" for i, row in enumerate(rows)) + "</table>"
 
 
 def _size(nbytes: int) -> str:

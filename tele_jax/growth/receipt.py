@@ -12,8 +12,6 @@ its receipt, for inspection.
 
 import contextlib
 import dataclasses
-import fcntl
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -318,7 +316,7 @@ def _verify_and_name(request: Request, plan: growth.Plan, scores: Any, lazy: Any
     _require_ok(report, request.stage, request.where, f"it is left at {unverified}")
     for file in request.files:
         (unverified / file.name).write_bytes(file.read_bytes())
-    os.rename(unverified, request.dst)
+    files.move(unverified, request.dst)
     return made
 
 
@@ -354,15 +352,9 @@ def recheck(src: str, dst: Path, tokens: np.ndarray, memory_gb: float) -> growth
 def _alone(path: Path) -> Iterator[bool]:
     """Yields True in the one process that verifies `path`."""
     lock = path.with_name(path.name + ".lock")
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        yield False
-        return
-    try:
-        yield path.exists()
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
+    with files.locked(lock) as free:
+        try:
+            yield free and path.exists()
+        finally:
+            if free:
+                lock.unlink(missing_ok=True)

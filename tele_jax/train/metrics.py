@@ -5,7 +5,6 @@ JSON has no NaN and no infinity (RFC 8259): in metrics.jsonl such a figure is nu
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ import jax
 from tele_jax.config import as_written
 from tele_jax.errors import DamageError
 from tele_jax.extras import hidden
-from tele_jax.files import parse_json
+from tele_jax.files import parse_json, write_file
 from tele_jax.processes import is_first
 
 # Peak dense bf16 FLOP/s of one device, by jax's device_kind: Google's published figures.
@@ -56,12 +55,9 @@ class Metrics:
             from tensorboardX.proto.event_pb2 import Event, SessionLog
             from tensorboardX.proto.summary_pb2 import Summary
 
-        directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "metrics.jsonl"
         kept = [line for line in read(self._path) if line["step"] <= first_step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(_to_line(line) for line in kept))
-        os.replace(temporary, self._path)
+        write_file(self._path, "".join(_to_line(line) for line in kept))
         self._file = self._path.open("a", buffering=1)
         # SummaryWriter has a queue and a thread between, and its flush does not wait for them.
         self._events = EventsWriter(str(directory / "events"), filename_suffix=f".{time.time_ns()}")

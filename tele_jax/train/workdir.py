@@ -269,7 +269,7 @@ def _set_aside(directory: Path, later: Sequence[int], say: Callable[[str], None]
         if metrics.exists():
             shutil.copyfile(metrics, aside / metrics.name)
         for step in sorted(later, reverse=True):  # a kill leaves the steps before
-            os.rename(directory / "checkpoints" / str(step), aside / str(step))
+            files.move(directory / "checkpoints" / str(step), aside / str(step))
         say(f"checkpoints of later steps ({', '.join(map(str, later))}) are set aside in {aside}")
     (directory / SUMMARY).unlink(missing_ok=True)
 
@@ -308,8 +308,7 @@ def adopt_tokenizer(tokenizer: dict[str, Any], workdir: Path) -> None:
     """
     copy = workdir / tokenizer_name(tokenizer["path"])
     if not copy.exists():
-        shutil.copyfile(tokenizer["path"], copy.with_suffix(".tmp"))
-        os.replace(copy.with_suffix(".tmp"), copy)
+        files.write_file(copy, Path(tokenizer["path"]).read_bytes())
     elif hashlib.sha256(copy.read_bytes()).hexdigest() != tokenizer["sha256"]:
         raise UserError(f"{tokenizer['path']}: is another tokenizer than the one this run was started with, {copy}")
 

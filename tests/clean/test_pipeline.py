@@ -16,6 +16,7 @@ from tele_jax.clean import pipeline  # noqa: E402
 from tele_jax.clean.settings import clean_config  # noqa: E402
 from tele_jax.cli.main import main  # noqa: E402
 from tele_jax.errors import FailedError, UserError  # noqa: E402
+from tele_jax.files import held_alone  # noqa: E402
 
 IN_MEMORY = ("--runner=DirectRunner", "--direct_running_mode=in_memory")
 STAGES = ("extract", "language", "normalise", "rules", "urls", "duplicates", "paragraphs", "safety", "privacy")
@@ -187,7 +188,7 @@ def test_one_process_and_two_give_the_same_bytes(page, tmp_path):
 def refused(page, tmp_path, match, error=UserError):
     with pytest.raises(error, match=match):
         clean(page, tmp_path / "out")
-    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 def only(tmp_path, **source):
@@ -230,24 +231,19 @@ def test_a_file_by_two_paths_is_one(tmp_path, jsonl, prose, monkeypatch):
 
 def test_what_is_there_is_never_written_over(page, tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already, and is not overwritten"):
         clean(page, tmp_path / "out")
     assert not os.listdir(tmp_path / "out")
 
 
 def test_what_a_killed_run_left_is_cleared_and_a_running_one_is_not(tmp_path, jsonl, prose):
-    import fcntl
-
     jsonl("a.jsonl", [{"text": prose[0]}])
-    partial = tmp_path / ".out.partial"
+    partial = tmp_path / "out.partial"
     (partial / "d").mkdir(parents=True)
     (partial / "d/00000-of-00001.jsonl").write_bytes(b"half")
-    lock = os.open(partial, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another run is writing it"):
+    with held_alone(partial / ".lock", "held"), pytest.raises(UserError, match="is being written by another process"):
         clean(only(tmp_path), tmp_path / "out")
     assert (partial / "d/00000-of-00001.jsonl").exists()
-    os.close(lock)
     clean(only(tmp_path), tmp_path / "out")
     assert [r["text"] for r in records(tmp_path / "out")] == [prose[0]] and not partial.exists()
 
@@ -269,9 +265,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(page, tmp_path):
     command = [sys.executable, "-c", FULL, "data", "clean", "--config", str(tmp_path / "page.py"), "--out"]
     done = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True)
     assert done.returncode == 1
-    assert re.fullmatch(r"tele: .*\.out\.partial/\S+: cannot be written: File too large", done.stderr.splitlines()[-1])
+    assert re.fullmatch(r"tele: .*/out\.partial/\S+: cannot be written: File too large", done.stderr.splitlines()[-1])
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize(
@@ -298,7 +294,7 @@ def test_a_wrong_page_is_one_clear_line(page, tmp_path, change, message):
 def test_a_runner_that_beam_does_not_know_is_one_clear_line(page, tmp_path):
     with pytest.raises(UserError, match="Unexpected pipeline runner: FooRunner"):
         clean(page, tmp_path / "out", options=("--runner=FooRunner",))
-    assert not (tmp_path / ".out.partial").exists()
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_the_command_trains_models_and_uses_them(tmp_path, jsonl, prose, capsys):

