@@ -55,7 +55,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") ->
 
 
 def as_written(hint: Any, value: Any, where: str) -> Any:
-    """The value, as JSON gave it, as the type `hint` asks for: `convert` for what tele_jax wrote itself.
+    """Converts a value from JSON that tele_jax wrote to the type `hint`; see `convert`.
 
     >>> as_written(tuple[str, ...], ["small", "grow"], "W/config.json: run")
     ('small', 'grow')
@@ -70,7 +70,7 @@ def as_written(hint: Any, value: Any, where: str) -> Any:
 
 
 def written_table(value: Any, where: str, fields: Mapping[str, Any], required: Collection[str] = ()) -> dict[str, Any]:
-    """The value, as JSON gave it, if it is a table in which `fields`, {name: type}, are of their types.
+    """Returns a value from JSON if it is a table in which `fields`, {name: type}, are of their types.
 
     Other fields pass. Raises DamageError, also where one of the `required` is missing.
     """
@@ -84,7 +84,7 @@ def written_table(value: Any, where: str, fields: Mapping[str, Any], required: C
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The inverse of `from_dict`: nested plain dicts and lists, ready for JSON."""
+    """Turns a config into nested plain dicts and lists, ready for JSON; `from_dict` is the inverse."""
     return dataclasses.asdict(config)
 
 
@@ -95,7 +95,7 @@ def differing_fields(have: "ModelConfig", want: "ModelConfig") -> dict[str, tupl
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
-    """The value as the type `hint` asks for; raises UserError with its path where it is of another."""
+    """Converts a value to the type `hint`; raises UserError with its path where it is of another."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value.to_dict() if hasattr(value, "to_dict") else value  # a table of a page, which JSON does not know
@@ -142,7 +142,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def whole(value: Any, what: str) -> int:
-    """The value as an int. Raises UserError unless it is a whole number; 3.0, "3" and True are not."""
+    """Returns the value as an int. Raises UserError unless it is a whole number; 3.0, "3" and True are not."""
     try:
         require(not isinstance(value, (bool, np.bool_)), f"{what}={value!r} must be a whole number")
         return operator.index(value)
@@ -151,13 +151,13 @@ def whole(value: Any, what: str) -> int:
 
 
 def check_seed(seed: Any, what: str = "seed") -> int:
-    """The seed as an int. Raises UserError unless 0 <= seed < 2^32, what every kind of random key takes."""
+    """Returns the seed as an int. Raises UserError unless 0 <= seed < 2^32, what every kind of random key takes."""
     require(0 <= whole(seed, what) < 2**32, f"{what}={seed} must be in [0, 2^32)")
     return whole(seed, what)
 
 
 def finite(value: Any, what: str) -> float:
-    """The value as a float. Raises UserError unless it is a number, and finite; text, True and NaN are not."""
+    """Returns the value as a float. Raises UserError unless it is a number, and finite; text, True and NaN are not."""
     is_number = isinstance(value, (numbers.Real, np.number)) and not isinstance(value, (bool, np.bool_))
     require(is_number and math.isfinite(value), f"{what}={value!r} must be a finite number")
     return float(value)
@@ -307,7 +307,7 @@ class ModelConfig:
 
     @property
     def logit_mult(self) -> float:
-        """What the logits are multiplied by: output_mult / r."""
+        """Factor on the logits: output_mult / r."""
         return self.output_mult / self.width_ratio
 
     def require_positions(self, seq_len: int) -> None:
@@ -343,11 +343,11 @@ class ModelConfig:
         return dataclasses.replace(self, **{**self._follow(changes), **changes})
 
     def replace_from(self, changes: Mapping[str, Any], where: str) -> "ModelConfig":
-        """The same from a config table: unknown keys and wrong types raise UserError with their path."""
+        """Replaces fields from a config table; unknown keys and wrong types raise UserError with their path."""
         return from_dict(ModelConfig, {**to_dict(self), **self._follow(changes), **dict(changes.items())}, where)
 
     def _follow(self, changes: Mapping[str, Any]) -> dict[str, None]:
-        """Fields that were derived from one that changes, and are to be derived again."""
+        """Names the fields that were derived from one that changes, and have to be derived again."""
         pairs = {"num_kv_heads": "num_heads", "padded_vocab_size": "vocab_size"}
         same = {derived: origin for derived, origin in pairs.items() if getattr(self, derived) == getattr(self, origin)}
         return {derived: None for derived, origin in same.items() if origin in changes}

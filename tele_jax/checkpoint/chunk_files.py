@@ -32,14 +32,14 @@ _DIRECT_BYTES = 2**20  # from here on a file is written past the page cache
 
 
 class ChunkCache:
-    """Chunks of the source, each read and checked once while it stays among the last few. Safe for threads.
+    """A cache of the chunks that were read last, each checked once when it is read. Safe for threads.
 
     cache = ChunkCache(slots=4, nbytes=2**27)
     with cache.chunk(array, (3, 0)) as values: ...
     """
 
     def __init__(self, slots: int, nbytes: int):
-        """slots: at least as many as threads. nbytes: of the largest chunk file."""
+        """Allocates `slots` buffers (at least one a thread) of `nbytes`, the size of the largest chunk file."""
         self.bytes_read = 0
         self._buffers = [allocate(nbytes) for _ in range(slots)]  # reused: fresh memory is slow to touch
         self._entries: collections.OrderedDict[Any, _Entry] = collections.OrderedDict()  # least recently used first
@@ -47,7 +47,7 @@ class ChunkCache:
 
     @contextlib.contextmanager
     def chunk(self, array: "LazyArray", index: tuple[int, ...]) -> Iterator[np.ndarray]:
-        """A chunk, whole, also where it is at the edge; not to be changed, nor kept.
+        """Yields a whole chunk, padded at the edge of the leaf; callers neither change nor keep it.
 
         Raises:
           DamageError: the file is missing or damaged; names leaf and file.
@@ -111,7 +111,7 @@ def read_chunk(array: "LazyArray", index: tuple[int, ...], buffer: np.ndarray) -
 
 
 def fingerprint(arrays: Iterable["LazyArray"]) -> str:
-    """SHA-256 of what the arrays hold, by the checksums at the ends of their chunks: reads 4 bytes a file.
+    """Computes one SHA-256 from the checksums at the ends of all chunks of the arrays: reads 4 bytes a file.
 
     Raises:
       DamageError: a chunk is missing or of another size.
@@ -140,7 +140,7 @@ def _open_chunk(array: "LazyArray", index: tuple[int, ...]) -> Iterator[BinaryIO
 
 
 def allocate(nbytes: int) -> np.ndarray:
-    """Uninitialised uint8[n], n >= nbytes, for write_chunk: it begins and ends where a page does."""
+    """Allocates uninitialised uint8[n], n >= nbytes, for write_chunk; it begins and ends at a page of memory."""
     memory = mmap.mmap(-1, -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -163,7 +163,7 @@ def write_chunk(file: Path, buffer: np.ndarray, size: int) -> None:
 
 
 def _write_directly(file: Path, buffer: np.ndarray, size: int) -> bool:
-    """Writes whole pages, and cuts off what is too much. False where the file system cannot: then nothing counts."""
+    """Writes whole pages past the page cache, and cuts the file to size. False where the file system cannot do that."""
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_DIRECT, 0o666)
     except OSError as error:
@@ -189,7 +189,7 @@ def _write_all(descriptor: int, data: np.ndarray) -> None:
 
 
 def flush(path: Path) -> None:
-    """Returns when a file, or the names in a directory, are on the disk."""
+    """Waits until a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

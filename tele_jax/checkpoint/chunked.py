@@ -33,7 +33,7 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What a call of `write_leaves` did. complete: the checkpoint is there; else other shards have still to finish.
+    """Account of a call of `write_leaves`. complete: the checkpoint is there; else other shards have still to finish.
 
     tiles: of this shard, resumed_tiles of them finished by an earlier call. bytes_written: of chunks, by this call.
     """

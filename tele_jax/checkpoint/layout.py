@@ -1,4 +1,4 @@
-"""What a step directory looks like; pure functions, no files touched.
+"""The layout of a step directory, as pure functions that touch no file.
 
     <step>/params/<leaf>/zarr.json, c/<i>/<j>/...     one zarr3 array per leaf, <leaf> its dotted name
     <step>/opt_state/<leaf>/...                       the same; left out where nothing was given
@@ -38,7 +38,7 @@ PACKAGES = ("tele-jax", "jax", "jaxlib", "numpy", "orbax-checkpoint", "tensorsto
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One stored array: what it is, and how it is cut.
+    """One stored array: its shape, dtype and axes, and the shape of its chunks.
 
     scalar: it was a Python bool, int or float, and comes back as one.
     """
@@ -90,12 +90,12 @@ def summary(items: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def describe(shape: Sequence[int], dtype: Any) -> str:
-    """float32[4,8,2]"""
+    """Describes an array in a few characters, such as float32[4,8,2]."""
     return f"{jnp.dtype(dtype).name}[{','.join(map(str, shape))}]"
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Any pytree as {dotted name: leaf}: dict keys, field names and positions, joined; empty nodes have no name.
+    """Flattens any pytree to {dotted name: leaf}; names join dict keys, field names and positions.
 
     >>> import optax
     >>> named_leaves({"a": (optax.ScaleByAdamState(count=0, mu={"w": 1.5}, nu={"w": 2.5}), optax.EmptyState())})
@@ -127,7 +127,7 @@ def _key_name(key: Any) -> str:
 
 
 def matching_param(name: str, shape: Sequence[int], params: Mapping[str, Any]) -> str | None:
-    """The parameter that a leaf of an optimizer state belongs to: its name ends in the parameter's, and shapes agree.
+    """Finds the parameter that a leaf of an optimizer state belongs to: its name ends the leaf's, and shapes agree.
 
     >>> matching_param("0.mu.layers.attn.q", (4, 64, 4, 16), {"layers.attn.q": jnp.zeros((4, 64, 4, 16))})
     'layers.attn.q'
@@ -189,7 +189,7 @@ def zarr_metadata(leaf: Leaf) -> dict[str, Any]:
 
 
 def zarr_difference(stored: Mapping[str, Any], leaf: Leaf) -> str | None:
-    """What a parsed zarr.json says otherwise than the meta document, or None."""
+    """Names a difference between a parsed zarr.json and the meta document; None where they agree."""
     expected = zarr_metadata(leaf)
     for key in ("shape", "data_type", "chunk_grid", "codecs"):
         if stored.get(key) != expected[key]:
@@ -203,7 +203,7 @@ def chunk_key(index: Sequence[int]) -> str:
 
 
 def meta_to_json(meta: Meta) -> dict[str, Any]:
-    """The document as it is written. Raises UserError where the provenance is not JSON, or a leaf cannot be stored."""
+    """Serialises the document. Raises UserError where the provenance is not JSON, or a leaf cannot be stored."""
     for item, leaves in meta.items.items():
         for name in leaves:
             if problem := name_problem(name):
@@ -293,7 +293,7 @@ def _leaves(item: str, leaves: Mapping[str, Any], where: str) -> dict[str, Leaf]
 
 
 def name_problem(name: str) -> str | None:
-    """Why a leaf cannot have a name, or None: a name is that of a directory inside the item, and of nothing else."""
+    """Says why a name cannot be that of a leaf, which is a directory inside its item; None where it can."""
     if name.startswith("_"):
         return "Orbax keeps names that begin with _ for itself"
     for part in name.split("."):

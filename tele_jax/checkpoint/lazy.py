@@ -178,7 +178,7 @@ def _zarr_problem(array: LazyArray) -> str | None:
 
 
 def basic_index(key: Any, shape: tuple[int, ...]) -> tuple[int | slice, ...]:
-    """Numpy's basic index in TensorStore's terms, where -1 is a coordinate and slices must lie inside.
+    """Translates numpy's basic index to TensorStore, where -1 is a coordinate and slices must lie inside.
 
     >>> basic_index((-1, slice(2, 99)), (4, 8, 3))
     (3, slice(2, 8, 1), slice(0, 3, 1))
@@ -217,7 +217,7 @@ _CONTEXT = ts.Context({"file_io_concurrency": {"limit": 32}})
 
 
 def kvstore(path: Any) -> dict[str, Any] | str:
-    """TensorStore's spec of a directory: a path, or an address such as gs://bucket/name."""
+    """Returns TensorStore's spec of a directory, a path or an address such as gs://bucket/name."""
     return f"{path}/" if "://" in str(path) else {"driver": "file", "path": f"{path}/"}
 
 
@@ -235,7 +235,7 @@ def open_array(path: Any, name: str) -> ts.TensorStore:
 
 
 def finish(future: Read, name: str) -> Any:
-    """The result of a read. Raises DamageError naming the leaf and the file."""
+    """Waits for a read and returns its array. Raises DamageError naming the leaf and the file."""
     try:
         return future.result()
     except (ValueError, OSError, RuntimeError) as error:
@@ -243,7 +243,7 @@ def finish(future: Read, name: str) -> Any:
 
 
 def explain(name: str, error: Exception) -> UserError | DamageError:
-    """One line out of what TensorStore says: its status code and its dump of the spec are left out."""
+    """Makes one line of TensorStore's error, without its status code and its dump of the spec."""
     text = str(error).split(" [tensorstore_spec=")[0]
     code, _, reason = text.partition(": ") if re.match(r"[A-Z_]+: ", text) else ("", "", text)
     if code == "PERMISSION_DENIED":

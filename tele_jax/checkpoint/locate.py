@@ -1,4 +1,4 @@
-"""From what a user names to a step directory: files are listed here, not read."""
+"""Finds the step directory that a user's path means, and checks paths of new ones; lists files, reads none."""
 
 import os
 from pathlib import Path

@@ -98,7 +98,7 @@ def load(
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any], verb: str = "stored") -> list[str]:
-    """One line for every leaf whose name, shape or dtype differs; leaves have .shape and .dtype.
+    """Lists a line for every leaf whose name, shape or dtype differs; leaves have .shape and .dtype.
 
     >>> x, y = np.zeros((4, 8), np.float32), np.zeros((4, 16), np.float32)
     >>> differences({"w": x}, {"w": y, "b": x[:, 0]})
@@ -137,7 +137,7 @@ def _check_expected(lazy: Lazy, cfg: ModelConfig | None, expect: Mapping[str, An
 
 
 def config_differences(stored: ModelConfig, expected: ModelConfig, where: str = "expected") -> list[str]:
-    """One line for every field in which two configs are different models."""
+    """Lists a line for every field in which two configs are different models."""
     found = differing_fields(stored, expected).items()
     return [f"config.{name}: stored {have!r}, {where} {want!r}" for name, (have, want) in found]
 
@@ -183,7 +183,7 @@ def _place_params(
 def _place(
     name: str, array: LazyArray, like: Any, lazy: Lazy, placed: Mapping[str, Sharding] | None
 ) -> Sharding | None:
-    """Where a leaf goes: where `like` is, else where the parameter is that it is or belongs to, else everywhere."""
+    """Chooses the sharding of a leaf: that of `like`, else of the parameter that it belongs to, else on all devices."""
     if isinstance(asked := getattr(like, "sharding", None), NamedSharding):
         return asked
     if placed is None:
@@ -242,7 +242,7 @@ def _on_default_device(value: np.ndarray, scalar: bool) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Damage:
-    """One chunk that is not what was written. leaf: with its item, "params/layers.attn.q"."""
+    """One chunk that differs from what was written. leaf: its name with the item, "params/layers.attn.q"."""
 
     leaf: str
     file: epath.Path

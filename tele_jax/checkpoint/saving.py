@@ -221,19 +221,19 @@ _CONTEXT = ts.Context({"file_io_concurrency": {"limit": 32}})
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HostLeaf:
-    """A leaf as it was when it was copied. pieces: what this process writes, as (index, values)."""
+    """A copy of a leaf on the host. pieces: the parts that this process writes, as (index, values)."""
 
     leaf: layout.Leaf
     pieces: tuple[tuple[tuple[slice, ...], np.ndarray], ...]
 
     @property
     def nbytes(self) -> int:
-        """Read by Orbax, for its log."""
+        """Bytes of the pieces; Orbax reads this for its log."""
         return sum(values.nbytes for _, values in self.pieces)
 
 
 def describe_leaves(leaves: Mapping[str, Any], params: Mapping[str, ParamSpec], item: str) -> dict[str, layout.Leaf]:
-    """How each leaf (jax or numpy array, or Python scalar) of an item will be stored.
+    """Decides how each leaf (jax or numpy array, or Python scalar) of an item is stored.
 
     params: the parameters by name; a leaf that belongs to one (a moment of Adam) has its axes and is cut like it.
 
@@ -275,7 +275,7 @@ def copy_to_host(leaves: Mapping[str, Any], described: Mapping[str, layout.Leaf]
 
 
 def _owned_shards(value: Any) -> list[jax.Shard]:
-    """Of every part of an array, one replica in one process."""
+    """Lists the shards that this process writes: one replica of every part of an array, in one process."""
     return [s for s in value.addressable_shards if s.replica_id == 0] if isinstance(value, jax.Array) else []
 
 
@@ -354,7 +354,7 @@ def in_one_line(path: Any) -> Iterator[None]:
 
 
 def save_args(meta: layout.Meta, host: Mapping[str, Mapping[str, HostLeaf]]) -> ocp.args.Composite:
-    """What the checkpointer takes; an item without leaves is in `meta` only, since Orbax refuses to save it."""
+    """Makes the arguments of the checkpointer; an item without leaves stands in `meta` only, for Orbax refuses it."""
     items = {item: ocp.args.PyTreeSave(unflatten(leaves)) for item, leaves in host.items() if leaves}
     return ocp.args.Composite(meta=ocp.args.JsonSave(layout.meta_to_json(meta)), **items)
 

@@ -1,4 +1,4 @@
-"""A checkpoint until it is complete: what is begun, what is finished, and by whom, safe from kills at any moment.
+"""The directory of a checkpoint until it is complete, safe from kills at any moment.
 
     DST.partial/header.json                        what is being written, so that nothing else goes on with it
     DST.partial/journal/<i>-of-<n>                 the tiles that one process has finished; locked while it is at work
@@ -64,7 +64,7 @@ def cut(
 
 
 class Unfinished:
-    """A checkpoint until it is complete. One process holds each shard of it.
+    """A checkpoint that is being written. One process holds each shard of it.
 
     done: numbers of the tiles that this or another process, now or in an earlier life, has finished.
     complete: DST is there.
@@ -141,7 +141,7 @@ class Unfinished:
         return self.complete
 
     def _not_flushed(self) -> list[Path]:
-        """All directories, and what is not a chunk: chunks are on the disk already."""
+        """Lists directories and files that are not chunks; chunks are on the disk already."""
         paths = []
         for directory, _, files in os.walk(self.path):
             paths += [Path(directory), *(Path(directory, name) for name in files if Path(name).suffix)]
@@ -180,7 +180,7 @@ class Unfinished:
             raise UserError(f"{self.dst}: exists already, and checkpoints are never overwritten; choose another path")
 
     def _was_moved(self) -> bool:
-        """Whether it was killed after it became DST, and before the rest was removed."""
+        """Tells whether an earlier call was killed after the checkpoint became DST, and before the rest was removed."""
         return not self.path.exists() and self._read_header() == self._header
 
     def _read_header(self) -> dict[str, Any] | None:
@@ -239,7 +239,7 @@ class Unfinished:
         os.write(self._journal, b"\n")  # after a line that a kill or a full disk cut short
 
     def _busy(self) -> list[str]:
-        """The journals that live processes hold."""
+        """Lists the journals that live processes hold."""
         busy = []
         for journal in sorted((self.partial / "journal").glob("*-of-*")):
             with journal.open() as stream:
@@ -250,7 +250,7 @@ class Unfinished:
         return busy
 
     def _finished(self) -> set[int]:
-        """The tiles in all journals whose files are there: a machine that lost power may have kept one without them."""
+        """Lists the tiles of all journals whose files are there: a loss of power may leave a note without them."""
         noted: set[int] = set()
         for journal in (self.partial / "journal").iterdir():
             noted |= {int(line) for line in re.findall(rb"^\d{10}$", journal.read_bytes(), re.MULTILINE)}
@@ -275,7 +275,7 @@ class Unfinished:
 
 
 def disk_bytes(tiles: Sequence[Tile]) -> int:
-    """The disk that the files of some tiles take, their directories included."""
+    """Counts the bytes of disk that the files of some tiles take, their directories included."""
     return sum(tile.nbytes + 2 * _BLOCK_BYTES * len(tile.chunks) for tile in tiles)
 
 
@@ -307,7 +307,7 @@ def _size(file: Path) -> int | None:
 
 
 def _write_empty(path: Path, meta: layout.Meta) -> None:
-    """A checkpoint as Orbax and saving.py make it, with the arrays described, but not one chunk."""
+    """Writes a checkpoint as saving.py does, with all arrays described, but without chunks."""
     from tele_jax.checkpoint import saving  # brings Orbax
 
     empty = {
