@@ -55,12 +55,12 @@ def ours(case: str) -> dict:
     import tele_jax as tele
     from tele_jax.aot import topology
     from tele_jax.aot.compile import compile_job
-    from tele_jax.aot.jobs import Job
+    from tele_jax.aot.jobs import TrainJob
     from tele_jax.settings import MeshConfig
 
     model, slice_name, _, mesh, batch = CASES[case]
     cfg = dataclasses.replace(tele.get_model(model), remat="full")
-    job = Job(
+    job = TrainJob(
         cfg=cfg, slice=topology.find_slice(slice_name), mesh=MeshConfig(**mesh), batch_size=batch, seq_len=SEQ_LEN
     )
     program = compile_job(job)

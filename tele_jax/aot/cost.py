@@ -1,6 +1,6 @@
-"""From counts to time: bounds on a compiled step on its slice, tokens per day, chip-hours.
+"""Bounds on the time of a compiled step on its slice, and all figures of `tele plan`: memory, tokens a day, chip-hours.
 
-Two bounds, no prediction. `seconds`: each resource runs at its peak, and all of them at the same time. `scheduled`: the
+Two bounds, no prediction. `step`: each resource runs at its peak, and all of them at the same time. `scheduled`: the
 instructions run one after another, as the compiler has ordered them, each at the peak of the resource that it needs
 most, and the device waits for every collective that the schedule does not overlap. A real step takes longer than both.
 """
@@ -11,52 +11,25 @@ from typing import Any
 
 import numpy as np
 
-from tele_jax.aot.compile import GIB, Program
+from tele_jax import tables
+from tele_jax.aot.compile import Program
 from tele_jax.aot.counts import Collective
-from tele_jax.aot.jobs import OnSlice
+from tele_jax.aot.jobs import Job
 from tele_jax.aot.topology import Places, Slice
+from tele_jax.chips import GIB
 
 DAY = 86_400.0
+RESOURCES = {"compute": "compute", "hbm": "HBM", "ici": "ICI", "dcn": "DCN"}
+Figures = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Roofline:
-    """Seconds that one step takes at least: by resource, and by the schedule of its instructions.
+def bounds(job: Job, program: Program) -> dict[str, float]:
+    """Least seconds of one execution: by resource, `step` for all overlapped, `scheduled` for the compiler's order.
 
-    waiting_seconds: the part of ici_seconds and dcn_seconds in collectives that nothing overlaps.
+    `waiting` is the part of `ici` and `dcn` in collectives that nothing overlaps.
     """
-
-    compute_seconds: float
-    hbm_seconds: float
-    ici_seconds: float
-    dcn_seconds: float
-    work_seconds: float  # of all other instructions, one after another
-    waiting_seconds: float
-    model_flops: float  # of one device and step
-
-    @property
-    def scheduled_seconds(self) -> float:
-        """The larger bound of the two: the schedule's, or that of the slowest resource."""
-        return max(self.work_seconds + self.waiting_seconds, self.seconds)
-
-    @property
-    def seconds(self) -> float:
-        return max(self.compute_seconds, self.hbm_seconds, self.ici_seconds, self.dcn_seconds)
-
-    @property
-    def limit(self) -> str:
-        times = {
-            "compute": self.compute_seconds,
-            "HBM": self.hbm_seconds,
-            "ICI": self.ici_seconds,
-            "DCN": self.dcn_seconds,
-        }
-        return max(times, key=times.get)
-
-
-def roofline(job: OnSlice, program: Program) -> Roofline:
-    """The roofline of a program that was compiled."""
     counts, places = program.counts, Places(job.slice, np.array(program.device_order))
+    assert counts is not None  # the program fits
     flops, bandwidth = job.slice.device_flops, job.slice.device_hbm_bandwidth
     ici = dcn = waiting = 0.0
     for collective in counts.collectives:
@@ -64,19 +37,14 @@ def roofline(job: OnSlice, program: Program) -> Roofline:
         ici += over_ici
         dcn += over_dcn
         waiting += 0.0 if collective.overlapped else over_ici + over_dcn
-    return Roofline(
-        compute_seconds=counts.flops / flops,
-        hbm_seconds=counts.hbm_bytes / bandwidth,
-        work_seconds=sum(times * max(work / flops, size / bandwidth) for work, size, times in counts.work),
-        waiting_seconds=waiting,
-        ici_seconds=ici,
-        dcn_seconds=dcn,
-        model_flops=job.model_flops / job.slice.num_devices,
-    )
+    by_resource = {"compute": counts.flops / flops, "hbm": counts.hbm_bytes / bandwidth, "ici": ici, "dcn": dcn}
+    work = sum(times * max(work / flops, size / bandwidth) for work, size, times in counts.work)
+    step = max(by_resource.values())
+    return {"step": step, **by_resource, "scheduled": max(work + waiting, step), "waiting": waiting}
 
 
 def collective_seconds(collective: Collective, places: Places) -> tuple[float, float]:
-    """(seconds on ICI, seconds on the network between slices) of all executions of one collective.
+    """Returns (seconds on ICI, seconds on the network between slices) of all executions of one collective.
 
     On a torus the work is spread over the dimensions that its devices span; each has two links where the group goes
     round a whole ring, else one. Only bandwidth counts, no latency (jax-ml.github.io/scaling-book/sharding).
@@ -84,12 +52,12 @@ def collective_seconds(collective: Collective, places: Places) -> tuple[float, f
     size = len(collective.group)
     if size < 2:
         return 0.0, 0.0
-    of = places.of
+    of, nbytes = places.of, received(collective) * collective.times
+    dcn_bandwidth = of.generation.dcn_bandwidth / of.generation.devices
     if collective.slices > 1:
-        return 0.0, received(collective) * collective.times / (of.generation.dcn_bandwidth / of.generation.devices)
+        return 0.0, nbytes / dcn_bandwidth
     spanned, counts = places.spanned(collective.group)
     slices = counts[0]
-    share = received(collective) * collective.times
     torus = [axis for axis in spanned if 1 <= axis <= 3]
     ici = 0.0
     if torus:
@@ -97,9 +65,8 @@ def collective_seconds(collective: Collective, places: Places) -> tuple[float, f
         hops = 1.0
         if collective.kind == "all-to-all":  # data for a device far away passes through those between
             hops = sum(counts[axis] / 4 for axis in torus) / len(torus) * 2
-        ici = share / slices * max(hops, 1.0) / (links * of.generation.link_bandwidth / of.generation.devices)
-    dcn = share * (slices - 1) / slices / (of.generation.dcn_bandwidth / of.generation.devices) if slices > 1 else 0.0
-    return ici, dcn
+        ici = nbytes / slices * max(hops, 1.0) / (links * of.generation.link_bandwidth / of.generation.devices)
+    return ici, nbytes * (slices - 1) / slices / dcn_bandwidth
 
 
 def _links(of: Slice, axis: int, covered: int) -> int:
@@ -120,14 +87,9 @@ def received(collective: Collective) -> float:
     return collective.result_bytes * (n - 1) / n
 
 
-# ------------------------------------------------------------------------------------------------------------ figures
-
-
-def figures(job: OnSlice, program: Program, tokens: float | None = None) -> dict[str, Any]:
+def figures(job: Job, program: Program, tokens: float | None = None) -> Figures:
     """Everything that `tele plan` says, as plain values. tokens: of the whole stage, where known."""
-    # 0 where the compiler has written out a short loop over layers: then they are among the temporaries.
-    saved = (program.counts.saved_bytes or None) if program.counts and job.kind == "train" else None
-    result: dict[str, Any] = {
+    result: Figures = {
         "kind": job.kind,
         "program": program.key,
         "topology": job.slice.name,
@@ -137,59 +99,53 @@ def figures(job: OnSlice, program: Program, tokens: float | None = None) -> dict
         **job.settings,
         "fits": program.fits,
         "margin": 1 - program.needed_bytes / program.usable_bytes,
-        "hbm": {
-            "usable": program.usable_bytes,
-            "needed": program.needed_bytes,
-            **program.held,
-            **({"activations": saved} if job.kind == "train" else {}),
-            "temporaries": program.temporary_bytes - (saved or 0),
-        },
+        "hbm": _memory(job, program),
         "host_bytes": program.host_bytes,
         "compile_seconds": program.compile_seconds,
         "from_cache": program.from_cache,
     }
-    if program.counts is None:
-        return result
-    line = roofline(job, program)
     counts = program.counts
+    if counts is None:
+        return result
+    seconds, model_flops = bounds(job, program), job.model_flops / job.slice.num_devices
     result |= {
-        "flops": {"matmul": counts.matmul_flops, "attention": counts.kernel_flops, "model": line.model_flops},
+        "flops": {"matmul": counts.matmul_flops, "attention": counts.kernel_flops, "model": model_flops},
         "hbm_bytes": counts.hbm_bytes,
         "collective_bytes": counts.collective_bytes,
         "collectives": _by_kind(counts.collectives),
-        "seconds": {
-            "step": line.seconds,
-            "compute": line.compute_seconds,
-            "hbm": line.hbm_seconds,
-            "ici": line.ici_seconds,
-            "dcn": line.dcn_seconds,
-            "scheduled": line.scheduled_seconds,
-            "waiting": line.waiting_seconds,
-        },
-        "limit": line.limit,
+        "seconds": seconds,
+        "limit": RESOURCES[max(RESOURCES, key=lambda name: seconds[name])],
     }
-    if not job.tokens:
-        return result
-    # At the peak of the slice a step of the model's FLOPs alone would take this long.
-    ideal = line.model_flops / job.slice.device_flops
-    tokens_per_day = job.tokens * DAY / line.scheduled_seconds
-    result |= {
-        "compute_bound": ideal / line.seconds,
-        "scheduled_bound": ideal / line.scheduled_seconds,
-        "tokens_per_day": tokens_per_day,
+    # At the peak of the slice a step of the model's FLOPs alone would take `ideal` seconds.
+    return result | (_rates(job, seconds, model_flops / job.slice.device_flops, tokens) if job.tokens else {})
+
+
+def _memory(job: Job, program: Program) -> dict[str, int | None]:
+    """Bytes of HBM by kind. Activations are 0 where the compiler wrote out a short loop: then they are temporaries."""
+    train = job.kind == "train"
+    saved = (program.counts.saved_bytes or None) if program.counts and train else None
+    activations = {"activations": saved} if train else {}
+    head = {"usable": program.usable_bytes, "needed": program.needed_bytes}
+    return {**head, **program.held, **activations, "temporaries": program.temporary_bytes - (saved or 0)}
+
+
+def _rates(job: Job, seconds: dict[str, float], ideal: float, tokens: float | None) -> Figures:
+    """Tokens a day, and days and chip-hours of the stage: at most by the bound, and at the utilisation of others."""
+    rate = job.tokens * DAY / seconds["scheduled"]
+    result: Figures = {
+        "compute_bound": ideal / seconds["step"],
+        "scheduled_bound": ideal / seconds["scheduled"],
+        "tokens_per_day": rate,
     }
     if job.kind != "train":
         return result
-    published = [(ideal / share, share) for share, _ in job.slice.generation.published_mfu]
-    if published:
-        result["published_mfu"] = [share for _, share in published]
-        result["tokens_per_day_published"] = [job.tokens * DAY / seconds for seconds, _ in published]
+    mfu = [mfu for mfu, _ in job.slice.generation.published_mfu]
+    rates = [job.tokens * DAY / (ideal / each) for each in mfu]
+    if mfu:
+        result |= {"published_mfu": mfu, "tokens_per_day_published": rates}
     if tokens is not None:
-        result |= {"stage_tokens": tokens, **_duration(tokens, tokens_per_day, job.slice.chips)}
-        if published:
-            result["published"] = [
-                _duration(tokens, rate, job.slice.chips) for rate in result["tokens_per_day_published"]
-            ]
+        result |= {"stage_tokens": tokens, **_duration(tokens, rate, job.slice.chips)}
+        result |= {"published": [_duration(tokens, each, job.slice.chips) for each in rates]} if mfu else {}
     return result
 
 
@@ -211,45 +167,30 @@ def _by_kind(collectives: Sequence[Collective]) -> dict[str, dict[str, float]]:
     return dict(sorted(found.items(), key=lambda item: -item[1]["received_bytes"]))
 
 
-def table(figures: dict[str, Any]) -> str:
-    """The figures for people."""
-    f, hbm = figures, figures["hbm"]
+def table(f: Figures) -> str:
+    """The figures as a table for people."""
+    hbm = f["hbm"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in f["mesh"].items() if size > 1) or "one device"
-    verdict = f"fits, with {f['margin']:.0%} to spare" if f["fits"] else f"does not fit: {_over(hbm)} too much"
+    over = f"does not fit: {_gib(hbm['needed'] - hbm['usable'])} too much"
+    verdict = f"fits, with {f['margin']:.0%} to spare" if f["fits"] else over
+    cached = ", from the cache" if f["from_cache"] else ""
     rows = [
         ("slice", f"{f['topology']}, {f['chips']:,} chips; mesh {mesh}"),
         _WORK[f["kind"]](f),
         ("HBM a device", f"{_gib(hbm['needed'])} of {_gib(hbm['usable'])}: {verdict}"),
+        *_memory_rows(f),
+        *(_bound_rows(f) if "flops" in f else []),
+        *(_stage_rows(f) if "days" in f else []),
+        ("compiled", f"in {f['compile_seconds']:.0f} s{cached}"),
     ]
-    remarks = {"activations": ", saved for the backward pass"}
-    if f["kind"] == "train":
-        remarks["temporaries"] = ", gradients" + (" included" if hbm["activations"] else " and activations included")
-    rows += [
-        (f"  {name}", _gib(size) + remarks.get(name, ""))
-        for name, size in hbm.items()
-        if name not in ("usable", "needed") and size is not None
-    ]
-    if f["host_bytes"]:
-        rows.append(("  on the host", _gib(f["host_bytes"])))
-    rows += _roofline_rows(f) if "flops" in f else []
-    if "days" in f:
-        tokens = f"{f['stage_tokens'] / 1e9:,.1f} billion tokens"
-        rows.append(("stage", f"{tokens}: at least {f['days']:,.2f} days, {f['chip_hours']:,.0f} chip-hours"))
-        for share, one in zip(f.get("published_mfu", ()), f.get("published", ()), strict=True):
-            runs = f"at {share:.1%}, as published of comparable runs: {one['days']:,.2f} days, "
-            rows.append(("", f"{runs}{one['chip_hours']:,.0f} chip-hours"))
-    cached = ", from the cache" if f["from_cache"] else ""
-    rows.append(("compiled", f"in {f['compile_seconds']:.0f} s{cached}"))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
-
-
-def _batch(f: dict[str, Any]) -> str:
-    return f"{f['batch_size']:,} x {f['seq_len']:,} tokens"
+    return tables.text(rows, align="ll")
 
 
 _WORK = {
-    "train": lambda f: ("batch", f"{_batch(f)} in {f['microbatches']} parts; remat {f['remat']}"),
+    "train": lambda f: (
+        "batch",
+        f"{f['batch_size']:,} x {f['seq_len']:,} tokens in {f['microbatches']} parts; remat {f['remat']}",
+    ),
     "decode": lambda f: ("decoding", f"one token for each of {f['batch_size']:,} rows of {f['seq_len']:,} tokens"),
     "grow": lambda f: (
         "growth",
@@ -258,8 +199,18 @@ _WORK = {
 }
 
 
-def _roofline_rows(f: dict[str, Any]) -> list[tuple[str, str]]:
+def _memory_rows(f: Figures) -> list[tuple[str, str]]:
+    hbm, remarks = f["hbm"], {"activations": ", saved for the backward pass"}
+    if f["kind"] == "train":
+        remarks["temporaries"] = ", gradients" + (" included" if hbm["activations"] else " and activations included")
+    kinds = [name for name, size in hbm.items() if name not in ("usable", "needed") and size is not None]
+    host = [("  on the host", _gib(f["host_bytes"]))] if f["host_bytes"] else []
+    return [(f"  {name}", _gib(hbm[name]) + remarks.get(name, "")) for name in kinds] + host
+
+
+def _bound_rows(f: Figures) -> list[tuple[str, str]]:
     flops, seconds = f["flops"], f["seconds"]
+    by_resource = ", ".join(f"{text} {seconds[name]:.4g}" for name, text in RESOURCES.items())
     rows = [
         ("FLOPs a device", f"{flops['matmul']:.4g} of matrix products, {flops['attention']:.3g} of attention; "
                            f"model FLOPs {flops['model']:.4g}"),
@@ -268,26 +219,25 @@ def _roofline_rows(f: dict[str, Any]) -> list[tuple[str, str]]:
         *((f"  {kind}", f"{c['times']:,.0f} times, {c['received_bytes'] / 1e9:,.1f} GB received")
           for kind, c in list(f["collectives"].items())[:6]),
         ("growth at least" if f["kind"] == "grow" else "step at least",
-         f"{seconds['step']:.4g} s: compute {seconds['compute']:.4g}, HBM {seconds['hbm']:.4g}, "
-         f"ICI {seconds['ici']:.4g}, DCN {seconds['dcn']:.4g}; limited by {f['limit']}, all overlapped"),
+         f"{seconds['step']:.4g} s: {by_resource}; limited by {f['limit']}, all overlapped"),
         ("  as scheduled", f"{seconds['scheduled']:.4g} s, of which {seconds['waiting']:.4g} in collectives that "
                            "nothing overlaps"),
     ]  # fmt: skip
     if "tokens_per_day" in f:
-        rows += [
-            (
-                "model FLOPs",
-                f"at most {f['compute_bound']:.1%} of the peak if all overlaps, "
-                f"{f['scheduled_bound']:.1%} as scheduled",
-            ),
-            ("tokens a day", f"at most {f['tokens_per_day'] / 1e9:,.2f} billion"),
-        ]
+        most = f"{f['compute_bound']:.1%} of the peak if all overlaps, {f['scheduled_bound']:.1%} as scheduled"
+        rows.append(("model FLOPs", f"at most {most}"))
+        rows.append(("tokens a day", f"at most {f['tokens_per_day'] / 1e9:,.2f} billion"))
     return rows
+
+
+def _stage_rows(f: Figures) -> list[tuple[str, str]]:
+    length = lambda one: f"{one['days']:,.2f} days, {one['chip_hours']:,.0f} chip-hours"  # noqa: E731
+    others = zip(f.get("published_mfu", ()), f.get("published", ()), strict=True)
+    return [
+        ("stage", f"{f['stage_tokens'] / 1e9:,.1f} billion tokens: at least {length(f)}"),
+        *(("", f"at {mfu:.1%}, as published of comparable runs: {length(one)}") for mfu, one in others),
+    ]
 
 
 def _gib(size: float) -> str:
     return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.2f} MiB"
-
-
-def _over(hbm: dict[str, Any]) -> str:
-    return _gib(hbm["needed"] - hbm["usable"])

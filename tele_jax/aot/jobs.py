@@ -1,16 +1,13 @@
-"""The jobs that can be planned for a slice: a training step, a growth, a step of decoding.
+"""Programs that can be planned for a TPU slice: a training step, a growth, a step of decoding.
 
 The first two are the programs that a run uses; a step of decoding is one turn of the loop that generates, at a fixed
-slot of the cache.
-
-Every job has `slice`, `mesh`, `lower(mesh)`, `held(mesh)`, bytes by kind that one device holds all the while,
-`tokens` and `model_flops` of one execution over all devices, and `settings`, its figures for people.
+slot of the cache. Nothing is allocated, and the devices need not be there.
 """
 
+import abc
 import dataclasses
-import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +15,29 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from tele_jax import growth
-from tele_jax.aot import decoding
 from tele_jax.aot.topology import Slice
 from tele_jax.config import ModelConfig, require
+from tele_jax.inference.generate import State, cache_shardings, cache_slots, decode_step, rope_length_of, sampling
+from tele_jax.model import decoder
 from tele_jax.model.spec import abstract_params, spec
 from tele_jax.settings import MeshConfig, OptimizerConfig
 from tele_jax.sharding import MESH_AXES, batch_sharding, param_shardings
 from tele_jax.train.optimizer import optimizer
 from tele_jax.train.step import flops_per_token, lower_step, state_shardings
 
+_OPTIMIZER = OptimizerConfig(learning_rate=1e-4)
+Arrays = dict[str, Any]  # trees of jax.ShapeDtypeStruct with shardings, by kind
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OnSlice:
-    """A mesh over the devices of a slice."""
+class Job(abc.ABC):
+    """A program on a mesh over the devices of a slice. `shown` names the fields that people read in its figures."""
 
     slice: Slice
     mesh: MeshConfig
+
+    kind: ClassVar[str]
+    shown: ClassVar[tuple[str, ...]]
 
     def __post_init__(self):
         axes = f"data={self.mesh.data} x fsdp={self.mesh.fsdp} x tensor={self.mesh.tensor}"
@@ -52,18 +56,50 @@ class OnSlice:
     def abstract_mesh(self) -> AbstractMesh:
         return AbstractMesh((self.mesh.data, self.mesh.fsdp, self.mesh.tensor), MESH_AXES)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.shown}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one execution, over all devices."""
+        return 0
+
+    @property
+    def model_flops(self) -> float:
+        """FLOPs of the model's formula for one execution, over all devices."""
+        return 0.0
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Raises UserError, naming the leaf or the figure to change, for shapes that do not divide over the mesh."""
+
+    @abc.abstractmethod
+    def arrays(self, mesh: Mesh) -> Arrays:
+        """The arrays that are in memory all the while, inputs of the program first."""
+
+    @abc.abstractmethod
+    def lower(self, mesh: Mesh) -> jax.stages.Lowered:
+        """The program before compilation."""
+
+    def held(self, mesh: Mesh) -> dict[str, int]:
+        """Bytes of `arrays` on one device."""
+        return {
+            kind: sharded_bytes(tree, jax.tree.map(lambda x: x.sharding, tree))
+            for kind, tree in self.arrays(mesh).items()
+        }
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job(OnSlice):
-    """A training step on a slice. batch_size: sequences over all devices; seq_len: tokens."""
+class ModelJob(Job):
+    """A job of one model. batch_size: sequences over all devices; seq_len: tokens of each."""
 
     cfg: ModelConfig
     batch_size: int
     seq_len: int
-    microbatches: int = 1
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=1e-4))
 
-    kind = "train"
+    microbatches = 1
+    shown = ("batch_size", "seq_len")
 
     def __post_init__(self):
         super().__post_init__()
@@ -73,6 +109,25 @@ class Job(OnSlice):
         )
         self.cfg.require_positions(self.seq_len)
 
+    def check(self) -> None:
+        param_shardings(spec(self.cfg), self.abstract_mesh)
+        batch_sharding(self.abstract_mesh, self.batch_size // self.microbatches)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainJob(ModelJob):
+    """A training step."""
+
+    microbatches: int = 1
+    optimizer: OptimizerConfig = _OPTIMIZER
+
+    kind = "train"
+    shown = ("batch_size", "seq_len", "microbatches", "remat")
+
+    @property
+    def remat(self) -> str:
+        return self.cfg.remat
+
     @property
     def tokens(self) -> int:
         return self.batch_size * self.seq_len
@@ -81,90 +136,55 @@ class Job(OnSlice):
     def model_flops(self) -> float:
         return flops_per_token(self.cfg, self.seq_len) * self.tokens
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        names = ("batch_size", "seq_len", "microbatches")
-        return {name: getattr(self, name) for name in names} | {"remat": self.cfg.remat}
-
-    @functools.cached_property
-    def _tx(self) -> Any:
-        return optimizer(self.cfg, self.optimizer, lambda step: jnp.float32(1.0))
-
-    def check(self) -> None:
-        """What can be known to be wrong without compiling: shapes that do not divide over the mesh.
-
-        Raises:
-          UserError: naming the leaf or the figure to change.
-        """
-        param_shardings(spec(self.cfg), self.abstract_mesh)
-        batch_sharding(self.abstract_mesh, self.batch_size // self.microbatches)
+    def arrays(self, mesh: Mesh) -> Arrays:
+        return _state(self.cfg, self.optimizer, mesh)
 
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:
         sizes = {name: getattr(self, name) for name in ("batch_size", "seq_len", "microbatches")}
-        return lower_step(self.cfg, self._tx, mesh, **sizes)
-
-    def held(self, mesh: Mesh) -> dict[str, int]:
-        params, opt = state_shardings(self.cfg, self._tx, mesh)
-        shapes = abstract_params(self.cfg)
-        state = jax.eval_shape(self._tx.init, shapes)
-        return {"parameters": sharded_bytes(shapes, params), "optimizer": sharded_bytes(state, opt)}
+        return lower_step(self.cfg, _transformation(self.cfg, self.optimizer), mesh, **sizes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GrowJob(OnSlice):
-    """A growth on the mesh, of parameters and optimizer state: what a run does between two stages of training."""
+class GrowJob(Job):
+    """A growth on the mesh, of parameters and optimizer state, as a run does it between two stages of training."""
 
     plan: growth.Plan
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(learning_rate=1e-4))
+    optimizer: OptimizerConfig = _OPTIMIZER
     optimizer_state: bool = True
 
     kind = "grow"
-    tokens, model_flops = 0, 0.0
+    shown = ("policy", "optimizer_state")
 
     @property
-    def settings(self) -> dict[str, Any]:
-        return {"policy": self.plan.policy, "optimizer_state": self.optimizer_state}
-
-    def _state(self, mesh: Mesh) -> tuple[Any, Any]:
-        """(shapes, shardings) of the optimizer state before; (None, None) where it does not grow."""
-        if not self.optimizer_state:
-            return None, None
-        tx = optimizer(self.plan.src_cfg, self.optimizer, lambda step: jnp.float32(1.0))
-        shapes = jax.eval_shape(tx.init, abstract_params(self.plan.src_cfg))
-        return shapes, state_shardings(self.plan.src_cfg, tx, mesh)[1]
+    def policy(self) -> str:
+        return self.plan.policy
 
     def check(self) -> None:
-        """Raises UserError where one of the two models does not divide over the mesh."""
         for cfg in (self.plan.src_cfg, self.plan.dst_cfg):
             param_shardings(spec(cfg), self.abstract_mesh)
 
-    def lower(self, mesh: Mesh) -> jax.stages.Lowered:
-        shapes, shardings = self._state(mesh)
-        params = _placed(abstract_params(self.plan.src_cfg), param_shardings(spec(self.plan.src_cfg), mesh))
-        state = None if shapes is None else _placed(shapes, shardings)
-        with jax.set_mesh(mesh):
-            return growth.sharded(self.plan, mesh, shapes).lower(params, state)
-
-    def held(self, mesh: Mesh) -> dict[str, int]:
+    def arrays(self, mesh: Mesh) -> Arrays:
         """The model before and after: neither goes until the growth is verified."""
-        sizes = {}
-        shapes, shardings = self._state(mesh)
-        for name, cfg in (("parameters", self.plan.src_cfg), ("grown parameters", self.plan.dst_cfg)):
-            sizes[name] = sharded_bytes(abstract_params(cfg), param_shardings(spec(cfg), mesh))
-        if shapes is not None:
-            grown = jax.eval_shape(lambda state: growth.apply_opt(self.plan, state), shapes)
-            sizes["optimizer"] = sharded_bytes(shapes, shardings)
-            sizes["grown optimizer"] = sharded_bytes(grown, growth.state_shardings(self.plan, mesh, shapes))
-        return sizes
+        src, dst = self.plan.src_cfg, self.plan.dst_cfg
+        before = _state(src, self.optimizer, mesh)
+        after = _placed(abstract_params(dst), param_shardings(spec(dst), mesh))
+        if not self.optimizer_state:
+            return {"parameters": before["parameters"], "grown parameters": after}
+        state = before["optimizer"]
+        grown = jax.eval_shape(lambda state: growth.apply_opt(self.plan, state), state)
+        grown = _placed(grown, growth.state_shardings(self.plan, mesh, state))
+        return {**before, "grown parameters": after, "grown optimizer": grown}
+
+    def lower(self, mesh: Mesh) -> jax.stages.Lowered:
+        arrays = self.arrays(mesh)
+        state = arrays.get("optimizer")
+        with jax.set_mesh(mesh):
+            return growth.sharded(self.plan, mesh, state).lower(arrays["parameters"], state)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeJob(OnSlice):
-    """One step of decoding against a full cache: a token for each of batch_size rows, seq_len tokens each before it."""
-
-    cfg: ModelConfig
-    batch_size: int
-    seq_len: int
+class DecodeJob(ModelJob):
+    """One step of greedy decoding: a token for each of batch_size rows, against a cache full of seq_len tokens each."""
 
     kind = "decode"
 
@@ -174,37 +194,64 @@ class DecodeJob(OnSlice):
 
     @property
     def model_flops(self) -> float:
-        """Two per parameter of every kernel and token, and attention to all of the cache."""
-        cfg = self.cfg
-        attention = cfg.num_layers * cfg.num_heads * cfg.head_dim * self.seq_len
-        kernels = flops_per_token(cfg, 0) / 6
+        """Two FLOPs for every parameter of a kernel and token, and attention to all of the cache."""
+        attention = self.cfg.num_layers * self.cfg.num_heads * self.cfg.head_dim * self.seq_len
+        kernels = flops_per_token(self.cfg, 0) / 6
         return self.batch_size * (2.0 * kernels + 4.0 * attention)
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"batch_size": self.batch_size, "seq_len": self.seq_len}
-
-    def check(self) -> None:
-        """Raises UserError where shapes do not divide over the mesh, or the model has no such positions."""
-        self.cfg.require_positions(self.seq_len)
-        param_shardings(spec(self.cfg), self.abstract_mesh)
-        batch_sharding(self.abstract_mesh, self.batch_size)
+    def arrays(self, mesh: Mesh) -> Arrays:
+        """Parameters in the dtypes that generate.prepare gives them, and the cache."""
+        cfg = self.cfg
+        cast = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if leaf.role == "scale" else cfg.dtype)  # noqa: E731
+        slots = cache_slots(self.seq_len, cfg.max_seq_len)
+        cache = jax.eval_shape(lambda: decoder.empty_cache(cfg, self.batch_size, slots))
+        return {
+            "parameters": _placed(jax.tree.map(cast, spec(cfg)), param_shardings(spec(cfg), mesh)),
+            "cache": _placed(cache, cache_shardings(cfg, mesh)),
+        }
 
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:
-        with jax.set_mesh(mesh):
-            return decoding.lower_step(self.cfg, mesh, batch_size=self.batch_size, length=self.seq_len)
+        params, cache = self.arrays(mesh).values()
+        slots, by_rows = cache.k.shape[3], batch_sharding(mesh, self.batch_size)
 
-    def held(self, mesh: Mesh) -> dict[str, int]:
-        params, cache = decoding.abstract_inputs(self.cfg, mesh, batch_size=self.batch_size, length=self.seq_len)
-        return {"parameters": _placed_bytes(params), "cache": _placed_bytes(cache)}
+        def rows(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((self.batch_size, *more), dtype, sharding=by_rows)
+
+        state = State(
+            tokens=rows(jnp.int32, slots),
+            lengths=rows(jnp.int32),
+            token=rows(jnp.int32),
+            done=rows(bool),
+            broken=rows(bool),
+            step=jax.ShapeDtypeStruct((), jnp.int32),
+            slot=None,
+            keys=rows(jax.eval_shape(lambda: jax.random.key(0)).dtype),
+            seen=None,
+        )
+        rope_length, how, stop_ids = rope_length_of(self.cfg, self.seq_len), sampling(), np.full(16, -1, np.int32)
+
+        def step(params, state, cache):
+            # The slot is a constant of this program: with it, the loop over the slots in use has a known length.
+            state = state.replace(slot=jnp.int32(slots - 1))
+            return decode_step(self.cfg, rope_length, params, state, cache, how, stop_ids)
+
+        with jax.set_mesh(mesh):
+            return jax.jit(step, donate_argnums=2).lower(params, state, cache)
+
+
+def _transformation(cfg: ModelConfig, config: OptimizerConfig) -> Any:
+    return optimizer(cfg, config, lambda step: jnp.float32(1.0))
+
+
+def _state(cfg: ModelConfig, config: OptimizerConfig, mesh: Mesh) -> Arrays:
+    """Parameters and optimizer state of a model in training."""
+    shapes, tx = abstract_params(cfg), _transformation(cfg, config)
+    params, state = state_shardings(cfg, tx, mesh)
+    return {"parameters": _placed(shapes, params), "optimizer": _placed(jax.eval_shape(tx.init, shapes), state)}
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-
-def _placed_bytes(tree: Any) -> int:
-    return sharded_bytes(tree, jax.tree.map(lambda x: x.sharding, tree))
 
 
 def sharded_bytes(tree: Any, shardings: Any) -> int:

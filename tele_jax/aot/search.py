@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from tele_jax.aot.jobs import Job, OnSlice
+from tele_jax.aot.jobs import Job, TrainJob
 from tele_jax.aot.topology import Slice
 from tele_jax.config import require
 from tele_jax.errors import UserError
@@ -29,7 +29,7 @@ class Estimate:
     seconds: float
 
 
-def candidates(job: Job) -> list[Job]:
+def candidates(job: TrainJob) -> list[TrainJob]:
     """Every mesh, remat policy and number of microbatches whose shapes divide and that fits by estimate, fastest first.
 
     Raises:
@@ -49,7 +49,7 @@ def candidates(job: Job) -> list[Job]:
     return [c for *_, c in sorted(fitting)]
 
 
-def _variations(job: Job) -> Iterator[Job]:
+def _variations(job: TrainJob) -> Iterator[TrainJob]:
     devices = job.slice.num_devices
     for mesh in meshes(devices, job.slice.num_slices):
         for remat in REMAT:
@@ -78,7 +78,7 @@ def meshes(devices: int, num_slices: int = 1) -> list[MeshConfig]:
     ]
 
 
-def estimate(job: Job) -> Estimate:
+def estimate(job: TrainJob) -> Estimate:
     """The memory and the time of a job by the formulas of FSDP with tensor and sequence parallelism.
 
     Over the 16 programs of training in docs/scale.md (2026-11-29) it gives 0.8 to 1.6 times the memory that was
@@ -111,7 +111,7 @@ def estimate(job: Job) -> Estimate:
     return Estimate(state + kept + working, max(times) + 0.1 * sum(times))
 
 
-def _kept(job: Job, stream: float, heads: float, mlp: float) -> float:
+def _kept(job: TrainJob, stream: float, heads: float, mlp: float) -> float:
     """Bytes of HBM that a layer keeps for the backward pass, by the remat policy."""
     kv_heads = heads * job.cfg.num_kv_heads / job.cfg.num_heads
     products = 3 * stream + 2 * heads + 2 * kv_heads + 2 * mlp
@@ -129,7 +129,7 @@ def larger(of: Slice, needed_bytes: float) -> str:
     return f"the largest slice of {of.generation.name} has {most:,} chips, which is too few; take another generation"
 
 
-def advice(job: OnSlice, needed_bytes: int, state_bytes: int) -> str:
+def advice(job: Job, needed_bytes: int, state_bytes: int) -> str:
     """What would make a job fit: parameters and optimizer state alone fit, so smaller parts of the batch; or not."""
     if job.kind == "grow":
         return f"{larger(job.slice, needed_bytes)}; or grow the checkpoint with `tele grow`, in bounded memory"

@@ -1,7 +1,8 @@
-"""TPU slices by name, their hardware figures, and their devices as libtpu describes them on a machine without any.
+"""TPU slices by name, their devices as libtpu describes them on a machine without any, and what Google calls them.
 
 find_slice("v5p:8x16x16")     # or "v5p-4096", Google's name: the number of TensorCores, of chips for v5e and v6e
-devices(slice)                # what jax.make_mesh takes; needs the extra [tpu]
+devices(slice)                # devices for make_mesh; needs the extra [tpu]
+gke_names(slice)              # node labels and machine types, for the launchers (launch/)
 """
 
 import dataclasses
@@ -15,56 +16,10 @@ import jax
 import numpy as np
 from packaging.requirements import Requirement
 
+from tele_jax.chips import GENERATIONS, Generation
 from tele_jax.config import require
 from tele_jax.errors import UserError
 
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """Figures of one chip. FLOPs are bfloat16, dense. Bandwidths in bytes/s; a link's is that of one direction."""
-
-    name: str
-    peak_flops: float
-    hbm_bytes: float
-    usable_hbm_bytes: float  # of one device, as libtpu 0.0.42.1 says when a program needs more
-    hbm_bandwidth: float
-    link_bandwidth: float  # of one ICI link; a chip has two a dimension of its torus
-    dcn_bandwidth: float  # of one chip's share of the network between slices
-    dimensions: int  # of the torus
-    largest: tuple[int, ...]  # slice that can be asked for
-    cores: int  # TensorCores a chip, by which Google's names of v4, v5p and tpu7x count
-    devices: int  # JAX devices a chip: two cores are one device where they share their HBM (megacore)
-    ring: int  # a dimension has wraparound links where its size is a multiple of this
-    source: str
-    published_mfu: tuple[tuple[float, str], ...] = ()  # model FLOPs over the peak, as measured by others, and on what
-
-
-# ICI: Google gives the sum over links of both directions, e.g. 1,200 GB/s for the six links of a v5p, 100 GB/s each
-# way; v4's from arXiv 2304.01433. DCN: v4's from jax-ml.github.io/scaling-book/tpus, 25 GB/s a host of four chips.
-# HBM: what the compiler lets a program use is another figure than the nominal capacity.
-# MFU: MaxText's table of optimized models (maxtext.readthedocs.io, reference/models/tiering): dense models in bfloat16.
-_MFU = {
-    "v5p": ((0.654, "Llama 2 70B, 512 chips, sequences of 4,096"),),
-    "v6e": (
-        (0.438, "Llama 2 70B, 256 chips, sequences of 4,096"),
-        (0.5033, "Llama 3.1 70B, 256 chips, sequences of 8,192"),
-    ),
-}
-GENERATIONS = {
-    row[0]: Generation(
-        *row[:-1], source=f"cloud.google.com/tpu/docs/{row[-1]}", published_mfu=_MFU.get(row[0], ())
-    )
-    for row in (
-        # name    FLOP/s   HBM        usable, a device HBM B/s   link   DCN      torus and largest; cores, devices, ring
-        ("v4",    275e12,  32 * GIB,  30.75 * GIB,     1.2e12,   50e9,  6.25e9,  3, (16, 16, 16), 2, 1, 4, "v4"),
-        ("v5e",   197e12,  16 * GIB,  15.75 * GIB,     819e9,    50e9,  3.125e9, 2, (16, 16), 1, 1, 16, "v5e"),
-        ("v5p",   459e12,  95 * GIB,  95.74 * GIB,     2.765e12, 100e9, 6.25e9,  3, (16, 16, 24), 2, 1, 4, "v5p"),
-        ("v6e",   918e12,  32 * GIB,  31.25 * GIB,     1.638e12, 100e9, 12.5e9,  2, (16, 16), 1, 1, 16, "v6e"),
-        ("tpu7x", 2307e12, 192 * GIB, 94.75 * GIB,     7.38e12,  100e9, 12.5e9,  3, (16, 24, 24), 2, 2, 4, "tpu7x"),
-    )
-}  # fmt: skip
 _ALIASES = {"v5": "v5p", "v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "7x": "tpu7x"}
 _FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
 _SMALL = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4)}
@@ -73,15 +28,20 @@ KNOWN = "v4:4x4x8, v5e:16x16, v5p:8x16x16, v6e:16x16, tpu7x:8x16x16, or by Googl
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """So many equal slices of one generation; chips along each dimension of the torus."""
+    """Equal TPU slices of one generation; shape: chips of one slice along each dimension of its torus."""
 
     generation: Generation
     shape: tuple[int, ...]
     num_slices: int = 1
 
     @property
+    def dimensions(self) -> str:
+        """The shape as Google writes it, such as 8x16x16."""
+        return "x".join(map(str, self.shape))
+
+    @property
     def name(self) -> str:
-        one = f"{self.generation.name}:{'x'.join(map(str, self.shape))}"
+        one = f"{self.generation.name}:{self.dimensions}"
         return one if self.num_slices == 1 else f"{self.num_slices} x {one}"
 
     @property
@@ -94,7 +54,7 @@ class Slice:
 
     @property
     def rings(self) -> tuple[bool, ...]:
-        """Per dimension, whether it has wraparound links. 3D slices have them from one cube of 4x4x4 on."""
+        """True for each dimension with wraparound links. 3D slices have them from one cube of 4x4x4 on."""
         whole = all(size % self.generation.ring == 0 for size in self.shape)
         flat = self.generation.dimensions == 2
         return tuple(size % self.generation.ring == 0 if flat else whole for size in self.shape)
@@ -159,9 +119,6 @@ def _shape_of(generation: Generation, count: int, name: str) -> tuple[int, ...]:
     return min(found, key=sum)
 
 
-# -------------------------------------------------------------------------------------------------- with the compiler
-
-
 def libtpu_requirement() -> Requirement:
     """The libtpu that the installed jax names."""
     wanted = [Requirement(text) for text in importlib.metadata.requires("jax") or ()]
@@ -214,8 +171,7 @@ def devices(of: Slice) -> list[jax.Device]:
     if of.generation.cores > of.generation.devices:
         options["chip_config_name"] = "megacore"
     try:
-        name = f"{of.generation.name}:{'x'.join(map(str, of.shape))}"
-        found = topologies.get_topology_desc(name, "tpu", **options).devices
+        found = topologies.get_topology_desc(f"{of.generation.name}:{of.dimensions}", "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"topology {of.name!r}: libtpu says: {error}; known are {KNOWN}") from None
     assert len(found) == of.num_devices, (len(found), of)
@@ -224,13 +180,13 @@ def devices(of: Slice) -> list[jax.Device]:
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where the devices of a mesh are: int[devices, 5] of slice, three coordinates, core on the chip."""
+    """Places of the devices of a mesh: `at` is int[devices, 5] of slice, three coordinates, core on the chip."""
 
     of: Slice
     at: np.ndarray
 
     def spanned(self, group: Sequence[int]) -> tuple[list[int], np.ndarray]:
-        """(devices along slice, x, y, z and core that a group covers, how many different places in each)."""
+        """Returns (columns of `at` in which the devices of a group differ, how many values each column has there)."""
         places = self.at[np.asarray(group)]
         counts = np.array([len(np.unique(places[:, axis])) for axis in range(places.shape[1])])
         return [axis for axis in range(places.shape[1]) if counts[axis] > 1], counts
@@ -239,3 +195,59 @@ class Places:
 def places(of: Slice, in_order: Sequence[jax.Device]) -> Places:
     rows = [(getattr(d, "slice_index", 0), *d.coords, getattr(d, "core_on_chip", 0)) for d in in_order]
     return Places(of, np.array(rows))
+
+
+# Names of a generation at Google Cloud: accelerator type, its runtime version (None: not in the Cloud TPU API), GKE's
+# accelerator label and machine type. Looked up in November 2026, not tried on a cloud account:
+# - accelerator types and runtime versions: docs.cloud.google.com/tpu/docs/runtimes, which also says that the Cloud TPU
+#   API (`gcloud compute tpus`) has no TPU7x and later, only Compute Engine and GKE have;
+# - node labels and machine types: xpk 1.16.0, system_characteristics.py, and the GKE pages on TPUs.
+_CLOUD_NAMES = {
+    "v4": ("v4", "tpu-ubuntu2204-base", "tpu-v4-podslice", "ct4p-hightpu-4t"),
+    "v5e": ("v5litepod", "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", "ct5lp-hightpu-4t"),
+    "v5p": ("v5p", "v2-alpha-tpuv5", "tpu-v5p-slice", "ct5p-hightpu-4t"),
+    "v6e": ("v6e", "v2-alpha-tpuv6e", "tpu-v6e-slice", "ct6e-standard-4t"),
+    "tpu7x": ("tpu7x", None, "tpu7x", "tpu7x-standard-4t"),
+}
+# Chips a host of these machine types. The Cloud TPU API may put 8 chips of a small v5e or v6e slice in one host.
+CHIPS_PER_HOST = 4
+
+
+def tpu_api_names(of: Slice) -> dict[str, str]:
+    """The accelerator_type, such as "v5p-256", and runtime_version that `gcloud compute tpus` asks for.
+
+    Raises:
+      UserError: the Cloud TPU API has no such slice.
+    """
+    prefix, runtime_version, _, _ = _CLOUD_NAMES[of.generation.name]
+    if runtime_version is None:
+        raise UserError(
+            f"topology {of.name}: the Cloud TPU API has no {of.generation.name}; launch/gke_jobset.sh and xpk.sh have"
+        )
+    kind = f"{prefix}-{math.prod(of.shape) * of.generation.cores}"
+    usual = find_slice(kind).dimensions
+    require(
+        usual == of.dimensions,
+        f"topology {of.name}: the accelerator type {kind} is a slice of {usual}, and the Cloud TPU API asks by "
+        f"accelerator type; take {of.generation.name}:{usual}, or launch/gke_jobset.sh for this shape",
+    )
+    return {"accelerator_type": kind, "runtime_version": runtime_version}
+
+
+def gke_names(of: Slice) -> dict[str, str | int]:
+    """The names by which GKE and xpk are asked for a slice; hosts and chips_per_host are those of one slice.
+
+    Raises:
+      UserError: a slice of less than a whole host.
+    """
+    chips = math.prod(of.shape)
+    require(chips % CHIPS_PER_HOST == 0, f"topology {of.name}: {chips} chips are no whole hosts of {CHIPS_PER_HOST}")
+    prefix, _, accelerator, machine_type = _CLOUD_NAMES[of.generation.name]
+    return {
+        "gke_accelerator": accelerator,
+        "gke_topology": of.dimensions,
+        "machine_type": machine_type,
+        "xpk_type": f"{prefix}-{of.dimensions}",
+        "hosts": chips // CHIPS_PER_HOST,
+        "chips_per_host": CHIPS_PER_HOST,
+    }

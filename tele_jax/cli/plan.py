@@ -14,7 +14,7 @@ import jax
 from tele_jax import checkpoint, growth
 from tele_jax.aot import compile as compiling
 from tele_jax.aot import cost, search, topology
-from tele_jax.aot.jobs import DecodeJob, GrowJob, Job
+from tele_jax.aot.jobs import DecodeJob, GrowJob, TrainJob
 from tele_jax.aot.topology import find_slice
 from tele_jax.cli.models import parse_mesh
 from tele_jax.cli.pages import load_page
@@ -132,7 +132,7 @@ def _job(args: argparse.Namespace) -> tuple[Any, float | None]:
     values |= _sizes(args, "batch_size", "seq_len", "microbatches")
     if "batch_size" not in values:
         raise UserError("--batch-size: missing; sequences a step over all devices")
-    return Job(cfg=cfg, **values, **where), tokens
+    return TrainJob(cfg=cfg, **values, **where), tokens
 
 
 def _decoding(args: argparse.Namespace, cfg: ModelConfig, values: dict[str, Any], where: dict[str, Any]) -> DecodeJob:

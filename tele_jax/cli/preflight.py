@@ -19,7 +19,7 @@ from typing import Any
 from jax.sharding import AbstractMesh
 from packaging.requirements import Requirement
 
-from tele_jax.aot import cloud
+from tele_jax.aot import topology
 from tele_jax.aot.topology import Slice, find_slice, libtpu_requirement, require_libtpu
 from tele_jax.clean.settings import CleanConfig, clean_config
 from tele_jax.cli import grow, main
@@ -91,7 +91,7 @@ def _command(args: argparse.Namespace) -> dict[str, Any]:
     tpu = None if args.topology is None else find_slice(args.topology, args.num_slices)
     names: dict[str, Any] = {"code": CODE, "mount": MOUNT, "num_slices": args.num_slices}
     if tpu is not None:
-        names |= cloud.tpu_api_names(tpu) if args.api == "tpu" else cloud.gke_names(tpu)
+        names |= topology.tpu_api_names(tpu) if args.api == "tpu" else topology.gke_names(tpu)
     verb = inner.verb if inner.verb != "data" else f"data {inner.action}"
     if (verb == "train") != (tpu is not None):
         without = "trains on a slice; give --topology"

@@ -11,24 +11,12 @@ from pathlib import Path
 
 import jax
 
+from tele_jax.chips import peak_flops
 from tele_jax.config import as_written
 from tele_jax.errors import DamageError
 from tele_jax.extras import hidden
 from tele_jax.files import parse_json, write_file
 from tele_jax.processes import is_first
-
-# Peak dense bf16 FLOP/s of one device, by jax's device_kind: Google's published figures.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12 / 2,  # a chip is two devices
-}
-
 
 FLUSH_SECONDS = 30  # between two flushes at most, for those who watch
 EVALUATION = "eval/bits_per_byte/"  # and the domain
@@ -36,7 +24,7 @@ EVALUATION = "eval/bits_per_byte/"  # and the domain
 
 def utilisation(flops_per_second: float, devices: int) -> float | None:
     """Model FLOP utilisation of so many devices, or None where the peak of one is not known (a CPU)."""
-    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    peak = peak_flops(jax.devices()[0].device_kind)
     return None if peak is None else flops_per_second / (peak * devices)
 
 

@@ -10,7 +10,7 @@ import tele_jax as tele
 from tele_jax.aot import cost, search
 from tele_jax.aot.compile import Program
 from tele_jax.aot.counts import Collective, Counts
-from tele_jax.aot.jobs import Job
+from tele_jax.aot.jobs import TrainJob
 from tele_jax.aot.topology import Places, find_slice
 from tele_jax.errors import UserError
 from tele_jax.settings import MeshConfig
@@ -20,7 +20,7 @@ CFG = tele.get_model("tele_flm_52b")
 
 def job(mesh=None, topology="v5p:4x4x8", batch_size=64, cfg=CFG, **more):
     mesh = mesh or MeshConfig(fsdp=64, tensor=2)
-    return Job(cfg=cfg, slice=find_slice(topology), mesh=mesh, batch_size=batch_size, seq_len=4096, **more)
+    return TrainJob(cfg=cfg, slice=find_slice(topology), mesh=mesh, batch_size=batch_size, seq_len=4096, **more)
 
 
 def places(topology, slices=1):

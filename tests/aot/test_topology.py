@@ -5,7 +5,8 @@ import importlib.metadata
 import pytest
 
 from tele_jax.aot import topology
-from tele_jax.aot.topology import GENERATIONS, find_slice
+from tele_jax.aot.topology import find_slice
+from tele_jax.chips import GENERATIONS
 from tele_jax.errors import UserError
 
 

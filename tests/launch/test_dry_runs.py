@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tele_jax.aot import cloud
-from tele_jax.aot.topology import find_slice
+from tele_jax.aot.topology import find_slice, gke_names, tpu_api_names
 from tele_jax.cli import main
 from tele_jax.cli.pages import load_page
 from tele_jax.settings import cache_config
@@ -148,7 +147,7 @@ def test_xpk_reads_its_command_lines_and_means_the_same_slice():
             parser.set_parser(xpk)
             xpk.parse_args(words[1:])
     for name in ("v4:4x4x8", "v5e:16x16", "v5p:4x4x8", "v5p:8x16x16", "v5p:16x16x24", "v6e:16x16", "tpu7x:8x16x16"):
-        ours = cloud.gke_names(find_slice(name))
+        ours = gke_names(find_slice(name))
         theirs = system.UserFacingNameToSystemCharacteristics[ours["xpk_type"]]
         assert (theirs.gke_accelerator, theirs.gce_machine_type) == (ours["gke_accelerator"], ours["machine_type"])
         assert (theirs.vms_per_slice, theirs.chips_per_vm) == (ours["hosts"], ours["chips_per_host"])
@@ -166,6 +165,6 @@ def test_xpk_reads_its_command_lines_and_means_the_same_slice():
 def test_names_of_slices_are_googles(topology, accelerator_type, runtime_version, gke_accelerator, hosts):
     """As in the tables of docs.cloud.google.com/tpu/docs: v5p, v6e, v5e, v4, runtimes."""
     of = find_slice(topology)
-    assert cloud.tpu_api_names(of) == {"accelerator_type": accelerator_type, "runtime_version": runtime_version}
-    names = cloud.gke_names(of)
+    assert tpu_api_names(of) == {"accelerator_type": accelerator_type, "runtime_version": runtime_version}
+    names = gke_names(of)
     assert (names["gke_accelerator"], names["hosts"]) == (gke_accelerator, hosts)
