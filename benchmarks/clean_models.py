@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import clean_corpus
 import numpy as np
 
-from tele_jax.clean import ngrams, quality
+from tele_jax.clean import models
 from tele_jax.corpora import documents as corpora_text
 from tele_jax.corpora import fetch as corpora
 
@@ -52,10 +52,10 @@ def main() -> None:
         }
         for name in usual
     }
-    trained = quality.train([*train["en"][:5_000], *train["zh"][:5_000]], spam[::2])
+    trained = models.train_classifier([*train["en"][:5_000], *train["zh"][:5_000]], spam[::2])
     result: dict = {"classifier": {"accuracy": round(trained.accuracy, 4)}}
     for name, kinds in judged.items():
-        model = ngrams.train(train[name])
+        model = models.train_ngrams(train[name])
         result[name] = {
             "perplexity": {
                 kind: figures([model.perplexity(t) for t in texts], PERPLEXITIES, above=True)

@@ -1,4 +1,4 @@
-"""Duplicates: keys of a document under which its likely copies meet, verification of those that met, and components.
+"""Copies of pages, of documents and of paragraphs: keys under which likely copies meet, verification, groups of copies.
 
 MinHash with banding: Broder 1997; Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3. Two documents
 of Jaccard similarity s meet with probability 1 - (1 - s^rows)^bands, and stay together if their signatures agree in at
@@ -8,13 +8,17 @@ SimHash: Charikar 2002, here 128 bits of the same shingles; equal in all but `si
 pigeonhole principle in one of simhash_bits + 1 blocks (Manku, Jain and Das Sarma 2007).
 """
 
+import fnmatch
+import hashlib
+import re
 from collections.abc import Sequence
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 import numpy as np
 
 from tele_jax.clean import hashing
-from tele_jax.clean.document import Document
-from tele_jax.clean.settings import DuplicatesConfig
+from tele_jax.clean.document import OFFSET_BITS, Document, Drop
+from tele_jax.clean.settings import DuplicatesConfig, ParagraphsConfig, UrlsConfig
 from tele_jax.extras import need
 
 # A document under one key; payload: what verification compares. batch: the key of the batch that holds it.
@@ -132,19 +136,6 @@ def _alike(method: str, hub: np.ndarray, others: np.ndarray, config: DuplicatesC
     return agreement(hub, others) >= config.threshold
 
 
-def first_of_key(table: np.ndarray) -> np.ndarray:
-    """All but the lowest uid under every key: DROPPED [M], where `kept` is that lowest uid."""
-    order = np.lexsort((table["uid"], table["key"]))
-    table = table[order]
-    first = np.concatenate(([True], table["key"][1:] != table["key"][:-1]))
-    kept = table["uid"][np.maximum.accumulate(np.where(first, np.arange(len(table)), 0))]
-    result = np.empty(int((~first).sum()), DROPPED)
-    for name in ("uid", "batch"):
-        result[name] = table[name][~first]
-    result["kept"], result["kind"] = kept[~first], 0
-    return result
-
-
 def components(edges: np.ndarray) -> np.ndarray:
     """All but the first document of every connected component: DROPPED [M], sorted by uid.
 
@@ -169,3 +160,106 @@ def components(edges: np.ndarray) -> np.ndarray:
     result = np.empty(int(rows.sum()), DROPPED)
     result["uid"], result["batch"], result["kept"], result["kind"] = uids[rows], batches[rows], kept[rows], kind[rows]
     return result
+
+
+def reference(uid: int) -> str:
+    """Names a document in a detail; the report (output.py) puts its path there."""
+    return f"{{{uid >> OFFSET_BITS}@{uid & ((1 << OFFSET_BITS) - 1)}}}"
+
+
+def drop_copy(document: Document, rows: np.ndarray, config: DuplicatesConfig) -> Drop:
+    """Drops a copy as a whole; rows: DROPPED."""
+    kind = KINDS[int(rows["kind"][0])]
+    reason = "exact duplicate" if kind == "exact" else f"near duplicate ({kind})"
+    return Drop(reason, f"of {reference(int(rows['kept'][0]))}")
+
+
+# ---- equal addresses and paragraphs ------------------------------------------------------------------------------
+
+
+def repeated(table: np.ndarray) -> np.ndarray:
+    """All but the first row under every key, by uid and index; a field `kept` has the uid of that first row."""
+    order = np.lexsort([table[name] for name in ("index", "uid", "key") if name in table.dtype.names])
+    table = table[order]
+    again = table["key"][1:] == table["key"][:-1]
+    result = np.empty(int(again.sum()), [*table.dtype.descr, ("kept", np.int64)])
+    for name in table.dtype.names:
+        result[name] = table[name][1:][again]
+    first = np.flatnonzero(np.concatenate(([True], ~again)))
+    result["kept"] = table["uid"][first][np.cumsum(~again)[again]]
+    return result
+
+
+def string_key(text: str) -> int:
+    """64-bit hash of a string."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def canonical_url(url: str, config: UrlsConfig) -> str:
+    """The URL without scheme, `www.`, default port, fragment, trailing slash and parameters that name no other page.
+
+    >>> canonical_url("HTTP://www.Example.org:80/a/?b=2&utm_source=x&a=1#top", UrlsConfig())
+    'example.org/a?a=1&b=2'
+    """
+    try:
+        parts = urlsplit(url.strip())
+        port = f":{parts.port}" if parts.port and parts.port not in (80, 443) else ""
+        host = (parts.hostname or "").removeprefix("www.") + port
+    except ValueError:
+        return url.strip()
+    if not host:
+        return url.strip()
+    query = [
+        (name, value)
+        for name, value in parse_qsl(parts.query, keep_blank_values=True)
+        if not any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in config.ignore_query)
+    ]
+    path = unquote(parts.path).rstrip("/")
+    return host + path + (f"?{urlencode(sorted(query))}" if query else "")
+
+
+def url_keys(documents: Sequence[Document], batch: int, config: UrlsConfig) -> np.ndarray:
+    """KEYED [N] for the documents that have a URL."""
+    return np.array([(string_key(canonical_url(d.url, config)), d.uid, batch) for d in documents if d.url], KEYED)
+
+
+def drop_page(document: Document, rows: np.ndarray, config: UrlsConfig) -> Drop:
+    """Drops a page as a whole; rows: as `repeated` gives them."""
+    return Drop("repeated URL", f"{document.url}, as {reference(int(rows['kept'][0]))}")
+
+
+# One paragraph under its hash; index: its place among those of the document.
+PARAGRAPH = np.dtype([("key", np.uint64), ("uid", np.int64), ("batch", np.int64), ("index", np.int32)])
+_BLANK = re.compile(r"(\n\s*\n)")
+
+
+def split_paragraphs(text: str) -> list[str]:
+    """Paragraphs and what stands between them, alternating; joined they are the text.
+
+    Blank lines separate paragraphs; in a text without any, line ends do.
+    """
+    parts = _BLANK.split(text)
+    return parts if len(parts) > 1 else re.split(r"(\n)", text)
+
+
+def paragraph_keys(documents: Sequence[Document], batch: int, config: ParagraphsConfig) -> np.ndarray:
+    """PARAGRAPH [N] for all long paragraphs of prose."""
+    rows = [
+        (string_key(part.strip()), document.uid, batch, index)
+        for document in documents
+        if document.language != "code"
+        for index, part in enumerate(split_paragraphs(document.text)[::2])
+        if len(part.strip()) >= config.min_chars
+    ]
+    return np.array(rows, PARAGRAPH)
+
+
+def without_paragraphs(document: Document, rows: np.ndarray, config: ParagraphsConfig) -> Document | Drop:
+    """The document less the paragraphs whose `index` is in rows; Drop where too little of the document is left."""
+    parts = [*split_paragraphs(document.text), ""]
+    kept = [parts[i] + parts[i + 1] for i in range(0, len(parts), 2) if i // 2 not in rows["index"]]
+    text = "".join(kept).strip("\n")
+    share = len(text) / max(len(document.text), 1)
+    if not text.strip() or share < config.min_kept:
+        return Drop("repeated paragraphs", f"{share:.0%} left")
+    return document.replace(text=text)

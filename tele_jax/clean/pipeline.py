@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tele_jax import beam_workers
-from tele_jax.clean import reading, report, stages, writing
+from tele_jax.clean import output, reading, stages
 from tele_jax.clean.settings import CleanConfig
 from tele_jax.config import to_dict
 from tele_jax.errors import DamageError, FailedError, UserError
@@ -113,16 +113,16 @@ def clean(
         except Exception as error:
             raise _cause(error) from error
         figures = _read_json(directory, "figures.json")
-        account = report.build(figures["tally"], config, [file.path for file in files])
+        account = output.report(figures["tally"], config, [file.path for file in files])
         _refuse_empty(account, figures["shards"])
         for name in config.sources:
             read = account["read"].get(name, {})
             if not read.get("out", {}).get("documents"):
                 say(f"WARNING: sources.{name}: none of its documents could be read; see the report")
-        writing.replace_file(f"{directory}/report.json", _json(account))
-        writing.replace_file(f"{directory}/report.html", report.html(account).encode())
+        output.replace_file(f"{directory}/report.json", _json(account))
+        output.replace_file(f"{directory}/report.html", output.report_page(account).encode())
         # Last: with it, the directory is complete.
-        writing.replace_file(f"{directory}/manifest.json", _json(_manifest(config, files, figures)))
+        output.replace_file(f"{directory}/manifest.json", _json(_manifest(config, files, figures)))
         if "://" not in directory:
             os.unlink(f"{directory}/figures.json")
     return account
@@ -151,7 +151,7 @@ def _run(config: CleanConfig, files: Sequence[Input], directory: str, options: S
         if name in stages.LOCAL:
             stage = transforms.Local(name, config)
         else:
-            stage = transforms.GLOBAL[name](config, partitions)
+            stage = transforms.Compare(name, config, partitions)
         batches, tally = batches | name >> stage
         tallies.append(tally)
     shards = batches | "write" >> transforms.Shards(directory, _shards(config, files), config.output)
@@ -159,15 +159,15 @@ def _run(config: CleanConfig, files: Sequence[Input], directory: str, options: S
         rejects
         | "Rejects" >> beam.GroupByKey()
         | "Write rejects"
-        >> beam.MapTuple(lambda source, items: (source, writing.write_rejects(directory, source, items)))
+        >> beam.MapTuple(lambda source, items: (source, output.write_rejects(directory, source, items)))
     )
-    account = tuple(tallies) | beam.Flatten() | beam.CombineGlobally(transforms.MergeTallies())
+    account = tuple(tallies) | beam.Flatten() | beam.CombineGlobally(transforms.merged)
     shards, kept_aside = (
         collection | f"{label} as a list" >> beam.combiners.ToList()
         for label, collection in (("Shards", shards), ("Rejects", kept_aside))
     )
     _ = account | "Figures" >> beam.Map(
-        lambda tally, shards, rejects: writing.replace_file(
+        lambda tally, shards, rejects: output.replace_file(
             f"{directory}/figures.json", _json(_figures(tally, shards, rejects))
         ),
         beam.pvalue.AsSingleton(shards),
@@ -180,7 +180,7 @@ def _figures(tally, shards, rejects) -> dict[str, Any]:
     by_domain: dict[str, list[dict[str, Any]]] = {}
     for domain, entry in sorted(shards, key=lambda pair: pair[1]["file"]):
         by_domain.setdefault(domain, []).append(entry)
-    return {"tally": report.counts(tally), "shards": by_domain, "rejects": dict(sorted(rejects))}
+    return {"tally": output.counts(tally), "shards": by_domain, "rejects": dict(sorted(rejects))}
 
 
 _OURS = re.compile(r"tele_jax\.errors\.(UserError|FailedError|DamageError): (.*?)(?: \[while running|\n|$)")
@@ -205,7 +205,7 @@ def _manifest(config: CleanConfig, files: Sequence[Input], figures: dict[str, An
     settings = to_dict(config)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     return {
-        "format": writing.FORMAT,
+        "format": output.FORMAT,
         "config": settings,
         "config_sha256": digest,
         "inputs": [dataclasses.asdict(file) for file in files],

@@ -7,20 +7,10 @@ from typing import Any, Literal
 from tele_jax.config import from_dict, require, require_positive
 
 Language = Literal["en", "zh", "code", "other"]
-STAGES = (
-    "extract",
-    "language",
-    "normalise",
-    "rules",
-    "urls",
-    "duplicates",
-    "paragraphs",
-    "quality",
-    "perplexity",
-    "overlap",
-    "privacy",
-    "safety",
-)
+Stage = Literal[
+    "extract", "language", "normalise", "rules", "urls", "duplicates", "paragraphs", "quality", "perplexity", "overlap",
+    "privacy", "safety",
+]  # fmt: skip
 
 
 def _fraction(config: Any, *names: str) -> None:
@@ -268,14 +258,7 @@ class CleanConfig:
     """A whole run. A stage runs if `stages` names it; its table may be left out where everything has a default."""
 
     sources: dict[str, SourceConfig]  # what is read, by name
-    # names of the stages, in the order in which they run
-    stages: tuple[
-        Literal[
-            "extract", "language", "normalise", "rules", "urls", "duplicates", "paragraphs", "quality", "perplexity",
-            "overlap", "privacy", "safety",
-        ],
-        ...,
-    ]  # fmt: skip
+    stages: tuple[Stage, ...]  # names of the stages, in the order in which they run
     extract: ExtractConfig = ExtractConfig()  # HTML to text
     normalise: NormaliseConfig = NormaliseConfig()  # Unicode form and spaces
     language: LanguageConfig = LanguageConfig()  # languages that stay

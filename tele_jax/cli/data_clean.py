@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tele_jax import tables
-from tele_jax.clean import ngrams, pipeline, quality, reading
+from tele_jax.clean import models, pipeline, reading
 from tele_jax.clean.settings import clean_config
 from tele_jax.cli.pages import load_page
 from tele_jax.cli.verb import Outcome, flag, note
@@ -94,7 +94,7 @@ def train(args: argparse.Namespace) -> Outcome:
 
 def _train_quality(args: argparse.Namespace) -> Outcome:
     good, bad = (list(_texts(files, args.field)) for files in (args.good, args.bad))
-    trained = quality.train(good, bad)
+    trained = models.train_classifier(good, bad)
     trained.classifier.save(args.out)
     figures = {name: getattr(trained, name) for name in ("train_documents", "held_out_documents")}
     figures |= {name: round(getattr(trained, name), 4) for name in ("accuracy", "precision", "recall")}
@@ -111,7 +111,7 @@ def _train_ngrams(args: argparse.Namespace) -> Outcome:
         raise UserError(f"--order {args.order}: must be 1 to 7")
     texts = list(_texts(args.files, args.field))
     rest, held_out = [t for i, t in enumerate(texts) if i % 20], texts[::20]
-    trained = ngrams.train(rest, order=args.order)
+    trained = models.train_ngrams(rest, order=args.order)
     trained.save(args.out)
     values = sorted(trained.perplexity(text) for text in held_out)
     quantiles = {f"{p}%": values[min(len(values) * p // 100, len(values) - 1)] for p in (5, 25, 50, 75, 95)}

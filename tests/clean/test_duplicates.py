@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tele_jax.clean import duplicates, hashing, paragraphs
+from tele_jax.clean import duplicates, hashing
 from tele_jax.clean.document import Document, Drop
 from tele_jax.clean.settings import DuplicatesConfig, ParagraphsConfig
 
@@ -186,9 +186,10 @@ def test_the_first_of_equal_paragraphs_stays(separator):
     config = ParagraphsConfig(min_chars=10)
     shared, own = "This footer stands below every page.", ["A first paragraph of its own.", "And a second one, other."]
     docs = documents([separator.join([own[0], shared]), separator.join([shared, own[1], "short"]), shared])
-    table = np.concatenate([paragraphs.paragraph_keys([d], d.uid, config) for d in docs][::-1])
-    rows = paragraphs.repeated(table)
+    table = np.concatenate([duplicates.paragraph_keys([d], d.uid, config) for d in docs][::-1])
+    rows = duplicates.repeated(table)
     assert sorted((int(r["uid"]), int(r["index"])) for r in rows) == [(1, 0), (2, 0)]
-    assert paragraphs.without(docs[1], [0], config).text == separator.join([own[1], "short"])
-    assert isinstance(paragraphs.without(docs[2], [0], config), Drop)
-    assert not len(paragraphs.paragraph_keys([docs[0].replace(language="code")], 0, config))
+    without = lambda d: duplicates.without_paragraphs(d, rows[rows["uid"] == d.uid], config)  # noqa: E731
+    assert without(docs[1]).text == separator.join([own[1], "short"])
+    assert isinstance(without(docs[2]), Drop)
+    assert not len(duplicates.paragraph_keys([docs[0].replace(language="code")], 0, config))

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tele_jax.clean import extract, hashing, privacy, rules, settings, urls
+from tele_jax.clean import duplicates, hashing, rules, screening, settings
+from tele_jax.clean import text as texts
 from tele_jax.clean.document import Document, Drop
 
 TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff_]+")
@@ -58,21 +59,21 @@ def test_ngrams_are_equal_exactly_where_runs_are_equal(items, n):
 
 def test_normalise_gives_nfc_without_what_cannot_be_seen():
     text = "re\u0301sume\u0301\r\nsoft\u00adhyphen\u200b and\u00a0space  \r\n\r\n\r\n\r\nend\x00\x07\ufeff"
-    result = extract.normalise(document(text), settings.NormaliseConfig()).text
+    result = texts.normalise(document(text), settings.NormaliseConfig()).text
     assert result == "résumé\nsofthyphen and space\n\nend"
     assert unicodedata.is_normalized("NFC", result)
 
 
 def test_normalise_leaves_the_spaces_of_code():
     text = "def f():\r\n\tx = 'e\u0301\u00a0\u200b'   \n\n\n\n\n    return x\x0c\n\x00"
-    result = extract.normalise(document(text, "code"), settings.NormaliseConfig()).text
+    result = texts.normalise(document(text, "code"), settings.NormaliseConfig()).text
     assert result == "def f():\n\tx = 'e\u0301\u00a0\u200b'   \n\n\n\n\n    return x\x0c\n"
 
 
 @given(st.text(max_size=80), st.sampled_from(["en", "code"]))
 def test_normalise_changes_nothing_the_second_time(text, language):
-    once = extract.normalise(document(text, language), settings.NormaliseConfig())
-    assert extract.normalise(once, settings.NormaliseConfig()) == once
+    once = texts.normalise(document(text, language), settings.NormaliseConfig())
+    assert texts.normalise(once, settings.NormaliseConfig()) == once
 
 
 def test_extract_takes_the_text_and_not_the_navigation():
@@ -81,12 +82,12 @@ def test_extract_takes_the_text_and_not_the_navigation():
     page += (
         f"</a></nav><article><h1>River</h1><p>{ENGLISH}</p><p>{CHINESE}</p></article><footer>Imprint</footer></body>"
     )
-    text = extract.extract(document(page, html=True), settings.ExtractConfig()).text
+    text = texts.extract(document(page, html=True), settings.ExtractConfig()).text
     assert ENGLISH in text and CHINESE in text
     assert "var x" not in text and "About us" not in text and "Imprint" not in text
-    assert extract.extract(document("<p>hi", html=True), settings.ExtractConfig()).reason == "no text in page"
+    assert texts.extract(document("<p>hi", html=True), settings.ExtractConfig()).reason == "no text in page"
     plain = document("<p>no page")
-    assert extract.extract(plain, settings.ExtractConfig()) is plain
+    assert texts.extract(plain, settings.ExtractConfig()) is plain
 
 
 @pytest.mark.parametrize("wrapper", ['div class="section"', 'div class="sidebar"', 'div id="comments"', "section"])
@@ -96,7 +97,7 @@ def test_extract_keeps_listings_wherever_they_stand(wrapper):
     inner = f"<{wrapper}><h3>Title</h3><p>A word.</p><pre class=screen>{listing}</pre></{wrapper.split()[0]}>"
     menu = "<nav><ul><li>Home</li></ul><pre>menu --all</pre></nav>"
     page = f"<html><body>{menu}<main><h1>River</h1><p>{ENGLISH * 3}</p>{inner}<p>{CHINESE * 3}</p></main></body></html>"
-    text = extract.extract(document(page, html=True), settings.ExtractConfig()).text
+    text = texts.extract(document(page, html=True), settings.ExtractConfig()).text
     assert listing in text and ENGLISH in text and "menu --all" not in text
 
 
@@ -194,7 +195,7 @@ def test_repeated_ngram_share_equals_the_count_by_hand():
     ],
 )  # fmt: skip
 def test_identifiers_are_masked_and_numbers_are_not(text, masked):
-    assert privacy.mask(text, ("email", "phone", "id", "ip", "card"))[0] == masked
+    assert screening.mask(text, ("email", "phone", "id", "ip", "card"))[0] == masked
 
 
 @given(st.integers(0, 10**15 - 1))
@@ -203,7 +204,7 @@ def test_luhn_accepts_exactly_one_check_digit(number):
     # ISO/IEC 7812-1 by its other description: double every second digit from the right of the payload, add digit sums.
     total = sum(sum(divmod(int(d) * (2 if i % 2 == 0 else 1), 10)) for i, d in enumerate(reversed(digits)))
     good = (10 - total % 10) % 10
-    assert [privacy.luhn(digits + str(d)) for d in range(10)] == [d == good for d in range(10)]
+    assert [screening.luhn(digits + str(d)) for d in range(10)] == [d == good for d in range(10)]
 
 
 @given(st.lists(st.integers(0, 9), min_size=17, max_size=17))
@@ -211,14 +212,14 @@ def test_chinese_id_has_the_check_character_of_the_published_weights(digits):
     weights = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)  # GB 11643-1999, table 2
     check = "10X98765432"[sum(w * d for w, d in zip(weights, digits)) % 11]
     text = "".join(map(str, digits))
-    assert [privacy.chinese_id(text + c) for c in "0123456789X"] == [c == check for c in "0123456789X"]
+    assert [screening.chinese_id(text + c) for c in "0123456789X"] == [c == check for c in "0123456789X"]
 
 
 @pytest.mark.parametrize(
     "url", ["http://www.a.org/x/?b=2&a=1", "https://a.org:443/x?a=1&b=2&utm_source=q", "https://A.ORG/x/?b=2&a=1#part"]
 )
 def test_spellings_of_a_url_are_one(url):
-    assert urls.canonical(url, settings.UrlsConfig()) == "a.org/x?a=1&b=2"
+    assert duplicates.canonical_url(url, settings.UrlsConfig()) == "a.org/x?a=1&b=2"
 
 
 def test_other_urls_stay_apart():
@@ -229,7 +230,7 @@ def test_other_urls_stay_apart():
         "https://a.org/y?id=1",
         "http://[bad",
     ]
-    assert len({urls.canonical(url, settings.UrlsConfig()) for url in all_}) == len(all_)
+    assert len({duplicates.canonical_url(url, settings.UrlsConfig()) for url in all_}) == len(all_)
 
 
 def test_a_title_that_the_first_sentence_repeats_breaks_no_rule():

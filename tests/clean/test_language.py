@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tele_jax.clean.document import Document, Drop
-from tele_jax.clean.language import identify, language, looks_like_code
 from tele_jax.clean.settings import LanguageConfig
+from tele_jax.clean.text import identify, language, looks_like_code
 
 pytest.importorskip("pycld2", reason="pycld2 is not installed: extra [clean]")
 

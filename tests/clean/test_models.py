@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from tele_jax.clean import hashing, ngrams, overlap, quality, safety
+from tele_jax.clean import hashing, models, screening
 from tele_jax.clean.document import Document, Drop
 from tele_jax.clean.settings import OverlapConfig, PerplexityConfig, QualityConfig, SafetyConfig
 from tele_jax.cli.main import main
@@ -76,7 +76,7 @@ def sentences(seed, count=60):
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
 def test_ngram_probabilities_equal_the_formulas(order):
     train, test = sentences(0), [*sentences(1, 8), "a zz b zz zz c d e", *sentences(0)[:3]]
-    model, reference = ngrams.train(train, order=order), Reference(train, order)
+    model, reference = models.train_ngrams(train, order=order), Reference(train, order)
     for text in test:
         padded = ["<s>"] * (order - 1) + text.split()
         expected = [
@@ -88,7 +88,7 @@ def test_ngram_probabilities_equal_the_formulas(order):
 
 def test_ngram_probabilities_of_all_words_add_to_one():
     train = sentences(2)
-    model = ngrams.train(train, order=4)
+    model = models.train_ngrams(train, order=4)
     for before in ("", "a b c", "zz a", train[0]):
         total = sum(
             math.exp(model.log_probs(hashing.tokens(f"{before} {word}"))[-1]) for word in [*"abcdefghij", "unseen"]
@@ -97,16 +97,16 @@ def test_ngram_probabilities_of_all_words_add_to_one():
 
 
 def test_perplexity_tells_usual_text_from_shuffled_and_survives_a_file(tmp_path):
-    model = ngrams.train(sentences(3, 200))
+    model = models.train_ngrams(sentences(3, 200))
     model.save(tmp_path / "m.npz")
-    model = ngrams.load(str(tmp_path / "m.npz"))
+    model = models.load_ngrams(str(tmp_path / "m.npz"))
     usual = " ".join(sentences(3, 230)[-1:])
     odd = " ".join(random.Random(0).sample(usual.split(), len(usual.split())))
     config = PerplexityConfig(models={"en": "m"}, max_perplexity={"en": 2 * model.perplexity(usual)})
     assert model.perplexity(odd) > 2 * model.perplexity(usual)
-    assert ngrams.perplexity(document(usual), config, {"en": model}).text == usual
-    assert ngrams.perplexity(document(odd), config, {"en": model}).reason == "high perplexity"
-    assert ngrams.perplexity(document(odd, "zh"), config, {"en": model}).text == odd
+    assert models.perplexity(document(usual), config, {"en": model}).text == usual
+    assert models.perplexity(document(odd), config, {"en": model}).reason == "high perplexity"
+    assert models.perplexity(document(odd, "zh"), config, {"en": model}).text == odd
 
 
 def test_the_classifier_learns_and_survives_a_file(tmp_path):
@@ -118,26 +118,26 @@ def test_the_classifier_learns_and_survives_a_file(tmp_path):
         ["casino", "bonus", "win", "cash", "now", "click", "here", "best", "pills", "cheap", "online", "free", "offer"]
     ] * 300
     bad = [" ".join(rng.choice(words) for _ in range(60)) + f" {rng.randrange(99)}" for words in spam]
-    trained = quality.train(good, bad)
+    trained = models.train_classifier(good, bad)
     assert trained.accuracy > 0.97 and trained.held_out_documents == 60
     trained.classifier.save(tmp_path / "q.npz")
-    classifier = quality.load(str(tmp_path / "q.npz"))
+    classifier = models.load_classifier(str(tmp_path / "q.npz"))
     texts = [document(good[0]), document(bad[0]), document(bad[0], "code")]
-    first, second, third = quality.quality(texts, QualityConfig(model="q"), classifier)
+    first, second, third = models.quality(texts, QualityConfig(model="q"), classifier)
     assert first is texts[0] and second.reason == "low quality" and third is texts[2]
-    np.testing.assert_array_equal(classifier.weights, quality.train(good, bad).classifier.weights)
+    np.testing.assert_array_equal(classifier.weights, models.train_classifier(good, bad).classifier.weights)
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path):
     (tmp_path / "x.npz").write_bytes(b"no model")
     np.savez(tmp_path / "y.npz", format="something else")
-    for name, load in (("x.npz", quality.load), ("y.npz", ngrams.load)):
+    for name, load in (("x.npz", models.load_classifier), ("y.npz", models.load_ngrams)):
         with pytest.raises(UserError, match="clean-train"):
             load(str(tmp_path / name))
     with pytest.raises(UserError, match="no such file"):
-        quality.load(str(tmp_path / "z.npz"))
+        models.load_classifier(str(tmp_path / "z.npz"))
     with pytest.raises(UserError, match="at least 20"):
-        quality.train(["a"] * 30, ["b"] * 3)
+        models.train_classifier(["a"] * 30, ["b"] * 3)
 
 
 def test_documents_with_a_part_of_a_benchmark_go(tmp_path):
@@ -147,10 +147,10 @@ def test_documents_with_a_part_of_a_benchmark_go(tmp_path):
     path = tmp_path / "bench.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     config = OverlapConfig(files=(str(path),))
-    grams = overlap.load(config)
+    grams = screening.load_benchmarks(config)
 
     def judge(text):
-        return overlap.overlap(document(text), config, grams)
+        return screening.overlap(document(text), config, grams)
 
     words = question.upper().split()
     assert judge("He asked: " + " ".join(words[2:16]) + " and went.").reason == "benchmark overlap"
@@ -168,20 +168,20 @@ def test_benchmarks_that_cannot_be_read_are_refused(tmp_path):
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=re.escape(message)):
-            overlap.load(OverlapConfig(files=(str(tmp_path / name),)))
+            screening.load_benchmarks(OverlapConfig(files=(str(tmp_path / name),)))
 
 
 def test_words_count_as_whole_words_and_phrases_in_chinese_anywhere(tmp_path):
     (tmp_path / "list.txt").write_text("# a comment\nCasino\n赌场\nfree money\n", encoding="utf-8")
-    words = safety.load(SafetyConfig(files=(str(tmp_path / "list.txt"),)))
+    words = screening.load_words(SafetyConfig(files=(str(tmp_path / "list.txt"),)))
     assert words.hits("The CASINO gives free money; casinos do not. 澳门赌场欢迎您") == ["casino", "free money", "赌场"]
     config = SafetyConfig(words=("x",), max_hits=2, max_hits_per_1000=50)
     long = "nothing to see " * 30
-    assert not isinstance(safety.safety(document(long + "casino casino"), config, words), Drop)
-    assert safety.safety(document(long + "casino " * 3), config, words).reason == "word list"
-    assert safety.safety(document("casino casino"), config, words).reason == "word list"  # short: the rate decides
+    assert not isinstance(screening.safety(document(long + "casino casino"), config, words), Drop)
+    assert screening.safety(document(long + "casino " * 3), config, words).reason == "word list"
+    assert screening.safety(document("casino casino"), config, words).reason == "word list"  # short: the rate decides
     with pytest.raises(UserError, match="no word"):
-        safety.load(SafetyConfig(words=("#",)))
+        screening.load_words(SafetyConfig(words=("#",)))
 
 
 # Without the time of day, which would give the test another name in every process.

@@ -1,11 +1,140 @@
-"""Personal identifiers, found by pattern and checksum and replaced by a mark such as <email>."""
+"""Screens for what must not be in a document: parts of benchmarks, words of a list, and personal identifiers.
 
+Personal identifiers are found by pattern and checksum and replaced by a mark such as <email>; the others drop a document.
+"""
+
+import dataclasses
 import ipaddress
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from tele_jax.clean.document import Document
-from tele_jax.clean.settings import PrivacyConfig
+import numpy as np
+
+from tele_jax.clean import hashing
+from tele_jax.clean.document import Document, Drop
+from tele_jax.clean.settings import OverlapConfig, PrivacyConfig, SafetyConfig
+from tele_jax.errors import UserError
+from tele_jax.extras import need
+from tele_jax.files import expand
+
+
+def load_benchmarks(config: OverlapConfig) -> np.ndarray:
+    """All n-grams of the benchmarks, sorted: uint64 [M].
+
+    A text of fewer than n tokens is left out: short answers are everywhere.
+
+    Raises:
+      UserError: a pattern without files, a file that is not UTF-8, not JSON, or a whole without a single n-gram.
+    """
+    grams = [np.zeros(0, np.uint64)]
+    for path in expand(config.files, "overlap.files"):
+        for text in _texts(path, config.fields):
+            grams.append(_grams(text, config))
+    found = np.unique(np.concatenate(grams))
+    if not len(found):
+        raise UserError(f"overlap.files: no text of at least {config.ngram} tokens in {', '.join(config.files)}")
+    return found
+
+
+def _texts(path: str, fields: tuple[str, ...]) -> Iterator[str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            if not path.endswith((".jsonl", ".json")):
+                yield file.read()
+                return
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    try:
+                        record = json.loads(line)
+                        texts = list(_strings(record if not fields else [record.get(f) for f in fields]))
+                    except (ValueError, AttributeError, RecursionError):
+                        what = "not JSON" if not fields else f"no JSON record with {' or '.join(fields)}"
+                        raise UserError(f"{path}:{number}: {what}; overlap.files are jsonl or plain text") from None
+                    yield from texts
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _strings(list(value.values()))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _grams(text: str, config: OverlapConfig) -> np.ndarray:
+    """Hashes of the text's n-grams; of longer ones where most characters are Han or kana."""
+    chars = hashing.characters(text)
+    unspaced = int(hashing.is_unspaced(chars).sum())
+    chinese = 2 * unspaced > int(hashing.is_word(chars).sum())
+    return hashing.ngrams(hashing.tokens(text), config.zh_ngram if chinese else config.ngram)
+
+
+def overlap(document: Document, config: OverlapConfig, benchmarks: np.ndarray) -> Document | Drop:
+    """Drops a document that shares `min_matches` n-grams or more with the benchmarks."""
+    grams = np.unique(_grams(document.text, config))
+    at = np.minimum(np.searchsorted(benchmarks, grams), len(benchmarks) - 1)
+    matches = int((benchmarks[at] == grams).sum())
+    if matches >= config.min_matches:
+        return Drop("benchmark overlap", f"{matches} n-grams")
+    return document
+
+
+_LATIN = re.compile(r"[\w]", re.ASCII)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WordList:
+    """The words, folded, and an Aho-Corasick automaton of them."""
+
+    words: tuple[str, ...]
+    automaton: Any
+
+    def hits(self, text: str) -> list[str]:
+        """Words found, in order; a Latin word only as a whole word."""
+        text = text.casefold()
+        found = []
+        for index, start, end in self.automaton.find_matches_as_indexes(text):
+            word = self.words[index]
+            inside = (_LATIN.match(word[0]) and start > 0 and _LATIN.match(text[start - 1])) or (
+                _LATIN.match(word[-1]) and end < len(text) and _LATIN.match(text[end])
+            )
+            if not inside:
+                found.append(word)
+        return found
+
+
+def load_words(config: SafetyConfig) -> WordList:
+    """Raises UserError for a file that is missing, not UTF-8, or for lists without a word."""
+    words = list(config.words)
+    for path in expand(config.files, "safety.files") if config.files else ():
+        try:
+            with open(path, encoding="utf-8") as file:
+                words += file.read().splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+    words = sorted({word.strip().casefold() for word in words if word.strip() and not word.startswith("#")})
+    if not words:
+        raise UserError("safety: the lists hold no word")
+    library = need("ahocorasick_rs")
+    return WordList(tuple(words), library.AhoCorasick(words, matchkind=library.MatchKind.LeftmostLongest))
+
+
+def safety(document: Document, config: SafetyConfig, words: WordList) -> Document | Drop:
+    """Drops a document with too many hits, or too many for its length."""
+    hits = words.hits(document.text)
+    if not hits:
+        return document
+    rate = 1000 * len(hits) / max(len(hashing.tokens(document.text)), 1)
+    if len(hits) > config.max_hits or rate > config.max_hits_per_1000:
+        return Drop("word list", f"{len(hits)} hits, e.g. {hits[0]}")
+    return document
+
 
 _NO_DIGIT_BEFORE, _NO_DIGIT_AFTER = r"(?<![0-9A-Za-z_.+-])", r"(?![0-9A-Za-z_]|[.-][0-9])"
 # Letters stand right beside mobile numbers in Chinese ("tel139...", "139...qq"), but beside digits of a hash as well:
