@@ -32,6 +32,10 @@ def text(rows: Sequence[Sequence[Any]], header: Sequence[str] = (), align: str =
     return "\n".join(lines)
 
 
+class Markup(str):
+    """HTML that a cell holds as it stands; other cells are escaped."""
+
+
 def html(rows: Sequence[Sequence[Any]], header: Sequence[str] = (), align: str = "") -> str:
     """The table that `text` prints, as an HTML table."""
     columns = len(header) or (len(rows[0]) if rows else 0)
@@ -39,6 +43,7 @@ def html(rows: Sequence[Sequence[Any]], header: Sequence[str] = (), align: str =
     styles = [f' style="text-align: {sides[side]}"' for side in align or "l" + "r" * (columns - 1)]
 
     def line(row: Sequence[Any], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}{s}>{_html.escape(str(c))}</{tag}>" for c, s in zip(row, styles)) + "</tr>"
+        cells = [cell if isinstance(cell, Markup) else _html.escape(str(cell)) for cell in row]
+        return "<tr>" + "".join(f"<{tag}{s}>{cell}</{tag}>" for cell, s in zip(cells, styles)) + "</tr>"
 
     return "<table>" + (line(header, "th") if header else "") + "".join(line(row, "td") for row in rows) + "</table>"

@@ -18,3 +18,4 @@ def test_without_a_header_there_is_no_rule_and_without_rows_nothing():
 def test_html_is_escaped_and_aligned():
     page = tables.html([("a<b", 3)], ("name", "n"))
     assert "a&lt;b" in page and '<td style="text-align: right">3</td>' in page and page.count("<tr>") == 2
+    assert "<td><b>x</b></td>" in tables.html([(tables.Markup("<b>x</b>"),)]).replace(' style="text-align: left"', "")

@@ -1,4 +1,4 @@
-"""The files of a cleaning run: shards, rejects and models, each written whole or not at all, and the report."""
+"""The files of a cleaning run: shards, rejects and the report, each written whole or not at all."""
 
 import base64
 import gzip
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tele_jax import tables
 from tele_jax.clean.document import SAMPLES, Document, Reject, Tally, num_bytes
 from tele_jax.clean.screening import mask
 from tele_jax.clean.settings import CleanConfig, OutputConfig
@@ -114,6 +115,7 @@ def _reject_lines(rejects: Iterable[Reject]) -> Iterator[str]:
         yield json.dumps(fields, ensure_ascii=False) + "\n"
 
 
+_WAYS = ("in", "out")  # of a stage
 _REFERENCE = re.compile(r"\{(\d+)@(\d+)\}")
 
 
@@ -164,7 +166,7 @@ def _by_source(entries: Sequence[dict[str, Any]], config: CleanConfig) -> dict[s
     result = {}
     for source in config.sources:
         mine = [entry for entry in entries if entry["key"][1] == source]
-        result[source] = {what: _count([e for e in mine if e["key"][2] == what]) for what in ("in", "out")}
+        result[source] = {what: _count([e for e in mine if e["key"][2] == what]) for what in _WAYS}
         result[source]["dropped"] = {e["key"][3]: e["documents"] for e in mine if e["key"][2] == "drop"}
     return result
 
@@ -204,8 +206,8 @@ _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --in: #3b7dd8; --drop: #d8663b; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; width: 100%; margin: .5rem 0 1.5rem; }
-th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+td { font-variant-numeric: tabular-nums; }
 .bar { height: .8rem; min-width: 10rem; background: var(--drop); } .bar i { display: block; height: 100%; background: var(--in); }
 details { margin: .2rem 0; } summary { cursor: pointer; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .5rem; margin: .2rem 0 .6rem; font-size: 13px; }
@@ -217,39 +219,40 @@ def report_page(account: dict[str, Any]) -> str:
     """The report as one page that needs nothing else."""
     stages = account["stages"]
     first, last = stages[0]["in"], stages[-1]["out"]
+    rows = [
+        (
+            tables.Markup(f"<a href='#{stage['stage']}'>{stage['stage']}</a>"),
+            f"{stage['in']['documents']:,}",
+            _with_percent(stage["in"]["documents"] - stage["out"]["documents"], stage["in"]["documents"]),
+            _size(stage["out"]["bytes"]),
+            _bar(stage["out"]["bytes"] / max(stage["in"]["bytes"], 1)),
+        )
+        for stage in stages
+    ]
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>Cleaning report</title>",
         f"<style>{_STYLE}</style><h1>Cleaning report</h1>",
         f"<p>{first['documents']:,} documents, {_size(first['bytes'])} in; {last['documents']:,} documents, "
         f"{_size(last['bytes'])} out ({_percent(last['bytes'], first['bytes'])} of the bytes). "
         "Bars: bytes that stay (blue) and go (orange) in a stage.</p>",
-        "<table><tr><th>stage<th class=n>documents in<th class=n>dropped<th class=n>bytes out<th>bytes</tr>",
+        tables.html(rows, ("stage", "documents in", "dropped", "bytes out", "bytes"), align="lrrrl"),
+        *map(_stage, stages),
     ]
-    for stage in stages:
-        share = 100 * stage["out"]["bytes"] / max(stage["in"]["bytes"], 1)
-        gone = stage["in"]["documents"] - stage["out"]["documents"]
-        parts.append(
-            f"<tr><td><a href='#{stage['stage']}'>{stage['stage']}</a><td class=n>{stage['in']['documents']:,}"
-            f"<td class=n>{gone:,} ({_percent(gone, stage['in']['documents'])})"
-            f"<td class=n>{_size(stage['out']['bytes'])}<td>"
-            f"<div class=bar><i style='width:{min(share, 100):.2f}%'></i></div></tr>"
-        )
-    parts.append("</table>")
-    parts += [_stage(stage) for stage in stages]
     return "\n".join(parts) + "\n</html>\n"
 
 
 def _stage(stage: dict[str, Any]) -> str:
-    parts = [f"<h2 id='{stage['stage']}'>{stage['stage']}</h2>"]
-    parts.append("<table><tr><th>source<th class=n>documents in<th class=n>out<th class=n>bytes in<th class=n>out</tr>")
-    for source, figures in stage["by_source"].items():
-        if figures["in"]["documents"]:
-            parts.append(
-                f"<tr><td>{escaping.escape(source)}<td class=n>{figures['in']['documents']:,}"
-                f"<td class=n>{figures['out']['documents']:,}<td class=n>{_size(figures['in']['bytes'])}"
-                f"<td class=n>{_size(figures['out']['bytes'])}</tr>"
-            )
-    parts.append("</table>")
+    rows = [
+        (
+            source,
+            *(f"{entry[what]['documents']:,}" for what in ("in", "out")),
+            *(_size(entry[w]["bytes"]) for w in ("in", "out")),
+        )
+        for source, entry in stage["by_source"].items()
+        if entry["in"]["documents"]
+    ]
+    header = ("source", "documents in", "out", "bytes in", "out")
+    parts = [f"<h2 id='{stage['stage']}'>{stage['stage']}</h2>", tables.html(rows, header)]
     for what in ("dropped", "changed"):
         for entry in stage[what]:
             parts.append(
@@ -261,6 +264,14 @@ def _stage(stage: dict[str, Any]) -> str:
                 parts.append(f"<small>{escaping.escape(line)}</small><pre>{escaping.escape(sample['text'])}</pre>")
             parts.append("</details>")
     return "\n".join(parts)
+
+
+def _bar(share: float) -> tables.Markup:
+    return tables.Markup(f"<div class=bar><i style='width:{min(100 * share, 100):.2f}%'></i></div>")
+
+
+def _with_percent(part: int, whole: int) -> str:
+    return f"{part:,} ({_percent(part, whole)})"
 
 
 def _size(count: int) -> str:

@@ -12,7 +12,7 @@ that would matter here.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -45,101 +45,102 @@ def rules(document: Document, config: RulesConfig) -> Document | Drop:
     return document
 
 
+class _Text:
+    """A text and what the rules count of it, each figure computed once, when it is asked for."""
+
+    def __init__(self, text: str, language: str, min_lines: int):
+        self.text, self.language, self.min_lines = text, language, min_lines
+        self.line_lengths = list(map(len, text.split("\n")))
+        self.lines = [line for line in map(str.strip, text.split("\n")) if line]
+
+    @functools.cached_property
+    def visible(self) -> int:
+        return max(sum(map(len, self.text.split())), 1)
+
+    @functools.cached_property
+    def is_word(self) -> np.ndarray:
+        return hashing.is_word(hashing.characters(self.text))
+
+    @functools.cached_property
+    def tokens(self) -> np.ndarray:
+        return hashing.tokens(self.text)
+
+    @functools.cached_property
+    def repeated_lines(self) -> list[str]:
+        seen: set[str] = set()
+        return [line for line in self.lines if line in seen or seen.add(line)]
+
+    def count(self, *parts: str) -> int:
+        return sum(map(self.text.count, parts))
+
+    def share_of_lines(self, matches: Callable[[str], bool]) -> float | None:
+        """Lines that match per line; None where there are too few lines to judge by."""
+        return sum(map(matches, self.lines)) / len(self.lines) if len(self.lines) >= self.min_lines else None
+
+    def per_token(self, count: float) -> float | None:
+        return count / len(self.tokens) if len(self.tokens) else None
+
+    def mean_word(self) -> float | None:
+        words = self.text.split()
+        return sum(map(len, words)) / max(len(words), 1) if len(self.tokens) else None
+
+    def stop_words(self) -> int | None:
+        known = self.language in STOP_WORDS and len(self.tokens)
+        return int(np.isin(_stop_words(self.language), self.tokens).sum()) if known else None
+
+    def information(self) -> float | None:
+        # A long text uses up its vocabulary: judged on windows of at most 10,000 tokens' worth.
+        return self.per_token(len(np.unique(self.tokens)) * max(len(self.tokens) / 10_000, 1))
+
+
+# (reason, threshold in RuleConfig, figure), cheap ones first. Figures that are None break no rule.
+_RULES: tuple[tuple[str, str, Callable[[_Text], float | None]], ...] = (
+    ("long line", "max_line", lambda t: max(t.line_lengths)),
+    ("long lines", "max_mean_line", lambda t: sum(t.line_lengths) / len(t.line_lengths)),
+    ("replacement characters", "max_replacement", lambda t: t.count("\ufffd") / t.visible),
+    ("few letters and digits", "min_alphanumeric", lambda t: float(t.is_word.mean())),
+    ("few letters", "min_letters", lambda t: (int(t.is_word.sum()) - t.count(*"0123456789")) / t.visible),
+    ("heavy punctuation", "max_punctuation", lambda t: t.count(*_PUNCTUATION) / t.visible),
+    ("bullet lines", "max_bullet_lines", lambda t: t.share_of_lines(lambda line: line.startswith(_BULLETS))),
+    ("ellipsis lines", "max_ellipsis_lines", lambda t: t.share_of_lines(lambda line: line.endswith(_ELLIPSES))),
+    ("lines without an end", "min_terminal_lines", lambda t: t.share_of_lines(lambda line: line.endswith(_TERMINALS))),
+    ("short", "min_tokens", lambda t: len(t.tokens)),
+    ("long", "max_tokens", lambda t: len(t.tokens)),
+    ("symbols", "max_symbol_ratio", lambda t: t.per_token(t.count("#", "...", "…"))),
+    ("short words", "min_mean_word", _Text.mean_word),
+    ("long words", "max_mean_word", _Text.mean_word),
+    ("few stop words", "min_stop_words", _Text.stop_words),
+    ("low in information", "min_unique_tokens", _Text.information),
+)
+
+
 def violations(text: str, language: str, config: RuleConfig) -> Iterator[Drop]:
     """Every rule that the text breaks, cheap rules first."""
-    lines = [line.strip() for line in text.split("\n")]
-    lines = [line for line in lines if line]
-    yield from _length(text, lines, config)
-    yield from _characters(text, config)
-    yield from _lines(text, lines, config)
-    hashes = hashing.tokens(text)
-    yield from _words(text, hashes, language, config)
-    yield from _repetition(text, lines, hashes, config)
+    lower = text.lower() if config.drop_phrases else ""
+    yield from (Drop("phrase", phrase) for phrase in config.drop_phrases if phrase in lower)
+    counted = _Text(text, language, config.min_lines)
+    for reason, field, figure in _RULES:
+        if (limit := getattr(config, field)) is not None and (value := figure(counted)) is not None:
+            yield from (_below if field.startswith("min") else _above)(reason, value, limit)
+    yield from _repetition(counted, config)
 
 
-def _above(name: str, value: float, limit: float | None) -> Iterator[Drop]:
+def _above(reason: str, value: float, limit: float | None) -> Iterator[Drop]:
     if limit is not None and value > limit:
-        yield Drop(name, f"{value:.4g} > {limit:.4g}")
+        yield Drop(reason, f"{value:.4g} > {limit:.4g}")
 
 
-def _below(name: str, value: float, limit: float | None) -> Iterator[Drop]:
-    if limit is not None and value < limit:
-        yield Drop(name, f"{value:.4g} < {limit:.4g}")
+def _below(reason: str, value: float, limit: float) -> Iterator[Drop]:
+    if value < limit:
+        yield Drop(reason, f"{value:.4g} < {limit:.4g}")
 
 
-def _length(text: str, lines: list[str], config: RuleConfig) -> Iterator[Drop]:
-    if config.max_line is not None or config.max_mean_line is not None:
-        lengths = [len(line) for line in text.split("\n")]
-        yield from _above("long line", max(lengths), config.max_line)
-        yield from _above("long lines", sum(lengths) / len(lengths), config.max_mean_line)
-    if config.drop_phrases:
-        lower = text.lower()
-        for phrase in config.drop_phrases:
-            if phrase in lower:
-                yield Drop("phrase", phrase)
-
-
-def _characters(text: str, config: RuleConfig) -> Iterator[Drop]:
-    visible = max(sum(map(len, text.split())), 1)
-    yield from _above("replacement characters", text.count("\ufffd") / visible, config.max_replacement)
-    chars = hashing.characters(text)
-    if config.min_alphanumeric is not None:
-        yield from _below("few letters and digits", float(hashing.is_word(chars).mean()), config.min_alphanumeric)
-    if config.min_letters is not None:
-        digits = sum(map(text.count, "0123456789"))
-        letters = int(hashing.is_word(chars).sum()) - digits
-        yield from _below("few letters", letters / visible, config.min_letters)
-    if config.max_punctuation is not None:
-        marks = sum(text.count(mark) for mark in _PUNCTUATION)
-        yield from _above("heavy punctuation", marks / visible, config.max_punctuation)
-
-
-def _lines(text: str, lines: list[str], config: RuleConfig) -> Iterator[Drop]:
-    count = len(lines)
-    if count < config.min_lines:
-        return
-    if config.max_bullet_lines is not None:
-        yield from _above(
-            "bullet lines", sum(line.startswith(_BULLETS) for line in lines) / count, config.max_bullet_lines
-        )
-    if config.max_ellipsis_lines is not None:
-        ends = sum(line.endswith(_ELLIPSES) for line in lines)
-        yield from _above("ellipsis lines", ends / count, config.max_ellipsis_lines)
-    if config.min_terminal_lines is not None:
-        ends = sum(line.endswith(_TERMINALS) for line in lines)
-        yield from _below("lines without an end", ends / count, config.min_terminal_lines)
-
-
-def _words(text: str, hashes: np.ndarray, language: str, config: RuleConfig) -> Iterator[Drop]:
-    count = len(hashes)
-    yield from _below("short", count, config.min_tokens)
-    yield from _above("long", count, config.max_tokens)
-    if not count:
-        return
-    if config.max_symbol_ratio is not None:
-        symbols = text.count("#") + text.count("...") + text.count("…")
-        yield from _above("symbols", symbols / count, config.max_symbol_ratio)
-    if config.min_mean_word is not None or config.max_mean_word is not None:
-        words = text.split()
-        mean = sum(map(len, words)) / max(len(words), 1)
-        yield from _below("short words", mean, config.min_mean_word)
-        yield from _above("long words", mean, config.max_mean_word)
-    if config.min_stop_words is not None and language in STOP_WORDS:
-        found = np.isin(_stop_words(language), hashes).sum()
-        yield from _below("few stop words", int(found), config.min_stop_words)
-    if config.min_unique_tokens is not None:
-        unique = len(np.unique(hashes)) / count
-        # A long text uses up its vocabulary: judged on windows of at most 10,000 tokens' worth.
-        yield from _below("low in information", unique * max(count / 10_000, 1), config.min_unique_tokens)
-
-
-def _repetition(text: str, lines: list[str], hashes: np.ndarray, config: RuleConfig) -> Iterator[Drop]:
+def _repetition(counted: _Text, config: RuleConfig) -> Iterator[Drop]:
+    lines, repeated, hashes = counted.lines, counted.repeated_lines, counted.tokens
     if len(lines) > 1:
-        seen: set[str] = set()
-        repeated = [line for line in lines if line in seen or seen.add(line)]
         if len(lines) >= config.min_lines:
             yield from _above("repeated lines", len(repeated) / len(lines), config.max_duplicate_lines)
-        chars = sum(map(len, repeated)) / max(len(text), 1)
+        chars = sum(map(len, repeated)) / max(len(counted.text), 1)
         yield from _above("repeated lines", chars, config.max_duplicate_line_chars)
     count = max(len(hashes), 1)
     for n, limit in enumerate(config.max_top_ngram, start=2):

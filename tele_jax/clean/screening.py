@@ -1,6 +1,7 @@
 """Screens for what must not be in a document: parts of benchmarks, words of a list, and personal identifiers.
 
-Personal identifiers are found by pattern and checksum and replaced by a mark such as <email>; the others drop a document.
+Personal identifiers are found by pattern and checksum, and replaced by a mark such as <email>. The others drop a
+document.
 """
 
 import dataclasses
