@@ -1,13 +1,14 @@
 """Pictures of losses, growth plans, receipts, layer scores and masks, as matplotlib figures.
 
 plots.loss({"loss, nats per token": {"small": (steps, losses)}}, growths=[300])    curves across growths
-plots.plan(plan)                       what every leaf of the grown model is made of
-plots.receipts({"exact": receipt})     what verify found: report.to_json(), or a growth_receipt.json
-plots.layer_scores(receipt)            how much each layer changes its input, and which layers were copied
+plots.plan(plan)                       copied, scaled, zero and fresh parts of every leaf
+plots.receipts({"exact": receipt})     findings of verify: report.to_json(), or a growth_receipt.json
+plots.layer_scores(receipt)            change of the stream by each layer, and the layers that were copied
 plots.mask_ramp(schedule, 300)         the masks of policy msg, step by step
 
-A function returns a figure of its own, which touches no state of pyplot: a notebook shows it, a script saves it with
-figure.savefig(path), its axes are figure.axes. The extra [plots] installs what it needs.
+A function returns a new figure and touches no state of pyplot: a notebook shows the figure, a script saves it with
+figure.savefig(path), its axes are figure.axes. The extra [plots] installs matplotlib and Pillow;
+without them every function raises UserError.
 """
 
 import functools
@@ -34,7 +35,8 @@ BLUE, ORANGE, GREEN, PINK, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#C
 CYCLE = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY)
 STYLES = ("-", "--", "-.", ":")
 PALE, INK = "#D9D9D9", "#333333"
-DPI = 100
+LEGEND_BELOW = dict(loc="outside lower center", ncols=3, frameon=False)
+DPI, WIDTH = 100, 9  # dots per inch; inches
 FEW = 60  # points of a curve up to which each is marked
 
 KINDS = {"copied": BLUE, "scaled": SKY, "zero": PALE, "fresh": ORANGE}
@@ -44,9 +46,7 @@ EXPLAINED = {
     "zero": "zero",
     "fresh": "fresh (random; norm scales constant)",
 }
-
 CANNOT_LEARN = {"dead": "no gradient", "locked": "equal to another unit"}
-
 METRICS = {
     "cosine": "1 - cos(in, out)",
     "angular": "angle between in and out, half turns",
@@ -67,30 +67,23 @@ def loss(
     """Curves over a common axis, with a vertical line wherever the model grew.
 
     Args:
-      panels: one below the other; by the label of the vertical axis (what, unit), the curves by name: (xs, ys).
-      growths: where the model grew, on the horizontal axis.
-      x_label: the horizontal axis (what, unit).
-      x_range: the part of it to show; all of it by default. The vertical axis then fits what is seen.
+      panels: {label of the vertical axis, with its unit: {name of the curve: (xs, ys)}}, one below the other.
+      growths: places on the horizontal axis where the model grew.
+      x_label: label of the horizontal axis, with its unit.
+      x_range: part of the horizontal axis to show, all by default; the vertical axis then fits the curves in it.
 
     Raises:
-      UserError: no panel; a curve whose xs and ys differ in length; matplotlib is missing.
+      UserError: no panel; a curve whose xs and ys differ in length.
     """
     require(len(panels) > 0, "plots.loss: no panel to draw; give {label of the vertical axis: {name: (xs, ys)}}")
-    figure = _figure(9, 1.5 + 3.2 * len(panels))
+    figure = _figure(1.5 + 3.2 * len(panels))
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (label, curves) in zip(rows, panels.items(), strict=True):
         for i, (name, (xs, ys)) in enumerate(curves.items()):
             require(len(xs) == len(ys), f"plots.loss: curve {name!r} has {len(xs)} xs and {len(ys)} ys")
-            axes.plot(
-                xs,
-                ys,
-                label=name,
-                color=CYCLE[i % len(CYCLE)],
-                linestyle=STYLES[i // len(CYCLE) % len(STYLES)],
-                linewidth=1.5,
-                marker="o" if len(xs) <= FEW else None,
-                markersize=3.5,
-            )
+            style = dict(color=CYCLE[i % len(CYCLE)], linestyle=STYLES[i // len(CYCLE) % len(STYLES)])
+            marker = "o" if len(xs) <= FEW else None
+            axes.plot(xs, ys, label=name, **style, linewidth=1.5, marker=marker, markersize=3.5)
         for i, at in enumerate(growths):
             axes.axvline(at, color=INK, linestyle="--", linewidth=1, label="growth" if i == 0 else None)
         if x_range is not None:
@@ -114,17 +107,12 @@ def _zoom(axes: "Axes", curves: Iterable[Curve], x_range: tuple[float, float]) -
 
 
 def plan(plan: "Plan") -> "Figure":
-    """Of every leaf of the grown model, the shares that are copied, scaled, zero and fresh, as stacked bars.
-
-    Raises:
-      UserError: matplotlib is missing.
-    """
+    """Stacked bars of every leaf of the grown model: the parts that are copied, scaled, zero and fresh."""
     tallies = {name: plan.tally(name) for name in plan.dst_spec}
     total = {kind: sum(tally[kind] for tally in tallies.values()) for kind in KINDS}
     rows = {"all parameters": total, **tallies}
     shapes = {name: " x ".join(f"{size:,}" for size in spec.shape) for name, spec in plan.dst_spec.items()}
-    figure = _figure(9, 1.8 + 0.32 * len(rows))
-    axes = figure.add_subplot()
+    figure, axes = _single(1.8 + 0.32 * len(rows))
     places, sizes = np.arange(len(rows)), np.array([sum(tally.values()) for tally in rows.values()])
     left = np.zeros(len(rows))
     for kind, color in KINDS.items():
@@ -139,29 +127,28 @@ def plan(plan: "Plan") -> "Figure":
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of the entries of each grown array, percent (right: how many entries)")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS), frameon=False)
+    figure.legend(**LEGEND_BELOW | dict(ncols=len(KINDS)))
     grown = ", ".join(f"{axis} {m.src_size} -> {m.dst_size}" for axis, m in plan.maps.items() if not m.is_identity)
     axes.set_title(f"Growth by policy {plan.policy}\n{grown or 'no axis grows'}", fontsize="medium")
     return figure
 
 
 def layer_scores(receipt: Mapping[str, Any]) -> "Figure":
-    """How much every source layer changes what goes through it, and which of them the growth copied.
+    """Bars of how much every source layer changes its input; layers that the growth copied stand out.
 
-    receipt: what `tele grow` and a growth stage write (growth_receipt.json). Read are `layer_scores`, one float per
-    source layer; `layers`, for every layer of the grown model the id of its source; and `layer_metric`, cosine where
-    it is absent.
+    receipt: growth_receipt.json, as `tele grow` and a growth stage write it. Its fields `layer_scores` (a float for
+    each source layer), `layers` (the source of each layer of the grown model) and `layer_metric` (absent: cosine) are
+    read.
 
     Raises:
-      UserError: the receipt has no scores, since the layers were not chosen by distance; matplotlib is missing.
+      UserError: the receipt has no scores, since the layers were not chosen by distance.
     """
     scores, layers = receipt.get("layer_scores"), receipt.get("layers")
     if scores is None or layers is None:
         raise UserError('plots.layer_scores: the receipt has no layer scores; only layers="distance" measures them')
     copies = np.bincount(np.asarray(layers, np.int64), minlength=len(scores)) - 1
     metric = receipt.get("layer_metric") or "cosine"
-    figure = _figure(9, 4.2)
-    axes = figure.add_subplot()
+    figure, axes = _single(4.2)
     ids = np.arange(len(scores))
     ends = (len(scores) > 2) & ((ids == 0) | (ids == len(scores) - 1)) & (copies == 0)
     for where, color, label in (
@@ -171,23 +158,25 @@ def layer_scores(receipt: Mapping[str, Any]) -> "Figure":
     ):
         if where.any():
             axes.bar(ids[where], np.asarray(scores)[where], color=color, label=label)
-    for i in ids[copies > (0 if len(scores) <= 24 else 1)]:  # of many layers, only where it says more than the colour
+    for i in ids[copies > (0 if len(scores) <= 24 else 1)]:  # with many layers, only numbers above one copy
         axes.annotate(f"+{copies[i]}", (i, scores[i]), ha="center", va="bottom", fontsize="small")
     axes.margins(y=0.12)
     axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("source layer")
-    axes.set_ylabel(f"change of what goes through a layer ({metric})\n{METRICS.get(metric, '')}".rstrip())
+    axes.set_ylabel(f"change of the stream by a layer ({metric})\n{METRICS.get(metric, '')}".rstrip())
     axes.set_title(f"Which layers were copied: {len(scores)} -> {len(layers)}, those that change least")
     _grid(axes, "y")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(**LEGEND_BELOW)
     return figure
 
 
-def mask_ramp(schedule: "MaskSchedule", steps: int | Sequence[int], *, x_label: str = "steps after the growth"):
-    """The mask on what is new, along every grown axis, over range(steps) or the steps given: a Figure.
+def mask_ramp(
+    schedule: "MaskSchedule", steps: int | Sequence[int], *, x_label: str = "steps after the growth"
+) -> "Figure":
+    """Curves of the mask on the new units of every grown axis, over range(steps) or the steps given: a Figure.
 
     Raises:
-      UserError: the schedule's plan has no masks; no step; matplotlib is missing.
+      UserError: the schedule's plan has no masks; no step.
     """
     at = range(steps) if isinstance(steps, int) else list(steps)
     require(len(at) > 0, f"plots.mask_ramp: steps={steps} is no step at all")
@@ -204,8 +193,7 @@ def mask_ramp(schedule: "MaskSchedule", steps: int | Sequence[int], *, x_label: 
         new = schedule.plan.maps[axis].fresh
         values = tuple(1.0 if state is None else float(state[axis][new].min()) for state in states)
         curves.setdefault(values, []).append(axis)
-    figure = _figure(9, 3.8)
-    axes = figure.add_subplot()
+    figure, axes = _single(3.8)
     for i, (values, names) in enumerate(curves.items()):
         axes.plot(at, values, color=CYCLE[i % len(CYCLE)], linewidth=2, label=f"new units of {', '.join(names)}")
     axes.axhline(1, color=INK, linestyle="--", linewidth=1, label="what was there before")
@@ -218,17 +206,17 @@ def mask_ramp(schedule: "MaskSchedule", steps: int | Sequence[int], *, x_label: 
     axes.set_ylabel("mask (0: as if it were not there)")
     axes.set_title("What is new enters gradually")
     _grid(axes)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(**LEGEND_BELOW)
     return figure
 
 
 def receipts(receipts: Mapping[str, Mapping[str, Any]]) -> "Figure":
-    """What verify found, one row per growth: how far the function moved, and the new units that cannot learn.
+    """Findings of verify, one row per growth: how far the function moved, and the new units that cannot learn.
 
-    receipts: by a name for the growth, what report.to_json() or a growth_receipt.json holds.
+    receipts: {name of the growth: content of report.to_json() or of a growth_receipt.json}.
 
     Raises:
-      UserError: no receipt, or one without the fields of a report; matplotlib is missing.
+      UserError: no receipt, or one without the fields of a report.
     """
     require(len(receipts) > 0, "plots.receipts: no receipt to draw; give {name: receipt}")
     for name, receipt in receipts.items():
@@ -237,12 +225,15 @@ def receipts(receipts: Mapping[str, Mapping[str, Any]]) -> "Figure":
         require(not missing, f"plots.receipts: {name!r} is no receipt of a growth: {listed} missing")
     rows = list(receipts.values())
     places = np.arange(len(rows))
-    figure = _figure(9, 1.9 + 0.55 * len(rows))
+    figure = _figure(1.9 + 0.55 * len(rows))
     moved, divergence, units = figure.subplots(1, 3, sharey=True, width_ratios=(1, 0.9, 0.9))
     _log_dots(moved, [row["max_rel"] for row in rows], rows)
     _log_dots(divergence, [None if row["kl"] is None else abs(row["kl"]) for row in rows], rows)
-    _tolerances(moved, rows)
-    _counts(units, rows)
+    promised = [(place, row["tolerance"]) for place, row in enumerate(rows) if row["preserving"] and row["tolerance"]]
+    for i, (place, tolerance) in enumerate(promised):
+        label = "tolerance: what rounding explains" if i == 0 else None
+        moved.plot([tolerance] * 2, [place - 0.4, place + 0.4], color=INK, linewidth=2, label=label)
+    _unit_bars(units, rows)
     moved.set_xlabel("largest logit difference,\nrelative to the largest logit")
     divergence.set_xlabel("KL divergence of predictions,\nmean, |nats per token|")
     units.set_xlabel("number of new units\nthat cannot learn")
@@ -250,13 +241,13 @@ def receipts(receipts: Mapping[str, Mapping[str, Any]]) -> "Figure":
     moved.set_ylim(len(rows) - 0.5, -0.5)
     for axes in (moved, divergence, units):
         _grid(axes, "x")
-    figure.legend(*_merged_legend(moved, units), loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    figure.legend(**LEGEND_BELOW, fontsize="small")
     figure.suptitle("Did the function stay the same, and can everything new learn?", fontsize="medium")
     return figure
 
 
 def _verdict(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    """(in words, marker, colour): a policy that promises little keeps its promise easily, and that is said."""
+    """Returns (words, marker, colour); a policy that promises little keeps its promise easily, so the words say so."""
     if not row["ok"]:
         return "NOT ok", "X", VERMILION
     if not row["preserving"]:
@@ -265,7 +256,7 @@ def _verdict(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _log_dots(axes: "Axes", values: Sequence[float | None], rows: Sequence[Mapping[str, Any]]) -> None:
-    """A dot per row on a logarithmic axis, with its number; what has no place there (0, None) is said at the left."""
+    """Draws a dot per row on a logarithmic axis, with its number; 0 and None, which have no place, become a text."""
     tolerances = [row["tolerance"] for row in rows if row["tolerance"] is not None]
     positive = [v for v in values if v is not None and v > 0 and math.isfinite(v)] + tolerances
     low = 10.0 ** (math.floor(math.log10(min(positive, default=1e-8))) - 1)
@@ -274,44 +265,28 @@ def _log_dots(axes: "Axes", values: Sequence[float | None], rows: Sequence[Mappi
     axes.set_xlim(low, high)
     for place, (value, row) in enumerate(zip(values, rows, strict=True)):
         _, marker, color = _verdict(row)
+        small = dict(textcoords="offset points", fontsize=8)
         if value is not None and value > 0 and math.isfinite(value):
             axes.plot([value], [place], marker, color=color, markersize=8)
-            axes.annotate(f"{value:.2g}", (value, place), (0, 8), textcoords="offset points", ha="center", fontsize=8)
+            axes.annotate(f"{value:.2g}", (value, place), (0, 8), ha="center", **small)
         else:
-            said = "not looked at" if value is None else "0, exactly" if value == 0 else f"{value}"
-            axes.annotate(said, (low, place), (6, 0), textcoords="offset points", va="center", fontsize=8, color=color)
+            words = "not checked" if value is None else "0, exactly" if value == 0 else f"{value}"
+            axes.annotate(words, (low, place), (6, 0), va="center", color=color, **small)
 
 
-def _tolerances(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
-    """A vertical mark in every row that promises to stay below it."""
-    promised = [(place, row["tolerance"]) for place, row in enumerate(rows) if row["preserving"] and row["tolerance"]]
-    for i, (place, tolerance) in enumerate(promised):
-        label = "tolerance: what rounding explains" if i == 0 else None
-        axes.plot([tolerance] * 2, [place - 0.4, place + 0.4], color=INK, linewidth=2, label=label)
-
-
-def _counts(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
-    """Bars of dead and locked units, each with its number."""
+def _unit_bars(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draws bars of dead and locked units, each with its number."""
     for offset, kind, color in ((-0.18, "dead", INK), (0.18, "locked", PINK)):
         counts = [None if row[kind] is None else len(row[kind]) for row in rows]
         places = np.arange(len(rows)) + offset
         label = f"{kind}: {CANNOT_LEARN[kind]}"
         axes.barh(places, [count or 0 for count in counts], height=0.3, color=color, label=label)
         for place, count in zip(places, counts, strict=True):
-            text = "not looked at" if count is None else f"{count:,} {kind}"
+            text = "not checked" if count is None else f"{count:,} {kind}"
             axes.annotate(f" {text}", (count or 0, place), va="center", fontsize=8)
     most = max(len(row[kind] or ()) for row in rows for kind in CANNOT_LEARN)
     axes.set_xlim(0, 1.9 * max(most, 1))
     axes.locator_params(axis="x", integer=True, nbins=4)
-
-
-def _merged_legend(moved: "Axes", units: "Axes") -> tuple[list, list]:
-    handles, labels = [], []
-    for axes in (moved, units):
-        more = axes.get_legend_handles_labels()
-        handles += more[0]
-        labels += more[1]
-    return handles, labels
 
 
 def _grid(axes: "Axes", which: str = "both") -> None:
@@ -320,9 +295,14 @@ def _grid(axes: "Axes", which: str = "both") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _figure(width: float, height: float) -> "Figure":
-    """An empty figure, inches at DPI dots each."""
-    return _figure_class()(figsize=(width, height), dpi=DPI, layout="constrained")
+def _single(height: float) -> tuple["Figure", "Axes"]:
+    figure = _figure(height)
+    return figure, figure.add_subplot()
+
+
+def _figure(height: float) -> "Figure":
+    """An empty figure of WIDTH x height inches."""
+    return _figure_class()(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
 
 
 @functools.cache
@@ -338,7 +318,7 @@ def _figure_class() -> type:
         ) from None
 
     class Picture(Figure):
-        """A figure with a canvas of its own, and that notebooks show without pyplot."""
+        """A figure with its own canvas, which notebooks show without pyplot."""
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)

@@ -142,15 +142,15 @@ def test_receipts_are_compared_row_by_row():
     ]
     assert dots(moved) == {0: (3e-7, "o"), 1: (0.3, "X"), 2: (1.5, "s")}
     assert dots(divergence) == {0: (2e-9, "o"), 1: (0.1, "X"), 2: (2e-9, "s")}
-    assert texts(moved) == ["3e-07", "0.3", "1.5", "0, exactly", "not looked at"]
+    assert texts(moved) == ["3e-07", "0.3", "1.5", "0, exactly", "not checked"]
     low, high = moved.get_xlim()
     assert low < 3e-7 and high > 1.5
-    # A policy that promises nothing has no tolerance to stay below, nor has what was not looked at.
+    # A policy that promises nothing has no tolerance to stay below, nor has what was not checked.
     marks = [sorted(line.get_ydata()) for line in moved.lines if line.get_marker() == "None"]
     assert [round(sum(mark) / 2) for mark in marks] == [0, 1, 3]
     counted = {bar.get_label().split(":")[0]: [patch.get_width() for patch in bar] for bar in units.containers}
     assert counted == {"dead": [0, 1, 0, 0, 0], "locked": [2, 2, 2, 0, 0]}
-    assert texts(units)[4] == " not looked at" and texts(units)[5] == " 2 locked"
+    assert texts(units)[4] == " not checked" and texts(units)[5] == " 2 locked"
 
 
 def test_what_is_no_receipt_is_refused():

@@ -1,21 +1,24 @@
-"""What one execution of a compiled program does on one device: FLOPs, bytes of HBM, collectives, loops multiplied out.
+"""Counts of one execution of a compiled program on one device: FLOPs, bytes of HBM, collectives, loops multiplied out.
 
     counts = count(hlo.parse(compiled.as_text()))
 
-XLA's own analysis counts the body of a loop once, and so a model of 64 layers as one layer.
+XLA's own analysis counts the body of a loop once, and so takes a model of 64 layers for one layer.
 """
 
 import dataclasses
 import functools
+import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+
 from tele_jax.aot import hlo
-from tele_jax.aot.flops import attention_flops, convolution_flops, dot_flops
 from tele_jax.aot.hlo import Computation, Instruction, Module
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-# They stand for a value that another instruction has made, or for one that is only named.
+# Opcodes that move nothing: they stand for a value that another instruction has made, or name one.
 _NAMES = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id")
 _DONE = ("copy", "slice", "async", "call", "all-gather", "all-reduce", "collective-permute", "send", "recv")
 _FREE = frozenset(
@@ -27,13 +30,12 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective operation.
+    """One collective operation; bytes are those of one device and one execution.
 
-    times: how often it runs. operand_bytes, result_bytes: of one device and one time. group: positions in the mesh of
-    the devices that the first group connects. source: the operation of the model that asked for it. channel: its
-    number in the program. slices: how many it connects, over the network between them; each device of a slice then
-    exchanges with those in its place in the others, and group only numbers the slices. overlapped: the schedule lets
-    other work run meanwhile; otherwise the device waits for it.
+    group: positions in the mesh of the devices that the first group connects. source: the operation of the model that
+    asked for it. channel: its number in the program. slices: how many slices it connects over the network between them;
+    each device then exchanges with those in its place in the other slices, and group only numbers the slices.
+    overlapped: the schedule lets other work run meanwhile; otherwise the device waits.
     """
 
     kind: str
@@ -49,17 +51,16 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Counts of one device and one execution: matmul_flops of dots and convolutions, kernel_flops of attention kernels,
-    hbm_bytes read and written, host_bytes moved to and from the host's memory.
+    """Counts of one device and one execution.
 
     work: (FLOPs, HBM bytes, times) of the instructions that run one after another, as the schedule has them. Copies
     and collectives that the schedule overlaps with others are not among them.
     """
 
-    matmul_flops: float
-    kernel_flops: float
-    hbm_bytes: float
-    host_bytes: float
+    matmul_flops: float  # of dots and convolutions
+    kernel_flops: float  # of attention kernels
+    hbm_bytes: float  # read and written
+    host_bytes: float  # moved to and from the host's memory
     saved_bytes: int  # kept by the loop over layers for the backward pass
     collectives: tuple[Collective, ...]
     loops: tuple[tuple[str, int], ...]
@@ -105,11 +106,9 @@ class _Sum:
     work: dict[tuple[float, float], float] = dataclasses.field(default_factory=dict)  # (FLOPs, HBM bytes) -> times
 
     def add(self, other: "_Sum", times: float = 1.0, *, own: str = "") -> None:
-        """Adds another so many times. `own` makes the names of its collectives those of a loop of its own."""
-        self.matmul += times * other.matmul
-        self.kernel += times * other.kernel
-        self.hbm += times * other.hbm
-        self.host += times * other.host
+        """Adds `other`, executed `times` times. `own` is a prefix that keeps the names of its collectives apart."""
+        for name in ("matmul", "kernel", "hbm", "host"):
+            setattr(self, name, getattr(self, name) + times * getattr(other, name))
         for piece, count in other.work.items():
             self.work[piece] = self.work.get(piece, 0.0) + times * count
         for key, collective in other.collectives.items():
@@ -125,7 +124,7 @@ def _overlapped(i: Instruction) -> bool:
 
 
 def _by_channel(collectives: Mapping[str, Collective]) -> dict[str, Collective]:
-    """Named by what they do: a collective that overlaps with several fusions is written in each of them, and is one.
+    """Names collectives by their work: one that overlaps with many fusions is written in each of them, and counts once.
 
     Channels alone do not tell them apart: those that shard_map wrote may all have the same.
     """
@@ -176,10 +175,8 @@ class _Counter:
             inner = self.computation(i.called("calls"))
             # A fusion that multiplies and exchanges in one does both at the same time.
             both = inner.matmul + inner.kernel > 0
-            collectives = {
-                key: dataclasses.replace(c, overlapped=c.overlapped or both)
-                for key, c in _by_channel(inner.collectives).items()
-            }
+            own = _by_channel(inner.collectives).items()
+            collectives = {key: dataclasses.replace(c, overlapped=c.overlapped or both) for key, c in own}
             total.add(dataclasses.replace(inner, hbm=0.0, host=0.0, collectives=collectives, work={}))
         self._arithmetic(computation, i, total)
         kind = i.opcode.removesuffix("-start")
@@ -187,22 +184,16 @@ class _Counter:
             found = dataclasses.replace(self._collective(computation, i, kind), overlapped=_overlapped(i))
             total.add(_Sum(collectives={i.name: found}))
         elif i.opcode == "send" and "xla_megascale_runtime" in i.attributes:
-            found = dataclasses.replace(_between_slices(computation, i), overlapped=True)
-            total.add(_Sum(collectives={i.name: found}))
+            total.add(_Sum(collectives={i.name: _between_slices(computation, i)}))
         if i.opcode not in _FREE:
             self._memory(computation, i, total)
-
-    # ------------------------------------------------------------------------------------------------- arithmetic
 
     def _arithmetic(self, computation: Computation, i: Instruction, total: _Sum) -> None:
         if i.opcode in ("dot", "convolution"):
             left, right = (computation.instructions[name].shape[0] for name in i.operands[:2])
-            flops = dot_flops(i, left) if i.opcode == "dot" else convolution_flops(i, left, right)
-            total.matmul += flops
+            total.matmul += dot_flops(i, left) if i.opcode == "dot" else convolution_flops(i, left, right)
         elif i.opcode == "custom-call":
             total.kernel += attention_flops(i, [computation.instructions[name] for name in i.operands])
-
-    # ------------------------------------------------------------------------------------------------ collectives
 
     def _collective(self, computation: Computation, i: Instruction, kind: str) -> Collective:
         operand = sum(computation.instructions[name].bytes for name in i.operands)
@@ -211,7 +202,7 @@ class _Counter:
             arrays = arrays[len(arrays) // 2 :]  # (operands, results)
         result = sum(array.bytes for array in arrays)
         if kind == "all-reduce" and self._only_sliced(computation, i):
-            # How a TPU program writes a reduce-scatter: reduce, and keep one's own part.
+            # A TPU program writes a reduce-scatter so: reduce, and keep one's own part.
             kind = "reduce-scatter"
             result = sum(user.bytes for user in self._slices_of(computation, i))
         group = hlo.device_groups(i)
@@ -228,14 +219,12 @@ class _Counter:
 
     def _only_sliced(self, computation: Computation, i: Instruction) -> bool:
         users = self._slices_of(computation, i)
-        sliced = [u for u in users if u.opcode == "dynamic-slice" and u.bytes < i.bytes]
-        return bool(users) and len(sliced) == len(users) and "all-reduce-scatter" in computation.name
-
-    # ----------------------------------------------------------------------------------------------------- memory
+        sliced = all(user.opcode == "dynamic-slice" and user.bytes < i.bytes for user in users)
+        return bool(users) and sliced and "all-reduce-scatter" in computation.name
 
     def _memory(self, computation: Computation, i: Instruction, total: _Sum) -> None:
-        """Bytes that an instruction reads from and writes to HBM: its operands and its result, as far as they lie
-        there. Of an array that is only sliced, the slices; of one that is updated in place, the update.
+        """Adds the bytes of operands and results in HBM. An array that is only sliced counts by its slices, one that is
+        updated in place by the update.
         """
         inner = self.module.computations[i.called("calls")] if i.opcode == "fusion" else None
         operands = [computation.instructions[name] for name in i.operands]
@@ -248,13 +237,11 @@ class _Counter:
         for position, operand in enumerate(operands):
             if any(array.space == hlo.HBM for array in operand.shape):
                 whole = sum(array.bytes for array in operand.shape if array.space == hlo.HBM)
-                read = _read_by(i, position, self.module) if inner is None else self._read(inner, position)
+                read = _read_by(i, position) if inner is None else self._read(inner, position)
                 total.hbm += whole if read is None else min(read, whole)
         results = [array for array in i.shape if array.space == hlo.HBM]
         if results:
-            total.hbm += self._written(
-                computation if inner is None else inner, i if inner is None else inner.root, results
-            )
+            total.hbm += _written(computation, i, results) if inner is None else _written(inner, inner.root, results)
 
     def _read(self, inner: Computation, position: int) -> int | None:
         """Bytes of its parameter that a fused computation reads; None for all of them."""
@@ -264,67 +251,53 @@ class _Counter:
             for at, name in enumerate(user.operands):
                 if name != parameter.name:
                     continue
-                if user.opcode == "fusion":
-                    part = self._read(self.module.computations[user.called("calls")], at)
-                else:
-                    part = _read_by(user, at, self.module)
+                fused = self.module.computations[user.called("calls")] if user.opcode == "fusion" else None
+                part = _read_by(user, at) if fused is None else self._read(fused, at)
                 if part is None:
                     return None
                 total += part
         return total
 
-    def _written(self, computation: Computation, root: Instruction, results: Iterable[hlo.Array]) -> int:
-        """Bytes written for a result: of an update in place, the update alone."""
-        whole = sum(array.bytes for array in results)
-        parts = [computation.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
-        saved = 0
-        for part in parts:
-            while part.opcode == "bitcast":
-                part = computation.instructions[part.operands[0]]
-            if part.opcode == "dynamic-update-slice" and part.shape[0].space == hlo.HBM:
-                saved += part.bytes - computation.instructions[part.operands[1]].bytes
-        return max(whole - saved, 0)
-
 
 def _between_slices(computation: Computation, i: Instruction) -> Collective:
-    """A collective between slices, which a TPU program leaves to the hosts: they are sent a device's part, and the
-    result is received.
-    """
+    """A collective between slices: a TPU program sends a device's part to the hosts, and receives the result."""
     name = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', i.attributes)[1]
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)[1].lower().replace("_", "-")
     receive = next(r for r in computation.instructions.values() if r.opcode == "recv" and f'"{name}"' in r.attributes)
-    slices = hlo.slices_of(i)
-    return Collective(
-        "collective-permute" if kind == "one-to-one" else kind,
-        1.0,
-        i.shape[0].bytes,
-        receive.shape[0].bytes,
-        tuple(range(slices)),
-        name,
-        i.attribute("channel_id"),
-        slices,
-    )
+    kind, slices = "collective-permute" if kind == "one-to-one" else kind, hlo.slices_of(i)
+    sizes, group = (i.shape[0].bytes, receive.shape[0].bytes), tuple(range(slices))
+    return Collective(kind, 1.0, *sizes, group, name, i.attribute("channel_id"), slices, overlapped=True)
 
 
-def _read_by(i: Instruction, position: int, module: Module) -> int | None:
+def _written(computation: Computation, root: Instruction, results: Iterable[hlo.Array]) -> int:
+    """Bytes written for a result; an update in place writes the update alone."""
+    whole = sum(array.bytes for array in results)
+    parts = [computation.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    saved = 0
+    for part in parts:
+        while part.opcode == "bitcast":
+            part = computation.instructions[part.operands[0]]
+        if part.opcode == "dynamic-update-slice" and part.shape[0].space == hlo.HBM:
+            saved += part.bytes - computation.instructions[part.operands[1]].bytes
+    return max(whole - saved, 0)
+
+
+def _read_by(i: Instruction, position: int) -> int | None:
     """Bytes of its operand at `position` that an instruction reads; None for all of them."""
-    del module
     if position == 0 and i.opcode in _SLICES:
         return i.bytes
     return 0 if position == 0 and i.opcode == "dynamic-update-slice" else None
 
 
 def _branches(i: Instruction) -> list[str]:
-    listed = i.attribute("branch_computations")
-    names = (
-        re.findall(r"%?([\w.\-]+)", listed) if listed else [i.called("true_computation"), i.called("false_computation")]
-    )
-    return [name for name in names if name]
+    if listed := i.attribute("branch_computations"):
+        return re.findall(r"%?([\w.\-]+)", listed)
+    return [name for key in ("true_computation", "false_computation") if (name := i.called(key))]
 
 
 def _saved(module: Module) -> int:
-    """Bytes that loops fill slice by slice and that a later one of the same computation reads: what the forward pass
-    saves for the backward pass. With microbatches, that computation is the body of their loop.
+    """Bytes that the forward pass saves for the backward pass: loops fill them slice by slice, and a later loop of the
+    computation reads them. With microbatches, that computation is the body of their loop.
     """
     return max((_saved_within(module, computation) for computation in module.computations.values()), default=0)
 
@@ -350,7 +323,7 @@ def _saved_within(module: Module, outer: Computation) -> int:
 
 
 def _reach(outer: Computation, i: Instruction) -> set[str]:
-    """Loops that a value enters as it is, through tuples and other names of it."""
+    """Names of the loops that a value enters unchanged, through tuples and other names of the value."""
     found = set()
     for user in outer.users[i.name]:
         if user.opcode == "while":
@@ -358,3 +331,67 @@ def _reach(outer: Computation, i: Instruction) -> set[str]:
         elif user.opcode in ("tuple", "bitcast", "copy", "copy-start", "copy-done", "opt-barrier"):
             found |= _reach(outer, user)
     return found
+
+
+def dot_flops(i: Instruction, left: hlo.Array) -> float:
+    """FLOPs of a matrix product: two for every product that is summed."""
+    contracted = [int(d) for d in re.findall(r"\d+", i.attribute("lhs_contracting_dims") or "")]
+    return 2.0 * math.prod(i.shape[0].dims) * math.prod(left.dims[d] for d in contracted)
+
+
+def convolution_flops(i: Instruction, left: hlo.Array, right: hlo.Array) -> float:
+    """FLOPs of a convolution: two for every product of elements; padding and the holes of dilation do not count.
+
+    TPU programs write matrix products as convolutions, batch dimensions as spatial ones with padding or dilation.
+    """
+    inputs, kernel, outputs = re.split("_|->", i.attribute("dim_labels"))
+    window = _window(i, sum(c.isdigit() for c in kernel))
+    products = 1.0
+    for d, dimension in enumerate(window):
+        size_in, size_out = left.dims[inputs.index(str(d))], i.shape[0].dims[outputs.index(str(d))]
+        products *= _valid(size_in, size_out, *dimension)
+    features = right.dims[kernel.index("i")] * i.shape[0].dims[outputs.index("f")]
+    return 2.0 * products * features * i.shape[0].dims[outputs.index("b")]
+
+
+def _window(i: Instruction, dimensions: int) -> list[tuple[int, int, int, int, int]]:
+    """Returns (size, stride, padding before, dilation of input, dilation of kernel) of each spatial dimension."""
+    text = i.attribute("window") or "{}"
+    fields = dict(re.findall(r"(\w+)=([\w\-]+)", text))
+    split = lambda key, default: fields[key].split("x") if key in fields else [default] * dimensions  # noqa: E731
+    defaults = {"size": "1", "stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}
+    columns = [[int(n.partition("_")[0]) for n in split(key, default)] for key, default in defaults.items()]
+    return list(zip(*columns, strict=True))
+
+
+@functools.lru_cache(maxsize=4096)
+def _valid(size_in: int, size_out: int, size: int, stride: int, pad: int, dilate_in: int, dilate_kernel: int) -> int:
+    """Counts the (kernel, output) positions of one dimension that meet an element of the input."""
+    total, outputs = 0, np.arange(size_out) * stride - pad
+    for k in range(size):
+        at = outputs + k * dilate_kernel
+        total += int(np.sum((at >= 0) & (at <= (size_in - 1) * dilate_in) & (at % dilate_in == 0)))
+    return total
+
+
+def attention_flops(i: Instruction, operands: list[Instruction]) -> float:
+    """FLOPs of a splash attention kernel with a causal mask, by the blocks that it visits; 0 for any other call.
+
+    Two matrix products a block forward, three for the gradient of q alone, four for those of k and v, five for all.
+    """
+    match = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", i.name)
+    metadata = re.search(r'"xprof_metadata":"(\{.*?\})"', i.attributes)
+    if match is None or metadata is None:
+        return 0.0
+    blocks, phase = json.loads(metadata[1].replace('\\"', '"')), match[1]
+    single = [operand.shape[0] for operand in operands if len(operand.shape) == 1]
+    arrays = [a for a in single if len(a.dims) >= 3 and a.dtype in ("bf16", "f32", "f16")]
+    queries, keys = arrays[0].dims, arrays[1].dims  # [..., heads, S, head_dim] and [..., kv heads, T, head_dim]
+    suffix = {"fwd": "", "dq": "_dq", "dkv": "_dkv"}[phase]
+    block_q, block_kv = blocks[f"block_q{suffix}"], blocks[f"block_kv{suffix}"]
+    visited = sum(
+        min(math.ceil((row + 1) * block_q / block_kv), keys[-2] // block_kv) for row in range(queries[-2] // block_q)
+    )
+    fused = phase == "dkv" and any(len(a.dims) == len(queries) + 1 for a in i.shape)
+    products = {"fwd": 2, "dq": 3, "dkv": 5 if fused else 4}[phase]
+    return products * 2.0 * visited * block_q * block_kv * queries[-1] * math.prod(queries[:-2])

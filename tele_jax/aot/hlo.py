@@ -27,7 +27,7 @@ _COMMENT = re.compile(r"/\*index=\d+\*/")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a shape: element type, dimensions, memory space."""
+    """One array of a shape, in a memory space."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -35,7 +35,7 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Bytes of its elements; the padding of tiles is not counted."""
+        """Bytes of the elements; the padding of tiles is not counted."""
         return int(math.prod(self.dims) * _element_bytes(self.dtype))
 
 
@@ -51,7 +51,7 @@ def _element_bytes(dtype: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One instruction. `attributes` is the rest of its line, `literal` what stands in the parentheses."""
+    """One instruction. `literal` is the text in its parentheses, `attributes` the rest of its line."""
 
     name: str
     opcode: str
@@ -107,7 +107,7 @@ def parse(text: str) -> Module:
     """Reads the text that jax.stages.Compiled.as_text() gives.
 
     Raises:
-      ValueError: there is no entry computation: the text could not be read back, as with a libtpu that jax is not for.
+      ValueError: the text has no entry computation, as with a libtpu that does not belong to this jax.
     """
     computations, entry, name, instructions = {}, None, None, {}
     for line in _logical_lines(text):
@@ -128,7 +128,7 @@ def parse(text: str) -> Module:
 
 
 def _logical_lines(text: str) -> Iterator[str]:
-    """Lines, with an instruction that is broken by newlines inside a string put together again."""
+    """Yields lines; an instruction that newlines inside a string have broken is put together again."""
     held = ""
     for line in text.splitlines():
         starts = line.startswith(("  %", "  ROOT %", "%", "ENTRY ", "HloModule")) or bool(_END.match(line))
@@ -141,7 +141,7 @@ def _logical_lines(text: str) -> Iterator[str]:
 
 
 def _balanced(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` is closed, one past."""
+    """The position after the parenthesis that closes the one at `start`."""
     depth = 0
     for at in range(start, len(text)):
         depth += (text[at] == "(") - (text[at] == ")")
@@ -164,9 +164,8 @@ def _instruction(line: str) -> Instruction:
 
 
 def _constant_end(rest: str, opens: int) -> int:
-    """A constant may hold strings with parentheses; what follows it starts with ", " or nothing."""
-    match = re.search(r"\)(?=, [a-z_]+=|$)", rest[opens:])
-    return opens + match.end()
+    """The position after a constant, which may hold strings with parentheses: then ", " follows, or nothing."""
+    return opens + re.search(r"\)(?=, [a-z_]+=|$)", rest[opens:]).end()
 
 
 def arrays(text: str) -> tuple[Array, ...]:
@@ -179,11 +178,8 @@ def arrays(text: str) -> tuple[Array, ...]:
     return tuple(found)
 
 
-# ---------------------------------------------------------------------------------------------------- loops and groups
-
-
 def trip_count(module: Module, loop: Instruction, within: Computation) -> int:
-    """Reads how often a while loop runs: from its counter's start, its bound, and what its body adds to it each time.
+    """The number of times that a while loop runs, from its counter's start, bound and stride.
 
     The compiler widens some loops, so that an iteration does the work of two and the counter moves by two.
 
@@ -219,7 +215,7 @@ _MIRRORED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE", "EQ": "
 
 @dataclasses.dataclass(frozen=True)
 class _Linear:
-    """A value of a loop as `constant`, plus element `index` of the loop's state, if that is not None."""
+    """A value in a loop: `constant`, plus element `index` of the loop's state unless that is None."""
 
     constant: int
     index: int | None = None
@@ -234,7 +230,7 @@ class _Carried:
     within: Computation
 
     def start(self, index: int) -> int | None:
-        """The element of the initial state, if it is a constant."""
+        """The element of the initial state where that is a constant, else None."""
         initial = self.within.instructions[self.loop.operands[0]]
         if initial.opcode != "tuple":
             return None
@@ -242,7 +238,7 @@ class _Carried:
         return None if value is None or value.index is not None else value.constant
 
     def stride(self, index: int) -> int | None:
-        """The constant that the body adds to the element, 0 where it is handed on as it is."""
+        """The constant that the body adds to the element: 0 where the body hands it on unchanged, None if unknown."""
         body = self.module.computations[self.loop.called("body")]
         if body.root.opcode != "tuple":
             return None
@@ -250,7 +246,7 @@ class _Carried:
         return value.constant if value is not None and value.index == index else None
 
     def constant(self, value: _Linear | None) -> int | None:
-        """A value that is the same in every iteration: a constant, or an element that the body only hands on."""
+        """The number behind a value that never changes: a constant, or an element that the body only hands on."""
         if value is None or value.index is None:
             return value and value.constant
         start = self.start(value.index)
@@ -258,7 +254,7 @@ class _Carried:
 
 
 def _comparison(module: Module, condition: Computation, carried: _Carried) -> tuple[int, str, int] | None:
-    """(index of the counter in the loop's state, direction, bound) of a condition `counter direction bound`."""
+    """Reads a condition `counter direction bound` as (index of the counter in the loop's state, direction, bound)."""
     computation, compare, arguments = condition, condition.root, None
     while compare.opcode in ("fusion", "call", "bitcast", "copy"):
         if compare.opcode in ("fusion", "call"):
@@ -283,8 +279,8 @@ def _linear(
 ) -> _Linear | None:
     """The integer that an instruction gives, in terms of the state of the loop whose body or condition it is in.
 
-    arguments: what the parameters of a fused or called computation stand for; None in the body or condition itself,
-    whose only parameter is the state. None is returned for a value of any other form.
+    arguments: values of the parameters of a fused or called computation; None in the body or condition itself, whose
+    only parameter is the state. A value of any other form gives None.
     """
     i = computation.instructions[name]
     if i.opcode == "constant":
@@ -301,11 +297,9 @@ def _linear(
         return _result(module, computation, of, arguments, index)
     if i.opcode in ("add", "subtract"):
         left, right = (_linear(module, computation, operand, arguments) for operand in i.operands)
-        if (
-            left is None
-            or right is None
-            or (right.index is not None and (i.opcode == "subtract" or left.index is not None))
-        ):
+        if left is None or right is None:
+            return None
+        if right.index is not None and (i.opcode == "subtract" or left.index is not None):
             return None
         sign = -1 if i.opcode == "subtract" else 1
         return _Linear(left.constant + sign * right.constant, right.index if left.index is None else left.index)
@@ -315,7 +309,7 @@ def _linear(
 def _result(
     module: Module, computation: Computation, i: Instruction, arguments: Sequence[_Linear | None] | None, at: int | None
 ) -> _Linear | None:
-    """A result of a fusion or call as _linear gives it; `at` chooses among several."""
+    """The result of a fusion or call as _linear gives it; `at` chooses one of a tuple."""
     if i.opcode not in ("fusion", "call"):
         return None
     inner = module.computations[i.called("calls") or i.called("to_apply")]
@@ -326,7 +320,7 @@ def _result(
 
 
 def device_groups(instruction: Instruction) -> np.ndarray:
-    """Which devices (positions in the mesh, flat) a collective connects: int[groups, members].
+    """Groups of devices (flat positions in the mesh) that a collective connects: int[groups, members].
 
     Three spellings: {{0,2},{1,3}}; [2,2]<=[2,2]T(1,0), an iota that is transposed; mesh['a'=2,'b'=2] {'b'}, where the
     named axes vary within a group, of devices in order or, before {'b'}, of device_ids=([2,2]T(1,0)) or (0,2,1,3).
@@ -356,9 +350,9 @@ def device_groups(instruction: Instruction) -> np.ndarray:
 
 
 def slices_of(transfer: Instruction) -> int:
-    """How many slices a transfer between them connects: two where it names pairs, else those before the x.
+    """The number of slices that a transfer between them connects: two where it names pairs, else those before the x.
 
-    {1,2}x{0:3} and {1:4}x{0:15}: slices 1 and 2, or 1 to 4, and devices 0 to 3, or 0 to 15, of each.
+    {1,2}x{0:3} means slices 1 and 2 and devices 0 to 3 of each, {1:4}x{0:15} slices 1 to 4 and devices 0 to 15.
     """
     listed = re.search(r'_xla_megascale_target="?\{([\d,:]+)\}x', transfer.attributes)
     if listed is None:

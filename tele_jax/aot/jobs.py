@@ -217,17 +217,10 @@ class DecodeJob(ModelJob):
         def rows(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((self.batch_size, *more), dtype, sharding=by_rows)
 
-        state = State(
-            tokens=rows(jnp.int32, slots),
-            lengths=rows(jnp.int32),
-            token=rows(jnp.int32),
-            done=rows(bool),
-            broken=rows(bool),
-            step=jax.ShapeDtypeStruct((), jnp.int32),
-            slot=None,
-            keys=rows(jax.eval_shape(lambda: jax.random.key(0)).dtype),
-            seen=None,
-        )
+        per_row = dict(lengths=jnp.int32, token=jnp.int32, done=bool, broken=bool, keys=jax.random.key(0).dtype)
+        step_number = jax.ShapeDtypeStruct((), jnp.int32)
+        by_row = {name: rows(dtype) for name, dtype in per_row.items()}
+        state = State(tokens=rows(jnp.int32, slots), step=step_number, slot=None, seen=None, **by_row)
         rope_length, how, stop_ids = rope_length_of(self.cfg, self.seq_len), sampling(), np.full(16, -1, np.int32)
 
         def step(params, state, cache):

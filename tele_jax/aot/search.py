@@ -1,6 +1,8 @@
 """Meshes, remat policies and microbatches for a model on a slice: ranked by formula, the best compiled and compared."""
 
+import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -14,7 +16,7 @@ from tele_jax.train.step import flops_per_token
 
 REMAT = ("products", "attention", "full")
 MICROBATCHES = (1, 2, 4, 8, 16)
-MARGIN = 0.1  # of the usable HBM, which a chosen plan leaves free
+MARGIN = 0.1  # part of the usable HBM that a chosen plan leaves free
 # Per two FLOPs of a forward pass: of the matrix products (backward 4, and again all but the last of a block), and of
 # the attention kernel (backward 5, for it makes its weights again), which visits some 1.15 times the unmasked half.
 _PRODUCTS = {"none": 6.0, "products": 6.0, "attention": 7.7, "full": 7.7, "offload": 7.7}
@@ -23,7 +25,7 @@ _ATTENTION = {"none": 7 * 1.15, "products": 7 * 1.15, "attention": 7 * 1.15, "fu
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of one device, by formula: bytes of HBM, and seconds of a step."""
+    """Bytes of HBM on one device and seconds of a step, by formula."""
 
     bytes: float
     seconds: float
@@ -37,7 +39,7 @@ def candidates(job: TrainJob) -> list[TrainJob]:
     """
     found = [(estimate(c), c) for c in _variations(job)]
     require(bool(found), f"no mesh of {job.slice.num_devices} devices divides this model and batch; change batch_size")
-    usable = job.slice.generation.usable_hbm_bytes * (1 - MARGIN)
+    usable = _room(job.slice)
     fitting = [(e.seconds, e.bytes, i, c) for i, (e, c) in enumerate(found) if e.bytes <= usable]
     if not fitting:
         least = min(e.bytes for e, _ in found)
@@ -51,23 +53,17 @@ def candidates(job: TrainJob) -> list[TrainJob]:
 
 def _variations(job: TrainJob) -> Iterator[TrainJob]:
     devices = job.slice.num_devices
-    for mesh in meshes(devices, job.slice.num_slices):
-        for remat in REMAT:
-            for microbatches in MICROBATCHES:
-                if job.batch_size % microbatches:
-                    continue
-                cfg = dataclasses.replace(job.cfg, remat=remat)
-                candidate = dataclasses.replace(job, cfg=cfg, mesh=mesh, microbatches=microbatches)
-                try:
-                    candidate.check()
-                except UserError:
-                    continue
-                if job.seq_len % mesh.tensor == 0:
-                    yield candidate
+    for mesh, remat, parts in itertools.product(meshes(devices, job.slice.num_slices), REMAT, MICROBATCHES):
+        if job.batch_size % parts or job.seq_len % mesh.tensor:
+            continue
+        candidate = dataclasses.replace(job, cfg=job.cfg.replace(remat=remat), mesh=mesh, microbatches=parts)
+        with contextlib.suppress(UserError):
+            candidate.check()
+            yield candidate
 
 
 def meshes(devices: int, num_slices: int = 1) -> list[MeshConfig]:
-    """All (data, fsdp, tensor) of so many devices with tensor at most 32 and data a multiple of the slices."""
+    """All meshes of `devices` devices with tensor at most 32 and data a multiple of the number of slices."""
     divisors = [d for d in range(1, devices + 1) if devices % d == 0]
     return [
         MeshConfig(data=data, fsdp=devices // data // tensor, tensor=tensor)
@@ -106,7 +102,7 @@ def estimate(job: TrainJob) -> Estimate:
     over_data = 4 * params / cut * 2 * (mesh.data > 1)
     dcn = over_data / (generation.dcn_bandwidth / generation.devices) if job.slice.num_slices > 1 else 0.0
     ici += 0.0 if dcn else over_data / (2 * link)
-    # What cannot overlap is not known here; a tenth of the smaller ones keeps ties apart.
+    # It is not known here which of them cannot overlap; a tenth of the sum keeps ties apart.
     times = (compute / job.slice.device_flops, ici, dcn)
     return Estimate(state + kept + working, max(times) + 0.1 * sum(times))
 
@@ -119,9 +115,14 @@ def _kept(job: TrainJob, stream: float, heads: float, mlp: float) -> float:
     return kept.get(job.cfg.remat, products + mlp + heads)
 
 
+def _room(of: Slice) -> float:
+    """Bytes of HBM that a chosen plan may use on one device."""
+    return of.generation.usable_hbm_bytes * (1 - MARGIN)
+
+
 def larger(of: Slice, needed_bytes: float) -> str:
-    """What to take where a slice is too small."""
-    times = 2 ** max(1, math.ceil(math.log2(needed_bytes / (of.generation.usable_hbm_bytes * (1 - MARGIN)))))
+    """The advice for a slice that is too small."""
+    times = 2 ** max(1, math.ceil(math.log2(needed_bytes / _room(of))))
     most = math.prod(of.generation.largest)
     chips = of.chips // of.num_slices * times
     if chips <= most:
@@ -130,12 +131,12 @@ def larger(of: Slice, needed_bytes: float) -> str:
 
 
 def advice(job: Job, needed_bytes: int, state_bytes: int) -> str:
-    """What would make a job fit: parameters and optimizer state alone fit, so smaller parts of the batch; or not."""
+    """The advice for a job that does not fit: smaller parts of the batch where the state leaves room, else a slice."""
     if job.kind == "grow":
         return f"{larger(job.slice, needed_bytes)}; or grow the checkpoint with `tele grow`, in bounded memory"
     if job.kind == "decode":
         return f"{larger(job.slice, needed_bytes)}; or fewer rows, or fewer tokens"
-    usable = job.slice.generation.usable_hbm_bytes * (1 - MARGIN)
+    usable = _room(job.slice)
     gradients = 2 * state_bytes / 3  # accumulated and new ones, float32 as each third of the state
     ways = job.mesh.data * job.mesh.fsdp
     parts = [m for m in MICROBATCHES if job.batch_size % (m * ways) == 0 and m > job.microbatches]

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from tele_jax.aot import counts, flops, hlo
+from tele_jax.aot import counts, hlo
 
 
 def counted(function, *shapes):
@@ -101,7 +101,7 @@ def test_convolutions_count_the_products_that_exist(stride, pad, dilate, kernel_
     # With inputs of ones, every output is the number of products that were summed for it.
     expected = 2 * float(np.asarray(convolve(*ones)).sum())
     assert out == instruction.shape[0].dims
-    assert flops.convolution_flops(instruction, left, right) == expected
+    assert counts.convolution_flops(instruction, left, right) == expected
 
 
 def test_a_collective_written_in_several_fusions_counts_once():
