@@ -79,7 +79,7 @@ def sampling_options(
 ) -> dict[str, Any]:
     """Keywords for sampling.sampling: as the model was released, or with --sample as it draws then, and the flags.
 
-    released: of the checkpoint's import, what generation_config.json says (convert/conventions.py); None where the
+    released: of the checkpoint's import, what generation_config.json says (convert/release.py); None where the
       model does not come from a release that says something: then the template's family does.
     """
     names = ("temperature", "top_k", "top_p", "repetition_penalty")

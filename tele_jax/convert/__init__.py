@@ -1,9 +1,9 @@
 """Released checkpoints in and out: Tele-FLM, TeleChat, TeleChat-52B and Llama, as directories of safetensors.
 
-    cfg, params = convert.load_hf(directory)                                 memory.py
-    convert.save_hf(directory, cfg, params, format="llama")                  memory.py
+    cfg, params = convert.load_hf(directory)                                 importing.py
+    convert.save_hf(directory, cfg, params, format="llama")                  exporting.py
     convert.import_checkpoint(directory, step_dir)                           importing.py: streamed, bounded memory
-    convert.export_checkpoint(step_dir, directory, format="llama")           exporting.py: the same
+    convert.export_checkpoint(step_dir, directory, format="llama")           exporting.py: streamed
     convert.tensors(cfg, "telechat")                                         families.py: what an export would write
 
 One table per family (families.py) says which tensor of theirs holds which leaf of ours, in named axes; configs.py
@@ -14,17 +14,16 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tele_jax.convert.exporting import export_checkpoint
+    from tele_jax.convert.exporting import export_checkpoint, save_hf
     from tele_jax.convert.families import FORMATS, tensors
-    from tele_jax.convert.importing import import_checkpoint
-    from tele_jax.convert.memory import load_hf, save_hf
+    from tele_jax.convert.importing import import_checkpoint, load_hf
 
 _HOMES = {
     "FORMATS": "families",
     "export_checkpoint": "exporting",
     "import_checkpoint": "importing",
-    "load_hf": "memory",
-    "save_hf": "memory",
+    "load_hf": "importing",
+    "save_hf": "exporting",
     "tensors": "families",
 }
 

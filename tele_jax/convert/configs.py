@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from tele_jax import files
 from tele_jax.config import ModelConfig, Ntk, Rope
-from tele_jax.convert import fold
+from tele_jax.convert import families
 from tele_jax.convert.families import FORMATS
 from tele_jax.convert.keys import require_known
 from tele_jax.errors import UserError
@@ -103,7 +103,7 @@ def read(keys: Keys, format: str) -> ModelConfig:
 
 
 def write(cfg: ModelConfig, format: str, dtype: Any, release: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The config.json of a model that is as the format has it (fold.fold).
+    """The config.json of a model that is as the format has it (families.fold).
 
     dtype: of the weights. release: {"format", "config"} of the release that the model was imported from. Where it is of
     this format, its config is returned as it was if the model is still the one it describes; else those of its keys
@@ -209,7 +209,7 @@ def _read_layer_types(keys: Keys) -> None:
 
 
 def _write_llama(cfg: ModelConfig) -> dict[str, Any]:
-    theta = fold.constant_theta(cfg, "llama")
+    theta = families.constant_theta(cfg, "llama")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -364,7 +364,7 @@ def _read_52b(keys: Keys) -> dict[str, Any]:
         vocab_size=keys.get("vocab_size", int),
         max_seq_len=keys.get("n_positions", int, 4096),
         rms_eps=keys.get("layer_norm_epsilon", float, 1e-5),
-        rope=Rope(theta=keys.get("rotary_theta", float, 10_000.0), ntk=fold.NTK_52B),
+        rope=Rope(theta=keys.get("rotary_theta", float, 10_000.0), ntk=families.NTK_52B),
         **_read_multipliers(keys, embed),
     )
 
@@ -380,7 +380,7 @@ def _write_52b(cfg: ModelConfig) -> dict[str, Any]:
         "n_positions": cfg.max_seq_len,
         "vocab_size": cfg.padded_vocab_size,
         "layer_norm_epsilon": cfg.rms_eps,
-        "rotary_theta": cfg.rope.theta if ntk == fold.NTK_52B else fold.constant_theta(cfg, "telechat_52b"),
+        "rotary_theta": cfg.rope.theta if ntk == families.NTK_52B else families.constant_theta(cfg, "telechat_52b"),
         "relative_encoding": "rotary",
         "use_RMSNorm": True,
         "add_bias_linear": False,

@@ -5,6 +5,7 @@ The files are made in full size under DST.partial, filled piece by piece, and re
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -17,18 +18,20 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tele_jax.axes import flatten
 from tele_jax.checkpoint import chunk_files, layout, locate
 from tele_jax.config import ModelConfig, require
-from tele_jax.convert import chat_files, configs, families, fold, region, sidecar
+from tele_jax.convert import beside, configs, families, region
 from tele_jax.convert.families import FORMATS, Part, Tensor
 from tele_jax.convert.files import DTYPES, Files, Stored, create, split
 from tele_jax.data.templates import release_of
-from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import DamageError, UserError
 from tele_jax.files import new_directory
+from tele_jax.model.spec import flat_spec
 
 SHARD_GB = 5.0  # of numbers in a file, as transformers cuts them
 _BLOCK_BYTES = 4096
@@ -62,7 +65,7 @@ class Piece:
 class Outline:
     """What an export will write; nothing is read or written for it. document: of config.json."""
 
-    folded: fold.Folded
+    folded: families.Folded
     tensors: list[Tensor]
     document: dict[str, Any]
     notes: list[str]
@@ -98,7 +101,7 @@ def outline(
         raise UserError(f"dtype {dtype!r}: not one of {', '.join(names)}")
     if max_seq_len is not None:
         cfg = cfg.replace(max_seq_len=max_seq_len)
-    folded = fold.fold(cfg, format)
+    folded = families.fold(cfg, format)
     target = jnp.dtype(cfg.param_dtype if dtype is None else dtype)
     if not folded.is_exact and dtype is None and target.itemsize < 4:
         factors = ", ".join(f"{leaf} by {factor:g}" for leaf, factor in folded.factors.items())
@@ -127,7 +130,7 @@ def _prefix(known: Mapping[str, Any], cfg: ModelConfig) -> str | None:
     return known.get("prefix", "")
 
 
-def _notes(cfg: ModelConfig, folded: fold.Folded, format: str) -> list[str]:
+def _notes(cfg: ModelConfig, folded: families.Folded, format: str) -> list[str]:
     notes = [f"folded: {leaf} is multiplied by {factor:g}" for leaf, factor in folded.factors.items()]
     if folded.cfg.padded_vocab_size < cfg.padded_vocab_size:
         notes.append(f"left out: rows {cfg.vocab_size:,} to {cfg.padded_vocab_size - 1:,} of the vocabulary, padding")
@@ -158,7 +161,7 @@ def export_checkpoint(
       src: a checkpoint, as checkpoint.open_lazy takes it.
       dst: the directory to write; must not exist.
       format, dtype, max_seq_len: as `outline` takes them.
-      template: name of the dialogue template that a llama export gets (chat_files.py); by default that of the tokenizer
+      template: name of the dialogue template that a llama export gets (beside.py); by default that of the tokenizer
         or of the release.
       shard_gb: 10^9 bytes of numbers in a file, at most, unless a tensor has more.
       memory_gb: 10^9 bytes that may be used above what the process has already.
@@ -186,45 +189,13 @@ def export_checkpoint(
     for _ in range(threads):
         buffers.put(chunk_files.allocate(largest))
     pieces = [piece for array in arrays.values() for piece in _chunks_of(array, buffers)]
-    beside = sidecar.find_beside(Path(os.fspath(lazy.path)), programs=_comes_from(lazy.provenance, format))
+    files_beside = beside.find_beside(Path(os.fspath(lazy.path)), programs=beside.comes_from(lazy.provenance, format))
     documents: dict[str, Any] = {}
-    if format == "llama" and (template is not None or not _is_a_release_of(lazy.provenance, format)):
-        beside, documents, ids, notes = _ready_to_chat(beside, lazy.provenance, plan.folded.cfg.max_seq_len, template)
+    if format == "llama" and (template is not None or not beside.is_a_release_of(lazy.provenance, format)):
+        made = beside.ready_to_chat(files_beside, lazy.provenance, plan.folded.cfg.max_seq_len, template)
+        files_beside, documents, ids, notes = made
         plan = dataclasses.replace(plan, document=plan.document | ids, notes=plan.notes + notes)
-    return write(dst, plan, pieces, beside, documents, shard_gb=shard_gb, workers=threads, progress=progress)
-
-
-# What belongs to a tokenizer as it was released, and does not to the one that is written instead.
-_OF_THE_RELEASE = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
-
-
-def _ready_to_chat(
-    beside: list[Path], provenance: Sequence[Mapping[str, Any]], max_seq_len: int, template: str | None
-) -> tuple[list[Path], dict[str, Any], dict[str, Any], list[str]]:
-    """(files to copy, documents to write, special ids, notes) of a model whose tokenizer is translated for others."""
-    tokenizer = next((file for name in sidecar.TOKENIZERS for file in beside if file.name == name), None)
-    if tokenizer is None:
-        return beside, {}, {}, ["no tokenizer beside the checkpoint: the export has none, and no chat template"]
-    try:
-        vocabulary = load_vocabulary(tokenizer)
-    except UserError as error:
-        if template is not None:
-            raise
-        return beside, {}, {}, [f"the tokenizer is copied as it is, without a chat template: {error}"]
-    documents, ids, notes = chat_files.make(vocabulary, provenance, max_seq_len, template)
-    replaced = {*documents, *_OF_THE_RELEASE}
-    kept = [file for file in beside if file.name not in replaced and file.suffix not in (".py", ".jinja")]
-    return [file for file in kept if file.name != "chat_template.json"], documents, ids, notes
-
-
-def _is_a_release_of(provenance: Sequence[Mapping[str, Any]], format: str) -> bool:
-    """Tells whether the model is as imported from this format, or grown from that: its files are still right."""
-    trained = [entry for entry in provenance if entry.get("kind") in ("import", "pretrain", "sft")]
-    return bool(trained) and _comes_from(trained[-1:], format)
-
-
-def _comes_from(provenance: Sequence[Mapping[str, Any]], format: str) -> bool:
-    return any(entry.get("kind") == "import" and entry.get("format") == format for entry in provenance)
+    return write(dst, plan, pieces, files_beside, documents, shard_gb=shard_gb, workers=threads, progress=progress)
 
 
 def _threads(largest: int, memory_gb: float, workers: int | None) -> int:
@@ -258,7 +229,7 @@ def write(
     dst: Any,
     plan: Outline,
     pieces: Sequence[Piece],
-    beside: Sequence[Path],
+    files_beside: Sequence[Path],
     documents: Mapping[str, Any] | None = None,
     *,
     shard_gb: float,
@@ -288,7 +259,7 @@ def write(
                 pool.shutdown(cancel_futures=True)
                 raise
         (directory / "config.json").write_text(json.dumps(plan.document, indent=2) + "\n")
-        sidecar.copy(beside, directory)
+        beside.copy(files_beside, directory)
         for name, document in (documents or {}).items():
             (directory / name).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return Exported(
@@ -302,7 +273,7 @@ def write(
 
 
 def _write_piece(
-    files: Files, piece: Piece, places: Mapping[tuple[str, int | None], tuple[Part, Stored]], folded: fold.Folded
+    files: Files, piece: Piece, places: Mapping[tuple[str, int | None], tuple[Part, Stored]], folded: families.Folded
 ) -> None:
     axes, start = piece.axes[piece.stacked :], piece.start[piece.stacked :]
     # Rows of the vocabulary that are padding end here.
@@ -339,3 +310,52 @@ def _making(dst: Path, nbytes: int) -> Iterator[Path]:
             yield directory
     except OSError as error:
         raise DamageError(f"{dst}: could not be written ({error})") from error
+
+
+def save_hf(
+    path: Any,
+    cfg: ModelConfig,
+    params: Mapping[str, Any],
+    *,
+    format: str,
+    dtype: str | None = None,
+    max_seq_len: int | None = None,
+    shard_gb: float = SHARD_GB,
+    provenance: Sequence[Mapping[str, Any]] = (),
+) -> Exported:
+    """Writes parameters as a directory that is like a release: config.json and *.safetensors.
+
+    path: must not exist.  params: nested dict of arrays (jax, or numpy), as spec(cfg) describes it.
+    format, dtype, max_seq_len, provenance: as `outline` takes them. A tokenizer is for the caller to add.
+
+    Raises:
+      UserError: `path` exists; params are not those of cfg; the format cannot express the model; numbers become
+        infinite in dtype.
+      DamageError: numbers that are not finite.
+    """
+    from tele_jax.checkpoint import read  # brings Orbax
+    from tele_jax.growth.masks import require_unmasked
+
+    specs, leaves = flat_spec(cfg), flatten(params)
+    if problems := read.differences(leaves, specs, "given"):
+        raise UserError("params: not what the config describes: " + ";\n  ".join(problems))
+    require_unmasked(provenance, "params")
+    plan = outline(cfg, format, dtype=dtype, max_seq_len=max_seq_len, provenance=provenance)
+    pieces = []
+    for name, spec in specs.items():
+        for layer in range(spec.shape[0]) if spec.stack else [None]:
+            start = (0,) * len(spec.shape) if layer is None else (layer, *[0] * (len(spec.shape) - 1))
+            shape = spec.shape if layer is None else (1, *spec.shape[1:])
+            read_piece = functools.partial(_of_array, leaves[name], layer)
+            pieces.append(Piece(name, spec.axes, len(spec.stack), start, shape, read_piece))
+    return write(path, plan, pieces, (), shard_gb=shard_gb, workers=os.cpu_count() or 1)
+
+
+@contextlib.contextmanager
+def _of_array(array: Any, layer: int | None) -> Iterator[np.ndarray]:
+    if layer is None:
+        yield np.asarray(array)
+    elif isinstance(array, jax.Array):  # with an index that is data, a program is compiled once and not once a layer
+        yield np.asarray(jax.lax.dynamic_slice_in_dim(array, np.int32(layer), 1))
+    else:
+        yield np.asarray(array[layer : layer + 1])

@@ -6,16 +6,19 @@ Those that are finished are noted (checkpoint/chunked.py): an import that was ki
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from tele_jax.axes import ParamSpec
+from tele_jax.axes import ParamSpec, unflatten
 from tele_jax.checkpoint import chunked, layout, locate, unfinished
-from tele_jax.config import require, to_dict
-from tele_jax.convert import region, sidecar
+from tele_jax.config import ModelConfig, require, to_dict
+from tele_jax.convert import beside, region
 from tele_jax.convert.families import Part
 from tele_jax.convert.files import Files, Stored
 from tele_jax.convert.release import Release, open_release
@@ -56,7 +59,7 @@ def import_checkpoint(
     Args:
       src: directory with config.json and *.safetensors.
       dst: the step directory to write; must not exist.
-      format, dtype, vocab_size, rope_tables: as `release.open_release` takes them.
+      format, dtype, vocab_size, rope_tables: as `open_release` takes them.
       memory_gb: 10^9 bytes that may be used above what the process has already.
       workers: threads, by default two a core, for half of them wait for the disk; fewer where memory is short.
       resume: go on with what an earlier call began; False removes that first.
@@ -87,7 +90,7 @@ def import_checkpoint(
 
     def finish(directory: Path) -> None:
         require(release.fingerprint == source, f"{src}: its files changed while they were read; import it again")
-        sidecar.copy(release.files, directory)
+        beside.copy(release.files, directory)
 
     with Files() as files:
         written = chunked.write_leaves(
@@ -150,3 +153,44 @@ def _fill(release: Release, files: Files, tile: unfinished.Tile, start: tuple[in
     part, stored = _place(release, tile.name, leaf, start)
     out = chunked.inside(leaf, start, out)
     region.read(files, stored, part, leaf.spec.axes[stacked:], list(start[stacked:]), out[0] if stacked else out)
+
+
+def load_hf(
+    path: Any,
+    format: str | None = None,
+    *,
+    dtype: str | None = None,
+    vocab_size: int | None = None,
+    rope_tables: str = "float32",
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Reads a released checkpoint onto the default device.
+
+        cfg, params = load_hf("TeleChat-7B")
+        logits = tele.forward(cfg, params, tokens)
+
+    Arguments as `open_release` takes them. A model that does not fit on one device is imported (`tele import`)
+    and loaded onto a mesh (checkpoint.load).
+
+    Raises:
+      UserError: as open_release; float64 without jax_enable_x64; numbers that are not finite, named by file and tensor.
+    """
+    release = open_release(path, format, dtype=dtype, vocab_size=vocab_size, rope_tables=rope_tables)
+    require(
+        release.cfg.param_dtype != "float64" or jax.config.jax_enable_x64,
+        f'{path}: float64 needs jax.config.update("jax_enable_x64", True), or --dtype float32',
+    )
+    leaves = {}
+    with Files() as files, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, spec in flat_spec(release.cfg).items():
+            values = np.empty(spec.shape, spec.dtype)
+            layers = range(len(values)) if spec.stack else [None]
+            list(pool.map(functools.partial(_read_leaf, release, files, name, values), layers))
+            leaves[name] = jax.device_put(values)
+    return release.cfg, unflatten(leaves)
+
+
+def _read_leaf(release: Release, files: Files, name: str, values: np.ndarray, layer: int | None) -> None:
+    part, stored = release.parts[name, layer]
+    axes = flat_spec(release.cfg)[name].axes[layer is not None :]
+    out = values if layer is None else values[layer]
+    region.read(files, stored, part, axes, [0] * len(axes), out)

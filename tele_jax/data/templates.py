@@ -234,7 +234,7 @@ class _Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class _Generation:
-    """The field "generation" that an import writes into the provenance, see convert/conventions.py."""
+    """The field "generation" that an import writes into the provenance, see convert/release.py."""
 
     eos_token_ids: tuple[int, ...] = ()
     do_sample: bool = False

@@ -10,7 +10,7 @@ from tele_jax import checkpoint, convert
 from tele_jax.cli.main import main
 from tele_jax.cli.models import sampling_options
 from tele_jax.config import ModelConfig
-from tele_jax.convert import configs, conventions
+from tele_jax.convert import configs, release
 from tele_jax.convert.exporting import outline
 from tele_jax.data.templates import TEMPLATES, document_start
 from tele_jax.data.vocabulary import load_vocabulary
@@ -25,7 +25,7 @@ TELECHAT = {"do_sample": False, "temperature": 0.3, "top_k": 5, "top_p": 0.85, "
 def read(path, files, **config):
     for name, table in files.items():
         (path / name).write_text(json.dumps(table))
-    return conventions.read(path, configs.Keys(config, "config.json"))
+    return release.read_conventions(path, configs.Keys(config, "config.json"))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 import tele_jax as tele
 from tele_jax import checkpoint, convert
-from tele_jax.convert import configs, conventions
+from tele_jax.convert import configs, release
 from tele_jax.convert.release import open_release
 from tele_jax.errors import UserError
 from tests.convert import releases
@@ -102,7 +102,7 @@ def test_the_released_files_are_read(name):
         pytest.skip(f"the released files are not here: {name} in the folder of released files")
     keys = configs.read_json(folder)
     cfg = configs.read(keys, configs.detect(keys))
-    found, notes = conventions.read(folder, keys)
+    found, notes = release.read_conventions(folder, keys)
     stated = json.loads((folder / "generation_config.json").read_text())
     assert cfg.vocab_size == keys.values["vocab_size"] and notes == []
     assert found == {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tele_jax import convert
-from tele_jax.convert import configs, conventions
+from tele_jax.convert import configs, release
 from tele_jax.convert.release import open_release
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import UserError
@@ -213,7 +213,7 @@ def test_every_generation_key_with_every_kind_of_value_is_read_or_refused(tmp_pa
             for name in ("generation_config.json", "tokenizer_config.json", "tokenizer.json"):
                 (tmp_path / name).write_text(json.dumps(stated | {key: value}))
             try:
-                conventions.read(tmp_path, empty)
+                release.read_conventions(tmp_path, empty)
             except UserError as error:
                 assert ".json: " in str(error)
 

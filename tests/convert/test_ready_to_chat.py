@@ -6,7 +6,7 @@ import pytest
 
 from tele_jax import checkpoint, convert
 from tele_jax.cli.main import main
-from tele_jax.convert.chat_files import make
+from tele_jax.convert.beside import make
 from tele_jax.data.dialogue import render, render_prompt
 from tele_jax.data.templates import TEMPLATES, stop_ids
 from tele_jax.data.vocabulary import load_vocabulary

@@ -1,4 +1,4 @@
-"""The files with which other programs talk to an exported model: tokenizer, chat template, and how it generates.
+"""The small files beside the weights: the tokenizer and what belongs to it, as they travel, and as they are made.
 
 A Llama export is complete with them: transformers, with which it is tested, and other programs read tokenizer.json,
 tokenizer_config.json (with the chat template) and generation_config.json, with nothing of ours installed, and
@@ -6,16 +6,153 @@ tokenizer_config.json (with the chat template) and generation_config.json, with 
 read a marker in a message as one.
 """
 
+import contextlib
+import fnmatch
 import json
+import operator
+import os
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tele_jax.data import templates
 from tele_jax.data.templates import Template, document_start
-from tele_jax.data.vocabulary import Vocabulary
+from tele_jax.data.vocabulary import SentencePieceVocabulary, Vocabulary, load_vocabulary
 from tele_jax.errors import UserError
-from tele_jax.files import read_table
+from tele_jax.extras import need
+from tele_jax.files import read_bytes, read_table, require_regular
+from tele_jax.inference.chat import find_tokenizer
+
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+# Patterns of what travels. Programs of a release (*.py) go back only into the format that they are for.
+_TOKENIZER_FILES = (
+    *TOKENIZERS,
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.j*"),
+    *("vocab.json", "merges.txt", "tokenization_*.py", "generation_config.json"),
+)
+_PROGRAMS = ("configuration_*.py", "modeling_*.py", "generation_*.py")
+
+
+def find(directory: Path, programs: bool = True) -> list[Path]:
+    """The files of a directory that travel, sorted. UserError where one of their names is no file."""
+    patterns = _TOKENIZER_FILES + (_PROGRAMS if programs else ())
+    names = [name for name in os.listdir(directory) if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    found = [directory / name for name in sorted(names)]
+    for file in found:
+        require_regular(file)
+    return found
+
+
+def find_beside(step_dir: Path, programs: bool) -> list[Path]:
+    """The same for a checkpoint of ours; a tokenizer that is not in it is looked for above it, as chat does."""
+    files = find(step_dir, programs)
+    if not {file.name for file in files} & set(TOKENIZERS):
+        with contextlib.suppress(UserError):  # a checkpoint from elsewhere may come without
+            files.append(Path(find_tokenizer(step_dir)))
+    return files
+
+
+def copy(files: Iterable[Path], directory: Path) -> None:
+    for file in files:
+        shutil.copyfile(file, directory / file.name)
+
+
+def count_ids(files: Iterable[Path]) -> tuple[int, str] | None:
+    """(number of ids that the tokenizer has, the file that says so), or None where there is no tokenizer.
+
+    Raises:
+      UserError: a file is not what its name says.
+    """
+    counters = {
+        "tokenizer.model": _count_pieces,
+        "tokenizer.json": _count_tokenizers,
+        "added_tokens.json": lambda file: max(map(operator.index, read_table(file).values()), default=-1) + 1,
+    }
+    counts = []
+    for file in files:
+        if file.name in counters:
+            try:
+                counts.append((counters[file.name](file), file.name))
+            except UserError:
+                raise
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+                raise UserError(f"{file}: not a tokenizer file") from None
+    return max(counts) if {name for _, name in counts} & set(TOKENIZERS) else None
+
+
+def _count_pieces(file: Path) -> int:
+    """Of a SentencePiece model: a protobuf message whose field 1, repeated, is a piece. Needs no extra installed."""
+    data, position, count = read_bytes(file), 0, 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = data[position]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+            shift += 7
+
+    while position < len(data):
+        tag = varint()
+        if tag & 7 != 2:  # every field of the message is a message
+            raise ValueError("not a SentencePiece model")
+        length = varint()
+        position += length
+        count += tag == (1 << 3 | 2)
+    if position != len(data) or not count:
+        raise ValueError("not a SentencePiece model")
+    return count
+
+
+def _count_tokenizers(file: Path) -> int:
+    """Of the `tokenizers` library's JSON: vocabulary and added tokens."""
+    document = read_table(file)
+    vocabulary = document["model"]["vocab"]
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
+    ids += [token["id"] for token in document.get("added_tokens") or []]
+    return max(map(operator.index, ids)) + 1
+
+
+# ---- what other programs read ----------------------------------------------------------------------------------------
+
+
+# What belongs to a tokenizer as it was released, and does not to the one that is written instead.
+_OF_THE_RELEASE = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+
+
+def ready_to_chat(
+    beside: list[Path], provenance: Sequence[Mapping[str, Any]], max_seq_len: int, template: str | None
+) -> tuple[list[Path], dict[str, Any], dict[str, Any], list[str]]:
+    """(files to copy, documents to write, special ids, notes) of a model whose tokenizer is translated for others."""
+    tokenizer = next((file for name in TOKENIZERS for file in beside if file.name == name), None)
+    if tokenizer is None:
+        return beside, {}, {}, ["no tokenizer beside the checkpoint: the export has none, and no chat template"]
+    try:
+        vocabulary = load_vocabulary(tokenizer)
+    except UserError as error:
+        if template is not None:
+            raise
+        return beside, {}, {}, [f"the tokenizer is copied as it is, without a chat template: {error}"]
+    documents, ids, notes = make(vocabulary, provenance, max_seq_len, template)
+    replaced = {*documents, *_OF_THE_RELEASE}
+    kept = [file for file in beside if file.name not in replaced and file.suffix not in (".py", ".jinja")]
+    return [file for file in kept if file.name != "chat_template.json"], documents, ids, notes
+
+
+def is_a_release_of(provenance: Sequence[Mapping[str, Any]], format: str) -> bool:
+    """Tells whether the model is as imported from this format, or grown from that: its files are still right."""
+    trained = [entry for entry in provenance if entry.get("kind") in ("import", "pretrain", "sft")]
+    return bool(trained) and comes_from(trained[-1:], format)
+
+
+def comes_from(provenance: Sequence[Mapping[str, Any]], format: str) -> bool:
+    return any(entry.get("kind") == "import" and entry.get("format") == format for entry in provenance)
+
 
 SPACE = "\u2581"
 
@@ -119,8 +256,6 @@ def tokenizer_json(vocabulary: Vocabulary, start: int | None) -> dict[str, Any]:
 
     start: the id that stands before a text where special tokens are asked for (examples.document_start).
     """
-    from tele_jax.data.vocabulary import SentencePieceVocabulary
-
     if isinstance(vocabulary, SentencePieceVocabulary):
         document = _from_sentencepiece(vocabulary)
     else:
@@ -145,8 +280,6 @@ def _from_sentencepiece(vocabulary: Any) -> dict[str, Any]:
     Pieces that SentencePiece finds in text before all else (digits, say) are cut out by a pattern, and found whole by
     `ignore_merges`. Every way to put a learned piece together from two others is a merge; the order is that of scores.
     """
-    from tele_jax.extras import need
-
     model = need("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(vocabulary.sp_model)
     kinds = model.SentencePiece
     vocab = {piece.piece: i for i, piece in enumerate(model.pieces)}
