@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,8 @@ def read(keys: Keys, format: str) -> ModelConfig:
     keys = Keys(noted, keys.where)
     if keys.values.get("quantization_config") is not None:
         raise UserError(f"{keys.where}: quantized weights (quantization_config); tele_jax reads plain ones only")
-    fields = {"tele_flm": _read_tele_flm, "telechat": _read_telechat, "telechat_52b": _read_52b, "llama": _read_llama}
     try:
-        cfg = ModelConfig(**fields[format](keys))
+        cfg = ModelConfig(**_READERS[format](keys))
         require_known(noted, noted.read, keys.where, format)
         return cfg
     except UserError as error:
@@ -109,24 +108,18 @@ def write(cfg: ModelConfig, format: str, dtype: Any, release: Mapping[str, Any] 
     this format, its config is returned as it was if the model is still the one it describes; else those of its keys
     are kept that say nothing about the model. Of another format only the ids of special tokens are taken.
     """
-    writers = {
-        "tele_flm": _write_tele_flm,
-        "telechat": _write_telechat,
-        "telechat_52b": _write_52b,
-        "llama": _write_llama,
-    }
     name = jnp.dtype(dtype).name
     source = {} if release is None else release["config"]
     if release is None or release["format"] != format:
         ids = {key: source[key] for key in _TOKEN_IDS if key in source}
-        return {**writers[format](cfg), **_RELEASED_TOKEN_IDS.get(format, {}), **ids, "torch_dtype": name}
+        return {**_WRITERS[format](cfg), **_RELEASED_TOKEN_IDS.get(format, {}), **ids, "torch_dtype": name}
     spelled = {key: name for key in ("torch_dtype", "dtype") if key in source}
     noted = _Noting(source)
     if _describes(noted, cfg, format):
         return {**source, **spelled}
     kept = {key: value for key, value in source.items() if key not in noted.read}
     layers = {"layer_types": ["full_attention"] * cfg.num_layers} if source.get("layer_types") else {}
-    return {**kept, **writers[format](cfg), **layers, **spelled}
+    return {**kept, **_WRITERS[format](cfg), **layers, **spelled}
 
 
 class _Noting(dict):
@@ -151,31 +144,61 @@ def _describes(source: Mapping[str, Any], cfg: ModelConfig, format: str) -> bool
 # ---- Llama and Tele-FLM ------------------------------------------------------------------------------------------
 
 
+# The keys that are fields of ours as they stand: (their key, our field, default); both ways.
+_LLAMA_KEYS = (
+    ("hidden_size", "embed_dim", _REQUIRED),
+    ("intermediate_size", "mlp_dim", _REQUIRED),
+    ("num_hidden_layers", "num_layers", _REQUIRED),
+    ("num_attention_heads", "num_heads", _REQUIRED),
+    ("num_key_value_heads", "num_kv_heads", None),
+    ("head_dim", "head_dim", None),
+    ("vocab_size", "vocab_size", _REQUIRED),
+    ("max_position_embeddings", "max_seq_len", 2048),
+    ("rms_norm_eps", "rms_eps", 1e-6),
+    ("tie_word_embeddings", "tie_embeddings", False),
+    ("initializer_range", "init_std", 0.02),
+)
+_TELECHAT_KEYS = (
+    ("hidden_size", "embed_dim", _REQUIRED),
+    ("n_layer", "num_layers", _REQUIRED),
+    ("n_head", "num_heads", _REQUIRED),
+    ("num_key_value_heads", "num_kv_heads", None),
+    ("ffn_hidden_size", "mlp_dim", _REQUIRED),
+    ("vocab_size", "vocab_size", _REQUIRED),
+    ("layer_norm_epsilon", "rms_eps", 1e-5),
+    ("tie_word_embeddings", "tie_embeddings", True),
+    ("initializer_range", "init_std", 0.02),
+)
+_52B_KEYS = (
+    ("n_embd", "embed_dim", _REQUIRED),
+    ("n_inner", "mlp_dim", _REQUIRED),
+    ("n_layer", "num_layers", _REQUIRED),
+    ("n_head", "num_heads", _REQUIRED),
+    ("n_positions", "max_seq_len", 4096),
+    ("vocab_size", "vocab_size", _REQUIRED),
+    ("layer_norm_epsilon", "rms_eps", 1e-5),
+)
+_TYPES = {"rms_eps": float, "init_std": float, "tie_embeddings": bool}  # other fields are whole numbers
+
+
+def _read_keys(keys: Keys, table: Sequence[tuple[str, str, Any]]) -> dict[str, Any]:
+    return {field: keys.get(key, _TYPES.get(field, int), default) for key, field, default in table}
+
+
+def _write_keys(cfg: ModelConfig, table: Sequence[tuple[str, str, Any]]) -> dict[str, Any]:
+    """The table's keys; the vocabulary of a file has all rows of the embedding."""
+    return {key: getattr(cfg, "padded_vocab_size" if key == "vocab_size" else field) for key, field, _ in table}
+
+
 def _read_llama(keys: Keys) -> dict[str, Any]:
     keys.expect(hidden_act="silu", partial_rotary_factor=1.0, sliding_window=None)
     _read_layer_types(keys)
-    embed, heads = keys.get("hidden_size", int), keys.get("num_attention_heads", int)
     biases = keys.get("attention_bias", bool, False), keys.get("mlp_bias", bool, False)
     if biases[0] != biases[1]:
         raise UserError(
             f"{keys.where}: attention_bias is {biases[0]} and mlp_bias is {biases[1]}; tele_jax has both or none"
         )
-    std = keys.get("initializer_range", float, 0.02)
-    return dict(
-        num_layers=keys.get("num_hidden_layers", int),
-        embed_dim=embed,
-        num_heads=heads,
-        num_kv_heads=keys.get("num_key_value_heads", int, heads),
-        head_dim=keys.get("head_dim", int, None),
-        mlp_dim=keys.get("intermediate_size", int),
-        vocab_size=keys.get("vocab_size", int),
-        max_seq_len=keys.get("max_position_embeddings", int, 2048),
-        rms_eps=keys.get("rms_norm_eps", float, 1e-6),
-        rope=Rope(theta=_read_theta(keys)),
-        tie_embeddings=keys.get("tie_word_embeddings", bool, False),
-        output_biases=biases[0],
-        init_std=std,
-    )
+    return {**_read_keys(keys, _LLAMA_KEYS), "rope": Rope(theta=_read_theta(keys)), "output_biases": biases[0]}
 
 
 def _read_theta(keys: Keys) -> float:
@@ -213,23 +236,13 @@ def _write_llama(cfg: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": cfg.embed_dim,
-        "intermediate_size": cfg.mlp_dim,
-        "num_hidden_layers": cfg.num_layers,
-        "num_attention_heads": cfg.num_heads,
-        "num_key_value_heads": cfg.num_kv_heads,
-        "head_dim": cfg.head_dim,
-        "vocab_size": cfg.padded_vocab_size,
-        "max_position_embeddings": cfg.max_seq_len,
-        "rms_norm_eps": cfg.rms_eps,
+        **_write_keys(cfg, _LLAMA_KEYS),
         "rope_theta": theta,
         "rope_scaling": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        "tie_word_embeddings": cfg.tie_embeddings,
         "attention_bias": cfg.output_biases,
         "mlp_bias": cfg.output_biases,
         "hidden_act": "silu",
-        "initializer_range": cfg.init_std,
         "use_cache": True,
     }
 
@@ -294,26 +307,14 @@ def _write_tele_flm(cfg: ModelConfig) -> dict[str, Any]:
 
 def _read_telechat(keys: Keys) -> dict[str, Any]:
     keys.expect(embed_layernorm=False, logn=False, apply_residual_connection_post_layernorm=False, semi_causal=False)
-    heads = keys.get("n_head", int)
-    tied = keys.get("tie_word_embeddings", bool, True)
-    vocab = keys.get("vocab_size", int)
-    trained = keys.get("training_seqlen", int)
-    original = keys.get("base_seqlen", int, _original_length(tied, vocab))
-    return dict(
-        num_layers=keys.get("n_layer", int),
-        embed_dim=keys.get("hidden_size", int),
-        num_heads=heads,
-        num_kv_heads=keys.get("num_key_value_heads", int, heads),
-        head_dim=None,
-        mlp_dim=keys.get("ffn_hidden_size", int),
-        vocab_size=vocab,
-        max_seq_len=keys.get("seq_length", int, trained),
-        rms_eps=keys.get("layer_norm_epsilon", float, 1e-5),
-        rope=Rope(ntk=Ntk(original_length=original, trained_length=trained)),
-        tie_embeddings=tied,
-        output_biases=True,
-        init_std=keys.get("initializer_range", float, 0.02),
-    )
+    trained, fields = keys.get("training_seqlen", int), _read_keys(keys, _TELECHAT_KEYS)
+    usual = _original_length(fields["tie_embeddings"], fields["vocab_size"])
+    return {
+        **fields,
+        "max_seq_len": keys.get("seq_length", int, trained),
+        "rope": Rope(ntk=Ntk(original_length=keys.get("base_seqlen", int, usual), trained_length=trained)),
+        "output_biases": True,
+    }
 
 
 def _original_length(tied: bool, vocab: int) -> int:
@@ -325,25 +326,18 @@ def _write_telechat(cfg: ModelConfig) -> dict[str, Any]:
     keys = {
         "architectures": ["TelechatForCausalLM"],
         "model_type": "telechat",
-        "hidden_size": cfg.embed_dim,
-        "n_layer": cfg.num_layers,
-        "n_head": cfg.num_heads,
-        "ffn_hidden_size": cfg.mlp_dim,
-        "vocab_size": cfg.padded_vocab_size,
-        "layer_norm_epsilon": cfg.rms_eps,
+        **_write_keys(cfg, _TELECHAT_KEYS),
         "training_seqlen": ntk.trained_length,
         "seq_length": cfg.max_seq_len,
         "embed_layernorm": False,
         "logn": False,
         "apply_residual_connection_post_layernorm": False,
         "flash_attn": True,
-        "tie_word_embeddings": cfg.tie_embeddings,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "initializer_range": cfg.init_std,
     }
-    if cfg.num_kv_heads != cfg.num_heads:
-        keys["num_key_value_heads"] = cfg.num_kv_heads
+    if cfg.num_kv_heads == cfg.num_heads:
+        del keys["num_key_value_heads"]
     if ntk.original_length != _original_length(cfg.tie_embeddings, cfg.padded_vocab_size):
         keys["base_seqlen"] = ntk.original_length
     return keys
@@ -354,32 +348,16 @@ def _write_telechat(cfg: ModelConfig) -> dict[str, Any]:
 
 def _read_52b(keys: Keys) -> dict[str, Any]:
     keys.expect(relative_encoding="rotary", use_RMSNorm=True, add_bias_linear=False, tie_word_embeddings=False)
-    embed = keys.get("n_embd", int)
-    return dict(
-        num_layers=keys.get("n_layer", int),
-        embed_dim=embed,
-        num_heads=keys.get("n_head", int),
-        head_dim=None,
-        mlp_dim=keys.get("n_inner", int),
-        vocab_size=keys.get("vocab_size", int),
-        max_seq_len=keys.get("n_positions", int, 4096),
-        rms_eps=keys.get("layer_norm_epsilon", float, 1e-5),
-        rope=Rope(theta=keys.get("rotary_theta", float, 10_000.0), ntk=families.NTK_52B),
-        **_read_multipliers(keys, embed),
-    )
+    fields = _read_keys(keys, _52B_KEYS)
+    rope = Rope(theta=keys.get("rotary_theta", float, 10_000.0), ntk=families.NTK_52B)
+    return {**fields, "rope": rope, **_read_multipliers(keys, fields["embed_dim"])}
 
 
 def _write_52b(cfg: ModelConfig) -> dict[str, Any]:
     ntk = cfg.rope.ntk
     keys = {
         "model_type": "telechat",
-        "n_embd": cfg.embed_dim,
-        "n_inner": cfg.mlp_dim,
-        "n_layer": cfg.num_layers,
-        "n_head": cfg.num_heads,
-        "n_positions": cfg.max_seq_len,
-        "vocab_size": cfg.padded_vocab_size,
-        "layer_norm_epsilon": cfg.rms_eps,
+        **_write_keys(cfg, _52B_KEYS),
         "rotary_theta": cfg.rope.theta if ntk == families.NTK_52B else families.constant_theta(cfg, "telechat_52b"),
         "relative_encoding": "rotary",
         "use_RMSNorm": True,
@@ -389,3 +367,7 @@ def _write_52b(cfg: ModelConfig) -> dict[str, Any]:
     if cfg.mup_base_width is not None:
         keys["mup_base_width"] = cfg.mup_base_width
     return keys
+
+
+_READERS = {"tele_flm": _read_tele_flm, "telechat": _read_telechat, "telechat_52b": _read_52b, "llama": _read_llama}
+_WRITERS = {"tele_flm": _write_tele_flm, "telechat": _write_telechat, "telechat_52b": _write_52b, "llama": _write_llama}
