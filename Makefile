@@ -1,5 +1,5 @@
 # make test         the tests
-# make check        lint, format, import layers
+# make check        lint, format, types, import layers
 # make docs         the site of docs/ and of the docstrings, in site/
 # make quickstart   text -> pretrain -> grow -> pretrain -> grow -> fine-tune -> chat, on one CPU
 #
@@ -28,6 +28,7 @@ test: install
 check: install
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m basedpyright --pythonpath $(PY)
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 
 # --strict: a warning, such as a link to nothing or a page outside the navigation, is an error.

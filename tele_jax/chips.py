@@ -48,7 +48,7 @@ GENERATIONS = {
     name: Generation(
         name,
         _KINDS[name],
-        *figures,
+        *figures,  # pyright: ignore[reportArgumentType] - a row of the table, in the order of the fields
         source=f"cloud.google.com/tpu/docs/{name}",
         published_mfu=_MFU.get(name, ()),
     )

@@ -19,6 +19,23 @@ from tele_jax.errors import DamageError, UserError
 
 T = TypeVar("T")
 
+
+class Filled(typing.Generic[T]):
+    """Type of a dataclass field whose default is FILLED, None, and which __post_init__ fills in: it reads as T."""
+
+    if typing.TYPE_CHECKING:
+
+        def __get__(self, config: object, owner: type | None = None) -> T: ...
+        def __set__(self, config: object, value: T | None) -> None: ...
+
+    else:
+
+        def __class_getitem__(cls, hint):
+            return hint | None
+
+
+FILLED: Any = None
+
 # Fields of ModelConfig that say how a model is computed, not which model it is: a checkpoint may be read with others.
 EXECUTION_FIELDS = frozenset({"dtype", "remat", "attention"})
 
@@ -33,7 +50,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") ->
       UserError: an unknown key (with the nearest known one), a missing key, or a value of another type; the message
         starts with the full path of the key.
     """
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType] - no bound says "a dataclass"
     hints = typing.get_type_hints(cls)
     if not isinstance(values, Mapping) and not hasattr(values, "items"):
         raise UserError(f"{where}: expected a table of {cls.__name__} fields, got {values!r}")
@@ -90,8 +107,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def differing_fields(have: "ModelConfig", want: "ModelConfig") -> dict[str, tuple[Any, Any]]:
     """{field: (value, wanted value)} where two configs are different models; EXECUTION_FIELDS are free."""
-    have, want = to_dict(have), to_dict(want)
-    return {n: (have[n], want[n]) for n in have if have[n] != want[n] and n not in EXECUTION_FIELDS}
+    ours, theirs = to_dict(have), to_dict(want)
+    return {n: (ours[n], theirs[n]) for n in ours if ours[n] != theirs[n] and n not in EXECUTION_FIELDS}
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:
@@ -121,7 +138,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         if not hasattr(value, "items"):
             raise UserError(f"{where}: expected a table, got {value!r}")
         return {str(k): convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where)
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         try:
@@ -139,6 +156,13 @@ def require(condition: bool, message: str) -> None:
     """Raises UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def given(value: T | None, message: str) -> T:
+    """The value; raises UserError(message) where it is None."""
+    if value is None:
+        raise UserError(message)
+    return value
 
 
 def whole(value: Any, what: str) -> int:
@@ -225,9 +249,9 @@ class ModelConfig:
     num_heads: int  # attention heads of queries
     mlp_dim: int  # hidden units of the gated MLP
     vocab_size: int  # token ids; the tokenizer may have fewer
-    num_kv_heads: int | None = None  # heads of keys and values; None: num_heads
-    head_dim: int | None = None  # channels of a head, even; None: embed_dim / num_heads, which must divide
-    padded_vocab_size: int | None = None  # rows of the embedding; None: vocab_size
+    num_kv_heads: Filled[int] = FILLED  # heads of keys and values; None: num_heads
+    head_dim: Filled[int] = FILLED  # channels of a head, even; None: embed_dim / num_heads, which must divide
+    padded_vocab_size: Filled[int] = FILLED  # rows of the embedding; None: vocab_size
     max_seq_len: int = 4096  # positions that the model may see
     rms_eps: float = 1e-5  # added to the mean square in every RMSNorm
     rope: Rope = Rope()  # rotary position embedding
@@ -238,7 +262,7 @@ class ModelConfig:
     output_biases: bool = False  # on the attention output and the mlp's down projection, nowhere else
     embed_norm: bool = False  # an RMSNorm after the embedding
     init_std: float = 0.02  # vector-like parameters, and matrix-like ones at the base width
-    matrix_init_std: float | None = None  # matrix-like ones at the base width; None: init_std
+    matrix_init_std: Filled[float] = FILLED  # matrix-like ones at the base width; None: init_std
     dtype: typing.Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of activations and matrix products
     param_dtype: typing.Literal["bfloat16", "float32", "float64"] = "float32"  # dtype that parameters are stored in
     # what the backward pass computes again, see model/decoder.py

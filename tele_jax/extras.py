@@ -97,7 +97,7 @@ def hidden(packages: Sequence[str]) -> Iterator[None]:
     For packages that others import for parts of theirs that are not used here.
     """
     absent = [package for package in packages if package not in sys.modules]
-    sys.modules.update(dict.fromkeys(absent))
+    sys.modules.update(dict.fromkeys(absent))  # pyright: ignore - None: an import fails, as the manual of Python says
     try:
         yield
     finally:

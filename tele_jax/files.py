@@ -16,9 +16,17 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tele_jax.errors import DamageError, UserError
+
+if TYPE_CHECKING:
+    from etils import epath
+
+PathLike = str | os.PathLike[str]
+AnyPath = TypeVar("AnyPath", Path, "epath.Path")  # local, or local or in a bucket
+Json = Any  # a value as JSON has it
+Table = dict[str, Any]  # an object of JSON, by the names of its fields
 
 _DEEPEST = 64  # tables and lists inside each other, in a document of ours
 _LFS = b"version https://git-lfs.github.com/spec/"

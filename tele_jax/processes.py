@@ -109,7 +109,7 @@ def on_tpu() -> bool:
     """True where JAX will use TPUs of this machine. (Asking JAX for its devices would be too early.)"""
     from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
-    platforms = jax.config.jax_platforms
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue] - declared while jax starts
     return running_in_cloud_tpu_vm and (not platforms or "tpu" in platforms)
 
 

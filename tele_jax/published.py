@@ -5,10 +5,10 @@ A value that nobody published is marked "ours" with the reason. Numbers and thei
 
 import difflib
 import math
-from typing import Any
 
 from tele_jax.config import ModelConfig, Ntk, Rope, require
 from tele_jax.errors import UserError
+from tele_jax.files import Table
 
 # Tele-FLM (arXiv 2404.16645, 2407.02783): init std and learning rates transfer back to muP base width 256, where the
 # matrix-like std is 0.024; the vector-like std of 4e-3 is the same at every width.
@@ -27,7 +27,7 @@ _NTK_12B = Rope(ntk=Ntk(original_length=8192))
 # TeleChat-52B: beyond 4,096 positions the base is multiplied by alpha itself, without factor on cos and sin.
 _NTK_52B = Rope(ntk=Ntk(original_length=4096, trained_length=4096, base="linear", attention_slope=0.0))
 
-PUBLISHED: dict[str, dict[str, Any]] = {
+PUBLISHED: dict[str, Table] = {
     # The proxy's effective multiplier is the transferred one, 1/32 * 8192/512.
     "tele_flm_proxy": _TELE_FLM_BASE | dict(num_layers=64, num_heads=4, embed_dim=512, mlp_dim=1_344),
     "tele_flm_52b": _TELE_FLM_BASE

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from tele_jax import plots, tables
 from tele_jax.errors import DamageError, UserError
+from tele_jax.files import Table
 from tele_jax.growth import receipt as receipts
 from tele_jax.processes import is_first
 from tele_jax.stages import RunConfig, run_config
@@ -18,7 +19,7 @@ from tele_jax.train import loop, metrics
 
 def run(
     config: RunConfig | Mapping[str, Any] | ConfigDict, workdir: str | Path, *, from_step: int | None = None
-) -> list[dict[str, Any]]:
+) -> list[Table]:
     """Runs the stages of a config as `tele train` does: writes and prints the report, and returns the summaries.
 
     config: the ConfigDict of a page, a dict like it, or a RunConfig.
@@ -98,13 +99,13 @@ def _change(before: float | None, after: float | None) -> str:
 
 def curves(
     workdir: Path, summaries: Sequence[Mapping[str, Any]]
-) -> tuple[dict[str, dict[str, plots.Curve]], list[float]]:
+) -> tuple[dict[str, Mapping[str, plots.Curve]], list[float]]:
     """(panels, growths) for plots.loss, over millions of tokens from the start of the run.
 
     Training loss with a curve per stage, held-out bits per byte with a curve per domain.
     """
-    training: dict[str, plots.Curve] = {}
-    held_out: dict[str, plots.Curve] = {}
+    training: dict[str, tuple[list[float], list[float]]] = {}
+    held_out: dict[str, tuple[list[float], list[float]]] = {}
     offset, growths = 0, []
     for summary in summaries:
         if "tokens" not in summary:
@@ -128,7 +129,7 @@ def curves(
     return {label: panel for label, panel in panels.items() if panel}, growths
 
 
-def _receipt(directory: Path) -> dict[str, Any]:
+def _receipt(directory: Path) -> Table:
     try:
         return receipts.read_receipt(directory)
     except (UserError, DamageError) as error:

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from tele_jax.config import ModelConfig, check_seed, from_dict, require, require_positive
+from tele_jax.config import FILLED, Filled, ModelConfig, check_seed, from_dict, require, require_positive
+from tele_jax.files import Table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ class CacheConfig:
     seed: int = 0  # seed of the order of the documents inside a shard
     # Text that goes into one shard of rows, in bytes. None: 65,536 * seq_len, about 16,384 rows: a shard that is read
     # at random keeps 8 bytes a row in memory, and looks through them at every read.
-    shard_bytes: int | None = None
+    shard_bytes: Filled[int] = FILLED
 
     def __post_init__(self):
         require_positive(self, "seq_len")
@@ -247,7 +248,7 @@ class GrowStage:
     """Growth of what the stage before left; `model` holds the fields that change."""
 
     kind: Literal["grow"]  # the file in stages/ that carries the stage out
-    model: dict[str, Any]  # fields of the model that change
+    model: Table  # fields of the model that change
     policy: str = "exact"  # how new entries are made, see docs/growth.md
     layers: str | tuple[int, ...] = "uniform"  # uniform, last, middle or distance; or the source of every layer
     epsilon: Literal["scale", "keep"] = "scale"  # what becomes of the norm's epsilon, see growth.plan

@@ -18,8 +18,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
-from tele_jax.axes import ParamSpec, flatten, unflatten
+from tele_jax.axes import Params, ParamSpec, flatten, unflatten
 from tele_jax.config import require
 from tele_jax.errors import UserError
 from tele_jax.settings import MeshConfig
@@ -28,6 +29,8 @@ MESH_AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # a batch is cut over both: fsdp is data parallelism with the parameters cut as well
 
 Rules = Mapping[str, str | None]
+Device = Any  # jax.Device, which the type stubs of jaxlib leave out
+AnyMesh = Mesh | jax.sharding.AbstractMesh
 
 # Every logical axis has a line; None means: never cut.
 RULES: Rules = {
@@ -43,9 +46,7 @@ LARGE_BYTES = 64 * 2**20  # a leaf above this must not lie whole on every device
 BLOCK_BYTES = 64 * 2**20  # of an array, that `fetch` moves at once
 
 
-def make_mesh(
-    config: MeshConfig, devices: Sequence[jax.Device] | None = None, *, num_slices: int | None = None
-) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Device] | None = None, *, num_slices: int | None = None) -> Mesh:
     """A mesh with the axes data, fsdp and tensor over the devices given, or all of them, neighbours close together.
 
     Of several TPU slices, `data` runs over the slices first: a step sends sums of gradients, and of a few figures, over
@@ -82,7 +83,7 @@ def make_mesh(
     return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
-def partition_spec(name: str, leaf: ParamSpec, mesh: Mesh, rules: Rules = RULES) -> P:
+def partition_spec(name: str, leaf: ParamSpec, mesh: AnyMesh, rules: Rules = RULES) -> P:
     """The PartitionSpec of one parameter.
 
     Raises:
@@ -113,14 +114,14 @@ def partition_spec(name: str, leaf: ParamSpec, mesh: Mesh, rules: Rules = RULES)
     return P(*entries)
 
 
-def param_shardings(spec: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> dict[str, Any]:
+def param_shardings(spec: Params, mesh: AnyMesh, rules: Rules = RULES) -> Params:
     """NamedSharding for every leaf of a tree of ParamSpec; raises as `partition_spec`."""
     return unflatten(
         {name: NamedSharding(mesh, partition_spec(name, leaf, mesh, rules)) for name, leaf in flatten(spec).items()}
     )
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
@@ -171,7 +172,7 @@ def fetch(array: jax.Array, wanted: Mapping[int, int | None]) -> np.ndarray | No
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _on_all(array: jax.Array, start: tuple[int, ...], lengths: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+def _on_all(array: jax.Array, start: tuple[Any, ...], lengths: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
     """The same rectangle of every device's part of an array, side by side; whole on every device."""
 
     def gather(part: jax.Array, start: tuple[jax.Array, ...]) -> jax.Array:
@@ -199,7 +200,7 @@ def tiles(shape: Sequence[int], itemsize: int, nbytes: int) -> Iterator[tuple[sl
         yield tuple(slice(s, min(s + n, size)) for s, n, size in zip(corner, lengths, shape, strict=True))
 
 
-def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh, batch_size: int) -> NamedSharding:
     """Rows over data and fsdp; raises UserError where batch_size does not divide."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     require(
@@ -253,7 +254,7 @@ def whole_rows(x: jax.Array, tensor: int | None = None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*entries))
 
 
-def lookup(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+def lookup(table: jax.Array, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Rows of an embedding table [V, D], cut as RULES say, for tokens [B, S]: [B, S, D] in dtype, cut over the batch
     and over the sequence by tensor.
 

@@ -15,7 +15,6 @@ import time
 import typing
 import zlib
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -26,7 +25,7 @@ from tele_jax.aot.jobs import Job
 from tele_jax.chips import GIB as GIB
 from tele_jax.config import as_written, written_table
 from tele_jax.errors import DamageError
-from tele_jax.files import read_json, replacing
+from tele_jax.files import Table, read_json, replacing
 from tele_jax.sharding import make_mesh
 
 FORMAT = 2  # version of the cache's files
@@ -96,7 +95,7 @@ def _lowered(job: Job) -> tuple[Mesh, jax.stages.Lowered, str]:
     return mesh, lowered, digest.hexdigest()[:32]
 
 
-def _store(directory: Path, values: dict[str, Any], text: str | None) -> None:
+def _store(directory: Path, values: Table, text: str | None) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     if text is not None:
         with replacing(directory / "program.hlo.gz") as file:
@@ -105,7 +104,7 @@ def _store(directory: Path, values: dict[str, Any], text: str | None) -> None:
         file.write_text(json.dumps(values))
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], str | None]:
+def _read(directory: Path) -> tuple[Table, str | None]:
     described, file = str(directory / "program.json"), directory / "program.hlo.gz"
     fields = {n: hint for n, hint in typing.get_type_hints(Program).items() if n not in ("key", "counts", "from_cache")}
     try:
@@ -116,9 +115,9 @@ def _read(directory: Path) -> tuple[dict[str, Any], str | None]:
         raise DamageError(f"{directory}: damaged ({error}); delete it, and the program is compiled again") from None
 
 
-def _compile(job: Job, mesh: Mesh, lowered: jax.stages.Lowered) -> tuple[dict[str, Any], str | None]:
+def _compile(job: Job, mesh: Mesh, lowered: jax.stages.Lowered) -> tuple[Table, str | None]:
     """The fields of a Program without its counts, and the text of the compiled program."""
-    values: dict[str, Any] = {
+    values: Table = {
         "usable_bytes": int(job.slice.generation.usable_hbm_bytes),
         "held": job.held(mesh),
         "device_order": topology.places(job.slice, list(mesh.devices.flat)).at.tolist(),
@@ -133,6 +132,7 @@ def _compile(job: Job, mesh: Mesh, lowered: jax.stages.Lowered) -> tuple[dict[st
         values |= {"fits": False, "needed_bytes": needed, "allocated_temporary_bytes": 0, "host_bytes": 0}
         return values | {"compile_seconds": time.monotonic() - began}, None
     memory = compiled.memory_analysis()
+    assert memory is not None  # compilers for TPUs give one
     needed = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
     values |= {
         "fits": needed <= values["usable_bytes"],
@@ -142,7 +142,7 @@ def _compile(job: Job, mesh: Mesh, lowered: jax.stages.Lowered) -> tuple[dict[st
         "compile_seconds": time.monotonic() - began,
     }
     # The code of Pallas kernels is most of the text, and nothing is read from it.
-    return values, re.sub(r'"body":"[^"]*"', '"body":""', compiled.as_text())
+    return values, re.sub(r'"body":"[^"]*"', '"body":""', compiled.as_text() or "")
 
 
 def _needed(message: str) -> int | None:

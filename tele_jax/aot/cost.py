@@ -7,7 +7,6 @@ most, and the device waits for every collective that the schedule does not overl
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -17,10 +16,11 @@ from tele_jax.aot.counts import Collective
 from tele_jax.aot.jobs import Job
 from tele_jax.aot.topology import Places, Slice
 from tele_jax.chips import GIB
+from tele_jax.files import Table
 
 DAY = 86_400.0
 RESOURCES = {"compute": "compute", "hbm": "HBM", "ici": "ICI", "dcn": "DCN"}
-Figures = dict[str, Any]
+Figures = Table
 
 
 def bounds(job: Job, program: Program) -> dict[str, float]:

@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from tele_jax.chips import GENERATIONS, Generation
 from tele_jax.config import require
 from tele_jax.errors import UserError
+from tele_jax.sharding import Device
 
 _ALIASES = {"v5": "v5p", "v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "7x": "tpu7x"}
 _FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
@@ -77,7 +78,7 @@ def find_slice(name: str, num_slices: int = 1) -> Slice:
     require(num_slices > 0, f"num_slices={num_slices} must be above 0")
     match = re.fullmatch(r"([a-zA-Z0-9]+)[:=](\d+(?:x\d+)*)|([a-zA-Z0-9]+)-(\d+)", name)
     generation = match and GENERATIONS.get(_ALIASES.get(family := (match[1] or match[3]).lower(), family))
-    if generation is None:
+    if match is None or generation is None:
         raise UserError(f"topology {name!r}: not known; known are {KNOWN}")
     if match[4]:
         return Slice(generation, _shape_of(generation, int(match[4]), name), num_slices)
@@ -144,7 +145,7 @@ def require_libtpu() -> str:
     return version
 
 
-def devices(of: Slice) -> list[jax.Device]:
+def devices(of: Slice) -> list[Device]:
     """The devices of a slice that is not there, to make a mesh of and to compile for; nothing can run on them.
 
     Raises:
@@ -192,7 +193,7 @@ class Places:
         return [axis for axis in range(places.shape[1]) if counts[axis] > 1], counts
 
 
-def places(of: Slice, in_order: Sequence[jax.Device]) -> Places:
+def places(of: Slice, in_order: Sequence[Device]) -> Places:
     rows = [(getattr(d, "slice_index", 0), *d.coords, getattr(d, "core_on_chip", 0)) for d in in_order]
     return Places(of, np.array(rows))
 

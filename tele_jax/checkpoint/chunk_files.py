@@ -15,8 +15,9 @@ import mmap
 import os
 import threading
 from collections.abc import Iterable, Iterator
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from crc32c import crc32c
@@ -102,11 +103,11 @@ def read_chunk(array: "LazyArray", index: tuple[int, ...], buffer: np.ndarray) -
     """Reads a chunk file into the beginning of uint8[n]. Raises DamageError naming the leaf and the file."""
     file, size = array.path / layout.chunk_key(index), array.leaf.chunk_bytes
     with _open_chunk(array, index) as stream:
-        view, filled = memoryview(buffer)[:size], 0
+        view, filled = buffer.data[:size], 0
         while count := stream.readinto(view[filled:]):
             filled += count
     stored = int.from_bytes(buffer[size - layout.CRC_BYTES : size].tobytes(), "little")
-    if filled < size or crc32c(buffer[: size - layout.CRC_BYTES]) != stored:
+    if filled < size or crc32c(buffer[: size - layout.CRC_BYTES].data) != stored:
         raise DamageError(f"{array.name}: damaged: {file}: its checksum is not that of its content")
 
 
@@ -127,7 +128,7 @@ def fingerprint(arrays: Iterable["LazyArray"]) -> str:
 
 
 @contextlib.contextmanager
-def _open_chunk(array: "LazyArray", index: tuple[int, ...]) -> Iterator[BinaryIO]:
+def _open_chunk(array: "LazyArray", index: tuple[int, ...]) -> Iterator[FileIO]:
     file = os.fspath(array.path / layout.chunk_key(index))
     try:
         with open(file, "rb", buffering=0) as stream:
@@ -153,7 +154,7 @@ def write_chunk(file: Path, buffer: np.ndarray, size: int) -> None:
     Directories are made. Large files are written past the page cache: filling it takes more time than everything else
     here, and terabytes would drive out of it what others need.
     """
-    checksum = crc32c(buffer[: size - layout.CRC_BYTES])
+    checksum = crc32c(buffer[: size - layout.CRC_BYTES].data)
     buffer[size - layout.CRC_BYTES : size] = np.frombuffer(checksum.to_bytes(layout.CRC_BYTES, "little"), np.uint8)
     file.parent.mkdir(parents=True, exist_ok=True)
     if size >= _DIRECT_BYTES and hasattr(os, "O_DIRECT") and _write_directly(file, buffer, size):
@@ -183,7 +184,7 @@ def _write_directly(file: Path, buffer: np.ndarray, size: int) -> bool:
 
 
 def _write_all(descriptor: int, data: np.ndarray) -> None:
-    view = memoryview(data)
+    view = data.data
     while view:
         view = view[os.write(descriptor, view) :]
 

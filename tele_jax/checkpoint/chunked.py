@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,7 @@ def _write_tile(fill: Fill, tile: Tile, directory: Path, local: threading.local)
 
 def _finished_tiles(
     fill: Fill, numbers: Sequence[int], tiles: Sequence[Tile], directory: Path, workers: int
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Makes tiles in so many threads, and yields the number of each when its files are on the disk."""
     results: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
     computing = ThreadPoolExecutor(workers, "tele_tiles")

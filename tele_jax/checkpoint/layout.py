@@ -22,11 +22,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from tele_jax.axes import ParamSpec
+from tele_jax.axes import Leaves, Params, ParamSpec, PyTree
 from tele_jax.config import ModelConfig, as_written, from_dict, to_dict, written_table
 from tele_jax.errors import DamageError, UserError
-from tele_jax.files import is_plain_name, parse_json
+from tele_jax.files import Table, is_plain_name, parse_json
 
 FORMAT = 1
 ITEMS = ("params", "opt_state", "data")
@@ -71,7 +72,7 @@ class Meta:
 
     cfg: ModelConfig
     step: int
-    provenance: tuple[dict[str, Any], ...]
+    provenance: tuple[Table, ...]
     items: dict[str, dict[str, Leaf]]
     versions: dict[str, str]
 
@@ -89,12 +90,12 @@ def summary(items: Mapping[str, Mapping[str, Any]]) -> str:
     return "; ".join([f"{size:,} parameters in {counts['params']}", *others])
 
 
-def describe(shape: Sequence[int], dtype: Any) -> str:
+def describe(shape: Sequence[int], dtype: DTypeLike) -> str:
     """Describes an array in a few characters, such as float32[4,8,2]."""
     return f"{jnp.dtype(dtype).name}[{','.join(map(str, shape))}]"
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: PyTree) -> Table:
     """Flattens any pytree to {dotted name: leaf}; names join dict keys, field names and positions.
 
     >>> import optax
@@ -104,7 +105,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     Raises:
       UserError: a key that cannot be part of a name, or two leaves of one name.
     """
-    leaves: dict[str, Any] = {}
+    leaves: Table = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         parts = [_key_name(key) for key in path] or ["value"]
         for part in parts:
@@ -126,7 +127,7 @@ def _key_name(key: Any) -> str:
     return str(key)
 
 
-def matching_param(name: str, shape: Sequence[int], params: Mapping[str, Any]) -> str | None:
+def matching_param(name: str, shape: Sequence[int], params: Params) -> str | None:
     """Finds the parameter that a leaf of an optimizer state belongs to: its name ends the leaf's, and shapes agree.
 
     >>> matching_param("0.mu.layers.attn.q", (4, 64, 4, 16), {"layers.attn.q": jnp.zeros((4, 64, 4, 16))})
@@ -176,7 +177,7 @@ def chunk_shape(
     return tuple(chunk)
 
 
-def zarr_metadata(leaf: Leaf) -> dict[str, Any]:
+def zarr_metadata(leaf: Leaf) -> Table:
     """The zarr3 metadata of an array, for TensorStore to create it by."""
     order = {"configuration": {"endian": "little"}} if leaf.spec.dtype.itemsize > 1 else {}
     return {
@@ -202,7 +203,7 @@ def chunk_key(index: Sequence[int]) -> str:
     return "/".join(["c", *map(str, index)])
 
 
-def meta_to_json(meta: Meta) -> dict[str, Any]:
+def meta_to_json(meta: Meta) -> Table:
     """Serialises the document. Raises UserError where the provenance is not JSON, or a leaf cannot be stored."""
     for item, leaves in meta.items.items():
         for name in leaves:
@@ -257,9 +258,9 @@ class _Document:
 
     format: int
     step: int
-    config: dict[str, Any]
-    provenance: tuple[dict[str, Any], ...]
-    items: dict[str, dict[str, dict[str, Any]]]
+    config: Table
+    provenance: tuple[Table, ...]
+    items: dict[str, dict[str, Table]]
     versions: dict[str, str]
 
 
@@ -279,11 +280,11 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _leaf_to_json(leaf: Leaf) -> dict[str, Any]:
+def _leaf_to_json(leaf: Leaf) -> Table:
     return {**leaf.spec.to_json(), "chunks": list(leaf.chunks), **({"scalar": True} if leaf.scalar else {})}
 
 
-def _leaves(item: str, leaves: Mapping[str, Any], where: str) -> dict[str, Leaf]:
+def _leaves(item: str, leaves: Leaves, where: str) -> dict[str, Leaf]:
     if item not in ITEMS:
         raise DamageError(f"{where}: damaged, the items of a checkpoint are {', '.join(ITEMS)}")
     for name in leaves:

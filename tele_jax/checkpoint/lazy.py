@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 from etils import epath
+from jax.typing import DTypeLike
 
 from tele_jax import tables
-from tele_jax.axes import unflatten
+from tele_jax.axes import Params, unflatten
 from tele_jax.checkpoint import layout, locate
 from tele_jax.config import ModelConfig, written_table
 from tele_jax.errors import DamageError, UserError
-from tele_jax.files import parse_json
+from tele_jax.files import PathLike, Table, parse_json
 
 _HEADER = ("leaf", "shape", "bytes")
 
@@ -79,7 +80,7 @@ class LazyArray:
         """The whole array."""
         return self[...]
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         del copy
         return self.read() if dtype is None else self.read().astype(dtype)
 
@@ -98,7 +99,7 @@ class Lazy:
     path: epath.Path
     cfg: ModelConfig
     step: int
-    provenance: tuple[dict[str, Any], ...]
+    provenance: tuple[Table, ...]
     versions: dict[str, str]
     items: dict[str, dict[str, LazyArray]]
 
@@ -116,11 +117,11 @@ class Lazy:
         return [(a.name, layout.describe(a.shape, a.dtype), f"{a.nbytes:,}") for a in arrays]
 
     @property
-    def params(self) -> dict[str, Any]:
+    def params(self) -> Params:
         return unflatten(self.items["params"])
 
     @property
-    def opt_state(self) -> dict[str, Any] | None:
+    def opt_state(self) -> Params | None:
         return unflatten(self.items["opt_state"]) if "opt_state" in self.items else None
 
     def data_state(self) -> bytes | None:
@@ -128,7 +129,7 @@ class Lazy:
         return self.items["data"]["state"].read().tobytes() if "data" in self.items else None
 
 
-def open_lazy(path: Any) -> Lazy:
+def open_lazy(path: PathLike) -> Lazy:
     """Opens a checkpoint and checks its structure, reading no array.
 
     path: as locate.find_step takes it.
@@ -216,12 +217,12 @@ Read = ts.Future  # a read that is under way; `finish` gives its numpy array
 _CONTEXT = ts.Context({"file_io_concurrency": {"limit": 32}})
 
 
-def kvstore(path: Any) -> dict[str, Any] | str:
+def kvstore(path: PathLike) -> Params | str:
     """Returns TensorStore's spec of a directory, a path or an address such as gs://bucket/name."""
     return f"{path}/" if "://" in str(path) else {"driver": "file", "path": f"{path}/"}
 
 
-def open_array(path: Any, name: str) -> ts.TensorStore:
+def open_array(path: PathLike, name: str) -> ts.TensorStore:
     """Opens a stored array for reading. A chunk that is missing is an error, never zeros; checksums are checked.
 
     Raises:

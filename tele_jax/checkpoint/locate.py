@@ -2,13 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 from etils import epath
 
 from tele_jax.config import as_written
 from tele_jax.errors import DamageError, UserError
-from tele_jax.files import is_plain_name, parse_json
+from tele_jax.files import PathLike, is_plain_name, parse_json
 
 # Any one of these tells a step directory, so that one that has lost some of them is reported as damaged.
 STEP_FILES = ("meta/meta.json", "_CHECKPOINT_METADATA", "params/_METADATA")
@@ -17,7 +16,7 @@ DELETED = ".deleted"  # what a step directory is renamed to before its files are
 _COMMIT_FILE = "commit_success.txt"  # Orbax's mark where directories cannot be renamed: object stores
 
 
-def find_step(path: Any) -> epath.Path:
+def find_step(path: PathLike) -> epath.Path:
     """The step directory that `path` means: itself, or the latest step inside it.
 
     path: one of
@@ -54,7 +53,7 @@ def find_step(path: Any) -> epath.Path:
     )
 
 
-def list_steps(directory: Any) -> list[int]:
+def list_steps(directory: PathLike) -> list[int]:
     """The steps that are complete in a directory of steps, ascending; [] where there is none, or no directory."""
     directory = epath.Path(directory)
     if not directory.is_dir():
@@ -67,7 +66,7 @@ def _names_step(name: str) -> bool:
     return name.isascii() and name.isdecimal() and name == str(int(name))
 
 
-def list_unfinished(directory: Any) -> list[epath.Path]:
+def list_unfinished(directory: PathLike) -> list[epath.Path]:
     """Directories that an interrupted save or an interrupted deletion left."""
     children = list(epath.Path(directory).iterdir())
     found = [child for child in children if child.name.endswith((INTERRUPTED, DELETED))]
@@ -76,7 +75,7 @@ def list_unfinished(directory: Any) -> list[epath.Path]:
     return found
 
 
-def absolute(path: Any) -> epath.Path:
+def absolute(path: PathLike) -> epath.Path:
     """Absolute, with ~ resolved; addresses such as gs://bucket/name are left as they are.
 
     Raises:
@@ -88,14 +87,14 @@ def absolute(path: Any) -> epath.Path:
     return path if _is_object_store(path) else path.expanduser().resolve()
 
 
-def is_step(path: Any) -> bool:
+def is_step(path: Path | epath.Path) -> bool:
     """Tells whether a directory is a complete checkpoint, or what damage left of one."""
     if _is_object_store(path) and not (path / _COMMIT_FILE).exists():
         return False
     return any((path / name).is_file() for name in STEP_FILES)
 
 
-def _is_object_store(path: Any) -> bool:
+def _is_object_store(path: PathLike) -> bool:
     return "://" in str(path)
 
 
@@ -127,14 +126,14 @@ def _run_order(work: epath.Path) -> list[str] | None:
     return list(names)
 
 
-def local_path(path: Any, work: str = "growth from checkpoint to checkpoint") -> Path:
+def local_path(path: PathLike, work: str = "growth from checkpoint to checkpoint") -> Path:
     """The absolute path of a directory on this machine. Raises UserError for an address such as gs://bucket/name."""
     if "://" in str(path):
         raise UserError(f"{path}: {work} needs a file system; copy or mount the bucket")
     return Path(os.fspath(absolute(path)))
 
 
-def new_path(dst: Any, src: Any, work: str) -> Path:
+def new_path(dst: PathLike, src: PathLike, work: str) -> Path:
     """The absolute path of a directory that is to be made from the one at `src`, on this machine.
 
     Raises:

@@ -13,13 +13,14 @@ from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from tele_jax import axes
-from tele_jax.axes import ParamSpec
+from tele_jax.axes import Params, ParamSpec, PyTree
 from tele_jax.checkpoint import layout
 from tele_jax.checkpoint.lazy import Lazy, LazyArray, Read, finish, open_lazy
 from tele_jax.config import ModelConfig, differing_fields
 from tele_jax.errors import DamageError, UserError
+from tele_jax.files import PathLike, Table
 from tele_jax.model.spec import flat_spec
-from tele_jax.sharding import param_shardings
+from tele_jax.sharding import Device, param_shardings
 
 _CHECKED_BYTES = 512 * 2**20  # read and not yet checked, by `verify`
 _IN_FLIGHT_BYTES = 2 * 2**30  # host memory for what has been read and is not yet on the devices
@@ -30,10 +31,10 @@ class Loaded:
     """A checkpoint in memory. opt_state and data_state are None where none was saved or asked for."""
 
     cfg: ModelConfig
-    params: dict[str, Any]
-    opt_state: Any
+    params: Params
+    opt_state: PyTree
     step: int
-    provenance: tuple[dict[str, Any], ...]
+    provenance: tuple[Table, ...]
     data_state: bytes | None
 
     def __repr__(self) -> str:
@@ -43,11 +44,11 @@ class Loaded:
 
 
 def load(
-    path: Any,
+    path: PathLike,
     mesh: jax.sharding.Mesh | None = None,
     *,
     shardings: Mapping[str, Any] | None = None,
-    opt_state_like: Any = None,
+    opt_state_like: PyTree = None,
     cfg: ModelConfig | None = None,
     expect: Mapping[str, Any] | None = None,
     items: Collection[str] = ("params", "opt_state", "data"),
@@ -167,11 +168,11 @@ def _abstract(leaf: Any, stored: LazyArray | None) -> Any:
 
 def _place_params(
     lazy: Lazy, mesh: jax.sharding.Mesh | None, shardings: Mapping[str, Any] | None
-) -> dict[str, Sharding] | None:
+) -> dict[str, NamedSharding] | None:
     """The sharding of every parameter by name, or None for the default device."""
-    if shardings is None and mesh is None:
-        return None
     if shardings is None:
+        if mesh is None:
+            return None
         specs = {name: array.leaf.spec for name, array in lazy.items["params"].items()}
         shardings = param_shardings(axes.unflatten(specs), mesh)
     placed = axes.flatten(shardings)
@@ -181,7 +182,7 @@ def _place_params(
 
 
 def _place(
-    name: str, array: LazyArray, like: Any, lazy: Lazy, placed: Mapping[str, Sharding] | None
+    name: str, array: LazyArray, like: PyTree, lazy: Lazy, placed: Mapping[str, NamedSharding] | None
 ) -> Sharding | None:
     """Chooses the sharding of a leaf: that of `like`, else of the parameter that it belongs to, else on all devices."""
     if isinstance(asked := getattr(like, "sharding", None), NamedSharding):
@@ -192,7 +193,7 @@ def _place(
     return placed[owner] if owner is not None else NamedSharding(next(iter(placed.values())).mesh, P())
 
 
-def _fill(tree: Any, names: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+def _fill(tree: PyTree, names: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
     # named_leaves goes through the leaves in the order of the tree.
     return jax.tree.unflatten(jax.tree.structure(tree), [values[name] for name in names])
 
@@ -218,9 +219,9 @@ def _start_read(array: LazyArray, sharding: Sharding | None) -> Callable[[], Any
         future = array.tensorstore.read()
         return lambda: _on_default_device(finish(future, array.name), array.leaf.scalar)
     parts: dict[tuple[tuple[int, int], ...], Any] = {}  # a part that several devices hold is read once
-    devices: dict[jax.Device, tuple[tuple[int, int], ...]] = {}
+    devices: dict[Device, tuple[tuple[int, int], ...]] = {}
     for device, index in sharding.addressable_devices_indices_map(array.shape).items():
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, array.shape, strict=True))
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), array.shape, strict=True))
         devices[device] = bounds
         if bounds not in parts:
             parts[bounds] = array.tensorstore[tuple(slice(*b) for b in bounds)].read()

@@ -20,27 +20,29 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
+from orbax.checkpoint import future
 
 from tele_jax import axes
-from tele_jax.axes import ParamSpec, unflatten
+from tele_jax.axes import Leaves, Params, ParamSpec, PyTree, unflatten
 from tele_jax.checkpoint import layout, locate, read
 from tele_jax.checkpoint.lazy import kvstore
 from tele_jax.config import ModelConfig
 from tele_jax.errors import DamageError, UserError
+from tele_jax.files import PathLike
 from tele_jax.model.spec import flat_spec
 from tele_jax.processes import barrier, from_first, is_first
 
 
 def save(
-    path: Any,
+    path: PathLike,
     cfg: ModelConfig,
-    params: Mapping[str, Any],
+    params: Params,
     *,
-    opt_state: Any = None,
+    opt_state: PyTree = None,
     step: int = 0,
     provenance: Sequence[Mapping[str, Any]] = (),
     data_state: bytes | None = None,
-    spec: Mapping[str, Any] | None = None,
+    spec: Params | None = None,
 ) -> None:
     """Writes one checkpoint, and returns when it is complete. A save that is killed leaves nothing under `path`.
 
@@ -83,7 +85,7 @@ class Manager:
     which all of them see, and call the same methods in the same order.
     """
 
-    def __init__(self, directory: Any, *, keep: int = 2):
+    def __init__(self, directory: PathLike, *, keep: int = 2):
         """Makes the directory where needed. keep: how many complete checkpoints stay, the latest ones; above 0."""
         if keep < 1:
             raise UserError(f"keep={keep} must be above 0")
@@ -102,8 +104,8 @@ class Manager:
         self,
         step: int,
         cfg: ModelConfig,
-        params: Mapping[str, Any],
-        opt_state: Any = None,
+        params: Params,
+        opt_state: PyTree = None,
         provenance: Sequence[Mapping[str, Any]] = (),
         data_state: bytes | None = None,
     ) -> bool:
@@ -186,10 +188,10 @@ def _require_new(path: epath.Path) -> None:
 
 def _prepare(
     cfg: ModelConfig,
-    params: Mapping[str, Any],
+    params: Params,
     specs: Mapping[str, ParamSpec],
     *,
-    opt_state: Any,
+    opt_state: PyTree,
     step: int,
     provenance: Sequence[Mapping[str, Any]],
     data_state: bytes | None,
@@ -232,7 +234,7 @@ class HostLeaf:
         return sum(values.nbytes for _, values in self.pieces)
 
 
-def describe_leaves(leaves: Mapping[str, Any], params: Mapping[str, ParamSpec], item: str) -> dict[str, layout.Leaf]:
+def describe_leaves(leaves: Leaves, params: Mapping[str, ParamSpec], item: str) -> dict[str, layout.Leaf]:
     """Decides how each leaf (jax or numpy array, or Python scalar) of an item is stored.
 
     params: the parameters by name; a leaf that belongs to one (a moment of Adam) has its axes and is cut like it.
@@ -244,52 +246,57 @@ def describe_leaves(leaves: Mapping[str, Any], params: Mapping[str, ParamSpec], 
 
 
 def _describe_leaf(where: str, name: str, value: Any, params: Mapping[str, ParamSpec]) -> layout.Leaf:
-    scalar = isinstance(value, (bool, int, float)) and not isinstance(value, np.generic)
+    scalar = _is_number(value)
     array = np.asarray(value) if scalar else value
     dtype = getattr(array, "dtype", None)
-    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if dtype is not None and jax.numpy.issubdtype(dtype, jax.dtypes.prng_key):
         raise UserError(f"{where}: a typed PRNG key cannot be stored; keep jax.random.key_data of it in the state")
     if dtype is None or np.dtype(dtype).kind in "OSUMm":
         raise UserError(f"{where}: {type(value).__name__} cannot be stored; leaves must be arrays or numbers")
-    owner = params.get(layout.matching_param(name, array.shape, params))
+    owner = params.get(layout.matching_param(name, array.shape, params) or "")
     spec = ParamSpec(
         tuple(array.shape),
         np.dtype(dtype),
         *((owner.stack, owner.inputs, owner.outputs) if owner else ()),
     )
-    shard = array.shape if _is_local(array) else array.sharding.shard_shape(array.shape)
+    shard = array.shape if _is_local(value) else value.sharding.shard_shape(array.shape)
     chunks = layout.chunk_shape(spec.shape, spec.dtype.itemsize, stacked=len(spec.stack), shard=shard)
     return layout.Leaf(spec, chunks, scalar)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float)) and not isinstance(value, np.generic)
 
 
 def _is_local(array: Any) -> bool:
     return not isinstance(array, jax.Array) or array.is_fully_addressable
 
 
-def copy_to_host(leaves: Mapping[str, Any], described: Mapping[str, layout.Leaf]) -> dict[str, HostLeaf]:
+def copy_to_host(leaves: Leaves, described: Mapping[str, layout.Leaf]) -> dict[str, HostLeaf]:
     """Copies what this process has to write. On return the arrays may be changed or donated."""
     for value in leaves.values():
-        for shard in _owned_shards(value):
-            shard.data.copy_to_host_async()
+        for _, data in _owned_shards(value):
+            data.copy_to_host_async()
     return {name: HostLeaf(described[name], _pieces(value)) for name, value in leaves.items()}
 
 
-def _owned_shards(value: Any) -> list[jax.Shard]:
-    """Lists the shards that this process writes: one replica of every part of an array, in one process."""
-    return [s for s in value.addressable_shards if s.replica_id == 0] if isinstance(value, jax.Array) else []
+def _owned_shards(value: Any) -> list[tuple[tuple[slice, ...], jax.Array]]:
+    """Lists (index, data) of what this process writes: one replica of every part of an array, in one process."""
+    shards = value.addressable_shards if isinstance(value, jax.Array) else []
+    return [(s.index, s.data) for s in shards if s.replica_id == 0 and s.data is not None]
 
 
 def _pieces(value: Any) -> tuple[tuple[tuple[slice, ...], np.ndarray], ...]:
     if not _is_local(value):
-        return tuple((shard.index, np.array(shard.data)) for shard in _owned_shards(value))
+        return tuple((index, np.array(data)) for index, data in _owned_shards(value))
     if jax.process_index() != 0:
         return ()  # the same on every process
     if not isinstance(value, jax.Array):
         return (((), np.array(value)),)
     # One process has it all: one piece, so that shards that share a chunk do not rewrite each other's file.
     whole = np.empty(value.shape, value.dtype)
-    for shard in _owned_shards(value):
-        whole[shard.index] = np.asarray(shard.data)
+    for index, data in _owned_shards(value):
+        whole[index] = np.asarray(data)
     return (((), whole),)
 
 
@@ -309,7 +316,7 @@ class _HostLeafHandler(ocp.type_handlers.TypeHandler):
         async def write_all() -> None:
             await asyncio.gather(*(_write(value, info) for value, info in zip(values, infos, strict=True)))
 
-        return [ocp.future.CommitFutureAwaitingContractedSignals(write_all(), name="tele_jax_arrays")]
+        return [future.CommitFutureAwaitingContractedSignals(write_all(), name="tele_jax_arrays")]
 
 
 async def _write(value: HostLeaf, info: Any) -> None:
@@ -325,8 +332,7 @@ async def _write(value: HostLeaf, info: Any) -> None:
         "store_data_equal_to_fill_value": True,
     }
     # One process writes zarr.json; the others cannot know when it is there, nor need to.
-    mode = {"create": True} if first else {"open": True, "assume_metadata": True}
-    store = await ts.open(spec, context=_CONTEXT, **mode)
+    store = await ts.open(spec, context=_CONTEXT, create=first, open=not first, assume_metadata=not first)
     for index, values in value.pieces:
         await store[index].write(values, can_reference_source_data_indefinitely=True)
 
@@ -335,7 +341,7 @@ def make_checkpointer(items: Sequence[str]) -> ocp.AsyncCheckpointer:
     """Orbax's checkpointer for our items: `meta` is JSON, the others trees of HostLeaf."""
     _quiet_orbax()
     registry = ocp.type_handlers.create_type_handler_registry((HostLeaf, _HostLeafHandler()))
-    handlers = {
+    handlers: dict[str, Any] = {
         item: ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
         for item in items
     }
@@ -344,7 +350,7 @@ def make_checkpointer(items: Sequence[str]) -> ocp.AsyncCheckpointer:
 
 
 @contextlib.contextmanager
-def in_one_line(path: Any) -> Iterator[None]:
+def in_one_line(path: PathLike) -> Iterator[None]:
     """Turns whatever Orbax and TensorStore raise where they cannot write, as on a full disk, into DamageError."""
     try:
         yield

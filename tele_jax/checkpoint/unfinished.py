@@ -25,7 +25,7 @@ from typing import Any
 from tele_jax.checkpoint import layout, locate
 from tele_jax.checkpoint.chunk_files import flush
 from tele_jax.errors import DamageError, UserError
-from tele_jax.files import parse_json
+from tele_jax.files import PathLike, Table, parse_json
 
 FLUSHING = 16  # threads that wait for the disk: a file system commits the names of many files in one go
 _BLOCK_BYTES = 4096  # of a file system: what the last part of a file, and its directory, take at least
@@ -72,7 +72,7 @@ class Unfinished:
 
     def __init__(
         self,
-        dst: Any,
+        dst: PathLike,
         header: Mapping[str, Any],
         meta: layout.Meta,
         tiles: Sequence[Tile],
@@ -91,7 +91,7 @@ class Unfinished:
         self.path = self.partial / f"checkpoint{locate.INTERRUPTED}"
         self._header = json.loads(json.dumps(header))  # as it will be read
         self._tiles, self._shard = tiles, shard
-        self._journal: int | None = None
+        self._journal = -1  # a file descriptor
         self.complete = self.dst.exists()
         if not self.complete or not self._was_moved():
             self._require_new()
@@ -148,9 +148,9 @@ class Unfinished:
         return paths
 
     def close(self) -> None:
-        if self._journal is not None:
+        if self._journal >= 0:
             os.close(self._journal)
-            self._journal = None
+            self._journal = -1
 
     def __enter__(self) -> "Unfinished":
         return self
@@ -183,7 +183,7 @@ class Unfinished:
         """Tells whether an earlier call was killed after the checkpoint became DST, and before the rest was removed."""
         return not self.path.exists() and self._read_header() == self._header
 
-    def _read_header(self) -> dict[str, Any] | None:
+    def _read_header(self) -> Table | None:
         try:
             found = parse_json((self.partial / "header.json").read_bytes(), "header.json")
         except FileNotFoundError:
@@ -193,7 +193,7 @@ class Unfinished:
         return found if isinstance(found, dict) else {}
 
     def _require_same_header(self) -> None:
-        found = self._read_header()
+        found = self._read_header() or {}
         # The first that differs: what comes later in the header may differ because of it.
         if different := next((key for key, value in self._header.items() if found.get(key) != value), None):
             raise UserError(

@@ -94,13 +94,16 @@ def _sample_order(uid: int) -> bytes:
     return hashlib.blake2b(uid.to_bytes(16, "big"), digest_size=8).digest()
 
 
+_Sample = tuple[bytes, str, str, str]
+
+
 @dataclasses.dataclass
 class Count:
     """How many documents and bytes; samples are (order, origin, detail, text), those of the lowest order of all."""
 
     documents: int = 0
     bytes: int = 0
-    samples: list[tuple[bytes, str, str, str]] = dataclasses.field(default_factory=list)
+    samples: list[_Sample] = dataclasses.field(default_factory=list)
 
     def add(self, document: Document, size: int, detail: str, *, sample: str | None) -> None:
         """Counts one document of `size` bytes; `sample` is the text to show, None for none."""

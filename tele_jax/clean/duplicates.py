@@ -132,7 +132,7 @@ def _alike(method: str, hub: np.ndarray, others: np.ndarray, config: DuplicatesC
     if method == "exact":
         return np.ones(len(others), bool)
     if method == "simhash":
-        return np.unpackbits(hub ^ others, axis=1).sum(axis=1) <= config.simhash_bits
+        return np.unpackbits((hub ^ others).view(np.uint8), axis=1).sum(axis=1) <= config.simhash_bits
     return agreement(hub, others) >= config.threshold
 
 

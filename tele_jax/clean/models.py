@@ -289,11 +289,12 @@ def _discounts(count: np.ndarray) -> np.ndarray:
 
 def perplexity(document: Document, config: PerplexityConfig, models: dict[str, NgramModel]) -> Document | Drop:
     """Documents whose perplexity is out of bounds go; languages without a model pass."""
-    model = models.get(document.language or "")
+    language = document.language or ""
+    model = models.get(language)
     if model is None:
         return document
     value = model.perplexity(document.text)
-    high, low = config.max_perplexity[document.language], config.min_perplexity.get(document.language, 0.0)
+    high, low = config.max_perplexity[language], config.min_perplexity.get(language, 0.0)
     if value > high:
         return Drop("high perplexity", f"{value:.1f} > {high:g}")
     if value < low:

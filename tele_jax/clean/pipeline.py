@@ -16,7 +16,7 @@ from tele_jax.clean.settings import CleanConfig
 from tele_jax.config import to_dict
 from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.extras import need
-from tele_jax.files import expand, new_directory
+from tele_jax.files import Table, expand, new_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def clean(
     *,
     options: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
+) -> Table:
     """Runs all stages; writes shards, manifest.json, report.json, report.html and rejects/ to the directory `out`.
 
     The result is the same with any number of workers of the DirectRunner; other runners were not tried.
@@ -176,8 +176,8 @@ def _run(config: CleanConfig, files: Sequence[Input], directory: str, options: S
     pipeline.run().wait_until_finish()
 
 
-def _figures(tally, shards, rejects) -> dict[str, Any]:
-    by_domain: dict[str, list[dict[str, Any]]] = {}
+def _figures(tally, shards, rejects) -> Table:
+    by_domain: dict[str, list[Table]] = {}
     for domain, entry in sorted(shards, key=lambda pair: pair[1]["file"]):
         by_domain.setdefault(domain, []).append(entry)
     return {"tally": output.counts(tally), "shards": by_domain, "rejects": dict(sorted(rejects))}
@@ -201,7 +201,7 @@ def _cause(error: Exception) -> Exception:
     return FailedError(f"the pipeline failed: {type(error).__name__}: {lines[-1] if lines else ''}")
 
 
-def _manifest(config: CleanConfig, files: Sequence[Input], figures: dict[str, Any]) -> dict[str, Any]:
+def _manifest(config: CleanConfig, files: Sequence[Input], figures: Table) -> Table:
     settings = to_dict(config)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     return {
@@ -214,7 +214,7 @@ def _manifest(config: CleanConfig, files: Sequence[Input], figures: dict[str, An
     }
 
 
-def _refuse_empty(account: dict[str, Any], shards: dict[str, Any]) -> None:
+def _refuse_empty(account: Table, shards: Table) -> None:
     if shards:
         return
     stage = account["stages"][0]

@@ -54,11 +54,11 @@ def open_stream(path: str) -> BinaryIO:
     raw = open_raw(path)
     kind = compression(path)
     if kind == "gz":
-        return gzip.GzipFile(fileobj=raw)
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
     if kind == "bz2":
-        return bz2.BZ2File(raw)
+        return io.BufferedReader(bz2.BZ2File(raw))
     if kind == "xz":
-        return lzma.LZMAFile(raw)
+        return io.BufferedReader(lzma.LZMAFile(raw))
     if kind == "zst":
         # Of the packages that read it, the one that takes many frames and says so where the last one is cut off.
         return io.BufferedReader(need("pyarrow").CompressedInputStream(raw, "zstd"))
@@ -118,15 +118,15 @@ _Read = Iterator[tuple[int, str, _Record | _Bad]]
 
 def decode(data: bytes, encodings: tuple[str, ...]) -> str | _Bad:
     """The text in the first encoding that fits to the last byte."""
-    first = None
+    errors: list[UnicodeDecodeError] = []
     for encoding in encodings:
         try:
             text = data.decode(encoding)
             return text.removeprefix("\ufeff")
         except UnicodeDecodeError as error:
-            first = first or error
+            errors.append(error)
     names = " or ".join(name.upper() for name in encodings)
-    return _Bad(f"not {names}", f"byte {first.start}: {first.reason}", data)
+    return _Bad(f"not {names}", f"byte {errors[0].start}: {errors[0].reason}", data)
 
 
 _CHARSET = re.compile(rb"""charset\s*=\s*["']?\s*([A-Za-z0-9_:.-]{2,40})""")

@@ -2,9 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tele_jax.config import from_dict, require, require_positive
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 Language = Literal["en", "zh", "code", "other"]
 Stage = Literal[
@@ -295,7 +298,7 @@ class CleanConfig:
             )
 
 
-def clean_config(page: Mapping[str, Any]) -> CleanConfig:
+def clean_config(page: "Mapping[str, Any] | ConfigDict") -> CleanConfig:
     """Reads a page (ConfigDict or dict); raises UserError with the path of what is wrong."""
     table = dict(page.items())
     rules = table.get("rules")

@@ -22,6 +22,7 @@ from tele_jax.data import caching, describe, order
 from tele_jax.data.cache import Counts, Manifest, RowCache
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import DamageError, UserError
+from tele_jax.files import Table
 from tele_jax.settings import cache_config
 
 
@@ -114,7 +115,7 @@ def _cache(args: argparse.Namespace) -> Outcome:
             ),
         }
         lines += [line for line, count in notes.items() if count]
-    figures: dict[str, Any] = {"seconds": round(seconds, 3), "text_bytes_per_second": round(total / seconds)}
+    figures: Table = {"seconds": round(seconds, 3), "text_bytes_per_second": round(total / seconds)}
     figures |= {"cores": len(os.sched_getaffinity(0)), "digest": manifest.digest}
     figures |= {"domains": {name: vars(domain.counts) for name, domain in manifest.domains.items()}}
     return Outcome(figures, text="\n".join(lines))

@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from tele_jax import tables
 from tele_jax.clean import models, pipeline, reading
@@ -16,7 +15,7 @@ from tele_jax.clean.settings import clean_config
 from tele_jax.cli.pages import load_page
 from tele_jax.cli.verb import Outcome, flag, note
 from tele_jax.errors import UserError
-from tele_jax.files import expand
+from tele_jax.files import Table, expand
 
 RUNNERS = ("DirectRunner", "DataflowRunner", "FlinkRunner", "SparkRunner", "PrismRunner")
 CLEAN = "clean and deduplicate text, from raw files to jsonl by domain"
@@ -63,7 +62,7 @@ def _without_tracebacks() -> Iterator[None]:
         logging.disable(before)
 
 
-def _table(report: dict[str, Any]) -> str:
+def _table(report: Table) -> str:
     rows = []
     for stage in report["stages"]:
         gone = stage["in"]["documents"] - stage["out"]["documents"]

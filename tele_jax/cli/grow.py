@@ -3,7 +3,6 @@
 import argparse
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -15,7 +14,7 @@ from tele_jax.cli.verb import Outcome, Progress, flag, pick, switch
 from tele_jax.config import ModelConfig, from_dict
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import FailedError, UserError
-from tele_jax.files import read_bytes
+from tele_jax.files import Table, read_bytes
 from tele_jax.growth import receipt as receipts
 from tele_jax.inference.chat import find_tokenizer
 from tele_jax.processes import find_place
@@ -107,7 +106,7 @@ def _check(args: argparse.Namespace, dst: Path) -> Outcome:
     return Outcome(report.to_json())
 
 
-def _summary(receipt: dict[str, Any], dst: Path) -> str:
+def _summary(receipt: Table, dst: Path) -> str:
     name, worst = max(receipt["parts"].items(), key=lambda item: item[1])
     if receipt["max_abs"] is None:
         number = len(receipt["parts"])
@@ -131,7 +130,8 @@ def _shard(text: str | None) -> tuple[int, int]:
 
 def read_stage(page: ConfigDict, args: argparse.Namespace) -> tuple[GrowStage, str]:
     """The growth stage of the page, with the command line's changes, and its name for messages."""
-    tables = {name: table for name, table in page.items() if getattr(table, "get", lambda _: None)("kind") == "grow"}
+    is_growth = lambda table: hasattr(table, "get") and table.get("kind") == "grow"  # noqa: E731
+    tables: Table = {name: table for name, table in page.items() if is_growth(table)}
     if args.stage is not None:
         if args.stage not in tables:
             raise UserError(

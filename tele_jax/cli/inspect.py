@@ -8,6 +8,7 @@ from tele_jax import checkpoint, tables
 from tele_jax.cli.verb import Outcome, flag, switch
 from tele_jax.config import to_dict
 from tele_jax.errors import DamageError
+from tele_jax.files import Table
 from tele_jax.growth.masks import mask_of
 
 
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> Outcome:
     return Outcome(found | {"verified": _verify(lazy)} if args.verify else found)
 
 
-def figures(lazy: checkpoint.Lazy) -> dict[str, Any]:
+def figures(lazy: checkpoint.Lazy) -> Table:
     """Everything that `describe` prints, and where each leaf is cut."""
     params = lazy.items["params"].values()
     return {
@@ -52,7 +53,7 @@ def figures(lazy: checkpoint.Lazy) -> dict[str, Any]:
     }
 
 
-def describe(figures: dict[str, Any]) -> str:
+def describe(figures: Table) -> str:
     """The figures as text for people."""
     rows = []
     for leaf in figures["leaves"]:
@@ -84,7 +85,7 @@ def describe(figures: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _short(entry: dict[str, Any]) -> dict[str, Any]:
+def _short(entry: Table) -> Table:
     """An entry with the positions in the data as "next / total" of every domain; --json has all of them."""
     positions = entry["data"].get("positions") if isinstance(entry.get("data"), dict) else None
     if not isinstance(positions, dict):

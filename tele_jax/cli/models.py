@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import math
 import sys
 import time
@@ -11,12 +12,14 @@ from typing import Any
 import jax
 
 from tele_jax import checkpoint
+from tele_jax.axes import PyTree
 from tele_jax.cli.verb import flag, switch
 from tele_jax.config import ModelConfig, check_seed, from_dict
 from tele_jax.data import templates
 from tele_jax.data.templates import release_of
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
 from tele_jax.errors import UserError
+from tele_jax.files import Table
 from tele_jax.growth.masks import require_unmasked
 from tele_jax.inference.chat import check_vocabulary, find_tokenizer
 from tele_jax.inference.generate import prepare
@@ -74,9 +77,7 @@ def open_mesh(text: str | None) -> jax.sharding.Mesh | None:
     return make_mesh(config, jax.devices()[:count])
 
 
-def sampling_options(
-    args: argparse.Namespace, template: Any, released: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def sampling_options(args: argparse.Namespace, template: Any, released: Mapping[str, Any] | None = None) -> Table:
     """Keywords for sampling.sampling: as the model was released, or with --sample as it draws then, and the flags.
 
     released: of the checkpoint's import, what generation_config.json says (convert/release.py); None where the
@@ -108,12 +109,12 @@ class Model:
     """
 
     cfg: ModelConfig
-    params: Any
+    params: PyTree
     vocabulary: Vocabulary
     template: templates.Template | None
-    options: dict[str, Any]
+    options: Table
     stop_ids: list[int]
-    provenance: Sequence[Mapping[str, Any]]
+    provenance: Sequence[Table]
 
 
 def load_model(args: argparse.Namespace, *, dialogues: bool) -> Model:
@@ -142,7 +143,7 @@ def load_model(args: argparse.Namespace, *, dialogues: bool) -> Model:
     require_unmasked(lazy.provenance, args.ckpt)
     # Nothing here holds what is loaded, so that it does not lie beside what is made of it.
     params = prepare(lazy.cfg, checkpoint.load(args.ckpt, mesh, items=("params",)).params)
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?", and goes on
     stop_ids = [i for i in released["eos_token_ids"] if 0 <= i < lazy.cfg.vocab_size] if released else []
     return Model(lazy.cfg, params, vocabulary, template, options, stop_ids, lazy.provenance)
@@ -176,7 +177,7 @@ class Clock:
         """Counts a token."""
         self._times.append(time.perf_counter())
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> Table:
         """Count and speed. Before the first token lies the prompt, and on a first call the compilation."""
         times, later = self._times, len(self._times) - self._rows
         return {
@@ -186,7 +187,7 @@ class Clock:
         }
 
 
-def print_speed(figures: dict[str, Any]) -> None:
+def print_speed(figures: Table) -> None:
     """Prints a line about the speed on standard error, if that is a terminal."""
     if sys.stderr.isatty() and figures["tokens_per_second"]:
         print(f"{figures['new_tokens']} tokens, {figures['tokens_per_second']:.1f} tokens/s", file=sys.stderr)

@@ -14,6 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from tele_jax.config import given
 from tele_jax.errors import UserError
 from tele_jax.stages import RunConfig
 
@@ -41,7 +42,8 @@ def load_page(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     try:
         with _neighbours(file.resolve().parent):
             loader = importlib.machinery.SourceFileLoader("config_page", str(file))
-            module = importlib.util.module_from_spec(importlib.util.spec_from_loader("config_page", loader))
+            spec = importlib.util.spec_from_loader("config_page", loader)
+            module = importlib.util.module_from_spec(given(spec, f"--config {path}: no page"))
             loader.exec_module(module)
             if not hasattr(module, "get_config"):
                 raise UserError(f"--config {path}: the page defines no get_config()")
@@ -110,7 +112,7 @@ def _neighbours(directory: Path) -> Iterator[None]:
         for name in set(sys.modules) - before:
             file = getattr(sys.modules[name], "__file__", None)
             if file is not None and directory in Path(file).resolve().parents:
-                sys.modules[name].__page_directory__ = directory
+                vars(sys.modules[name])["__page_directory__"] = directory
 
 
 def _beside(module: Any) -> Path | None:

@@ -21,6 +21,7 @@ from tele_jax.cli.pages import load_page
 from tele_jax.cli.verb import Outcome, flag, switch
 from tele_jax.config import ModelConfig, convert
 from tele_jax.errors import UserError
+from tele_jax.files import Table
 from tele_jax.published import STAGE_TOKENS, get_model
 from tele_jax.settings import MeshConfig, TrainStage
 from tele_jax.stages import find_kind, run_config
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> Outcome:
     return Outcome(found) if found["fits"] else Outcome(found, error=found["advice"], code=2)
 
 
-def _plan(args: argparse.Namespace, job: Any, tokens: float | None) -> dict[str, Any]:
+def _plan(args: argparse.Namespace, job: Any, tokens: float | None) -> Table:
     print(f"compiling for {job.slice.name} ...", file=sys.stderr, flush=True)
     program = compiling.compile_job(job, args.cache)
     figures = cost.figures(job, program, tokens)
@@ -74,7 +75,7 @@ def _plan(args: argparse.Namespace, job: Any, tokens: float | None) -> dict[str,
     return figures
 
 
-def _search(args: argparse.Namespace, job: Any, tokens: float | None) -> dict[str, Any]:
+def _search(args: argparse.Namespace, job: Any, tokens: float | None) -> Table:
     ranked = search.candidates(job)
     topology.require_libtpu()
     chosen, tried = ranked[: args.tries], []
@@ -95,7 +96,7 @@ def _search(args: argparse.Namespace, job: Any, tokens: float | None) -> dict[st
     return {**best, "tried": tried}
 
 
-def _line(f: dict[str, Any]) -> str:
+def _line(f: Table) -> str:
     mesh = ",".join(f"{axis}={size}" for axis, size in f["mesh"].items() if size > 1)
     head = f"mesh {mesh:28} microbatches {f['microbatches']:2} remat {f['remat']:9} margin {f['margin']:5.0%}"
     if not f["fits"]:
@@ -121,7 +122,7 @@ def _job(args: argparse.Namespace) -> tuple[Any, float | None]:
         mesh = MeshConfig(fsdp=tpu.num_devices // tpu.num_slices, data=tpu.num_slices)
     elif mesh is None:
         raise UserError(f"--mesh: missing; for example fsdp={tpu.num_devices}, or --search for the best")
-    where: dict[str, Any] = {"slice": tpu, "mesh": convert(MeshConfig, mesh, "--mesh")}
+    where: Table = {"slice": tpu, "mesh": convert(MeshConfig, mesh, "--mesh")}
     if args.decode:
         return _decoding(args, cfg, values, where), tokens
     if "plan" in values:
@@ -135,7 +136,7 @@ def _job(args: argparse.Namespace) -> tuple[Any, float | None]:
     return TrainJob(cfg=cfg, **values, **where), tokens
 
 
-def _decoding(args: argparse.Namespace, cfg: ModelConfig, values: dict[str, Any], where: dict[str, Any]) -> DecodeJob:
+def _decoding(args: argparse.Namespace, cfg: ModelConfig, values: Table, where: Table) -> DecodeJob:
     _refuse(args, "--decode", "grow_to", "policy", "search", "microbatches", "remat")
     if "plan" in values:
         raise UserError(f"--stage {args.stage}: is a growth, which does not decode; name a stage that trains")
@@ -160,7 +161,7 @@ def _sizes(args: argparse.Namespace, *names: str) -> dict[str, int]:
     return given
 
 
-def _from_model(args: argparse.Namespace) -> tuple[ModelConfig, dict[str, Any], float | None]:
+def _from_model(args: argparse.Namespace) -> tuple[ModelConfig, Table, float | None]:
     if args.stage is not None:
         raise UserError(f"--stage {args.stage}: is a stage of a page, and --model names none")
     if args.overrides:
@@ -175,7 +176,7 @@ def _from_model(args: argparse.Namespace) -> tuple[ModelConfig, dict[str, Any], 
     return cfg, {"seq_len": min(cfg.max_seq_len, 4096)}, tokens
 
 
-def _from_page(args: argparse.Namespace) -> tuple[ModelConfig, dict[str, Any], float | None]:
+def _from_page(args: argparse.Namespace) -> tuple[ModelConfig, Table, float | None]:
     _refuse(args, "a page, whose stages name them", "grow_to", "policy")
     config = run_config(load_page(args.config, args.overrides))
     cfg, optimizer = _start(args, config.start), None
@@ -190,9 +191,9 @@ def _from_page(args: argparse.Namespace) -> tuple[ModelConfig, dict[str, Any], f
         else:
             cfg, plan = find_kind(stage.kind).outline(stage, cfg, f"config.{before}")
     assert cfg is not None
-    where: dict[str, Any] = {"mesh": config.mesh, "num_slices": config.num_slices}
+    where: Table = {"mesh": config.mesh, "num_slices": config.num_slices}
     if not isinstance(stage, TrainStage):
-        values: dict[str, Any] = {"plan": plan, "optimizer_state": stage.optimizer_state, **where}
+        values: Table = {"plan": plan, "optimizer_state": stage.optimizer_state, **where}
         return cfg, values | ({"optimizer": optimizer} if optimizer else {}), None
     values = {key: getattr(stage, key) for key in ("batch_size", "seq_len", "microbatches", "optimizer")} | where
     tokens = None if args.decode else float(stage.steps * stage.batch_size * stage.seq_len)

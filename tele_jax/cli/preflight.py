@@ -14,7 +14,6 @@ import math
 import re
 import shlex
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from jax.sharding import AbstractMesh
 from packaging.requirements import Requirement
@@ -27,6 +26,7 @@ from tele_jax.cli.pages import load_page
 from tele_jax.cli.verb import Outcome, flag, switch
 from tele_jax.data.cache import MANIFEST
 from tele_jax.errors import UserError
+from tele_jax.files import Table
 from tele_jax.model.spec import spec
 from tele_jax.processes import VARIABLES
 from tele_jax.settings import DataConfig, TrainStage, cache_config
@@ -80,7 +80,7 @@ def versions() -> dict[str, str]:
     return {"jax": version, "libtpu": str(libtpu_requirement().specifier)}
 
 
-def _command(args: argparse.Namespace) -> dict[str, Any]:
+def _command(args: argparse.Namespace) -> Table:
     """Names of the slice, addresses of the inputs, and the command as the machines will run it."""
     if not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9]", args.bucket):
         raise UserError(f"--bucket {args.bucket}: no bucket; it looks like gs://my-bucket, without a path behind it")
@@ -89,7 +89,7 @@ def _command(args: argparse.Namespace) -> dict[str, Any]:
     words = args.command[1:]
     _, inner = main.parse(words)
     tpu = None if args.topology is None else find_slice(args.topology, args.num_slices)
-    names: dict[str, Any] = {"code": CODE, "mount": MOUNT, "num_slices": args.num_slices}
+    names: Table = {"code": CODE, "mount": MOUNT, "num_slices": args.num_slices}
     if tpu is not None:
         names |= topology.tpu_api_names(tpu) if args.api == "tpu" else topology.gke_names(tpu)
     verb = inner.verb if inner.verb != "data" else f"data {inner.action}"

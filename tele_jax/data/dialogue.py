@@ -37,6 +37,7 @@ from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import UserError
 
 Message = Mapping[str, Any]  # strings, and the marks
+Spoken = str | list[int]  # text, or ids where markers are ids
 
 MARKS = ("weight", "train", "loss")  # of an answer: whether it is learned
 # Fields of a record that say where it is from, and nothing about what is learned.
@@ -235,14 +236,22 @@ def shortest(vocabulary: Vocabulary, template: Template | None = None) -> int:
 class _Turn:
     """A question and its answer, as ids or as text: what can be cut. The answer is None where it is asked for."""
 
-    question: str | list[int]
-    answer: str | list[int] | None
+    question: Spoken
+    answer: Spoken | None
     is_learned: bool = True  # the answer
+
+
+def _said(spoken: Spoken) -> Said | list[int]:
+    return Said(spoken) if isinstance(spoken, str) else spoken
+
+
+def _ids(spoken: Spoken) -> list[int]:
+    return [] if isinstance(spoken, str) else spoken
 
 
 @dataclasses.dataclass(frozen=True)
 class _Fitted:
-    system: str | list[int] | None
+    system: Spoken | None
     turns: list[_Turn]
     tokens: list[int]
     weights: list[int]
@@ -266,7 +275,7 @@ class _Encoder:
 
     def open(
         self, messages: Sequence[Message], drawn: Mapping[int, Sequence[int]] | None = None
-    ) -> tuple[str | list[int] | None, list[_Turn]]:
+    ) -> tuple[Spoken | None, list[_Turn]]:
         """Returns the system message, if there is one, and the turns: texts where markers are text, otherwise ids."""
         template, vocabulary = self._template, self._vocabulary
         first = int(messages[0]["role"] == "system")
@@ -289,7 +298,7 @@ class _Encoder:
         system = messages[0]["content"].strip() if self._is_text else messages[0]["content"]
         return (take(system) if first else None), turns
 
-    def prompt(self, system: str | list[int] | None, turns: Sequence[_Turn]) -> tuple[list[int], list[int]]:
+    def prompt(self, system: Spoken | None, turns: Sequence[_Turn]) -> tuple[list[int], list[int]]:
         """Encodes a dialogue that ends with a question: tokens, and weights that are all 0."""
         if not self._is_text:
             return self._of_ids(system, turns)
@@ -297,11 +306,11 @@ class _Encoder:
         for turn in turns:
             parts += self._asked(turn)
             if turn.answer is not None:
-                parts += [Said(turn.answer) if isinstance(turn.answer, str) else turn.answer, self._template.between]
+                parts += [_said(turn.answer), self._template.between]
         tokens = templates.encode_parts(self._template, self._vocabulary, parts)
         return tokens, [0] * len(tokens)
 
-    def sample(self, system: str | list[int] | None, turns: Sequence[_Turn]) -> tuple[list[int], list[int]]:
+    def sample(self, system: Spoken | None, turns: Sequence[_Turn]) -> tuple[list[int], list[int]]:
         """Encodes a dialogue that ends with an answer: tokens and weights."""
         if not self._is_text:
             return self._of_ids(system, turns)
@@ -312,17 +321,17 @@ class _Encoder:
             asked = templates.encode_parts(self._template, self._vocabulary, [*opening, *self._asked(turn)])
             opening = []
             between = self._template.between if number < len(turns) else ""
-            answer = templates.encode_parts(self._template, self._vocabulary, [Said(turn.answer), between])
+            answer = templates.encode_parts(self._template, self._vocabulary, [_said(turn.answer or ""), between])
             said = self._before(answer, between)
             tokens += asked + answer
             weights += [self._given] * len(asked) + [int(turn.is_learned)] * said + [self._given] * (len(answer) - said)
         return tokens + end, weights + [int(turns[-1].is_learned)] * len(end)
 
-    def _opening(self, system: str | None) -> list[str | Said | list[int]]:
-        return [] if system is None else [self._template.system, Said(system)]
+    def _opening(self, system: Spoken | None) -> list[str | Said | list[int]]:
+        return [] if system is None else [self._template.system or "", _said(system)]
 
     def _asked(self, turn: _Turn) -> list[str | Said | list[int]]:
-        return [self._template.user, Said(turn.question), self._template.bot]
+        return [self._template.user, _said(turn.question), self._template.bot]
 
     def _before(self, tokens: Sequence[int], tail: str) -> int:
         """Counts the tokens that end before `tail`, the text at the end of all, begins."""
@@ -332,24 +341,24 @@ class _Encoder:
             left -= len(self._vocabulary.piece_bytes[tokens[count]])
         return count
 
-    def _of_ids(self, system: list[int] | None, turns: Sequence[_Turn]) -> tuple[list[int], list[int]]:
+    def _of_ids(self, system: Spoken | None, turns: Sequence[_Turn]) -> tuple[list[int], list[int]]:
         markers = self._markers
-        tokens = markers.start + ([] if system is None else markers.system + system)
+        tokens = markers.start + ([] if system is None else (markers.system or []) + _ids(system))
         weights = [self._given] * len(tokens)
         for number, turn in enumerate(turns, start=1):
-            asked = [*markers.user, *turn.question, *markers.bot]
+            asked = [*markers.user, *_ids(turn.question), *markers.bot]
             tokens += asked
             weights += [self._given] * len(asked)
             if turn.answer is not None:
                 end = markers.end if number == len(turns) else markers.between
-                tokens += [*turn.answer, *end]
+                tokens += [*_ids(turn.answer), *end]
                 weight = int(turn.is_learned)
                 weights += [weight] * len(turn.answer) + [weight if end == markers.end else self._given] * len(end)
         return tokens, weights
 
 
 def _fit(
-    system: str | list[int] | None,
+    system: Spoken | None,
     turns: list[_Turn],
     max_tokens: int | None,
     least: int,
@@ -364,7 +373,7 @@ def _fit(
     if max_tokens < least:
         raise UserError(f"max_tokens={max_tokens}: a dialogue needs at least {least}")
 
-    def fits(system: str | list[int] | None, turns: Sequence[_Turn]) -> bool:
+    def fits(system: Spoken | None, turns: Sequence[_Turn]) -> bool:
         return len(encode(system, turns)[0]) <= max_tokens
 
     def first_that_fits(count: int, is_enough: Callable[[int], bool]) -> int:

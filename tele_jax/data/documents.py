@@ -20,16 +20,18 @@ import numpy as np
 
 from tele_jax.data import dialogue
 from tele_jax.errors import UserError
-from tele_jax.files import require_regular, write_file
+from tele_jax.files import Table, require_regular, write_file
 
 Format = Literal["text", "jsonl", "dialogues"]
+AnyFormat = Format | Literal["task"]
 WHOLE = 1 << 62  # larger than any document: no cutting
 BLOCK_BYTES = 1 << 20  # of a text file that are read at a time
 
 # A document that cannot be used: {"file", "byte" where its line or this stretch of its text begins, "reason", "sample"
 # of its first bytes}, and "line" where it is known. For an example of a seqio Task: {"task", "split", "shard",
 # "example", "reason", "sample"}.
-Reject = dict[str, Any]
+Reject = Table
+Content = str | Sequence[dialogue.Message] | Mapping[str, np.ndarray]
 EMPTY = "the text is empty"  # reason of a Reject
 KEPT = 10_000  # rejects of a domain that are kept in memory; the others are counted
 
@@ -43,7 +45,7 @@ class Document:
       begins, ends: whether the document begins and ends with this part.
     """
 
-    content: str | Sequence[dialogue.Message] | Mapping[str, np.ndarray]
+    content: Content
     begins: bool = True
     ends: bool = True
 
@@ -69,18 +71,22 @@ class Documents(Protocol):
 
     def __len__(self) -> int:
         """Number of documents in an epoch; a document that is cut counts as several."""
+        ...
 
     def account(self) -> str:
         """Says in a line how many documents were rejected, and why the first."""
+        ...
 
     def example(self, i: int) -> np.ndarray:
         """Reads document `i` as int32 [3, n] (encode.COLUMNS)."""
+        ...
 
     def in_order(self, bytes_left: Callable[[], int]) -> Iterator[tuple[np.ndarray, bool]]:
         """Reads all documents in order as (int32 [3, n], whether a text begins with them).
 
         A text that is longer than `bytes_left()` is cut there, at a character, and then has no end.
         """
+        ...
 
 
 class Rejects:
@@ -97,7 +103,7 @@ class Rejects:
             self.first.append(reject)
 
 
-def digest(data: bytes, format: Format) -> int:
+def digest(data: bytes, format: AnyFormat) -> int:
     """Returns 64 bits that name a record; what ends a line does not count."""
     data = data if format == "text" else data.rstrip(b"\r\n")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
@@ -167,7 +173,7 @@ def stretches(
 
 
 def read_document(
-    path: str, offset: int, data: bytes, format: Format, reject: Callable[[Reject], None], line: int | None = None
+    path: str, offset: int, data: bytes, format: AnyFormat, reject: Callable[[Reject], None], line: int | None = None
 ) -> Any:
     """Returns the text of a document, or the messages of a dialogue; None where it cannot be used.
 
@@ -226,7 +232,7 @@ def nothing_usable(where: str, first: str | None) -> UserError:
     return UserError(f"{where}: not one document can be used; {why}")
 
 
-def check_record(record: str, format: Format) -> Any:
+def check_record(record: str, format: AnyFormat) -> Any:
     """Returns the text of a JSON line, or the messages of a dialogue.
 
     Raises:

@@ -6,7 +6,7 @@ import filecmp
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -89,7 +89,8 @@ class OpenData:
           UserError: as open_vocabulary and resolve.
           DamageError: the cache is damaged.
         """
-        self.kind, self.seq_len, self.index, self._on_rejects = kind, seq_len, index or sources.Indexes(), on_rejects
+        self.kind: Kind = kind
+        self.seq_len, self.index, self._on_rejects = seq_len, index or sources.Indexes(), on_rejects
         self.vocabulary, self.data = open_vocabulary(data, kind), resolve(data)
 
     @functools.cached_property
@@ -108,7 +109,7 @@ class OpenData:
         return opened
 
     @functools.cached_property
-    def train(self) -> dict[str, Documents]:
+    def train(self) -> Mapping[str, Documents]:
         """The documents of every domain that is read live, by name in order; none where there is a cache.
 
         Raises:
@@ -117,13 +118,13 @@ class OpenData:
         """
         if self.data.cache is not None:
             return {}
-        found = self.files("files") | self._tasks("split")
-        return {name: found[name] for name in sorted(found)}
+        found = {**self._tasks("split"), **self.files("files")}
+        return dict(sorted(found.items()))
 
     @functools.cached_property
-    def held_out(self) -> dict[str, Documents]:
+    def held_out(self) -> Mapping[str, Documents]:
         """The held-out documents of every domain that has some, by name. Errors as `train`."""
-        found = self.files("validation_files") | self._tasks("validation_split")
+        found = {**self._tasks("validation_split"), **self.files("validation_files")}
         return {name: found[name] for name in self.data.sources if name in found}
 
     def files(self, field: Literal["files", "validation_files"]) -> "dict[str, CorpusDocuments]":
@@ -163,7 +164,9 @@ class OpenData:
             counts = {f"sources.{name}.files": made_from[name].counts.held_out for name in self.data.sources}
         else:
             lines = {
-                part: {each.where: each.corpus.line_digests() for each in found.values() if each.format != "task"}
+                part: {
+                    one.where: one.corpus.line_digests() for one in found.values() if isinstance(one, CorpusDocuments)
+                }
                 for part, found in (("train", self.train), ("held out", self.held_out))
             }
             held = np.concatenate([np.zeros(0, np.uint64), *lines["held out"].values()])

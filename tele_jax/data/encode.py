@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from tele_jax.data import dialogue, templates
-from tele_jax.data.documents import WHOLE, Document, cut_text, text_of
+from tele_jax.data.documents import WHOLE, Content, Document, cut_text, text_of
 from tele_jax.data.templates import separator
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import UserError
@@ -68,11 +68,11 @@ def encode(
     """
     ended = sum(document.ends for document in documents)
     contents = [document.content for document in documents]
-    if isinstance(contents[0], Mapping):
-        return joined([_features(features, vocabulary, kind, seq_len) for features in contents], ended)
+    if examples := [content for content in contents if isinstance(content, Mapping)]:
+        return joined([_features(features, vocabulary, kind, seq_len) for features in examples], ended)
     text_bytes = len("".join(map(text_of, contents)).encode())
-    if not isinstance(contents[0], str):
-        made = [_dialogue(messages, vocabulary, kind, seq_len) for messages in contents]
+    if dialogues := [content for content in contents if not isinstance(content, (str, Mapping))]:
+        made = [_dialogue(messages, vocabulary, kind, seq_len) for messages in dialogues]
         shortened = sum(is_shortened for _, is_shortened in made)
         return joined([each for each, _ in made], ended, shortened, None if shortened else text_bytes)
     targets, lengths = _texts(documents, vocabulary, threads, piece_bytes)
@@ -109,7 +109,7 @@ def _texts(
     """Returns the targets of all texts, int32 [N], and the length of each, int64 [n]."""
     pieces, first_piece, continue_text = [], [], []
     for document in documents:
-        text = document.content
+        text = text_of(document.content)
         first_piece.append(len(pieces))
         parts = [text[begin:end] for begin, end in cut_text(text, piece_bytes) or [(0, 0)]]
         pieces += parts
@@ -176,9 +176,9 @@ def takes_system(vocabulary: Vocabulary) -> bool:
     return templates.marker_ids(templates.choose(vocabulary), vocabulary).system is not None
 
 
-def check_system(messages: Sequence[dialogue.Message], vocabulary: Vocabulary, where: str) -> None:
+def check_system(messages: Content, vocabulary: Vocabulary, where: str) -> None:
     """Raises UserError for a dialogue with a system message that the template has no place for."""
-    if messages[0]["role"] == "system" and not takes_system(vocabulary):
+    if not isinstance(messages, (str, Mapping)) and messages[0]["role"] == "system" and not takes_system(vocabulary):
         try:
             dialogue.render(messages, vocabulary)
         except UserError as error:

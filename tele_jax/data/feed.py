@@ -18,7 +18,7 @@ from tele_jax.data.domains import OpenData
 from tele_jax.data.order import Position
 from tele_jax.data.templates import separator
 from tele_jax.errors import DamageError, UserError
-from tele_jax.files import parse_json
+from tele_jax.files import Table, parse_json
 
 Batch = dict[str, np.ndarray]
 Place = Callable[[Batch], Any]
@@ -31,7 +31,7 @@ def open_feed(
     *,
     batch_size: int,
     seed: int,
-    rows: Sequence[int] | None = None,
+    rows: Sequence[int] | np.ndarray | None = None,
     place: Place = lambda batch: batch,
     known: Sequence[Position] = (),
 ) -> "LiveFeed | CachedFeed":
@@ -67,7 +67,7 @@ class _Feed:
     """
 
     _saved_elsewhere: str  # message for a state of the other kind of feed
-    _identity: dict[str, Any]  # what a state has to agree with
+    _identity: Table  # what a state has to agree with
     batches: int
     taken_over: dict[str, Position]
 
@@ -244,7 +244,7 @@ class CachedFeed(_Feed):
         *,
         batch_size: int,
         seed: int,
-        rows: Sequence[int] | None = None,
+        rows: Sequence[int] | np.ndarray | None = None,
         place: Place = lambda batch: batch,
         known: Sequence[Position] = (),
     ):
@@ -331,7 +331,7 @@ class CachedFeed(_Feed):
         return self._complete(positions)
 
 
-def parse_state(state: bytes) -> tuple[dict[str, Any], int, dict[str, Position]]:
+def parse_state(state: bytes) -> tuple[Table, int, dict[str, Position]]:
     """Takes apart what a feed's `state` gave: (identity of the feed, batches given out, positions by domain).
 
     Raises:
@@ -359,7 +359,7 @@ def parse_state(state: bytes) -> tuple[dict[str, Any], int, dict[str, Position]]
     return saved, batches, found
 
 
-def difference(saved: dict[str, Any], current: dict[str, Any], path: str = "") -> str:
+def difference(saved: Table, current: Table, path: str = "") -> str:
     """Lists what differs, by name; empty if nothing does."""
     parts = []
     for key in sorted({*saved, *current}):

@@ -26,6 +26,7 @@ import numpy as np
 
 from tele_jax.config import from_dict
 from tele_jax.errors import DamageError, UserError
+from tele_jax.files import Table
 
 VERSION = 1  # of the arithmetic, whose change would change every order
 ROUNDS = 6
@@ -203,7 +204,7 @@ class Position:
         """Number of times that the domain has been gone through."""
         return self.next / self.total
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Table:
         """Returns a dict for JSON, without empty fields."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in fields.items() if value not in ("", ()) or name in ("checksum", "name")}
@@ -226,7 +227,7 @@ def position_from_json(value: Any, where: str) -> Position:
     return position
 
 
-def positions_in(provenance: Sequence[Mapping[str, Any]]) -> list[Position]:
+def positions_in(provenance: Sequence[Table]) -> list[Position]:
     """Reads the positions in a checkpoint's provenance, the latest first.
 
     Raises:

@@ -353,5 +353,5 @@ def check_own(position: Position | None, name: str, documents: Documents, *, kin
     wanted = (documents.checksum, len(documents), documents.cut, kind, seq_len)
     rows = LANES if kind == "pretrain" else OPEN_ROWS
     found = position and (position.checksum, position.total, position.cut, position.kind, position.seq_len)
-    if found != wanted or len(position.open) not in (0, rows):
+    if position is None or found != wanted or len(position.open) not in (0, rows):
         raise DamageError(f"the saved position in the data is damaged: {name} is not of this feed")

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -55,7 +55,7 @@ class Unit:
     """The input of one shard."""
 
     domain: str
-    format: documents.Format | Literal["task"]
+    format: documents.AnyFormat
     number: int
     parts: tuple[Part, ...] = ()
     task: "TaskShard | None" = None  # instead of parts
@@ -188,8 +188,8 @@ class _Reader:
         """Reads (offset, bytes, whether the file ends with them) of a text file."""
         with self._open(part) as file:
             file.seek(documents.text_begin(file))
-            for _, *stretch in documents.stretches(file, (DOCUMENT_BYTES,), self.read[part].update):
-                yield tuple(stretch)
+            for _, offset, data, last in documents.stretches(file, (DOCUMENT_BYTES,), self.read[part].update):
+                yield offset, data, last
             if file.tell() < part.file_bytes:
                 raise UserError(f"{part.path}: has become shorter while it was read")
 
@@ -247,15 +247,15 @@ class _Unit:
             self.source = task_documents.TaskDocuments(unit.task, vocabulary, config.kind, config.seq_len)
 
     def _encoded(self) -> Iterator[Encoded]:
-        config = self._config
-        if self._unit.task is None:
-            for block in encode.blocks(self.source.documents(), BLOCK_BYTES):
+        config, source = self._config, self.source
+        if isinstance(source, _Reader):
+            for block in encode.blocks(source.documents(), BLOCK_BYTES):
                 how = {"threads": self._threads, "piece_bytes": PIECE_BYTES}
                 yield encode.encode(block, self._vocabulary, config.kind, config.seq_len, **how)
             return
-        order = _shuffled(self._unit, config.seed, len(self.source))
+        order = _shuffled(self._unit, config.seed, len(source))
         for first in range(0, len(order), BLOCK_EXAMPLES):
-            examples = [self.source.example(i) for i in order[first : first + BLOCK_EXAMPLES]]
+            examples = [source.example(i) for i in order[first : first + BLOCK_EXAMPLES]]
             yield encode.joined(examples, len(examples))
 
     def rows(self) -> Iterator[np.ndarray]:

@@ -35,7 +35,7 @@ from tele_jax.data.documents import (
 )
 from tele_jax.data.documents import account as account_of
 from tele_jax.errors import UserError
-from tele_jax.files import expand, replacing
+from tele_jax.files import PathLike, expand, replacing
 
 # A long document is cut into spans of max(SPAN_BYTES, SPAN_BYTES_PER_TOKEN * seq_len) bytes, about eight rows of
 # English: short enough to bound how many rows of one document follow each other, and long enough that few rows begin
@@ -221,7 +221,7 @@ class Indexes:
     is called, so that a run which is refused leaves no trace.
     """
 
-    def __init__(self, directory: str | os.PathLike | None = None, *, seq_lens: Iterable[int] = ()):
+    def __init__(self, directory: PathLike | None = None, *, seq_lens: Iterable[int] = ()):
         """Reads nothing yet.
 
         Args:
@@ -260,7 +260,7 @@ class Indexes:
         """The file of an index, named by the paths of its text; what it holds says of which version of them it is."""
         stamps, format, span_bytes = key
         named = json.dumps([INDEX_VERSION, format, span_bytes, [path for path, *_ in stamps]])
-        return self._directory / f"{hashlib.blake2b(named.encode(), digest_size=16).hexdigest()}.npz"
+        return (self._directory or Path()) / f"{hashlib.blake2b(named.encode(), digest_size=16).hexdigest()}.npz"
 
     def _kept(self, key: tuple, files: tuple[str, ...]) -> Corpus | None:
         """Reads a kept index; None where there is none, or the text has changed."""
@@ -276,7 +276,7 @@ class Indexes:
             return None
         return None
 
-    def keep_in(self, directory: str | os.PathLike) -> None:
+    def keep_in(self, directory: PathLike) -> None:
         """Writes the indexes made so far, each atomically, unless the disk does not allow it: they only save time."""
         self._directory = Path(directory)
         unwritten, self._unwritten = self._unwritten, []

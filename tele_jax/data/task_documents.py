@@ -32,6 +32,7 @@ from tele_jax.settings import DataConfig, SourceConfig
 
 tf = need("tensorflow")
 seqio = need("seqio")
+Task = Mixture = Any  # those of seqio
 keep_off_accelerators()  # a page may have loaded it
 
 FEATURES = (("targets",), ("inputs", "targets"), ("inputs", "loss_weights", "targets"))  # that are understood, sorted
@@ -192,7 +193,7 @@ def _update(digest: Any, features: Mapping[str, np.ndarray]) -> None:
         digest.update(np.ascontiguousarray(features[name], np.int64).tobytes())
 
 
-def find(name: str) -> "seqio.Task | seqio.Mixture":
+def find(name: str) -> Task | Mixture:
     """Returns the registered seqio Task or Mixture of this name.
 
     Raises:

@@ -21,6 +21,7 @@ from tele_jax.data import domains, packing, task_documents
 from tele_jax.data.documents import Document
 from tele_jax.data.encode import COLUMNS, Kind, encode
 from tele_jax.data.sources import Corpus
+from tele_jax.data.task_documents import Mixture, Task
 from tele_jax.data.templates import separator
 from tele_jax.data.vocabulary import SentencePieceVocabulary
 from tele_jax.data.vocabulary_base import Vocabulary
@@ -87,7 +88,7 @@ class SpanSource(seqio.DataSource):
 
 def task(
     name: str, corpus: Corpus, validation: Corpus | None, vocabulary: Vocabulary, kind: Kind, seq_len: int
-) -> "seqio.Task":
+) -> Task:
     """Makes the Task of one domain, with the int32 features inputs, targets and loss_weights (0 or 1).
 
     Args:
@@ -126,7 +127,7 @@ def task(
     )
 
 
-def as_examples(task: "seqio.Task", vocabulary: Vocabulary, kind: Kind, seq_len: int, name: str) -> "seqio.Task":
+def as_examples(task: Task, vocabulary: Vocabulary, kind: Kind, seq_len: int, name: str) -> Task:
     """Turns a Task of targets, or inputs and targets, into one with the features of ours.
 
     Examples of which nothing is learned, and in fine-tuning those longer than a row, are left out with a warning.
@@ -169,7 +170,7 @@ def as_examples(task: "seqio.Task", vocabulary: Vocabulary, kind: Kind, seq_len:
     return task.replace(name=name, preprocessors=steps, output_features=_features(vocabulary))
 
 
-def _features(vocabulary: Vocabulary) -> dict[str, "seqio.Feature"]:
+def _features(vocabulary: Vocabulary) -> dict[str, Any]:
     token = seqio.Feature(vocabulary, add_eos=False)
     weight = seqio.Feature(seqio.PassThroughVocabulary(2), add_eos=False)
     return {"inputs": token, "targets": token, "loss_weights": weight}
@@ -219,7 +220,7 @@ class RowConverter(seqio.FeatureConverter):
             return tf.ensure_shape(left, [count, 5, seq_len]), tf.ensure_shape(rows, [None, 5, seq_len])
 
         def name(row: Any) -> dict[str, Any]:
-            features = dict(zip(packing.COLUMNS, tf.unstack(row), strict=True))
+            features: dict[str, Any] = dict(zip(packing.COLUMNS, tf.unstack(row), strict=True))
             features["loss_weights"] = tf.cast(features["loss_weights"], tf.float32)
             return features
 
@@ -232,13 +233,13 @@ class RowConverter(seqio.FeatureConverter):
 
 
 def mixture(
-    tasks: Sequence["seqio.Task"],
+    tasks: Sequence[Task],
     rates: Sequence[float],
     *,
     converter: RowConverter,
     seq_len: int,
     name: str = "tele_mixture",
-) -> "seqio.Mixture":
+) -> Mixture:
     """Makes the Mixture of the tasks, whose dataset is endless and gives rows in shares of the rates."""
     lengths = dict.fromkeys(COLUMNS, seq_len)
 
@@ -257,7 +258,7 @@ def _even(example: Mapping[str, Any]) -> dict[str, Any]:
     return {name: column[:length] for name, column in columns.items()}
 
 
-def register(name: str, config: CacheConfig) -> "seqio.Mixture":
+def register(name: str, config: CacheConfig) -> Mixture:
     """Registers a Task `name`.`domain` for every domain of a page, and the Mixture `name` of their rates; returns it.
 
     Each has the splits "train" and, where the page names files for it, "validation".
@@ -285,7 +286,7 @@ def register(name: str, config: CacheConfig) -> "seqio.Mixture":
     return register_mixture(name, rates, config)
 
 
-def register_mixture(name: str, rates: Mapping[str, float], config: CacheConfig) -> "seqio.Mixture":
+def register_mixture(name: str, rates: Mapping[str, float], config: CacheConfig) -> Mixture:
     """Registers the Mixture `name` of registered tasks at relative rates, packed into rows as `config` says.
 
     A registered Mixture among them stands for its tasks, which share its rate. Tasks that are not of this project, with

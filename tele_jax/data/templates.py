@@ -7,11 +7,12 @@ none, are told apart by the release that they were imported from, or by name.
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from tele_jax.config import as_written, written_table
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import UserError
+from tele_jax.files import Table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,11 +44,16 @@ class Template:
     end: str = "<_end>"
     between: str = "<_end>"
     strips: bool = False
-    sampling: Mapping[str, Any]
-    greedy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sampling: Mapping[str, float]
+    greedy: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
-def _as_released(repetition_penalty: float) -> dict[str, Mapping[str, Any]]:
+class _Decoding(TypedDict):
+    sampling: Mapping[str, float]
+    greedy: Mapping[str, float]
+
+
+def _as_released(repetition_penalty: float) -> _Decoding:
     """Returns TeleChat's sampling by generation_config.json, which is the same for every size but for the penalty."""
     penalty = {"repetition_penalty": repetition_penalty}
     return {"sampling": {"temperature": 0.3, "top_k": 5, "top_p": 0.85, **penalty}, "greedy": penalty}
@@ -126,8 +132,8 @@ def choose(vocabulary: Vocabulary, name: str | None = None, provenance: Iterable
     formats = [entry.get("format") for entry in provenance if isinstance(entry, Mapping)]
     if "telechat_52b" in formats:
         return TEMPLATES["telechat_52b"]
-    if (family := getattr(vocabulary, "family", None)) in TEMPLATES:
-        return TEMPLATES[family]
+    if released := TEMPLATES.get(getattr(vocabulary, "family", None) or ""):
+        return released
     try:
         marker_ids(TEMPLATES["telechat"], vocabulary)
     except UserError as error:
@@ -242,7 +248,7 @@ class _Generation:
     document_start: int | None = None
 
 
-def release_of(provenance: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def release_of(provenance: Sequence[Table]) -> Table | None:
     """Returns the provenance entry of the import that a model comes from, "generation" complete; None without one.
 
     Raises:
@@ -250,15 +256,15 @@ def release_of(provenance: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None
     """
     for number, entry in reversed(list(enumerate(provenance))):
         if entry.get("kind") == "import":
-            where, fields = f"provenance[{number}]", {"config": dict[str, Any], "constants": dict[str, float]}
+            where, fields = f"provenance[{number}]", {"config": Table, "constants": dict[str, float]}
             written_table(entry, where, {"format": str, "prefix": str, **fields})
             generation = as_written(_Generation, entry.get("generation", {}), f"{where}.generation")
             sampling = {k: v for k, v in dataclasses.asdict(generation.sampling).items() if v is not None}
-            return entry | {"generation": dataclasses.asdict(generation) | {"sampling": sampling}}
+            return {**entry, "generation": dataclasses.asdict(generation) | {"sampling": sampling}}
     return None
 
 
-def document_start(vocabulary: Vocabulary, provenance: Sequence[Mapping[str, Any]]) -> int | None:
+def document_start(vocabulary: Vocabulary, provenance: Sequence[Table]) -> int | None:
     """Returns the id that conditions the first token of a document in a model; None where nothing does.
 
     That is the separator for a model that was pretrained here, and else the token that the code of its release puts

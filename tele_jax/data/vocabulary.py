@@ -4,7 +4,6 @@ import functools
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,14 @@ from tele_jax import files
 from tele_jax.data.vocabulary_base import MARKERS, MISSING, SPECIAL_IDS, Vocabulary
 from tele_jax.errors import UserError
 from tele_jax.extras import need
+from tele_jax.files import PathLike, Table
 
 # Name of the tokenizer file beside or above the checkpoints that it belongs to, by kind of file.
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
 
-def load_vocabulary(path: str | os.PathLike) -> Vocabulary:
+def load_vocabulary(path: PathLike) -> Vocabulary:
     """Reads a vocabulary file, once as long as the file does not change.
 
     Raises:
@@ -36,18 +36,18 @@ def _read(path: str, size: int, modified: int) -> Vocabulary:
     return (TokenizersVocabulary if is_tokenizers_json(path) else SentencePieceVocabulary)(path)
 
 
-def is_tokenizers_json(path: str | os.PathLike) -> bool:
+def is_tokenizers_json(path: PathLike) -> bool:
     """Tells JSON by the first byte of the file; a SentencePiece model begins with another one."""
     start = files.read_bytes(path, "tokenizer ", missing=MISSING)[:64]
     return start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
 
 
-def tokenizer_name(path: str | os.PathLike) -> str:
+def tokenizer_name(path: PathLike) -> str:
     """Returns the name under which a tokenizer file travels with checkpoints: one of TOKENIZER_FILES."""
     return TOKENIZER_FILES[is_tokenizers_json(path)]
 
 
-def tokenizer_in(directory: Path) -> Path | None:
+def tokenizer_in(directory: files.AnyPath) -> files.AnyPath | None:
     """Returns the tokenizer file that a cache or a work directory carries; None where there is none."""
     return next((file for name in TOKENIZER_FILES if (file := directory / name).is_file()), None)
 
@@ -286,14 +286,14 @@ def _quiet(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _parts(description: dict[str, Any], field: str) -> list[dict[str, Any]]:
+def _parts(description: Table, field: str) -> list[Table]:
     """Returns the components of a field, which is one component or a Sequence."""
     part = description.get(field) or {}
     lists = {"pre_tokenizer": "pretokenizers", "decoder": "decoders", "normalizer": "normalizers"}
     return part[lists[field]] if part.get("type") == "Sequence" else [part] if part else []
 
 
-def _check_json_lossless(path: str, description: dict[str, Any]) -> None:
+def _check_json_lossless(path: str, description: Table) -> None:
     """Raises UserError unless text comes back from its ids exactly."""
     for field in ("continuing_subword_prefix", "end_of_word_suffix"):
         if description["model"].get(field):

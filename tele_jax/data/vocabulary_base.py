@@ -5,7 +5,6 @@ import copy
 import functools
 import hashlib
 import operator
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from tele_jax import files
 from tele_jax.errors import UserError
 from tele_jax.extras import need
+from tele_jax.files import PathLike
 
 MARKERS = ("<_user>", "<_bot>", "<_end>", "<_system>", "<_start>", "<_pad>")  # never to be matched in plain text
 MISSING = "No such file or directory; train one with: tele tokenizer train"
@@ -73,7 +73,7 @@ class Vocabulary(abc.ABC):
     user_id, bot_id = _id_of("<_user>"), _id_of("<_bot>")
     end_id, system_id = _id_of("<_end>"), _id_of("<_system>")
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: PathLike):
         """Reads the file.
 
         Raises:
@@ -194,7 +194,7 @@ class Vocabulary(abc.ABC):
           UserError: the vocabulary has no such piece.
         """
         found = self.find(piece)
-        if found is None and piece in BY_NUMBER.get(self.family, ()):
+        if found is None and self.family is not None and piece in BY_NUMBER.get(self.family, ()):
             found = SPECIAL_IDS[self.family][piece]
         if found is None:
             raise UserError(f"tokenizer {self.path}: it has no piece {piece!r}")

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import glob
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -282,6 +282,5 @@ def sample_texts(patterns: Sequence[str], *, max_bytes: int | None, seed: int) -
 
 
 def _text(document: documents.Document) -> str:
-    if isinstance(document.content, str):
-        return document.content
-    return "\n".join(message["content"] for message in document.content)
+    content = document.content
+    return content if isinstance(content, str) else "\n".join(m["content"] for m in content if isinstance(m, Mapping))

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tele_jax.axes import ParamSpec, flatten, unflatten
+from tele_jax.axes import Leaves, Params, ParamSpec, flatten, unflatten
 from tele_jax.errors import UserError
 from tele_jax.growth import host_kernel
 from tele_jax.growth.kernel import tile
@@ -28,11 +28,10 @@ from tele_jax.sharding import tiles
 
 BLOCK_BYTES = 32 * 2**20  # bytes of the source that a lazy leaf reads at once
 
-Params = Mapping[str, Any]
 Take = Callable[[jax.Array, Sequence[np.ndarray]], jax.Array]
 
 
-def apply(plan: Plan, params: Params) -> dict[str, Any]:
+def apply(plan: Plan, params: Params) -> Params:
     """The grown parameters; a pure function. For arrays that lie on a mesh, see `sharded`.
 
     Raises:
@@ -43,7 +42,7 @@ def apply(plan: Plan, params: Params) -> dict[str, Any]:
     return grow_params(plan, params, grow_leaf)
 
 
-def grow_params(plan: Plan, params: Params, grow: Callable[[LeafStep, Any], Any]) -> dict[str, Any]:
+def grow_params(plan: Plan, params: Params, grow: Callable[[LeafStep, Any], Any]) -> Params:
     """Grows parameters as `apply` does, with grow(step of the leaf, array) as the kernel."""
     leaves = flatten(params)
     check_tree(leaves, plan.src_spec)
@@ -52,7 +51,7 @@ def grow_params(plan: Plan, params: Params, grow: Callable[[LeafStep, Any], Any]
     return unflatten(leaves)
 
 
-def shrink(plan: Plan, params: Params) -> dict[str, Any]:
+def shrink(plan: Plan, params: Params) -> Params:
     """The left inverse of `apply`: to the bit where nothing was scaled, to rounding elsewhere.
 
     Per step that is one unit in the last place where a leaf has a coefficient alone, and a few (five, with random
@@ -69,7 +68,7 @@ def shrink(plan: Plan, params: Params) -> dict[str, Any]:
     return unflatten(leaves)
 
 
-def _shrink_leaves(step: Step, leaves: Params) -> dict[str, Any]:
+def _shrink_leaves(step: Step, leaves: Leaves) -> Leaves:
     try:
         inverse = {axis: m.invert() for axis, m in step.maps.items()}
     except ValueError as error:
@@ -87,7 +86,7 @@ def _shrink_leaves(step: Step, leaves: Params) -> dict[str, Any]:
     return small
 
 
-def check_tree(leaves: Mapping[str, Any], spec: Mapping[str, ParamSpec]) -> None:
+def check_tree(leaves: Leaves, spec: Mapping[str, ParamSpec]) -> None:
     """Raises UserError naming every leaf whose presence, shape or dtype is not as in spec."""
     wrong = [f"{name}: missing" for name in spec if name not in leaves]
     wrong += [f"{name}: not a parameter of this model" for name in leaves if name not in spec]
@@ -162,7 +161,7 @@ class GrownArray:
         return out[tuple(slice(None) if isinstance(part, slice) else 0 for part in index)]
 
 
-def lazy(plan: Plan, params: Params) -> dict[str, Any]:
+def lazy(plan: Plan, params: Params) -> Params:
     """The tree that growth.apply would make, as GrownArray leaves. params: arrays, or checkpoint.LazyArray.
 
     Raises:

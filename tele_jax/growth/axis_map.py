@@ -8,15 +8,26 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
-from tele_jax.config import from_dict, require
+from tele_jax.config import FILLED, from_dict, require
 from tele_jax.errors import UserError
+from tele_jax.files import Table
 
 NEW = -1
 _MOST_UNITS = 10**8  # the longest axis that is read from JSON
+
+
+class _Array:
+    """Type of a field that takes a list for an array, or None for the default, and reads as an array."""
+
+    if TYPE_CHECKING:
+
+        def __get__(self, axis_map: object, owner: type | None = None) -> np.ndarray: ...
+        def __set__(self, axis_map: object, value: npt.ArrayLike | None) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -35,10 +46,10 @@ class AxisMap:
 
     axis: str
     src_size: int
-    index: np.ndarray
-    fresh: np.ndarray | None = None
-    scale: np.ndarray | None = None
-    share: np.ndarray | None = None
+    index: _Array
+    fresh: _Array = FILLED
+    scale: _Array = FILLED
+    share: _Array = FILLED
 
     def __post_init__(self):
         size = len(self.index)
@@ -104,7 +115,7 @@ class AxisMap:
         pairs = [(getattr(self, name), getattr(other, name)) for name in ("index", "fresh", "scale", "share")]
         return AxisMap(self.axis, self.src_size, *map(np.concatenate, pairs))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Table:
         """Plain lists, runs of consecutive indices folded: [[start, length], ...], start -1 for a run of NEW."""
         return {
             "axis": self.axis,
@@ -173,7 +184,7 @@ def repeat(axis: str, src_size: int, index: Sequence[int]) -> AxisMap:
     return AxisMap(axis, src_size, index, [bool(f) for f in fresh])
 
 
-def copies(axis: str, src_size: int, index: Sequence[int], *, keep_norm: bool = False) -> AxisMap:
+def copies(axis: str, src_size: int, index: npt.ArrayLike, *, keep_norm: bool = False) -> AxisMap:
     """Units split into copies that together do what the unit did: nothing is fresh.
 
     Leaves that read the axis take 1/n of each of n copies. keep_norm, for an axis over which a norm takes the mean of

@@ -13,11 +13,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 import optax
+from jax.core import Tracer
 from optax import contrib
 
-from tele_jax.axes import ParamSpec, flatten, is_empty, map_param_subtrees, unflatten
+from tele_jax.axes import Params, ParamSpec, PyTree, flatten, is_empty, map_param_subtrees, unflatten
 from tele_jax.config import require
 from tele_jax.errors import UserError
+from tele_jax.files import Table
 from tele_jax.growth.plan import Plan
 from tele_jax.sharding import tiles
 
@@ -43,7 +45,7 @@ _ERRORS = (TypeError, ValueError, AttributeError, LookupError, AssertionError, N
 class Parts(NamedTuple):
     """The parts of a state. trees: {path: {leaf: array}} with the shapes of parameters; others: {path: leaf}."""
 
-    trees: dict[Path, dict[str, Any]]
+    trees: dict[Path, Table]
     others: dict[Path, Any]
 
     @property
@@ -51,11 +53,11 @@ class Parts(NamedTuple):
         return {path: np.shape(leaf) for path, leaf in self.others.items()}
 
 
-def take_apart(state: Any, like: Any) -> Parts:
+def take_apart(state: PyTree, like: PyTree) -> Parts:
     """Takes a state apart; like: a nested dict of anything with the shapes of the parameters."""
     parts = Parts({}, {})
 
-    def keep(path: Path, tree: Any) -> Any:
+    def keep(path: Path, tree: PyTree) -> Any:
         parts.trees[path] = flatten(tree)
         return tree
 
@@ -63,7 +65,7 @@ def take_apart(state: Any, like: Any) -> Parts:
     return parts
 
 
-def nodes(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def nodes(node: PyTree, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Yields every container of a state with its path, outer ones first."""
     if isinstance(node, Mapping):
         children = dict(node)
@@ -78,7 +80,7 @@ def nodes(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         yield from nodes(child, (*path, str(key)))
 
 
-def is_zero(tree: Mapping[str, Any]) -> bool:
+def is_zero(tree: Params) -> bool:
     """True where all entries are known to be zero; an array under jit, or of other processes, is not known.
 
     Of arrays on disk (checkpoint.LazyArray) the first blocks are read, up to an entry that is not zero.
@@ -88,7 +90,7 @@ def is_zero(tree: Mapping[str, Any]) -> bool:
 
 def _is_zero_leaf(leaf: Any) -> bool:
     if isinstance(leaf, jax.Array):
-        return not isinstance(leaf, jax.core.Tracer) and leaf.is_fully_addressable and not np.any(np.asarray(leaf))
+        return not isinstance(leaf, Tracer) and leaf.is_fully_addressable and not np.any(np.asarray(leaf))
     if isinstance(leaf, np.ndarray):
         return not leaf.any()
     if not hasattr(leaf, "nbytes") or not hasattr(leaf, "__getitem__"):
@@ -96,7 +98,7 @@ def _is_zero_leaf(leaf: Any) -> bool:
     return not any(np.any(leaf[tile]) for tile in tiles(leaf.shape, leaf.dtype.itemsize, _BLOCK_BYTES))
 
 
-def type_at(opt_state: Any, path: Path) -> str:
+def type_at(opt_state: PyTree, path: Path) -> str:
     """The name of the innermost type of optax (or another named tuple) around a path."""
     names = [type(node).__name__ for p, node in nodes(opt_state) if hasattr(node, "_fields") and p == path[: len(p)]]
     return names[-1] if names else type(opt_state).__name__
@@ -126,7 +128,7 @@ _REASONS = {
 }
 
 
-def measure(plan: Plan, opt_state: Any, optimizer: optax.GradientTransformation) -> dict[Path, Kind]:
+def measure(plan: Plan, opt_state: PyTree, optimizer: optax.GradientTransformation) -> dict[Path, Kind]:
     """Measures the kind of every part of the states that an optimizer makes, one of which is opt_state: {path: kind}.
 
     Where the plan scales no leaf, nothing but new entries is tried.
@@ -141,7 +143,7 @@ def measure(plan: Plan, opt_state: Any, optimizer: optax.GradientTransformation)
     scales = not all(leaf.moves_exactly for leaf in leaves)
     sign = -1.0 if any(leaf.coefficient < 0 for leaf in leaves) else 1.0
     paired = any(isinstance(node, optax.LookaheadState) for _, node in nodes(opt_state))
-    iterates = {
+    iterates: set[Path] = {
         (*path, field) for path, node in nodes(opt_state) for field in _ITERATES.get(type(node), ()) if node is not None
     }
 
@@ -149,7 +151,8 @@ def measure(plan: Plan, opt_state: Any, optimizer: optax.GradientTransformation)
 
     def compare(change: _Change) -> tuple[dict[Path, set[Kind]], set[Path], dict[Path, tuple[int, ...]]]:
         fits, moved, shapes = _compare(plan.src_spec, optimizer, change, sign, paired)
-        return fits | {path: {"parameters"} for path in iterates}, moved - iterates, shapes
+        copies: dict[Path, set[Kind]] = {path: {"parameters"} for path in iterates}
+        return fits | copies, moved - iterates, shapes
 
     with jax.ensure_compile_time_eval(), jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         fits, moved, shapes = compare(_Change(scales, scales, True))
@@ -160,7 +163,7 @@ def measure(plan: Plan, opt_state: Any, optimizer: optax.GradientTransformation)
                 if path in others or not again.get(path, ()):
                     raise UserError(cannot(path) + why)
             raise UserError(cannot(path) + "it does not follow a change of parameters, gradients and sizes together")
-    kinds = {path: next(iter(found)) for path, found in fits.items() if len(found) == 1}
+    kinds: dict[Path, Kind] = {path: next(iter(found)) for path, found in fits.items() if len(found) == 1}
     trees, others = take_apart(opt_state, unflatten(plan.src_spec))
     for path in [*trees, *others]:
         if path not in (fits if path in trees else shapes):
@@ -193,6 +196,7 @@ def _compare(
     rng = np.random.default_rng(0)
     shapes = {n: (_BEFORE,) * len(spec[n].shape) for n in spec}
     large = {n: rng.normal(size=(size,) * len(shape)) for n, shape in shapes.items()}
+    candidates: tuple[Kind, ...] = (0, 1, 2, "parameters") if change.gradients else (1, "parameters")
     fits: dict[Path, set[Kind]] = {}
     moved: set[Path] = set()
     before = Parts({}, {})
@@ -208,15 +212,15 @@ def _compare(
         moved |= {p for p, x in before.others.items() if p not in after.others or not _same(x, after.others[p])}
         for path in before.trees.keys() & after.trees.keys():
             pairs = [(n, x, after.trees[path][n]) for n, x in before.trees[path].items() if not is_empty(x)]
-            found = {
+            found: set[Kind] = {
                 kind
-                for kind in ((0, 1, 2) if change.gradients else (1,)) + ("parameters",)
+                for kind in candidates
                 if all(_fits(kind, x, y, of_gradients[n], of_params[n], large[n]) for n, x, y in pairs)
             }
             fits[path] = fits.get(path, found) & found
         if step >= _STEPS and all(len(found) < 2 for found in fits.values()):
             break
-    carried = {path: {"carried"} for path in before.others}
+    carried: dict[Path, set[Kind]] = {path: {"carried"} for path in before.others}
     return carried | fits, moved, before.shapes
 
 
@@ -258,12 +262,12 @@ def _run(optimizer: Any, steps: Iterator[tuple[Any, Any]], paired: bool) -> Iter
 def _fits(kind: Kind, before: Any, after: Any, of_gradient: float, of_params: float, params: np.ndarray) -> bool:
     """True where a leaf of the second run is what growth makes of that leaf of the first."""
     before, after = (np.asarray(x).astype(np.float64) for x in (before, after))
-    factor, new = (of_params, params) if kind == "parameters" else (of_gradient**-kind, np.zeros_like(after))
+    factor, new = (of_gradient**-kind, np.zeros_like(after)) if isinstance(kind, int) else (of_params, params)
     expected = _place(before * factor, new)
     return np.allclose(after, expected, rtol=1e-9, atol=1e-12 * np.abs(expected).max(initial=0.0))
 
 
 def _same(a: Any, b: Any) -> bool:
-    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
+    is_key = lambda x: jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
     a, b = (np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in map(jax.numpy.asarray, (a, b)))
     return a.shape == b.shape and np.allclose(a, b, rtol=1e-9, atol=0, equal_nan=True)

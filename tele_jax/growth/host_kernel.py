@@ -11,11 +11,11 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from tele_jax.growth.kernel import SUM_STD, bell, require_countable
 from tele_jax.growth.leaf import Along, LeafStep
@@ -93,7 +93,7 @@ def fill_after(
     fill_tile(out, last, start, source)
 
 
-def _grown(source: Source, step: LeafStep, shape: tuple[int, ...], dtype: Any) -> Source:
+def _grown(source: Source, step: LeafStep, shape: tuple[int, ...], dtype: DTypeLike) -> Source:
     @contextlib.contextmanager
     def chunk(index: tuple[int, ...]) -> Iterator[np.ndarray]:
         out = np.empty(shape, dtype)
@@ -116,12 +116,10 @@ def _select(positions: np.ndarray) -> slice | np.ndarray:
     return slice(positions[0], positions[-1] + 1) if len(positions) else slice(0, 0)
 
 
-def _at(rows: np.ndarray, columns: np.ndarray) -> tuple[Any, Any]:
+def _at(rows: np.ndarray, columns: np.ndarray) -> tuple[slice | np.ndarray, ...]:
     """The index of a rectangle that two masks, or two lists of positions, cut out of a matrix."""
-    rows, columns = (_select(np.flatnonzero(x) if x.dtype == bool else x) for x in (rows, columns))
-    if isinstance(rows, slice) or isinstance(columns, slice):
-        return rows, columns
-    return np.ix_(rows, columns)
+    down, across = (_select(np.flatnonzero(x) if x.dtype == bool else x) for x in (rows, columns))
+    return (down, across) if isinstance(down, slice) or isinstance(across, slice) else np.ix_(down, across)
 
 
 def _move(out: np.ndarray, positions: list[np.ndarray], origins: list[np.ndarray], source: Source) -> None:
@@ -158,7 +156,7 @@ def _runs(to: np.ndarray, origin: np.ndarray) -> Iterator[tuple[slice, slice]]:
 
 
 def _factors(
-    step: LeafStep, along: Sequence[Along], positions: Sequence[np.ndarray], dtype: Any
+    step: LeafStep, along: Sequence[Along], positions: Sequence[np.ndarray], dtype: DTypeLike
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Factors of the kept rows and columns, multiplied in the order in which kernel.tile does it."""
     precise = np.promote_types(dtype, np.float32)
@@ -222,7 +220,7 @@ def row_numbers(shape: Sequence[int], places: Sequence[np.ndarray]) -> np.ndarra
     return numbers
 
 
-def normal(key: tuple[int, int], rows: np.ndarray, columns: np.ndarray, std: float, dtype: Any) -> np.ndarray:
+def normal(key: tuple[int, int], rows: np.ndarray, columns: np.ndarray, std: float, dtype: DTypeLike) -> np.ndarray:
     """Fresh values dtype[n] at (row, column) of a leaf, two uint32[n]; its leading dimensions count as one of rows."""
     out = np.empty(len(rows), dtype)
     counters = np.zeros((2, BLOCK), np.uint32)
@@ -233,7 +231,7 @@ def normal(key: tuple[int, int], rows: np.ndarray, columns: np.ndarray, std: flo
     return out
 
 
-def _drawn(key: tuple[int, int], counters: np.ndarray, std: float, dtype: Any) -> np.ndarray:
+def _drawn(key: tuple[int, int], counters: np.ndarray, std: float, dtype: DTypeLike) -> np.ndarray:
     with _on_host():
         return np.asarray(_normal(*np.array(key, np.uint32), *counters, np.float32(std / SUM_STD), dtype=dtype))
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry2x32_p
+from jax.typing import DTypeLike
 
 from tele_jax.growth.leaf import Along, LeafStep
 
@@ -21,7 +22,7 @@ SUM_STD = math.sqrt(4 * (2**32 - 1) / 12)
 Read = Callable[[Sequence[np.ndarray]], jax.Array]
 
 
-def tile(step: LeafStep, where: Sequence[np.ndarray], read: Read, dtype: Any) -> jax.Array:
+def tile(step: LeafStep, where: Sequence[np.ndarray], read: Read, dtype: DTypeLike) -> jax.Array:
     """Computes the entries of a grown leaf at the destination indices `where`, one int array per dimension.
 
     Args:
@@ -48,7 +49,7 @@ def _scaled(step: LeafStep, along: Sequence[Along], source: jax.Array) -> jax.Ar
     return (source.astype(precise) * factor).astype(source.dtype)
 
 
-def _filled(step: LeafStep, where: Sequence[np.ndarray], dtype: Any) -> jax.Array:
+def _filled(step: LeafStep, where: Sequence[np.ndarray], dtype: DTypeLike) -> jax.Array:
     if step.leaf.fill == "constant":
         return jnp.asarray(step.leaf.value, dtype)
     return normal(step.key, where, step.shape, step.leaf.value).astype(dtype)
@@ -74,7 +75,7 @@ def normal(key: tuple[int, int], where: Sequence[np.ndarray], shape: Sequence[in
 
 def bell(words: Sequence[jax.Array], scale: jax.Array) -> jax.Array:
     """float32 values from two random words uint32[...] each; scale: float32, std / SUM_STD."""
-    total = sum((word & 0xFFFF) + (word >> 16) for word in words).astype(jnp.int32)
+    total = jnp.int32(sum((word & 0xFFFF) + (word >> 16) for word in words))
     # total - mean is a multiple of 1/2 below 2^18: exact in float32, so that the product is rounded once.
     return (total.astype(jnp.float32) - jnp.float32(_MEAN)) * scale
 

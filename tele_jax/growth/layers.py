@@ -2,13 +2,12 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
-from tele_jax.axes import flatten
-from tele_jax.config import ModelConfig, finite, require, whole
+from tele_jax.axes import PyTree, flatten
+from tele_jax.config import ModelConfig, finite, given, require, whole
 from tele_jax.errors import UserError
 from tele_jax.growth.plan import require_config
 from tele_jax.growth.verify import parts
@@ -52,10 +51,10 @@ def choose(how: str | Sequence[int], src_layers: int, dst_layers: int, scores: S
         centre = (src_layers - 1) / 2
         copied = _cycle(sorted(every, key=lambda i: (abs(i - centre), i)), extra)
     elif how == "distance":
-        require(scores is not None, 'layers="distance" needs scores, one per source layer; see growth.layers.distances')
+        scores = given(scores, 'layers="distance" needs scores, one per source layer; see growth.layers.distances')
         require(len(scores) == src_layers, f"layers: {len(scores)} scores given for {src_layers} source layers")
         inner = every[1:-1] if src_layers > 2 else every
-        copied = _cycle(sorted(inner, key=lambda i: (scores[i], i)), extra)
+        copied = _cycle(sorted(inner, key=lambda i, s=scores: (s[i], i)), extra)
     else:
         raise UserError(f"layers: {how!r} is not one of uniform, last, middle, distance, or a list of ids")
     return sorted([*every, *copied])
@@ -65,7 +64,7 @@ def _cycle(order: Sequence[int], number: int) -> list[int]:
     return list(itertools.islice(itertools.cycle(order), number))
 
 
-def distances(cfg: ModelConfig, params: Any, tokens: jax.Array, metric: str = "cosine") -> list[float]:
+def distances(cfg: ModelConfig, params: PyTree, tokens: jax.Array | np.ndarray, metric: str = "cosine") -> list[float]:
     """Measures how much each layer changes its input, averaged over calibration tokens int32[B, S]: a float per layer.
 
     Args:
@@ -82,7 +81,7 @@ def distances(cfg: ModelConfig, params: Any, tokens: jax.Array, metric: str = "c
     return [float(np.mean(_changes(*pair, metric))) for pair in itertools.pairwise(states)]
 
 
-def _changes(before: Any, after: Any, metric: str) -> np.ndarray:
+def _changes(before: np.ndarray, after: np.ndarray, metric: str) -> np.ndarray:
     """float64[B, S]: the distance between each token's state before and after a layer."""
     before, after = (np.asarray(x).astype(np.float64) for x in (before, after))
     norm = lambda x: np.linalg.norm(x, axis=-1)  # noqa: E731

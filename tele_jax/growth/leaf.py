@@ -195,7 +195,7 @@ def count(steps: Sequence[LeafStep]) -> dict[str, int]:
     kept = "copied" if all(step.moves_exactly for step in steps) else "scaled"
     filled = ["zero" if step.leaf.fills_zero else "fresh" for step in steps]
     names = {KEPT: kept, ZERO: "zero"} | {FILLED + i: name for i, name in enumerate(filled)}
-    counts = dict.fromkeys(KINDS, 0)
+    counts: dict[str, int] = dict.fromkeys(KINDS, 0)
     found = kinds([picked for picked, _ in classes])
     for place in itertools.product(*map(range, found.shape)):
         counts[names[int(found[place])]] += math.prod(n[i] for (_, n), i in zip(classes, place, strict=True))

@@ -7,12 +7,13 @@ compiled with masks does not compile again while they move.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from tele_jax.config import require, whole
 from tele_jax.errors import DamageError, UserError
+from tele_jax.files import Table
 from tele_jax.growth.plan import Plan, require_plan
 from tele_jax.model.decoder import MASKED_AXES
 
@@ -20,7 +21,7 @@ from tele_jax.model.decoder import MASKED_AXES
 _SHAPES = {"linear": lambda x: x, "cosine": lambda x: math.sin(math.pi / 2 * x) ** 2}
 
 
-def mask_of(provenance: Sequence[Mapping[str, Any]], where: str) -> float | None:
+def mask_of(provenance: Sequence[Table], where: str) -> float | None:
     """The value at which the masks of a checkpoint stand, from 0 (closed) to 1; None without. Raises DamageError."""
     mask = provenance[-1].get("mask") if provenance else None
     if mask is not None and (isinstance(mask, bool) or not isinstance(mask, (int, float)) or not 0 <= mask <= 1):
@@ -28,7 +29,7 @@ def mask_of(provenance: Sequence[Mapping[str, Any]], where: str) -> float | None
     return mask
 
 
-def require_unmasked(provenance: Sequence[Mapping[str, Any]], where: str) -> None:
+def require_unmasked(provenance: Sequence[Table], where: str) -> None:
     """Raises UserError for a checkpoint from the middle of a mask ramp: without its masks it is another function."""
     if (mask := mask_of(provenance, where)) is not None:
         shown = min(math.floor(mask * 100), 99) / 100  # never 1.00, which would say that they are dropped
@@ -143,4 +144,4 @@ class MaskSchedule:
 
     @property
     def _units_per_step(self) -> int:
-        return 1 if self.unit == "steps" else self.tokens_per_step
+        return self.tokens_per_step or 1 if self.unit == "tokens" else 1

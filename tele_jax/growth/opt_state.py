@@ -15,9 +15,10 @@ import numpy as np
 import optax
 from optax import contrib
 
-from tele_jax.axes import flatten, is_empty, map_param_subtrees, unflatten
+from tele_jax.axes import PyTree, flatten, is_empty, map_param_subtrees, unflatten
 from tele_jax.config import require
 from tele_jax.errors import UserError
+from tele_jax.files import Table
 from tele_jax.growth.apply import grow_leaf
 from tele_jax.growth.axis_map import AxisMap
 from tele_jax.growth.gradient_powers import Kind, Path, is_zero, measure, nodes, shown, take_apart, type_at
@@ -38,10 +39,10 @@ class AdamState(NamedTuple):
     count: Any
     mu: Any
     nu: Any
-    born: dict[str, Any]
+    born: Table
 
 
-def apply_opt(plan: Plan, opt_state: Any, optimizer: optax.GradientTransformation | None = None) -> Any:
+def apply_opt(plan: Plan, opt_state: PyTree, optimizer: optax.GradientTransformation | None = None) -> Any:
     """The optimizer state of the grown parameters.
 
     Where growth makes theta' = a*theta, the gradient is g/a, so that a part of the state that is of power p in the
@@ -67,7 +68,7 @@ def apply_opt(plan: Plan, opt_state: Any, optimizer: optax.GradientTransformatio
     return grow_state(plan, opt_state, grow_leaf, kinds(plan, opt_state, optimizer))
 
 
-def kinds(plan: Plan, opt_state: Any, optimizer: optax.GradientTransformation | None = None) -> dict[Path, Kind]:
+def kinds(plan: Plan, opt_state: PyTree, optimizer: optax.GradientTransformation | None = None) -> dict[Path, Kind]:
     """The kind of every part of a state, by its path (names, keys and positions). Raises UserError as apply_opt."""
     require_plan(plan, "apply_opt: plan")
     own = any(is_adam(node) for _, node in nodes(opt_state))
@@ -98,10 +99,10 @@ def kinds(plan: Plan, opt_state: Any, optimizer: optax.GradientTransformation | 
 
 def power_of(kind: Kind) -> int | None:
     """The `power` of Plan.leaf_steps for a part of a state: None for what grows as parameters do."""
-    return None if kind == "parameters" else kind
+    return kind if isinstance(kind, int) else None
 
 
-def is_adam(node: Any) -> bool:
+def is_adam(node: PyTree) -> bool:
     """True where a node is the trainer's state, or the nested dict that a checkpoint gives back of it.
 
     Files name fields, not types; these four, of which one is the births of the units of every axis, are its own.
@@ -111,15 +112,15 @@ def is_adam(node: Any) -> bool:
     return isinstance(node, AdamState)
 
 
-def grow_state(plan: Plan, opt_state: Any, grow: Grow, known: Kinds) -> Any:
+def grow_state(plan: Plan, opt_state: PyTree, grow: Grow, known: Kinds) -> Any:
     """Grows an optimizer state as `apply_opt` does, with grow(step of the leaf, array) as the kernel."""
     for step in plan.steps:
         opt_state = _grow_state(step, opt_state, grow, known)
     return opt_state
 
 
-def _grow_state(step: Step, opt_state: Any, grow: Grow, known: Kinds) -> Any:
-    def grow_tree(path: Path, tree: Any) -> Any:
+def _grow_state(step: Step, opt_state: PyTree, grow: Grow, known: Kinds) -> Any:
+    def grow_tree(path: Path, tree: PyTree) -> Any:
         kind = known.get(path)
         if kind is None or kind == "carried":
             raise UserError(f"optimizer state {shown(path)}: the optimizer that was given keeps no such part")
@@ -147,7 +148,7 @@ def _grow_state(step: Step, opt_state: Any, grow: Grow, known: Kinds) -> Any:
     return jax.tree.map(lambda node: _mark_born(step, node) if is_adam(node) else node, grown, is_leaf=is_adam)
 
 
-def _mark_born(step: Step, state: Any) -> Any:
+def _mark_born(step: Step, state: PyTree) -> Any:
     """Sets `born` of every fresh unit to the current count."""
     if isinstance(state, Mapping):
         return _mark_born(step, AdamState(**state))._asdict()
@@ -188,7 +189,7 @@ _WRAPPERS = {
 }
 
 
-def _foremost(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def _foremost(node: PyTree, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Yields the states that see the gradient itself: those that come first in every chain around them."""
     yield path, node
     if type(node) in (tuple, list) and node:
@@ -203,10 +204,10 @@ def _foremost(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 def _is_number(leaf: Any) -> bool:
     """True where a leaf can depend on gradients; counts, marks and random keys do not."""
     dtype = getattr(leaf, "dtype", None)
-    return isinstance(leaf, float) if dtype is None else jax.dtypes.issubdtype(dtype, np.inexact)
+    return isinstance(leaf, float) if dtype is None else jax.numpy.issubdtype(dtype, np.inexact)
 
 
-def _is_constant(opt_state: Any, path: Path) -> bool:
+def _is_constant(opt_state: PyTree, path: Path) -> bool:
     """True where the type that holds an array says that it is a constant of the optimizer."""
     return any(
         path[: len(above) + 1] == (*above, field)
@@ -215,7 +216,7 @@ def _is_constant(opt_state: Any, path: Path) -> bool:
     )
 
 
-def _needs_optimizer(opt_state: Any, path: Path) -> str:
+def _needs_optimizer(opt_state: PyTree, path: Path) -> str:
     return (
         f"optimizer state {shown(path)}: its type, {type_at(opt_state, path)}, does not say how it grows (Adam, AdaMax "
         "and ADOPT share one). Give the optimizer that made it, apply_opt(plan, opt_state, optimizer); of a "

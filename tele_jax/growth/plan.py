@@ -18,6 +18,7 @@ from tele_jax import tables
 from tele_jax.axes import ParamSpec
 from tele_jax.config import ModelConfig, check_seed, convert, from_dict, require, to_dict
 from tele_jax.errors import UserError
+from tele_jax.files import Table
 from tele_jax.growth.axis_map import AxisMap
 from tele_jax.growth.leaf import KINDS, LeafPlan, LeafStep, count, leaf_key
 from tele_jax.model.decoder import MASKED_AXES
@@ -85,7 +86,7 @@ class Step:
     def __repr__(self) -> str:
         return f"<Step {self.policy}: {len(self.leaves)} leaves>"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Table:
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         data |= {"src_cfg": to_dict(self.src_cfg), "dst_cfg": to_dict(self.dst_cfg), "notes": list(self.notes)}
         data["maps"] = {axis: axis_map.to_json() for axis, axis_map in sorted(self.maps.items())}
@@ -100,7 +101,7 @@ class Step:
         """The inverse of to_json. Raises UserError where a field is missing, unknown, or of another type."""
         missing = [f.name for f in dataclasses.fields(cls) if f.name not in (*data, "tree", "src_tree")]
         require(not missing, f"plan: the field {', '.join(map(repr, missing))} is missing")
-        maps, tree = (convert(dict[str, Any], data.get(name, {}), f"plan.{name}") for name in ("maps", "src_tree"))
+        maps, tree = (convert(Table, data.get(name, {}), f"plan.{name}") for name in ("maps", "src_tree"))
         data = {**data, "maps": {axis: AxisMap.from_json(m, f"plan.maps.{axis}") for axis, m in maps.items()}}
         if "src_tree" in data:
             data["src_tree"] = {name: ParamSpec.from_json(spec) for name, spec in tree.items()}
@@ -114,9 +115,9 @@ class Step:
         src = self.src_spec
         for name, spec in src.items():
             for axis, size in zip(spec.axes, spec.shape, strict=True):
-                known = self.maps.get(axis)
-                require(known is not None, f"plan.maps: the axis {axis} of {name} is missing")
-                require(known.src_size == size, f"plan.maps.{axis}: of {known.src_size} units, but {name} has {size}")
+                require(axis in self.maps, f"plan.maps: the axis {axis} of {name} is missing")
+                known = self.maps[axis].src_size
+                require(known == size, f"plan.maps.{axis}: of {known} units, but {name} has {size}")
         for name, source in self.sources.items():
             require(source in src, f"plan.tree.{name}: {source!r} is not a leaf of the source")
         for names in (self.leaves.keys(), self.dst_spec.keys()):
@@ -154,8 +155,8 @@ class Plan:
     notes: tuple[str, ...] = dataclasses.field(init=False)
 
     def __post_init__(self):
-        steps = tuple(self.steps) if isinstance(self.steps, Sequence) else ()
-        good = steps and all(isinstance(step, Step) for step in steps)
+        steps = tuple(self.steps if isinstance(self.steps, Sequence) else ())
+        good = bool(steps) and all(isinstance(step, Step) for step in steps)
         require(good, f"Plan: steps must be a list of one or more growth.Step, got {type(self.steps).__name__}")
         derived = {"steps": steps, "src_cfg": steps[0].src_cfg, "dst_cfg": steps[-1].dst_cfg}
         derived["policy"] = " + ".join(step.policy for step in steps)
@@ -234,7 +235,7 @@ class Plan:
         """Counts the entries of a leaf that are copied, scaled, zero and fresh; they add up to its size."""
         return count(self.leaf_steps(name))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Table:
         steps = [step.to_json() for step in self.steps]
         return steps[0] if len(steps) == 1 else {"steps": steps}
 
@@ -248,7 +249,7 @@ class Plan:
         require(isinstance(data, Mapping), f"plan: expected a table, got {type(data).__name__}")
         if "steps" not in data:
             return cls((Step.from_json(data),))
-        steps = convert(tuple[dict[str, Any], ...], data["steps"], "plan.steps")
+        steps = convert(tuple[Table, ...], data["steps"], "plan.steps")
         require(len(steps) > 0, "plan.steps: empty")
         return functools.reduce(compose, [cls((Step.from_json(step),)) for step in steps])
 
@@ -291,13 +292,14 @@ class Plan:
 
     def _rows(self) -> list[tuple[str, ...]]:
         """Rows of text that say what becomes of every leaf, with totals in parameters and bytes."""
-        rows = [("leaf", "from", "to", *KINDS)]
+        rows: list[tuple[str, ...]] = [("leaf", "from", "to", *KINDS)]
         counts = {name: np.array(list(self.tally(name).values())) for name in self.dst_spec}
         width = {name: np.dtype(leaf.dtype).itemsize for name, leaf in self.dst_spec.items()}
         for name, leaf in self.dst_spec.items():
             shapes = ("x".join(map(str, spec.shape)) for spec in (self.src_spec[self.sources[name]], leaf))
             rows.append((name, *shapes, *(f"{n:,}" for n in counts[name].tolist())))
-        total, nbytes = sum(counts.values()).tolist(), sum(counts[name] * width[name] for name in counts).tolist()
+        nbytes = np.sum([counts[name] * width[name] for name in counts], axis=0).tolist()
+        total = np.sum(list(counts.values()), axis=0).tolist()
         before = sum(leaf.size for leaf in self.src_spec.values())
         before_bytes = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in self.src_spec.values())
         rows.append(("total", f"{before:,}", f"{sum(total):,}", *(f"{n:,}" for n in total)))
@@ -317,7 +319,8 @@ def compose(first: Plan, then: Plan) -> Plan:
       UserError: `then` does not start from what `first` leads to (the fields or leaves that differ are named); one of
         the two needs masks and the other, which grows something too, must not have them, or copies channels unevenly.
     """
-    require_plan(first, "compose: the first plan"), require_plan(then, "compose: the second plan")
+    require_plan(first, "compose: the first plan")
+    require_plan(then, "compose: the second plan")
     made, taken = to_dict(first.dst_cfg), to_dict(then.src_cfg)
     lines = [f"{field} {made[field]!r} -> {taken[field]!r}" for field in made if made[field] != taken[field]]
     have, want = first.dst_spec, then.src_spec
@@ -351,7 +354,7 @@ def require_config(cfg: Any, where: str) -> None:
     require(isinstance(cfg, ModelConfig), f"{where}: expected a ModelConfig, got {type(cfg).__name__}")
 
 
-def _size(nbytes: int) -> str:
+def _size(nbytes: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:.4g} {unit}"

@@ -268,7 +268,7 @@ def insert_layers(cfg: ModelConfig, layers: int | Sequence[int], **how: Any) -> 
     >>> insert_layers(cfg, [0, 1, 1, 2]).maps["layers"]
     <AxisMap layers: 3 -> 4, 1 fresh>
     """
-    if isinstance(layers, str) or not hasattr(layers, "__len__"):
+    if isinstance(layers, (int, str)) or not hasattr(layers, "__len__"):
         return _changed(cfg, how, num_layers=whole(layers, "layers"))
     ids = [whole(i, f"layers[{n}]") for n, i in enumerate(layers)]  # before the length of the list is taken as a size
     return _changed(cfg, {"layers": ids} | how, num_layers=len(ids))

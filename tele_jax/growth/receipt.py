@@ -21,13 +21,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tele_jax import checkpoint, files, growth
-from tele_jax.axes import flatten
+from tele_jax.axes import PyTree, flatten
 from tele_jax.checkpoint import chunk_files, unfinished
-from tele_jax.config import ModelConfig, require, written_table
+from tele_jax.config import ModelConfig, given, require, written_table
 from tele_jax.errors import DamageError, FailedError, UserError
+from tele_jax.files import Table
 from tele_jax.growth.apply import check_tree
 from tele_jax.growth.layers import distances
 from tele_jax.growth.masks import require_unmasked
+from tele_jax.model.inputs import has_x64
 from tele_jax.model.spec import flat_spec
 from tele_jax.settings import GrowStage
 
@@ -48,7 +50,7 @@ def plan_of(src: ModelConfig, dst: ModelConfig, stage: GrowStage, *, layers=None
 
 
 def choose_plan(
-    cfg: ModelConfig, params: Any, stage: GrowStage, tokens: np.ndarray, where: str
+    cfg: ModelConfig, params: PyTree, stage: GrowStage, tokens: np.ndarray, where: str
 ) -> tuple[growth.Plan, list[float] | None]:
     """(plan, the score of every source layer where the stage chooses layers by distance); params may be lazy."""
     larger = cfg.replace_from(stage.model, f"{where}.model")
@@ -59,8 +61,8 @@ def choose_plan(
 
 
 def grow(
-    cfg: ModelConfig, params: Any, opt_state: Any, stage: GrowStage, mesh: Mesh, tokens: np.ndarray, where: str
-) -> tuple[growth.Plan, Any, Any, dict[str, Any]]:
+    cfg: ModelConfig, params: PyTree, opt_state: PyTree, stage: GrowStage, mesh: Mesh, tokens: np.ndarray, where: str
+) -> tuple[growth.Plan, Any, Any, Table]:
     """Grows on a mesh and verifies: (plan, grown parameters, grown optimizer state, receipt).
 
     Args:
@@ -87,7 +89,7 @@ def grow(
 
 RECEIPT_FIELDS = {
     **{"plan": str, "policy": str, "ok": bool, "levels": tuple[str, ...]},
-    **{"source": dict[str, Any], "destination": dict[str, Any]},
+    **{"source": Table, "destination": Table},
     **{"max_abs": float | None, "max_rel": float | None, "kl": float | None},
     **{"dead": tuple[str, ...] | None, "locked": tuple[str, ...] | None},
     **{"layers": tuple[int, ...], "layer_scores": tuple[float, ...] | None},
@@ -96,7 +98,7 @@ RECEIPT_FIELDS = {
 
 def receipt(
     plan: growth.Plan, report: growth.Report, stage: GrowStage, scores: list[float] | None, **more: Any
-) -> dict[str, Any]:
+) -> Table:
     """The document beside a grown checkpoint: the report, and all that says how the growth was made."""
     data = plan.to_json()
     return report.to_json() | {
@@ -117,14 +119,12 @@ def _require_ok(report: growth.Report, stage: GrowStage, where: str, outcome: st
     """Raises FailedError where the report is not ok, or the logits moved by more than the stage allows."""
     if not report.ok:
         raise FailedError(f"{where}: the growth failed its verification; {outcome}: {report}")
-    moved = report.max_abs if report.preserving and stage.tolerance is not None else None
-    if moved is not None and moved > stage.tolerance:
-        raise FailedError(
-            f"{where}: the logits moved by {moved:.3g}, more than tolerance={stage.tolerance:g}; {outcome}"
-        )
+    moved, allowed = report.max_abs if report.preserving else None, stage.tolerance
+    if moved is not None and allowed is not None and moved > allowed:
+        raise FailedError(f"{where}: the logits moved by {moved:.3g}, more than tolerance={allowed:g}; {outcome}")
 
 
-def provenance_entry(name: str, plan: growth.Plan) -> dict[str, Any]:
+def provenance_entry(name: str, plan: growth.Plan) -> Table:
     """The entry of a growth in the provenance of a checkpoint. mask: where the masks stand; None without masks."""
     entry = {"stage": name, "kind": "grow", "policy": plan.policy, "seed": plan.seed, "plan": plan.digest}
     return entry | {"mask": 0.0 if plan.masked else None}
@@ -135,7 +135,7 @@ def fingerprints(lazy: "checkpoint.Lazy") -> dict[str, str]:
     return {i: chunk_files.fingerprint(lazy.items[i].values()) for i in ("params", "opt_state") if i in lazy.items}
 
 
-def require_receipt(directory: Path, src: "checkpoint.Lazy", dst: "checkpoint.Lazy") -> dict[str, Any]:
+def require_receipt(directory: Path, src: "checkpoint.Lazy", dst: "checkpoint.Lazy") -> Table:
     """The receipt in a directory, if it is that of the growth of `src` into `dst`; reads 4 bytes a chunk.
 
     Raises:
@@ -167,7 +167,7 @@ def read_plan(directory: Path) -> growth.Plan:
         raise error if not file.exists() else DamageError(f"{file}: damaged, {error}") from None
 
 
-def read_receipt(directory: Path) -> dict[str, Any]:
+def read_receipt(directory: Path) -> Table:
     """The receipt in a directory. Raises UserError where there is none, DamageError where it is damaged."""
     file = directory / RECEIPT_FILE
     return written_table(files.read_json(file), str(file), RECEIPT_FIELDS)
@@ -187,9 +187,8 @@ def masked_plan(start: "checkpoint.Lazy", where: str) -> growth.Plan | None:
         require_unmasked(start.provenance, where)
         return None
     places = [Path(start.path), Path(start.path).parent.parent]
-    place = next((place for place in places if (place / PLAN_FILE).exists()), None)
     missing = f"{where}: its masks are closed, and {PLAN_FILE}, which says which units are new, is not there"
-    require(place is not None, missing)
+    place = given(next((place for place in places if (place / PLAN_FILE).exists()), None), missing)
     plan = read_plan(place)
     require(plan.digest == entry.get("plan"), f"{where}: was made by another plan than that of {place / PLAN_FILE}")
     return plan
@@ -227,9 +226,7 @@ class Request:
         return self.dst.with_name(self.dst.name + ".unverified")
 
 
-def grow_stored(
-    request: Request, say: Say, progress: Callable[[int, int], None] | None = None
-) -> dict[str, Any] | None:
+def grow_stored(request: Request, say: Say, progress: Callable[[int, int], None] | None = None) -> Table | None:
     """Grows and verifies a checkpoint, and returns its receipt.
 
     The result is None where other shards have still to finish, or another process verifies.
@@ -279,7 +276,7 @@ def _planned(request: Request) -> tuple["checkpoint.Lazy", growth.Plan, Any]:
     return lazy, plan, scores
 
 
-def outline(request: Request, say: Say) -> dict[str, Any]:
+def outline(request: Request, say: Say) -> Table:
     """Says and returns what `grow_stored` would do; writes nothing. Raises UserError as `grow_stored`."""
     lazy, plan, _ = _planned(request)
     how = {"opt": request.opt, "memory_gb": request.memory_gb, "workers": request.workers}
@@ -298,7 +295,7 @@ nothing was written""")
     return {"plan": plan.to_json(), "verified": levels, **dataclasses.asdict(figures)}
 
 
-def _verify_and_name(request: Request, plan: growth.Plan, scores: Any, lazy: Any, grown: Any) -> dict[str, Any]:
+def _verify_and_name(request: Request, plan: growth.Plan, scores: Any, lazy: Any, grown: PyTree) -> Table:
     """Verifies DST.unverified and renames it to DST, or leaves it there with its receipt and raises FailedError."""
     report, unverified = verify(plan, lazy, grown, request.tokens, request.memory_gb), request.unverified
     made = receipt(
@@ -331,7 +328,10 @@ def verifies_wholly(plan: growth.Plan, src: Any, memory_gb: float) -> bool:
     """True where both models, and what their gradients need, fit into memory_gb; src: the open source."""
     small = sum(array.nbytes for array in src.items["params"].values())
     large = sum(spec.size * np.dtype(spec.dtype).itemsize for spec in plan.dst_spec.values())
-    computes = jax.config.jax_enable_x64 or "float64" not in (plan.dst_cfg.dtype, plan.dst_cfg.param_dtype)
+    computes = has_x64() or "float64" not in (
+        plan.dst_cfg.dtype,
+        plan.dst_cfg.param_dtype,
+    )
     return small + _LARGE_TREES * large <= memory_gb * 1e9 and computes
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from tele_jax.axes import map_param_subtrees, unflatten
+from tele_jax.axes import PyTree, map_param_subtrees, unflatten
 from tele_jax.errors import UserError
 from tele_jax.growth.apply import grow_leaf, grow_params
 from tele_jax.growth.axis_map import NEW
@@ -24,7 +24,7 @@ from tele_jax.growth.plan import Plan, require_plan
 from tele_jax.sharding import RULES, param_shardings, replicated
 
 
-def state_shardings(plan: Plan, mesh: Mesh, opt_state: Any, optimizer: Any = None) -> Any:
+def state_shardings(plan: Plan, mesh: Mesh, opt_state: PyTree, optimizer: Any = None) -> Any:
     """The shardings of the grown optimizer state, from the state before (arrays or shapes): moments as parameters.
 
     optimizer: the optimizer that made the state, as for apply_opt.
@@ -37,7 +37,7 @@ def state_shardings(plan: Plan, mesh: Mesh, opt_state: Any, optimizer: Any = Non
     return map_param_subtrees(lambda path, tree: params, shapes, spec, lambda *_: replicated(mesh))
 
 
-def sharded(plan: Plan, mesh: Mesh, opt_state: Any, optimizer: Any = None) -> Callable[[Any, Any], tuple[Any, Any]]:
+def sharded(plan: Plan, mesh: Mesh, opt_state: PyTree, optimizer: Any = None) -> Callable[[Any, Any], tuple[Any, Any]]:
     """Returns a function, jitted for a mesh, from (parameters, optimizer state) to the grown ones.
 
     Args:
@@ -57,7 +57,7 @@ def sharded(plan: Plan, mesh: Mesh, opt_state: Any, optimizer: Any = None) -> Ca
     if opt_state is None:
         return jax.jit(lambda p, _: (grow_params(plan, p, grow), None), out_shardings=(params, None))
     for leaf in jax.tree.leaves(opt_state):  # jit would cut it silently
-        wide = hasattr(leaf, "dtype") and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+        wide = hasattr(leaf, "dtype") and not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.extended)
         if wide and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
             raise UserError(f"optimizer state: {leaf.dtype} needs jax.config.update('jax_enable_x64', True)")
     known = kinds(plan, opt_state, optimizer)

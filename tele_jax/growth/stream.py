@@ -22,6 +22,7 @@ import numpy as np
 from tele_jax.axes import ParamSpec, unflatten
 from tele_jax.checkpoint import chunk_files, chunked, layout, locate, unfinished
 from tele_jax.errors import UserError
+from tele_jax.files import PathLike, Table
 from tele_jax.growth import axis_map, host_kernel
 from tele_jax.growth.axis_map import NEW, AxisMap
 from tele_jax.growth.leaf import LeafPlan, LeafStep
@@ -45,8 +46,8 @@ class Streamed(chunked.Written):
 
 def stream(
     plan: Plan,
-    src: Any,
-    dst: Any,
+    src: PathLike,
+    dst: PathLike,
     *,
     opt: bool = False,
     memory_gb: float = 1.0,
@@ -94,7 +95,7 @@ def stream(
     workers, slots = _divide_memory(jobs, memory_gb, workers)
     tile_bytes = chunk_bytes // _TILES_PER_CHUNK_LIMIT
     cut = [tile for job in jobs for tile in unfinished.cut(job.item, job.name, job.leaf, tile_bytes, job.order)]
-    sources = [job.source for job in jobs if job.source is not None]
+    sources = [job.source for job in jobs if not isinstance(job.source, np.ndarray)]
     header = {
         "plan": plan.digest,
         "opt": bool(opt),
@@ -136,7 +137,7 @@ class Outline:
 
 
 def outline(
-    plan: Plan, src: Any, dst: Any, *, opt: bool = False, memory_gb: float = 1.0, workers: int | None = None
+    plan: Plan, src: PathLike, dst: PathLike, *, opt: bool = False, memory_gb: float = 1.0, workers: int | None = None
 ) -> Outline:
     """Outlines what `stream` would do with these arguments; writes nothing and reads no array. Raises as `stream`."""
     lazy = _open(plan, src, opt)
@@ -145,7 +146,7 @@ def outline(
     _meta(plan, lazy, jobs, dst.name, None, None)
     threads, slots = _divide_memory(jobs, memory_gb, workers)
     cut = [tile for job in jobs for tile in unfinished.cut(job.item, job.name, job.leaf, layout.CHUNK_BYTES, job.order)]
-    read = {job.source.name: job.source.leaf for job in jobs if job.source is not None}
+    read = {job.source.name: job.source.leaf for job in jobs if not isinstance(job.source, np.ndarray)}
     of_chunks = max(job.leaf.chunk_bytes + job.bytes_between for job in jobs) + host_kernel.SCRATCH_BYTES
     return Outline(
         bytes_to_read=sum(math.prod(leaf.grid) * leaf.chunk_bytes for leaf in read.values()),
@@ -169,9 +170,8 @@ class _Job:
     name: str
     leaf: layout.Leaf
     maps: list[AxisMap]  # from the source to the destination
-    source: "LazyArray | None"
+    source: "LazyArray | np.ndarray"  # an array: the values
     steps: tuple[tuple[LeafStep, tuple[int, ...]], ...] = ()
-    values: np.ndarray | None = None
 
     @property
     def bytes_between(self) -> int:
@@ -180,9 +180,9 @@ class _Job:
 
     def fill(self, out: np.ndarray, start: Sequence[int], cache: chunk_files.ChunkCache) -> None:
         """Computes the chunk of the destination that begins at `start`; see chunked.write_leaves."""
-        if self.values is not None:
+        if isinstance(self.source, np.ndarray):
             part = chunked.inside(self.leaf, start, out)
-            part[...] = self.values[tuple(slice(s, s + n) for s, n in zip(start, part.shape, strict=True))]
+            part[...] = self.source[tuple(slice(s, s + n) for s, n in zip(start, part.shape, strict=True))]
             return
         source = host_kernel.Source(self.source.chunks, functools.partial(cache.chunk, self.source))
         host_kernel.fill_after(out, self.steps, start, source)
@@ -214,7 +214,7 @@ class _Grown:
         return self.steps[-1].shape
 
 
-def _open(plan: Plan, src: Any, opt: bool) -> "Lazy":
+def _open(plan: Plan, src: PathLike, opt: bool) -> "Lazy":
     from tele_jax.checkpoint import open_lazy, read
 
     require_plan(plan, "stream: plan")
@@ -242,20 +242,20 @@ def _jobs(plan: Plan, lazy: "Lazy", opt: bool, chunk_bytes: int) -> list[_Job]:
         if isinstance(grown, _Grown):
             jobs.append(_job("opt_state", name, _owner(plan, name, grown.shape), grown, chunk_bytes))
         elif grown is lazy.items["opt_state"].get(name):
-            leaf = _stored(_owner(plan, name, grown.shape) or ParamSpec(grown.shape, grown.dtype), grown, chunk_bytes)
+            leaf = _stored(_owner(plan, name, grown.shape), grown, chunk_bytes)
             maps = [axis_map.identity(str(dimension), size) for dimension, size in enumerate(grown.shape)]
             unchanged = LeafStep(LeafPlan(), tuple(maps))
             jobs.append(_Job("opt_state", name, leaf, maps, grown, ((unchanged, leaf.chunks),)))
         else:
             values = np.asarray(grown)
             leaf = _stored(ParamSpec(values.shape, values.dtype), lazy.items["opt_state"][name], chunk_bytes)
-            jobs.append(_Job("opt_state", name, leaf, [], None, values=values))
+            jobs.append(_Job("opt_state", name, leaf, [], values))
     return jobs
 
 
-def _owner(plan: Plan, name: str, shape: tuple[int, ...]) -> ParamSpec | None:
-    """The parameter that a leaf of the optimizer state belongs to."""
-    return plan.dst_spec.get(layout.matching_param(name, shape, plan.dst_spec))
+def _owner(plan: Plan, name: str, shape: tuple[int, ...]) -> ParamSpec:
+    """The parameter that a leaf of the optimizer state belongs to, or one without axes; `_stored` sets the dtype."""
+    return plan.dst_spec.get(layout.matching_param(name, shape, plan.dst_spec) or "") or ParamSpec(shape, np.float32)
 
 
 def _job(item: str, name: str, spec: ParamSpec, grown: _Grown, chunk_bytes: int) -> _Job:
@@ -275,7 +275,7 @@ def _stored(spec: ParamSpec, source: "LazyArray", chunk_bytes: int) -> layout.Le
 
 def _meta(plan: Plan, lazy: "Lazy", jobs: list[_Job], name: str, step, provenance) -> layout.Meta:
     entry = {"stage": name, "kind": "grow", "policy": plan.policy, "seed": plan.seed, "plan": plan.digest}
-    items: dict[str, dict[str, Any]] = {}
+    items: dict[str, Table] = {}
     for job in jobs:
         items.setdefault(job.item, {})[job.name] = job.leaf
     meta = layout.Meta(
@@ -292,7 +292,7 @@ def _meta(plan: Plan, lazy: "Lazy", jobs: list[_Job], name: str, step, provenanc
 def _divide_memory(jobs: list[_Job], memory_gb: float, workers: int | None) -> tuple[int, int]:
     """(threads, chunks of the source in memory). Every thread has a chunk of the destination and one of the source."""
     chunk = max(job.leaf.chunk_bytes for job in jobs)
-    of_source = max(job.source.leaf.chunk_bytes for job in jobs if job.source is not None)
+    of_source = max(job.source.leaf.chunk_bytes for job in jobs if not isinstance(job.source, np.ndarray))
     between = max(job.bytes_between for job in jobs)
     beside = between + host_kernel.SCRATCH_BYTES
     needed = {f"{job.item}/{job.name}": job.leaf.chunk_bytes + of_source + beside for job in jobs}

@@ -11,6 +11,7 @@ what is new learn is `growth.plan`.
 
 import dataclasses
 import fnmatch
+import functools
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from tele_jax.axes import ParamSpec, flatten
 from tele_jax.checkpoint.layout import name_problem
 from tele_jax.config import ModelConfig, finite, require, whole
 from tele_jax.errors import UserError
+from tele_jax.files import Table
 from tele_jax.growth import axis_map
 from tele_jax.growth.axis_map import AxisMap
 from tele_jax.growth.leaf import LeafPlan
@@ -120,9 +122,8 @@ def submodel(model: Model, **ids: Sequence[int]) -> Plan:
     2
     """
     require(bool(ids), f"submodel: name what to keep, of {', '.join(FIELDS)}")
-    for axis, units in ids.items():
-        model = take(model, axis, units)
-    return model
+    first, *others = ids.items()
+    return functools.reduce(lambda plan, kept: take(plan, *kept), others, take(model, *first))
 
 
 # ---- by leaf -----------------------------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ class Diff:
         """True where both trees are the same to the bit (0.0 counts as -0.0, NaN as NaN)."""
         return all(leaf.what == "equal" for leaf in self.leaves)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Table:
         return {"equal": self.equal, "leaves": [dataclasses.asdict(leaf) for leaf in self.leaves]}
 
     def __str__(self) -> str:
@@ -302,7 +303,7 @@ def _extend(
     *,
     vocab_size: int | None = None,
     coefficients: Mapping[str, float] | None = None,
-    tree: Mapping[str, str] | None = None,
+    tree: dict[str, str] | None = None,
     keeps: bool = True,
     lively: bool = True,
     notes: tuple[str, ...] = (),

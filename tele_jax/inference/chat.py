@@ -2,10 +2,10 @@
 
 import codecs
 import dataclasses
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from tele_jax.axes import Params
 from tele_jax.checkpoint import locate
 from tele_jax.config import ModelConfig, check_seed, require, whole
 from tele_jax.data import dialogue, templates
@@ -13,6 +13,7 @@ from tele_jax.data.dialogue import Prompt
 from tele_jax.data.templates import Template
 from tele_jax.data.vocabulary import TOKENIZER_FILES, Vocabulary, tokenizer_in
 from tele_jax.errors import UserError
+from tele_jax.files import PathLike
 from tele_jax.inference.generate import generate, prepare, sampling
 
 MAX_NEW_TOKENS = 1024  # not published: ours, an answer of about two pages
@@ -61,7 +62,7 @@ class Chat:
     def __init__(
         self,
         cfg: ModelConfig,
-        params: Mapping[str, Any],
+        params: Params,
         vocabulary: Vocabulary,
         *,
         template: Template | None = None,
@@ -100,7 +101,7 @@ class Chat:
         )
         stop_ids = sorted({*templates.stop_ids(self.template, vocabulary), *stop_ids})
         self.max_new_tokens, self.max_seq_len = max_new_tokens, cfg.max_seq_len
-        self._options = dict(max_new_tokens=max_new_tokens, stop_ids=stop_ids, **options)
+        self._options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, stop_ids=stop_ids, **options)
         self._cfg, self._params, self._vocabulary = cfg, prepare(cfg, params), vocabulary
         self._seed, self._replies = seed, 0
         self.messages: list[dict[str, str]] = []
@@ -204,7 +205,7 @@ def check_vocabulary(cfg: ModelConfig, vocabulary: Vocabulary) -> None:
     )
 
 
-def find_tokenizer(ckpt_path: str | os.PathLike, explicit: str | os.PathLike | None = None) -> str:
+def find_tokenizer(ckpt_path: PathLike, explicit: PathLike | None = None) -> str:
     """Path of the tokenizer of a checkpoint: the one named explicitly, or that in or above its directory.
 
     It is called tokenizer.model (SentencePiece) or tokenizer.json (of the `tokenizers` library). Where both lie, the

@@ -20,9 +20,10 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tele_jax.axes import flatten, unflatten
+from tele_jax.axes import Params, flatten, unflatten
 from tele_jax.config import ModelConfig, check_seed, require, require_config, whole
 from tele_jax.errors import FailedError, UserError
+from tele_jax.files import Table
 from tele_jax.inference.sampling import Sampling, draw, sampling
 from tele_jax.model import decoder
 from tele_jax.model.attention import SLOT_BLOCK
@@ -48,7 +49,7 @@ class State(struct.PyTreeNode):
 
 def generate(
     cfg: ModelConfig,
-    params: Mapping[str, Any],
+    params: Params,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -108,7 +109,7 @@ def generate(
     return results
 
 
-def prepare(cfg: ModelConfig, params: Mapping[str, Any]) -> Mapping[str, Any]:
+def prepare(cfg: ModelConfig, params: Params) -> Mapping[str, Any]:
     """params as decoding wants them: every leaf in the dtype it is used in, and on CPUs the layers one by one.
 
     Norm scales are used in float32 and stay; the rest goes to cfg.dtype, so that a step does not cast all of it again.
@@ -122,8 +123,8 @@ def prepare(cfg: ModelConfig, params: Mapping[str, Any]) -> Mapping[str, Any]:
     spec, leaves, dtype = flat_spec(cfg), flatten(params), jnp.dtype(cfg.dtype)
     unstack = all(_platform(leaf) == "cpu" for leaf in leaves.values())
     del params
-    layers: list[dict[str, Any]] = [{} for _ in range(cfg.num_layers)]
-    ready: dict[str, Any] = {}
+    layers: list[Table] = [{} for _ in range(cfg.num_layers)]
+    ready: Table = {}
     for name in list(leaves):
         leaf = leaves.pop(name)
         if spec[name].role != "scale" and leaf.dtype != dtype:
@@ -150,11 +151,11 @@ def _platform(leaf: Any) -> str:
     return next(iter(leaf.devices())).platform if isinstance(leaf, jax.Array) else jax.default_backend()
 
 
-def _mesh_of(params: Mapping[str, Any]) -> Mesh | None:
+def _mesh_of(params: Params) -> Mesh | None:
     """The mesh with our axes that the parameters are sharded over, if they are."""
     for leaf in jax.tree.leaves(params):
         sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1:
             return sharding.mesh if set(MESH_AXES) <= set(sharding.mesh.axis_names) else None
     return None
 
@@ -188,7 +189,7 @@ def _generate_batch(cfg, params, prompts, keys, how, stop_ids, max_new_tokens, r
     return [tokens[row, lengths[row] : ends[row]].tolist() for row in range(rows)]
 
 
-def _fail(cfg: ModelConfig, params: Mapping[str, Any], position: int) -> None:
+def _fail(cfg: ModelConfig, params: Params, position: int) -> None:
     """Raises FailedError for logits that are not finite, and looks for the reason."""
     what = f"the logits at position {position} are not finite numbers"
     for name, leaf in flatten({key: value for key, value in params.items() if key != "layers"}).items():
@@ -231,7 +232,8 @@ def cache_shardings(cfg: ModelConfig, mesh: Mesh) -> decoder.Cache:
     if cfg.num_kv_heads % mesh.shape[heads]:
         heads = None  # parameters that the caller placed by other rules than ours
     keys = NamedSharding(mesh, P(None, BATCH, heads))
-    return decoder.Cache(k=keys, v=keys, positions=NamedSharding(mesh, P(BATCH)))
+    rows = NamedSharding(mesh, P(BATCH))
+    return decoder.Cache(keys, keys, rows)  # pyright: ignore[reportArgumentType] - a tree of shardings
 
 
 def _empty(cfg: ModelConfig, mesh: Mesh | None, batch: int, slots: int) -> tuple[decoder.Cache, jax.Array]:
@@ -287,7 +289,7 @@ def _decode(cfg, rope_length, params, cache, state, how, stop_ids, until):
         state, _ = carry
         return (state.step < until) & ~state.done.all()
 
-    step = lambda carry: decode_step(cfg, rope_length, params, *carry, how, stop_ids)  # noqa: E731
+    step = lambda carry: decode_step(cfg, rope_length, params, carry[0], carry[1], how, stop_ids)  # noqa: E731
     return jax.lax.while_loop(going, step, (state, cache))
 
 

@@ -15,9 +15,9 @@ _MAX_TEMPERATURE = 1e30  # all tokens are equally likely long before
 class Sampling(struct.PyTreeNode):
     """How the next token is drawn; a field that is None is not applied. Made by `sampling`."""
 
-    temperature: jax.Array | None = None  # None: greedy
-    top_p: jax.Array | None = None
-    repetition_penalty: jax.Array | None = None
+    temperature: jax.Array | np.float32 | None = None  # None: greedy
+    top_p: jax.Array | np.float32 | None = None
+    repetition_penalty: jax.Array | np.float32 | None = None
     top_k: int | None = struct.field(pytree_node=False, default=None)
 
 
@@ -58,7 +58,7 @@ def sampling(
 
 def draw(logits: jax.Array, seen: jax.Array | None, keys: jax.Array, how: Sampling) -> jax.Array:
     """The next token of every row, int32[B], for logits [B, V], seen bool[B, V] and random keys [B]."""
-    if how.repetition_penalty is not None:
+    if how.repetition_penalty is not None and seen is not None:
         penalized = jnp.where(logits > 0, logits / how.repetition_penalty, logits * how.repetition_penalty)
         logits = jnp.where(seen, penalized, logits)
     if how.temperature is None:

@@ -61,7 +61,7 @@ def reference(q, k, v, q_index, kv_index, q_segments=None, kv_segments=None) -> 
     accumulate = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("BSKGH,BTKH->BKGST", grouped, k, preferred_element_type=accumulate) / head_dim**0.5
     visible = kv_index[:, None, :] <= q_index[:, :, None]
-    if q_segments is not None:
+    if q_segments is not None and kv_segments is not None:
         visible &= q_segments[:, :, None] == kv_segments[:, None, :]
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(accumulate).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
@@ -267,4 +267,5 @@ def _splash_local(q, k, v, segment_ids, *, interpret: bool):
     )
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q / head_dim**0.5, k, v))
     segments = None if segment_ids is None else kernels.SegmentIds(q=segment_ids, kv=segment_ids)
-    return jnp.swapaxes(jax.vmap(kernel)(q, k, v, segments), 1, 2)
+    attended = jax.vmap(kernel)(q, k, v, segments)
+    return jnp.swapaxes(attended, 1, 2)  # pyright: ignore[reportArgumentType] - a tuple only with save_residuals

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from tele_jax.axes import declare
+from tele_jax.axes import Params, declare
 from tele_jax.config import ModelConfig, require, require_config
 from tele_jax.errors import UserError
 from tele_jax.model import inputs, rope
 from tele_jax.model.attention import SAVED, attend, cached, indices
 from tele_jax.model.inputs import MASKED_AXES as MASKED_AXES
+from tele_jax.model.inputs import Mask
 from tele_jax.model.inputs import Masks as Masks
 from tele_jax.model.products import gated, project
 from tele_jax.sharding import constrain, lookup, mesh_of_step, platform, whole_rows
@@ -34,9 +35,9 @@ class Context(struct.PyTreeNode):
     cos: jax.Array
     sin: jax.Array
     segment_ids: jax.Array | None  # int32[B, S]
-    embed_mask: jax.Array | None  # [D]
-    mlp_mask: jax.Array | None  # [F]
-    heads_mask: jax.Array | None  # [N]
+    embed_mask: Mask | None  # [D]
+    mlp_mask: Mask | None  # [F]
+    heads_mask: Mask | None  # [N]
     slot: jax.Array | None = None  # int32[], where in the cache the first of these tokens goes
 
 
@@ -64,7 +65,7 @@ def empty_cache(cfg: ModelConfig, batch: int, slots: int) -> Cache:
     return Cache(k=jnp.zeros(shape, cfg.dtype), v=jnp.zeros(shape, cfg.dtype), positions=positions)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float, mask: jax.Array | None) -> jax.Array:
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, mask: Mask | None) -> jax.Array:
     """c*g*x / sqrt(sum(c x^2)/sum(c) + eps), in float32 or better; c = 1 where there is no mask."""
     precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     scale = scale.astype(precise.dtype)
@@ -84,7 +85,7 @@ class Norm(nn.Module):
     writes: tuple[str, ...] = ()
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: Mask | None) -> jax.Array:
         return rms_norm(x, declare(self, "scale", inputs=("embed",), outputs=self.writes), self.cfg.rms_eps, mask)
 
 
@@ -102,7 +103,7 @@ class Attention(nn.Module):
         q = rope.rotate(project("BSD,DNH->BSNH", x, kernel_q), ctx.cos, ctx.sin)
         k = rope.rotate(project("BSD,DKH->BSKH", x, kernel_k), ctx.cos, ctx.sin)
         v = project("BSD,DKH->BSKH", x, kernel_v)
-        if cache is None:
+        if cache is None or ctx.slot is None:
             rows = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
             y = attend(cfg.attention, q, k, v, rows, rows, ctx.segment_ids)
         else:
@@ -144,7 +145,7 @@ class Block(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, carry: tuple[jax.Array, Cache | None], own: tuple[jax.Array | None, Any], ctx: Context):
+    def __call__(self, carry: tuple[jax.Array, Cache | None], own: tuple[Mask | None, Any], ctx: Context):
         x, cache = carry
         layer_mask, layer = own
         before = x = checkpoint_name(x, "stream")
@@ -215,7 +216,7 @@ class Decoder(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens, ctx: Context, layers_mask: jax.Array | None, cache: Cache | None):
+    def __call__(self, tokens, ctx: Context, layers_mask: Mask | None, cache: Cache | None):
         cfg = self.cfg
         x = Embed(cfg, name="embed")(tokens)
         if cfg.embed_norm:
@@ -225,7 +226,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType] - one for each argument, as its docs say
             length=cfg.num_layers,
             unroll=cfg.num_layers if unrolled(cfg) else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -244,13 +245,13 @@ def _context(cfg: ModelConfig, positions, length: int, segment_ids=None, masks: 
     return Context(positions, cos, sin, segment_ids, masks.get("embed"), masks.get("mlp"), masks.get("heads"), slot)
 
 
-def init_boxed(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
+def init_boxed(cfg: ModelConfig, key: jax.Array) -> Params:
     """Fresh parameters, each boxed with its axis names (axes.Named)."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     return Decoder(cfg).init(key, tokens, _context(cfg, tokens, 1), None, None)["params"]
 
 
-def init(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
+def init(cfg: ModelConfig, key: jax.Array) -> Params:
     """Fresh parameters: a nested dict of arrays of cfg.param_dtype, layers stacked on the leading axis.
 
     >>> cfg = ModelConfig(num_layers=2, embed_dim=16, num_heads=2, mlp_dim=24, vocab_size=64)
@@ -267,13 +268,17 @@ def init(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _init(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
+def _init(cfg: ModelConfig, key: jax.Array) -> Params:
     return nn.meta.unbox(init_boxed(cfg, key))
+
+
+def _apply(module: nn.Module, params: Params, *args: Any) -> Any:
+    return module.apply({"params": params}, *args)
 
 
 def hidden(
     cfg: ModelConfig,
-    params: Mapping[str, Any],
+    params: Params,
     tokens: jax.Array,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
@@ -290,12 +295,12 @@ def hidden(
     masks = masks or {}
     inputs.check_shapes(cfg, tokens, positions, segment_ids, masks)
     ctx = _context(cfg, positions, tokens.shape[1] if rope_length is None else rope_length, segment_ids, masks)
-    return Decoder(cfg).apply({"params": params}, tokens, ctx, masks.get("layers"), None)[0]
+    return _apply(Decoder(cfg), params, tokens, ctx, masks.get("layers"), None)[0]
 
 
 def hidden_cached(
     cfg: ModelConfig,
-    params: Mapping[str, Any],
+    params: Params,
     tokens: jax.Array,
     positions: jax.Array,
     cache: Cache,
@@ -317,40 +322,40 @@ def hidden_cached(
     ctx = _context(cfg, positions, rope_length, slot=slot)
     cache = cache.replace(positions=jax.lax.dynamic_update_slice(cache.positions, positions, indices(0, slot)))
     if isinstance(params["layers"], Mapping):
-        return Decoder(cfg).apply({"params": params}, tokens, ctx, None, cache)
+        return _apply(Decoder(cfg), params, tokens, ctx, None, cache)
     carry = (constrain(_embedded(cfg, params, tokens)), cache)
     for number, layer in enumerate(params["layers"]):
-        carry, _ = Block(cfg).apply({"params": layer}, carry, (None, number), ctx)
+        carry, _ = _apply(Block(cfg), layer, carry, (None, number), ctx)
     x, cache = carry
     return rms_norm(x, params["final_norm"]["scale"], cfg.rms_eps, None), cache
 
 
-def _embedded(cfg: ModelConfig, params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+def _embedded(cfg: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
     """What the first layer is given."""
-    x = Embed(cfg).apply({"params": params["embed"]}, tokens)
+    x = _apply(Embed(cfg), params["embed"], tokens)
     return rms_norm(x, params["embed_norm"]["scale"], cfg.rms_eps, None) if cfg.embed_norm else x
 
 
-def layer_states(cfg: ModelConfig, params: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+def layer_states(cfg: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
     """The residual stream before the first layer and after every layer: [L + 1, B, S, D] in cfg.dtype."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     ctx = _context(cfg, positions, tokens.shape[1])
     x = _embedded(cfg, params, tokens)
 
     def step(x, layer):
-        (y, _), _ = Block(cfg).apply({"params": layer}, (x, None), (None, None), ctx)
+        (y, _), _ = _apply(Block(cfg), layer, (x, None), (None, None), ctx)
         return y, y
 
     _, after = jax.lax.scan(step, x, params["layers"])
     return jnp.concatenate([x[None], after])
 
 
-def head_kernel(cfg: ModelConfig, params: Mapping[str, Any]) -> jax.Array:
+def head_kernel(cfg: ModelConfig, params: Params) -> jax.Array:
     """[D, V] with V = padded_vocab_size: the head's kernel, or the transposed table where the two are tied."""
     return params["embed"]["table"].T if cfg.tie_embeddings else params["lm_head"]["kernel"]
 
 
-def logits_of(cfg: ModelConfig, params: Mapping[str, Any], x: jax.Array) -> jax.Array:
+def logits_of(cfg: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     """Logits [..., vocab_size] of a final hidden state [..., D]; float32 or better."""
     accumulate = jnp.promote_types(cfg.dtype, jnp.float32)
     kernel = head_kernel(cfg, params).astype(cfg.dtype)
@@ -360,7 +365,7 @@ def logits_of(cfg: ModelConfig, params: Mapping[str, Any], x: jax.Array) -> jax.
 
 def forward(
     cfg: ModelConfig,
-    params: Mapping[str, Any],
+    params: Params,
     tokens: jax.Array,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,

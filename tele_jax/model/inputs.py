@@ -6,12 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from tele_jax.config import ModelConfig, require
 from tele_jax.errors import UserError
 
 # Growth masks: axis name -> float vector over that axis, 1 on old entries and c in [0, 1] on new ones.
-Masks = Mapping[str, jax.Array]
+Mask = jax.Array | np.ndarray
+Masks = Mapping[str, Mask]
 MASKED_AXES = ("embed", "mlp", "heads", "layers")  # kv_heads need none: the heads that read new ones are masked
 
 
@@ -21,10 +23,18 @@ def require_key(key: Any, where: str) -> None:
     require(is_key, f"{where}: expected jax.random.key(seed), got {type(key).__name__}")
 
 
+def has_x64() -> bool:
+    """True where jax_enable_x64 is set."""
+    return jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+
+
 def require_x64(cfg: ModelConfig) -> None:
     """Raises UserError for float64 without jax_enable_x64."""
     wide = "float64" in (cfg.dtype, cfg.param_dtype)
-    require(not wide or jax.config.jax_enable_x64, 'float64 needs jax.config.update("jax_enable_x64", True)')
+    require(
+        not wide or has_x64(),
+        'float64 needs jax.config.update("jax_enable_x64", True)',
+    )
 
 
 def check_shapes(cfg: ModelConfig, tokens, positions, segment_ids, masks: Masks) -> None:
@@ -47,7 +57,7 @@ def checked_tokens(cfg: ModelConfig, tokens: Any) -> jax.Array:
             raise UserError("forward: tokens: rows of unequal length; expected int32[B, S]") from None
     fits = tokens.ndim == 2 and jnp.issubdtype(tokens.dtype, jnp.integer) and tokens.size > 0
     require(fits, f"forward: tokens: expected int32[B, S], got {tokens.dtype}{list(tokens.shape)}")
-    if not isinstance(tokens, jax.core.Tracer) and getattr(tokens, "is_fully_addressable", True):
+    if not isinstance(tokens, Tracer) and getattr(tokens, "is_fully_addressable", True):
         least, most = int(tokens.min()), int(tokens.max())
         inside = least >= 0 and most < cfg.padded_vocab_size
         beyond = least if least < 0 else most

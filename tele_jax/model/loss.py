@@ -6,12 +6,13 @@ head's kernel and not four. On a mesh each device works on its own rows and its 
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
+from tele_jax.axes import Params
 from tele_jax.config import ModelConfig
 from tele_jax.model import decoder
 from tele_jax.sharding import BATCH, mesh_of_step, platform, whole_rows
@@ -22,7 +23,7 @@ CPU_CHUNK_BYTES, CPU_CHUNK_TOKENS = 2**24, 128  # on CPUs: what stays in the cac
 
 
 def next_token_loss(
-    cfg: ModelConfig, params: Mapping[str, Any], batch: Mapping[str, jax.Array], masks: decoder.Masks | None = None
+    cfg: ModelConfig, params: Params, batch: Mapping[str, jax.Array], masks: decoder.Masks | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of weighted losses in nats, sum of weights), scalars in float32 or better.
 
@@ -31,18 +32,18 @@ def next_token_loss(
     x, kernel = _head(cfg, params, batch, masks)
     weights = batch["loss_weights"].astype(jnp.promote_types(cfg.dtype, jnp.float32))
     total = weighted_cross_entropy(x, kernel, batch["targets"], weights, cfg.logit_mult, cfg.vocab_size)
-    return total, jnp.sum(weights)
+    return total, jnp.sum(weights)  # pyright: ignore[reportReturnType] - no types pass through partial(custom_vjp)
 
 
 def token_losses(
-    cfg: ModelConfig, params: Mapping[str, Any], batch: Mapping[str, jax.Array], masks: decoder.Masks | None = None
+    cfg: ModelConfig, params: Params, batch: Mapping[str, jax.Array], masks: decoder.Masks | None = None
 ) -> jax.Array:
     """Cross entropy in nats of every target, [B, S]."""
     x, kernel = _head(cfg, params, batch, masks)
     return cross_entropy(x, kernel, batch["targets"], cfg.logit_mult, cfg.vocab_size)
 
 
-def _head(cfg: ModelConfig, params: Mapping[str, Any], batch: Mapping[str, jax.Array], masks: decoder.Masks | None):
+def _head(cfg: ModelConfig, params: Params, batch: Mapping[str, jax.Array], masks: decoder.Masks | None):
     x = decoder.hidden(cfg, params, batch["tokens"], batch.get("positions"), batch.get("segment_ids"), masks)
     return whole_rows(x), decoder.head_kernel(cfg, params)
 
@@ -105,7 +106,7 @@ class _Axes:
         """[D, V/t] of [D/f, V/t]."""
         return kernel if self.fsdp is None else jax.lax.all_gather(kernel, self.fsdp, axis=0, tiled=True)
 
-    def scattered(self, gradient: jax.Array, dtype: Any) -> jax.Array:
+    def scattered(self, gradient: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Summed over the rows of fsdp and cut again, in dtype: [D/f, V/t] of [D, V/t]."""
         if self.fsdp is None:
             return gradient

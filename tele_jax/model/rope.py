@@ -22,8 +22,8 @@ def tables(cfg: ModelConfig, positions: jax.Array, length: int) -> tuple[jax.Arr
         return _released_tables(cfg.head_dim, positions, base, factor, dtype)
     inverse_frequency = base ** (-np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim)
     angles = positions[..., None].astype(dtype) * jnp.asarray(inverse_frequency, dtype)
-    made = (table * factor for table in (jnp.cos(angles), jnp.sin(angles)))
-    return tuple(cpu.compute_once(table) if platform() == "cpu" else table for table in made)
+    cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    return (cpu.compute_once(cos), cpu.compute_once(sin)) if platform() == "cpu" else (cos, sin)
 
 
 def _released_tables(head_dim: int, positions: jax.Array, base: float, factor: float, dtype) -> tuple:

@@ -1,12 +1,12 @@
 """The parameters described, not allocated: what the modules declare, read by abstract evaluation."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from tele_jax import axes
+from tele_jax.axes import Params
 from tele_jax.config import ModelConfig, require_config
 from tele_jax.model import decoder
 
@@ -20,7 +20,7 @@ def _flat_spec(cfg: ModelConfig) -> tuple[tuple[str, axes.ParamSpec], ...]:
     return tuple(axes.flatten(named).items())
 
 
-def spec(cfg: ModelConfig) -> dict[str, Any]:
+def spec(cfg: ModelConfig) -> Params:
     """The parameter tree of cfg as axes.ParamSpec leaves (shape, dtype, axis names); allocates nothing."""
     return axes.unflatten(flat_spec(cfg))
 
@@ -31,7 +31,7 @@ def flat_spec(cfg: ModelConfig) -> dict[str, axes.ParamSpec]:
     return dict(_flat_spec(cfg))
 
 
-def abstract_params(cfg: ModelConfig) -> dict[str, Any]:
+def abstract_params(cfg: ModelConfig) -> Params:
     """The parameter tree as jax.ShapeDtypeStruct leaves."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), spec(cfg))
 

@@ -25,7 +25,6 @@ A kind that makes another model out of what the stage before left has
 import dataclasses
 import difflib
 import importlib
-import itertools
 import pkgutil
 from collections.abc import Mapping
 from types import ModuleType
@@ -121,7 +120,7 @@ def run_config(page: Mapping[str, Any] | ConfigDict) -> RunConfig:
             f"config.{name}.model: only growth stages, and the first stage of a run without config.start, set a model; "
             "this one continues with what is there",
         )
-    for before, name in itertools.pairwise((None, *names)):
+    for before, name in zip((None, *names), names):
         # Whether the masks of config.start are closed is known when it is opened.
         if before is not None or start is None or not isinstance(stages[name], TrainStage):
             _check_masks(before, stages.get(before), name, stages[name])

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -10,6 +9,7 @@ from tele_jax import checkpoint, files
 from tele_jax.config import ModelConfig
 from tele_jax.data.batches import Batches
 from tele_jax.errors import UserError
+from tele_jax.files import Table
 from tele_jax.growth import Plan
 from tele_jax.growth import receipt as receipts
 from tele_jax.growth.receipt import read_plan
@@ -46,7 +46,7 @@ def carry_out(
     text: Batches,
     where: str,
     say: Callable[[str], None],
-) -> dict[str, Any]:
+) -> Table:
     """Grows what lies in `previous` into `directory`, unless an earlier start did, and returns the stage's summary.
 
     Raises:
@@ -77,7 +77,7 @@ def carry_out(
     }
 
 
-def _complete_receipt(directory: Path, previous: Path, saved: Path) -> dict[str, Any]:
+def _complete_receipt(directory: Path, previous: Path, saved: Path) -> Table:
     """The receipt of a growth whose checkpoint is there, with what it was made from and became."""
     source, grown = (checkpoint.open_lazy(path) for path in (previous, saved))
     receipt = receipts.require_receipt(directory, source, grown)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 
+from tele_jax.axes import Params
 from tele_jax.config import ModelConfig
 from tele_jax.data import sources
 from tele_jax.data.batches import Batches
@@ -29,7 +30,7 @@ def batches(stage: PretrainStage, index: sources.Indexes) -> Batches:
 
 
 def loss(
-    cfg: ModelConfig, params: Mapping[str, Any], batch: Mapping[str, jax.Array], masks: Any = None, beside: None = None
+    cfg: ModelConfig, params: Params, batch: Mapping[str, jax.Array], masks: Any = None, beside: None = None
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """Cross entropy of the next token in nats; see stages.__init__."""
     return *next_token_loss(cfg, params, batch, masks), {}

@@ -26,7 +26,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -36,6 +35,7 @@ from tele_jax.config import ModelConfig
 from tele_jax.data import sources
 from tele_jax.data.batches import Batches
 from tele_jax.errors import UserError
+from tele_jax.files import Table
 from tele_jax.growth import Plan
 from tele_jax.growth import receipt as receipts
 from tele_jax.growth.masks import require_unmasked
@@ -82,11 +82,11 @@ class OpenedRun:
 
     mesh: jax.sharding.Mesh
     stages: Mapping[str, OpenedStage]
-    tokenizer: dict[str, Any]
+    tokenizer: Table
     masks: Plan | None
 
 
-def run(config: RunConfig, workdir: Path, *, from_step: int | None = None) -> list[dict[str, Any]]:
+def run(config: RunConfig, workdir: Path, *, from_step: int | None = None) -> list[Table]:
     """Runs every stage that is not complete yet, and returns the summaries of all, in order.
 
     from_step: checkpoint that the last stage which has begun goes back to, with what the config changes in its
@@ -153,7 +153,7 @@ def _same_everywhere(config: RunConfig, from_step: int | None) -> None:
         raise UserError(f"started with another config than process 0: {changes}; start the same command in all")
 
 
-def _claim(config: RunConfig, tokenizer: dict[str, Any], workdir: Path, from_step: int | None) -> None:
+def _claim(config: RunConfig, tokenizer: Table, workdir: Path, from_step: int | None) -> None:
     if (workdir / own.CONFIG).exists():  # before anything is changed
         own.adopt_tokenizer(tokenizer, workdir)
     own.claim(config, workdir, from_step, _say)
@@ -181,7 +181,7 @@ def open_run(config: RunConfig, index: sources.Indexes) -> OpenedRun:
     cfg, masks = _open_start(config)
     started = masks
     batches: dict[str, Batches] = {}
-    tokenizers: dict[Path, dict[str, Any]] = {}
+    tokenizers: dict[Path, Table] = {}
     models: dict[str, ModelConfig] = {}
     for name, stage in config.stages.items():
         where, kind = f"config.{name}", stages.find_kind(stage.kind)

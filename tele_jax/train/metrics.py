@@ -40,8 +40,8 @@ class Metrics:
             return
         with hidden(["torch"]):  # which takes two seconds, for tensors that nobody hands it
             from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import Event, SessionLog
-            from tensorboardX.proto.summary_pb2 import Summary
+            from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] - generated
+            from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue] - generated
 
         self._path = directory / "metrics.jsonl"
         kept = [line for line in read(self._path) if line["step"] <= first_step]

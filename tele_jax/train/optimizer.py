@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tele_jax.axes import ParamSpec, flatten, unflatten
+from tele_jax.axes import Params, ParamSpec, PyTree, flatten, unflatten
 from tele_jax.config import ModelConfig, require
 from tele_jax.growth.opt_state import AdamState
 from tele_jax.model.spec import spec as spec_of
@@ -39,7 +39,7 @@ def optimizer(
     )
 
 
-def scale_by_adam(spec: Mapping[str, Any], config: OptimizerConfig) -> optax.GradientTransformation:
+def scale_by_adam(spec: Params, config: OptimizerConfig) -> optax.GradientTransformation:
     """Adam (arXiv 1412.6980) whose bias correction counts the steps of each entry since it was born.
 
     An entry is as young as its youngest unit. 1 - beta^age and the warm-up both rise with age, so the smallest factor
@@ -48,14 +48,14 @@ def scale_by_adam(spec: Mapping[str, Any], config: OptimizerConfig) -> optax.Gra
     leaves = flatten(spec)
     sizes = {axis: size for leaf in leaves.values() for axis, size in zip(leaf.axes, leaf.shape, strict=True)}
 
-    def init(params: Any) -> AdamState:
+    def init(params: PyTree) -> AdamState:
         narrow = config.moment_dtype == "bfloat16"
         dtype = lambda p: jnp.bfloat16 if narrow else jnp.promote_types(p.dtype, jnp.float32)  # noqa: E731
         zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, dtype(p)), params)  # noqa: E731
         born = {axis: jnp.zeros(size, jnp.int32) for axis, size in sizes.items()}
         return AdamState(jnp.zeros([], jnp.int32), zeros(), zeros(), born)
 
-    def update(gradients: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[Any, AdamState]:
         del params
         count = state.count + 1
         # A unit that is not born yet has no gradient: any age above 0 gives it a step of 0.
@@ -67,7 +67,7 @@ def scale_by_adam(spec: Mapping[str, Any], config: OptimizerConfig) -> optax.Gra
             new = {axis: born > 0 for axis, born in state.born.items()}
             warm = {a: jnp.where(new[a], jnp.minimum(1.0, age[a] / config.new_warmup_steps), 1.0) for a in age}
         wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
-        gradients = jax.tree.map(lambda m, g: wide(g).astype(wide(m).dtype), state.mu, gradients)
+        gradients = jax.tree.map(lambda m, g: wide(g).astype(wide(m).dtype), state.mu, updates)
         mu = jax.tree.map(lambda m, g: config.beta1 * wide(m) + (1 - config.beta1) * g, state.mu, gradients)
         nu = jax.tree.map(lambda v, g: config.beta2 * wide(v) + (1 - config.beta2) * g**2, state.nu, gradients)
         steps = {}
@@ -93,7 +93,7 @@ def _least(vectors: Mapping[str, jax.Array], leaf: ParamSpec) -> jax.Array:
     return least
 
 
-def delay_births(opt_state: Any, steps: Mapping[str, Any]) -> Any:
+def delay_births(opt_state: PyTree, steps: Mapping[str, Any]) -> Any:
     """The state with units born `steps` later, int32[size] by axis name: MaskSchedule.closed_steps().
 
     Behind a closed mask the gradient is 0. If a unit aged there, its bias correction would be over before its first
@@ -101,7 +101,7 @@ def delay_births(opt_state: Any, steps: Mapping[str, Any]) -> Any:
     """
     is_adam = lambda node: isinstance(node, AdamState)  # noqa: E731
 
-    def later(node: Any) -> Any:
+    def later(node: PyTree) -> Any:
         if not is_adam(node):
             return node
         return node._replace(born={axis: born + steps.get(axis, 0) for axis, born in node.born.items()})
@@ -109,7 +109,7 @@ def delay_births(opt_state: Any, steps: Mapping[str, Any]) -> Any:
     return jax.tree.map(later, opt_state, is_leaf=is_adam)
 
 
-def restart_schedule(opt_state: Any) -> Any:
+def restart_schedule(opt_state: PyTree) -> Any:
     """The state with the schedule at step 0, for a new stage; moments and ages stay."""
     is_schedule = lambda node: isinstance(node, optax.ScaleByScheduleState)  # noqa: E731
     return jax.tree.map(

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tele_jax.axes import map_param_subtrees
+from tele_jax.axes import Params, map_param_subtrees
 from tele_jax.config import ModelConfig
 from tele_jax.model.loss import next_token_loss
 from tele_jax.model.spec import abstract_params, spec
@@ -187,7 +187,7 @@ def _loss(cfg, params, batch, masks):
 
 
 def bits_per_byte(
-    cfg: ModelConfig, params: Mapping[str, Any], held_out: Mapping[str, Any], mesh: Mesh, masks: Any = None
+    cfg: ModelConfig, params: Params, held_out: Mapping[str, Any], mesh: Mesh, masks: Any = None
 ) -> dict[str, float]:
     """Bits per byte of every domain, comparable across tokenizers: sum of losses / ln 2 / bytes (arXiv 2404.16645).
 

@@ -14,11 +14,13 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from tele_jax import checkpoint
+from tele_jax.axes import PyTree
 from tele_jax.config import ModelConfig, written_table
 from tele_jax.data import documents, order
 from tele_jax.data.batches import Batches
 from tele_jax.data.domains import Documents
 from tele_jax.errors import FailedError
+from tele_jax.files import Table
 from tele_jax.growth import MaskSchedule, Plan
 from tele_jax.model import cpu
 from tele_jax.model.decoder import init
@@ -122,7 +124,7 @@ class Trainer:
         """Loads this stage's own state where there is some, else what the stage before left, else fresh parameters."""
         params, opt_state = state_shardings(self.cfg, self.tx, self.mesh)
         like = jax.eval_shape(self.tx.init, abstract_params(self.cfg))
-        fits: dict[str, Any] = {"cfg": self.cfg, "shardings": params, "opt_state_like": like}
+        fits: Table = {"cfg": self.cfg, "shardings": params, "opt_state_like": like}
         latest = self.checkpoints.latest_step()
         self.first_step, self.history = latest or 0, []
         if latest is not None:
@@ -140,12 +142,13 @@ class Trainer:
         self._say_data(self.feed.taken_over)
 
     def _take_over(
-        self, previous: Path | None, before: "checkpoint.Lazy | None", fits: dict[str, Any], params: Any, opt_state: Any
+        self, previous: Path | None, before: "checkpoint.Lazy | None", fits: Table, params: PyTree, opt_state: PyTree
     ) -> None:
         """Takes what the stage before left, else fresh parameters; says which. params, opt_state: their shardings."""
         if before is not None:
             fits = fits | {"cfg": self.cfg.replace(param_dtype=before.cfg.param_dtype)}
-        if before is not None and before.opt_state is not None and not self.stage.fresh_optimizer:
+        has_state = before is not None and before.opt_state is not None
+        if previous is not None and has_state and not self.stage.fresh_optimizer:
             loaded = checkpoint.load(previous, **fits)
             self.params, self.history = self._widened(loaded.params, params), loaded.provenance
             goes_on = lambda state: delay_births(restart_schedule(state), self.closed_steps)  # noqa: E731
@@ -165,7 +168,7 @@ class Trainer:
         start = lambda params: delay_births(self.tx.init(params), self.closed_steps)  # noqa: E731
         self.opt_state = jax.jit(start, out_shardings=opt_state)(self.params)
 
-    def _widened(self, params: Any, shardings: Any) -> Any:
+    def _widened(self, params: PyTree, shardings: PyTree) -> Any:
         """The parameters, cast to the wider dtype that they are trained in, so that none changes."""
         dtype = jax.numpy.dtype(self.cfg.param_dtype)
         if all(leaf.dtype == dtype for leaf in jax.tree.leaves(params)):
@@ -183,7 +186,7 @@ class Trainer:
         begins = f"begins {', '.join(new)}" if new else ""
         self.say(f"  data: {'; '.join(filter(None, (goes_on, begins)))}")
 
-    def run(self, stop: StopSignal) -> dict[str, Any]:
+    def run(self, stop: StopSignal) -> Table:
         """Trains to the last step and returns the stage's summary.
 
         Raises:
@@ -329,7 +332,7 @@ class Trainer:
         """True where an earlier start came as far: a kill may fall between an evaluation and what follows it."""
         return from_first(lambda: step in self._evaluations())
 
-    def _summary(self) -> dict[str, Any]:
+    def _summary(self) -> Table:
         evaluations = self._evaluations()
         return {
             "parameters": count_params(self.cfg),

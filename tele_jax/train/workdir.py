@@ -29,7 +29,7 @@ from tele_jax.checkpoint import locate
 from tele_jax.config import to_dict, written_table
 from tele_jax.data.vocabulary import tokenizer_name
 from tele_jax.errors import DamageError, UserError
-from tele_jax.files import held_alone
+from tele_jax.files import Table, held_alone
 from tele_jax.growth.receipt import RECEIPT_FIELDS
 from tele_jax.processes import is_first
 from tele_jax.settings import TrainStage
@@ -109,7 +109,7 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
-def as_json(config: RunConfig) -> dict[str, Any]:
+def as_json(config: RunConfig) -> Table:
     """The config as W/config.json has it."""
     page = {"run": list(config.run), **{name: to_dict(stage) for name, stage in config.stages.items()}}
     where = {"mesh": dataclasses.asdict(config.mesh), "num_slices": config.num_slices, "start": config.start}
@@ -187,7 +187,7 @@ def _same_start(before: str | None, now: str | None, first: Path) -> bool:
     return tuple(checkpoint.open_lazy(now).provenance) == tuple(made_from)
 
 
-def _resolved(stage: dict[str, Any]) -> dict[str, Any]:
+def _resolved(stage: Table) -> Table:
     """A stage with the length of its schedule written out, so that a change of `steps` shows where it changes that."""
     schedule = stage.get("schedule")
     if schedule is None:
@@ -197,7 +197,7 @@ def _resolved(stage: dict[str, Any]) -> dict[str, Any]:
     return {**stage, "schedule": {**schedule, "total": None if schedule["kind"] == "constant" else total}}
 
 
-def _is_free(path: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
+def _is_free(path: str, before: Table, now: Table) -> bool:
     """True for a difference inside a stage that does not change what is computed."""
     if _FREE.fullmatch(path):
         return True
@@ -282,7 +282,7 @@ def _stored_config(path: Path) -> RunConfig:
         raise DamageError(f"{path}: damaged, or of another version of tele_jax: {error}") from None
 
 
-def read_changes(directory: Path) -> list[dict[str, Any]]:
+def read_changes(directory: Path) -> list[Table]:
     """The changes of a stage that was under way, oldest first: {"from": step, "config": {path: [was, is]}}.
 
     Raises:
@@ -291,16 +291,14 @@ def read_changes(directory: Path) -> list[dict[str, Any]]:
     path = directory / CHANGES
     if not path.exists():
         return []
-    fields = {"changes": tuple[dict[str, Any], ...]}
+    fields = {"changes": tuple[Table, ...]}
     changes = written_table(files.read_json(path), str(path), fields, required=fields)["changes"]
     for i, entry in enumerate(changes):
-        written_table(
-            entry, f"{path}: changes[{i}]", {"from": int, "config": dict[str, Any]}, required=("from", "config")
-        )
+        written_table(entry, f"{path}: changes[{i}]", {"from": int, "config": Table}, required=("from", "config"))
     return changes
 
 
-def adopt_tokenizer(tokenizer: dict[str, Any], workdir: Path) -> None:
+def adopt_tokenizer(tokenizer: Table, workdir: Path) -> None:
     """Copies the run's tokenizer into W, so that the checkpoints can be used without the place it came from.
 
     Raises:
@@ -313,7 +311,7 @@ def adopt_tokenizer(tokenizer: dict[str, Any], workdir: Path) -> None:
         raise UserError(f"{tokenizer['path']}: is another tokenizer than the one this run was started with, {copy}")
 
 
-def read_summary(directory: Path) -> dict[str, Any]:
+def read_summary(directory: Path) -> Table:
     """The summary that a stage ended with. Raises as `read_receipt`."""
     file = directory / SUMMARY
     summary = written_table(files.read_json(file), str(file), _SUMMARY_FIELDS, required=("stage", "kind", "parameters"))
@@ -323,6 +321,6 @@ def read_summary(directory: Path) -> dict[str, Any]:
 
 
 _SUMMARY_FIELDS = {
-    **{"stage": str, "kind": str, "parameters": int, "tokens": int, "flops": float, "receipt": dict[str, Any]},
+    **{"stage": str, "kind": str, "parameters": int, "tokens": int, "flops": float, "receipt": Table},
     **{"bits_per_byte_before": dict[str, float], "bits_per_byte_after": dict[str, float]},
 }

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tele_jax.axes import is_empty, unflatten
+from tele_jax.axes import Leaves, PyTree, is_empty, unflatten
 from tele_jax.growth import host_kernel
-from tele_jax.growth.gradient_powers import nodes, shown, take_apart
+from tele_jax.growth.gradient_powers import Path, nodes, shown, take_apart
 from tele_jax.growth.leaf import FILLED, KEPT, ZERO, LeafStep, Traced, kinds, trace
 from tele_jax.growth.opt_state import is_adam, power_of
 from tele_jax.growth.opt_state import kinds as state_kinds
@@ -29,7 +29,6 @@ from tele_jax.growth.plan import Plan
 from tele_jax.growth.verify import spread
 from tele_jax.sharding import tiles, to_host
 
-Leaves = Mapping[str, Any]
 TILE_BYTES = 16 * 2**20
 
 
@@ -62,7 +61,7 @@ class _Chunkwise:
     """A stored leaf whose last chunk stays in memory, since tiles are smaller than chunks, which are read whole."""
 
     def __init__(self, stored: Any):
-        self._stored, self._place, self._chunk = stored, None, None
+        self._stored, self._place, self._chunk = stored, (), np.empty(0)
 
     @classmethod
     def of(cls, leaf: Any) -> Any:
@@ -77,7 +76,7 @@ class _Chunkwise:
             return stored[key]  # in several chunks
         if place != self._place:
             ends = [min(start + n, size) for start, n, size in zip(starts, stored.chunks, stored.shape, strict=True)]
-            self._chunk = None  # or two chunks would be held
+            self._chunk = np.empty(0)  # or two chunks would be held
             self._place, self._chunk = place, stored[tuple(map(slice, starts, ends))]
         return self._chunk[tuple(slice(k.start - start, k.stop - start) for k, start in zip(key, starts, strict=True))]
 
@@ -269,7 +268,7 @@ def _tree_problems(plan: Plan, power: int | None, src: Leaves, dst: Leaves) -> I
     yield from first_problems(plan, found).items()
 
 
-def _births(plan: Plan, state: Any, others: Mapping[Any, Any]) -> dict[Any, np.ndarray]:
+def _births(plan: Plan, state: PyTree, others: Mapping[Path, Any]) -> dict[Path, np.ndarray]:
     """{path: expected births} of the units of every axis, in all states of the trainer's Adam."""
     expected = {}
     for path, node in nodes(state):
@@ -293,6 +292,6 @@ def _value_problem(expected: Any, found: Any) -> str | None:
 
 
 def _values(leaf: Any) -> np.ndarray:
-    if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if hasattr(leaf, "dtype") and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     return to_host(leaf)

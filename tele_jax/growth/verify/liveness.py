@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tele_jax.axes import flatten, map_param_subtrees, unflatten
+from tele_jax.axes import Params, PyTree, flatten, map_param_subtrees, unflatten
 from tele_jax.growth.masks import vectors
 from tele_jax.growth.plan import Plan
 from tele_jax.model import decoder
@@ -21,7 +21,7 @@ from tele_jax.sharding import replicated, to_host
 Array = jax.Array | np.ndarray
 
 
-def liveness(plan: Plan, big: Mapping[str, Any], tokens: np.ndarray) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def liveness(plan: Plan, big: Params, tokens: np.ndarray) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Finds the (dead, locked) units of a report, after two Adam steps of the grown parameters on tokens int32[B, S].
 
     Masks, where the plan has them, stand half way up. Needs two gradients and Adam's moments beside the parameters,
@@ -56,14 +56,14 @@ def liveness(plan: Plan, big: Mapping[str, Any], tokens: np.ndarray) -> tuple[tu
     return dead(plan, gradient(big)), locked(plan, big)
 
 
-def _state_lies(plan: Plan, state: Any, lies: Mapping[str, Any]) -> Any:
+def _state_lies(plan: Plan, state: PyTree, lies: Params) -> Any:
     """Shardings of an optimizer state: moments as their parameters, the rest whole."""
     some = jax.tree.leaves(lies)[0]
     whole = replicated(some.mesh) if isinstance(some, jax.sharding.NamedSharding) else some
     return map_param_subtrees(lambda path, tree: lies, state, unflatten(plan.dst_spec), lambda *_: whole)
 
 
-def dead(plan: Plan, gradients: Mapping[str, Any]) -> tuple[str, ...]:
+def dead(plan: Plan, gradients: Params) -> tuple[str, ...]:
     """Finds new units without a gradient in a leaf, as "axis[unit] in leaf"."""
     fresh = {axis: np.flatnonzero(axis_map.fresh) for axis, axis_map in plan.maps.items()}
 
@@ -90,7 +90,7 @@ def dead(plan: Plan, gradients: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def locked(plan: Plan, params: Mapping[str, Any]) -> tuple[str, ...]:
+def locked(plan: Plan, params: Params) -> tuple[str, ...]:
     """Finds new units that equal another in all leaves, as "axis[unit] = axis[unit]"."""
     new = {axis: units for axis in (*decoder.MASKED_AXES, "kv_heads") if (units := _new(plan, axis)).any()}
 
@@ -117,7 +117,7 @@ def _new(plan: Plan, axis: str) -> np.ndarray:
     return axis_map.fresh | ~np.isin(np.arange(axis_map.dst_size), first_seen)
 
 
-def _of_leaves(function: Callable[[Mapping[str, Array]], Any], tree: Mapping[str, Any]) -> Any:
+def _of_leaves(function: Callable[[Mapping[str, Array]], Any], tree: Params) -> Any:
     """Calls a function of {leaf: array} and returns its small results in numpy; compiled where leaves lie on a mesh."""
     leaves = flatten(tree)
     if all(len(leaf.sharding.device_set) == 1 for leaf in leaves.values()):

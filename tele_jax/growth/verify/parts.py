@@ -8,11 +8,10 @@ leaves are read in blocks, so that a layer need not fit into memory.
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
-from tele_jax.axes import ParamSpec
+from tele_jax.axes import Leaves, ParamSpec
 from tele_jax.config import ModelConfig
 from tele_jax.growth.plan import Plan
 
@@ -21,8 +20,6 @@ LENGTH = 8  # tokens of a row
 # Sizes of the residual stream: usual, and so small that the norm's epsilon matters.
 SCALES = (1.0, 1e-3)
 
-Tree = Mapping[str, Any]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Side:
@@ -30,17 +27,15 @@ class Side:
 
     cfg: ModelConfig
     spec: Mapping[str, ParamSpec]
-    leaves: Tree
+    leaves: Leaves
     masks: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
-    def vector(self, name: str, layer: int | None = None) -> np.ndarray | None:
-        """A small leaf in float64; None where the model has no leaf of this name."""
-        if name not in self.leaves:
-            return None
+    def vector(self, name: str, layer: int | None = None) -> np.ndarray:
+        """A small leaf in float64."""
         return np.asarray(self.leaves[name][... if layer is None else layer]).astype(np.float64)
 
 
-def parts(plan: Plan, src: Tree, dst: Tree, unit: int | None) -> dict[str, float]:
+def parts(plan: Plan, src: Leaves, dst: Leaves, unit: int | None) -> dict[str, float]:
     """{part: largest difference of its outputs, relative to the largest value of the row} for one unit.
 
     A unit is a destination layer or, where unit is None, the embedding and the head (see spread.py). Each part has
@@ -141,8 +136,7 @@ def embed(side: Side, tokens: np.ndarray) -> np.ndarray:
         if inside.any():
             x[inside] = np.asarray(array[part])[tokens[inside] - part.start]
     x *= side.cfg.input_mult
-    scale = side.vector("embed_norm.scale")
-    return x if scale is None else norm(side, x, scale)
+    return norm(side, x, side.vector("embed_norm.scale")) if "embed_norm.scale" in side.leaves else x
 
 
 def block(side: Side, layer: int, x: np.ndarray) -> np.ndarray:
@@ -182,17 +176,17 @@ def attention(side: Side, layer: int, x: np.ndarray) -> np.ndarray:
     y = np.einsum("bnst,btnh->bsnh", weights, v)
     if "heads" in side.masks:
         y = y * side.masks["heads"][:, None]
-    return _plus(linear(side, "layers.attn.o", y, layer), side.vector("layers.attn.o_bias", layer))
+    return _biased(side, linear(side, "layers.attn.o", y, layer), "layers.attn.o_bias", layer)
 
 
 def mlp(side: Side, layer: int, x: np.ndarray) -> np.ndarray:
     gate, up = (linear(side, f"layers.mlp.{name}", x, layer) for name in ("gate", "up"))
     y = gate / (1 + np.exp(-np.clip(gate, -700, None))) * up * side.masks.get("mlp", 1.0)
-    return _plus(linear(side, "layers.mlp.down", y, layer), side.vector("layers.mlp.down_bias", layer))
+    return _biased(side, linear(side, "layers.mlp.down", y, layer), "layers.mlp.down_bias", layer)
 
 
-def _plus(x: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
-    return x if bias is None else x + bias
+def _biased(side: Side, x: np.ndarray, bias: str, layer: int) -> np.ndarray:
+    return x + side.vector(bias, layer) if bias in side.leaves else x
 
 
 def linear(side: Side, name: str, x: np.ndarray, layer: int) -> np.ndarray:

@@ -22,9 +22,10 @@ import numpy as np
 import optax
 
 from tele_jax import tables
-from tele_jax.axes import flatten
+from tele_jax.axes import PyTree, flatten
 from tele_jax.config import ModelConfig, differing_fields, require
 from tele_jax.errors import DamageError, UserError
+from tele_jax.files import Table
 from tele_jax.growth.apply import check_tree
 from tele_jax.growth.masks import vectors
 from tele_jax.growth.plan import Plan, require_plan
@@ -83,7 +84,7 @@ class Report:
     @property
     def ok(self) -> bool:
         # A difference that is NaN does not pass.
-        same = self.max_rel is None or self.max_rel <= self.tolerance
+        same = self.max_rel is None or self.max_rel <= (self.tolerance or 0.0)
         parts = all(difference <= self.parts_tolerance for difference in self.parts.values())
         preserved = not self.preserving or (same and parts)
         lively = not self.lively or not (self.dead or self.locked)
@@ -94,7 +95,7 @@ class Report:
         """The part that differs most, and by how much."""
         return max(self.parts.items(), key=lambda item: item[1], default=("", 0.0))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Table:
         return dataclasses.asdict(self) | {"ok": self.ok}
 
     def _rows(self) -> list[tuple[str, str]]:
@@ -105,7 +106,8 @@ class Report:
         if self.max_abs is None:
             return [*rows, ("logits, dead and locked units", "not looked at")]
         moved = f"max difference {self.max_abs:.3g} ({self.max_rel:.3g} of the largest), KL {self.kl:.3g} nats"
-        return [*rows, ("logits", moved), ("dead units", _listed(self.dead)), ("locked units", _listed(self.locked))]
+        units = [("dead units", _listed(self.dead or ())), ("locked units", _listed(self.locked or ()))]
+        return [*rows, ("logits", moved), *units]
 
     def __repr__(self) -> str:
         return f"<Report {self.policy}: {self._verdict}, {len(self.altered)} leaves altered; print it for all levels>"
@@ -127,11 +129,11 @@ def _listed(names: tuple[str, ...]) -> str:
 
 def verify(
     plan: Plan,
-    params: Any,
-    big: Any,
-    tokens: jax.Array,
+    params: PyTree,
+    big: PyTree,
+    tokens: jax.Array | np.ndarray,
     *,
-    opt_state: tuple[Any, Any] | None = None,
+    opt_state: tuple[PyTree, PyTree] | None = None,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Report:
     """Compares the grown parameters with the source's on all levels that apply.
@@ -168,7 +170,7 @@ def verify(
         kl=float(jnp.mean(jnp.sum(jnp.exp(old) * (old - new), axis=-1))),
         dead=dead,
         locked=locked,
-        tokens=hashlib.sha256(np.ascontiguousarray(tokens, np.int32)).hexdigest(),
+        tokens=hashlib.sha256(np.asarray(tokens, np.int32).tobytes()).hexdigest(),
     )
 
 
@@ -204,7 +206,7 @@ def verify_stored(
     dst: Any,
     *,
     layers: Collection[int] | None = None,
-    opt_state: tuple[Any, Any] | None = None,
+    opt_state: tuple[PyTree, PyTree] | None = None,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Report:
     """Compares every entry, and the function part by part, for models that may be larger than memory.

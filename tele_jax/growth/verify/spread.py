@@ -11,13 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from tele_jax.axes import ParamSpec
+from tele_jax.axes import Leaves, ParamSpec
 from tele_jax.growth.axis_map import NEW
 from tele_jax.growth.plan import Plan
 from tele_jax.processes import from_all
 from tele_jax.sharding import fetch, is_spread
-
-Leaves = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,8 +69,8 @@ def _fetched(leaves: Leaves, spec: Mapping[str, ParamSpec], wanted: Mapping[int,
         stacked = bool(spec[name].stack)
         readers = {p: layer for p, layer in wanted.items() if (layer is not None) == stacked}
         if is_spread(leaf) and readers:
-            values = fetch(leaf, readers)
-            leaf = Layer(readers.get(process), values) if stacked else values
+            values, layer = fetch(leaf, readers), readers.get(process)
+            leaf = values if values is None or layer is None else Layer(layer, values)
         if process in readers:
             found[name] = leaf
     return found
