@@ -15,7 +15,7 @@ import functools
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -35,7 +35,7 @@ BLUE, ORANGE, GREEN, PINK, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#C
 CYCLE = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY)
 STYLES = ("-", "--", "-.", ":")
 PALE, INK = "#D9D9D9", "#333333"
-LEGEND_BELOW = dict(loc="outside lower center", ncols=3, frameon=False)
+LEGEND_BELOW: dict[str, Any] = dict(loc="outside lower center", ncols=3, frameon=False)
 DPI, WIDTH = 100, 9  # dots per inch; inches
 FEW = 60  # points of a curve up to which each is marked
 
@@ -119,7 +119,7 @@ def plan(plan: "Plan") -> "Figure":
         share = 100 * np.array([tally[kind] for tally in rows.values()]) / sizes
         axes.barh(places, share, left=left, color=color, edgecolor="white", linewidth=0.8, label=EXPLAINED[kind])
         left += share
-    for place, name, size in zip(places, rows, sizes, strict=True):
+    for place, (name, size) in enumerate(zip(rows, sizes, strict=True)):
         shape = f" = {shapes[name]}" if " x " in shapes.get(name, "") else ""
         axes.text(101, place, f"{size:,}{shape}", va="center", fontsize=8)
     axes.set_yticks(places, list(rows))
@@ -265,7 +265,7 @@ def _log_dots(axes: "Axes", values: Sequence[float | None], rows: Sequence[Mappi
     axes.set_xlim(low, high)
     for place, (value, row) in enumerate(zip(values, rows, strict=True)):
         _, marker, color = _verdict(row)
-        small = dict(textcoords="offset points", fontsize=8)
+        small: dict[str, Any] = dict(textcoords="offset points", fontsize=8)
         if value is not None and value > 0 and math.isfinite(value):
             axes.plot([value], [place], marker, color=color, markersize=8)
             axes.annotate(f"{value:.2g}", (value, place), (0, 8), ha="center", **small)
@@ -289,7 +289,7 @@ def _unit_bars(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
     axes.locator_params(axis="x", integer=True, nbins=4)
 
 
-def _grid(axes: "Axes", which: str = "both") -> None:
+def _grid(axes: "Axes", which: Literal["both", "x", "y"] = "both") -> None:
     axes.grid(axis=which, alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -312,7 +312,7 @@ def _figure_class() -> type:
         from matplotlib.figure import Figure
         from PIL import Image  # matplotlib's own requirement
     except ModuleNotFoundError as error:
-        package = error.name.partition(".")[0]
+        package = (error.name or "").partition(".")[0]
         raise UserError(
             f"tele.plots needs the package {package!r}, which is not installed: pip install 'tele_jax[plots]'"
         ) from None
@@ -322,12 +322,12 @@ def _figure_class() -> type:
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            FigureCanvasAgg(self)
+            self._agg = FigureCanvasAgg(self)
 
         def _repr_png_(self) -> bytes:
             # A palette of 256 colours looks the same, and keeps notebooks with their outputs small.
-            self.canvas.draw()
-            picture = Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB")
+            self._agg.draw()
+            picture = Image.fromarray(np.asarray(self._agg.buffer_rgba())).convert("RGB")
             buffer = io.BytesIO()
             picture.quantize(256).save(buffer, format="png", optimize=True)
             return buffer.getvalue()

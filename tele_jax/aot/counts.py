@@ -226,7 +226,7 @@ class _Counter:
         """Adds the bytes of operands and results in HBM. An array that is only sliced counts by its slices, one that is
         updated in place by the update.
         """
-        inner = self.module.computations[i.called("calls")] if i.opcode == "fusion" else None
+        inner = self.module.called(i, "calls") if i.opcode == "fusion" else None
         operands = [computation.instructions[name] for name in i.operands]
         if i.opcode.endswith("-start") and i.opcode.removesuffix("-start") in ("copy", "slice"):
             moved = [i.shape[0], operands[0].shape[0]]
@@ -245,13 +245,13 @@ class _Counter:
 
     def _read(self, inner: Computation, position: int) -> int | None:
         """Bytes of its parameter that a fused computation reads; None for all of them."""
-        parameter = inner.parameters.get(position)
+        parameter = inner.parameters[position].name if position in inner.parameters else ""
         total = 0
-        for user in inner.users[parameter.name] if parameter else ():
+        for user in inner.users.get(parameter, ()):
             for at, name in enumerate(user.operands):
-                if name != parameter.name:
+                if name != parameter:
                     continue
-                fused = self.module.computations[user.called("calls")] if user.opcode == "fusion" else None
+                fused = self.module.called(user, "calls") if user.opcode == "fusion" else None
                 part = _read_by(user, at) if fused is None else self._read(fused, at)
                 if part is None:
                     return None
@@ -261,8 +261,8 @@ class _Counter:
 
 def _between_slices(computation: Computation, i: Instruction) -> Collective:
     """A collective between slices: a TPU program sends a device's part to the hosts, and receives the result."""
-    name = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', i.attributes)[1]
-    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)[1].lower().replace("_", "-")
+    name = re.findall(r'_xla_host_transfer_rendezvous="([^"]*)"', i.attributes)[0]
+    kind = re.findall(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)[0].lower().replace("_", "-")
     receive = next(r for r in computation.instructions.values() if r.opcode == "recv" and f'"{name}"' in r.attributes)
     kind, slices = "collective-permute" if kind == "one-to-one" else kind, hlo.slices_of(i)
     sizes, group = (i.shape[0].bytes, receive.shape[0].bytes), tuple(range(slices))
@@ -306,7 +306,7 @@ def _saved_within(module: Module, outer: Computation) -> int:
     filled = {}
     order = {name: at for at, name in enumerate(outer.instructions)}
     for loop in (i for i in outer.instructions.values() if i.opcode == "while"):
-        body = module.computations[loop.called("body")]
+        body = module.called(loop, "body")
         trips = hlo.trip_count(module, loop, outer)
         for index, name in enumerate(body.root.operands):
             value, array = body.instructions[name], loop.shape[index]
@@ -344,7 +344,7 @@ def convolution_flops(i: Instruction, left: hlo.Array, right: hlo.Array) -> floa
 
     TPU programs write matrix products as convolutions, batch dimensions as spatial ones with padding or dilation.
     """
-    inputs, kernel, outputs = re.split("_|->", i.attribute("dim_labels"))
+    inputs, kernel, outputs = re.split("_|->", i.attribute("dim_labels") or "")
     window = _window(i, sum(c.isdigit() for c in kernel))
     products = 1.0
     for d, dimension in enumerate(window):

@@ -102,6 +102,10 @@ class Module:
     computations: dict[str, Computation]
     entry: str
 
+    def called(self, i: Instruction, *keys: str) -> Computation:
+        """The computation that an instruction calls by the first of these attributes that it has."""
+        return self.computations[next(name for key in keys if (name := i.called(key)))]
+
 
 def parse(text: str) -> Module:
     """Reads the text that jax.stages.Compiled.as_text() gives.
@@ -165,7 +169,7 @@ def _instruction(line: str) -> Instruction:
 
 def _constant_end(rest: str, opens: int) -> int:
     """The position after a constant, which may hold strings with parentheses: then ", " follows, or nothing."""
-    return opens + re.search(r"\)(?=, [a-z_]+=|$)", rest[opens:]).end()
+    return opens + next(re.finditer(r"\)(?=, [a-z_]+=|$)", rest[opens:])).end()
 
 
 def arrays(text: str) -> tuple[Array, ...]:
@@ -191,7 +195,7 @@ def trip_count(module: Module, loop: Instruction, within: Computation) -> int:
         return int(known[1])
     unknown = ValueError(f"the length of the loop {loop.name} is not in the compiled program")
     carried = _Carried(module, loop, within)
-    condition = module.computations[loop.called("condition")]
+    condition = module.called(loop, "condition")
     found = _comparison(module, condition, carried)
     if found is None:
         raise unknown
@@ -239,7 +243,7 @@ class _Carried:
 
     def stride(self, index: int) -> int | None:
         """The constant that the body adds to the element: 0 where the body hands it on unchanged, None if unknown."""
-        body = self.module.computations[self.loop.called("body")]
+        body = self.module.called(self.loop, "body")
         if body.root.opcode != "tuple":
             return None
         value = _linear(self.module, body, body.root.operands[index])
@@ -259,7 +263,7 @@ def _comparison(module: Module, condition: Computation, carried: _Carried) -> tu
     while compare.opcode in ("fusion", "call", "bitcast", "copy"):
         if compare.opcode in ("fusion", "call"):
             arguments = [_linear(module, computation, name, arguments) for name in compare.operands]
-            computation = module.computations[compare.called("calls") or compare.called("to_apply")]
+            computation = module.called(compare, "calls", "to_apply")
             compare = computation.root
         else:
             compare = computation.instructions[compare.operands[0]]
@@ -291,7 +295,7 @@ def _linear(
     if i.opcode in ("copy", "bitcast", "convert"):
         return _linear(module, computation, i.operands[0], arguments)
     if i.opcode == "get-tuple-element":
-        index, of = int(i.attribute("index")), computation.instructions[i.operands[0]]
+        index, of = int(i.attribute("index") or ""), computation.instructions[i.operands[0]]
         if of.opcode == "parameter" and arguments is None:
             return _Linear(0, index)
         return _result(module, computation, of, arguments, index)
@@ -312,7 +316,7 @@ def _result(
     """The result of a fusion or call as _linear gives it; `at` chooses one of a tuple."""
     if i.opcode not in ("fusion", "call"):
         return None
-    inner = module.computations[i.called("calls") or i.called("to_apply")]
+    inner = module.called(i, "calls", "to_apply")
     inside = [_linear(module, computation, operand, arguments) for operand in i.operands]
     if at is None:
         return _linear(module, inner, inner.root.name, inside)

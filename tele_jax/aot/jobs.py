@@ -13,10 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
+from jax.typing import DTypeLike
 
 from tele_jax import growth
 from tele_jax.aot.topology import Slice
+from tele_jax.axes import PyTree
 from tele_jax.config import ModelConfig, require
+from tele_jax.files import Table
 from tele_jax.inference.generate import State, cache_shardings, cache_slots, decode_step, rope_length_of, sampling
 from tele_jax.model import decoder
 from tele_jax.model.spec import abstract_params, spec
@@ -26,7 +29,7 @@ from tele_jax.train.optimizer import optimizer
 from tele_jax.train.step import flops_per_token, lower_step, state_shardings
 
 _OPTIMIZER = OptimizerConfig(learning_rate=1e-4)
-Arrays = dict[str, Any]  # trees of jax.ShapeDtypeStruct with shardings, by kind
+Arrays = Table  # trees of jax.ShapeDtypeStruct with shardings, by kind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ class Job(abc.ABC):
         return AbstractMesh((self.mesh.data, self.mesh.fsdp, self.mesh.tensor), MESH_AXES)
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Table:
         return {name: getattr(self, name) for name in self.shown}
 
     @property
@@ -214,13 +217,14 @@ class DecodeJob(ModelJob):
         params, cache = self.arrays(mesh).values()
         slots, by_rows = cache.k.shape[3], batch_sharding(mesh, self.batch_size)
 
-        def rows(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
+        def rows(dtype: DTypeLike, *more: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((self.batch_size, *more), dtype, sharding=by_rows)
 
         per_row = dict(lengths=jnp.int32, token=jnp.int32, done=bool, broken=bool, keys=jax.random.key(0).dtype)
         step_number = jax.ShapeDtypeStruct((), jnp.int32)
-        by_row = {name: rows(dtype) for name, dtype in per_row.items()}
-        state = State(tokens=rows(jnp.int32, slots), step=step_number, slot=None, seen=None, **by_row)
+        by_row: dict[str, Any] = {name: rows(dtype) for name, dtype in per_row.items()}
+        by_row |= {"tokens": rows(jnp.int32, slots), "step": step_number, "slot": None}
+        state = State(seen=None, **by_row)
         rope_length, how, stop_ids = rope_length_of(self.cfg, self.seq_len), sampling(), np.full(16, -1, np.int32)
 
         def step(params, state, cache):
@@ -243,11 +247,11 @@ def _state(cfg: ModelConfig, config: OptimizerConfig, mesh: Mesh) -> Arrays:
     return {"parameters": _placed(shapes, params), "optimizer": _placed(jax.eval_shape(tx.init, shapes), state)}
 
 
-def _placed(shapes: Any, shardings: Any) -> Any:
+def _placed(shapes: Any, shardings: PyTree) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def sharded_bytes(tree: Any, shardings: Any) -> int:
+def sharded_bytes(tree: PyTree, shardings: PyTree) -> int:
     """Bytes of a tree of shapes on one device."""
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
     return sum(math.prod(s.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize for x, s in pairs)

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from tele_jax.aot.jobs import Job, TrainJob
+from tele_jax.aot.jobs import GrowJob, Job, TrainJob
 from tele_jax.aot.topology import Slice
 from tele_jax.config import require
 from tele_jax.errors import UserError
@@ -132,9 +132,9 @@ def larger(of: Slice, needed_bytes: float) -> str:
 
 def advice(job: Job, needed_bytes: int, state_bytes: int) -> str:
     """The advice for a job that does not fit: smaller parts of the batch where the state leaves room, else a slice."""
-    if job.kind == "grow":
+    if isinstance(job, GrowJob):
         return f"{larger(job.slice, needed_bytes)}; or grow the checkpoint with `tele grow`, in bounded memory"
-    if job.kind == "decode":
+    if not isinstance(job, TrainJob):
         return f"{larger(job.slice, needed_bytes)}; or fewer rows, or fewer tokens"
     usable = _room(job.slice)
     gradients = 2 * state_bytes / 3  # accumulated and new ones, float32 as each third of the state

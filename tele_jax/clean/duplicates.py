@@ -179,11 +179,11 @@ def drop_copy(document: Document, rows: np.ndarray, config: DuplicatesConfig) ->
 
 def repeated(table: np.ndarray) -> np.ndarray:
     """All but the first row under every key, by uid and index; a field `kept` has the uid of that first row."""
-    order = np.lexsort([table[name] for name in ("index", "uid", "key") if name in table.dtype.names])
+    order = np.lexsort([table[name] for name in ("index", "uid", "key") if name in (table.dtype.names or ())])
     table = table[order]
     again = table["key"][1:] == table["key"][:-1]
     result = np.empty(int(again.sum()), [*table.dtype.descr, ("kept", np.int64)])
-    for name in table.dtype.names:
+    for name in table.dtype.names or ():
         result[name] = table[name][1:][again]
     first = np.flatnonzero(np.concatenate(([True], ~again)))
     result["kept"] = table["uid"][first][np.cumsum(~again)[again]]

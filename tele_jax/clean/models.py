@@ -14,7 +14,6 @@ import io
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from tele_jax.clean.output import replace_file
 from tele_jax.clean.settings import PerplexityConfig, QualityConfig
 from tele_jax.errors import UserError
 from tele_jax.extras import need
+from tele_jax.files import Table
 
 CLASSIFIER_FORMAT = "tele_jax quality classifier 1"
 BITS = 18  # 262,144 features
@@ -49,7 +49,7 @@ class Classifier:
         replace_file(path, buffer.getvalue())
 
 
-def _open_model(path: str, format: str, made_by: str) -> dict[str, Any]:
+def _open_model(path: str, format: str, made_by: str) -> Table:
     """The arrays of a file that `save` of a classifier or an n-gram model wrote; numbers only, nothing is unpickled.
 
     Raises:

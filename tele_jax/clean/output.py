@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from tele_jax import tables
 from tele_jax.clean.document import SAMPLES, Document, Reject, Tally, num_bytes
@@ -17,7 +16,7 @@ from tele_jax.clean.screening import mask
 from tele_jax.clean.settings import CleanConfig, OutputConfig
 from tele_jax.errors import FailedError
 from tele_jax.extras import need
-from tele_jax.files import write_file
+from tele_jax.files import Table, write_file
 
 FORMAT = "tele_jax cleaned text 2"
 TRAIN, VALIDATION = "train", "validation"  # splits; the files of training have no more than their number
@@ -79,7 +78,7 @@ def write_shard(
     shards: int,
     documents: Iterable[Document],
     config: OutputConfig,
-) -> dict[str, Any]:
+) -> Table:
     """Writes one shard in the order of uids; returns its entry in the manifest."""
     documents = sorted(documents, key=lambda document: document.uid)
     prefix = f"{VALIDATION}-" if split == VALIDATION else ""
@@ -99,7 +98,7 @@ def write_shard(
     }
 
 
-def write_rejects(directory: str, source: str, rejects: Iterable[Reject]) -> dict[str, Any]:
+def write_rejects(directory: str, source: str, rejects: Iterable[Reject]) -> Table:
     """Writes what could not be read of a source, bytes as base64; returns its entry in the manifest."""
     data = compress(_reject_lines(rejects), 6)
     name = f"rejects/{source}.jsonl.gz"
@@ -119,7 +118,7 @@ _WAYS = ("in", "out")  # of a stage
 _REFERENCE = re.compile(r"\{(\d+)@(\d+)\}")
 
 
-def counts(tally: Tally) -> list[dict[str, Any]]:
+def counts(tally: Tally) -> list[Table]:
     """A tally as plain lists, in a fixed order."""
     return [
         {
@@ -132,11 +131,11 @@ def counts(tally: Tally) -> list[dict[str, Any]]:
     ]
 
 
-def _count(entries: Sequence[dict[str, Any]]) -> dict[str, int]:
+def _count(entries: Sequence[Table]) -> dict[str, int]:
     return {name: sum(entry[name] for entry in entries) for name in ("documents", "bytes")}
 
 
-def report(entries: Sequence[dict[str, Any]], config: CleanConfig, paths: Sequence[str]) -> dict[str, Any]:
+def report(entries: Sequence[Table], config: CleanConfig, paths: Sequence[str]) -> Table:
     """The report of a run.
 
     Args:
@@ -162,7 +161,7 @@ def report(entries: Sequence[dict[str, Any]], config: CleanConfig, paths: Sequen
     return {"stages": stages, "read": stages[0]["by_source"]}
 
 
-def _by_source(entries: Sequence[dict[str, Any]], config: CleanConfig) -> dict[str, Any]:
+def _by_source(entries: Sequence[Table], config: CleanConfig) -> Table:
     result = {}
     for source in config.sources:
         mine = [entry for entry in entries if entry["key"][1] == source]
@@ -171,7 +170,7 @@ def _by_source(entries: Sequence[dict[str, Any]], config: CleanConfig) -> dict[s
     return result
 
 
-def _reasons(entries: Sequence[dict[str, Any]], what: str, paths: Sequence[str]) -> list[dict[str, Any]]:
+def _reasons(entries: Sequence[Table], what: str, paths: Sequence[str]) -> list[Table]:
     """Entries by reason, over sources, most documents first."""
     result = []
     chosen = [entry for entry in entries if entry["key"][2] == what]
@@ -215,7 +214,7 @@ small { opacity: .75; overflow-wrap: anywhere; }
 """  # noqa: E501
 
 
-def report_page(account: dict[str, Any]) -> str:
+def report_page(account: Table) -> str:
     """The report as one page that needs nothing else."""
     stages = account["stages"]
     first, last = stages[0]["in"], stages[-1]["out"]
@@ -241,7 +240,7 @@ def report_page(account: dict[str, Any]) -> str:
     return "\n".join(parts) + "\n</html>\n"
 
 
-def _stage(stage: dict[str, Any]) -> str:
+def _stage(stage: Table) -> str:
     rows = [
         (
             source,

@@ -12,6 +12,7 @@ from typing import Any
 
 import apache_beam as beam
 import numpy as np
+from apache_beam.pvalue import TaggedOutput
 
 from tele_jax.clean import duplicates, output, reading, stages
 from tele_jax.clean.document import Batch, Document, Drop, Reject, Tally, batches
@@ -43,8 +44,8 @@ class Read(beam.PTransform):
                 yield item
             else:
                 _count_reject(tally, item)
-                yield beam.pvalue.TaggedOutput("rejects", (item.source, item))
-            yield beam.pvalue.TaggedOutput("tally", tally)
+                yield TaggedOutput("rejects", (item.source, item))
+            yield TaggedOutput("tally", tally)
 
 
 def _count_reject(tally: Tally, reject: Reject) -> None:
@@ -60,7 +61,7 @@ def _accounted(stage: str, batch: Batch, outcomes: Sequence[stages.Outcome]):
     kept, tally = stages.account(stage, batch.documents, outcomes)
     if kept:
         yield Batch(batch.key, tuple(kept))
-    yield beam.pvalue.TaggedOutput("tally", tally)
+    yield TaggedOutput("tally", tally)
 
 
 class Local(beam.PTransform):
