@@ -16,7 +16,6 @@ of processor seconds. Needs `[hf]`.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
@@ -168,10 +167,9 @@ def serve(library: Callable[[Path], tuple[str, Variants]], weights: Path) -> Non
 
 def keep_freed_memory() -> None:
     """Asks the allocator to keep freed memory, as `tele train` does, for every library here."""
-    spec = importlib.util.spec_from_file_location("cpu", Path(__file__).parents[1] / "tele_jax/model/cpu.py")
-    cpu = importlib.util.module_from_spec(spec)  # not through the package, whose imports would come too early
-    spec.loader.exec_module(cpu)
-    cpu.keep_freed()
+    from tele_jax.model.platforms import keep_freed
+
+    keep_freed()
 
 
 # --------------------------------------------------------------------------------------------- the libraries

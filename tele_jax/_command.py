@@ -1,7 +1,7 @@
-"""Ctrl-C while the command `tele` loads its libraries, which takes a second or two: one line, and exit code 130.
+"""Handles Ctrl-C while the command `tele` loads its libraries, a second or two: one line, and exit code 130.
 
-Nothing is at work yet. A KeyboardInterrupt would be a page of frames, and some libraries make another error of it. All
-other programs that import tele_jax keep what they have.
+Nothing is at work yet. A KeyboardInterrupt would print a page of frames, and some libraries make another error of it.
+Other programs that import tele_jax keep their handlers.
 """
 
 import os

@@ -1,11 +1,11 @@
-"""Axis names: the one thing that every parameter carries, and what follows from it.
+"""Axis names, which every parameter carries, and the facts that follow from them alone.
 
 A parameter is declared once, in its Flax module, as `declare(self, "q", inputs=("embed",), outputs=("heads",
 "head_dim"))`. Its shape, initial value, sharding, growth, muP group and tensor mapping are all read off those names.
 
     stack     leading axes over which the parameter is repeated: ("layers",) or ()
     inputs    axes that the operation sums over, looks up in, or (a norm scale) reads elementwise
-    outputs   axes that it produces; the same as inputs where the operation is elementwise and writes what it reads
+    outputs   axes that the operation produces; equal to inputs where it is elementwise and writes the axes it reads
 """
 
 import dataclasses
@@ -43,17 +43,17 @@ class ParamSpec:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """One name per dimension: stack, inputs, outputs (once, where the two are the same axes)."""
+        """One name per dimension: stack, inputs, outputs (once, where inputs and outputs are equal)."""
         return self.stack + _dimensions(self.inputs, self.outputs)
 
     @property
     def role(self) -> Role:
-        """What the parameter does: scale (elementwise on what it reads), bias (added), table (looked up), kernel."""
+        """The parameter's use: scale (elementwise on its inputs), bias (added), table (looked up) or kernel."""
         return role(self.inputs, self.outputs)
 
     @property
     def is_matrix_like(self) -> bool:
-        """muP: both the inputs and the outputs grow with width."""
+        """True where both the inputs and the outputs grow with width (muP)."""
         return is_matrix_like(self.inputs, self.outputs)
 
     @property
@@ -66,7 +66,7 @@ class ParamSpec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "ParamSpec":
-        """The inverse of to_json. Raises UserError for what to_json does not make."""
+        """The inverse of to_json. Raises UserError for values that to_json does not make."""
         fields = from_dict(_SpecFields, values, "leaf")
         try:
             dtype = jnp.dtype(fields.dtype)
@@ -170,7 +170,7 @@ def flatten(tree: Params) -> dict[str, Any]:
     """A nested dict as one dict with dotted keys, sorted: {"layers.attn.q": leaf, ...}.
 
     Raises:
-      UserError: it is no dict.
+      UserError: the tree is no dict.
     """
     require(isinstance(tree, Mapping), f"expected parameters as a nested dict, got {type(tree).__name__}")
     return dict(sorted(traverse_util.flatten_dict(tree, sep=".").items()))
@@ -187,8 +187,8 @@ def map_param_subtrees(function: Callable[[tuple[str, ...], Any], Any], tree: Py
     `tree` is any pytree, such as an optax state; `spec` a nested dict of ParamSpec (or of anything with a shape). Other
     leaves are passed on, or through other(path, leaf). path is made of field names and keys, e.g. ("0", "nu"). Where a
     subtree holds only some of the parameters (optax.masked puts an empty node in place of the others, or of a whole
-    branch of them), function gets an empty node for each of the others, and the places stay as they were, whatever
-    function returns there; a subtree that is whole may become one of another structure.
+    branch of them), function gets an empty node for each missing one; the result keeps the empty nodes as they were,
+    whatever function returns there. A subtree that is whole may become one of another structure.
     """
 
     def visit(path, node):
@@ -204,14 +204,14 @@ def map_param_subtrees(function: Callable[[tuple[str, ...], Any], Any], tree: Py
 
 
 def _whole_tree(node: PyTree, spec: Params) -> dict[str, Any] | None:
-    """The node with an empty one in every place that it leaves out; None where it is no tree of parameters."""
+    """The node, with an empty node for every parameter that it leaves out; None for another kind of tree."""
     if not isinstance(node, Mapping):
         return None
     whole = _fill_in(node, spec)
     return None if whole is _OTHER or all(map(is_empty, flatten(whole).values())) else whole
 
 
-_OTHER = object()  # of other structure or shapes than the parameters
+_OTHER = object()  # marks a node of other structure or shapes than the parameters
 
 
 def _fill_in(node: PyTree, spec: Any) -> Any:
@@ -233,5 +233,5 @@ def _keep_gaps(node: PyTree, made: Any) -> Any:
 
 
 def is_empty(node: PyTree) -> bool:
-    """A place in a tree of parameters that holds none, such as optax.MaskedNode."""
+    """True for a node without arrays in a tree of parameters, such as optax.MaskedNode."""
     return not isinstance(node, Mapping) and not jax.tree.leaves(node)

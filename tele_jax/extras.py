@@ -1,4 +1,4 @@
-"""Importing optional packages on use: those of the extras `[data]`, `[beam]` and `[clean]`."""
+"""Imports of optional packages on use: those of the extras `[data]`, `[beam]` and `[clean]`."""
 
 import contextlib
 import importlib
@@ -13,7 +13,6 @@ from tele_jax.errors import UserError
 
 # Start-up lines of TensorFlow: information, warnings, and the error that there is no GPU.
 _CHATTER = re.compile(rb"[IW]0000 |E0000 .*cuInit|WARNING: All log messages before absl::InitializeLog\(\)")
-
 
 # Packages that come with `[clean]` and not with `[data]`. (Beam alone comes with `[beam]` too.)
 _CLEAN = frozenset(
@@ -92,10 +91,7 @@ def _without_chatter() -> Iterator[None]:
 
 @contextlib.contextmanager
 def hidden(packages: Sequence[str]) -> Iterator[None]:
-    """Makes those of `packages` that are not loaded yet look uninstalled while the body imports something.
-
-    For packages that others import for parts of theirs that are not used here.
-    """
+    """Makes packages that are not loaded yet look uninstalled while the body imports one that can do without."""
     absent = [package for package in packages if package not in sys.modules]
     sys.modules.update(dict.fromkeys(absent))  # pyright: ignore - None: an import fails, as the manual of Python says
     try:

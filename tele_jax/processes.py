@@ -1,9 +1,9 @@
-"""Several processes as one program (jax.distributed): how they find each other, agree, and stop together.
+"""Distributed processes as one program (jax.distributed): they find each other, agree, and stop together.
 
     start(Place("10.0.0.1:1234", num_processes=2, process_id=0))    # on a TPU slice: start(None)
-    if is_first(): ...                          # process 0 prints, and writes what is not a part of an array
-    step = from_first(lambda: latest_step())    # looked up in process 0; equal in all
-    sizes = from_all(size)                      # [that of process 0, that of process 1, ...] in all
+    if is_first(): ...                          # process 0 prints, and writes everything but parts of arrays
+    step = from_first(lambda: latest_step())    # the result of process 0, in all
+    sizes = from_all(size)                      # [size of process 0, size of process 1, ...], in all
     with StopSignal() as stop: ...              # stop(): SIGTERM or Ctrl-C came to any; True in all at the same call
 
 With one process nothing is exchanged, and jax.distributed need not be started.
@@ -30,7 +30,7 @@ VARIABLES = {
 }
 # A worker that is gone without a word is missed after so long, and all the others end (JAX's own is 100 s).
 HEARTBEAT_SECONDS = 60
-_FOREVER_MS = 7 * 24 * 3600 * 1000  # what waits is ended by the heartbeat, or by `fail` of another process
+_FOREVER_MS = 7 * 24 * 3600 * 1000  # the heartbeat ends a wait, or `fail` of another process
 _LEAVING_SECONDS = 5.0
 _FAILURE, _LEFT = "tele_jax/failure", "tele_jax/left"
 
@@ -41,7 +41,7 @@ _call, _polls = itertools.count(), itertools.count()
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """This process among the others, as jax.distributed.initialize takes it. Without an address: alone."""
+    """The place of this process among the others, as jax.distributed.initialize takes it; no address: it is alone."""
 
     coordinator_address: str | None  # host:port of process 0
     num_processes: int
@@ -49,12 +49,12 @@ class Place:
 
 
 def find_place(given: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Place | None:
-    """The place of this process, from what is given (a flag, or None) or else from the environment; see VARIABLES.
+    """The place of this process, from the values given (a flag, or None) or else from the environment; see VARIABLES.
 
-    None: nothing says so, which on a TPU slice leaves it to JAX, and elsewhere means one process.
+    None: there is no value, which on a TPU slice leaves the place to JAX, and elsewhere means one process.
 
     Raises:
-      UserError: some values without the others, or values that cannot be.
+      UserError: some values are missing, or a value is impossible.
     """
     values = {key: environment.get(name) if given.get(key) is None else given[key] for key, name in VARIABLES.items()}
     names = {key: f"--{key.replace('_', '-')} (or {name})" for key, name in VARIABLES.items()}
@@ -81,7 +81,7 @@ def find_place(given: Mapping[str, Any], environment: Mapping[str, str] = os.env
 
 
 def start(place: Place | None, *, timeout: int = 300) -> None:
-    """Joins the other processes; before anything else is asked of JAX.
+    """Joins the other processes; to be called before anything else is asked of JAX.
 
     timeout: seconds to wait for them; after that JAX ends the process (SIGABRT), and nothing can be raised.
 
@@ -129,13 +129,13 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """True where there are other processes."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """Calls make() in process 0, and returns its result, a JSON value, in every process once it is there."""
+    """Calls make() in process 0, and returns the result, a JSON value, in every process."""
     client = _client()
     if client is None:
         return make()
@@ -148,7 +148,7 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 
 def from_all(value: Any) -> list[Any]:
-    """The values of all processes, JSON of kilobytes, in the order of the processes; the same list in every one."""
+    """Returns the values of all processes, JSON of kilobytes, in the order of the processes, in every process."""
     client = _client()
     if client is None:
         return [value]
@@ -171,10 +171,10 @@ def barrier() -> None:
 
 
 class StopSignal(contextlib.AbstractContextManager):
-    """While it is entered, SIGTERM and Ctrl-C do not end the process; stop() tells that one came, to any process.
+    """A context in which SIGTERM and Ctrl-C do not end the process; stop() tells that one came, to any process.
 
-    Processes have to ask equally often: each call is a point in the program where all get the same answer. Once True,
-    it stays so. A second Ctrl-C raises KeyboardInterrupt at once.
+    Processes have to call stop() equally often: at each call all get the same answer, which stays True once it is. A
+    second Ctrl-C raises KeyboardInterrupt at once.
     """
 
     def __init__(self) -> None:
@@ -208,7 +208,7 @@ class StopSignal(contextlib.AbstractContextManager):
         return self._stopped
 
     def interrupted(self) -> bool:
-        """True if it was Ctrl-C that came, to any process; all have to ask."""
+        """True if Ctrl-C came to any process; all have to ask."""
         return any(from_all(signal.SIGINT in self._received))
 
 

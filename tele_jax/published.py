@@ -34,7 +34,7 @@ PUBLISHED: dict[str, Table] = {
     | dict(num_layers=64, num_heads=64, embed_dim=8_192, mlp_dim=21_824, padded_vocab_size=80_384),
     "tele_flm_52b_instruct": _TELE_FLM
     | dict(num_layers=64, num_heads=64, embed_dim=8_192, mlp_dim=21_824, padded_vocab_size=80_896),
-    # Not released: the padded vocabulary is ours, the base model's.
+    # The 102B was not released: the padded vocabulary is ours, the base model's.
     "tele_flm_102b": _TELE_FLM
     | dict(num_layers=80, num_heads=80, embed_dim=10_240, mlp_dim=27_264, padded_vocab_size=80_384),
     "tele_flm_1t": _TELE_FLM

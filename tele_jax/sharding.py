@@ -1,4 +1,4 @@
-"""Where parameters and batches live on a mesh: a short table from axis names to mesh axes, and its checks.
+"""Shardings of parameters and batches on a mesh: a short table from axis names to mesh axes, and its checks.
 
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     shardings = param_shardings(spec(cfg), mesh)      # {"layers": {"attn": {"q": NamedSharding(...)}}}
@@ -43,19 +43,19 @@ RULES: Rules = {
     "mlp": "tensor",
 }
 LARGE_BYTES = 64 * 2**20  # a leaf above this must not lie whole on every device
-BLOCK_BYTES = 64 * 2**20  # of an array, that `fetch` moves at once
+BLOCK_BYTES = 64 * 2**20  # part of an array that `fetch` moves at once
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Device] | None = None, *, num_slices: int | None = None) -> Mesh:
     """A mesh with the axes data, fsdp and tensor over the devices given, or all of them, neighbours close together.
 
-    Of several TPU slices, `data` runs over the slices first: a step sends sums of gradients, and of a few figures, over
-    the slower network between them, and no parameters.
-    num_slices: on how many the devices have to lie; None: on however many there are.
+    Where the devices lie on more than one TPU slice, `data` runs over the slices first: a step sends sums of gradients,
+    and of a few figures, over the slower network between them, and no parameters.
+    num_slices: number of slices that the devices must lie on; None: any number.
 
     Raises:
       UserError: the product of the axes is not the number of devices, or data not a multiple of the number of slices;
-        another number of slices than asked for.
+        the devices lie on another number of slices than num_slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = (config.data, config.fsdp, config.tensor)
@@ -115,7 +115,7 @@ def partition_spec(name: str, leaf: ParamSpec, mesh: AnyMesh, rules: Rules = RUL
 
 
 def param_shardings(spec: Params, mesh: AnyMesh, rules: Rules = RULES) -> Params:
-    """NamedSharding for every leaf of a tree of ParamSpec; raises as `partition_spec`."""
+    """A NamedSharding for every leaf of a tree of ParamSpec; raises as `partition_spec`."""
     return unflatten(
         {name: NamedSharding(mesh, partition_spec(name, leaf, mesh, rules)) for name, leaf in flatten(spec).items()}
     )
@@ -126,7 +126,7 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
 
 
 def to_host(array: Any) -> np.ndarray:
-    """All of an array in the memory of every process, wherever it lies; all of them have to ask for it."""
+    """The whole array in the memory of every process, wherever it lies; all processes have to call this."""
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
         return np.asarray(array)
     from jax.experimental import multihost_utils
@@ -135,17 +135,17 @@ def to_host(array: Any) -> np.ndarray:
 
 
 def is_spread(array: Any) -> bool:
-    """Whether an array lies on several devices of a mesh, of this process or of others, so that `fetch` reads it."""
+    """True for an array on more than one device of a mesh, of this process or of others, which `fetch` reads."""
     on_mesh = isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding)
     return on_mesh and len(array.sharding.device_set) > 1
 
 
 def fetch(array: jax.Array, wanted: Mapping[int, int | None]) -> np.ndarray | None:
-    """array[wanted[p]], or all of the array (None), in the memory of every process p that is in `wanted`; else None.
+    """Returns array[wanted[p]], or all of the array (None), in every process p of `wanted`, and None in the others.
 
-    Every process has to call this alike. What travels, to all devices, are blocks of BLOCK_BYTES: for each the devices
-    send the same rows of their own parts. (Of array[index, rows], with rows that are cut over the mesh, the compiler
-    gathers all of the array on every device.)
+    Every process has to call this with equal arguments. Blocks of BLOCK_BYTES travel to all devices: for each block the
+    devices send the same rows of their own parts. (For array[index, rows], with rows that are cut over the mesh, the
+    compiler would gather all of the array on every device.)
 
     wanted: {process: index along the first dimension, which must not be cut}; None in all or in none.
     """
@@ -153,7 +153,7 @@ def fetch(array: jax.Array, wanted: Mapping[int, int | None]) -> np.ndarray | No
     shape, parts = array.shape[leading:], array.sharding.shard_shape(array.shape)[leading:]
     ways = [size // part for size, part in zip(shape, parts, strict=True)]
     process = jax.process_index()
-    # Both apart along every dimension: [which part, where in it, ...].
+    # Two dimensions for each of the array: [part, place in the part, ...].
     apart = lambda lengths: [n for pair in zip(ways, lengths, strict=True) for n in pair]  # noqa: E731
     out = np.empty(apart(parts), array.dtype) if process in wanted else None
     for tile in tiles(parts, array.dtype.itemsize * math.prod(ways), BLOCK_BYTES):
@@ -173,7 +173,7 @@ def fetch(array: jax.Array, wanted: Mapping[int, int | None]) -> np.ndarray | No
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _on_all(array: jax.Array, start: tuple[Any, ...], lengths: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
-    """The same rectangle of every device's part of an array, side by side; whole on every device."""
+    """Gathers one rectangle of every device's part of an array, side by side, whole on every device."""
 
     def gather(part: jax.Array, start: tuple[jax.Array, ...]) -> jax.Array:
         part = jax.lax.dynamic_slice(part, start, lengths)
@@ -188,7 +188,7 @@ def _on_all(array: jax.Array, start: tuple[Any, ...], lengths: tuple[int, ...], 
 
 
 def tiles(shape: Sequence[int], itemsize: int, nbytes: int) -> Iterator[tuple[slice, ...]]:
-    """Rectangles of about nbytes that cover a shape, cut along the first axis where that is enough."""
+    """Yields rectangles of about nbytes that cover a shape, cut along the first axis where that is enough."""
     lengths = list(shape)
     for dimension in range(len(shape)):
         below = math.prod(shape[dimension + 1 :]) * itemsize
@@ -201,7 +201,7 @@ def tiles(shape: Sequence[int], itemsize: int, nbytes: int) -> Iterator[tuple[sl
 
 
 def batch_sharding(mesh: AnyMesh, batch_size: int) -> NamedSharding:
-    """Rows over data and fsdp; raises UserError where batch_size does not divide."""
+    """The sharding of rows over data and fsdp; raises UserError where batch_size does not divide."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     require(
         batch_size % ways == 0,
@@ -211,13 +211,13 @@ def batch_sharding(mesh: AnyMesh, batch_size: int) -> NamedSharding:
 
 
 def platform() -> str:
-    """Where the program that is being traced will run: the platform of the mesh that is set, or JAX's default."""
+    """The platform of the program that is being traced: that of the mesh that is set, or JAX's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def mesh_of_step() -> jax.sharding.AbstractMesh | None:
-    """The mesh that is set (jax.set_mesh), where it has our axes and more than one device; else None."""
+    """The mesh that is set (jax.set_mesh), where it has the axes MESH_AXES and more than one device; else None."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if not mesh.empty and set(MESH_AXES) <= set(mesh.axis_names) and mesh.size > 1 else None
 
@@ -225,11 +225,11 @@ def mesh_of_step() -> jax.sharding.AbstractMesh | None:
 def constrain(x: jax.Array) -> jax.Array:
     """Keeps the residual stream [B, S, D] cut over the batch, and over embed by `tensor`, between blocks.
 
-    Without the second cut every device of a tensor group would hold, and save for the backward pass, the same copy. It
-    could as well run along the sequence (arXiv 2205.05198), and norms would then need no sum over devices, one number
-    a token. But TPU programs pad a sum that they scatter along a dimension that is not the last, and put the parts
-    together again: in a step of the 1T model 59 GB of collectives (benchmarks/aot_vs_maxtext.py, jax 0.12).
-    Where no mesh is set, or the shape does not divide: a no-op.
+    Without the second cut every device of a tensor group would hold, and save for the backward pass, the same copy. The
+    cut could as well run along the sequence (arXiv 2205.05198), and norms would then need no sum over devices, one
+    number a token. But TPU programs pad a sum that they scatter along a dimension that is not the last, and put the
+    parts together again: in a step of the 1T model 59 GB of collectives (benchmarks/aot_vs_maxtext.py, jax 0.12).
+    Nothing happens where no mesh is set, or the shape does not divide.
     """
     mesh = mesh_of_step()
     if mesh is None or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
@@ -240,7 +240,7 @@ def constrain(x: jax.Array) -> jax.Array:
 
 
 def whole_rows(x: jax.Array, tensor: int | None = None) -> jax.Array:
-    """Keeps what is inside a block [B, S, ...] cut over the batch, and its dimension `tensor`, if given, over tensor.
+    """Keeps an array inside a block [B, S, ...] cut over the batch, and its dimension `tensor`, if given, over tensor.
 
     Left to itself, the compiler may keep embed cut, gather whole weights on every device and exchange
     activations, above all in the backward pass, which these constraints hold for as well.
@@ -255,21 +255,17 @@ def whole_rows(x: jax.Array, tensor: int | None = None) -> jax.Array:
 
 
 def lookup(table: jax.Array, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Rows of an embedding table [V, D], cut as RULES say, for tokens [B, S]: [B, S, D] in dtype, cut over the batch
-    and over the sequence by tensor.
+    """Looks up tokens [B, S] in an embedding table [V, D] that is cut by RULES: [B, S, D] in dtype, cut over the batch,
+    and by tensor over the sequence.
 
     Token ids travel, not the table: each device looks up all tokens of its fsdp group in its own part of the table,
     and the parts are exchanged. Gradients are summed over the tokens in the dtype of the table, where it lies.
     """
     mesh = mesh_of_step()
     sizes = {} if mesh is None else dict(mesh.shape)
-    fits = bool(sizes) and tokens.shape[0] % (sizes["data"] * sizes["fsdp"]) == 0
-    if (
-        not fits
-        or tokens.shape[1] % sizes["tensor"]
-        or table.shape[0] % sizes["tensor"]
-        or table.shape[1] % sizes["fsdp"]
-    ):
+    cuts = [(tokens.shape[0], ("data", "fsdp")), (tokens.shape[1], ("tensor",))]
+    cuts += [(table.shape[0], ("tensor",)), (table.shape[1], ("fsdp",))]
+    if not sizes or any(size % math.prod(sizes[axis] for axis in axes) for size, axes in cuts):
         return jnp.take(table, tokens, axis=0).astype(dtype)
 
     def local(table, tokens):

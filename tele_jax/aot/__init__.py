@@ -1,1 +1,1 @@
-"""Paper hardware: compiles a step for a TPU slice that is not there, and says whether it fits and what it costs."""
+"""Ahead-of-time compilation of a step for a TPU slice that is not there: does it fit, and what bounds its time?"""

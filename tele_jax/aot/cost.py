@@ -88,7 +88,7 @@ def received(collective: Collective) -> float:
 
 
 def figures(job: Job, program: Program, tokens: float | None = None) -> Figures:
-    """Everything that `tele plan` says, as plain values. tokens: of the whole stage, where known."""
+    """All figures of `tele plan`, as plain values. tokens: number in the whole stage, where known."""
     result: Figures = {
         "kind": job.kind,
         "program": program.key,

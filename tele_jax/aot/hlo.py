@@ -1,9 +1,9 @@
-"""The text of a compiled XLA program as instructions: shapes, operands, trip counts of loops, groups of devices.
+"""Reads the text of a compiled XLA program as instructions: shapes, operands, trip counts of loops, device groups.
 
     %dot.3 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 
-Only what counts.py needs is understood. An array whose layout ends in S(n) lies in memory space n: 0, which is not
-written, is HBM, 1 the fast memory on the chip, 5 the host.
+The parser understands as much as counts.py needs. An array whose layout ends in S(n) lies in memory space n: 0, which
+is not written, is HBM, 1 the fast memory on the chip, 5 the host.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ _BYTES = {"pred": 1, "token": 0, "opaque": 0, "s4": 0.5, "u4": 0.5}
 _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_END = re.compile(r"^\}(, [a-z_]+=.*)?$")  # what runs on a SparseCore says so behind its brace
+_END = re.compile(r"^\}(, [a-z_]+=.*)?$")  # a computation on a SparseCore says so behind its brace
 _NAME = re.compile(r"%([\w.\-]+)")
 _COMMENT = re.compile(r"/\*index=\d+\*/")
 
@@ -195,8 +195,7 @@ def trip_count(module: Module, loop: Instruction, within: Computation) -> int:
         return int(known[1])
     unknown = ValueError(f"the length of the loop {loop.name} is not in the compiled program")
     carried = _Carried(module, loop, within)
-    condition = module.called(loop, "condition")
-    found = _comparison(module, condition, carried)
+    found = carried.comparison()
     if found is None:
         raise unknown
     index, direction, bound = found
@@ -226,6 +225,57 @@ class _Linear:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Scope:
+    """A computation that a loop runs. `arguments` are the values of the parameters of a fused or called one; the body
+    and the condition themselves have None, and the loop's state as their only parameter.
+    """
+
+    module: Module
+    computation: Computation
+    arguments: Sequence[_Linear | None] | None = None
+
+    def inside(self, i: Instruction) -> "_Scope":
+        """The scope of the computation that a fusion or call runs."""
+        called = self.module.called(i, "calls", "to_apply")
+        return _Scope(self.module, called, [self.linear(operand) for operand in i.operands])
+
+    def linear(self, name: str) -> _Linear | None:
+        """The integer that an instruction gives, in terms of the loop's state; None for a value of another form."""
+        i = self.computation.instructions[name]
+        if i.opcode == "constant":
+            integer = i.shape[0].dtype in ("s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64") and not i.shape[0].dims
+            return _Linear(int(i.literal)) if integer else None
+        if i.opcode == "parameter":
+            return self.arguments[int(i.literal)] if self.arguments is not None else None
+        if i.opcode in ("copy", "bitcast", "convert"):
+            return self.linear(i.operands[0])
+        if i.opcode == "get-tuple-element":
+            return self._element(self.computation.instructions[i.operands[0]], int(i.attribute("index") or ""))
+        if i.opcode in ("add", "subtract"):
+            left, right = (self.linear(operand) for operand in i.operands)
+            if left is None or right is None:
+                return None
+            if right.index is not None and (i.opcode == "subtract" or left.index is not None):
+                return None
+            sign = -1 if i.opcode == "subtract" else 1
+            return _Linear(left.constant + sign * right.constant, right.index if left.index is None else left.index)
+        if i.opcode in ("fusion", "call"):
+            inner = self.inside(i)
+            return inner.linear(inner.computation.root.name)
+        return None
+
+    def _element(self, i: Instruction, index: int) -> _Linear | None:
+        """One element of the tuple that an instruction gives."""
+        if i.opcode == "parameter" and self.arguments is None:
+            return _Linear(0, index)
+        if i.opcode not in ("fusion", "call"):
+            return None
+        inner = self.inside(i)
+        root = inner.computation.root
+        return inner.linear(root.operands[index]) if root.opcode == "tuple" else None
+
+
+@dataclasses.dataclass(frozen=True)
 class _Carried:
     """The integers that a loop carries from one iteration to the next."""
 
@@ -235,19 +285,17 @@ class _Carried:
 
     def start(self, index: int) -> int | None:
         """The element of the initial state where that is a constant, else None."""
-        initial = self.within.instructions[self.loop.operands[0]]
-        if initial.opcode != "tuple":
-            return None
-        value = _linear(self.module, self.within, initial.operands[index])
+        value = self._linear(self.within, self.within.instructions[self.loop.operands[0]], index)
         return None if value is None or value.index is not None else value.constant
 
     def stride(self, index: int) -> int | None:
         """The constant that the body adds to the element: 0 where the body hands it on unchanged, None if unknown."""
         body = self.module.called(self.loop, "body")
-        if body.root.opcode != "tuple":
-            return None
-        value = _linear(self.module, body, body.root.operands[index])
+        value = self._linear(body, body.root, index)
         return value.constant if value is not None and value.index == index else None
+
+    def _linear(self, computation: Computation, state: Instruction, index: int) -> _Linear | None:
+        return _Scope(self.module, computation).linear(state.operands[index]) if state.opcode == "tuple" else None
 
     def constant(self, value: _Linear | None) -> int | None:
         """The number behind a value that never changes: a constant, or an element that the body only hands on."""
@@ -256,71 +304,25 @@ class _Carried:
         start = self.start(value.index)
         return None if start is None or self.stride(value.index) != 0 else start + value.constant
 
-
-def _comparison(module: Module, condition: Computation, carried: _Carried) -> tuple[int, str, int] | None:
-    """Reads a condition `counter direction bound` as (index of the counter in the loop's state, direction, bound)."""
-    computation, compare, arguments = condition, condition.root, None
-    while compare.opcode in ("fusion", "call", "bitcast", "copy"):
-        if compare.opcode in ("fusion", "call"):
-            arguments = [_linear(module, computation, name, arguments) for name in compare.operands]
-            computation = module.called(compare, "calls", "to_apply")
-            compare = computation.root
-        else:
-            compare = computation.instructions[compare.operands[0]]
-    direction = compare.attribute("direction")
-    if compare.opcode != "compare" or direction not in _MIRRORED:
-        return None
-    left, right = (_linear(module, computation, name, arguments) for name in compare.operands)
-    for counter, other, turned in ((left, right, direction), (right, left, _MIRRORED[direction])):
-        bound = carried.constant(other)
-        if counter is not None and counter.index is not None and bound is not None and carried.stride(counter.index):
-            return counter.index, turned, bound - counter.constant
-    return None
-
-
-def _linear(
-    module: Module, computation: Computation, name: str, arguments: Sequence[_Linear | None] | None = None
-) -> _Linear | None:
-    """The integer that an instruction gives, in terms of the state of the loop whose body or condition it is in.
-
-    arguments: values of the parameters of a fused or called computation; None in the body or condition itself, whose
-    only parameter is the state. A value of any other form gives None.
-    """
-    i = computation.instructions[name]
-    if i.opcode == "constant":
-        integer = i.shape[0].dtype in ("s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64") and not i.shape[0].dims
-        return _Linear(int(i.literal)) if integer else None
-    if i.opcode == "parameter":
-        return arguments[int(i.literal)] if arguments is not None else None
-    if i.opcode in ("copy", "bitcast", "convert"):
-        return _linear(module, computation, i.operands[0], arguments)
-    if i.opcode == "get-tuple-element":
-        index, of = int(i.attribute("index") or ""), computation.instructions[i.operands[0]]
-        if of.opcode == "parameter" and arguments is None:
-            return _Linear(0, index)
-        return _result(module, computation, of, arguments, index)
-    if i.opcode in ("add", "subtract"):
-        left, right = (_linear(module, computation, operand, arguments) for operand in i.operands)
-        if left is None or right is None:
+    def comparison(self) -> tuple[int, str, int] | None:
+        """Reads the condition `counter direction bound` as (counter's index in the loop's state, direction, bound)."""
+        scope = _Scope(self.module, self.module.called(self.loop, "condition"))
+        compare = scope.computation.root
+        while compare.opcode in ("fusion", "call", "bitcast", "copy"):
+            if compare.opcode in ("fusion", "call"):
+                scope = scope.inside(compare)
+                compare = scope.computation.root
+            else:
+                compare = scope.computation.instructions[compare.operands[0]]
+        direction = compare.attribute("direction")
+        if compare.opcode != "compare" or direction not in _MIRRORED:
             return None
-        if right.index is not None and (i.opcode == "subtract" or left.index is not None):
-            return None
-        sign = -1 if i.opcode == "subtract" else 1
-        return _Linear(left.constant + sign * right.constant, right.index if left.index is None else left.index)
-    return _result(module, computation, i, arguments, None)
-
-
-def _result(
-    module: Module, computation: Computation, i: Instruction, arguments: Sequence[_Linear | None] | None, at: int | None
-) -> _Linear | None:
-    """The result of a fusion or call as _linear gives it; `at` chooses one of a tuple."""
-    if i.opcode not in ("fusion", "call"):
+        left, right = (scope.linear(name) for name in compare.operands)
+        for counter, other, turned in ((left, right, direction), (right, left, _MIRRORED[direction])):
+            bound = self.constant(other)
+            if counter is not None and counter.index is not None and bound is not None and self.stride(counter.index):
+                return counter.index, turned, bound - counter.constant
         return None
-    inner = module.called(i, "calls", "to_apply")
-    inside = [_linear(module, computation, operand, arguments) for operand in i.operands]
-    if at is None:
-        return _linear(module, inner, inner.root.name, inside)
-    return _linear(module, inner, inner.root.operands[at], inside) if inner.root.opcode == "tuple" else None
 
 
 def device_groups(instruction: Instruction) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""TPU slices by name, their devices as libtpu describes them on a machine without any, and what Google calls them.
+"""TPU slices by name, their devices as libtpu describes them on a machine without any, and their names at Google.
 
 find_slice("v5p:8x16x16")     # or "v5p-4096", Google's name: the number of TensorCores, of chips for v5e and v6e
 devices(slice)                # devices for make_mesh; needs the extra [tpu]

@@ -45,7 +45,7 @@ def together(place: processes.Place | None) -> Iterator[None]:
       UserError: as processes.start; TELE_JOIN_SECONDS is no time.
     """
     _join(place, _join_seconds())
-    if not processes.several():
+    if not processes.is_distributed():
         yield
         return
     done = threading.Event()

@@ -10,7 +10,7 @@ from tele_jax import processes
 from tele_jax.cli import process_group
 from tele_jax.cli.pages import load_page
 from tele_jax.cli.verb import Outcome, flag
-from tele_jax.model import cpu
+from tele_jax.model import platforms
 from tele_jax.stages import run_config
 
 
@@ -43,10 +43,10 @@ def set_up() -> None:
 
     JAX cannot be asked: it would start its threads, and the allocator has to be told before.
     """
-    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue] - declared while jax starts
+    wanted = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue] - declared while jax starts
     others = processes.on_tpu() or importlib.metadata.entry_points(group="jax_plugins")
-    if platforms == "cpu" or (not platforms and not others):
-        cpu.keep_freed()
+    if wanted == "cpu" or (not wanted and not others):
+        platforms.keep_freed()
 
 
 def run(args: argparse.Namespace) -> Outcome:

@@ -1,4 +1,4 @@
-"""Talking to a fine-tuned model: a conversation and its history, tokens to text as they come, the tokenizer's place."""
+"""Conversations with a fine-tuned model: history, replies as a stream of text, and the tokenizer of a checkpoint."""
 
 import codecs
 import dataclasses
@@ -21,16 +21,15 @@ MAX_NEW_TOKENS = 1024  # not published: ours, an answer of about two pages
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """An answer, and what a caller may want to know of it.
+    """An answer, with the prompt before it and the reason of its end.
 
     Attributes:
       text: the answer.
-      prompt: what it was drawn after, as fitted into the context.
-      tokens: what was drawn, without what ended it.
-      ended: why it ended: "eos" (the model ended it), "length" (it has max_new_tokens), "context" (it has them, and
-        prompt and answer fill the model's context).
-      remembered: whether question and answer are in the history now: an empty answer is not, for no template has a way
-        to write one.
+      prompt: the prompt that the answer continues, as fitted into the context.
+      tokens: the tokens of the answer, without the one that ended it.
+      ended: "eos" (the model ended it), "length" (it has max_new_tokens), "context" (it has them, and prompt and answer
+        fill the model's context).
+      remembered: True where question and answer are in the history now. An empty answer is not: no template writes one.
     """
 
     text: str
@@ -41,22 +40,22 @@ class Reply:
 
 
 class Chat:
-    """A conversation. Each reply is drawn after the whole history, as far as the model's context holds it.
+    """A conversation. Each reply continues the whole history, as far as the model's context holds it.
 
         chat = Chat(cfg, params, vocabulary, system="Answer in one word.")
         chat.reply("What is the capital of France?")     # 'Paris'
         chat.messages[-1]                                # {'role': 'assistant', 'content': 'Paris'}
         chat.last.ended                                  # 'eos'
 
-    What does not fit beside max_new_tokens in cfg.max_seq_len is trimmed: the oldest turns go, then the left end of the
-    question; `last.prompt` says so. `messages` keeps all of it. Answers stand in later prompts by the very ids that
-    were drawn.
+    A prompt that does not fit into cfg.max_seq_len beside max_new_tokens is trimmed: the oldest turns go, then the left
+    end of the question; `last.prompt` says so. `messages` keeps everything. Answers stand in later prompts by the ids
+    that were drawn.
 
     Attributes:
       messages: {"role", "content"} of the system message, if any, and of every exchange.
-      template: how the dialogue is written.
+      template: the form in which the dialogue is written.
       last: the last reply; None before the first.
-      max_new_tokens, max_seq_len: the longest reply, and what prompt and reply may be together.
+      max_new_tokens, max_seq_len: the longest reply, and the longest prompt and reply together, in tokens.
     """
 
     def __init__(
@@ -72,14 +71,14 @@ class Chat:
         stop_ids: Sequence[int] = (),
         **options: Any,
     ):
-        """Prepares the model; with the options as they are the likeliest token is always taken.
+        """Prepares the model; by default the likeliest token is always taken.
 
-        template: that of the vocabulary by default.
-        max_new_tokens: longest reply; by default 1,024, or half of cfg.max_seq_len where that is less.
+        template: default: that of the vocabulary.
+        max_new_tokens: longest reply; default: 1,024, or half of cfg.max_seq_len where that is less.
         seed: the n-th reply is drawn with seed + n.
         stop_ids: more ids that end a reply, beside those of the template.
         options: temperature, top_k, top_p and repetition_penalty as in sampling.sampling; template.sampling and
-          template.greedy have what a family was released with.
+          template.greedy hold the values that a family was released with.
 
         Raises:
           UserError: an option out of its range; a vocabulary without the template's markers, or larger than the
@@ -116,10 +115,9 @@ class Chat:
           UserError: the template has no place for a system message; nothing is forgotten then.
         """
         messages = [{"role": "system", "content": system}] if system else []
-        if messages:  # is there a place for it?
-            dialogue.render_prompt(
-                [*messages, {"role": "user", "content": "?"}], self._vocabulary, template=self.template
-            )
+        if messages:  # raises where the template has no place for it
+            asked = [*messages, {"role": "user", "content": "?"}]
+            dialogue.render_prompt(asked, self._vocabulary, template=self.template)
         self.messages, self._drawn = messages, {}
 
     def reply(self, question: str, on_text: Callable[[str], None] | None = None) -> str:
@@ -139,7 +137,7 @@ class Chat:
         text = TextStream(self._vocabulary)
         parts: list[str] = []
 
-        def hear(part: str) -> None:
+        def take(part: str) -> None:
             parts.append(part)
             if on_text is not None:
                 on_text(part)
@@ -149,11 +147,11 @@ class Chat:
             self._params,
             [prompt.tokens],
             seed=(self._seed + self._replies) % 2**32,
-            on_token=lambda _, token: hear(text.add(token)),
+            on_token=lambda _, token: take(text.add(token)),
             **self._options,
         )
         if rest := text.end():
-            hear(rest)
+            take(rest)
         self._replies += 1
         answer = "".join(parts)
         ended = why_ended(self._cfg, prompt.tokens, tokens, self.max_new_tokens)
@@ -174,14 +172,14 @@ def why_ended(
 
 
 class TextStream:
-    """Tokens to text one by one. A character made of several byte tokens comes out whole, when its last byte is there.
+    """A decoder of tokens to text, one by one. A character of many byte tokens comes out whole, with its last byte.
 
     stream = TextStream(vocabulary)
     [stream.add(token) for token in three_byte_tokens]     # ['', '', '中']
     """
 
     def __init__(self, vocabulary: Vocabulary, *, continues: bool = False):
-        """Begins a text, or with `continues` goes on after one: then a space of the first token is no dummy prefix."""
+        """Begins a text, or continues one: then a space of the first token is no dummy prefix."""
         self._vocabulary, self._at_start = vocabulary, not continues
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -192,7 +190,7 @@ class TextStream:
         return self._decoder.decode(spelled)
 
     def end(self) -> str:
-        """What is left: U+FFFD where the last character was never completed, otherwise nothing."""
+        """Returns the rest of the text: U+FFFD where the last character was never completed, otherwise nothing."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -206,16 +204,16 @@ def check_vocabulary(cfg: ModelConfig, vocabulary: Vocabulary) -> None:
 
 
 def find_tokenizer(ckpt_path: PathLike, explicit: PathLike | None = None) -> str:
-    """Path of the tokenizer of a checkpoint: the one named explicitly, or that in or above its directory.
+    """Path of the tokenizer of a checkpoint: the one named explicitly, or one in or above the checkpoint's directory.
 
-    It is called tokenizer.model (SentencePiece) or tokenizer.json (of the `tokenizers` library). Where both lie, the
-    model is taken, from which the JSON was made.
+    The file is called tokenizer.model (SentencePiece) or tokenizer.json (of the `tokenizers` library). Where both lie,
+    the model is taken, from which the JSON was made.
 
-    ckpt_path: as checkpoint.load takes it. Looked into are the step directory, and those above it up to the work
+    ckpt_path: path as checkpoint.load takes it. The step directory is searched, and those above it up to the work
       directory: W/pretrain/checkpoints/100, W/pretrain/checkpoints, W/pretrain, W.
 
     Raises:
-      UserError: there is no checkpoint, or nowhere a tokenizer.
+      UserError: there is no checkpoint, or no tokenizer in any of these directories.
     """
     if explicit is not None:
         return str(explicit)

@@ -1,8 +1,8 @@
 """Generation with a KV cache: prompts go in chunk by chunk, then one token per row and step on the device.
 
-All rows fill the slots of the cache in step. Prompts start in slot 0 and are padded on the right; the tokens drawn
-follow from the slot after the longest prompt on. Padding has no position, so no query sees it: shapes are rounded up
-(few compilations), results change by rounding at most. On a mesh, rows lie along data and fsdp, keys and values along
+All rows fill the slots of the cache in step. Prompts start in slot 0 and are padded on the right; drawn tokens follow
+in the slots after the longest prompt. Padding has no position, so no query sees it: shapes are rounded up for few
+compilations, which changes results by rounding at most. On a mesh, rows lie along data and fsdp, keys and values along
 tensor.
 """
 
@@ -34,17 +34,17 @@ CHUNK = 256  # tokens of a prompt that go through the model at once
 
 
 class State(struct.PyTreeNode):
-    """Rows in the making. Of tokens[b], the first lengths[b] are prompt and continuation."""
+    """The state of rows in the making. The first lengths[b] of tokens[b] are prompt and continuation."""
 
     tokens: jax.Array  # int32[B, T]
     lengths: jax.Array  # int32[B]
-    token: jax.Array  # int32[B], drawn last; of a row that is done, without meaning
+    token: jax.Array  # int32[B], drawn last; without meaning in a row that is done
     done: jax.Array  # bool[B], a stop id was drawn, or nothing could be
     broken: jax.Array  # bool[B], the logits were not finite
     step: jax.Array  # int32[], tokens drawn so far
-    slot: jax.Array  # int32[], where in the cache the token drawn last goes
+    slot: jax.Array  # int32[], slot of the cache for the token drawn last
     keys: jax.Array  # random keys [B], one per row
-    seen: jax.Array | None  # bool[B, V]: occurs in prompt or continuation; None without repetition penalty
+    seen: jax.Array | None  # bool[B, V], tokens in prompt or continuation; None without repetition penalty
 
 
 def generate(
@@ -66,17 +66,17 @@ def generate(
         generate(cfg, params, [[5, 6, 7], [8]], max_new_tokens=3)     # [[17, 4, 17], [9, 9, 2]], say
 
     Args:
-      params: nested dict of arrays, or what `prepare` made of it. Where they are sharded over a mesh of ours
-        (checkpoint.load(path, mesh), sharding.param_shardings), the cache is sharded over it too: rows over data and
-        fsdp, padded with rows that nobody asked for where they do not divide, and kv_heads over tensor.
+      params: nested dict of arrays, or the result of `prepare`. Where they are sharded over a mesh of data, fsdp and
+        tensor (checkpoint.load(path, mesh), sharding.param_shardings), the cache is sharded over it too: rows over data
+        and fsdp, padded with empty rows where they do not divide, and kv_heads over tensor.
       prompts: token ids, one list per row, of any lengths above 0. A model that was trained here on documents has seen
-        a separator before each: data.templates.document_start says what a text begins with.
-      max_new_tokens: for every row. Prompt and new tokens together are the total length that NTK scaling goes by, and
-        must not exceed cfg.max_seq_len where the model has no NTK scaling.
+        a separator before each: data.templates.document_start gives it.
+      max_new_tokens: limit for every row. Prompt and new tokens together are the total length that NTK scaling goes by,
+        and must not exceed cfg.max_seq_len where the model has no NTK scaling.
       temperature, top_k, top_p, repetition_penalty: see `sampling`; by default the likeliest token is taken.
-      stop_ids: end a row; they are not part of its output.
-      seed: a row's random keys depend on (seed, its index in prompts) alone; of other rows its logits depend by the
-        rounding of products of another shape, and no more.
+      stop_ids: ids that end a row; they are not part of its output.
+      seed: a row's random keys depend on (seed, its index in prompts) alone. Other rows change its logits by the
+        rounding of products of another shape at most.
       on_token: called as on_token(row, token) for every token as soon as it is there.
 
     Returns:
@@ -102,7 +102,7 @@ def generate(
     for rope_length, rows in groups.items():
         emit = None if on_token is None else lambda i, token, rows=rows: on_token(rows[i], token)
         batch = [prompts[row] for row in rows]
-        keys = _row_keys(seed, np.array(rows))
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), np.array(rows))
         outputs = _generate_batch(cfg, params, batch, keys, how, stop_ids, max_new_tokens, rope_length, emit)
         for row, output in zip(rows, outputs, strict=True):
             results[row] = output
@@ -110,13 +110,13 @@ def generate(
 
 
 def prepare(cfg: ModelConfig, params: Params) -> Mapping[str, Any]:
-    """params as decoding wants them: every leaf in the dtype it is used in, and on CPUs the layers one by one.
+    """Parameters in the form for decoding: every leaf in the dtype of its use, and on CPUs the layers one by one.
 
-    Norm scales are used in float32 and stay; the rest goes to cfg.dtype, so that a step does not cast all of it again.
-    XLA's CPU compiler copies the slice of every stacked weight that a scan over layers hands to a matrix product, which
+    Norm scales are used in float32 and stay; the rest goes to cfg.dtype, so that a step does not cast it again. XLA's
+    CPU compiler copies the slice of every stacked weight that a scan over layers hands to a matrix product, which
     doubles the time of a step (docs/decode.md); its TPU compiler reads slices in place, and there layers stay stacked.
-    Changes results by rounding at most. `generate` does this: call it only to do it once for many calls. What it makes
-    takes memory of its own; if nothing else holds params, each leaf goes as soon as it is replaced.
+    Results change by rounding at most. `generate` calls this itself: a call before saves the work in many generations.
+    The result takes its own memory; if nothing else holds params, each leaf goes as soon as it is replaced.
     """
     if not isinstance(params["layers"], Mapping):
         return params  # prepared before
@@ -152,7 +152,7 @@ def _platform(leaf: Any) -> str:
 
 
 def _mesh_of(params: Params) -> Mesh | None:
-    """The mesh with our axes that the parameters are sharded over, if they are."""
+    """The mesh that the parameters are sharded over; None where there is none, or its axes are not MESH_AXES."""
     for leaf in jax.tree.leaves(params):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1:
@@ -190,7 +190,7 @@ def _generate_batch(cfg, params, prompts, keys, how, stop_ids, max_new_tokens, r
 
 
 def _fail(cfg: ModelConfig, params: Params, position: int) -> None:
-    """Raises FailedError for logits that are not finite, and looks for the reason."""
+    """Raises FailedError for logits that are not finite; names a parameter that is not finite, if there is one."""
     what = f"the logits at position {position} are not finite numbers"
     for name, leaf in flatten({key: value for key, value in params.items() if key != "layers"}).items():
         _require_finite(what, name, leaf)
@@ -209,7 +209,7 @@ def _require_finite(what: str, name: str, leaf: Any) -> None:
 
 
 def _draw_all(cfg, rope_length, params, cache, state, how, stop_ids, max_new_tokens, emit) -> State:
-    """Decodes to the end; with emit(row, token), step by step."""
+    """Decodes to the end in one program, or step by step where emit(row, token) is to be called."""
     if emit is None:
         return _decode(cfg, rope_length, params, cache, state, how, stop_ids, np.int32(max_new_tokens))[0]
     # The next step is under way while the host reads this one; after the end a step does nothing.
@@ -227,10 +227,10 @@ def _draw_all(cfg, rope_length, params, cache, state, how, stop_ids, max_new_tok
 
 
 def cache_shardings(cfg: ModelConfig, mesh: Mesh) -> decoder.Cache:
-    """Rows over data and fsdp, kv_heads over tensor."""
+    """Shardings of a cache: rows over data and fsdp, kv_heads over tensor."""
     heads = RULES["kv_heads"]
     if cfg.num_kv_heads % mesh.shape[heads]:
-        heads = None  # parameters that the caller placed by other rules than ours
+        heads = None  # the caller has placed the parameters by other rules than RULES
     keys = NamedSharding(mesh, P(None, BATCH, heads))
     rows = NamedSharding(mesh, P(BATCH))
     return decoder.Cache(keys, keys, rows)  # pyright: ignore[reportArgumentType] - a tree of shardings
@@ -249,7 +249,7 @@ def _empty(cfg: ModelConfig, mesh: Mesh | None, batch: int, slots: int) -> tuple
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _prefill(cfg, rope_length, params, cache, last, piece, start, lengths):
-    """Takes tokens [B, C] of positions start, start + 1, ... into the cache; keeps what stands at lengths - 1."""
+    """Takes tokens [B, C] of positions start, start + 1, ... into the cache; keeps the states at lengths - 1."""
     positions = jnp.broadcast_to(start + jnp.arange(piece.shape[1], dtype=jnp.int32), piece.shape)
     is_last = positions == lengths[:, None] - 1
     positions = jnp.where(positions < lengths[:, None], positions, decoder.NOWHERE)
@@ -283,7 +283,7 @@ def _begin(cfg, params, last, tokens, lengths, done, keys, how, stop_ids):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _decode(cfg, rope_length, params, cache, state, how, stop_ids, until):
-    """Runs the model on the last tokens and draws the next, until so many are drawn or every row is done."""
+    """Runs the model on the last tokens and draws the next, until `until` are drawn or every row is done."""
 
     def going(carry):
         state, _ = carry
@@ -294,7 +294,7 @@ def _decode(cfg, rope_length, params, cache, state, how, stop_ids, until):
 
 
 def decode_step(cfg, rope_length, params, state: State, cache: decoder.Cache, how: Sampling, stop_ids):
-    """The model on the last tokens, and the next ones drawn: (state, cache)."""
+    """Runs the model on the last tokens and draws the next ones: (state, cache)."""
     positions = state.lengths[:, None] - 1
     x, cache = decoder.hidden_cached(cfg, params, state.token[:, None], positions, cache, state.slot, rope_length)
     return _append(cfg, params, x[:, 0], state, how, stop_ids), cache
@@ -322,23 +322,19 @@ def _append(cfg, params, x, state: State, how: Sampling, stop_ids) -> State:
     )
 
 
-def _row_keys(seed: int, rows: np.ndarray) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), rows)
-
-
 def _bucket(length: int, limit: int = 2**31) -> int:
-    """The next power of two, 16 at least; but not above limit unless length is."""
+    """Rounds up to a power of two, at least 16, but not beyond limit unless length is."""
     return max(length, min(max(16, 1 << (length - 1).bit_length()), limit))
 
 
 def cache_slots(length: int, limit: int) -> int:
-    """Slots of a cache for so many tokens: a bucket that the cached attention can cut into blocks."""
+    """Number of slots of a cache for `length` tokens: rounded up, in whole blocks of the cached attention."""
     slots = _bucket(length, limit)
     return slots if slots <= SLOT_BLOCK else -(-slots // SLOT_BLOCK) * SLOT_BLOCK
 
 
 def rope_length_of(cfg: ModelConfig, total: int) -> int:
-    """A length with the same rotary factors as total, the same for as many totals as possible: fewer compilations."""
+    """A length with the rotary factors of `total`, equal for as many totals as possible: fewer compilations."""
     ntk = cfg.rope.ntk
     if ntk is None:
         return 1

@@ -1,4 +1,4 @@
-"""Sampling: how the next token is drawn from logits, by temperature, top-k, top-p and a repetition penalty."""
+"""Sampling of the next token from logits, by temperature, top-k, top-p and a repetition penalty."""
 
 import math
 
@@ -13,7 +13,7 @@ _MAX_TEMPERATURE = 1e30  # all tokens are equally likely long before
 
 
 class Sampling(struct.PyTreeNode):
-    """How the next token is drawn; a field that is None is not applied. Made by `sampling`."""
+    """Settings by which the next token is drawn, made by `sampling`; a field that is None is not applied."""
 
     temperature: jax.Array | np.float32 | None = None  # None: greedy
     top_p: jax.Array | np.float32 | None = None
@@ -28,13 +28,13 @@ def sampling(
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
 ) -> Sampling:
-    """How to draw, checked. Applied in this order to the logits of a row:
+    """Checks settings, which `draw` applies to the logits of a row in this order:
 
     repetition_penalty: in [1e-6, 1e6]; the logits of tokens that occurred (prompt included) are divided by it where
       positive and multiplied where negative (CTRL, arXiv 1909.05858); 1 does nothing.
     temperature: at least 0; divides the logits; 0, or what float32 flushes to it, takes the largest.
     top_k: at least 1; only the k largest stay.
-    top_p: in (0, 1]; of those, only the largest stay, up to and with the one that brings their probability to p.
+    top_p: in (0, 1]; only the largest of those stay, up to and with the one that brings their probability to p.
     """
     for name, value in (("temperature", temperature), ("top_p", top_p), ("repetition_penalty", repetition_penalty)):
         is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)

@@ -1,6 +1,5 @@
-"""Causal attention in five forms that agree: `reference`, the formula; `xla`, which skips the masked half; `blocks`,
-which does so in its gradient as well and keeps no weights for it; `splash`; and `cached`, which reads of a cache only
-the slots in use.
+"""Causal attention in five forms that agree. `reference` is the formula; `xla` skips the masked half; `blocks` skips
+it in its gradient as well and keeps no weights for that; `cached` reads only the slots of a cache that are in use.
 
 `splash` is JAX's own Pallas kernel for TPUs (jax.experimental.pallas.ops.tpu.splash_attention): scores never reach HBM,
 forward or backward. Off TPUs it runs interpreted, which is for tests.
@@ -21,22 +20,22 @@ from jax.sharding import PartitionSpec as P
 from tele_jax.sharding import BATCH, mesh_of_step, platform
 
 BLOCK = 128  # queries per block of the xla form; smaller skips more of the masked half, larger feeds the matrix unit
-# Slots of a cache per block of the cached form. On two CPU cores, 12 layers of 12 heads of 64, 8 rows, 1,900 slots in
-# use: 79 ms a step with 256, 160 with 512 (a block no longer stays in the L2 cache), 126 with all slots at once
+# Slots of a cache in a block of the cached form. On two CPU cores, 12 layers of 12 heads of 64, 8 rows, 1,900 slots in
+# use, a step takes 79 ms with 256, 160 with 512 (a block no longer stays in the L2 cache), 126 with all slots at once
 # (2026-11-25, the processor not recorded).
 SLOT_BLOCK = 256
-# Of the splash kernels, largest first. The backward kernel writes one partial gradient of q per block of keys: with
-# blocks twice as long they are half as many, at little more of the masked half.
+# Blocks of the splash kernels, largest first. The backward kernel writes one partial gradient of q per block of keys:
+# blocks twice as long give half as many, at little more of the masked half.
 SPLASH_BLOCKS = (512, 256, 128)
 SPLASH_KV_BLOCKS = (1024, 512, 256, 128)
-SAVED = "attention"  # name of what the remat policy "attention" keeps: outputs, and what their gradients need of them
+SAVED = "attention"  # name of the arrays that the remat policy "attention" keeps: outputs, and normalizers of blocks
 
 
 def attend(implementation: str, q, k, v, q_index, kv_index, segment_ids=None) -> jax.Array:
     """Attention [B, S, N, H] by "reference", "xla", "blocks", "splash", or "auto".
 
-    "auto" takes splash on TPUs, where its blocks divide the rows, and blocks on CPUs, else xla; all but splash as soon
-    as there is a block to skip.
+    "auto" takes splash on TPUs where its blocks divide the rows, blocks on CPUs, else xla; rows of one block take the
+    reference.
     """
     # All but the reference rely on row order being causal order, which holds in training but not against a cache.
     in_row_order = q.shape[1] == k.shape[1] and kv_index is q_index
@@ -55,7 +54,7 @@ def attend(implementation: str, q, k, v, q_index, kv_index, segment_ids=None) ->
 
 
 def reference(q, k, v, q_index, kv_index, q_segments=None, kv_segments=None) -> jax.Array:
-    """softmax(q k^T / sqrt(H) + mask) v, the softmax in float32 or better."""
+    """Attention by its formula, softmax(q k^T / sqrt(H) + mask) v, with the softmax in float32 or better."""
     batch, length, heads, head_dim = q.shape
     grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], head_dim)
     accumulate = jnp.promote_types(q.dtype, jnp.float32)
@@ -69,7 +68,7 @@ def reference(q, k, v, q_index, kv_index, q_segments=None, kv_segments=None) -> 
 
 
 def xla(q, k, v, index, segment_ids=None) -> jax.Array:
-    """The same for rows in causal order: each block of queries meets only the keys up to its own end."""
+    """Attention of rows in causal order: each block of queries meets only the keys up to the block's end."""
     blocks = []
     for start in range(0, q.shape[1], BLOCK):
         end = min(start + BLOCK, q.shape[1])
@@ -81,9 +80,9 @@ def xla(q, k, v, index, segment_ids=None) -> jax.Array:
 
 
 def blocks(q, k, v, segment_ids=None) -> jax.Array:
-    """The same for rows in causal order, gradient and all block by block (as arXiv 2205.14135, without its inner loop).
+    """Attention of rows in causal order, block by block, as is its gradient (arXiv 2205.14135 without its inner loop).
 
-    What the gradient needs is q, k, v, the result and the logarithm of every softmax's denominator; weights are made
+    The gradient needs q, k, v, the result and the logarithm of every softmax's denominator, and computes the weights
     again. On one CPU core (2026-11-25, the processor not recorded), 8 rows of 512 tokens, 4 heads of 64: 25 ms forward
     and 86 with the gradient, against 60 and 153 of the xla form.
     """
@@ -100,12 +99,12 @@ def _spans(length: int) -> list[tuple[int, int]]:
 
 
 def _rows(x: jax.Array, start: int, end: int) -> jax.Array:
-    """Block of queries [B, K, S, G, H] as rows of a matrix: [B, K, s * G, H]."""
+    """Gives one block of queries [B, K, S, G, H] as rows of a matrix: [B, K, s * G, H]."""
     return x[:, :, start:end].reshape(*x.shape[:2], (end - start) * x.shape[3], *x.shape[4:])
 
 
 def _scores(q, k, segment_ids, start: int, end: int) -> jax.Array:
-    """Of one block of queries [B, K, S, G, H], against the keys [B, K, T, H] up to its end: [B, K, s * G, end]."""
+    """Scores of one block of queries [B, K, S, G, H] with the keys [B, K, T, H] up to its end: [B, K, s * G, end]."""
     accumulate = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("BKRH,BKTH->BKRT", _rows(q, start, end), k[:, :, :end], preferred_element_type=accumulate)
     visible = (jnp.arange(start, end)[:, None] >= jnp.arange(end))[None]
@@ -117,7 +116,7 @@ def _scores(q, k, segment_ids, start: int, end: int) -> jax.Array:
 
 @jax.custom_vjp
 def _blocks(q, k, v, segment_ids) -> jax.Array:
-    """[B, K, S, G, H] of scaled queries of that shape and of keys and values [B, K, S, H]."""
+    """Attention [B, K, S, G, H] of scaled queries of that shape and of keys and values [B, K, S, H]."""
     return _blocks_forward(q, k, v, segment_ids)[0]
 
 
@@ -144,7 +143,7 @@ def _blocks_backward(residuals, gradient):
     q, k, v, segment_ids, result, normalizer = residuals
     accumulate = normalizer.dtype
     product = functools.partial(jnp.einsum, preferred_element_type=accumulate)
-    # What every score's gradient is lowered by: the mean of its row's, under the weights.
+    # The gradient of every score is lowered by the mean of its row's gradients, under the weights.
     mean = jnp.sum(gradient.astype(accumulate) * result.astype(accumulate), axis=-1)
     # Transposed, [B, K, H, T]: XLA transposes the first factor of such a product; of these the rows are the narrow one.
     of_q, of_k, of_v = [], *(jnp.zeros(x.swapaxes(2, 3).shape, accumulate) for x in (k, v))
@@ -165,7 +164,7 @@ _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 def indices(*values) -> tuple[jax.Array, ...]:
-    """Start indices for a dynamic slice, which all have to be of one type; with 64 bits enabled they would not be."""
+    """Start indices for a dynamic slice, all int32: they must be of one type, also with 64 bits enabled."""
     return tuple(jnp.asarray(value, jnp.int32) for value in values)
 
 
@@ -174,11 +173,11 @@ def cached(q, k, v, layer, q_index, kv_index, used) -> jax.Array:
 
     Args:
       q: [B, S, N, H].
-      k, v: of all layers and slots, [L, B, K, T, H]; T at most SLOT_BLOCK, or a multiple of it.
-      layer: which layer, int or int32[].
+      k, v: keys and values of all layers and slots, [L, B, K, T, H]; T at most SLOT_BLOCK, or a multiple of it.
+      layer: number of the layer, int or int32[].
       q_index: int32[B, S], positions of the queries.
-      kv_index: int32[B, T], positions of what is in the slots. A query sees those at or before its own, at least one.
-      used: int32[], how many slots to look at; blocks beyond them are not even read.
+      kv_index: int32[B, T], positions of the tokens in the slots. A query sees those up to its own, at least one.
+      used: int32[], number of slots in use; blocks beyond them are not read.
     """
     batch, length, heads, head_dim = q.shape
     kv_heads, slots = k.shape[2:4]
@@ -190,7 +189,7 @@ def cached(q, k, v, layer, q_index, kv_index, used) -> jax.Array:
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
 
     def partial(start):
-        """(unnormalized result, largest score, sum of weights) over the slots from start on."""
+        """Returns (unnormalized result, largest score, sum of weights) over the slots from start on."""
         shape = (1, batch, kv_heads, block, head_dim)
         piece = lambda x: jax.lax.dynamic_slice(x, indices(layer, 0, 0, start, 0), shape)[0]  # noqa: E731
         index = jax.lax.dynamic_slice_in_dim(kv_index, start, block, axis=1)
@@ -216,7 +215,7 @@ def cached(q, k, v, layer, q_index, kv_index, used) -> jax.Array:
 
 
 def unsuited(q, k) -> str | None:
-    """What of these shapes and dtypes splash cannot do, or None."""
+    """The reason why splash cannot do these shapes or dtypes, or None."""
     mesh = mesh_of_step()
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"{q.dtype.name}"
@@ -233,13 +232,13 @@ def unsuited(q, k) -> str | None:
 
 
 def splash(q, k, v, segment_ids=None, *, interpret: bool = False) -> jax.Array:
-    """The same by the Pallas kernels, each device on its own rows and heads; S must be a multiple of 128."""
+    """Attention by the Pallas kernels, each device on its own rows and heads; S must be a multiple of 128."""
     local = functools.partial(_splash_local, interpret=interpret)
     mesh = mesh_of_step()
     if mesh is None:
         return local(q, k, v, segment_ids)
     heads, rows = P(BATCH, None, "tensor", None), P(BATCH, None)
-    # The kernels say nothing of which axes their results vary over, so the check is off.
+    # The kernels do not declare the axes over which their results vary, so the check is off.
     mapped = jax.shard_map(
         local, in_specs=(heads, heads, heads, None if segment_ids is None else rows), out_specs=heads, check_vma=False
     )

@@ -22,14 +22,14 @@ from tele_jax.model.attention import SAVED, attend, cached, indices
 from tele_jax.model.inputs import MASKED_AXES as MASKED_AXES
 from tele_jax.model.inputs import Mask
 from tele_jax.model.inputs import Masks as Masks
-from tele_jax.model.products import gated, project
+from tele_jax.model.platforms import gated, project
 from tele_jax.sharding import constrain, lookup, mesh_of_step, platform, whole_rows
 
 UNROLLED_LAYERS = 16  # on CPUs; the program, and the time to compile it, grow with them
 
 
 class Context(struct.PyTreeNode):
-    """What every layer sees alike."""
+    """Inputs that are equal in all layers."""
 
     positions: jax.Array  # int32[B, S]
     cos: jax.Array
@@ -41,21 +41,19 @@ class Context(struct.PyTreeNode):
     slot: jax.Array | None = None  # int32[], where in the cache the first of these tokens goes
 
 
-# The position of padding, later than that of every token: no query sees it. A token at it sees everything, and what
-# it makes of that is nobody's concern.
+# Position of padding, later than every token's: no query sees padding. The outputs of padding itself have no meaning.
 NOWHERE = 2**31 - 1
 
 
 class Cache(struct.PyTreeNode):
-    """Keys and values of the tokens seen so far, all rows in the same slots, whatever their positions.
+    """Keys and values of the tokens so far, all rows in the same slots, whatever their positions.
 
-    Carried through the layers and updated in place. Slots are the last axis but one, so that those of one head are
-    read in one go.
+    The layers hand the cache on and update it in place. Slots are the last axis but one: a head's are read in one go.
     """
 
     k: jax.Array  # [L, B, K, T, H]
     v: jax.Array  # [L, B, K, T, H]
-    positions: jax.Array  # int32[B, T], of the tokens in the slots; NOWHERE where there is none
+    positions: jax.Array  # int32[B, T], positions of the tokens in the slots; NOWHERE in empty slots
 
 
 def empty_cache(cfg: ModelConfig, batch: int, slots: int) -> Cache:
@@ -66,7 +64,7 @@ def empty_cache(cfg: ModelConfig, batch: int, slots: int) -> Cache:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, mask: Mask | None) -> jax.Array:
-    """c*g*x / sqrt(sum(c x^2)/sum(c) + eps), in float32 or better; c = 1 where there is no mask."""
+    """RMS norm with a mask c (or 1): c*g*x / sqrt(sum(c x^2)/sum(c) + eps), in float32 or better."""
     precise = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     scale = scale.astype(precise.dtype)
     if mask is None:
@@ -79,7 +77,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float, mask: Mask | None) -> j
 
 
 class Norm(nn.Module):
-    """RMSNorm over embed. `writes` names the axes it writes to, for a norm that sits in the residual stream itself."""
+    """RMSNorm over embed. `writes` names the output axes of a norm that stands in the residual stream itself."""
 
     cfg: ModelConfig
     writes: tuple[str, ...] = ()
@@ -140,7 +138,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. `own` is what differs from layer to layer: its mask, and with a cache its number."""
+    """One layer. `own` holds the inputs that differ from layer to layer: the mask, and with a cache the number."""
 
     cfg: ModelConfig
 
@@ -158,11 +156,11 @@ class Block(nn.Module):
         return (constrain(x), cache), None
 
 
-# What a layer keeps of its forward pass for the backward pass; the rest is computed again there.
-#   full       its input
-#   attention  also what attention gave, so that its kernel need not run again
-#   products   also the results of all matrix products: only elementwise parts are computed again
-#   offload    as attention, all of it in the host's memory
+# Values of the forward pass that a layer keeps for the backward pass; the rest is computed again there.
+#   full       the layer's input
+#   attention  the input and the results of attention, so that its kernel need not run again
+#   products   these and the results of all matrix products: only elementwise parts are computed again
+#   offload    the values of `attention`, in the host's memory
 REMAT = {
     "full": None,
     "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
@@ -185,10 +183,10 @@ def rematerialised(cfg: ModelConfig) -> type[Block]:
 
 
 def unrolled(cfg: ModelConfig) -> bool:
-    """Whether the layers are written out one after another instead of as a loop: on one CPU, up to UNROLLED_LAYERS.
+    """True where the layers are written out one after another and not as a loop: on one CPU, up to UNROLLED_LAYERS.
 
-    A loop copies what a layer keeps for the backward pass into arrays over all layers, and back. On a mesh of several
-    CPU devices, which is there to be compiled and compared and not for speed, it costs less than compiling each layer.
+    A loop copies the values kept for the backward pass into arrays over all layers, and back. On a mesh of CPU devices,
+    whose programs are compiled and compared and need not be fast, that costs less than compiling each layer.
     """
     return platform() == "cpu" and mesh_of_step() is None and cfg.num_layers <= UNROLLED_LAYERS
 
@@ -211,7 +209,7 @@ class Head(nn.Module):
 
 
 class Decoder(nn.Module):
-    """tokens -> (final hidden state [B, S, D], cache)."""
+    """The model up to the head: tokens -> (final hidden state [B, S, D], cache)."""
 
     cfg: ModelConfig
 
@@ -235,7 +233,7 @@ class Decoder(nn.Module):
         (x, cache), _ = layers((constrain(x), cache), (layers_mask, numbers), ctx)
         x = Norm(cfg, name="final_norm")(x, ctx.embed_mask)
         if not cfg.tie_embeddings and self.is_initializing():
-            Head(cfg, name="lm_head")()  # declared here; read from the tree by head_kernel
+            Head(cfg, name="lm_head")()  # declared here; head_kernel reads it from the tree
         return x, cache
 
 
@@ -259,7 +257,7 @@ def init(cfg: ModelConfig, key: jax.Array) -> Params:
     (2, 16, 2, 8)
 
     Raises:
-      UserError: what is no ModelConfig, or no random key; float64 parameters without jax_enable_x64.
+      UserError: cfg is no ModelConfig, or key no random key; float64 parameters without jax_enable_x64.
     """
     require_config(cfg, "init: cfg")
     inputs.require_key(key, "init: key")
@@ -287,7 +285,7 @@ def hidden(
 ) -> jax.Array:
     """Final hidden state [B, S, D] in cfg.dtype after the last norm.
 
-    positions, int32[B, S], default to the row index; rope_length, the length that NTK scaling goes by, to S.
+    positions, int32[B, S], default to the index in the row; rope_length, which NTK scaling goes by, to S.
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
@@ -307,15 +305,16 @@ def hidden_cached(
     slot: jax.Array,
     rope_length: int,
 ) -> tuple[jax.Array, Cache]:
-    """`hidden` of tokens that come after those in the cache, and the cache with these in it.
+    """Returns (`hidden` of tokens that come after those in the cache, the cache with these tokens in it).
 
     Args:
-      params: as everywhere, or with params["layers"] a sequence of trees, one per layer (generate.prepare).
+      params: the parameter tree, or one in which params["layers"] is a sequence of trees, one per layer
+        (generate.prepare).
       tokens: int32[B, S].
       positions: int32[B, S]; NOWHERE for padding.
-      cache: holds the tokens before; its buffers are reused where the caller donates them.
+      cache: keys and values of the tokens before; its buffers are reused where the caller donates them.
       slot: int32[], the slot of the first of the S tokens. The last must not go beyond the cache.
-      rope_length: the length of the whole sequence that NTK scaling goes by, the same for every part of it.
+      rope_length: the length of the whole sequence, which NTK scaling goes by in every part of it.
     """
     inputs.require_x64(cfg)
     inputs.check_shapes(cfg, tokens, positions, None, {})
@@ -331,7 +330,7 @@ def hidden_cached(
 
 
 def _embedded(cfg: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
-    """What the first layer is given."""
+    """The input of the first layer."""
     x = _apply(Embed(cfg), params["embed"], tokens)
     return rms_norm(x, params["embed_norm"]["scale"], cfg.rms_eps, None) if cfg.embed_norm else x
 
@@ -351,7 +350,7 @@ def layer_states(cfg: ModelConfig, params: Params, tokens: jax.Array) -> jax.Arr
 
 
 def head_kernel(cfg: ModelConfig, params: Params) -> jax.Array:
-    """[D, V] with V = padded_vocab_size: the head's kernel, or the transposed table where the two are tied."""
+    """The head's kernel [D, V], V = padded_vocab_size; the transposed table where the two are tied."""
     return params["embed"]["table"].T if cfg.tie_embeddings else params["lm_head"]["kernel"]
 
 
@@ -375,7 +374,7 @@ def forward(
 
     Args:
       positions: int32[B, S] for the rotary embedding; the row index by default.
-      segment_ids: int32[B, S]; attention stays within equal ids and always looks back along the row.
+      segment_ids: int32[B, S]; attention stays within equal ids and goes back along the row only.
       masks: growth masks by axis name, see growth/masks.py; None for a plain model.
 
     Raises:
@@ -391,5 +390,5 @@ def forward(
     try:
         return logits_of(cfg, params, hidden(cfg, params, tokens, positions, segment_ids, masks))
     except (flax.errors.ScopeParamShapeError, flax.errors.ScopeParamNotFoundError) as error:
-        what = str(error).split(" (https://flax")[0]
-        raise UserError(f"forward: params are not those of cfg: {what}") from None
+        reason = str(error).split(" (https://flax")[0]
+        raise UserError(f"forward: params are not those of cfg: {reason}") from None

@@ -1,4 +1,4 @@
-"""Checks of what users hand to the model: tokens, keys, positions, segments and masks."""
+"""Checks of the arguments that users give to the model: tokens, keys, positions, segments and masks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ MASKED_AXES = ("embed", "mlp", "heads", "layers")  # kv_heads need none: the hea
 
 
 def require_key(key: Any, where: str) -> None:
-    """Raises UserError, naming the argument, for what is not a random key."""
+    """Raises UserError, naming the argument, unless key is a random key."""
     is_key = isinstance(key, jax.Array) and (key.dtype == jnp.uint32 or jnp.issubdtype(key.dtype, jax.dtypes.prng_key))
     require(is_key, f"{where}: expected jax.random.key(seed), got {type(key).__name__}")
 
@@ -38,7 +38,7 @@ def require_x64(cfg: ModelConfig) -> None:
 
 
 def check_shapes(cfg: ModelConfig, tokens, positions, segment_ids, masks: Masks) -> None:
-    """Shapes, at trace time: what JAX would broadcast silently is refused."""
+    """Raises UserError, at trace time, for shapes that JAX would broadcast silently."""
     for name, array in (("positions", positions), ("segment_ids", segment_ids)):
         fits = array is None or array.shape == tokens.shape
         require(fits, f"{name}: shape {getattr(array, 'shape', None)}, but tokens have {tokens.shape}")
@@ -49,7 +49,7 @@ def check_shapes(cfg: ModelConfig, tokens, positions, segment_ids, masks: Masks)
 
 
 def checked_tokens(cfg: ModelConfig, tokens: Any) -> jax.Array:
-    """Tokens as an array [B, S]; UserError where they are none."""
+    """The tokens as an array int32[B, S]. Raises UserError for anything else, and for ids beyond the vocabulary."""
     if not isinstance(tokens, jax.Array):
         try:
             tokens = np.asarray(tokens)

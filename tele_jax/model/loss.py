@@ -1,4 +1,4 @@
-"""Next-token cross entropy that holds the logits of one chunk of tokens at a time: as many as CHUNK_BYTES has room for.
+"""Next-token cross entropy with the logits of one chunk of tokens, of at most CHUNK_BYTES, in memory at a time.
 
 In training the gradients are made in the same pass, while the logits of a chunk are there: three products with the
 head's kernel and not four. On a mesh each device works on its own rows and its own part of the vocabulary.
@@ -17,15 +17,15 @@ from tele_jax.config import ModelConfig
 from tele_jax.model import decoder
 from tele_jax.sharding import BATCH, mesh_of_step, platform, whole_rows
 
-# Logits of one device at a time: so many bytes, or those of so many tokens; fewer would not feed a matrix unit.
+# The largest chunk of logits on one device: in bytes, but always so many tokens; fewer would not feed a matrix unit.
 CHUNK_BYTES, CHUNK_TOKENS = 2**28, 1024
-CPU_CHUNK_BYTES, CPU_CHUNK_TOKENS = 2**24, 128  # on CPUs: what stays in the cache
+CPU_CHUNK_BYTES, CPU_CHUNK_TOKENS = 2**24, 128  # smaller on CPUs, so that a chunk stays in the processor's cache
 
 
 def next_token_loss(
     cfg: ModelConfig, params: Params, batch: Mapping[str, jax.Array], masks: decoder.Masks | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """(sum of weighted losses in nats, sum of weights), scalars in float32 or better.
+    """Returns (sum of weighted losses in nats, sum of weights), scalars in float32 or better.
 
     batch: `tokens`, `targets` int32[B, S], `loss_weights` float32[B, S], and optionally `segment_ids`, `positions`.
     """
@@ -38,7 +38,7 @@ def next_token_loss(
 def token_losses(
     cfg: ModelConfig, params: Params, batch: Mapping[str, jax.Array], masks: decoder.Masks | None = None
 ) -> jax.Array:
-    """Cross entropy in nats of every target, [B, S]."""
+    """The cross entropy of every target in nats, [B, S]."""
     x, kernel = _head(cfg, params, batch, masks)
     return cross_entropy(x, kernel, batch["targets"], cfg.logit_mult, cfg.vocab_size)
 
@@ -49,10 +49,10 @@ def _head(cfg: ModelConfig, params: Params, batch: Mapping[str, jax.Array], mask
 
 
 def cross_entropy(x: jax.Array, kernel: jax.Array, targets: jax.Array, mult: float, vocab_size: int) -> jax.Array:
-    """-log softmax(mult * x @ kernel)[targets] over the first vocab_size columns: [B, S].
+    """Cross entropy -log softmax(mult * x @ kernel)[targets] over the first vocab_size columns: [B, S].
 
-    x [B, S, D], kernel [D, V] of any dtype, targets int32[B, S]. The product is one of x's dtype, the rest in float32
-    or better. Gradients make the logits again.
+    x [B, S, D], kernel [D, V] of any dtype, targets int32[B, S]. The product is computed in x's dtype, the rest in
+    float32 or better. Gradients compute the logits again.
     """
     local = functools.partial(_losses, mult=mult, vocab_size=vocab_size)
     return _on_each_device(local, x, kernel, (targets,), out=(P(BATCH),))[0]
@@ -60,7 +60,7 @@ def cross_entropy(x: jax.Array, kernel: jax.Array, targets: jax.Array, mult: flo
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def weighted_cross_entropy(x, kernel, targets, weights, mult: float, vocab_size: int) -> jax.Array:
-    """sum(weights * cross_entropy(x, kernel, targets, mult, vocab_size)); weights [B, S] in float32 or better."""
+    """The sum of weights * cross_entropy(x, kernel, targets, mult, vocab_size); weights [B, S], float32 or better."""
     return jnp.sum(cross_entropy(x, kernel, targets, mult, vocab_size) * weights)
 
 
@@ -80,11 +80,8 @@ def _backward(mult, vocab_size, residuals, gradient):
 weighted_cross_entropy.defvjp(_forward, _backward)
 
 
-# -------------------------------------------------------------------------------------------------- on one device
-
-
 def _on_each_device(local: Callable, x: jax.Array, kernel: jax.Array, rows: tuple[jax.Array, ...], out: tuple[P, ...]):
-    """local(x, kernel, *rows, axes) on every device's part, where a mesh is set and the shapes divide."""
+    """Runs local(x, kernel, *rows, axes) on every device's part where a mesh is set and the shapes divide, or once."""
     mesh = mesh_of_step()
     if mesh is not None:
         data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
@@ -103,14 +100,14 @@ class _Axes:
         self.data, self.fsdp, self.tensor = data, fsdp, tensor
 
     def gathered(self, kernel: jax.Array) -> jax.Array:
-        """[D, V/t] of [D/f, V/t]."""
+        """Gathers the kernel over fsdp: [D/f, V/t] -> [D, V/t]."""
         return kernel if self.fsdp is None else jax.lax.all_gather(kernel, self.fsdp, axis=0, tiled=True)
 
     def scattered(self, gradient: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """Summed over the rows of fsdp and cut again, in dtype: [D/f, V/t] of [D, V/t]."""
+        """Sums a gradient over fsdp, in dtype, and cuts it again: [D, V/t] -> [D/f, V/t]."""
         if self.fsdp is None:
             return gradient
-        # Along a leading dimension of its own: where it is a minor one, TPU programs reduce the whole array.
+        # The cut runs along an extra leading dimension: along a minor one, TPU programs reduce the whole array.
         parts = gradient.astype(dtype).reshape(jax.lax.axis_size(self.fsdp), -1, gradient.shape[1])
         return jax.lax.psum_scatter(parts, self.fsdp, scatter_dimension=0).astype(gradient.dtype)
 
@@ -124,25 +121,25 @@ class _Axes:
         return x if self.tensor is None else jax.lax.pmax(x, self.tensor)
 
     def columns(self, count: int) -> jax.Array:
-        """Numbers of this device's columns of the vocabulary."""
+        """The numbers of this device's columns of the vocabulary."""
         first = 0 if self.tensor is None else jax.lax.axis_index(self.tensor) * count
         return first + jnp.arange(count)
 
 
 def _chunks(tokens: int, vocab: int) -> int:
-    """The least number of equal parts of the tokens that are small enough, or have no more than CHUNK_TOKENS."""
+    """The least number of equal chunks of the tokens that are small enough, or have no more than CHUNK_TOKENS."""
     least, size = (CPU_CHUNK_TOKENS, CPU_CHUNK_BYTES) if platform() == "cpu" else (CHUNK_TOKENS, CHUNK_BYTES)
     most = max(least, size // (4 * vocab))
     return next(n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n <= most)
 
 
 def _by_chunk(count: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """[B, S, ...] -> [count, B * S / count, ...]."""
+    """Cuts rows into chunks: [B, S, ...] -> [count, B * S / count, ...]."""
     return tuple(a.reshape(count, -1, *a.shape[2:]) for a in arrays)
 
 
 def _softmax(x, kernel, targets, mult, vocab_size, axes: _Axes):
-    """Of tokens [T]: losses [T], and what gradients need: logits [T, V/t], their log normalizer [T, 1], the hits."""
+    """Returns losses [T] of tokens [T], and for gradients logits [T, V/t], log normalizer [T, 1], hits bool[T, V/t]."""
     columns = axes.columns(kernel.shape[1])
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
     logits = jnp.einsum("TD,DV->TV", x, kernel, preferred_element_type=accumulate) * mult
@@ -167,7 +164,7 @@ def _losses(x, kernel, targets, *, mult, vocab_size, axes):
 
 
 def _losses_and_gradients(x, kernel, targets, weights, *, mult, vocab_size, axes):
-    """Losses [B, S] and the gradients of their weighted sum, of x in its dtype and of the kernel in its own."""
+    """Returns losses [B, S] and the gradients of their weighted sum: of x, of the kernel, each in its dtype."""
     whole = axes.gathered(kernel.astype(x.dtype))
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
 
@@ -177,7 +174,7 @@ def _losses_and_gradients(x, kernel, targets, weights, *, mult, vocab_size, axes
         of_logits = ((jnp.exp(logits - log_normalizer) - hit) * (weights * mult)[:, None]).astype(x.dtype)
         of_x = axes.sum(jnp.einsum("TV,DV->TD", of_logits, whole, preferred_element_type=accumulate))
         part = jnp.einsum("TD,TV->DV", x, of_logits, preferred_element_type=accumulate)
-        # Reduced chunk by chunk: the whole gradient, as large as all of the head, does not lie on a device of a mesh.
+        # Sums run chunk by chunk: no device of a mesh has room for the whole gradient, which is as large as the head.
         return kernel_gradient + axes.scattered(part, x.dtype), (losses, of_x.astype(x.dtype))
 
     parts = _by_chunk(_chunks(targets.size, whole.shape[1]), x, targets, weights)

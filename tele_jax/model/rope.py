@@ -5,16 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from tele_jax.config import ModelConfig
-from tele_jax.model import cpu
-from tele_jax.sharding import platform
+from tele_jax.model import platforms
 
 
 def tables(cfg: ModelConfig, positions: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, each [..., head_dim/2], for int32 positions [...].
+    """Tables of cos and sin, each [..., head_dim/2], for int32 positions [...]; float32, or float64 as activations are.
 
-    `length` is the total length of the sequence, prompt and what will be generated: with NTK scaling the base
-    depends on it, and a table that depended on the part seen so far would rotate cached keys by another base than
-    later queries. float32, or float64 where the activations are.
+    `length` is the total length of the sequence, prompt and continuation: with NTK scaling the base depends on it, and
+    a table by the length so far would rotate cached keys by another base than later queries.
     """
     dtype = jnp.promote_types(cfg.dtype, jnp.float32)
     base, factor = cfg.rope_length_factors(length)
@@ -23,11 +21,11 @@ def tables(cfg: ModelConfig, positions: jax.Array, length: int) -> tuple[jax.Arr
     inverse_frequency = base ** (-np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim)
     angles = positions[..., None].astype(dtype) * jnp.asarray(inverse_frequency, dtype)
     cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
-    return (cpu.compute_once(cos), cpu.compute_once(sin)) if platform() == "cpu" else (cos, sin)
+    return platforms.compute_once(cos), platforms.compute_once(sin)
 
 
 def _released_tables(head_dim: int, positions: jax.Array, base: float, factor: float, dtype) -> tuple:
-    """As TeleChat's code computes them: float32 throughout, rounded to float16 before and after the factor."""
+    """The tables as TeleChat's code computes them: in float32, rounded to float16 before and after the factor."""
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     power = np.power(np.float64(np.float32(base)), exponent.astype(np.float64)).astype(np.float32)
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(np.float32(1) / power)
@@ -36,7 +34,7 @@ def _released_tables(head_dim: int, positions: jax.Array, base: float, factor: f
 
 
 def _to_float16(x: jax.Array) -> jax.Array:
-    """float32, |x| < 65504, rounded to the nearest number that float16 has.
+    """Rounds float32 values below 65504 to the nearest numbers that float16 has.
 
     XLA may leave out a conversion to float16 and back; reduce_precision stays, but has no subnormal numbers, which in
     float16 are the multiples of 2^-24 below 2^-14.
@@ -46,10 +44,10 @@ def _to_float16(x: jax.Array) -> jax.Array:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates x [B, S, heads, H] by cos and sin [B, S, H/2]; computed in their dtype, and kept in that of x.
+    """Rotates x [B, S, heads, H] by cos and sin [B, S, H/2]; computes in their dtype, returns the dtype of x.
 
-    Cut before it is widened, and narrowed before it is put together: otherwise a compiler writes the product before,
-    and in the backward pass the gradient, to memory in the wider dtype.
+    x is cut before it is widened, and narrowed before it is put together: otherwise a compiler writes the product
+    before, and in the backward pass the gradient, to memory in the wider dtype.
     """
     first, second = (half.astype(cos.dtype) for half in jnp.split(x, 2, axis=-1))
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]

@@ -1,4 +1,4 @@
-"""The parameters described, not allocated: what the modules declare, read by abstract evaluation."""
+"""Descriptions of the parameters without their values, read from the modules by abstract evaluation."""
 
 import functools
 
@@ -14,7 +14,7 @@ from tele_jax.model import decoder
 @functools.lru_cache(maxsize=64)
 def _flat_spec(cfg: ModelConfig) -> tuple[tuple[str, axes.ParamSpec], ...]:
     boxed = jax.eval_shape(lambda: decoder.init_boxed(cfg, jax.random.key(0)))
-    # From the config: without jax_enable_x64, evaluation would say float32 for float64, and be remembered.
+    # The dtype is the config's: without jax_enable_x64, evaluation would say float32 for float64, and be remembered.
     dtype = jnp.dtype(cfg.param_dtype)
     named = jax.tree.map(lambda box: box.spec(dtype), boxed, is_leaf=lambda x: isinstance(x, axes.Named))
     return tuple(axes.flatten(named).items())
@@ -26,7 +26,7 @@ def spec(cfg: ModelConfig) -> Params:
 
 
 def flat_spec(cfg: ModelConfig) -> dict[str, axes.ParamSpec]:
-    """The parameters of cfg by dotted name, sorted, as axes.ParamSpec. UserError for what is not a ModelConfig."""
+    """The parameters of cfg by dotted name, sorted, as axes.ParamSpec. Raises UserError unless cfg is a ModelConfig."""
     require_config(cfg, "cfg")
     return dict(_flat_spec(cfg))
 

@@ -22,7 +22,7 @@ from tele_jax.data.domains import Documents
 from tele_jax.errors import FailedError
 from tele_jax.files import Table
 from tele_jax.growth import MaskSchedule, Plan
-from tele_jax.model import cpu
+from tele_jax.model import platforms
 from tele_jax.model.decoder import init
 from tele_jax.model.spec import abstract_params, count_params
 from tele_jax.processes import StopSignal, from_first, is_first
@@ -161,7 +161,7 @@ class Trainer:
             self.say(f"  takes over parameters from {previous}; the optimizer is new; begins at step 0")
         else:
             on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-            options = cpu.COMPILED_ONCE if on_cpu else None
+            options = platforms.COMPILED_ONCE if on_cpu else None
             fresh = jax.jit(lambda key: init(self.cfg, key), out_shardings=params, compiler_options=options)
             self.params = fresh(jax.random.key(self.stage.seed))
             self.say("  parameters and optimizer are new; begins at step 0")

@@ -17,7 +17,7 @@ import pytest
 from tele_jax import checkpoint
 from tele_jax.axes import flatten
 from tele_jax.cli.main import main
-from tele_jax.model import cpu
+from tele_jax.model import platforms
 from tele_jax.train import metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -118,7 +118,7 @@ def test_a_run_trains_grows_and_reports(place, finished, capsys):
 
 def test_only_a_process_of_its_own_keeps_freed_memory(monkeypatch):
     asked = []
-    monkeypatch.setattr(cpu, "keep_freed", lambda: asked.append(True))  # it would hold for all tests that follow
+    monkeypatch.setattr(platforms, "keep_freed", lambda: asked.append(True))  # it would hold for all tests that follow
     argv = ["train", "--config", "not/there.py", "--workdir", "not/there"]
     assert main(argv) == 2 and not asked
     monkeypatch.setattr(sys, "argv", ["tele", *argv])

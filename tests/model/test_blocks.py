@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tele_jax as tele
-from tele_jax.model import attention, products, rope
+from tele_jax.model import attention, platforms, rope
 
 # rows, tokens, heads, kv heads, head_dim; whether there are segments
 CASES = [
@@ -71,7 +71,7 @@ def test_projections_have_the_gradients_of_the_product(letters, x, kernel):
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         x, kernel = jnp.asarray(rng.standard_normal(x)), jnp.asarray(rng.standard_normal(kernel))
-        value, pullback = jax.vjp(lambda x, kernel: products.project(letters, x, kernel), x, kernel)
+        value, pullback = jax.vjp(lambda x, kernel: platforms.project(letters, x, kernel), x, kernel)
         gradient = rng.standard_normal(value.shape)
         of_x, of_kernel = pullback(jnp.asarray(gradient))
     first, second, third = letters.replace("->", ",").split(",")
@@ -99,9 +99,9 @@ def test_kernels_rounded_on_tpus_are_those_of_the_cast(monkeypatch, kernel):
         return values, pullback(jax.tree.map(lambda v: (v * 0.7).astype(v.dtype), values))
 
     expected = run(lambda x, kernel: jnp.einsum(letters, x, kernel.astype(x.dtype)))
-    monkeypatch.setattr(products, "platform", lambda: "tpu")
-    rounded = run(lambda x, kernel: products.project(letters, x, kernel))
-    text = str(jax.make_jaxpr(lambda x, kernel: products.project(letters, x, kernel))(x, stacked[0].astype("float32")))
+    monkeypatch.setattr(platforms, "platform", lambda: "tpu")
+    rounded = run(lambda x, kernel: platforms.project(letters, x, kernel))
+    text = str(jax.make_jaxpr(lambda x, kernel: platforms.project(letters, x, kernel))(x, stacked[0].astype("float32")))
     assert "reduce_precision" in text and ("optimization_barrier" in text) == (len(kernel) == 3)
     assert rounded[1][1].dtype == jnp.float32
     for a, b in zip(jax.tree.leaves(rounded), jax.tree.leaves(expected), strict=True):
@@ -112,7 +112,7 @@ def test_the_gated_product_has_the_gradient_of_silu_times_up():
     rng = np.random.default_rng(0)
     gate, up, gradient = rng.standard_normal((3, 50)) * 3
     with jax.enable_x64(True):
-        value, pullback = jax.vjp(products.gated, jnp.asarray(gate), jnp.asarray(up))
+        value, pullback = jax.vjp(platforms.gated, jnp.asarray(gate), jnp.asarray(up))
         of_gate, of_up = pullback(jnp.asarray(gradient))
     sigmoid = 1 / (1 + np.exp(-gate))
     np.testing.assert_allclose(value, gate * sigmoid * up, rtol=0, atol=1e-13)
