@@ -12,7 +12,7 @@ OFFSET_BITS = 40  # of a uid: bytes or records in a file; the rest counts files
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Document:
-    """One document.
+    """A document and where it comes from.
 
     Attributes:
       uid: file number << 40 | place in the file: unique, and in the order of the sources' ranks and names, then
@@ -50,7 +50,7 @@ class Drop:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reject:
-    """What could not become a document: the bytes are kept aside."""
+    """A record that could not become a document; its bytes are written to rejects/."""
 
     uid: int
     source: str
@@ -90,41 +90,22 @@ def batches(documents: Iterable[Document | Reject], max_documents: int, max_char
         yield Batch(held[0].uid, tuple(held))
 
 
-def _sample_order(uid: int) -> bytes:
-    return hashlib.blake2b(uid.to_bytes(16, "big"), digest_size=8).digest()
-
-
 _Sample = tuple[bytes, str, str, str]
 
 
 @dataclasses.dataclass
 class Count:
-    """How many documents and bytes; samples are (order, origin, detail, text), those of the lowest order of all."""
+    """A number of documents and bytes, and samples (order, origin, detail, text): those of the lowest order of all."""
 
     documents: int = 0
     bytes: int = 0
     samples: list[_Sample] = dataclasses.field(default_factory=list)
 
-    def add(self, document: Document, size: int, detail: str, *, sample: str | None) -> None:
-        """Counts one document of `size` bytes; `sample` is the text to show, None for none."""
-        self.documents += 1
-        self.bytes += size
-        if sample is not None:
-            order = _sample_order(document.uid)
-            if len(self.samples) < SAMPLES or order < self.samples[-1][0]:
-                self.samples.append((order, document.origin, detail, sample[:SAMPLE_CHARS]))
-                self._trim()
-
-    def merge(self, other: "Count") -> None:
-        """Adds another's figures; the result does not depend on the order of merges."""
-        self.documents += other.documents
-        self.bytes += other.bytes
-        self.samples = [*self.samples, *other.samples]
-        self._trim()
-
-    def _trim(self) -> None:
-        self.samples.sort()
-        del self.samples[SAMPLES:]
+    def add(self, documents: int, num_bytes: int, samples: Iterable[_Sample]) -> None:
+        """Adds figures; the result does not depend on the order of calls."""
+        self.documents += documents
+        self.bytes += num_bytes
+        self.samples = sorted([*self.samples, *samples])[:SAMPLES]
 
 
 # What happened: "in" and "out" (reason: ""), "drop" and "change" (reason: why).
@@ -140,11 +121,14 @@ class Tally:
     def add(self, key: Key, document: Document, detail: str = "", *, text: str | None = None, size: int | None = None):
         """Counts a document under a key, with a sample where something happened to it."""
         size = num_bytes(document.text) if size is None else size
-        sample = (document.text if text is None else text) if key[2] in ("drop", "change") else None
-        self.counts.setdefault(key, Count()).add(document, size, detail, sample=sample)
+        samples = []
+        if key[2] in ("drop", "change"):
+            order = hashlib.blake2b(document.uid.to_bytes(16, "big"), digest_size=8).digest()
+            shown = (document.text if text is None else text)[:SAMPLE_CHARS]
+            samples.append((order, document.origin, detail, shown))
+        self.counts.setdefault(key, Count()).add(1, size, samples)
 
-    def merge(self, other: "Tally") -> "Tally":
+    def merge(self, other: "Tally") -> None:
         """Adds another's counts to this one's."""
         for key, count in other.counts.items():
-            self.counts.setdefault(key, Count()).merge(count)
-        return self
+            self.counts.setdefault(key, Count()).add(count.documents, count.bytes, count.samples)

@@ -29,11 +29,6 @@ DROPPED = np.dtype([("uid", np.int64), ("batch", np.int64), ("kept", np.int64), 
 KINDS = ("exact", "simhash", "minhash")
 
 
-def shingles(text: str, n: int) -> np.ndarray:
-    """The set of n-gram hashes of a text, sorted: uint64 [M]."""
-    return np.unique(hashing.ngrams(hashing.tokens(text), n))
-
-
 def signatures(sets: Sequence[np.ndarray], config: DuplicatesConfig) -> np.ndarray:
     """MinHash signatures, uint32 [len(sets), bands * rows]."""
     rensa = need("rensa")
@@ -137,7 +132,7 @@ def _alike(method: str, hub: np.ndarray, others: np.ndarray, config: DuplicatesC
 
 
 def components(edges: np.ndarray) -> np.ndarray:
-    """All but the first document of every connected component: DROPPED [M], sorted by uid.
+    """Drops all but the first document of every connected component: DROPPED [M], sorted by uid.
 
     `kind` is the strongest reason (the first of KINDS) among the pairs of a document.
     """
@@ -178,7 +173,7 @@ def drop_copy(document: Document, rows: np.ndarray, config: DuplicatesConfig) ->
 
 
 def repeated(table: np.ndarray) -> np.ndarray:
-    """All but the first row under every key, by uid and index; a field `kept` has the uid of that first row."""
+    """Returns all rows but the first under every key, by uid and index, with the uid of that first row as `kept`."""
     order = np.lexsort([table[name] for name in ("index", "uid", "key") if name in (table.dtype.names or ())])
     table = table[order]
     again = table["key"][1:] == table["key"][:-1]

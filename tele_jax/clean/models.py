@@ -38,7 +38,7 @@ class Classifier:
     bias: float
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
-        """Of being good: float64 [N]."""
+        """The probabilities that the texts are good: float64 [N]."""
         matrix = features(texts)
         return 1 / (1 + np.exp(-(matrix @ self.weights.astype(np.float64) + self.bias)))
 
@@ -67,7 +67,7 @@ def _open_model(path: str, format: str, made_by: str) -> Table:
 
 
 def load_classifier(path: str) -> Classifier:
-    """Raises UserError where the file is missing or is no classifier."""
+    """Reads a classifier; UserError where the file is missing or is something else."""
     arrays = _open_model(path, CLASSIFIER_FORMAT, "tele data clean-train quality")
     return Classifier(arrays["weights"], float(arrays["bias"]))
 
@@ -195,7 +195,7 @@ class NgramModel:
 
 
 def load_ngrams(path: str) -> NgramModel:
-    """Raises UserError where the file is missing or is no model."""
+    """Reads an n-gram model; UserError where the file is missing or is something else."""
     arrays = _open_model(path, NGRAMS_FORMAT, "tele data clean-train ngrams")
     order = int(arrays["order"])
 

@@ -49,7 +49,7 @@ def compress(lines: Iterable[str], level: int) -> bytes:
 
 
 def shard_of(uid: int, shards: int) -> int:
-    """Which shard a document goes to: by a hash, so that shards are equal in size and each is a sample of the whole."""
+    """The number of a document's shard, by a hash: shards are equal in size and each is a sample of the whole."""
     return int.from_bytes(hashlib.blake2b(uid.to_bytes(16, "big"), digest_size=8).digest(), "big") % shards
 
 
@@ -87,23 +87,20 @@ def write_shard(
         name, data = f"{name}.gz", compress(map(record, documents), config.level)
     else:
         data = "".join(map(record, documents)).encode("utf-8", "surrogatepass")
+    text_bytes = sum(num_bytes(document.text) for document in documents)
+    return {"split": split, "documents": len(documents), "text_bytes": text_bytes, **_write(directory, name, data)}
+
+
+def _write(directory: str, name: str, data: bytes) -> dict[str, Any]:
     replace_file(f"{directory}/{name}", data)
-    return {
-        "file": name,
-        "split": split,
-        "documents": len(documents),
-        "text_bytes": sum(num_bytes(document.text) for document in documents),
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
+    return {"file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def write_rejects(directory: str, source: str, rejects: Iterable[Reject]) -> Table:
     """Writes what could not be read of a source, bytes as base64; returns its entry in the manifest."""
     data = compress(_reject_lines(rejects), 6)
     name = f"rejects/{source}.jsonl.gz"
-    replace_file(f"{directory}/{name}", data)
-    return {"file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return _write(directory, name, data)
 
 
 def _reject_lines(rejects: Iterable[Reject]) -> Iterator[str]:

@@ -35,34 +35,33 @@ class Range:
     end: int | None = None
 
 
+# Openers of compressed files, by the end of the name.
+_OPENERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
+    "gz": lambda raw: io.BufferedReader(gzip.GzipFile(fileobj=raw)),
+    "bz2": lambda raw: io.BufferedReader(bz2.BZ2File(raw)),
+    "xz": lambda raw: io.BufferedReader(lzma.LZMAFile(raw)),
+    # Of the packages that read it, the one that takes many frames and says so where the last one is cut off.
+    "zst": lambda raw: io.BufferedReader(need("pyarrow").CompressedInputStream(raw, "zstd")),
+}
+
+
 def compression(path: str) -> str:
     """gz, bz2, xz, zst or an empty string, by the name."""
     suffix = path.rsplit(".", 1)[-1].lower()
-    return suffix if suffix in ("gz", "bz2", "xz", "zst") else ""
+    return suffix if suffix in _OPENERS else ""
 
 
 def open_raw(path: str) -> BinaryIO:
     """A binary, seekable file."""
     if "://" not in path:
         return open(path, "rb")
-    filesystems = need("apache_beam.io.filesystems")
-    return filesystems.FileSystems.open(path, compression_type="uncompressed")
+    return need("apache_beam.io.filesystems").FileSystems.open(path, compression_type="uncompressed")
 
 
 def open_stream(path: str) -> BinaryIO:
     """The file's bytes, decompressed as its name says."""
-    raw = open_raw(path)
-    kind = compression(path)
-    if kind == "gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
-    if kind == "bz2":
-        return io.BufferedReader(bz2.BZ2File(raw))
-    if kind == "xz":
-        return io.BufferedReader(lzma.LZMAFile(raw))
-    if kind == "zst":
-        # Of the packages that read it, the one that takes many frames and says so where the last one is cut off.
-        return io.BufferedReader(need("pyarrow").CompressedInputStream(raw, "zstd"))
-    return raw
+    raw, kind = open_raw(path), compression(path)
+    return _OPENERS[kind](raw) if kind else raw
 
 
 def ranges(number: int, path: str, size: int, source: str, config: SourceConfig) -> Iterator[Range]:

@@ -111,7 +111,7 @@ class WordList:
 
 
 def load_words(config: SafetyConfig) -> WordList:
-    """Raises UserError for a file that is missing, not UTF-8, or for lists without a word."""
+    """Reads word lists; UserError for a file that is missing, not UTF-8, or for lists without a word."""
     words = list(config.words)
     for path in expand(config.files, "safety.files") if config.files else ():
         try:

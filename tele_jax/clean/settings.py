@@ -51,7 +51,7 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """HTML to text."""
+    """How pages of HTML become text."""
 
     main_content: bool = True  # without navigation, footers, comments
     min_chars: int = 50  # less than this from a page is "no text" (ours)
@@ -66,7 +66,7 @@ class NormaliseConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageConfig:
-    """Which languages stay."""
+    """Languages that stay."""
 
     keep: tuple[Language, ...] = ("en", "zh", "code")  # languages whose documents stay
     min_share: float = 0.5  # of the text that must be in the language found (ours)
@@ -217,7 +217,7 @@ class OverlapConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrivacyConfig:
-    """What is masked."""
+    """Personal identifiers that are masked."""
 
     # kinds of identifiers that are masked
     kinds: tuple[Literal["email", "phone", "id", "ip", "card"], ...] = ("email", "phone", "id", "ip", "card")

@@ -133,7 +133,7 @@ MIN_STRONG_LINES = 0.1
 
 
 def looks_like_code(text: str) -> bool:
-    """Whether most lines are shaped like code; at least three of them."""
+    """True for a text of at least three lines most of which are shaped like code."""
     lines = [line for line in text[:MAX_CHARS].split("\n") if line.strip()]
     if len(lines) < 3:
         return False

@@ -46,7 +46,7 @@ def find(directory: Path, programs: bool = True) -> list[Path]:
 
 
 def find_beside(step_dir: Path, programs: bool) -> list[Path]:
-    """The same for a checkpoint of ours; a tokenizer that is not in it is looked for above it, as chat does."""
+    """The files that travel with a checkpoint of ours, and a tokenizer above it where it has none, as chat finds it."""
     files = find(step_dir, programs)
     if not {file.name for file in files} & set(TOKENIZERS):
         with contextlib.suppress(UserError):  # a checkpoint from elsewhere may come without
@@ -83,7 +83,7 @@ def count_ids(files: Iterable[Path]) -> tuple[int, str] | None:
 
 
 def _count_pieces(file: Path) -> int:
-    """Of a SentencePiece model: a protobuf message whose field 1, repeated, is a piece. Needs no extra installed."""
+    """Counts the pieces of a SentencePiece model, which are field 1 of its protobuf message. Needs no extra."""
     data, position, count = read_bytes(file), 0, 0
 
     def varint() -> int:
@@ -110,7 +110,7 @@ def _count_pieces(file: Path) -> int:
 
 
 def _count_tokenizers(file: Path) -> int:
-    """Of the `tokenizers` library's JSON: vocabulary and added tokens."""
+    """Counts the vocabulary and the added tokens in a JSON file of the library `tokenizers`."""
     document = read_table(file)
     vocabulary = document["model"]["vocab"]
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))

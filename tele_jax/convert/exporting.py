@@ -39,7 +39,7 @@ _BLOCK_BYTES = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What an export wrote. shards: files of weights. notes: one line each, for the user."""
+    """The result of an export. shards: files of weights. notes: one line each, for the user."""
 
     cfg: ModelConfig
     seconds: float
@@ -63,7 +63,7 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """What an export will write; nothing is read or written for it. document: of config.json."""
+    """A description of what an export will write. document: the content of config.json."""
 
     folded: families.Folded
     tensors: list[Tensor]
@@ -122,7 +122,7 @@ def outline(
 
 
 def _prefix(known: Mapping[str, Any], cfg: ModelConfig) -> str | None:
-    """Of telechat's names: as imported, as long as the embedding is tied, or not, as it was then."""
+    """The prefix of telechat's names: that of the import, where the embedding is tied, or is not, as it was then."""
     if not known or configs.read(configs.Keys(known["config"], "config.json"), known["format"]).tie_embeddings != (
         cfg.tie_embeddings
     ):

@@ -1,4 +1,4 @@
-"""Which tensor of a release holds which leaves of ours: one table per family, read in both directions.
+"""Tables that say which tensor of a release holds which leaves of ours: one per family, read in both directions.
 
 A row is a tensor of theirs, with its dimensions in the named axes of ours (axes.py):
 
@@ -172,7 +172,7 @@ class Folded:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every factor is a power of two, which changes no digit of a binary number."""
+        """True where every factor is a power of two, which changes no digit of a binary number."""
         return all(math.frexp(factor)[0] == 0.5 for factor in self.factors.values())
 
 
@@ -266,7 +266,7 @@ def _require_telechat(cfg: ModelConfig, where: str) -> None:
 
 
 def tensors(cfg: ModelConfig, format: str, dtype: Any = None) -> list[Tensor]:
-    """What an export of a model writes, in the order of the file; allocates nothing.
+    """The tensors that an export of a model writes, in the order of the file; allocates nothing.
 
     dtype: of the file; cfg.param_dtype by default.
 

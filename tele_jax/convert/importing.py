@@ -30,7 +30,7 @@ _OVERHEAD_BYTES = 64 * 2**20  # names of files, and what Python and Orbax take b
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Imported(chunked.Written):
-    """What an import did. bytes_read: of tensors."""
+    """The result of an import. bytes_read: bytes of tensors that were read."""
 
     release: Release
     bytes_read: int
@@ -115,7 +115,7 @@ def import_checkpoint(
 
 
 def provenance_entry(release: Release, stage: str) -> dict[str, Any]:
-    """How the checkpoint was made; `exporting` reads config and buffers back from here."""
+    """The entry of a checkpoint's provenance; `exporting` reads config and buffers back from it."""
     entry = {"stage": stage, "kind": "import", "format": release.format, "source": release.path.resolve().name}
     if release.prefix:
         entry["prefix"] = release.prefix

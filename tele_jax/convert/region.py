@@ -137,7 +137,7 @@ def _blocks(
 
 
 def _are_neighbours(part: Part, axes: Sequence[str], i: int) -> bool:
-    """Whether the axis before the i-th of the tensor is before it in the leaf as well."""
+    """True where the axis before the i-th of the tensor is before it in the leaf as well."""
     before, this = part.axes[i - 1], part.axes[i]
     return "*" not in (before, this) and axes.index(before) + 1 == axes.index(this)
 

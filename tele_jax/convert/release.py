@@ -34,7 +34,7 @@ _SHOWN = 8  # tensors that a message lists
 
 @dataclasses.dataclass(frozen=True)
 class Release:
-    """What `open_release` found.
+    """A release, opened and compared with its config.json by `open_release`.
 
     cfg: with the dtype that the parameters will have. keys: its config.json. parts: by leaf and layer, the part and the
     tensor in which it lies. files: that travel along. notes: one line each, for the user. constants: by name, buffers
