@@ -91,7 +91,7 @@ def write_shard(
     return {"split": split, "documents": len(documents), "text_bytes": text_bytes, **_write(directory, name, data)}
 
 
-def _write(directory: str, name: str, data: bytes) -> dict[str, Any]:
+def _write(directory: str, name: str, data: bytes) -> Table:
     replace_file(f"{directory}/{name}", data)
     return {"file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 

@@ -35,11 +35,12 @@ class Range:
     end: int | None = None
 
 
-# Openers of compressed files, by the end of the name.
-_OPENERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
-    "gz": lambda raw: io.BufferedReader(gzip.GzipFile(fileobj=raw)),
-    "bz2": lambda raw: io.BufferedReader(bz2.BZ2File(raw)),
-    "xz": lambda raw: io.BufferedReader(lzma.LZMAFile(raw)),
+# Openers of compressed files, by the end of the name. What comes before a damaged place is given out before the error,
+# which a buffer around the reader would hold back.
+_OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
+    "gz": lambda raw: gzip.GzipFile(fileobj=raw),
+    "bz2": bz2.BZ2File,
+    "xz": lzma.LZMAFile,
     # Of the packages that read it, the one that takes many frames and says so where the last one is cut off.
     "zst": lambda raw: io.BufferedReader(need("pyarrow").CompressedInputStream(raw, "zstd")),
 }
