@@ -13,7 +13,7 @@ import operator
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tele_jax.data.templates import Template, document_start
 from tele_jax.data.vocabulary import SentencePieceVocabulary, Vocabulary, load_vocabulary
 from tele_jax.errors import UserError
 from tele_jax.extras import need
-from tele_jax.files import read_bytes, read_table, require_regular
+from tele_jax.files import Table, read_bytes, read_table, require_regular
 from tele_jax.inference.chat import find_tokenizer
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
@@ -126,7 +126,7 @@ _OF_THE_RELEASE = ("special_tokens_map.json", "added_tokens.json", "vocab.json",
 
 
 def ready_to_chat(
-    beside: list[Path], provenance: Sequence[Mapping[str, Any]], max_seq_len: int, template: str | None
+    beside: list[Path], provenance: Sequence[Table], max_seq_len: int, template: str | None
 ) -> tuple[list[Path], dict[str, Any], dict[str, Any], list[str]]:
     """(files to copy, documents to write, special ids, notes) of a model whose tokenizer is translated for others."""
     tokenizer = next((file for name in TOKENIZERS for file in beside if file.name == name), None)
@@ -144,13 +144,13 @@ def ready_to_chat(
     return [file for file in kept if file.name != "chat_template.json"], documents, ids, notes
 
 
-def is_a_release_of(provenance: Sequence[Mapping[str, Any]], format: str) -> bool:
+def is_a_release_of(provenance: Sequence[Table], format: str) -> bool:
     """Tells whether the model is as imported from this format, or grown from that: its files are still right."""
     trained = [entry for entry in provenance if entry.get("kind") in ("import", "pretrain", "sft")]
     return bool(trained) and comes_from(trained[-1:], format)
 
 
-def comes_from(provenance: Sequence[Mapping[str, Any]], format: str) -> bool:
+def comes_from(provenance: Sequence[Table], format: str) -> bool:
     return any(entry.get("kind") == "import" and entry.get("format") == format for entry in provenance)
 
 
@@ -159,7 +159,7 @@ SPACE = "\u2581"
 
 def make(
     vocabulary: Vocabulary,
-    provenance: Sequence[Mapping[str, Any]],
+    provenance: Sequence[Table],
     max_seq_len: int,
     template: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, int | list[int]], list[str]]:
@@ -202,7 +202,7 @@ def make(
 
 
 def _template(
-    vocabulary: Vocabulary, provenance: Sequence[Mapping[str, Any]], name: str | None
+    vocabulary: Vocabulary, provenance: Sequence[Table], name: str | None
 ) -> tuple[Template | None, list[str]]:
     kinds = [entry.get("kind") for entry in provenance if entry.get("kind") in ("import", "pretrain", "sft")]
     if name is None and kinds[-1:] == ["pretrain"]:

@@ -323,6 +323,7 @@ def _original_length(tied: bool, vocab: int) -> int:
 
 def _write_telechat(cfg: ModelConfig) -> dict[str, Any]:
     ntk = cfg.rope.ntk
+    assert ntk is not None  # families.require_expressible
     keys = {
         "architectures": ["TelechatForCausalLM"],
         "model_type": "telechat",

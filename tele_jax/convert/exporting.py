@@ -30,7 +30,7 @@ from tele_jax.convert.families import FORMATS, Part, Tensor
 from tele_jax.convert.files import DTYPES, Files, Stored, create, split
 from tele_jax.data.templates import release_of
 from tele_jax.errors import DamageError, UserError
-from tele_jax.files import new_directory
+from tele_jax.files import Table, new_directory
 from tele_jax.model.spec import flat_spec
 
 SHARD_GB = 5.0  # of numbers in a file, as transformers cuts them
@@ -81,7 +81,7 @@ def outline(
     *,
     dtype: str | None = None,
     max_seq_len: int | None = None,
-    provenance: Sequence[Mapping[str, Any]] = (),
+    provenance: Sequence[Table] = (),
 ) -> Outline:
     """Translates config and tensor list.
 
@@ -321,7 +321,7 @@ def save_hf(
     dtype: str | None = None,
     max_seq_len: int | None = None,
     shard_gb: float = SHARD_GB,
-    provenance: Sequence[Mapping[str, Any]] = (),
+    provenance: Sequence[Table] = (),
 ) -> Exported:
     """Writes parameters as a directory that is like a release: config.json and *.safetensors.
 

@@ -241,11 +241,12 @@ def constant_theta(cfg: ModelConfig, where: str) -> float:
     Raises:
       UserError: its NTK scaling changes the base or the tables below that length.
     """
-    if not _is_constant(cfg):
+    ntk = cfg.rope.ntk
+    if ntk is not None and not _is_constant(cfg):
         raise UserError(
             f"{where}: cannot express TeleChat's NTK scaling, which changes the rotary base from "
-            f"{cfg.rope.ntk.trained_length:,} tokens on, while this model's max_seq_len is {cfg.max_seq_len:,}; "
-            f"with --max-seq-len {cfg.rope.ntk.trained_length} it can be exported for texts up to that length"
+            f"{ntk.trained_length:,} tokens on, while this model's max_seq_len is {cfg.max_seq_len:,}; "
+            f"with --max-seq-len {ntk.trained_length} it can be exported for texts up to that length"
         )
     return cfg.rope_length_factors(1)[0]
 

@@ -116,7 +116,12 @@ def import_checkpoint(
 
 def provenance_entry(release: Release, stage: str) -> dict[str, Any]:
     """The entry of a checkpoint's provenance; `exporting` reads config and buffers back from it."""
-    entry = {"stage": stage, "kind": "import", "format": release.format, "source": release.path.resolve().name}
+    entry: dict[str, Any] = {
+        "stage": stage,
+        "kind": "import",
+        "format": release.format,
+        "source": release.path.resolve().name,
+    }
     if release.prefix:
         entry["prefix"] = release.prefix
     if release.constants:
@@ -176,7 +181,7 @@ def load_hf(
     """
     release = open_release(path, format, dtype=dtype, vocab_size=vocab_size, rope_tables=rope_tables)
     require(
-        release.cfg.param_dtype != "float64" or jax.config.jax_enable_x64,
+        release.cfg.param_dtype != "float64" or jax.config.read("jax_enable_x64"),
         f'{path}: float64 needs jax.config.update("jax_enable_x64", True), or --dtype float32',
     )
     leaves = {}

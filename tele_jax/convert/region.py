@@ -52,15 +52,13 @@ def read(files: Files, stored: Stored, part: Part, axes: Sequence[str], start: S
     dtype = DTYPES[stored.dtype]
     for block in _blocks(part, axes, start, out.shape, dtype.itemsize):
         view = _view(_bits(out), block, axes, start)
-        rows = _as_rows(view, block) if out.dtype == dtype else None
-        in_place = rows is not None
-        if not in_place:
-            rows = _scratch(len(block.offsets), block.width, dtype)
+        inside = _as_rows(view, block) if out.dtype == dtype else None
+        rows = _scratch(len(block.offsets), block.width, dtype) if inside is None else inside
         files.read(stored.file, stored.offset + block.offsets * dtype.itemsize, rows.view(np.uint8))
         _require_finite(rows, dtype, f"{stored.file}: {stored.name}", UserError)
         if out.dtype != dtype:
             rows = _convert(rows, dtype, out.dtype, f"{stored.file}: {stored.name}")
-        if not in_place:
+        if inside is None:
             np.copyto(view, rows.reshape(view.shape))
 
 
@@ -102,7 +100,7 @@ def _convert(rows: np.ndarray, dtype: np.dtype, to: np.dtype, where: str, factor
     if factor != 1.0:
         precise = np.float64 if dtype == np.float64 else np.float32
         numbers = numbers.astype(precise) * precise(factor)
-    converted = _scratch(*rows.shape, to)
+    converted = _scratch(len(rows), rows.shape[1], to)
     with np.errstate(over="ignore"):
         np.copyto(converted.view(to), numbers, casting="unsafe")
     _require_finite(converted, to, f"{where}, as {to.name}", UserError)
