@@ -22,6 +22,7 @@ from tele_jax.convert import beside, region
 from tele_jax.convert.families import Part
 from tele_jax.convert.files import Files, Stored
 from tele_jax.convert.release import Release, open_release
+from tele_jax.model.inputs import has_x64
 from tele_jax.model.spec import flat_spec
 
 _TILES_PER_CHUNK_LIMIT = 8  # small chunks are finished together
@@ -181,7 +182,7 @@ def load_hf(
     """
     release = open_release(path, format, dtype=dtype, vocab_size=vocab_size, rope_tables=rope_tables)
     require(
-        release.cfg.param_dtype != "float64" or jax.config.read("jax_enable_x64"),
+        release.cfg.param_dtype != "float64" or has_x64(),
         f'{path}: float64 needs jax.config.update("jax_enable_x64", True), or --dtype float32',
     )
     leaves = {}
