@@ -21,6 +21,7 @@ import numpy as np
 
 from tele_jax.config import require
 from tele_jax.errors import UserError
+from tele_jax.files import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +36,7 @@ BLUE, ORANGE, GREEN, PINK, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#C
 CYCLE = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY)
 STYLES = ("-", "--", "-.", ":")
 PALE, INK = "#D9D9D9", "#333333"
-LEGEND_BELOW: dict[str, Any] = dict(loc="outside lower center", ncols=3, frameon=False)
+LEGEND_BELOW: Table = dict(loc="outside lower center", ncols=3, frameon=False)
 DPI, WIDTH = 100, 9  # dots per inch; inches
 FEW = 60  # points of a curve up to which each is marked
 
@@ -265,7 +266,7 @@ def _log_dots(axes: "Axes", values: Sequence[float | None], rows: Sequence[Mappi
     axes.set_xlim(low, high)
     for place, (value, row) in enumerate(zip(values, rows, strict=True)):
         _, marker, color = _verdict(row)
-        small: dict[str, Any] = dict(textcoords="offset points", fontsize=8)
+        small: Table = dict(textcoords="offset points", fontsize=8)
         if value is not None and value > 0 and math.isfinite(value):
             axes.plot([value], [place], marker, color=color, markersize=8)
             axes.annotate(f"{value:.2g}", (value, place), (0, 8), ha="center", **small)
