@@ -65,7 +65,7 @@ class ParamSpec:
         return {"shape": list(self.shape), "dtype": jnp.dtype(self.dtype).name, **names}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "ParamSpec":
+    def from_json(cls, values: Mapping[str, object]) -> "ParamSpec":
         """The inverse of to_json. Raises UserError for values that to_json does not make."""
         fields = from_dict(_SpecFields, values, "leaf")
         try:
@@ -118,19 +118,19 @@ class Named(struct.PyTreeNode, nn.meta.AxisMetadata):
     def unbox(self) -> Any:
         return self.value
 
-    def replace_boxed(self, val: Any) -> "Named":
+    def replace_boxed(self, val: object) -> "Named":
         return self.replace(value=val)
 
-    def add_axis(self, index: int, params: Mapping[Any, Any]) -> "Named":
+    def add_axis(self, index: int, params: Mapping[object, object]) -> "Named":
         if index != 0:
             raise ValueError(f"parameters are stacked on the leading axis, not on axis {index}")
         return self.replace(stack=(params[nn.PARTITION_NAME], *self.stack))
 
-    def remove_axis(self, index: int, params: Mapping[Any, Any]) -> "Named":
+    def remove_axis(self, index: int, params: Mapping[object, object]) -> "Named":
         del index, params
         return self.replace(stack=self.stack[1:])
 
-    def spec(self, dtype: Any) -> ParamSpec:
+    def spec(self, dtype: object) -> ParamSpec:
         return ParamSpec(tuple(self.value.shape), dtype, self.stack, self.inputs, self.outputs)
 
 

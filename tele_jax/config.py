@@ -40,7 +40,7 @@ FILLED: Any = None
 EXECUTION_FIELDS = frozenset({"dtype", "remat", "attention"})
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+def from_dict(cls: type[T], values: Mapping[str, object], where: str = "config") -> T:
     """Makes the frozen dataclass `cls` from a mapping (dict or ConfigDict), nested dataclasses included.
 
     >>> from_dict(Rope, {"theta": 5e5}, "config.model.rope")
@@ -71,7 +71,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") ->
         raise UserError(f"{where}: {error}") from None
 
 
-def as_written(hint: Any, value: Any, where: str) -> Any:
+def as_written(hint: object, value: object, where: str) -> Any:
     """Converts a value from JSON that tele_jax wrote to the type `hint`; see `convert`.
 
     >>> as_written(tuple[str, ...], ["small", "grow"], "W/config.json: run")
@@ -86,7 +86,9 @@ def as_written(hint: Any, value: Any, where: str) -> Any:
         raise DamageError(f"{error}: damaged") from None
 
 
-def written_table(value: Any, where: str, fields: Mapping[str, Any], required: Collection[str] = ()) -> dict[str, Any]:
+def written_table(
+    value: object, where: str, fields: Mapping[str, object], required: Collection[str] = ()
+) -> dict[str, Any]:
     """Returns a value from JSON if it is a table in which `fields`, {name: type}, are of their types.
 
     Other fields pass. Raises DamageError, also where one of the `required` is missing.
@@ -174,7 +176,7 @@ def whole(value: Any, what: str) -> int:
         raise UserError(f"{what}={value!r} must be a whole number") from None
 
 
-def check_seed(seed: Any, what: str = "seed") -> int:
+def check_seed(seed: object, what: str = "seed") -> int:
     """Returns the seed as an int. Raises UserError unless 0 <= seed < 2^32, what every kind of random key takes."""
     require(0 <= whole(seed, what) < 2**32, f"{what}={seed} must be in [0, 2^32)")
     return whole(seed, what)
@@ -187,13 +189,13 @@ def finite(value: Any, what: str) -> float:
     return float(value)
 
 
-def require_config(cfg: Any, where: str) -> None:
+def require_config(cfg: object, where: str) -> None:
     """Raises UserError, naming the argument, for what is not a ModelConfig."""
     hint = "; tele.get_model(name) makes one" if isinstance(cfg, str) else ""
     require(isinstance(cfg, ModelConfig), f"{where}: expected a ModelConfig, got {type(cfg).__name__}{hint}")
 
 
-def require_positive(config: Any, *names: str) -> None:
+def require_positive(config: object, *names: str) -> None:
     """Raises UserError for the first named field that is not above zero, or infinite."""
     for name in names:
         value = getattr(config, name)
@@ -351,7 +353,7 @@ class ModelConfig:
         power = self.head_dim / (self.head_dim - 2) if ntk.base == "ntk" else 1.0
         return self.rope.theta * alpha**power, 1.0 + ntk.attention_slope * math.log(n / ntk.trained_length)
 
-    def replace(self, **changes: Any) -> "ModelConfig":
+    def replace(self, **changes: object) -> "ModelConfig":
         """A copy with some fields changed, validated again.
 
         Multi-head attention stays so when num_heads changes, a vocabulary without padding when vocab_size does.
@@ -366,11 +368,11 @@ class ModelConfig:
             require(name in fields, f"replace: ModelConfig has no field {name!r}; {hint}")
         return dataclasses.replace(self, **{**self._follow(changes), **changes})
 
-    def replace_from(self, changes: Mapping[str, Any], where: str) -> "ModelConfig":
+    def replace_from(self, changes: Mapping[str, object], where: str) -> "ModelConfig":
         """Replaces fields from a config table; unknown keys and wrong types raise UserError with their path."""
         return from_dict(ModelConfig, {**to_dict(self), **self._follow(changes), **dict(changes.items())}, where)
 
-    def _follow(self, changes: Mapping[str, Any]) -> dict[str, None]:
+    def _follow(self, changes: Mapping[str, object]) -> dict[str, None]:
         """Names the fields that were derived from one that changes, and have to be derived again."""
         pairs = {"num_kv_heads": "num_heads", "padded_vocab_size": "vocab_size"}
         same = {derived: origin for derived, origin in pairs.items() if getattr(self, derived) == getattr(self, origin)}

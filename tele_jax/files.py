@@ -102,7 +102,7 @@ def parse_json(text: str | bytes, where: str, error: type[Exception] = DamageErr
         raise error(f"{where}: damaged, not JSON ({problem})") from None
 
 
-def _require_shallow(value: Any) -> None:
+def _require_shallow(value: object) -> None:
     """Raises RecursionError for what whoever walks through the value, json.dumps for one, would stumble over."""
     level, depth = [value], 0
     while level:
@@ -231,7 +231,7 @@ def write_file(path: str | os.PathLike, data: bytes | str) -> None:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Writes JSON as `write_file`. Raises DamageError, as on a full disk."""
     try:
         write_file(path, json.dumps(_json_value(value), indent=2, allow_nan=False) + "\n")
@@ -277,7 +277,7 @@ def new_directory(path: Path, what: str) -> Iterator[Path]:
             raise
 
 
-def _json_value(value: Any) -> Any:
+def _json_value(value: object) -> Any:
     """JSON values, with null in the place of numbers that JSON does not have."""
     if isinstance(value, Mapping):
         return {key: _json_value(item) for key, item in value.items()}

@@ -247,7 +247,7 @@ def receipts(receipts: Mapping[str, Mapping[str, Any]]) -> "Figure":
     return figure
 
 
-def _verdict(row: Mapping[str, Any]) -> tuple[str, str, str]:
+def _verdict(row: Mapping[str, object]) -> tuple[str, str, str]:
     """Returns (words, marker, colour); a policy that promises little keeps its promise easily, so the words say so."""
     if not row["ok"]:
         return "NOT ok", "X", VERMILION

@@ -48,7 +48,7 @@ class Place:
     process_id: int = 0
 
 
-def find_place(given: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Place | None:
+def find_place(given: Mapping[str, object], environment: Mapping[str, str] = os.environ) -> Place | None:
     """The place of this process, from the values given (a flag, or None) or else from the environment; see VARIABLES.
 
     None: there is no value, which on a TPU slice leaves the place to JAX, and elsewhere means one process.
@@ -147,7 +147,7 @@ def from_first(make: Callable[[], Any]) -> Any:
     return json.loads(client.blocking_key_value_get(key, _FOREVER_MS))
 
 
-def from_all(value: Any) -> list[Any]:
+def from_all(value: object) -> list[Any]:
     """Returns the values of all processes, JSON of kilobytes, in the order of the processes, in every process."""
     client = _client()
     if client is None:

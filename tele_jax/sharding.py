@@ -125,7 +125,7 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def to_host(array: Any) -> np.ndarray:
+def to_host(array: object) -> np.ndarray:
     """The whole array in the memory of every process, wherever it lies; all processes have to call this."""
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
         return np.asarray(array)

@@ -42,7 +42,7 @@ def html(rows: Sequence[Sequence[Any]], header: Sequence[str] = (), align: str =
     sides = {"l": "left", "r": "right"}
     styles = [f' style="text-align: {sides[side]}"' for side in align or "l" + "r" * (columns - 1)]
 
-    def line(row: Sequence[Any], tag: str) -> str:
+    def line(row: Sequence[object], tag: str) -> str:
         cells = [cell if isinstance(cell, Markup) else _html.escape(str(cell)) for cell in row]
         return "<tr>" + "".join(f"<{tag}{s}>{cell}</{tag}>" for cell, s in zip(cells, styles)) + "</tr>"
 

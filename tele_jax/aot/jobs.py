@@ -247,7 +247,7 @@ def _state(cfg: ModelConfig, config: OptimizerConfig, mesh: Mesh) -> Arrays:
     return {"parameters": _placed(shapes, params), "optimizer": _placed(jax.eval_shape(tx.init, shapes), state)}
 
 
-def _placed(shapes: Any, shardings: PyTree) -> Any:
+def _placed(shapes: object, shardings: PyTree) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 

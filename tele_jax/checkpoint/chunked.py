@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -52,7 +51,7 @@ def write_leaves(
     tiles: Sequence[Tile],
     fill: Fill,
     *,
-    header: Mapping[str, Any],
+    header: Mapping[str, object],
     workers: int,
     shard: tuple[int, int] = (0, 1),
     resume: bool = True,

@@ -120,7 +120,7 @@ def named_leaves(tree: PyTree) -> Table:
     return leaves
 
 
-def _key_name(key: Any) -> str:
+def _key_name(key: object) -> str:
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
@@ -189,7 +189,7 @@ def zarr_metadata(leaf: Leaf) -> Table:
     }
 
 
-def zarr_difference(stored: Mapping[str, Any], leaf: Leaf) -> str | None:
+def zarr_difference(stored: Mapping[str, object], leaf: Leaf) -> str | None:
     """Names a difference between a parsed zarr.json and the meta document; None where they agree."""
     expected = zarr_metadata(leaf)
     for key in ("shape", "data_type", "chunk_grid", "codecs"):
@@ -275,7 +275,7 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def _digest(content: Mapping[str, object]) -> str:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -303,7 +303,7 @@ def name_problem(name: str) -> str | None:
     return None if is_plain_name(name) else "it is longer than a file name may be (255 bytes)"
 
 
-def _leaf_from_json(values: Mapping[str, Any], where: str) -> Leaf:
+def _leaf_from_json(values: Mapping[str, object], where: str) -> Leaf:
     chunks = as_written(tuple[int, ...], values.get("chunks"), f"{where}.chunks")
     scalar = as_written(bool, values.get("scalar", False), f"{where}.scalar")
     try:

@@ -67,7 +67,7 @@ class LazyArray:
         """The open TensorStore, for concurrent reads."""
         return open_array(self.path, self.name)
 
-    def __getitem__(self, key: Any) -> np.ndarray:
+    def __getitem__(self, key: object) -> np.ndarray:
         """Reads a part, by numpy's basic indexing with steps above 0: integers, slices, one Ellipsis.
 
         Raises:
@@ -178,7 +178,7 @@ def _zarr_problem(array: LazyArray) -> str | None:
     return f"zarr.json: {difference}" if difference else None
 
 
-def basic_index(key: Any, shape: tuple[int, ...]) -> tuple[int | slice, ...]:
+def basic_index(key: object, shape: tuple[int, ...]) -> tuple[int | slice, ...]:
     """Translates numpy's basic index to TensorStore, where -1 is a coordinate and slices must lie inside.
 
     >>> basic_index((-1, slice(2, 99)), (4, 8, 3))

@@ -193,7 +193,7 @@ def _place(
     return placed[owner] if owner is not None else NamedSharding(next(iter(placed.values())).mesh, P())
 
 
-def _fill(tree: PyTree, names: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+def _fill(tree: PyTree, names: Mapping[str, object], values: Mapping[str, object]) -> Any:
     # named_leaves goes through the leaves in the order of the tree.
     return jax.tree.unflatten(jax.tree.structure(tree), [values[name] for name in names])
 

@@ -40,7 +40,7 @@ def save(
     *,
     opt_state: PyTree = None,
     step: int = 0,
-    provenance: Sequence[Mapping[str, Any]] = (),
+    provenance: Sequence[Mapping[str, object]] = (),
     data_state: bytes | None = None,
     spec: Params | None = None,
 ) -> None:
@@ -106,7 +106,7 @@ class Manager:
         cfg: ModelConfig,
         params: Params,
         opt_state: PyTree = None,
-        provenance: Sequence[Mapping[str, Any]] = (),
+        provenance: Sequence[Mapping[str, object]] = (),
         data_state: bytes | None = None,
     ) -> bool:
         """Saves in the background; arguments as `save` takes them. On return the arrays may be changed or donated.
@@ -167,7 +167,7 @@ class Manager:
     def __enter__(self) -> "Manager":
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _remove_old(self) -> None:
@@ -193,7 +193,7 @@ def _prepare(
     *,
     opt_state: PyTree,
     step: int,
-    provenance: Sequence[Mapping[str, Any]],
+    provenance: Sequence[Mapping[str, object]],
     data_state: bytes | None,
 ) -> tuple[layout.Meta, dict[str, dict[str, "HostLeaf"]]]:
     """The meta document, and the arrays copied to the host."""
@@ -264,11 +264,11 @@ def _describe_leaf(where: str, name: str, value: Any, params: Mapping[str, Param
     return layout.Leaf(spec, chunks, scalar)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (bool, int, float)) and not isinstance(value, np.generic)
 
 
-def _is_local(array: Any) -> bool:
+def _is_local(array: object) -> bool:
     return not isinstance(array, jax.Array) or array.is_fully_addressable
 
 
@@ -280,13 +280,13 @@ def copy_to_host(leaves: Leaves, described: Mapping[str, layout.Leaf]) -> dict[s
     return {name: HostLeaf(described[name], _pieces(value)) for name, value in leaves.items()}
 
 
-def _owned_shards(value: Any) -> list[tuple[tuple[slice, ...], jax.Array]]:
+def _owned_shards(value: object) -> list[tuple[tuple[slice, ...], jax.Array]]:
     """Lists (index, data) of what this process writes: one replica of every part of an array, in one process."""
     shards = value.addressable_shards if isinstance(value, jax.Array) else []
     return [(s.index, s.data) for s in shards if s.replica_id == 0 and s.data is not None]
 
 
-def _pieces(value: Any) -> tuple[tuple[tuple[slice, ...], np.ndarray], ...]:
+def _pieces(value: object) -> tuple[tuple[tuple[slice, ...], np.ndarray], ...]:
     if not _is_local(value):
         return tuple((index, np.array(data)) for index, data in _owned_shards(value))
     if jax.process_index() != 0:
@@ -306,13 +306,15 @@ class _HostLeafHandler(ocp.type_handlers.TypeHandler):
     def typestr(self) -> str:
         return "np.ndarray"
 
-    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
+    async def metadata(self, infos: Sequence[object]) -> Sequence[Any]:
         raise NotImplementedError("tele_jax reads arrays in lazy.py")
 
-    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
+    async def deserialize(self, infos: Sequence[object], args: Sequence[Any] | None = None) -> Sequence[Any]:
         raise NotImplementedError("tele_jax reads arrays in lazy.py")
 
-    async def serialize(self, values: Sequence[HostLeaf], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
+    async def serialize(
+        self, values: Sequence[HostLeaf], infos: Sequence[object], args: object = None
+    ) -> Sequence[Any]:
         async def write_all() -> None:
             await asyncio.gather(*(_write(value, info) for value, info in zip(values, infos, strict=True)))
 

@@ -73,7 +73,7 @@ class Unfinished:
     def __init__(
         self,
         dst: PathLike,
-        header: Mapping[str, Any],
+        header: Mapping[str, object],
         meta: layout.Meta,
         tiles: Sequence[Tile],
         *,
@@ -155,7 +155,7 @@ class Unfinished:
     def __enter__(self) -> "Unfinished":
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     @contextlib.contextmanager

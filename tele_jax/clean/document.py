@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 SAMPLES = 3  # kept for every reason
 SAMPLE_CHARS = 240
@@ -35,7 +34,7 @@ class Document:
     language: str | None = None
     html: bool = False
 
-    def replace(self, **changes: Any) -> "Document":
+    def replace(self, **changes: object) -> "Document":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 

@@ -226,7 +226,7 @@ def _refuse_empty(account: Table, shards: Table) -> None:
     raise FailedError(f"no document is left of {stage['out']['documents']:,}; most went for {most}")
 
 
-def _json(value: Any) -> bytes:
+def _json(value: object) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 

@@ -190,7 +190,7 @@ def _line(line: bytes, config: SourceConfig) -> _Record | _Bad:
     return _fields(record, config, line)
 
 
-def _fields(record: Any, config: SourceConfig, data: bytes) -> _Record | _Bad:
+def _fields(record: object, config: SourceConfig, data: bytes) -> _Record | _Bad:
     if not isinstance(record, dict) or not isinstance(record.get(config.text_field), str):
         return _Bad("no text", f"no field {config.text_field!r} with a string", data)
     text = record[config.text_field]

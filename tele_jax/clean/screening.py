@@ -58,7 +58,7 @@ def _texts(path: str, fields: tuple[str, ...]) -> Iterator[str]:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

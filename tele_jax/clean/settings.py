@@ -16,7 +16,7 @@ Stage = Literal[
 ]  # fmt: skip
 
 
-def _fraction(config: Any, *names: str) -> None:
+def _fraction(config: object, *names: str) -> None:
     for name in names:
         require(0 <= getattr(config, name) <= 1, f"{name}={getattr(config, name)} must be in [0, 1]")
 

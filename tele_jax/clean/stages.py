@@ -20,7 +20,7 @@ def _each(
     load: reads the models or lists that the table names. change: what a new text counts as, where that is counted.
     """
 
-    def make(table: Any) -> Apply:
+    def make(table: object) -> Apply:
         loaded = () if load is None else (load(table),)
 
         def one(document: Document) -> Outcome:

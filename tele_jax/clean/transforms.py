@@ -114,7 +114,7 @@ def _of_equals(
 ) -> Comparison:
     """A comparison in which the first of all rows with an equal key stays."""
 
-    def one_group(documents: Sequence[Document], batch: int, config: Any) -> Keys:
+    def one_group(documents: Sequence[Document], batch: int, config: object) -> Keys:
         table = keys(documents, batch, config)
         return {0: (table, np.zeros((len(table), 0), np.uint8))}
 

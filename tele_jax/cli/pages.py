@@ -115,6 +115,6 @@ def _neighbours(directory: Path) -> Iterator[None]:
                 vars(sys.modules[name])["__page_directory__"] = directory
 
 
-def _beside(module: Any) -> Path | None:
+def _beside(module: object) -> Path | None:
     """The directory of the page that imported a module as its neighbour; None for every other module."""
     return getattr(module, "__page_directory__", None)

@@ -44,7 +44,7 @@ MARKS = ("weight", "train", "loss")  # of an answer: whether it is learned
 LABELS = frozenset({"id", "source", "url", "title", "language", "lang", "license", "category", "meta", "metadata"})
 
 
-def from_record(record: Any) -> list[Message]:
+def from_record(record: object) -> list[Message]:
     """Returns the messages of a record, the system message among them.
 
     Raises:
@@ -79,11 +79,11 @@ def is_learned(message: Message) -> bool:
     return not any(message.get(mark) in (0, False) for mark in MARKS if message.get(mark) is not None)
 
 
-def _says_nothing(value: Any) -> bool:
+def _says_nothing(value: object) -> bool:
     return value is None or (isinstance(value, list) and not value)
 
 
-def _check_fields(i: int, message: Mapping[str, Any]) -> None:
+def _check_fields(i: int, message: Mapping[str, object]) -> None:
     """Raises UserError for marks that cannot be obeyed, and for what is not understood."""
     answers = message["role"] in ("assistant", "bot")
     marks = set()
@@ -101,7 +101,7 @@ def _check_fields(i: int, message: Mapping[str, Any]) -> None:
         raise UserError(f"messages[{i}]: its marks ({', '.join(MARKS)}) contradict each other")
 
 
-def check(messages: Any, *, complete: bool = True) -> None:
+def check(messages: object, *, complete: bool = True) -> None:
     """Raises UserError unless `messages` is a dialogue as described above.
 
     Args:

@@ -233,7 +233,7 @@ class Indexes:
         self._made: dict[Any, Any] = {}
         self._unwritten: list[tuple[tuple, Corpus]] = []
 
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+    def once(self, key: object, make: Callable[[], Any]) -> Any:
         """Returns what `make` gave when it was first called for this key."""
         if key not in self._made:
             self._made[key] = make()

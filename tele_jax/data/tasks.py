@@ -74,7 +74,7 @@ class SpanSource(seqio.DataSource):
             own = None if seed is None else zlib.crc32(corpus.name.encode(), seed & 0xFFFFFFFF)
             keys = tf.data.Dataset.random(seed=own, rerandomize_each_iteration=True).batch(2, drop_remainder=True)
 
-            def epoch(key: Any) -> Any:
+            def epoch(key: object) -> Any:
                 key = tf.bitcast(tf.cast(key, tf.int32), tf.uint32)
                 return numbers.map(as_written(lambda i: tf.random.experimental.index_shuffle(i, key, count - 1)))
 
@@ -106,7 +106,7 @@ def task(
 
     def encoded(dataset: Any) -> Any:
         # In blocks: a call from TensorFlow into Python costs more than a short document.
-        def one_block(element: Mapping[str, Any]) -> dict[str, Any]:
+        def one_block(element: Mapping[str, object]) -> dict[str, Any]:
             columns, lengths = tf.numpy_function(
                 read, [element["split"], element["span"]], [tf.int32, tf.int64], stateful=False
             )
@@ -147,7 +147,7 @@ def as_examples(task: Task, vocabulary: Vocabulary, kind: Kind, seq_len: int, na
             warnings.warn(f"task {task.name}: some examples are left out ({error})", stacklevel=1)
         return np.zeros((len(COLUMNS), 0), np.int32)
 
-    def one(example: Mapping[str, Any]) -> dict[str, Any]:
+    def one(example: Mapping[str, object]) -> dict[str, Any]:
         made = tf.numpy_function(columns, [example[name] for name in names], tf.int32, stateful=False)
         made = tf.ensure_shape(made, [len(COLUMNS), None])
         return dict(zip(COLUMNS, tf.unstack(made), strict=True))
@@ -155,12 +155,12 @@ def as_examples(task: Task, vocabulary: Vocabulary, kind: Kind, seq_len: int, na
     def encoded(dataset: Any) -> Any:
         return dataset.map(as_written(one)).filter(as_written(lambda example: tf.size(example["targets"]) > 0))
 
-    def as_before(step: Any) -> Any:
+    def as_before(step: object) -> Any:
         # The user's preprocessors look at the user's features: which vocabulary, and whether a sequence gets its end.
         if isinstance(step, seqio.CacheDatasetPlaceholder):
             return step
 
-        def run(dataset: Any, sequence_length: Any = None) -> Any:
+        def run(dataset: object, sequence_length: object = None) -> Any:
             known = {"sequence_length": sequence_length, "output_features": task.output_features}
             return seqio.utils.add_kwargs_to_transform(step, **known)(dataset)
 
@@ -219,7 +219,7 @@ class RowConverter(seqio.FeatureConverter):
             left, rows = tf.numpy_function(step, [open_rows, lengths, *columns], [tf.int32, tf.int32], stateful=False)
             return tf.ensure_shape(left, [count, 5, seq_len]), tf.ensure_shape(rows, [None, 5, seq_len])
 
-        def name(row: Any) -> dict[str, Any]:
+        def name(row: object) -> dict[str, Any]:
             features: dict[str, Any] = dict(zip(packing.COLUMNS, tf.unstack(row), strict=True))
             features["loss_weights"] = tf.cast(features["loss_weights"], tf.float32)
             return features

@@ -141,7 +141,7 @@ class SentencePieceVocabulary(Vocabulary):
         need("tensorflow")
         return need("tensorflow_text").SentencepieceTokenizer(model=self.sp_model)
 
-    def encode_tf(self, text: Any) -> Any:
+    def encode_tf(self, text: object) -> Any:
         """Turns tf.string [] into tf.int32 [n], the same ids as `encode`."""
         tf = need("tensorflow")
         if not self._spells_space:

@@ -135,7 +135,7 @@ class Vocabulary(abc.ABC):
     def _spell(self, i: int) -> bytes:
         """Returns the bytes that an id stands for; none for control pieces."""
 
-    def encode_tf(self, text: Any) -> Any:
+    def encode_tf(self, text: object) -> Any:
         """Turns tf.string [] into tf.int32 [n], the same ids as `encode`; calls Python."""
         tf = need("tensorflow")
 
@@ -144,7 +144,7 @@ class Vocabulary(abc.ABC):
 
         return tf.ensure_shape(tf.numpy_function(encode, [text], tf.int32, stateful=False), [None])
 
-    def decode_tf(self, ids: Any) -> Any:
+    def decode_tf(self, ids: object) -> Any:
         """Turns tf.int32 [n] or [B, n] into tf.string [] or [B], up to the first EOS; calls Python."""
         tf = need("tensorflow")
 

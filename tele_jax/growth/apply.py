@@ -147,7 +147,7 @@ class GrownArray:
     def axes(self) -> tuple[str, ...]:
         return self.plan.dst_spec[self.name].axes
 
-    def __getitem__(self, key: Any) -> np.ndarray:
+    def __getitem__(self, key: object) -> np.ndarray:
         from tele_jax.checkpoint.lazy import basic_index
 
         index = basic_index(key, self.shape)

@@ -185,7 +185,7 @@ def measure(plan: Plan, opt_state: PyTree, optimizer: optax.GradientTransformati
 
 
 def _compare(
-    spec: Mapping[str, ParamSpec], optimizer: Any, change: _Change, sign: float, paired: bool
+    spec: Mapping[str, ParamSpec], optimizer: object, change: _Change, sign: float, paired: bool
 ) -> tuple[dict[Path, set[Kind]], set[Path], dict[Path, tuple[int, ...]]]:
     """Compares two runs: ({path: kinds that fit}, paths of other leaves that moved, shapes of other leaves)."""
     of_params, of_gradients = (
@@ -259,7 +259,7 @@ def _run(optimizer: Any, steps: Iterator[tuple[Any, Any]], paired: bool) -> Iter
         yield take_apart(state, tree)
 
 
-def _fits(kind: Kind, before: Any, after: Any, of_gradient: float, of_params: float, params: np.ndarray) -> bool:
+def _fits(kind: Kind, before: object, after: object, of_gradient: float, of_params: float, params: np.ndarray) -> bool:
     """True where a leaf of the second run is what growth makes of that leaf of the first."""
     before, after = (np.asarray(x).astype(np.float64) for x in (before, after))
     factor, new = (of_gradient**-kind, np.zeros_like(after)) if isinstance(kind, int) else (of_params, params)
@@ -267,7 +267,7 @@ def _fits(kind: Kind, before: Any, after: Any, of_gradient: float, of_params: fl
     return np.allclose(after, expected, rtol=1e-9, atol=1e-12 * np.abs(expected).max(initial=0.0))
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     is_key = lambda x: jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
     a, b = (np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in map(jax.numpy.asarray, (a, b)))
     return a.shape == b.shape and np.allclose(a, b, rtol=1e-9, atol=0, equal_nan=True)

@@ -156,7 +156,7 @@ def _mark_born(step: Step, state: PyTree) -> Any:
     return state._replace(born=born)
 
 
-def _born(axis_map: AxisMap, old: Any, count: Any) -> Any:
+def _born(axis_map: AxisMap, old: object, count: object) -> Any:
     xp = jnp if isinstance(old, jax.Array) else np  # arrays from disk need no compiled program
     inherited = xp.asarray(old)[np.maximum(axis_map.index, 0)]
     return xp.where(axis_map.fresh, xp.asarray(count, inherited.dtype), inherited)
@@ -201,7 +201,7 @@ def _foremost(node: PyTree, path: Path = ()) -> Iterator[tuple[Path, Any]]:
             yield from _foremost(state, (*path, field) if label is None else (*path, field, str(label)))
 
 
-def _is_number(leaf: Any) -> bool:
+def _is_number(leaf: object) -> bool:
     """True where a leaf can depend on gradients; counts, marks and random keys do not."""
     dtype = getattr(leaf, "dtype", None)
     return isinstance(leaf, float) if dtype is None else jax.numpy.issubdtype(dtype, np.inexact)

@@ -205,7 +205,7 @@ class Plan:
         """The LeafStep of every step for a leaf of the result, or for its moment that is of a power in the gradient."""
         return tuple(step.leaf_step(n, power) for step, n in zip(self.steps, self._names(name)[1:], strict=True))
 
-    def replace(self, **fields: Any) -> "Plan":
+    def replace(self, **fields: object) -> "Plan":
         """The plan with other values in some fields of its only step, for example leaves={**plan.leaves, name: ...}.
 
         Raises:
@@ -240,7 +240,7 @@ class Plan:
         return steps[0] if len(steps) == 1 else {"steps": steps}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Plan":
+    def from_json(cls, data: Mapping[str, object]) -> "Plan":
         """The inverse of to_json.
 
         Raises:
@@ -344,12 +344,12 @@ def compose(first: Plan, then: Plan) -> Plan:
     return Plan((*first.steps, *then.steps))
 
 
-def require_plan(plan: Any, where: str) -> None:
+def require_plan(plan: object, where: str) -> None:
     """Raises UserError, naming the argument, for what is not a Plan."""
     require(isinstance(plan, Plan), f"{where}: expected a Plan as growth.plan makes it, got {type(plan).__name__}")
 
 
-def require_config(cfg: Any, where: str) -> None:
+def require_config(cfg: object, where: str) -> None:
     """Raises UserError, naming the argument, for what is not a ModelConfig."""
     require(isinstance(cfg, ModelConfig), f"{where}: expected a ModelConfig, got {type(cfg).__name__}")
 

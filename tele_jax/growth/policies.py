@@ -238,17 +238,17 @@ POLICIES = {"exact": _exact, "msg": _msg, "copy": _copy, "stack": _stack, "rando
 # `how`: policy, seed and epsilon, as `plan` takes them.
 
 
-def widen_embed(cfg: ModelConfig, embed_dim: int, **how: Any) -> Plan:
+def widen_embed(cfg: ModelConfig, embed_dim: int, **how: object) -> Plan:
     """Widens the residual stream to embed_dim channels."""
     return _changed(cfg, how, embed_dim=embed_dim)
 
 
-def widen_mlp(cfg: ModelConfig, mlp_dim: int, **how: Any) -> Plan:
+def widen_mlp(cfg: ModelConfig, mlp_dim: int, **how: object) -> Plan:
     """Widens the hidden layer of every mlp to mlp_dim units."""
     return _changed(cfg, how, mlp_dim=mlp_dim)
 
 
-def widen_heads(cfg: ModelConfig, num_heads: int, num_kv_heads: int | None = None, **how: Any) -> Plan:
+def widen_heads(cfg: ModelConfig, num_heads: int, num_kv_heads: int | None = None, **how: object) -> Plan:
     """Widens attention to num_heads query heads: by more groups, larger groups, or groups split into several.
 
     Args:
@@ -261,7 +261,7 @@ def widen_heads(cfg: ModelConfig, num_heads: int, num_kv_heads: int | None = Non
     return _changed(cfg, how, num_heads=num_heads, **groups)
 
 
-def insert_layers(cfg: ModelConfig, layers: int | Sequence[int], **how: Any) -> Plan:
+def insert_layers(cfg: ModelConfig, layers: int | Sequence[int], **how: object) -> Plan:
     """Deepens to `layers` layers, copies spread evenly, or to the source layers listed, where repeated ids are copies.
 
     >>> cfg = ModelConfig(num_layers=3, embed_dim=8, num_heads=2, mlp_dim=12, vocab_size=10)
@@ -274,7 +274,7 @@ def insert_layers(cfg: ModelConfig, layers: int | Sequence[int], **how: Any) -> 
     return _changed(cfg, {"layers": ids} | how, num_layers=len(ids))
 
 
-def grow_vocab(cfg: ModelConfig, vocab_size: int, padded_vocab_size: int | None = None, **how: Any) -> Plan:
+def grow_vocab(cfg: ModelConfig, vocab_size: int, padded_vocab_size: int | None = None, **how: object) -> Plan:
     """Adds tokens up to vocab_size after the old ones, whose logits stay.
 
     Args:
@@ -286,7 +286,7 @@ def grow_vocab(cfg: ModelConfig, vocab_size: int, padded_vocab_size: int | None 
     return _changed(cfg, how, vocab_size=vocab_size, padded_vocab_size=rows)
 
 
-def pad_vocab(cfg: ModelConfig, multiple: int, **how: Any) -> Plan:
+def pad_vocab(cfg: ModelConfig, multiple: int, **how: object) -> Plan:
     """Pads the rows of the vocabulary to a multiple, so that they divide over a mesh; the function stays."""
     require_config(cfg, "cfg")
     require(whole(multiple, "multiple") > 0, f"pad_vocab: multiple={multiple} must be above 0")

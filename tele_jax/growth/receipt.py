@@ -97,7 +97,7 @@ RECEIPT_FIELDS = {
 
 
 def receipt(
-    plan: growth.Plan, report: growth.Report, stage: GrowStage, scores: list[float] | None, **more: Any
+    plan: growth.Plan, report: growth.Report, stage: GrowStage, scores: list[float] | None, **more: object
 ) -> Table:
     """The document beside a grown checkpoint: the report, and all that says how the growth was made."""
     data = plan.to_json()
@@ -317,7 +317,7 @@ def _verify_and_name(request: Request, plan: growth.Plan, scores: Any, lazy: Any
     return made
 
 
-def verify(plan: growth.Plan, src: Any, dst: Any, tokens: np.ndarray, memory_gb: float) -> growth.Report:
+def verify(plan: growth.Plan, src: object, dst: object, tokens: np.ndarray, memory_gb: float) -> growth.Report:
     """The report on two open checkpoints: on all levels where memory_gb holds both models, else without logits."""
     if not verifies_wholly(plan, src, memory_gb):
         return growth.verify_stored(plan, src, dst)

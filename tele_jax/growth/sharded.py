@@ -47,7 +47,7 @@ def sharded(plan: Plan, mesh: Mesh, opt_state: PyTree, optimizer: Any = None) ->
     require_plan(plan, "sharded: plan")
     params = param_shardings(unflatten(plan.dst_spec), mesh)
 
-    def grow(step: LeafStep, array: Any) -> jax.Array:
+    def grow(step: LeafStep, array: object) -> jax.Array:
         def take_on_mesh(array: jax.Array, indices: Sequence[np.ndarray]) -> jax.Array:
             cuts = [_cut(mesh, m.axis, n, len(i)) for m, n, i in zip(step.maps, array.shape, indices, strict=True)]
             return take(array, indices, cuts, mesh)

@@ -253,7 +253,7 @@ class Diff:
         return "\n".join(lines)
 
 
-def diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> Diff:
+def diff(a: Mapping[str, object], b: Mapping[str, object]) -> Diff:
     """Compares two trees of arrays, in memory or checkpoint.open_lazy(path).params, one slice of a leaf at a time.
 
     >>> print(diff({"a": np.zeros(3), "b": np.ones(2)}, {"a": np.zeros(3), "b": np.array([1, 1.5])}))

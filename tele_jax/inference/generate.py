@@ -147,7 +147,7 @@ def _unstack(leaf):
     return tuple(leaf)
 
 
-def _platform(leaf: Any) -> str:
+def _platform(leaf: object) -> str:
     return next(iter(leaf.devices())).platform if isinstance(leaf, jax.Array) else jax.default_backend()
 
 

@@ -270,7 +270,7 @@ def _init(cfg: ModelConfig, key: jax.Array) -> Params:
     return nn.meta.unbox(init_boxed(cfg, key))
 
 
-def _apply(module: nn.Module, params: Params, *args: Any) -> Any:
+def _apply(module: nn.Module, params: Params, *args: object) -> Any:
     return module.apply({"params": params}, *args)
 
 

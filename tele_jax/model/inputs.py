@@ -1,7 +1,6 @@
 """Checks of the arguments that users give to the model: tokens, keys, positions, segments and masks."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ Masks = Mapping[str, Mask]
 MASKED_AXES = ("embed", "mlp", "heads", "layers")  # kv_heads need none: the heads that read new ones are masked
 
 
-def require_key(key: Any, where: str) -> None:
+def require_key(key: object, where: str) -> None:
     """Raises UserError, naming the argument, unless key is a random key."""
     is_key = isinstance(key, jax.Array) and (key.dtype == jnp.uint32 or jnp.issubdtype(key.dtype, jax.dtypes.prng_key))
     require(is_key, f"{where}: expected jax.random.key(seed), got {type(key).__name__}")
@@ -48,7 +47,7 @@ def check_shapes(cfg: ModelConfig, tokens, positions, segment_ids, masks: Masks)
         require(mask.shape == (size,), f"masks: {axis} has shape {mask.shape}, but the axis has size {size}")
 
 
-def checked_tokens(cfg: ModelConfig, tokens: Any) -> jax.Array:
+def checked_tokens(cfg: ModelConfig, tokens: object) -> jax.Array:
     """The tokens as an array int32[B, S]. Raises UserError for anything else, and for ids beyond the vocabulary."""
     if not isinstance(tokens, jax.Array):
         try:

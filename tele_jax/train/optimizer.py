@@ -93,7 +93,7 @@ def _least(vectors: Mapping[str, jax.Array], leaf: ParamSpec) -> jax.Array:
     return least
 
 
-def delay_births(opt_state: PyTree, steps: Mapping[str, Any]) -> Any:
+def delay_births(opt_state: PyTree, steps: Mapping[str, object]) -> Any:
     """The state with units born `steps` later, int32[size] by axis name: MaskSchedule.closed_steps().
 
     Behind a closed mask the gradient is 0. If a unit aged there, its bias correction would be over before its first

@@ -239,7 +239,7 @@ class Trainer:
                 raise Stopped(f"stopped at {where}, which is saved; start again to go on", stop.interrupted())
         bar.close()
 
-    def _log(self, step: int, window: Sequence[Mapping[str, Any]], seconds: float, bar: tqdm) -> None:
+    def _log(self, step: int, window: Sequence[Mapping[str, object]], seconds: float, bar: tqdm) -> None:
         """One line of figures; `window` holds those of all steps since the last line, `seconds` is the time of one.
 
         Raises:

@@ -116,7 +116,7 @@ def as_json(config: RunConfig) -> Table:
     return json.loads(json.dumps(page | where))
 
 
-def differences(before: Any, now: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+def differences(before: object, now: object, path: str = "") -> dict[str, tuple[Any, Any]]:
     """(value before, value now) of everything that differs, by path inside the two."""
     if isinstance(before, dict) and isinstance(now, dict):
         found: dict[str, tuple[Any, Any]] = {}

@@ -12,7 +12,7 @@ that each part is. In the trainer's state new units are born at the current coun
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ from tele_jax.growth.opt_state import kinds as state_kinds
 from tele_jax.growth.plan import Plan
 from tele_jax.growth.verify import spread
 from tele_jax.sharding import tiles, to_host
+
+if TYPE_CHECKING:
+    from tele_jax.checkpoint import LazyArray
 
 TILE_BYTES = 16 * 2**20
 
@@ -60,7 +63,7 @@ def first_problems(plan: Plan, found: Sequence[Mapping[str, str]]) -> dict[str, 
 class _Chunkwise:
     """A stored leaf whose last chunk stays in memory, since tiles are smaller than chunks, which are read whole."""
 
-    def __init__(self, stored: Any):
+    def __init__(self, stored: "LazyArray"):
         self._stored, self._place, self._chunk = stored, (), np.empty(0)
 
     @classmethod
@@ -109,7 +112,7 @@ class Unrounded:
         return values.reshape([n for n, k in zip(values.shape, keys, strict=True) if isinstance(k, slice)])
 
 
-def _products(steps: Sequence[LeafStep], source: Any, traced: Sequence[Traced]) -> np.ndarray:
+def _products(steps: Sequence[LeafStep], source: object, traced: Sequence[Traced]) -> np.ndarray:
     """The source entries at the origins of a tile times all factors, in float64 and not rounded."""
     coefficient = math.prod(step.coefficient for step in steps)
     return _gather(source, traced) * (coefficient * _outer([part.factors[-1] for part in traced]))
@@ -219,7 +222,7 @@ def _gather(array: Any, traced: Sequence[Traced]) -> np.ndarray:
 
 
 def differing_state(
-    plan: Plan, before: Any, after: Any, optimizer: optax.GradientTransformation | None = None
+    plan: Plan, before: object, after: object, optimizer: optax.GradientTransformation | None = None
 ) -> dict[str, str]:
     """{part of the state: problem} for all parts that are not what growth makes of `before`.
 
@@ -268,7 +271,7 @@ def _tree_problems(plan: Plan, power: int | None, src: Leaves, dst: Leaves) -> I
     yield from first_problems(plan, found).items()
 
 
-def _births(plan: Plan, state: PyTree, others: Mapping[Path, Any]) -> dict[Path, np.ndarray]:
+def _births(plan: Plan, state: PyTree, others: Mapping[Path, object]) -> dict[Path, np.ndarray]:
     """{path: expected births} of the units of every axis, in all states of the trainer's Adam."""
     expected = {}
     for path, node in nodes(state):
@@ -281,7 +284,7 @@ def _births(plan: Plan, state: PyTree, others: Mapping[Path, Any]) -> dict[Path,
     return expected
 
 
-def _value_problem(expected: Any, found: Any) -> str | None:
+def _value_problem(expected: object, found: object) -> str | None:
     expected, found = _values(expected), _values(found)
     if expected.shape != found.shape or expected.dtype != found.dtype:
         return f"is {found.dtype}{list(found.shape)}, expected {expected.dtype}{list(expected.shape)}"

@@ -174,7 +174,7 @@ def verify(
     )
 
 
-def _tokens(plan: Plan, tokens: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _tokens(plan: Plan, tokens: object) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(tokens for the source, for the grown model, the ids that both share: of the source, of the grown model)."""
     try:
         tokens = np.asarray(tokens)
@@ -279,7 +279,7 @@ def require_configs(plan: Plan, src: "Lazy", dst: "Lazy") -> None:
 
 
 def _examine(
-    plan: Plan, layers: Collection[int] | None, unit: int | None, src: Mapping[str, Any], dst: Mapping[str, Any]
+    plan: Plan, layers: Collection[int] | None, unit: int | None, src: Mapping[str, object], dst: Mapping[str, object]
 ) -> tuple[dict[str, str], dict[str, float]]:
     """Compares one unit (see spread.py) on both levels, and gives ({leaf: problem}, {part: difference}) as JSON."""
     problems = entries.differing(plan, src, dst, unit)

@@ -25,7 +25,7 @@ class Layer:
     layer: int
     values: np.ndarray
 
-    def __getitem__(self, key: Any) -> np.ndarray:
+    def __getitem__(self, key: object) -> np.ndarray:
         first, *others = key if isinstance(key, tuple) else (key,)
         if isinstance(first, slice):
             inside = (first.start, first.stop) == (self.layer, self.layer + 1)
