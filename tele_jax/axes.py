@@ -24,8 +24,9 @@ from tele_jax.errors import UserError
 # Axes that grow with the width of the model in muP's sense; the others stay finite.
 WIDTH_AXES = frozenset({"embed", "heads", "kv_heads", "mlp"})
 
-Params = Mapping[str, Any]  # nested by name; the leaves are arrays, shapes, shardings, ...
-Leaves = Mapping[str, Any]  # {dotted name: leaf}
+Params = Mapping[str, Any]  # nested by name, with a Leaf at the end of every path
+Leaf = Any  # an array, in memory or stored (checkpoint.LazyArray), or what stands for one
+Leaves = Mapping[str, Leaf]  # {dotted name: leaf}
 PyTree = Any  # what jax.tree takes apart, such as an optimizer state
 
 Role = Literal["kernel", "table", "bias", "scale"]
@@ -166,7 +167,7 @@ def fresh_std(cfg: ModelConfig, inputs: tuple[str, ...], outputs: tuple[str, ...
     return cfg.init_std
 
 
-def flatten(tree: Params) -> dict[str, Any]:
+def flatten(tree: Params) -> dict[str, Leaf]:
     """A nested dict as one dict with dotted keys, sorted: {"layers.attn.q": leaf, ...}.
 
     Raises:
@@ -181,7 +182,7 @@ def unflatten(leaves: Leaves) -> dict[str, Any]:
     return traverse_util.unflatten_dict(dict(leaves), sep=".")
 
 
-def map_param_subtrees(function: Callable[[tuple[str, ...], Any], Any], tree: PyTree, spec: Params, other=None):
+def map_param_subtrees(function: Callable[[tuple[str, ...], Params], PyTree], tree: PyTree, spec: Params, other=None):
     """Applies function(path, subtree) to every subtree that has the structure and shapes of the parameters.
 
     `tree` is any pytree, such as an optax state; `spec` a nested dict of ParamSpec (or of anything with a shape). Other
@@ -214,7 +215,7 @@ def _whole_tree(node: PyTree, spec: Params) -> dict[str, Any] | None:
 _OTHER = object()  # marks a node of other structure or shapes than the parameters
 
 
-def _fill_in(node: PyTree, spec: Any) -> Any:
+def _fill_in(node: PyTree, spec: PyTree) -> PyTree:
     if is_empty(node):
         return jax.tree.map(lambda _: node, spec) if isinstance(spec, Mapping) else node
     if not isinstance(spec, Mapping):
@@ -226,7 +227,7 @@ def _fill_in(node: PyTree, spec: Any) -> Any:
     return _OTHER if any(child is _OTHER for child in filled.values()) else filled
 
 
-def _keep_gaps(node: PyTree, made: Any) -> Any:
+def _keep_gaps(node: PyTree, made: PyTree) -> PyTree:
     if is_empty(node):
         return node
     return {key: _keep_gaps(node[key], made[key]) for key in node} if isinstance(node, Mapping) else made

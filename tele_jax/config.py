@@ -107,7 +107,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def differing_fields(have: "ModelConfig", want: "ModelConfig") -> dict[str, tuple[Any, Any]]:
+def differing_fields(have: "ModelConfig", want: "ModelConfig") -> dict[str, tuple[object, object]]:
     """{field: (value, wanted value)} where two configs are different models; EXECUTION_FIELDS are free."""
     ours, theirs = to_dict(have), to_dict(want)
     return {n: (ours[n], theirs[n]) for n in ours if ours[n] != theirs[n] and n not in EXECUTION_FIELDS}

@@ -81,7 +81,7 @@ def require_no_pointer(start: bytes, where: str) -> None:
         )
 
 
-def parse_json(text: str | bytes, where: str, error: type[Exception] = DamageError) -> Any:
+def parse_json(text: str | bytes, where: str, error: type[Exception] = DamageError) -> Json:
     """The value of a JSON document that tele_jax wrote; stricter than `json`, which takes what no writer makes.
 
     Args:
@@ -113,7 +113,7 @@ def _require_shallow(value: object) -> None:
         level = list(itertools.chain.from_iterable(inside))
 
 
-def _single_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _single_keys(pairs: list[tuple[str, Any]]) -> Table:
     table = dict(pairs)
     if len(table) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -130,7 +130,7 @@ def _finite(digits: str) -> float:
     return value if math.isfinite(value) else _not_finite(digits)
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(path: str | os.PathLike) -> Json:
     """The value of a JSON document that tele_jax wrote.
 
     Raises:
@@ -149,7 +149,7 @@ def is_plain_name(name: str) -> bool:
     return 0 < len(encoded) <= 255 and name not in (".", "..") and not set(name) & set("/\\\0")
 
 
-def read_table(path: str | os.PathLike, what: str = "", *, missing: str = "") -> dict[str, Any]:
+def read_table(path: str | os.PathLike, what: str = "", *, missing: str = "") -> Table:
     """The table in a JSON file. UserError as `require_regular`, and for what is no JSON, or no table."""
     where = f"{what}{os.fspath(path)}"
     data = read_bytes(path, what, missing=missing)
@@ -277,7 +277,7 @@ def new_directory(path: Path, what: str) -> Iterator[Path]:
             raise
 
 
-def _json_value(value: object) -> Any:
+def _json_value(value: object) -> Json:
     """JSON values, with null in the place of numbers that JSON does not have."""
     if isinstance(value, Mapping):
         return {key: _json_value(item) for key, item in value.items()}

@@ -15,7 +15,7 @@ import functools
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -134,7 +134,7 @@ def plan(plan: "Plan") -> "Figure":
     return figure
 
 
-def layer_scores(receipt: Mapping[str, Any]) -> "Figure":
+def layer_scores(receipt: Table) -> "Figure":
     """Bars of how much every source layer changes its input; layers that the growth copied stand out.
 
     receipt: growth_receipt.json, as `tele grow` and a growth stage write it. Its fields `layer_scores` (a float for
@@ -211,7 +211,7 @@ def mask_ramp(
     return figure
 
 
-def receipts(receipts: Mapping[str, Mapping[str, Any]]) -> "Figure":
+def receipts(receipts: Mapping[str, Table]) -> "Figure":
     """Findings of verify, one row per growth: how far the function moved, and the new units that cannot learn.
 
     receipts: {name of the growth: content of report.to_json() or of a growth_receipt.json}.
@@ -256,7 +256,7 @@ def _verdict(row: Mapping[str, object]) -> tuple[str, str, str]:
     return ("ok" if row["lively"] else "ok, but copies stay copies"), "o", GREEN
 
 
-def _log_dots(axes: "Axes", values: Sequence[float | None], rows: Sequence[Mapping[str, Any]]) -> None:
+def _log_dots(axes: "Axes", values: Sequence[float | None], rows: Sequence[Table]) -> None:
     """Draws a dot per row on a logarithmic axis, with its number; 0 and None, which have no place, become a text."""
     tolerances = [row["tolerance"] for row in rows if row["tolerance"] is not None]
     positive = [v for v in values if v is not None and v > 0 and math.isfinite(v)] + tolerances
@@ -275,7 +275,7 @@ def _log_dots(axes: "Axes", values: Sequence[float | None], rows: Sequence[Mappi
             axes.annotate(words, (low, place), (6, 0), va="center", color=color, **small)
 
 
-def _unit_bars(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
+def _unit_bars(axes: "Axes", rows: Sequence[Table]) -> None:
     """Draws bars of dead and locked units, each with its number."""
     for offset, kind, color in ((-0.18, "dead", INK), (0.18, "locked", PINK)):
         counts = [None if row[kind] is None else len(row[kind]) for row in rows]

@@ -38,7 +38,7 @@ def run(
     return summaries
 
 
-def write(workdir: Path, summaries: Sequence[Mapping[str, Any]]) -> str:
+def write(workdir: Path, summaries: Sequence[Table]) -> str:
     """Writes W/summary.txt, W/loss.png, and W/<stage>/layer_scores.png for every growth that chose layers by distance.
 
     Returns the table, with the paths of the pictures below it.
@@ -62,7 +62,7 @@ def write(workdir: Path, summaries: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([text, "", *(f"{what}: {path}" for what, path, _ in pictures)])
 
 
-def table(summaries: Sequence[Mapping[str, Any]]) -> str:
+def table(summaries: Sequence[Table]) -> str:
     """A table with a row per stage: parameters, tokens, FLOPs, bits per byte by domain before -> after, growth."""
     domains = sorted({d for s in summaries for d in s.get("bits_per_byte_after", {})})
     head = ["stage", "parameters", "tokens", "FLOPs", *(f"bits/byte {d}" for d in domains), "max logit difference"]
@@ -82,7 +82,7 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
     return tables.text(rows, head)
 
 
-def _moved(receipt: Mapping[str, Any] | None) -> str:
+def _moved(receipt: Table | None) -> str:
     """Says how far a growth moved the logits; null stands for a number that is not finite."""
     if receipt is None:
         return ""
@@ -97,9 +97,7 @@ def _change(before: float | None, after: float | None) -> str:
     return f"{after:.3f}" if before is None else f"{before:.3f} -> {after:.3f}"
 
 
-def curves(
-    workdir: Path, summaries: Sequence[Mapping[str, Any]]
-) -> tuple[dict[str, Mapping[str, plots.Curve]], list[float]]:
+def curves(workdir: Path, summaries: Sequence[Table]) -> tuple[dict[str, Mapping[str, plots.Curve]], list[float]]:
     """(panels, growths) for plots.loss, over millions of tokens from the start of the run.
 
     Training loss with a curve per stage, held-out bits per byte with a curve per domain.

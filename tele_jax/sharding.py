@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from tele_jax.axes import Params, ParamSpec, flatten, unflatten
+from tele_jax.axes import Leaf, Params, ParamSpec, flatten, unflatten
 from tele_jax.config import require
 from tele_jax.errors import UserError
 from tele_jax.settings import MeshConfig
@@ -134,7 +134,7 @@ def to_host(array: object) -> np.ndarray:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
-def is_spread(array: Any) -> bool:
+def is_spread(array: Leaf) -> bool:
     """True for an array on more than one device of a mesh, of this process or of others, which `fetch` reads."""
     on_mesh = isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding)
     return on_mesh and len(array.sharding.device_set) > 1

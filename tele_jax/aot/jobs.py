@@ -7,7 +7,7 @@ slot of the cache. Nothing is allocated, and the devices need not be there.
 import abc
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -236,7 +236,7 @@ class DecodeJob(ModelJob):
             return jax.jit(step, donate_argnums=2).lower(params, state, cache)
 
 
-def _transformation(cfg: ModelConfig, config: OptimizerConfig) -> Any:
+def _transformation(cfg: ModelConfig, config: OptimizerConfig) -> PyTree:
     return optimizer(cfg, config, lambda step: jnp.float32(1.0))
 
 
@@ -247,7 +247,7 @@ def _state(cfg: ModelConfig, config: OptimizerConfig, mesh: Mesh) -> Arrays:
     return {"parameters": _placed(shapes, params), "optimizer": _placed(jax.eval_shape(tx.init, shapes), state)}
 
 
-def _placed(shapes: object, shardings: PyTree) -> Any:
+def _placed(shapes: object, shardings: PyTree) -> PyTree:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 

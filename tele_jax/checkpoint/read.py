@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from tele_jax import axes
-from tele_jax.axes import Params, ParamSpec, PyTree
+from tele_jax.axes import Leaf, Leaves, Params, ParamSpec, PyTree
 from tele_jax.checkpoint import layout
 from tele_jax.checkpoint.lazy import Lazy, LazyArray, Read, finish, open_lazy
 from tele_jax.config import ModelConfig, differing_fields
@@ -47,10 +47,10 @@ def load(
     path: PathLike,
     mesh: jax.sharding.Mesh | None = None,
     *,
-    shardings: Mapping[str, Any] | None = None,
+    shardings: Leaves | None = None,
     opt_state_like: PyTree = None,
     cfg: ModelConfig | None = None,
-    expect: Mapping[str, Any] | None = None,
+    expect: Leaves | None = None,
     items: Collection[str] = ("params", "opt_state", "data"),
 ) -> Loaded:
     """Reads a checkpoint onto a mesh, which need not be the one it was saved from.
@@ -98,7 +98,7 @@ def load(
     )
 
 
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any], verb: str = "stored") -> list[str]:
+def differences(found: Leaves, expected: Leaves, verb: str = "stored") -> list[str]:
     """Lists a line for every leaf whose name, shape or dtype differs; leaves have .shape and .dtype.
 
     >>> x, y = np.zeros((4, 8), np.float32), np.zeros((4, 16), np.float32)
@@ -126,7 +126,7 @@ def _check_x64(lazy: Lazy, items: Collection[str]) -> None:
                 )
 
 
-def _check_expected(lazy: Lazy, cfg: ModelConfig | None, expect: Mapping[str, Any] | None) -> None:
+def _check_expected(lazy: Lazy, cfg: ModelConfig | None, expect: Leaves | None) -> None:
     lines = [] if cfg is None else config_differences(lazy.cfg, cfg)
     if expect is None:
         expected = flat_spec(lazy.cfg if cfg is None else cfg)
@@ -143,7 +143,7 @@ def config_differences(stored: ModelConfig, expected: ModelConfig, where: str = 
     return [f"config.{name}: stored {have!r}, {where} {want!r}" for name, (have, want) in found]
 
 
-def _opt_arrays(lazy: Lazy, like: Mapping[str, Any] | None) -> dict[str, LazyArray]:
+def _opt_arrays(lazy: Lazy, like: Leaves | None) -> dict[str, LazyArray]:
     """The arrays of the optimizer state, after a comparison with the structure they are to fill."""
     stored = lazy.items.get("opt_state")
     if stored is None:
@@ -155,7 +155,7 @@ def _opt_arrays(lazy: Lazy, like: Mapping[str, Any] | None) -> dict[str, LazyArr
     return stored
 
 
-def _abstract(leaf: Any, stored: LazyArray | None) -> Any:
+def _abstract(leaf: Leaf, stored: LazyArray | None) -> PyTree:
     """A leaf of the expected structure, with shape and dtype.
 
     A Python number has no dtype of its own, and takes that of what is stored; so does the place of a stored one.
@@ -167,7 +167,7 @@ def _abstract(leaf: Any, stored: LazyArray | None) -> Any:
 
 
 def _place_params(
-    lazy: Lazy, mesh: jax.sharding.Mesh | None, shardings: Mapping[str, Any] | None
+    lazy: Lazy, mesh: jax.sharding.Mesh | None, shardings: Leaves | None
 ) -> dict[str, NamedSharding] | None:
     """The sharding of every parameter by name, or None for the default device."""
     if shardings is None:
@@ -193,12 +193,12 @@ def _place(
     return placed[owner] if owner is not None else NamedSharding(next(iter(placed.values())).mesh, P())
 
 
-def _fill(tree: PyTree, names: Mapping[str, object], values: Mapping[str, object]) -> Any:
+def _fill(tree: PyTree, names: Mapping[str, object], values: Mapping[str, object]) -> PyTree:
     # named_leaves goes through the leaves in the order of the tree.
     return jax.tree.unflatten(jax.tree.structure(tree), [values[name] for name in names])
 
 
-def _read_all(arrays: Collection[LazyArray], shardings: Mapping[str, Sharding | None]) -> Iterator[tuple[str, Any]]:
+def _read_all(arrays: Collection[LazyArray], shardings: Mapping[str, Sharding | None]) -> Iterator[tuple[str, Leaf]]:
     """Reads many arrays at once, but no more than _IN_FLIGHT_BYTES and one array at a time into host memory."""
     pending: collections.deque[tuple[LazyArray, Callable[[], Any]]] = collections.deque()
     in_flight = 0
@@ -234,7 +234,7 @@ def _start_read(array: LazyArray, sharding: Sharding | None) -> Callable[[], Any
     return finished
 
 
-def _on_default_device(value: np.ndarray, scalar: bool) -> Any:
+def _on_default_device(value: np.ndarray, scalar: bool) -> PyTree:
     return value.item() if scalar else jax.device_put(value)
 
 

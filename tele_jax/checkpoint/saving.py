@@ -23,7 +23,7 @@ from etils import epath
 from orbax.checkpoint import future
 
 from tele_jax import axes
-from tele_jax.axes import Leaves, Params, ParamSpec, PyTree, unflatten
+from tele_jax.axes import Leaf, Leaves, Params, ParamSpec, PyTree, unflatten
 from tele_jax.checkpoint import layout, locate, read
 from tele_jax.checkpoint.lazy import kvstore
 from tele_jax.config import ModelConfig
@@ -245,7 +245,7 @@ def describe_leaves(leaves: Leaves, params: Mapping[str, ParamSpec], item: str) 
     return {name: _describe_leaf(f"{item}: {name}", name, value, params) for name, value in leaves.items()}
 
 
-def _describe_leaf(where: str, name: str, value: Any, params: Mapping[str, ParamSpec]) -> layout.Leaf:
+def _describe_leaf(where: str, name: str, value: Leaf, params: Mapping[str, ParamSpec]) -> layout.Leaf:
     scalar = _is_number(value)
     array = np.asarray(value) if scalar else value
     dtype = getattr(array, "dtype", None)
@@ -306,10 +306,10 @@ class _HostLeafHandler(ocp.type_handlers.TypeHandler):
     def typestr(self) -> str:
         return "np.ndarray"
 
-    async def metadata(self, infos: Sequence[object]) -> Sequence[Any]:
+    async def metadata(self, infos: Sequence[object]) -> Sequence[object]:
         raise NotImplementedError("tele_jax reads arrays in lazy.py")
 
-    async def deserialize(self, infos: Sequence[object], args: Sequence[Any] | None = None) -> Sequence[Any]:
+    async def deserialize(self, infos: Sequence[object], args: Sequence[object] | None = None) -> Sequence[object]:
         raise NotImplementedError("tele_jax reads arrays in lazy.py")
 
     async def serialize(

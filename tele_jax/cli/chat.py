@@ -4,14 +4,14 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tele_jax.cli import models
 from tele_jax.cli.verb import Outcome, flag, note
 from tele_jax.errors import UserError
-from tele_jax.files import require_regular
+from tele_jax.files import Table, require_regular
 from tele_jax.inference.chat import Chat, Reply
 
 COMMANDS = """\
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> Outcome:
             f"{args.ckpt} was last trained on plain text (stage {stage}), not on dialogues: expect it to continue "
             "text rather than to answer"
         )
-    replies: list[dict[str, Any]] = []
+    replies: list[Table] = []
     if message is not None:
         _answer(chat, message, replies, set())
     else:
@@ -55,14 +55,14 @@ def run(args: argparse.Namespace) -> Outcome:
     return Outcome(figures | {"sampling": model.options, "trained_on_dialogues": stage is None})
 
 
-def _last_on_plain_text(provenance: Sequence[Mapping[str, Any]]) -> str | None:
+def _last_on_plain_text(provenance: Sequence[Table]) -> str | None:
     """The stage of pretraining that no fine-tuning and no import came after; None where there is none."""
     kinds = ("import", "pretrain", "sft")
     last = next((entry for entry in reversed(provenance) if entry.get("kind") in kinds), {})
     return last.get("stage", "pretrain") if last.get("kind") == "pretrain" else None
 
 
-def _converse(chat: Chat, replies: list[dict[str, Any]]) -> None:
+def _converse(chat: Chat, replies: list[Table]) -> None:
     printed: set[str] = set()
     if sys.stdin.isatty():
         print("/help lists the commands.", file=sys.stderr)
@@ -84,7 +84,7 @@ def _converse(chat: Chat, replies: list[dict[str, Any]]) -> None:
             print("\n(stopped)", file=sys.stderr)
 
 
-def _answer(chat: Chat, question: str, replies: list[dict[str, Any]], printed: set[str]) -> None:
+def _answer(chat: Chat, question: str, replies: list[Table], printed: set[str]) -> None:
     """Prints the answer as it comes, and notes on it on standard error; notes that were `printed` before are not."""
     clock = models.Clock()
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from typing import Any
 
 from tele_jax import checkpoint, tables
 from tele_jax.cli.verb import Outcome, flag, switch
@@ -103,7 +102,7 @@ def _size(num_bytes: int) -> str:
     return f"{size:.4g} {unit}"
 
 
-def _verify(lazy: Any) -> dict[str, int]:
+def _verify(lazy: checkpoint.Lazy) -> dict[str, int]:
     found = []
     for damage in checkpoint.verify(lazy):
         found.append(damage)

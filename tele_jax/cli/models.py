@@ -6,7 +6,7 @@ import io
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -77,7 +77,7 @@ def open_mesh(text: str | None) -> jax.sharding.Mesh | None:
     return make_mesh(config, jax.devices()[:count])
 
 
-def sampling_options(args: argparse.Namespace, template: Any, released: Mapping[str, Any] | None = None) -> Table:
+def sampling_options(args: argparse.Namespace, template: Any, released: Table | None = None) -> Table:
     """Keywords for sampling.sampling: as the model was released, or with --sample as it draws then, and the flags.
 
     released: of the checkpoint's import, what generation_config.json says (convert/release.py); None where the

@@ -7,14 +7,13 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from tele_jax import checkpoint, growth
 from tele_jax.aot import compile as compiling
 from tele_jax.aot import cost, search, topology
-from tele_jax.aot.jobs import DecodeJob, GrowJob, TrainJob
+from tele_jax.aot.jobs import DecodeJob, GrowJob, Job, TrainJob
 from tele_jax.aot.topology import find_slice
 from tele_jax.cli.models import parse_mesh
 from tele_jax.cli.pages import load_page
@@ -58,11 +57,11 @@ def run(args: argparse.Namespace) -> Outcome:
     if not args.search:
         job.check()
         topology.require_libtpu()
-    found = _search(args, job, tokens) if args.search else _plan(args, job, tokens)
+    found = _search(args, job, tokens) if args.search and isinstance(job, TrainJob) else _plan(args, job, tokens)
     return Outcome(found) if found["fits"] else Outcome(found, error=found["advice"], code=2)
 
 
-def _plan(args: argparse.Namespace, job: Any, tokens: float | None) -> Table:
+def _plan(args: argparse.Namespace, job: Job, tokens: float | None) -> Table:
     print(f"compiling for {job.slice.name} ...", file=sys.stderr, flush=True)
     program = compiling.compile_job(job, args.cache)
     figures = cost.figures(job, program, tokens)
@@ -75,7 +74,7 @@ def _plan(args: argparse.Namespace, job: Any, tokens: float | None) -> Table:
     return figures
 
 
-def _search(args: argparse.Namespace, job: Any, tokens: float | None) -> Table:
+def _search(args: argparse.Namespace, job: TrainJob, tokens: float | None) -> Table:
     ranked = search.candidates(job)
     topology.require_libtpu()
     chosen, tried = ranked[: args.tries], []
@@ -105,7 +104,7 @@ def _line(f: Table) -> str:
     return f"{head}  step at least {seconds['scheduled']:.4g} s as scheduled, {seconds['step']:.4g} if all overlaps"
 
 
-def _job(args: argparse.Namespace) -> tuple[Any, float | None]:
+def _job(args: argparse.Namespace) -> tuple[Job, float | None]:
     """The job of the command line, and the tokens of its stage where they are known."""
     if args.config is None and args.model is None:
         raise UserError("give either --config FILE or --model NAME")

@@ -3,11 +3,11 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tele_jax.errors import DamageError, FailedError, UserError
+from tele_jax.files import Table
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,14 +28,14 @@ class VerbParser(Parser):
         flag(self, "--override", argparse.SUPPRESS, dest="overrides", action="append", **absent)
 
 
-def flag(parser: Any, names: str, help: str, type: Any = None, **how: Any) -> None:
+def flag(parser: "argparse._ActionsContainer", names: str, help: str, type: Any = None, **how: Any) -> None:
     """Adds an argument to a parser or group; names: "--out DIR", "--message, --prompt TEXT" or "src SRC"."""
     flags, _, metavar = names.replace(", ", ",").partition(" ")
     how |= {key: value for key, value in (("type", type), ("metavar", metavar)) if value}
     parser.add_argument(*flags.split(","), help=help, **how)
 
 
-def switch(parser: Any, name: str, help: str) -> None:
+def switch(parser: "argparse._ActionsContainer", name: str, help: str) -> None:
     """Adds a flag without a value, which is False unless it is given."""
     parser.add_argument(name, help=help, action="store_true")
 
@@ -56,7 +56,7 @@ class Outcome:
       code: the exit code, 2 for a user's mistake and 1 for a failure.
     """
 
-    figures: Mapping[str, Any] | None = None
+    figures: Table | None = None
     text: str = ""
     error: str = ""
     code: int = 0

@@ -39,7 +39,7 @@ class Keys:
     values: Mapping[str, Any]
     where: str
 
-    def get(self, name: str, kind: type, default: object = _REQUIRED) -> Any:
+    def get(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
         """A value of a type; `null` counts as absent. Raises UserError."""
         value = self.values.get(name)
         if value is None:
@@ -52,7 +52,7 @@ class Keys:
             raise UserError(f"{self.where}: {name} is {value!r}, expected {kind.__name__}")
         return value
 
-    def expect(self, **allowed: object) -> None:
+    def expect(self, **allowed: Any) -> None:
         """Raises UserError where a key is there and has another value: the model would be another function."""
         for name, value in allowed.items():
             if self.values.get(name) not in (None, value):
@@ -125,16 +125,16 @@ def write(cfg: ModelConfig, format: str, dtype: Any, release: Mapping[str, Any] 
 class _Noting(dict):
     """A config that notes which of its keys are read: those describe the model, and all others do not."""
 
-    def __init__(self, values: Mapping[str, object]):
+    def __init__(self, values: Mapping[str, Any]):
         super().__init__(values)
         self.read: set[str] = set()
 
-    def get(self, key: str, default: object = None) -> Any:
+    def get(self, key: str, default: Any = None) -> Any:
         self.read.add(key)
         return super().get(key, default)
 
 
-def _describes(source: Mapping[str, object], cfg: ModelConfig, format: str) -> bool:
+def _describes(source: Mapping[str, Any], cfg: ModelConfig, format: str) -> bool:
     was = read(Keys(source, "config.json"), format)
     unsaid = {key: getattr(cfg, key) for key in UNSAID}
     rope = dataclasses.replace(was.rope, tables=cfg.rope.tables)

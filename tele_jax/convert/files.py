@@ -291,5 +291,5 @@ class Files:
     def __enter__(self) -> "Files":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self.close()

@@ -68,7 +68,7 @@ _ONLY: Mapping[str, Any] = {
 }
 
 
-def require_known(values: Mapping[str, object], read: set[str], where: str, format: str) -> None:
+def require_known(values: Mapping[str, Any], read: set[str], where: str, format: str) -> None:
     """Raises UserError for the first key that is set and neither read nor known to change nothing.
 
     Args:
@@ -90,6 +90,6 @@ def require_known(values: Mapping[str, object], read: set[str], where: str, form
         )
 
 
-def _short(value: object) -> str:
+def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -32,7 +32,7 @@ from tele_jax.settings import DataConfig, SourceConfig
 
 tf = need("tensorflow")
 seqio = need("seqio")
-Task = Mixture = Any  # those of seqio
+Task = Mixture = Dataset = Tensor = Any  # of seqio and TensorFlow, which are imported when they are used
 keep_off_accelerators()  # a page may have loaded it
 
 FEATURES = (("targets",), ("inputs", "targets"), ("inputs", "loss_weights", "targets"))  # that are understood, sorted
@@ -247,7 +247,7 @@ def _parts(name: str, source: SourceConfig) -> dict[str, SourceConfig]:
     return parts
 
 
-def shares(mixture: Any) -> dict[str, float]:
+def shares(mixture: Task) -> dict[str, float]:
     """Returns the share of every task in a seqio Mixture, by name; they sum to 1.
 
     Raises:
@@ -263,11 +263,11 @@ def shares(mixture: Any) -> dict[str, float]:
     return {name: rate / total for name, rate in rates.items() if rate > 0}
 
 
-def _has_split(provider: Any, split: str) -> bool:
+def _has_split(provider: Task, split: str) -> bool:
     return split.split("[")[0] in provider.splits  # data sets of TFDS have slices of them, "train[:1%]"
 
 
-def _check_split(provider: Any, name: str, split: str) -> None:
+def _check_split(provider: Task, name: str, split: str) -> None:
     if not _has_split(provider, split):
         raise UserError(f"{name} has no split {split!r}; it has {', '.join(sorted(provider.splits))}")
 
@@ -289,7 +289,7 @@ def list_shards(task_name: str, split: str) -> list[TaskShard]:
     return [TaskShard(task=task_name, split=split, index=i, count=count, file=files[i]) for i in range(count)]
 
 
-def _features(task: Any, shard: TaskShard) -> Iterator[dict[str, np.ndarray]]:
+def _features(task: Task, shard: TaskShard) -> Iterator[dict[str, np.ndarray]]:
     """Reads the features of all examples in the Task's own order, not cut, int [n] each."""
     names = list(task.output_features)
     info = seqio.ShardInfo(index=shard.index, num_shards=shard.count) if shard.count > 1 else None
@@ -312,7 +312,7 @@ def _features(task: Any, shard: TaskShard) -> Iterator[dict[str, np.ndarray]]:
         raise UserError(f"task {shard.task}, split {shard.split}: reading it fails: {_reason(error)}") from None
 
 
-def _seed(task: Any) -> int | None:
+def _seed(task: Task) -> int | None:
     """Returns a seed that fixes random preprocessors; None for a source whose function takes none."""
     function = getattr(task.source, "_dataset_fn", None)
     return 0 if function is None or "seed" in inspect.signature(function).parameters else None
@@ -325,7 +325,7 @@ def _reason(error: Exception) -> str:
     return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
 
 
-def check_features(task: Any, kind: Kind) -> None:
+def check_features(task: Task, kind: Kind) -> None:
     """Raises UserError unless the encoder takes the features of a Task."""
     features = task.output_features
     if tuple(sorted(features)) not in FEATURES:
@@ -346,7 +346,7 @@ def check_features(task: Any, kind: Kind) -> None:
         )
 
 
-def check_vocabularies(task: Any, vocabulary: Vocabulary) -> None:
+def check_vocabularies(task: Task, vocabulary: Vocabulary) -> None:
     """Raises UserError where the ids of a Task are not those of the run's tokenizer, as far as can be told."""
     for name, feature in task.output_features.items():
         if name != "loss_weights" and (reason := _differs(feature.vocabulary, vocabulary)):

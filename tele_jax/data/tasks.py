@@ -21,7 +21,7 @@ from tele_jax.data import domains, packing, task_documents
 from tele_jax.data.documents import Document
 from tele_jax.data.encode import COLUMNS, Kind, encode
 from tele_jax.data.sources import Corpus
-from tele_jax.data.task_documents import Mixture, Task
+from tele_jax.data.task_documents import Dataset, Mixture, Task, Tensor
 from tele_jax.data.templates import separator
 from tele_jax.data.vocabulary import SentencePieceVocabulary
 from tele_jax.data.vocabulary_base import Vocabulary
@@ -38,6 +38,7 @@ seqio.SentencePieceVocabulary.register(SentencePieceVocabulary)
 # Our functions are graph code already; to rewrite them costs time at every start.
 as_written = tf.autograph.experimental.do_not_convert
 
+Example = dict[str, Tensor]
 BLOCK = 16  # examples that go through numpy together
 OPEN_ROWS = 8  # for fit_rows
 
@@ -74,7 +75,7 @@ class SpanSource(seqio.DataSource):
             own = None if seed is None else zlib.crc32(corpus.name.encode(), seed & 0xFFFFFFFF)
             keys = tf.data.Dataset.random(seed=own, rerandomize_each_iteration=True).batch(2, drop_remainder=True)
 
-            def epoch(key: object) -> Any:
+            def epoch(key: object) -> Dataset:
                 key = tf.bitcast(tf.cast(key, tf.int32), tf.uint32)
                 return numbers.map(as_written(lambda i: tf.random.experimental.index_shuffle(i, key, count - 1)))
 
@@ -104,9 +105,9 @@ def task(
         block = encode(list(part.documents(numbers.tolist())), vocabulary, kind, seq_len)
         return block.columns, block.lengths
 
-    def encoded(dataset: Any) -> Any:
+    def encoded(dataset: Dataset) -> Dataset:
         # In blocks: a call from TensorFlow into Python costs more than a short document.
-        def one_block(element: Mapping[str, object]) -> dict[str, Any]:
+        def one_block(element: Mapping[str, object]) -> Example:
             columns, lengths = tf.numpy_function(
                 read, [element["split"], element["span"]], [tf.int32, tf.int64], stateful=False
             )
@@ -147,20 +148,20 @@ def as_examples(task: Task, vocabulary: Vocabulary, kind: Kind, seq_len: int, na
             warnings.warn(f"task {task.name}: some examples are left out ({error})", stacklevel=1)
         return np.zeros((len(COLUMNS), 0), np.int32)
 
-    def one(example: Mapping[str, object]) -> dict[str, Any]:
+    def one(example: Mapping[str, object]) -> Example:
         made = tf.numpy_function(columns, [example[name] for name in names], tf.int32, stateful=False)
         made = tf.ensure_shape(made, [len(COLUMNS), None])
         return dict(zip(COLUMNS, tf.unstack(made), strict=True))
 
-    def encoded(dataset: Any) -> Any:
+    def encoded(dataset: Dataset) -> Dataset:
         return dataset.map(as_written(one)).filter(as_written(lambda example: tf.size(example["targets"]) > 0))
 
-    def as_before(step: object) -> Any:
+    def as_before(step: object) -> Dataset:
         # The user's preprocessors look at the user's features: which vocabulary, and whether a sequence gets its end.
         if isinstance(step, seqio.CacheDatasetPlaceholder):
             return step
 
-        def run(dataset: object, sequence_length: object = None) -> Any:
+        def run(dataset: object, sequence_length: object = None) -> Dataset:
             known = {"sequence_length": sequence_length, "output_features": task.output_features}
             return seqio.utils.add_kwargs_to_transform(step, **known)(dataset)
 
@@ -170,7 +171,7 @@ def as_examples(task: Task, vocabulary: Vocabulary, kind: Kind, seq_len: int, na
     return task.replace(name=name, preprocessors=steps, output_features=_features(vocabulary))
 
 
-def _features(vocabulary: Vocabulary) -> dict[str, Any]:
+def _features(vocabulary: Vocabulary) -> Example:
     token = seqio.Feature(vocabulary, add_eos=False)
     weight = seqio.Feature(seqio.PassThroughVocabulary(2), add_eos=False)
     return {"inputs": token, "targets": token, "loss_weights": weight}
@@ -198,7 +199,7 @@ class RowConverter(seqio.FeatureConverter):
         self._pad_id = max(vocabulary.pad_id, 0)
         self._cut = kind == "pretrain"
 
-    def _convert_features(self, ds: Any, task_feature_lengths: Mapping[str, int]) -> Any:
+    def _convert_features(self, ds: Dataset, task_feature_lengths: Mapping[str, int]) -> Dataset:
         seq_len = task_feature_lengths["targets"]
 
         def step(open_rows: np.ndarray, lengths: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -213,14 +214,14 @@ class RowConverter(seqio.FeatureConverter):
 
         count = 1 if self._cut else OPEN_ROWS
 
-        def scan(open_rows: Any, block: Mapping[str, Any]) -> tuple[Any, Any]:
+        def scan(open_rows: Tensor, block: Example) -> tuple[Tensor, Tensor]:
             columns = [block[name].flat_values for name in COLUMNS]
             lengths = block["targets"].row_lengths()
             left, rows = tf.numpy_function(step, [open_rows, lengths, *columns], [tf.int32, tf.int32], stateful=False)
             return tf.ensure_shape(left, [count, 5, seq_len]), tf.ensure_shape(rows, [None, 5, seq_len])
 
-        def name(row: object) -> dict[str, Any]:
-            features: dict[str, Any] = dict(zip(packing.COLUMNS, tf.unstack(row), strict=True))
+        def name(row: object) -> Example:
+            features: Example = dict(zip(packing.COLUMNS, tf.unstack(row), strict=True))
             features["loss_weights"] = tf.cast(features["loss_weights"], tf.float32)
             return features
 
@@ -243,7 +244,7 @@ def mixture(
     """Makes the Mixture of the tasks, whose dataset is endless and gives rows in shares of the rates."""
     lengths = dict.fromkeys(COLUMNS, seq_len)
 
-    def sample(datasets: Sequence[Any], rates: Sequence[float], seed: int | None) -> Any:
+    def sample(datasets: Sequence[Dataset], rates: Sequence[float], seed: int | None) -> Dataset:
         packed = [converter(dataset.map(as_written(_even)).repeat(), lengths) for dataset in datasets]
         weights = [rate / sum(rates) for rate in rates]
         return tf.data.Dataset.sample_from_datasets(packed, weights, seed)
@@ -251,7 +252,7 @@ def mixture(
     return seqio.Mixture(name, list(zip(tasks, rates, strict=True)), sample_fn=sample)
 
 
-def _even(example: Mapping[str, Any]) -> dict[str, Any]:
+def _even(example: Example) -> Example:
     """Cuts the columns of an example to the shortest: seqio cuts only those whose length its user names."""
     columns = {name: example[name] for name in COLUMNS}
     length = tf.reduce_min([tf.size(column) for column in columns.values()])

@@ -7,7 +7,7 @@ none, are told apart by the release that they were imported from, or by name.
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 from tele_jax.config import as_written, written_table
 from tele_jax.data.vocabulary_base import Vocabulary
@@ -113,7 +113,7 @@ class Said:
     text: str
 
 
-def choose(vocabulary: Vocabulary, name: str | None = None, provenance: Iterable[Mapping[str, Any]] = ()) -> Template:
+def choose(vocabulary: Vocabulary, name: str | None = None, provenance: Iterable[Table] = ()) -> Template:
     """Returns the template called `name`, or the one that the checkpoint or the vocabulary implies.
 
     Args:

@@ -15,6 +15,7 @@ from tele_jax.errors import UserError
 from tele_jax.extras import need
 from tele_jax.files import PathLike
 
+Tensor = Any  # of TensorFlow, which is imported when it is used
 MARKERS = ("<_user>", "<_bot>", "<_end>", "<_system>", "<_start>", "<_pad>")  # never to be matched in plain text
 MISSING = "No such file or directory; train one with: tele tokenizer train"
 
@@ -135,7 +136,7 @@ class Vocabulary(abc.ABC):
     def _spell(self, i: int) -> bytes:
         """Returns the bytes that an id stands for; none for control pieces."""
 
-    def encode_tf(self, text: object) -> Any:
+    def encode_tf(self, text: object) -> Tensor:
         """Turns tf.string [] into tf.int32 [n], the same ids as `encode`; calls Python."""
         tf = need("tensorflow")
 
@@ -144,7 +145,7 @@ class Vocabulary(abc.ABC):
 
         return tf.ensure_shape(tf.numpy_function(encode, [text], tf.int32, stateful=False), [None])
 
-    def decode_tf(self, ids: object) -> Any:
+    def decode_tf(self, ids: object) -> Tensor:
         """Turns tf.int32 [n] or [B, n] into tf.string [] or [B], up to the first EOS; calls Python."""
         tf = need("tensorflow")
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tele_jax.axes import Leaves, Params, ParamSpec, flatten, unflatten
+from tele_jax.axes import Leaf, Leaves, Params, ParamSpec, flatten, unflatten
 from tele_jax.errors import UserError
 from tele_jax.growth import host_kernel
 from tele_jax.growth.kernel import tile
@@ -108,7 +108,7 @@ def take(array: jax.Array, indices: Sequence[np.ndarray]) -> jax.Array:
     return array
 
 
-def grow_leaf(step: LeafStep, array: Any, take: Take = take) -> jax.Array:
+def grow_leaf(step: LeafStep, array: Leaf, take: Take = take) -> jax.Array:
     """The whole of a leaf after one step."""
     dtype = array.dtype
     array = jnp.asarray(array)
@@ -133,7 +133,7 @@ class GrownArray:
 
     plan: Plan
     name: str
-    source: Any
+    source: Leaf
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -173,7 +173,7 @@ def lazy(plan: Plan, params: Params) -> Params:
     return unflatten({name: GrownArray(plan, name, leaves[plan.sources[name]]) for name in plan.dst_spec})
 
 
-def _chunkwise(array: Any) -> host_kernel.Source:
+def _chunkwise(array: Leaf) -> host_kernel.Source:
     """An array that can be sliced, as a source of chunks; those at the edge are filled up with zeros."""
     chunks = _chunks(array.shape, np.dtype(array.dtype).itemsize)
 

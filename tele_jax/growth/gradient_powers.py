@@ -16,7 +16,7 @@ import optax
 from jax.core import Tracer
 from optax import contrib
 
-from tele_jax.axes import Params, ParamSpec, PyTree, flatten, is_empty, map_param_subtrees, unflatten
+from tele_jax.axes import Leaf, Params, ParamSpec, PyTree, flatten, is_empty, map_param_subtrees, unflatten
 from tele_jax.config import require
 from tele_jax.errors import UserError
 from tele_jax.files import Table
@@ -46,7 +46,7 @@ class Parts(NamedTuple):
     """The parts of a state. trees: {path: {leaf: array}} with the shapes of parameters; others: {path: leaf}."""
 
     trees: dict[Path, Table]
-    others: dict[Path, Any]
+    others: dict[Path, Leaf]
 
     @property
     def shapes(self) -> dict[Path, tuple[int, ...]]:
@@ -57,7 +57,7 @@ def take_apart(state: PyTree, like: PyTree) -> Parts:
     """Takes a state apart; like: a nested dict of anything with the shapes of the parameters."""
     parts = Parts({}, {})
 
-    def keep(path: Path, tree: PyTree) -> Any:
+    def keep(path: Path, tree: PyTree) -> PyTree:
         parts.trees[path] = flatten(tree)
         return tree
 
@@ -88,7 +88,7 @@ def is_zero(tree: Params) -> bool:
     return all(map(_is_zero_leaf, jax.tree.leaves(tree)))
 
 
-def _is_zero_leaf(leaf: Any) -> bool:
+def _is_zero_leaf(leaf: Leaf) -> bool:
     if isinstance(leaf, jax.Array):
         return not isinstance(leaf, Tracer) and leaf.is_fully_addressable and not np.any(np.asarray(leaf))
     if isinstance(leaf, np.ndarray):
@@ -185,7 +185,7 @@ def measure(plan: Plan, opt_state: PyTree, optimizer: optax.GradientTransformati
 
 
 def _compare(
-    spec: Mapping[str, ParamSpec], optimizer: object, change: _Change, sign: float, paired: bool
+    spec: Mapping[str, ParamSpec], optimizer: optax.GradientTransformation, change: _Change, sign: float, paired: bool
 ) -> tuple[dict[Path, set[Kind]], set[Path], dict[Path, tuple[int, ...]]]:
     """Compares two runs: ({path: kinds that fit}, paths of other leaves that moved, shapes of other leaves)."""
     of_params, of_gradients = (
@@ -201,7 +201,7 @@ def _compare(
     moved: set[Path] = set()
     before = Parts({}, {})
 
-    def grow(params: dict[str, np.ndarray], gradients: dict[str, np.ndarray]) -> tuple[Any, Any]:
+    def grow(params: dict[str, np.ndarray], gradients: dict[str, np.ndarray]) -> tuple[PyTree, PyTree]:
         params = {n: _place(x * of_params[n], large[n]) for n, x in params.items()}
         return params, {n: _place(g / of_gradients[n], np.zeros_like(large[n])) for n, g in gradients.items()}
 
@@ -241,7 +241,9 @@ def _place(inner: np.ndarray, outer: np.ndarray) -> np.ndarray:
     return placed
 
 
-def _run(optimizer: Any, steps: Iterator[tuple[Any, Any]], paired: bool) -> Iterator[Parts]:
+def _run(
+    optimizer: optax.GradientTransformation, steps: Iterator[tuple[PyTree, PyTree]], paired: bool
+) -> Iterator[Parts]:
     """Yields the parts of the state after every step of (parameters, gradients)."""
     with_arguments = optax.with_extra_args_support(optimizer).update
     # One program: operations one by one would each be compiled for every shape.

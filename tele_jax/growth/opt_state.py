@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from optax import contrib
 
-from tele_jax.axes import PyTree, flatten, is_empty, map_param_subtrees, unflatten
+from tele_jax.axes import Leaf, PyTree, flatten, is_empty, map_param_subtrees, unflatten
 from tele_jax.config import require
 from tele_jax.errors import UserError
 from tele_jax.files import Table
@@ -37,12 +37,12 @@ class AdamState(NamedTuple):
     """
 
     count: Any
-    mu: Any
-    nu: Any
+    mu: PyTree
+    nu: PyTree
     born: Table
 
 
-def apply_opt(plan: Plan, opt_state: PyTree, optimizer: optax.GradientTransformation | None = None) -> Any:
+def apply_opt(plan: Plan, opt_state: PyTree, optimizer: optax.GradientTransformation | None = None) -> PyTree:
     """The optimizer state of the grown parameters.
 
     Where growth makes theta' = a*theta, the gradient is g/a, so that a part of the state that is of power p in the
@@ -112,15 +112,15 @@ def is_adam(node: PyTree) -> bool:
     return isinstance(node, AdamState)
 
 
-def grow_state(plan: Plan, opt_state: PyTree, grow: Grow, known: Kinds) -> Any:
+def grow_state(plan: Plan, opt_state: PyTree, grow: Grow, known: Kinds) -> PyTree:
     """Grows an optimizer state as `apply_opt` does, with grow(step of the leaf, array) as the kernel."""
     for step in plan.steps:
         opt_state = _grow_state(step, opt_state, grow, known)
     return opt_state
 
 
-def _grow_state(step: Step, opt_state: PyTree, grow: Grow, known: Kinds) -> Any:
-    def grow_tree(path: Path, tree: PyTree) -> Any:
+def _grow_state(step: Step, opt_state: PyTree, grow: Grow, known: Kinds) -> PyTree:
+    def grow_tree(path: Path, tree: PyTree) -> PyTree:
         kind = known.get(path)
         if kind is None or kind == "carried":
             raise UserError(f"optimizer state {shown(path)}: the optimizer that was given keeps no such part")
@@ -139,7 +139,7 @@ def _grow_state(step: Step, opt_state: PyTree, grow: Grow, known: Kinds) -> Any:
             }
         )
 
-    def keep(path: Path, leaf: Any) -> Any:
+    def keep(path: Path, leaf: Leaf) -> PyTree:
         if len(getattr(leaf, "shape", ())) and known.get(path) != "carried":
             raise UserError(f"optimizer state {shown(path)}: {leaf.shape} is not of the shape of a parameter")
         return leaf
@@ -148,7 +148,7 @@ def _grow_state(step: Step, opt_state: PyTree, grow: Grow, known: Kinds) -> Any:
     return jax.tree.map(lambda node: _mark_born(step, node) if is_adam(node) else node, grown, is_leaf=is_adam)
 
 
-def _mark_born(step: Step, state: PyTree) -> Any:
+def _mark_born(step: Step, state: PyTree) -> PyTree:
     """Sets `born` of every fresh unit to the current count."""
     if isinstance(state, Mapping):
         return _mark_born(step, AdamState(**state))._asdict()
@@ -156,7 +156,7 @@ def _mark_born(step: Step, state: PyTree) -> Any:
     return state._replace(born=born)
 
 
-def _born(axis_map: AxisMap, old: object, count: object) -> Any:
+def _born(axis_map: AxisMap, old: object, count: object) -> PyTree:
     xp = jnp if isinstance(old, jax.Array) else np  # arrays from disk need no compiled program
     inherited = xp.asarray(old)[np.maximum(axis_map.index, 0)]
     return xp.where(axis_map.fresh, xp.asarray(count, inherited.dtype), inherited)

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -62,7 +61,7 @@ def choose_plan(
 
 def grow(
     cfg: ModelConfig, params: PyTree, opt_state: PyTree, stage: GrowStage, mesh: Mesh, tokens: np.ndarray, where: str
-) -> tuple[growth.Plan, Any, Any, Table]:
+) -> tuple[growth.Plan, PyTree, PyTree, Table]:
     """Grows on a mesh and verifies: (plan, grown parameters, grown optimizer state, receipt).
 
     Args:
@@ -260,7 +259,7 @@ def grow_stored(request: Request, say: Say, progress: Callable[[int, int], None]
         return _verify_and_name(request, plan, scores, lazy, grown)
 
 
-def _planned(request: Request) -> tuple["checkpoint.Lazy", growth.Plan, Any]:
+def _planned(request: Request) -> tuple["checkpoint.Lazy", growth.Plan, list[float] | None]:
     """(the open source, the plan, the scores of its layers); raises UserError for what is not to be grown."""
     require(
         not request.dst.exists(),
@@ -295,7 +294,9 @@ nothing was written""")
     return {"plan": plan.to_json(), "verified": levels, **dataclasses.asdict(figures)}
 
 
-def _verify_and_name(request: Request, plan: growth.Plan, scores: Any, lazy: Any, grown: PyTree) -> Table:
+def _verify_and_name(
+    request: Request, plan: growth.Plan, scores: list[float] | None, lazy: "checkpoint.Lazy", grown: PyTree
+) -> Table:
     """Verifies DST.unverified and renames it to DST, or leaves it there with its receipt and raises FailedError."""
     report, unverified = verify(plan, lazy, grown, request.tokens, request.memory_gb), request.unverified
     made = receipt(
@@ -317,14 +318,16 @@ def _verify_and_name(request: Request, plan: growth.Plan, scores: Any, lazy: Any
     return made
 
 
-def verify(plan: growth.Plan, src: object, dst: object, tokens: np.ndarray, memory_gb: float) -> growth.Report:
+def verify(
+    plan: growth.Plan, src: "checkpoint.Lazy", dst: "checkpoint.Lazy", tokens: np.ndarray, memory_gb: float
+) -> growth.Report:
     """The report on two open checkpoints: on all levels where memory_gb holds both models, else without logits."""
     if not verifies_wholly(plan, src, memory_gb):
         return growth.verify_stored(plan, src, dst)
     return growth.verify(plan, src, dst, tokens)
 
 
-def verifies_wholly(plan: growth.Plan, src: Any, memory_gb: float) -> bool:
+def verifies_wholly(plan: growth.Plan, src: "checkpoint.Lazy", memory_gb: float) -> bool:
     """True where both models, and what their gradients need, fit into memory_gb; src: the open source."""
     small = sum(array.nbytes for array in src.items["params"].values())
     large = sum(spec.size * np.dtype(spec.dtype).itemsize for spec in plan.dst_spec.values())

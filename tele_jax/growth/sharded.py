@@ -6,11 +6,12 @@ the parts of two or three others.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -24,7 +25,9 @@ from tele_jax.growth.plan import Plan, require_plan
 from tele_jax.sharding import RULES, param_shardings, replicated
 
 
-def state_shardings(plan: Plan, mesh: Mesh, opt_state: PyTree, optimizer: Any = None) -> Any:
+def state_shardings(
+    plan: Plan, mesh: Mesh, opt_state: PyTree, optimizer: optax.GradientTransformation | None = None
+) -> PyTree:
     """The shardings of the grown optimizer state, from the state before (arrays or shapes): moments as parameters.
 
     optimizer: the optimizer that made the state, as for apply_opt.
@@ -37,7 +40,9 @@ def state_shardings(plan: Plan, mesh: Mesh, opt_state: PyTree, optimizer: Any = 
     return map_param_subtrees(lambda path, tree: params, shapes, spec, lambda *_: replicated(mesh))
 
 
-def sharded(plan: Plan, mesh: Mesh, opt_state: PyTree, optimizer: Any = None) -> Callable[[Any, Any], tuple[Any, Any]]:
+def sharded(
+    plan: Plan, mesh: Mesh, opt_state: PyTree, optimizer: optax.GradientTransformation | None = None
+) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]:
     """Returns a function, jitted for a mesh, from (parameters, optimizer state) to the grown ones.
 
     Args:

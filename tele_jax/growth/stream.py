@@ -13,7 +13,7 @@ memory_gb has room for.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -55,7 +55,7 @@ def stream(
     resume: bool = True,
     shard: tuple[int, int] = (0, 1),
     step: int | None = None,
-    provenance: Mapping[str, Any] | None = None,
+    provenance: Table | None = None,
     chunk_bytes: int | None = None,
     progress: chunked.Progress | None = None,
 ) -> Streamed:

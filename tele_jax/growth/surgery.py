@@ -14,11 +14,10 @@ import fnmatch
 import functools
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from tele_jax.axes import ParamSpec, flatten
+from tele_jax.axes import Leaf, ParamSpec, flatten
 from tele_jax.checkpoint.layout import name_problem
 from tele_jax.config import ModelConfig, finite, require, whole
 from tele_jax.errors import UserError
@@ -264,7 +263,7 @@ def diff(a: Mapping[str, object], b: Mapping[str, object]) -> Diff:
     return Diff(tuple(_difference(name, a.get(name), b.get(name)) for name in sorted({*a, *b})))
 
 
-def _difference(name: str, a: Any, b: Any) -> Difference:
+def _difference(name: str, a: Leaf, b: Leaf) -> Difference:
     left, right = ("" if x is None else f"{np.dtype(x.dtype).name}[{','.join(map(str, x.shape))}]" for x in (a, b))
     if a is None or b is None:
         return Difference(name, "only in a" if b is None else "only in b", left, right)

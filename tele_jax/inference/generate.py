@@ -20,7 +20,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tele_jax.axes import Params, flatten, unflatten
+from tele_jax.axes import Leaf, Params, flatten, unflatten
 from tele_jax.config import ModelConfig, check_seed, require, require_config, whole
 from tele_jax.errors import FailedError, UserError
 from tele_jax.files import Table
@@ -203,7 +203,7 @@ def _fail(cfg: ModelConfig, params: Params, position: int) -> None:
     raise FailedError(f"{what}, though every parameter is one{hint}")
 
 
-def _require_finite(what: str, name: str, leaf: Any) -> None:
+def _require_finite(what: str, name: str, leaf: Leaf) -> None:
     if not bool(jnp.isfinite(leaf).all()):
         raise FailedError(f"{what}: the parameter {name} holds NaN or infinity; the checkpoint is of no use")
 

@@ -93,7 +93,7 @@ def _least(vectors: Mapping[str, jax.Array], leaf: ParamSpec) -> jax.Array:
     return least
 
 
-def delay_births(opt_state: PyTree, steps: Mapping[str, object]) -> Any:
+def delay_births(opt_state: PyTree, steps: Mapping[str, object]) -> PyTree:
     """The state with units born `steps` later, int32[size] by axis name: MaskSchedule.closed_steps().
 
     Behind a closed mask the gradient is 0. If a unit aged there, its bias correction would be over before its first
@@ -101,7 +101,7 @@ def delay_births(opt_state: PyTree, steps: Mapping[str, object]) -> Any:
     """
     is_adam = lambda node: isinstance(node, AdamState)  # noqa: E731
 
-    def later(node: PyTree) -> Any:
+    def later(node: PyTree) -> PyTree:
         if not is_adam(node):
             return node
         return node._replace(born={axis: born + steps.get(axis, 0) for axis, born in node.born.items()})
@@ -109,7 +109,7 @@ def delay_births(opt_state: PyTree, steps: Mapping[str, object]) -> Any:
     return jax.tree.map(later, opt_state, is_leaf=is_adam)
 
 
-def restart_schedule(opt_state: PyTree) -> Any:
+def restart_schedule(opt_state: PyTree) -> PyTree:
     """The state with the schedule at step 0, for a new stage; moments and ages stay."""
     is_schedule = lambda node: isinstance(node, optax.ScaleByScheduleState)  # noqa: E731
     return jax.tree.map(

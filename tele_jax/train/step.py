@@ -13,15 +13,15 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tele_jax.axes import Params, map_param_subtrees
+from tele_jax.axes import Params, PyTree, map_param_subtrees
 from tele_jax.config import ModelConfig
 from tele_jax.model.loss import next_token_loss
 from tele_jax.model.spec import abstract_params, spec
 from tele_jax.sharding import BATCH, batch_sharding, param_shardings, replicated
 
-Step = Callable[..., tuple[Any, Any, dict[str, jax.Array]]]
+Step = Callable[..., tuple[PyTree, PyTree, dict[str, jax.Array]]]
 # loss(cfg, params, batch, masks, beside) -> (sum, weight, {name: sum}), see stages/__init__.py
-Loss = Callable[[ModelConfig, Any, Mapping[str, jax.Array], Any, Any], tuple[jax.Array, jax.Array, dict]]
+Loss = Callable[[ModelConfig, PyTree, Mapping[str, jax.Array], PyTree, PyTree], tuple[jax.Array, jax.Array, dict]]
 
 
 def _next_token(cfg, params, batch, masks, beside):
@@ -37,7 +37,7 @@ def trained_as(cfg: ModelConfig) -> ModelConfig:
     return cfg.replace(param_dtype="float32") if cfg.param_dtype == "bfloat16" else cfg
 
 
-def state_shardings(cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[Any, Any]:
+def state_shardings(cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[PyTree, PyTree]:
     """Shardings of parameters and optimizer state: moments lie with their parameters, the rest lies everywhere."""
     params = param_shardings(spec(cfg), mesh)
     opt_state = jax.eval_shape(tx.init, abstract_params(cfg))
@@ -187,7 +187,7 @@ def _loss(cfg, params, batch, masks):
 
 
 def bits_per_byte(
-    cfg: ModelConfig, params: Params, held_out: Mapping[str, Any], mesh: Mesh, masks: Any = None
+    cfg: ModelConfig, params: Params, held_out: Mapping[str, Any], mesh: Mesh, masks: PyTree = None
 ) -> dict[str, float]:
     """Bits per byte of every domain, comparable across tokenizers: sum of losses / ln 2 / bytes (arXiv 2404.16645).
 

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -168,7 +167,7 @@ class Trainer:
         start = lambda params: delay_births(self.tx.init(params), self.closed_steps)  # noqa: E731
         self.opt_state = jax.jit(start, out_shardings=opt_state)(self.params)
 
-    def _widened(self, params: PyTree, shardings: PyTree) -> Any:
+    def _widened(self, params: PyTree, shardings: PyTree) -> PyTree:
         """The parameters, cast to the wider dtype that they are trained in, so that none changes."""
         dtype = jax.numpy.dtype(self.cfg.param_dtype)
         if all(leaf.dtype == dtype for leaf in jax.tree.leaves(params)):

@@ -36,6 +36,7 @@ from tele_jax.settings import TrainStage
 from tele_jax.stages import RunConfig, run_config
 
 CONFIG, CHANGES, SUMMARY, LOCK, INDEXES = "config.json", "changes.json", "summary.json", ".lock", "indexes"
+Changed = dict[str, tuple[object, object]]  # {path of a key: (before, now)}
 SET_ASIDE = "set_aside"  # directory in a stage: the checkpoints that came after the one that --from went back to
 
 # Paths inside a stage, as patterns, of settings that say how, where and how often, but not what is computed.
@@ -116,17 +117,17 @@ def as_json(config: RunConfig) -> Table:
     return json.loads(json.dumps(page | where))
 
 
-def differences(before: object, now: object, path: str = "") -> dict[str, tuple[Any, Any]]:
+def differences(before: object, now: object, path: str = "") -> Changed:
     """(value before, value now) of everything that differs, by path inside the two."""
     if isinstance(before, dict) and isinstance(now, dict):
-        found: dict[str, tuple[Any, Any]] = {}
+        found: Changed = {}
         for key in sorted(before.keys() | now.keys()):
             found |= differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
         return found
     return {} if before == now else {path: (before, now)}
 
 
-def listed(changes: dict[str, tuple[Any, Any]], where: str) -> str:
+def listed(changes: Changed, where: str) -> str:
     """The differences as one line."""
     return "; ".join(f"{where}.{path} was {before!r}, is {now!r}" for path, (before, now) in changes.items())
 
@@ -210,7 +211,7 @@ def _change_last(
     config: RunConfig,
     workdir: Path,
     name: str,
-    changed: dict[str, tuple[Any, Any]],
+    changed: Changed,
     from_step: int | None,
     say: Callable[[str], None],
 ) -> None:
@@ -245,7 +246,7 @@ def _change_last(
     say(f"stage {name} goes on from step {start}{what}")
 
 
-def _require_steps_alone(changed: dict[str, tuple[Any, Any]], where: str, workdir: Path, steps: Sequence[int]) -> None:
+def _require_steps_alone(changed: Changed, where: str, workdir: Path, steps: Sequence[int]) -> None:
     """Raises UserError for changes beside that of `steps`, and says how they could be made."""
     others = {path: pair for path, pair in changed.items() if path != "steps"}
     if not others:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tele_jax.axes import Leaves, PyTree, is_empty, unflatten
+from tele_jax.axes import Leaf, Leaves, PyTree, is_empty, unflatten
 from tele_jax.growth import host_kernel
 from tele_jax.growth.gradient_powers import Path, nodes, shown, take_apart
 from tele_jax.growth.leaf import FILLED, KEPT, ZERO, LeafStep, Traced, kinds, trace
@@ -67,7 +67,7 @@ class _Chunkwise:
         self._stored, self._place, self._chunk = stored, (), np.empty(0)
 
     @classmethod
-    def of(cls, leaf: Any) -> Any:
+    def of(cls, leaf: Leaf) -> Leaf:
         """Wraps a stored leaf; a leaf in memory is returned as it is."""
         return cls(leaf) if hasattr(leaf, "chunks") and leaf.shape else leaf
 
@@ -93,8 +93,8 @@ class Unrounded:
     """
 
     steps: Sequence[LeafStep]
-    source: Any
-    made: Any
+    source: Leaf
+    made: Leaf
 
     def __getitem__(self, key: Any) -> np.ndarray:
         """Takes integers and slices of step 1, like a LazyArray."""
@@ -136,7 +136,7 @@ def _slack(steps: Sequence[LeafStep], dtype: np.dtype) -> float:
     return sum(0.505 * float(jnp.finfo(dtype).eps + (1 + 2 * step.number_of_factors) * precise) for step in steps)
 
 
-def _problems(steps: Sequence[LeafStep], source: Any, made: Any, unit: int | None, dtype: np.dtype) -> Iterator[str]:
+def _problems(steps: Sequence[LeafStep], source: Leaf, made: Leaf, unit: int | None, dtype: np.dtype) -> Iterator[str]:
     """Says what is wrong in one unit of a leaf, tile by tile."""
     stack = () if unit is None else (slice(unit, unit + 1),)
     for tile in tiles(steps[-1].shape[len(stack) :], dtype.itemsize, TILE_BYTES):
@@ -205,7 +205,7 @@ def _outer(vectors: Sequence[np.ndarray]) -> np.ndarray:
     return out
 
 
-def _gather(array: Any, traced: Sequence[Traced]) -> np.ndarray:
+def _gather(array: Leaf, traced: Sequence[Traced]) -> np.ndarray:
     """The source entries at the origins of a tile, in float64; only the part of the source around them is read."""
     if not traced:
         return np.asarray(array).astype(np.float64)
@@ -294,7 +294,7 @@ def _value_problem(expected: object, found: object) -> str | None:
     return f"{found[place]} at {list(place)}, expected {expected[place]}"
 
 
-def _values(leaf: Any) -> np.ndarray:
+def _values(leaf: Leaf) -> np.ndarray:
     if hasattr(leaf, "dtype") and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     return to_host(leaf)

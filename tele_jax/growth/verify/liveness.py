@@ -56,7 +56,7 @@ def liveness(plan: Plan, big: Params, tokens: np.ndarray) -> tuple[tuple[str, ..
     return dead(plan, gradient(big)), locked(plan, big)
 
 
-def _state_lies(plan: Plan, state: PyTree, lies: Params) -> Any:
+def _state_lies(plan: Plan, state: PyTree, lies: Params) -> PyTree:
     """Shardings of an optimizer state: moments as their parameters, the rest whole."""
     some = jax.tree.leaves(lies)[0]
     whole = replicated(some.mesh) if isinstance(some, jax.sharding.NamedSharding) else some
@@ -117,7 +117,7 @@ def _new(plan: Plan, axis: str) -> np.ndarray:
     return axis_map.fresh | ~np.isin(np.arange(axis_map.dst_size), first_seen)
 
 
-def _of_leaves(function: Callable[[Mapping[str, Array]], Any], tree: Params) -> Any:
+def _of_leaves(function: Callable[[Mapping[str, Array]], Any], tree: Params) -> PyTree:
     """Calls a function of {leaf: array} and returns its small results in numpy; compiled where leaves lie on a mesh."""
     leaves = flatten(tree)
     if all(len(leaf.sharding.device_set) == 1 for leaf in leaves.values()):
