@@ -127,7 +127,7 @@ _OF_THE_RELEASE = ("special_tokens_map.json", "added_tokens.json", "vocab.json",
 
 def ready_to_chat(
     beside: list[Path], provenance: Sequence[Table], max_seq_len: int, template: str | None
-) -> tuple[list[Path], dict[str, Any], dict[str, Any], list[str]]:
+) -> tuple[list[Path], Table, Table, list[str]]:
     """(files to copy, documents to write, special ids, notes) of a model whose tokenizer is translated for others."""
     tokenizer = next((file for name in TOKENIZERS for file in beside if file.name == name), None)
     if tokenizer is None:
@@ -162,7 +162,7 @@ def make(
     provenance: Sequence[Table],
     max_seq_len: int,
     template: str | None = None,
-) -> tuple[dict[str, Any], dict[str, int | list[int]], list[str]]:
+) -> tuple[Table, dict[str, int | list[int]], list[str]]:
     """The documents by file name, the special ids for config.json, and notes for the user.
 
     Args:
@@ -184,7 +184,7 @@ def make(
             ids[name] = i
     names = {"unk_token": vocabulary.unk_id, "bos_token": vocabulary.bos_id, "eos_token": end}
     names["pad_token"] = vocabulary.pad_id
-    config: dict[str, Any] = {
+    config: Table = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_seq_len,
         "clean_up_tokenization_spaces": False,
@@ -251,7 +251,7 @@ def chat_template(template: Template, vocabulary: Vocabulary) -> str:
     )
 
 
-def tokenizer_json(vocabulary: Vocabulary, start: int | None) -> dict[str, Any]:
+def tokenizer_json(vocabulary: Vocabulary, start: int | None) -> Table:
     """A document of the `tokenizers` library that gives the vocabulary's ids.
 
     start: the id that stands before a text where special tokens are asked for (examples.document_start).
@@ -274,7 +274,7 @@ def tokenizer_json(vocabulary: Vocabulary, start: int | None) -> dict[str, Any]:
     return document
 
 
-def _from_sentencepiece(vocabulary: Any) -> dict[str, Any]:
+def _from_sentencepiece(vocabulary: Any) -> Table:
     """SentencePiece's BPE as that of `tokenizers`.
 
     Pieces that SentencePiece finds in text before all else (digits, say) are cut out by a pattern, and found whole by
@@ -295,8 +295,8 @@ def _from_sentencepiece(vocabulary: Any) -> dict[str, Any]:
             ([left, right] for left, right in halves if left in normal and right in normal),
             key=lambda pair: (vocab[pair[0]], vocab[pair[1]]),
         )
-    steps: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
-    decoders: list[dict[str, Any]] = [
+    steps: list[Table] = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+    decoders: list[Table] = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},

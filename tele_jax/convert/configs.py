@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from tele_jax import files
 from tele_jax.config import ModelConfig, Ntk, Rope
@@ -15,6 +16,7 @@ from tele_jax.convert import families
 from tele_jax.convert.families import FORMATS
 from tele_jax.convert.keys import require_known
 from tele_jax.errors import UserError
+from tele_jax.files import Table
 
 _REQUIRED = object()
 # Tele-FLM's init std is no key of its configs: as in published.py, 0.024 for matrices at muP base width 256.
@@ -101,7 +103,7 @@ def read(keys: Keys, format: str) -> ModelConfig:
         raise error if message.startswith(keys.where) else UserError(f"{keys.where}: {message}") from None
 
 
-def write(cfg: ModelConfig, format: str, dtype: Any, release: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def write(cfg: ModelConfig, format: str, dtype: DTypeLike, release: Mapping[str, Any] | None = None) -> Table:
     """The config.json of a model that is as the format has it (families.fold).
 
     dtype: of the weights. release: {"format", "config"} of the release that the model was imported from. Where it is of
@@ -181,16 +183,16 @@ _52B_KEYS = (
 _TYPES = {"rms_eps": float, "init_std": float, "tie_embeddings": bool}  # other fields are whole numbers
 
 
-def _read_keys(keys: Keys, table: Sequence[tuple[str, str, Any]]) -> dict[str, Any]:
+def _read_keys(keys: Keys, table: Sequence[tuple[str, str, Any]]) -> Table:
     return {field: keys.get(key, _TYPES.get(field, int), default) for key, field, default in table}
 
 
-def _write_keys(cfg: ModelConfig, table: Sequence[tuple[str, str, Any]]) -> dict[str, Any]:
+def _write_keys(cfg: ModelConfig, table: Sequence[tuple[str, str, Any]]) -> Table:
     """The table's keys; the vocabulary of a file has all rows of the embedding."""
     return {key: getattr(cfg, "padded_vocab_size" if key == "vocab_size" else field) for key, field, _ in table}
 
 
-def _read_llama(keys: Keys) -> dict[str, Any]:
+def _read_llama(keys: Keys) -> Table:
     keys.expect(hidden_act="silu", partial_rotary_factor=1.0, sliding_window=None)
     _read_layer_types(keys)
     biases = keys.get("attention_bias", bool, False), keys.get("mlp_bias", bool, False)
@@ -231,7 +233,7 @@ def _read_layer_types(keys: Keys) -> None:
         raise UserError(f"{keys.where}: layer_types describes {len(kinds)} layers, but num_hidden_layers is {layers}")
 
 
-def _write_llama(cfg: ModelConfig) -> dict[str, Any]:
+def _write_llama(cfg: ModelConfig) -> Table:
     theta = families.constant_theta(cfg, "llama")
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -247,13 +249,13 @@ def _write_llama(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _read_tele_flm(keys: Keys) -> dict[str, Any]:
+def _read_tele_flm(keys: Keys) -> Table:
     keys.expect(attention_bias=False, mlp_bias=False)
     fields = _read_llama(keys)
     return fields | _read_multipliers(keys, fields["embed_dim"])
 
 
-def _read_multipliers(keys: Keys, embed: int) -> dict[str, Any]:
+def _read_multipliers(keys: Keys, embed: int) -> Table:
     """output_mult / mup_scale_factor multiplies the logits; the factor is the width over muP's base width."""
     if embed < 1:
         raise UserError(f"{keys.where}: the hidden size is {embed}, must be above 0")
@@ -281,7 +283,7 @@ def _read_multipliers(keys: Keys, embed: int) -> dict[str, Any]:
     }
 
 
-def _write_multipliers(cfg: ModelConfig) -> dict[str, Any]:
+def _write_multipliers(cfg: ModelConfig) -> Table:
     return {
         "use_mup": True,
         "input_mult": cfg.input_mult,
@@ -290,7 +292,7 @@ def _write_multipliers(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _write_tele_flm(cfg: ModelConfig) -> dict[str, Any]:
+def _write_tele_flm(cfg: ModelConfig) -> Table:
     keys = _write_llama(cfg)
     for key in ("head_dim", "rope_scaling", "rope_parameters", "mlp_bias", "initializer_range"):
         del keys[key]  # none of the released configs'
@@ -305,7 +307,7 @@ def _write_tele_flm(cfg: ModelConfig) -> dict[str, Any]:
 # ---- TeleChat ----------------------------------------------------------------------------------------------------
 
 
-def _read_telechat(keys: Keys) -> dict[str, Any]:
+def _read_telechat(keys: Keys) -> Table:
     keys.expect(embed_layernorm=False, logn=False, apply_residual_connection_post_layernorm=False, semi_causal=False)
     trained, fields = keys.get("training_seqlen", int), _read_keys(keys, _TELECHAT_KEYS)
     usual = _original_length(fields["tie_embeddings"], fields["vocab_size"])
@@ -321,7 +323,7 @@ def _original_length(tied: bool, vocab: int) -> int:
     return 4096 if tied or vocab == _VOCAB_7B else 8192
 
 
-def _write_telechat(cfg: ModelConfig) -> dict[str, Any]:
+def _write_telechat(cfg: ModelConfig) -> Table:
     ntk = cfg.rope.ntk
     assert ntk is not None  # families.require_expressible
     keys = {
@@ -347,14 +349,14 @@ def _write_telechat(cfg: ModelConfig) -> dict[str, Any]:
 # ---- TeleChat-52B ------------------------------------------------------------------------------------------------
 
 
-def _read_52b(keys: Keys) -> dict[str, Any]:
+def _read_52b(keys: Keys) -> Table:
     keys.expect(relative_encoding="rotary", use_RMSNorm=True, add_bias_linear=False, tie_word_embeddings=False)
     fields = _read_keys(keys, _52B_KEYS)
     rope = Rope(theta=keys.get("rotary_theta", float, 10_000.0), ntk=families.NTK_52B)
     return {**fields, "rope": rope, **_read_multipliers(keys, fields["embed_dim"])}
 
 
-def _write_52b(cfg: ModelConfig) -> dict[str, Any]:
+def _write_52b(cfg: ModelConfig) -> Table:
     ntk = cfg.rope.ntk
     keys = {
         "model_type": "telechat",

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tele_jax.axes import flatten
+from tele_jax.axes import Params, flatten
 from tele_jax.checkpoint import chunk_files, layout, locate
 from tele_jax.config import ModelConfig, require
 from tele_jax.convert import beside, configs, families, region
@@ -30,7 +30,7 @@ from tele_jax.convert.families import FORMATS, Part, Tensor
 from tele_jax.convert.files import DTYPES, Files, Stored, create, split
 from tele_jax.data.templates import release_of
 from tele_jax.errors import DamageError, UserError
-from tele_jax.files import Table, new_directory
+from tele_jax.files import PathLike, Table, new_directory
 from tele_jax.model.spec import flat_spec
 
 SHARD_GB = 5.0  # of numbers in a file, as transformers cuts them
@@ -67,7 +67,7 @@ class Outline:
 
     folded: families.Folded
     tensors: list[Tensor]
-    document: dict[str, Any]
+    document: Table
     notes: list[str]
 
     @property
@@ -143,8 +143,8 @@ def _notes(cfg: ModelConfig, folded: families.Folded, format: str) -> list[str]:
 
 
 def export_checkpoint(
-    src: Any,
-    dst: Any,
+    src: PathLike,
+    dst: PathLike,
     *,
     format: str,
     dtype: str | None = None,
@@ -190,7 +190,7 @@ def export_checkpoint(
         buffers.put(chunk_files.allocate(largest))
     pieces = [piece for array in arrays.values() for piece in _chunks_of(array, buffers)]
     files_beside = beside.find_beside(Path(os.fspath(lazy.path)), programs=beside.comes_from(lazy.provenance, format))
-    documents: dict[str, Any] = {}
+    documents: Table = {}
     if format == "llama" and (template is not None or not beside.is_a_release_of(lazy.provenance, format)):
         made = beside.ready_to_chat(files_beside, lazy.provenance, plan.folded.cfg.max_seq_len, template)
         files_beside, documents, ids, notes = made
@@ -226,7 +226,7 @@ def _chunks_of(array: Any, buffers: queue.SimpleQueue) -> Iterator[Piece]:
 
 
 def write(
-    dst: Any,
+    dst: PathLike,
     plan: Outline,
     pieces: Sequence[Piece],
     files_beside: Sequence[Path],
@@ -313,9 +313,9 @@ def _making(dst: Path, nbytes: int) -> Iterator[Path]:
 
 
 def save_hf(
-    path: Any,
+    path: PathLike,
     cfg: ModelConfig,
-    params: Mapping[str, Any],
+    params: Params,
     *,
     format: str,
     dtype: str | None = None,

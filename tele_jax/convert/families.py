@@ -13,9 +13,9 @@ What a format has no place for, multipliers and padding rows of the vocabulary, 
 
 import dataclasses
 import math
-from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from tele_jax.axes import ParamSpec
 from tele_jax.config import ModelConfig, Ntk, require
@@ -148,7 +148,7 @@ class Tensor:
 
     name: str
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: DTypeLike
     parts: tuple[Part, ...]
     constant: float | None = None
 
@@ -266,7 +266,7 @@ def _require_telechat(cfg: ModelConfig, where: str) -> None:
     )
 
 
-def tensors(cfg: ModelConfig, format: str, dtype: Any = None) -> list[Tensor]:
+def tensors(cfg: ModelConfig, format: str, dtype: DTypeLike | None = None) -> list[Tensor]:
     """The tensors that an export of a model writes, in the order of the file; allocates nothing.
 
     dtype: of the file; cfg.param_dtype by default.
@@ -281,7 +281,7 @@ def tensors(cfg: ModelConfig, format: str, dtype: Any = None) -> list[Tensor]:
     return expected(fold(cfg, format).cfg, format, dtype)
 
 
-def expected(cfg: ModelConfig, format: str, dtype: Any = None, prefix: str | None = None) -> list[Tensor]:
+def expected(cfg: ModelConfig, format: str, dtype: DTypeLike | None = None, prefix: str | None = None) -> list[Tensor]:
     """The tensors of a model that is as the format has it: its multipliers and vocabulary are those of the file.
 
     prefix: of telechat's names; by default as released, none where the embedding is tied and `transformer.` elsewhere.

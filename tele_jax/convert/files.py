@@ -19,7 +19,7 @@ import numpy as np
 
 from tele_jax.convert.families import Tensor
 from tele_jax.errors import UserError
-from tele_jax.files import read_table, require_no_pointer, require_regular
+from tele_jax.files import Table, read_table, require_no_pointer, require_regular
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -162,7 +162,7 @@ def read_header(file: Path, missing: str = "") -> dict[str, Stored]:
     return tensors
 
 
-def _no_doubles(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _no_doubles(pairs: Sequence[tuple[str, Any]]) -> Table:
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("a name occurs twice")
@@ -202,7 +202,7 @@ def split(tensors: Sequence[Tensor], shard_bytes: int) -> dict[str, list[Tensor]
 
 def header(tensors: Iterable[Tensor]) -> bytes:
     """The first bytes of a file: everything before the numbers."""
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    table: Table = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     end = 0
     for tensor in tensors:
         begin, end = end, end + tensor.nbytes

@@ -27,7 +27,7 @@ from tele_jax.convert.configs import Keys
 from tele_jax.convert.families import FORMATS, Part, Tensor
 from tele_jax.convert.files import Stored
 from tele_jax.errors import UserError
-from tele_jax.files import read_table
+from tele_jax.files import PathLike, Table, read_table
 
 _SHOWN = 8  # tensors that a message lists
 
@@ -51,7 +51,7 @@ class Release:
     notes: list[str]
     prefix: str
     constants: dict[str, float]
-    generation: dict[str, Any]
+    generation: Table
 
     @property
     def fingerprint(self) -> str:
@@ -69,7 +69,7 @@ class Release:
 
 
 def open_release(
-    path: Any,
+    path: PathLike,
     format: str | None = None,
     *,
     dtype: str | None = None,
@@ -280,7 +280,7 @@ _DEFAULT_TOP_K = 50  # of transformers, where a model samples and the file does 
 _LLAMA_TOKENIZERS = ("LlamaTokenizer", "LlamaTokenizerFast")  # put <s> first unless told otherwise
 
 
-def read_conventions(path: Path, config: Keys) -> tuple[dict[str, Any], list[str]]:
+def read_conventions(path: Path, config: Keys) -> tuple[Table, list[str]]:
     """The conventions of the release in a directory, and a line for each key that is not followed.
 
     Raises:
@@ -289,7 +289,7 @@ def read_conventions(path: Path, config: Keys) -> tuple[dict[str, Any], list[str
     generation = _table(path / "generation_config.json")
     stated = generation if generation.values else config
     drawing = generation.get("do_sample", bool, False)
-    sampling: dict[str, Any] = {}
+    sampling: Table = {}
     if generation.values:
         for name in ("temperature", "top_p", "repetition_penalty"):
             if (value := generation.get(name, float, None)) is not None:
