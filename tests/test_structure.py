@@ -1,5 +1,6 @@
 """The structure of the package: imports make no circle, and no file has outgrown its room."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -84,3 +85,31 @@ def test_only_files_renames_and_locks():
     calls = re.compile(r"\bos\.(replace|rename)\(|\.rename\(|\bflock\(|\bshutil\.move\(")
     found = {str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if calls.search(p.read_text())}
     assert found - {"files.py"} == set(PROTOCOLS)
+
+
+def test_a_docstring_begins_with_a_sentence_or_a_noun_phrase():
+    """Other beginnings need what stands above to be understood."""
+    vague = {
+        "Of",
+        "As",
+        "What",
+        "Whether",
+        "It",
+        "That",
+        "Those",
+        "These",
+        "They",
+        "Who",
+        "Where",
+        "How",
+        "Which",
+        "Why",
+    }
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                first = (ast.get_docstring(node) or "Nothing").splitlines()[0]
+                if first.split()[0] in vague or first.startswith("The same"):
+                    found.append(f"{path.relative_to(PACKAGE)}: {first}")
+    assert found == []

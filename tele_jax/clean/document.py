@@ -41,7 +41,7 @@ class Document:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Drop:
-    """Why a document leaves: a short reason that is counted, and what exactly was found."""
+    """The reason for which a document leaves: short, for counting, and the detail of what was found."""
 
     reason: str
     detail: str = ""

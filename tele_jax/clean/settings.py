@@ -51,7 +51,7 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """How pages of HTML become text."""
+    """Extraction of text from pages of HTML."""
 
     main_content: bool = True  # without navigation, footers, comments
     min_chars: int = 50  # less than this from a page is "no text" (ours)
