@@ -55,7 +55,8 @@ class Key:
 
 def keys(cls: type) -> list[Key]:
     """The fields of a dataclass in their order, with the comments that explain them."""
-    source = inspect.getsource(cls)
+    # A field of config.Filled is filled in where it is left out as None.
+    source = re.sub(r"Filled\[(\w+)\] = FILLED", r"\1 | None = None", inspect.getsource(cls))
     lines = source.splitlines()
     comments = {
         token.start[0]: token.string.lstrip("# ").strip()

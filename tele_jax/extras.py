@@ -93,7 +93,7 @@ def _without_chatter() -> Iterator[None]:
 def hidden(packages: Sequence[str]) -> Iterator[None]:
     """Makes packages that are not loaded yet look uninstalled while the body imports one that can do without."""
     absent = [package for package in packages if package not in sys.modules]
-    sys.modules.update(dict.fromkeys(absent))  # pyright: ignore - None: an import fails, as the manual of Python says
+    sys.modules.update(dict.fromkeys(absent))  # pyright: ignore[reportCallIssue, reportArgumentType] - None: its import fails
     try:
         yield
     finally:

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from tele_jax.config import FILLED, Filled, ModelConfig, check_seed, from_dict, require, require_positive
-from tele_jax.files import Table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -248,7 +247,7 @@ class GrowStage:
     """Growth of what the stage before left; `model` holds the fields that change."""
 
     kind: Literal["grow"]  # the file in stages/ that carries the stage out
-    model: Table  # fields of the model that change
+    model: dict[str, Any]  # fields of the model that change
     policy: str = "exact"  # how new entries are made, see docs/growth.md
     layers: str | tuple[int, ...] = "uniform"  # uniform, last, middle or distance; or the source of every layer
     epsilon: Literal["scale", "keep"] = "scale"  # what becomes of the norm's epsilon, see growth.plan
