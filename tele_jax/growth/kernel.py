@@ -75,7 +75,8 @@ def normal(key: tuple[int, int], where: Sequence[np.ndarray], shape: Sequence[in
 
 def bell(words: Sequence[jax.Array], scale: jax.Array) -> jax.Array:
     """float32 values from two random words uint32[...] each; scale: float32, std / SUM_STD."""
-    total = jnp.int32(sum((word & 0xFFFF) + (word >> 16) for word in words))
+    first, second = ((word & 0xFFFF) + (word >> 16) for word in words)
+    total = (first + second).astype(jnp.int32)
     # total - mean is a multiple of 1/2 below 2^18: exact in float32, so that the product is rounded once.
     return (total.astype(jnp.float32) - jnp.float32(_MEAN)) * scale
 
