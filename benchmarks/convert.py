@@ -77,7 +77,7 @@ def measure(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "import_ratio_to_cp": sizes["full"]["import"]["ratio_to_cp"],
         "import_peak_gib_above_interpreter": sizes["full"]["import"]["peak_gib_above_interpreter"],
-        "targets": {"import_ratio_to_cp": ">= 0.4", "import_peak_gib_above_interpreter": "<= 1.5"},
+        "targets": {"import_ratio_to_cp": ">= 0.7", "import_peak_gib_above_interpreter": "<= 1"},
         "cores": len(os.sched_getaffinity(0)),
         **how,
         **sizes,

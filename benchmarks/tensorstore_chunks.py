@@ -33,7 +33,7 @@ def _open(directory: str) -> ts.TensorStore:
 
 
 def _part(store: ts.TensorStore, index: tuple[int, ...]) -> tuple[slice, ...]:
-    chunks = store.chunk_layout.read_chunk.shape
+    chunks = store.chunk_layout.read_chunk.shape or ()  # of a scalar TensorStore says None
     return tuple(slice(i * c, min((i + 1) * c, n)) for i, c, n in zip(index, chunks, store.shape, strict=True))
 
 
@@ -42,7 +42,7 @@ def write_chunk(file: Path, buffer: np.ndarray, size: int) -> None:
     parts = file.parts
     at = len(parts) - 1 - parts[::-1].index("c")
     store = _open(str(Path(*parts[:at])))
-    chunk = store.chunk_layout.read_chunk.shape
+    chunk = store.chunk_layout.read_chunk.shape or ()
     values = buffer[: size - layout.CRC_BYTES].view(store.dtype.numpy_dtype).reshape(chunk)
     part = _part(store, tuple(map(int, parts[at + 1 :])))
     inside = values[tuple(slice(s.stop - s.start) for s in part)]
