@@ -297,7 +297,7 @@ batches, where their shapes divide.
 - HBM is that of one device at the fullest moment; v5p and v6e have a device a chip, tpu7x two. Activations are what
   layers keep for the backward pass, the rest gradients and temporaries.
 - Two bounds on the time of a step, both from the FLOPs, bytes and collectives of the compiled program, loops multiplied
-  out, at the peak figures of the chip (tele_jax/chips.py). *All overlapped*: the largest of compute, HBM and
+  out, at the peak figures of the chip (tele_jax/published.py). *All overlapped*: the largest of compute, HBM and
   ICI, as if all three were busy from the first to the last moment. *As scheduled*: the instructions one after another,
   as the compiler has ordered them, each at the peak of the resource that it needs most; for a collective that no other
   work overlaps the device waits. In the programs for v5p and v6e that is every large collective but those that the

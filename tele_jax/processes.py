@@ -6,17 +6,21 @@
     sizes = from_all(size)                      # [size of process 0, size of process 1, ...], in all
     with StopSignal() as stop: ...              # stop(): SIGTERM or Ctrl-C came to any; True in all at the same call
 
-With one process nothing is exchanged, and jax.distributed need not be started.
+With one process nothing is exchanged, and jax.distributed need not be started. Workers of Beam, at the end of this
+file, are no part of such a program; they end with the command that started them.
 """
 
 import contextlib
 import dataclasses
+import fcntl
 import itertools
 import json
 import os
 import signal
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -246,3 +250,56 @@ def leave() -> None:
         until = time.monotonic() + _LEAVING_SECONDS
         while index == 0 and len(client.key_value_dir_get(_LEFT)) < jax.process_count() and time.monotonic() < until:
             time.sleep(0.05)
+
+
+# ---- worker processes of Beam ----------------------------------------------------------------------------------------
+# Beam's DirectRunner starts workers as processes of their own and waits for them; killed, it leaves them at work. A
+# worker imports this module first and waits in a thread for a file lock that the command holds: whatever ends the
+# command releases it. Ctrl-C reaches all processes at once; workers leave it to the command.
+
+_BEAM_VARIABLE = "TELE_BEAM_COMMAND"  # path of the file that the command has locked
+BEAM_OPTION = f"--beam_plugins={__name__}"  # makes Beam's workers import this module
+
+
+@contextlib.contextmanager
+def ending_beam_workers() -> Iterator[None]:
+    """Makes workers that a pipeline with BEAM_OPTION starts in the body end with this process."""
+    with tempfile.NamedTemporaryFile(prefix="tele_beam_") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        os.environ[_BEAM_VARIABLE] = held.name
+        hook, threading.excepthook = threading.excepthook, _without_interrupted(threading.excepthook)
+        try:
+            yield
+        finally:
+            del os.environ[_BEAM_VARIABLE]
+            threading.excepthook = hook
+
+
+def _without_interrupted(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """Wraps a hook for errors of threads: silent where Ctrl-C ended the shell by which Beam starts a worker."""
+
+    def quieter(failure: Any) -> None:
+        if not str(failure.exc_value).endswith(("exited with return code -2", "exited with return code 130")):
+            hook(failure)
+
+    return quieter
+
+
+def _end_with(path: str) -> None:
+    with contextlib.suppress(OSError), open(path) as held:
+        fcntl.flock(held, fcntl.LOCK_SH)  # comes when the command has ended
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+    os._exit(0)
+
+
+def _fall_silent(number: int, frame: object) -> None:
+    """Discards this worker's error output from Ctrl-C on: the command reports it."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+
+
+if _BEAM_VARIABLE in os.environ:  # this is a worker
+    with contextlib.suppress(ValueError):  # not in its main thread
+        signal.signal(signal.SIGINT, _fall_silent)
+    threading.Thread(target=_end_with, args=(os.environ[_BEAM_VARIABLE],), daemon=True).start()

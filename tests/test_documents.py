@@ -21,11 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tele_jax as tele
-from tele_jax import checkpoint, convert, files, growth, report
+from tele_jax import checkpoint, convert, corpora, files, growth, report
 from tele_jax.aot import compile as compiling
 from tele_jax.cli import inspect
 from tele_jax.config import to_dict
-from tele_jax.corpora import fetch as corpora
+from tele_jax.convert.release import open_release
 from tele_jax.data import cache, caching, documents, feed, order, shards
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import DamageError, UserError
@@ -247,14 +247,12 @@ KINDS = {
         p / "dialogue", lambda: documents.check_record((p / "dialogue").read_text(), "dialogues")
     ),
     "text": lambda p: Kind(p / "text", lambda: documents.check_record((p / "text").read_text(), "jsonl")),
-    "release config": lambda p: Kind(p / "hf/config.json", lambda: convert.release.open_release(p / "hf")),
+    "release config": lambda p: Kind(p / "hf/config.json", lambda: open_release(p / "hf")),
     "generation config": lambda p: Kind(
-        written(p / "hf/generation_config.json", GENERATION), lambda: convert.release.open_release(p / "hf")
+        written(p / "hf/generation_config.json", GENERATION), lambda: open_release(p / "hf")
     ),
-    "tensor header": lambda p: Kind(
-        TensorHeader(p / "hf/model.safetensors"), lambda: convert.release.open_release(p / "hf")
-    ),
-    "tensor index": lambda p: Kind(tensor_index(p), lambda: convert.release.open_release(p / "indexed")),
+    "tensor header": lambda p: Kind(TensorHeader(p / "hf/model.safetensors"), lambda: open_release(p / "hf")),
+    "tensor index": lambda p: Kind(tensor_index(p), lambda: open_release(p / "indexed")),
     "json tokenizer": lambda p: Kind(
         written(p / "tokenizer.json", byte_level(TEXTS, 300)), lambda: load_vocabulary(p / "tokenizer.json")
     ),

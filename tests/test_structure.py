@@ -77,7 +77,7 @@ def test_no_file_is_longer_than_a_reader_bears():
 PROTOCOLS = {
     "checkpoint/saving.py": "renames what is to be deleted, also in a bucket, which has its own renaming",
     "checkpoint/unfinished.py": "the journals by which several processes and lives finish one checkpoint",
-    "beam_workers.py": "a lock held for life, by which workers know that their command has ended",
+    "processes.py": "a lock held for life, by which workers know of Beam know that their command has ended",
 }
 
 

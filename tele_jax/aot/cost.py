@@ -15,8 +15,8 @@ from tele_jax.aot.compile import Program
 from tele_jax.aot.counts import Collective
 from tele_jax.aot.jobs import Job
 from tele_jax.aot.topology import Places, Slice
-from tele_jax.chips import GIB
 from tele_jax.files import Table
+from tele_jax.published import GIB
 
 DAY = 86_400.0
 RESOURCES = {"compute": "compute", "hbm": "HBM", "ici": "ICI", "dcn": "DCN"}

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from packaging.requirements import Requirement
 
-from tele_jax.chips import GENERATIONS, Generation
 from tele_jax.config import require
 from tele_jax.errors import UserError
+from tele_jax.published import GENERATIONS, Generation
 from tele_jax.sharding import Device
 
 _ALIASES = {"v5": "v5p", "v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "7x": "tpu7x"}

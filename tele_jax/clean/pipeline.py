@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tele_jax import beam_workers
+from tele_jax import processes
 from tele_jax.clean import output, reading, stages
 from tele_jax.clean.settings import CleanConfig
 from tele_jax.config import to_dict
@@ -108,8 +108,8 @@ def clean(
     say(f"{len(files):,} files, {total:,} bytes; {len(config.stages)} stages")
     with _making(out) as directory:
         try:
-            with beam_workers.ending_with_us():
-                _run(config, files, directory, [*options, beam_workers.OPTION])
+            with processes.ending_beam_workers():
+                _run(config, files, directory, [*options, processes.BEAM_OPTION])
         except Exception as error:
             raise _cause(error) from error
         figures = _read_json(directory, "figures.json")

@@ -77,7 +77,7 @@ class LanguageConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RuleConfig:
-    """Thresholds for one language; None: the rule is off. Each field's comment in rules.py names its source."""
+    """Thresholds for one language; None: the rule is off. Each field's comment in stages.py names its source."""
 
     min_tokens: int | None = None  # tokens of a document at least
     max_tokens: int | None = None  # tokens of a document at most

@@ -1,1 +1,108 @@
-"""The `tele` command: one module a verb."""
+"""The `tele` command, one module a verb; here, what all verbs share: parser and flags, progress, the outcome."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from tele_jax.errors import DamageError, FailedError, UserError
+from tele_jax.files import Table
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UserError instead of printing the usage, so that a mistake is one line."""
+
+    def error(self, message: str):
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+class VerbParser(Parser):
+    """The parser of a verb, or of an action of a verb, with the flags that all of them have."""
+
+    def __init__(self, **how: Any):
+        super().__init__(allow_abbrev=False, **how)
+        absent = {"default": argparse.SUPPRESS}  # an action would replace what its verb was given
+        flag(self, "--json FILE", "file to write the figures to, as JSON", Path, **absent)
+        # argparse knows no open family of flags: main.parse makes --override=--config.a.b=v of --config.a.b=v.
+        flag(self, "--override", argparse.SUPPRESS, dest="overrides", action="append", **absent)
+
+
+def flag(parser: "argparse._ActionsContainer", names: str, help: str, type: Any = None, **how: Any) -> None:
+    """Adds an argument to a parser or group; names: "--out DIR", "--message, --prompt TEXT" or "src SRC"."""
+    flags, _, metavar = names.replace(", ", ",").partition(" ")
+    how |= {key: value for key, value in (("type", type), ("metavar", metavar)) if value}
+    parser.add_argument(*flags.split(","), help=help, **how)
+
+
+def switch(parser: "argparse._ActionsContainer", name: str, help: str) -> None:
+    """Adds a flag without a value, which is False unless it is given."""
+    parser.add_argument(name, help=help, action="store_true")
+
+
+def pick(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The arguments of these names, as keywords."""
+    return {name: getattr(args, name) for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The result of a verb.
+
+    Attributes:
+      figures: written by --json; None where another process writes them.
+      text: is printed on standard output.
+      error: is printed on standard error, as one line.
+      code: the exit code, 2 for a user's mistake and 1 for a failure.
+    """
+
+    figures: Table | None = None
+    text: str = ""
+    error: str = ""
+    code: int = 0
+
+
+def of_error(error: BaseException) -> Outcome | None:
+    """The outcome that an error amounts to; None for a defect of tele_jax, which deserves a traceback."""
+    if isinstance(error, UserError):
+        return Outcome(error=str(error), code=2)
+    if isinstance(error, (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)):
+        return Outcome(error=f"{error.filename}: {error.strerror}", code=2)
+    if isinstance(error, (DamageError, FailedError)):
+        return Outcome(error=str(error), code=1)
+    if isinstance(error, KeyboardInterrupt):
+        return Outcome(error="interrupted", code=130)
+    return None
+
+
+def one_line(message: object) -> str:
+    """The message with every run of spaces and line ends as one space."""
+    return " ".join(str(message).split())
+
+
+def note(message: object) -> None:
+    """Prints a line on standard error, as the command."""
+    print(f"tele: {message}", file=sys.stderr)
+
+
+class Progress:
+    """Shows how far a long write is: progress(done bytes, all bytes). title: one word before the bar.
+
+    On a terminal it is a bar, elsewhere a line at every tenth.
+    """
+
+    def __init__(self, title: str):
+        self._title, self._bar, self._tenth = title, None, 0
+
+    def __call__(self, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if sys.stderr.isatty():
+            if self._bar is None:
+                self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=self._title)
+            self._bar.update(done - self._bar.n)
+            if done == total:
+                self._bar.close()
+        elif total >= 10**9 and 10 * done // total > self._tenth:
+            self._tenth = 10 * done // total
+            print(f"  {done:,} of {total:,} bytes", flush=True)

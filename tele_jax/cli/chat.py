@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tele_jax.cli import models
-from tele_jax.cli.verb import Outcome, flag, note
+from tele_jax.cli import Outcome, flag, generate, note
 from tele_jax.errors import UserError
 from tele_jax.files import Table, require_regular
 from tele_jax.inference.chat import Chat, Reply
@@ -24,7 +23,7 @@ A line that begins with a space is never a command. Ctrl-C stops an answer; it i
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    models.add_arguments(parser)
+    generate.add_arguments(parser)
     flag(parser, "--message, --prompt TEXT", "one question to answer before the exit")
     flag(parser, "--system TEXT", "message to the model before the conversation; default: none")
     flag(parser, "--max-new-tokens N", "most tokens of an answer; default: 1024, or half the context", int)
@@ -33,10 +32,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Outcome:
     """Talks until the input ends; the figures are the conversation, and count and speed of every answer."""
     message, system = (
-        None if text is None else models.utf8(text, flag)
+        None if text is None else generate.utf8(text, flag)
         for flag, text in (("--message", args.message), ("--system", args.system))
     )
-    model = models.load_model(args, dialogues=True)
+    model = generate.load_model(args, dialogues=True)
     how: dict[str, Any] = {"template": model.template, "stop_ids": model.stop_ids, **model.options}
     how |= {"system": system, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
     chat = Chat(model.cfg, model.params, model.vocabulary, **how)
@@ -68,7 +67,7 @@ def _converse(chat: Chat, replies: list[Table]) -> None:
         print("/help lists the commands.", file=sys.stderr)
     for line in _lines():
         try:
-            line = models.utf8(line, "the line") if line else line
+            line = generate.utf8(line, "the line") if line else line
             if line.startswith("/"):
                 name, _, rest = line.partition(" ")
                 if name == "/quit":
@@ -86,20 +85,20 @@ def _converse(chat: Chat, replies: list[Table]) -> None:
 
 def _answer(chat: Chat, question: str, replies: list[Table], printed: set[str]) -> None:
     """Prints the answer as it comes, and notes on it on standard error; notes that were `printed` before are not."""
-    clock = models.Clock()
+    clock = generate.Clock()
 
     def show(text: str) -> None:
         clock.tick()
-        models.emit(text)
+        generate.emit(text)
 
     chat.reply(question, on_text=show)
-    models.emit("\n")
+    generate.emit("\n")
     reply = chat.last
     assert reply is not None
     figures = {"prompt_tokens": len(reply.prompt.tokens), "new_tokens": len(reply.tokens), "ended": reply.ended}
     figures |= {name: getattr(reply.prompt, name) for name in ("dropped_turns", "cut_question", "dropped_system")}
     replies.append(clock.figures() | figures | {"remembered": reply.remembered})
-    models.print_speed(replies[-1])
+    generate.print_speed(replies[-1])
     for line in _notes(chat, reply):
         if line not in printed:
             printed.add(line)

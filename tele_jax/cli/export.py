@@ -4,7 +4,7 @@ import argparse
 import os
 
 from tele_jax import checkpoint, convert, tables
-from tele_jax.cli.verb import Outcome, Progress, flag, pick, switch
+from tele_jax.cli import Outcome, Progress, flag, pick, switch
 from tele_jax.convert import FORMATS
 from tele_jax.convert.exporting import outline
 from tele_jax.data.templates import TEMPLATES

@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from tele_jax import checkpoint
 from tele_jax.checkpoint.locate import local_path, new_path
+from tele_jax.cli import Outcome, Progress, flag, pick, switch
 from tele_jax.cli.pages import load_page
-from tele_jax.cli.verb import Outcome, Progress, flag, pick, switch
 from tele_jax.config import ModelConfig, from_dict
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import FailedError, UserError

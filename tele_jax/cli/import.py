@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tele_jax import convert, count_params
-from tele_jax.cli import verb
-from tele_jax.cli.verb import Outcome, flag, pick, switch
+from tele_jax.cli import Outcome, Progress, flag, pick, switch
 from tele_jax.config import to_dict
 from tele_jax.convert import FORMATS
 
@@ -39,7 +38,7 @@ def _drawing(generation: Mapping[str, Any]) -> str:
 def run(args: argparse.Namespace) -> Outcome:
     """Raises UserError and DamageError as convert.import_checkpoint."""
     how = pick(args, "format", "dtype", "vocab_size", "rope_tables", "memory_gb", "workers")
-    progress = verb.Progress("import")
+    progress = Progress("import")
     done = convert.import_checkpoint(args.src, args.dst, **how, resume=not args.start_over, progress=progress)
     release, cfg = done.release, done.release.cfg
     names = [file.name for file in release.files]

@@ -4,7 +4,7 @@ import argparse
 import json
 
 from tele_jax import checkpoint, tables
-from tele_jax.cli.verb import Outcome, flag, switch
+from tele_jax.cli import Outcome, flag, switch
 from tele_jax.config import to_dict
 from tele_jax.errors import DamageError
 from tele_jax.files import Table

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from tele_jax.cli.verb import Outcome, Parser, VerbParser, of_error, one_line
+from tele_jax.cli import Outcome, Parser, VerbParser, of_error, one_line
 from tele_jax.errors import UserError
 
 VERBS = {

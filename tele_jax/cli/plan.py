@@ -12,12 +12,12 @@ import jax
 
 from tele_jax import checkpoint, growth
 from tele_jax.aot import compile as compiling
-from tele_jax.aot import cost, search, topology
+from tele_jax.aot import cost, topology
 from tele_jax.aot.jobs import DecodeJob, GrowJob, Job, TrainJob
 from tele_jax.aot.topology import find_slice
-from tele_jax.cli.models import parse_mesh
+from tele_jax.cli import Outcome, flag, switch
+from tele_jax.cli.generate import parse_mesh
 from tele_jax.cli.pages import load_page
-from tele_jax.cli.verb import Outcome, flag, switch
 from tele_jax.config import ModelConfig, convert
 from tele_jax.errors import UserError
 from tele_jax.files import Table
@@ -68,26 +68,26 @@ def _plan(args: argparse.Namespace, job: Job, tokens: float | None) -> Table:
     print(cost.table(figures))
     if not program.fits:
         over = (program.needed_bytes - program.usable_bytes) / 2**30
-        hint = search.advice(job, program.needed_bytes, sum(program.held.values()))
+        hint = compiling.advice(job, program.needed_bytes, sum(program.held.values()))
         needed = f"{program.needed_bytes / 2**30:,.1f} GiB a device, {over:,.1f} GiB more than there is"
         figures["advice"] = f"does not fit {job.slice.name}: {needed}; {hint}"
     return figures
 
 
 def _search(args: argparse.Namespace, job: TrainJob, tokens: float | None) -> Table:
-    ranked = search.candidates(job)
+    ranked = compiling.candidates(job)
     topology.require_libtpu()
     chosen, tried = ranked[: args.tries], []
     print(f"{len(ranked)} candidates fit by estimate; compiling the first {len(chosen)}", file=sys.stderr)
     for candidate in chosen:
         program = compiling.compile_job(candidate, args.cache)
         figures = cost.figures(candidate, program, tokens)
-        figures["estimate"] = dataclasses.asdict(search.estimate(candidate))
+        figures["estimate"] = dataclasses.asdict(compiling.estimate(candidate))
         tried.append(figures)
         print(_line(figures), flush=True)
-    good = [figures for figures in tried if figures["fits"] and figures["margin"] >= search.MARGIN]
+    good = [figures for figures in tried if figures["fits"] and figures["margin"] >= compiling.MARGIN]
     if not good:
-        free = f"{search.MARGIN:.0%} of the HBM free (the best {max(figures['margin'] for figures in tried):.0%})"
+        free = f"{compiling.MARGIN:.0%} of the HBM free (the best {max(figures['margin'] for figures in tried):.0%})"
         advice = f"none of the {len(tried)} tried leaves {free}; give more --tries, or a larger slice"
         return {"fits": False, "tried": tried, "advice": advice}
     best = min(good, key=lambda f: (f["seconds"]["scheduled"], -f["margin"]))

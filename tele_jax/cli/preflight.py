@@ -21,9 +21,8 @@ from packaging.requirements import Requirement
 from tele_jax.aot import topology
 from tele_jax.aot.topology import Slice, find_slice, libtpu_requirement, require_libtpu
 from tele_jax.clean.settings import CleanConfig, clean_config
-from tele_jax.cli import grow, main
+from tele_jax.cli import Outcome, flag, grow, main, switch
 from tele_jax.cli.pages import load_page
-from tele_jax.cli.verb import Outcome, flag, switch
 from tele_jax.data.cache import MANIFEST
 from tele_jax.errors import UserError
 from tele_jax.files import Table

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from tele_jax import tables
-from tele_jax.cli.verb import Outcome, flag, switch
+from tele_jax.cli import Outcome, flag, switch
 from tele_jax.config import check_seed
 from tele_jax.data import vocabulary_training
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tele_jax import beam_workers
+from tele_jax import processes
 from tele_jax.config import written_table
 from tele_jax.data import documents, shards, sources, templates
 from tele_jax.data.cache import FORMAT, MANIFEST, Counts, Domain, Manifest, incomplete, read_manifest
@@ -268,7 +268,7 @@ def _pipeline(runner: str, workers: int, options: Sequence[str]) -> Callable[[Se
     """Returns the function that runs the work by Beam; called before anything is written, since Beam checks options."""
     options = [*options, "--default_sdk_harness_log_level=ERROR"]
     if workers > 1:
-        options += [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing", beam_workers.OPTION]
+        options += [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing", processes.BEAM_OPTION]
     with _quiet():
         beam = need("apache_beam", how="pip install tele_jax[data,beam], or --runner serial")
         try:
@@ -278,7 +278,7 @@ def _pipeline(runner: str, workers: int, options: Sequence[str]) -> Callable[[Se
 
     def run(units: Sequence[shards.Unit], work: _Work) -> None:
         try:
-            with _quiet(), beam_workers.ending_with_us(), pipeline:
+            with _quiet(), processes.ending_beam_workers(), pipeline:
                 # Reshuffle lets every unit go to another worker.
                 _ = pipeline | beam.Create(units) | beam.Reshuffle() | "write" >> beam.Map(work)
         except (RuntimeError, ValueError, ImportError) as error:

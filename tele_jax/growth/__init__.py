@@ -4,11 +4,11 @@ plan = growth.plan(small_cfg, large_cfg)        what happens to every leaf; prin
 growth.check(plan, mesh)                        finds what is wrong before a byte moves              check.py
 big = growth.apply(plan, params)                the grown parameters                                 apply.py
 opt = growth.apply_opt(plan, opt_state)         moments that belong to them                          opt_state.py
-rep = growth.verify(plan, params, big, tokens)  a comparison: same logits, everything new can learn  verify/report.py
+rep = growth.verify(plan, params, big, tokens)  a comparison: same logits, everything new can learn  verify/
 small = growth.shrink(plan, big)                the left inverse                                     apply.py
 growth.stream(plan, src, dst)                   from checkpoint to checkpoint, in bounded memory     stream.py
 growth.stream_outline(plan, src, dst)           bytes, disk and memory that this would take          stream.py
-growth.verify_stored(plan, src, dst)            the comparison, block by block                       verify/report.py
+growth.verify_stored(plan, src, dst)            the comparison, block by block                       verify/
 growth.sharded(plan, mesh, state)               growth compiled for arrays that lie on a mesh        sharded.py
 growth.lazy(plan, params)                       grown leaves that are computed where they are read   apply.py
 growth.compose(plan, other)                     a plan with the steps of both                        plan.py
@@ -17,7 +17,7 @@ growth.MaskSchedule(plan, ramp=5000)            masks of policy msg, from 0 to 1
 growth.layers.distances(cfg, params, tokens)    scores for layers="distance"                         layers.py
 
 A plan consists of AxisMap (axis_map.py), LeafPlan (leaf.py, with the contract of the kernels), Step and Plan (plan.py).
-The kernels are kernel.py in JAX and host_kernel.py in host memory. gradient_powers.py measures an optimizer, surgery.py
+The kernels, in JAX and in host memory, are kernel.py. gradient_powers.py measures an optimizer, surgery.py
 makes plans for other changes to a tree, and receipt.py does what `tele grow` and a growth stage do.
 """
 
@@ -42,7 +42,7 @@ from tele_jax.growth.policies import (
 from tele_jax.growth.sharded import sharded, state_shardings
 from tele_jax.growth.stream import Outline, Streamed, stream
 from tele_jax.growth.stream import outline as stream_outline
-from tele_jax.growth.verify.report import Report, verify, verify_stored
+from tele_jax.growth.verify import Report, verify, verify_stored
 
 __all__ = [
     "AxisMap",

@@ -20,7 +20,7 @@ import numpy as np
 
 from tele_jax.axes import Leaf, Leaves, Params, ParamSpec, flatten, unflatten
 from tele_jax.errors import UserError
-from tele_jax.growth import host_kernel
+from tele_jax.growth import kernel
 from tele_jax.growth.kernel import tile
 from tele_jax.growth.leaf import LeafPlan, LeafStep
 from tele_jax.growth.plan import Plan, Step, require_plan
@@ -157,7 +157,7 @@ class GrownArray:
         out = np.empty([part.stop - part.start for part in bounds], self.dtype)
         if out.size:
             steps = [(step, _chunks(step.shape, out.itemsize)) for step in self.plan.leaf_steps(self.name)]
-            host_kernel.fill_after(out, steps, [part.start for part in bounds], _chunkwise(self.source))
+            kernel.fill_after(out, steps, [part.start for part in bounds], _chunkwise(self.source))
         return out[tuple(slice(None) if isinstance(part, slice) else 0 for part in index)]
 
 
@@ -173,7 +173,7 @@ def lazy(plan: Plan, params: Params) -> Params:
     return unflatten({name: GrownArray(plan, name, leaves[plan.sources[name]]) for name in plan.dst_spec})
 
 
-def _chunkwise(array: Leaf) -> host_kernel.Source:
+def _chunkwise(array: Leaf) -> kernel.Source:
     """An array that can be sliced, as a source of chunks; those at the edge are filled up with zeros."""
     chunks = _chunks(array.shape, np.dtype(array.dtype).itemsize)
 
@@ -184,7 +184,7 @@ def _chunkwise(array: Leaf) -> host_kernel.Source:
         short = [(0, n - size) for n, size in zip(chunks, part.shape, strict=True)]
         yield np.pad(part, short) if any(map(any, short)) else part
 
-    return host_kernel.Source(chunks, chunk)
+    return kernel.Source(chunks, chunk)
 
 
 def _chunks(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ decided by the step before, down to the source (`trace` and `kinds`).
 Factors are rounded, and multiplied with each other and with the entry, in float32 or in the dtype of the leaf where
 that is more precise; the product is rounded once to the dtype of the leaf. Normal values are a function of `key` and of
 the entry's absolute indices alone. Hence the bits of an entry do not depend on the rectangle that is computed.
-kernel.py does this in JAX, host_kernel.py in host memory; tests/growth/test_kernels.py compares both with numpy.
+kernel.py does this in JAX and in host memory; tests/growth/test_kernels.py compares both with numpy.
 """
 
 import dataclasses

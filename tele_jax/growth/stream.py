@@ -23,7 +23,7 @@ from tele_jax.axes import ParamSpec, unflatten
 from tele_jax.checkpoint import chunk_files, chunked, layout, locate, unfinished
 from tele_jax.errors import UserError
 from tele_jax.files import PathLike, Table
-from tele_jax.growth import axis_map, host_kernel
+from tele_jax.growth import axis_map, kernel
 from tele_jax.growth.axis_map import NEW, AxisMap
 from tele_jax.growth.leaf import LeafPlan, LeafStep
 from tele_jax.growth.opt_state import grow_state, kinds
@@ -147,7 +147,7 @@ def outline(
     threads, slots = _divide_memory(jobs, memory_gb, workers)
     cut = [tile for job in jobs for tile in unfinished.cut(job.item, job.name, job.leaf, layout.CHUNK_BYTES, job.order)]
     read = {job.source.name: job.source.leaf for job in jobs if not isinstance(job.source, np.ndarray)}
-    of_chunks = max(job.leaf.chunk_bytes + job.bytes_between for job in jobs) + host_kernel.SCRATCH_BYTES
+    of_chunks = max(job.leaf.chunk_bytes + job.bytes_between for job in jobs) + kernel.SCRATCH_BYTES
     return Outline(
         bytes_to_read=sum(math.prod(leaf.grid) * leaf.chunk_bytes for leaf in read.values()),
         bytes_to_write=sum(tile.nbytes for tile in cut),
@@ -184,8 +184,8 @@ class _Job:
             part = chunked.inside(self.leaf, start, out)
             part[...] = self.source[tuple(slice(s, s + n) for s, n in zip(start, part.shape, strict=True))]
             return
-        source = host_kernel.Source(self.source.chunks, functools.partial(cache.chunk, self.source))
-        host_kernel.fill_after(out, self.steps, start, source)
+        source = kernel.Source(self.source.chunks, functools.partial(cache.chunk, self.source))
+        kernel.fill_after(out, self.steps, start, source)
 
     def order(self, chunk: tuple[int, ...]) -> Any:
         """Sorts chunks so that those that need the same chunk of the source follow each other.
@@ -294,7 +294,7 @@ def _divide_memory(jobs: list[_Job], memory_gb: float, workers: int | None) -> t
     chunk = max(job.leaf.chunk_bytes for job in jobs)
     of_source = max(job.source.leaf.chunk_bytes for job in jobs if not isinstance(job.source, np.ndarray))
     between = max(job.bytes_between for job in jobs)
-    beside = between + host_kernel.SCRATCH_BYTES
+    beside = between + kernel.SCRATCH_BYTES
     needed = {f"{job.item}/{job.name}": job.leaf.chunk_bytes + of_source + beside for job in jobs}
     workers = chunked.threads(memory_gb * 1e9, needed, workers, _OVERHEAD_BYTES)
     slots = int(memory_gb * 1e9 - _OVERHEAD_BYTES - workers * (chunk + beside)) // of_source

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from tele_jax.axes import Params, declare
 from tele_jax.config import ModelConfig, require, require_config
 from tele_jax.errors import UserError
-from tele_jax.model import inputs, rope
+from tele_jax.model import attention, inputs
 from tele_jax.model.attention import SAVED, attend, cached, indices
 from tele_jax.model.inputs import MASKED_AXES as MASKED_AXES
 from tele_jax.model.inputs import Mask
@@ -98,8 +98,8 @@ class Attention(nn.Module):
         kernel_k = declare(self, "k", inputs=("embed",), outputs=("kv_heads", "head_dim"))
         kernel_v = declare(self, "v", inputs=("embed",), outputs=("kv_heads", "head_dim"))
         kernel_o = declare(self, "o", inputs=("heads", "head_dim"), outputs=("embed",))
-        q = rope.rotate(project("BSD,DNH->BSNH", x, kernel_q), ctx.cos, ctx.sin)
-        k = rope.rotate(project("BSD,DKH->BSKH", x, kernel_k), ctx.cos, ctx.sin)
+        q = attention.rotate(project("BSD,DNH->BSNH", x, kernel_q), ctx.cos, ctx.sin)
+        k = attention.rotate(project("BSD,DKH->BSKH", x, kernel_k), ctx.cos, ctx.sin)
         v = project("BSD,DKH->BSKH", x, kernel_v)
         if cache is None or ctx.slot is None:
             rows = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
@@ -239,7 +239,7 @@ class Decoder(nn.Module):
 
 def _context(cfg: ModelConfig, positions, length: int, segment_ids=None, masks: Masks | None = None, slot=None):
     masks = masks or {}
-    cos, sin = rope.tables(cfg, positions, length)
+    cos, sin = attention.rotary_tables(cfg, positions, length)
     return Context(positions, cos, sin, segment_ids, masks.get("embed"), masks.get("mlp"), masks.get("heads"), slot)
 
 

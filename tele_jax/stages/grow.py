@@ -13,7 +13,7 @@ from tele_jax.files import Table
 from tele_jax.growth import Plan
 from tele_jax.growth import receipt as receipts
 from tele_jax.growth.receipt import read_plan
-from tele_jax.growth.verify.report import require_configs
+from tele_jax.growth.verify import require_configs
 from tele_jax.model.spec import count_params
 from tele_jax.processes import from_first
 from tele_jax.settings import GrowStage

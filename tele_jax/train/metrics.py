@@ -11,12 +11,12 @@ from pathlib import Path
 
 import jax
 
-from tele_jax.chips import peak_flops
 from tele_jax.config import as_written
 from tele_jax.errors import DamageError
 from tele_jax.extras import hidden
 from tele_jax.files import parse_json, write_file
 from tele_jax.processes import is_first
+from tele_jax.published import peak_flops
 
 FLUSH_SECONDS = 30  # between two flushes at most, for those who watch
 EVALUATION = "eval/bits_per_byte/"  # and the domain

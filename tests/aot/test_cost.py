@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import tele_jax as tele
-from tele_jax.aot import cost, search
+from tele_jax.aot import compile as compiling
+from tele_jax.aot import cost
 from tele_jax.aot.compile import Program
 from tele_jax.aot.counts import Collective, Counts
 from tele_jax.aot.jobs import TrainJob
@@ -127,22 +128,22 @@ def test_shapes_that_do_not_divide_are_refused_before_anything_is_compiled(chang
 
 
 def test_candidates_divide_fit_and_come_fastest_first():
-    found = search.candidates(job(topology="v5p:8x8x8", mesh=MeshConfig(fsdp=512), batch_size=512))
-    seconds = [search.estimate(c).seconds for c in found]
+    found = compiling.candidates(job(topology="v5p:8x8x8", mesh=MeshConfig(fsdp=512), batch_size=512))
+    seconds = [compiling.estimate(c).seconds for c in found]
     assert len(found) > 20 and seconds == sorted(seconds)
     for candidate in found:
         candidate.check()
         usable = candidate.slice.generation.usable_hbm_bytes
-        assert search.estimate(candidate).bytes <= (1 - search.MARGIN) * usable
+        assert compiling.estimate(candidate).bytes <= (1 - compiling.MARGIN) * usable
 
 
 def test_a_model_too_large_for_every_slice_says_so():
     large = job(cfg=tele.get_model("tele_flm_1t"), topology="v6e:16x16", mesh=MeshConfig(fsdp=256), batch_size=256)
     with pytest.raises(UserError, match="GiB a device of 28; the largest slice of v6e has 256 chips, which is too few"):
-        search.candidates(large)
+        compiling.candidates(large)
 
 
 def test_advice_names_the_parts_or_the_slice_that_would_do():
     state = 12 * 2**30
-    assert search.advice(job(batch_size=512), 140 * 2**30, state).startswith("--microbatches 2 would do")
-    assert "a slice of 256 chips would do" in search.advice(job(), 150 * 2**30, 100 * 2**30)
+    assert compiling.advice(job(batch_size=512), 140 * 2**30, state).startswith("--microbatches 2 would do")
+    assert "a slice of 256 chips would do" in compiling.advice(job(), 150 * 2**30, 100 * 2**30)

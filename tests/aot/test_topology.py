@@ -6,8 +6,8 @@ import pytest
 
 from tele_jax.aot import topology
 from tele_jax.aot.topology import find_slice
-from tele_jax.chips import GENERATIONS
 from tele_jax.errors import UserError
+from tele_jax.published import GENERATIONS
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tele_jax.clean import duplicates, hashing, rules, screening, settings
+from tele_jax.clean import duplicates, hashing, screening, settings, stages
 from tele_jax.clean import text as texts
 from tele_jax.clean.document import Document, Drop
 
@@ -103,22 +103,22 @@ def test_extract_keeps_listings_wherever_they_stand(wrapper):
 
 @pytest.mark.parametrize("text", [ENGLISH, "# A title\n\n" + ENGLISH + "\n\n- one\n- two"])
 def test_plain_english_breaks_no_rule(text):
-    assert list(rules.violations(text, "en", settings.EN)) == []
+    assert list(stages.violations(text, "en", settings.EN)) == []
 
 
 def test_rules_on_shares_of_lines_ask_for_several_lines():
     headline = "城北石桥修复工程开工 ..."
-    assert list(rules.violations(headline + "\n\n" + CHINESE, "zh", settings.ZH)) == []
-    assert list(rules.violations("• " + CHINESE, "zh", settings.ZH)) == []
-    assert list(rules.violations("River\n" + ENGLISH + "\nRiver", "en", settings.EN)) == []
+    assert list(stages.violations(headline + "\n\n" + CHINESE, "zh", settings.ZH)) == []
+    assert list(stages.violations("• " + CHINESE, "zh", settings.ZH)) == []
+    assert list(stages.violations("River\n" + ENGLISH + "\nRiver", "en", settings.EN)) == []
     # What is said twice is still found by its characters, however few its lines are.
-    twice = [drop.reason for drop in rules.violations(CHINESE + "\n" + CHINESE, "zh", settings.ZH)]
+    twice = [drop.reason for drop in stages.violations(CHINESE + "\n" + CHINESE, "zh", settings.ZH)]
     assert "repeated lines" in twice
 
 
 def test_plain_chinese_and_code_break_no_rule():
-    assert list(rules.violations(CHINESE, "zh", settings.ZH)) == []
-    assert list(rules.violations(CODE, "code", settings.CODE)) == []
+    assert list(stages.violations(CHINESE, "zh", settings.ZH)) == []
+    assert list(stages.violations(CODE, "code", settings.CODE)) == []
 
 
 LINES = [f"{i} The line that is here with the number {i} and nothing else of note." for i in range(20)]
@@ -149,8 +149,8 @@ LINES = [f"{i} The line that is here with the number {i} and nothing else of not
     ],
 )
 def test_a_rule_is_broken_by_what_it_is_about(text, language, reason):
-    assert reason in [drop.reason for drop in rules.violations(text, language, getattr(settings, language.upper()))]
-    result = rules.rules(document(text, language), settings.RulesConfig())
+    assert reason in [drop.reason for drop in stages.violations(text, language, getattr(settings, language.upper()))]
+    result = stages.rules(document(text, language), settings.RulesConfig())
     assert isinstance(result, Drop)
 
 
@@ -158,7 +158,7 @@ def test_repeated_ngram_share_equals_the_count_by_hand():
     text = "a b c d e f g a b c d e x y z w"
     grams = hashing.ngrams(hashing.tokens(text), 5)
     # The second "a b c d e" repeats; its five of sixteen tokens are covered.
-    assert rules._covered(grams, 5).tolist() == [7 <= i < 12 for i in range(16)]
+    assert stages._covered(grams, 5).tolist() == [7 <= i < 12 for i in range(16)]
 
 
 # Published or computed by hand: Visa's test number; the resident number of GB 11643-1999's example.
@@ -239,6 +239,6 @@ def test_a_title_that_the_first_sentence_repeats_breaks_no_rule():
         " Asia. It is part of the South China Sea and connects to the East China Sea to the north of the island."
     )
     config = dataclasses.replace(settings.EN, min_tokens=30)
-    assert not list(rules.violations(text, "en", config))
-    reasons = {broken.reason for broken in rules.violations(text + " Taiwan Strait!" * 4, "en", config)}
+    assert not list(stages.violations(text, "en", config))
+    reasons = {broken.reason for broken in stages.violations(text + " Taiwan Strait!" * 4, "en", config)}
     assert "most frequent 4-gram" in reasons

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from tele_jax import checkpoint, convert
+from tele_jax.cli.generate import sampling_options
 from tele_jax.cli.main import main
-from tele_jax.cli.models import sampling_options
 from tele_jax.config import ModelConfig
 from tele_jax.convert import configs, release
 from tele_jax.convert.exporting import outline

@@ -70,7 +70,7 @@ def test_ctrl_c_while_a_release_is_imported_is_one_line(src, tmp_path, monkeypat
             if done > total / 2:
                 signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("tele_jax.cli.verb.Progress", Interrupting)
+    monkeypatch.setattr("tele_jax.cli.import.Progress", Interrupting)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs in the background
     try:
         assert main(["import", str(src), str(tmp_path / "ck")]) == 130

@@ -133,13 +133,13 @@ def test_released_tables_at_full_size(model, length):
 
     import jax
 
-    from tele_jax.model import rope
+    from tele_jax.model import attention
 
     cfg = tele.get_model(model)
     cfg = cfg.replace(rope=dataclasses.replace(cfg.rope, tables="float16"))
     base, factor = cfg.rope_length_factors(length)
     expected = torch_models.tables(base, cfg.head_dim, length, factor, half=True)
-    found = jax.jit(lambda positions: rope.tables(cfg, positions, length))(jnp.arange(length))
+    found = jax.jit(lambda positions: attention.rotary_tables(cfg, positions, length))(jnp.arange(length))
     for ours, theirs in zip(found, expected, strict=True):
         ours, theirs = np.asarray(ours), theirs.float().numpy()
         assert (ours == ours.astype(np.float16)).all()  # among them subnormal numbers of float16

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tele_jax import corpora
 from tele_jax.cli.main import main
-from tele_jax.corpora import documents as corpora_text
-from tele_jax.corpora import fetch as corpora
 from tele_jax.data import dialogue, sources
 from tele_jax.errors import UserError
 
@@ -30,7 +29,7 @@ def small_library(tmp_path, monkeypatch):
         (root / name / "left_out.py").write_text("LEFT_OUT = 1\n")
     (root / "latin.py").write_bytes("LEFT_OUT = 'é'\n".encode("latin-1"))
     (root / "broken.py").write_text("LEFT_OUT = (\n")
-    monkeypatch.setattr(corpora_text.sysconfig, "get_paths", lambda: {"stdlib": str(root)})
+    monkeypatch.setattr(corpora.sysconfig, "get_paths", lambda: {"stdlib": str(root)})
 
 
 @pytest.fixture
@@ -89,7 +88,7 @@ def test_the_standard_library_makes_three_domains(tmp_path, capsys):
                 size = sum(len(record["text"].encode()) for record in records)
             assert size == figures["text_bytes"]
     code = [record["text"] for file in ("train", "validation") for record in lines(out / "code" / f"{file}.jsonl")]
-    root = Path(corpora_text.sysconfig.get_paths()["stdlib"])
+    root = Path(corpora.sysconfig.get_paths()["stdlib"])
     expected = [path.read_bytes() for path in root.rglob("*.py") if path.stat().st_size]
     assert sorted(code) == sorted(data.decode() for data in expected if b"LEFT_OUT" not in data)
 
@@ -101,7 +100,7 @@ def test_functions_are_asked_for_by_their_documentation(tmp_path):
         question, answer = (message["content"] for message in talk["messages"])
         assert question.startswith("Write the Python function ") and "\n\n" in question
         compile(answer, "answer", "exec")  # complete, and at the left margin
-        assert len(answer) <= corpora_text.MAX_FUNCTION_CHARS
+        assert len(answer) <= corpora.MAX_FUNCTION_CHARS
     assert len(talks) > 50
 
 

@@ -175,11 +175,11 @@ def test_a_text_that_changes_while_its_cache_is_made_is_named(made, tmp_path, mo
 
 def test_workers_end_with_the_command_that_started_them_whatever_ends_it(tmp_path):
     """Without Beam: its workers import the module with this variable set, and this one would wait for ever."""
-    worker = "import tele_jax.beam_workers, signal; print('ready', flush=True)\nwhile True: signal.pause()"
+    worker = "import tele_jax.processes, signal; print('ready', flush=True)\nwhile True: signal.pause()"
     command = (
         "import subprocess, sys\n"
-        "from tele_jax import beam_workers\n"
-        "with beam_workers.ending_with_us():\n"
+        "from tele_jax import processes\n"
+        "with processes.ending_beam_workers():\n"
         f"    worker = subprocess.Popen([sys.executable, '-c', {worker!r}], stdout=sys.stdout)\n"
         "    print(worker.pid, flush=True)\n"
         "    worker.wait()\n"

@@ -177,7 +177,7 @@ def test_a_missing_package_names_the_extra(monkeypatch, model_file):
 
 def test_a_dialogue_needs_no_tensorflow(model_file):
     code = (
-        "import sys, tele_jax.data, tele_jax.data.feed, tele_jax.corpora.fetch\n"
+        "import sys, tele_jax.data, tele_jax.data.feed, tele_jax.corpora\n"
         "from tele_jax.data import dialogue, vocabulary\n"
         f"v = vocabulary.load_vocabulary({str(model_file)!r})\n"
         "print(dialogue.render_prompt([{'role': 'user', 'content': 'Hi'}], v)[0])\n"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import tele_jax as tele
 from tele_jax import growth
 from tele_jax.axes import flatten, unflatten
-from tele_jax.growth import axis_map, host_kernel, kernel
+from tele_jax.growth import axis_map, kernel
 from tele_jax.growth.leaf import LeafStep, leaf_key
 from tests import reference
 from tests.growth import oracle
@@ -199,7 +199,7 @@ def test_compiled_values_are_those_computed_eagerly():
 
 
 def in_memory(array, chunks):
-    """A source for host_kernel.fill_tile, cut into chunks of a shape."""
+    """A source for kernel.fill_tile, cut into chunks of a shape."""
 
     @contextlib.contextmanager
     def chunk(index):
@@ -208,7 +208,7 @@ def in_memory(array, chunks):
         whole[tuple(slice(n) for n in part.shape)] = part
         yield whole
 
-    return host_kernel.Source(chunks, chunk)
+    return kernel.Source(chunks, chunk)
 
 
 @given(growths(dtype="float32") | growths(dtype="float32", policy="copy"), st.data())
@@ -226,7 +226,7 @@ def test_any_tile_has_the_bits_of_any_growth(case, data):
     size = [data.draw(st.integers(1, size)) for size in shape]
     chunks = tuple(data.draw(st.integers(1, size + 2)) for size in array.shape)
     out = random_numbers(generator, size)
-    host_kernel.fill_tile(out, *plan.leaf_steps(name), start, in_memory(array, chunks))
+    kernel.fill_tile(out, *plan.leaf_steps(name), start, in_memory(array, chunks))
     inside = tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))
     padded = np.zeros(size, np.float32)
     padded[tuple(slice(n) for n in expected[name][inside].shape)] = expected[name][inside]
@@ -250,9 +250,9 @@ def test_scattered_indices_in_blocks_of_every_kind(fill):
     leaf = growth.LeafPlan(0.3, zero=("b",), scaled=("a", "c"), shared=("b",), **fill)
     array = random_numbers(generator, (30, 50, 60))
     out = np.full((50, 70, 80), np.nan, np.float32)
-    assert out.size > 2 * host_kernel.BLOCK
+    assert out.size > 2 * kernel.BLOCK
     step = LeafStep(leaf, maps, key=(1, 2), power=-1)
-    host_kernel.fill_tile(out, step, (0, 0, 0), in_memory(array, (30, 17, 25)))
+    kernel.fill_tile(out, step, (0, 0, 0), in_memory(array, (30, 17, 25)))
     where = [np.arange(size) for size in out.shape]
     expected = kernel.tile(step, where, lambda i: jnp.asarray(array[np.ix_(*i)]), np.float32)
     assert out.tobytes() == np.asarray(expected).tobytes()

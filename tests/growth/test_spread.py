@@ -16,7 +16,7 @@ import tele_jax as tele
 from tele_jax import growth, sharding
 from tele_jax.aot import counts, hlo
 from tele_jax.axes import flatten, unflatten
-from tele_jax.growth.verify import spread
+from tele_jax.growth.verify import entries
 from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh, param_shardings
 from tests import reference
@@ -125,7 +125,7 @@ def test_one_unit_and_its_source_are_held_at_a_time(monkeypatch):
         most = max(most, sum(one().nbytes for one in alive if one() is not None))
         return found
 
-    monkeypatch.setattr(spread, "fetch", counted)
+    monkeypatch.setattr(entries, "fetch", counted)
     case = on_mesh(make_mesh(MeshConfig(fsdp=4, tensor=2)), *grown())
     assert growth.verify_stored(*case).ok
     plan = case[0]
@@ -138,7 +138,7 @@ def test_one_unit_and_its_source_are_held_at_a_time(monkeypatch):
 
 
 def test_a_layer_that_is_not_held_is_not_read():
-    layer = spread.Layer(2, np.arange(6).reshape(2, 3))
+    layer = entries.Layer(2, np.arange(6).reshape(2, 3))
     assert layer[2, 1].tolist() == [3, 4, 5] and layer[2:3, :, 1:].tolist() == [[[1, 2], [4, 5]]]
     for key in (1, (0, slice(None)), slice(1, 3), slice(None)):
         with pytest.raises(IndexError, match="only layer 2 is held here"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tele_jax as tele
-from tele_jax.model import attention, platforms, rope
+from tele_jax.model import attention, platforms
 
 # rows, tokens, heads, kv heads, head_dim; whether there are segments
 CASES = [
@@ -127,5 +127,5 @@ def test_rotary_tables_are_written_down_to_the_bit():
     positions = jnp.arange(3000)
     inverse = 10_000.0 ** (-np.arange(0, 64, 2, dtype=np.float64) / 64)
     angles = positions[:, None].astype(jnp.float32) * jnp.asarray(inverse, jnp.float32)
-    for table, function in zip(jax.jit(lambda p: rope.tables(cfg, p, 3000))(positions), (jnp.cos, jnp.sin)):
+    for table, function in zip(jax.jit(lambda p: attention.rotary_tables(cfg, p, 3000))(positions), (jnp.cos, jnp.sin)):
         np.testing.assert_array_equal(table, jax.jit(function)(angles))

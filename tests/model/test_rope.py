@@ -12,7 +12,7 @@ import pytest
 
 import tele_jax as tele
 from tele_jax.errors import UserError
-from tele_jax.model import decoder, rope
+from tele_jax.model import attention, decoder
 from tests import reference
 
 
@@ -22,7 +22,7 @@ def test_rounding_to_float16_is_that_of_numpy_under_jit_too():
     values = [generator.uniform(-1.2, 1.2, 100_000), 10.0 ** generator.uniform(-9, 0.1, 100_000)]
     values += [2.0**-14 * (1 + np.array([-1, -0.5, 0, 0.5, 1]) * 2.0**-10), np.arange(64) * 2.0**-25, [0.0, -0.0, 1.0]]
     x = np.concatenate(values).astype(np.float32)
-    for function in (rope._to_float16, jax.jit(rope._to_float16)):
+    for function in (attention._to_float16, jax.jit(attention._to_float16)):
         assert (np.asarray(function(x)) == x.astype(np.float16).astype(np.float32)).all()
 
 
@@ -59,7 +59,9 @@ def test_rounded_tables_are_close_and_not_the_same():
     cfg = tele.get_model("telechat_7b")
     rounded = cfg.replace(rope=dataclasses.replace(cfg.rope, tables="float16"))
     positions = jnp.arange(300)
-    for ours, theirs in zip(rope.tables(rounded, positions, 300), rope.tables(cfg, positions, 300), strict=True):
+    for ours, theirs in zip(
+        attention.rotary_tables(rounded, positions, 300), attention.rotary_tables(cfg, positions, 300), strict=True
+    ):
         assert 1e-4 < np.abs(np.asarray(ours - theirs)).max() < 3e-4
 
 

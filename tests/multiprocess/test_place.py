@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tele_jax import processes
-from tele_jax.cli import process_group as several
+from tele_jax.cli import train as several
 from tele_jax.cli.grow import _shard
 from tele_jax.cli.main import main
 from tele_jax.errors import UserError
@@ -70,7 +70,7 @@ def test_one_process_agrees_with_itself():
 def test_a_process_that_waits_in_vain_says_so(tmp_path):
     address = f"127.0.0.1:{free_port()}"
     code = f"""
-from tele_jax.cli import process_group as several
+from tele_jax.cli import train as several
 from tele_jax.processes import Place
 with several.together(Place({address!r}, 2, 0)):
     print("came in")

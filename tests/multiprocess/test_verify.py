@@ -14,7 +14,7 @@ from tests.ports import free_port
 SCRIPT = """
 import json, sys
 from tele_jax import growth, processes, sharding
-from tele_jax.cli import process_group as several
+from tele_jax.cli import train as several
 from tele_jax.errors import DamageError
 from tele_jax.growth.verify import entries
 from tele_jax.growth.verify import parts as layerwise

@@ -7,11 +7,15 @@ from checkpoints that do not fit there.
 
 Parts of an optimizer state with the shapes of the parameters are compared like parameters, by the power of the gradient
 that each part is. In the trainer's state new units are born at the current count. All else is unchanged, to the bit.
+
+`each` splits verification into independent units, and divides them among processes that hold the models together. A
+unit is a layer of the grown model with its source layer; one more unit, None, is all that is not stacked: embedding,
+head and final norm. Of 32 layers on 8 processes each process examines four or five units, and holds one at a time.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,15 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tele_jax.axes import Leaf, Leaves, PyTree, is_empty, unflatten
-from tele_jax.growth import host_kernel
+from tele_jax.axes import Leaf, Leaves, ParamSpec, PyTree, is_empty, unflatten
+from tele_jax.growth import kernel
+from tele_jax.growth.axis_map import NEW
 from tele_jax.growth.gradient_powers import Path, nodes, shown, take_apart
 from tele_jax.growth.leaf import FILLED, KEPT, ZERO, LeafStep, Traced, kinds, trace
 from tele_jax.growth.opt_state import is_adam, power_of
 from tele_jax.growth.opt_state import kinds as state_kinds
 from tele_jax.growth.plan import Plan
-from tele_jax.growth.verify import spread
-from tele_jax.sharding import tiles, to_host
+from tele_jax.processes import from_all
+from tele_jax.sharding import fetch, is_spread, tiles, to_host
 
 if TYPE_CHECKING:
     from tele_jax.checkpoint import LazyArray
@@ -36,7 +41,7 @@ TILE_BYTES = 16 * 2**20
 
 
 def differing(plan: Plan, src: Leaves, dst: Leaves, unit: int | None, power: int | None = None) -> dict[str, str]:
-    """{leaf: its first entry that is not as planned} for the leaves of one unit of the grown tree: see spread.py.
+    """{leaf: its first entry that is not as planned} for the leaves of one unit of the grown tree: see `each`.
 
     src, dst: {dotted name: array, or checkpoint.LazyArray}, with the leaves of that unit at least.
     power: for an optimizer moment, its power of the gradient.
@@ -175,9 +180,9 @@ def _wrongly_filled(
         exact = all(after.moves_exactly for after in later)
         slack = 0.0 if exact else _slack(later, dtype)
         places = [part.place[len(later)] for part in traced] or [np.zeros(1, np.int64)]
-        rows, columns = host_kernel.row_numbers(step.shape, places), places[-1].astype(np.uint32)
+        rows, columns = kernel.row_numbers(step.shape, places), places[-1].astype(np.uint32)
         # In blocks, since counters and values of a whole tile would take many times its memory.
-        count = max(1, host_kernel.BLOCK // width)
+        count = max(1, kernel.BLOCK // width)
         for first in range(0, kind.size // width, count):
             row, column = np.nonzero(kind.reshape(-1, width)[first : first + count] == FILLED + k)
             row += first
@@ -194,7 +199,7 @@ def _new(step: LeafStep, rows: np.ndarray, columns: np.ndarray, dtype: np.dtype)
     """The values float64[n] that a step fills in at rows and columns of a leaf, rounded to the dtype of the leaf."""
     if step.leaf.fill == "constant":
         return np.full(len(rows), step.leaf.value, dtype).astype(np.float64)
-    return host_kernel.normal(step.key, rows, columns, step.leaf.value, dtype).astype(np.float64)
+    return kernel.normal_at(step.key, rows, columns, step.leaf.value, dtype).astype(np.float64)
 
 
 def _outer(vectors: Sequence[np.ndarray]) -> np.ndarray:
@@ -267,7 +272,7 @@ def _tree_problems(plan: Plan, power: int | None, src: Leaves, dst: Leaves) -> I
         else:
             alike[name] = after
     sources = {plan.sources[name]: src[plan.sources[name]] for name in alike}
-    found = spread.each(plan, sources, alike, lambda unit, old, new: differing(plan, old, new, unit, power))
+    found = each(plan, sources, alike, lambda unit, old, new: differing(plan, old, new, unit, power))
     yield from first_problems(plan, found).items()
 
 
@@ -298,3 +303,64 @@ def _values(leaf: Leaf) -> np.ndarray:
     if hasattr(leaf, "dtype") and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     return to_host(leaf)
+
+
+# ---- division among processes ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer of a stacked leaf, in memory; indexed like the leaf: leaf[layer, 8:16] or leaf[layer : layer + 1]."""
+
+    layer: int
+    values: np.ndarray
+
+    def __getitem__(self, key: object) -> np.ndarray:
+        first, *others = key if isinstance(key, tuple) else (key,)
+        if isinstance(first, slice):
+            inside = (first.start, first.stop) == (self.layer, self.layer + 1)
+            first = slice(None)
+        else:
+            inside, first = first == self.layer, 0
+        if not inside:
+            raise IndexError(f"{key}: only layer {self.layer} is held here")
+        return self.values[None][(first, *others)]
+
+
+def each(plan: Plan, src: Leaves, dst: Leaves, examine: Callable[[int | None, Leaves, Leaves], Any]) -> list[Any]:
+    """Calls examine(unit, src, dst) for every unit, and returns the results: first that of None, then of the layers.
+
+    Args:
+      src, dst: {dotted name: leaf}. Where some lie on several devices, each process fetches and examines some of the
+        units, one at a time, and all processes have to call this alike. Other leaves are handed on, and not held.
+      examine: returns JSON.
+    """
+    units = [None, *range(plan.dst_cfg.num_layers)]
+    if not any(map(is_spread, [*src.values(), *dst.values()])):
+        return [examine(unit, src, dst) for unit in units]
+    process, count = jax.process_index(), jax.process_count()
+    mine = []
+    for start in range(0, len(units), count):
+        turn = dict(enumerate(units[start : start + count]))
+        sources = {p: None if unit is None else int(plan.maps["layers"].index[unit]) for p, unit in turn.items()}
+        before = _fetched(src, plan.src_spec, {p: source for p, source in sources.items() if source != NEW})
+        after = _fetched(dst, plan.dst_spec, turn)
+        if process in turn:
+            mine.append(examine(turn[process], before, after))
+        del before, after  # or the next round would be held beside them
+    shares = from_all(mine)
+    return [shares[number % count][number // count] for number in range(len(units))]
+
+
+def _fetched(leaves: Leaves, spec: Mapping[str, ParamSpec], wanted: Mapping[int, int | None]) -> Leaves:
+    """Fetches what every process wants, {process: layer}: one layer of stacked leaves, or (None) the other leaves."""
+    process, found = jax.process_index(), {}
+    for name, leaf in leaves.items():
+        stacked = bool(spec[name].stack)
+        readers = {p: layer for p, layer in wanted.items() if (layer is not None) == stacked}
+        if is_spread(leaf) and readers:
+            values, layer = fetch(leaf, readers), readers.get(process)
+            leaf = values if values is None or layer is None else Layer(layer, values)
+        if process in readers:
+            found[name] = leaf
+    return found

@@ -38,7 +38,7 @@ class Side:
 def parts(plan: Plan, src: Leaves, dst: Leaves, unit: int | None) -> dict[str, float]:
     """{part: largest difference of its outputs, relative to the largest value of the row} for one unit.
 
-    A unit is a destination layer or, where unit is None, the embedding and the head (see spread.py). Each part has
+    A unit is a destination layer or, where unit is None, the embedding and the head (see entries.each). Each part has
     random inputs of its own. src, dst: the leaves, those of the unit at least.
     """
     masks = {axis: np.where(m.fresh, 0.0, 1.0) for axis, m in plan.maps.items()} if plan.masked else {}

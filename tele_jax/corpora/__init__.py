@@ -1,1 +1,0 @@
-"""Real text that Python packages carry, for the quickstart, the notebooks and the benchmarks."""
