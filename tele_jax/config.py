@@ -56,10 +56,7 @@ def from_dict(cls: type[T], values: Mapping[str, object], where: str = "config")
         raise UserError(f"{where}: expected a table of {cls.__name__} fields, got {values!r}")
     kwargs = {}
     for key, value in values.items():
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
-            raise UserError(f"{where}.{key}: unknown key of {cls.__name__}; {hint}")
+        require_known(key, fields, f"{where}.{key}: unknown key of {cls.__name__}")
         kwargs[key] = convert(hints[key], value, f"{where}.{key}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -158,6 +155,12 @@ def require(condition: bool, message: str) -> None:
     """Raises UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def require_known(name: str, known: Collection[str], message: str) -> None:
+    """Raises UserError(message), with the nearest known name or else all of them, for a name that is not known."""
+    near = difflib.get_close_matches(str(name), known, n=1)
+    require(name in known, f"{message}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"))
 
 
 def given(value: T | None, message: str) -> T:
@@ -363,9 +366,7 @@ class ModelConfig:
         """
         fields = [field.name for field in dataclasses.fields(self)]
         for name in changes:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"fields: {', '.join(fields)}"
-            require(name in fields, f"replace: ModelConfig has no field {name!r}; {hint}")
+            require_known(name, fields, f"replace: ModelConfig has no field {name!r}")
         return dataclasses.replace(self, **{**self._follow(changes), **changes})
 
     def replace_from(self, changes: Mapping[str, object], where: str) -> "ModelConfig":

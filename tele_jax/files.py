@@ -6,6 +6,7 @@ that is not UTF-8, JSON that is too deep: all are a UserError that names the pat
 
 import codecs
 import contextlib
+import errno
 import fcntl
 import glob
 import itertools
@@ -29,6 +30,7 @@ Json = Any  # a value as JSON has it
 Table = dict[str, Any]  # an object of JSON, by the names of its fields
 
 _DEEPEST = 64  # tables and lists inside each other, in a document of ours
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # of the machine, not of the path that was given
 _LFS = b"version https://git-lfs.github.com/spec/"
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -220,19 +222,33 @@ def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def temporary_of(path: Path) -> Path:
+    """The hidden file beside `path` in which `write_file` writes what becomes `path`; a kill may leave it."""
+    return path.with_name(f".{path.name}.tele_jax.tmp")
+
+
 def write_file(path: str | os.PathLike, data: bytes | str) -> None:
     """Writes a file, text as UTF-8, and its directory where needed: a kill leaves the old file or the new one.
 
-    One process at a time may write a file; a next call removes what a kill leaves, the temporary file NAME.tmp.
+    One process at a time may write a file; the next call removes the temporary file that a kill leaves.
+
+    Raises:
+      UserError: `path` is a directory, a file is in the place of a directory above it, or the system forbids writing.
+      OSError: the disk is full or fails.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, path.with_suffix(".tmp")) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, temporary_of(path)) as temporary:
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    except OSError as error:
+        if error.errno in _DISK_ERRORS:
+            raise
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
 
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
-    """Writes JSON as `write_file`. Raises DamageError, as on a full disk."""
+    """Writes JSON as `write_file`, but raises DamageError where the disk is full or fails."""
     try:
         write_file(path, json.dumps(_json_value(value), indent=2, allow_nan=False) + "\n")
     except OSError as error:

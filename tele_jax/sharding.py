@@ -114,8 +114,16 @@ def partition_spec(name: str, leaf: ParamSpec, mesh: AnyMesh, rules: Rules = RUL
     return P(*entries)
 
 
+def require_mesh(mesh: object, where: str) -> None:
+    """Raises UserError, naming the argument, for what is not a mesh, or has not the axes of `make_mesh`."""
+    fits = isinstance(mesh, AnyMesh) and set(MESH_AXES) <= set(mesh.axis_names)
+    found = f"one with the axes {mesh.axis_names}" if isinstance(mesh, AnyMesh) else type(mesh).__name__
+    require(fits, f"{where}: expected a mesh with the axes {MESH_AXES}, as sharding.make_mesh makes it, got {found}")
+
+
 def param_shardings(spec: Params, mesh: AnyMesh, rules: Rules = RULES) -> Params:
-    """A NamedSharding for every leaf of a tree of ParamSpec; raises as `partition_spec`."""
+    """A NamedSharding for every leaf of a tree of ParamSpec; raises as `partition_spec` and `require_mesh`."""
+    require_mesh(mesh, "mesh")
     return unflatten(
         {name: NamedSharding(mesh, partition_spec(name, leaf, mesh, rules)) for name, leaf in flatten(spec).items()}
     )

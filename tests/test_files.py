@@ -1,9 +1,13 @@
 """Files are written whole or not at all; directories appear when they are complete; locks are held by one."""
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
 from tele_jax import files
-from tele_jax.errors import UserError
+from tele_jax.errors import DamageError, UserError
 
 
 def names(directory):
@@ -23,6 +27,41 @@ def test_a_failure_leaves_the_old_file(tmp_path):
     with files.replacing(path):
         pass
     assert path.read_text() == "new"
+
+
+def test_a_written_file_touches_no_other_file(tmp_path):
+    """Whatever the names are, also those that a temporary file might have."""
+    written = ["x.tmp", "a.json", "a.bin", "a", ".a", ".tmp", "note", "note.txt.tmp"]
+    for name in (*written, "note.tmp", "a.tmp", ".a.tmp"):
+        (tmp_path / name).write_text("old")
+    for name in written:
+        files.write_file(tmp_path / name, name)
+    assert all((tmp_path / name).read_text() == name for name in written)
+    assert all((tmp_path / name).read_text() == "old" for name in ("note.tmp", "a.tmp", ".a.tmp"))
+    assert len({files.temporary_of(tmp_path / name) for name in written}) == len(written)
+
+
+def test_the_next_write_removes_what_a_killed_one_left(tmp_path):
+    files.temporary_of(tmp_path / "a").write_text("half")
+    files.write_file(tmp_path / "a", "new")
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("write", [lambda path: files.write_file(path, "a"), lambda path: files.write_json(path, {})])
+def test_a_path_that_cannot_be_written_is_the_users_and_a_full_disk_is_not(tmp_path, write, monkeypatch):
+    (tmp_path / "file").write_text("a")
+    (tmp_path / "directory").mkdir()
+    for path in (tmp_path / "directory", tmp_path / "file" / "below", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match=f"{path}: cannot be written"):
+            write(path)
+    assert names(tmp_path) == ["directory", "file"]
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises((OSError, DamageError), match="No space left"):
+        write(tmp_path / "b")
 
 
 def test_a_directory_appears_when_it_is_complete(tmp_path):

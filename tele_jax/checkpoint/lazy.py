@@ -15,7 +15,7 @@ from tele_jax import tables
 from tele_jax.axes import Params, unflatten
 from tele_jax.checkpoint import layout, locate
 from tele_jax.config import ModelConfig, written_table
-from tele_jax.errors import DamageError, UserError
+from tele_jax.errors import DamageError, UserError, abridged
 from tele_jax.files import PathLike, Table, parse_json
 
 _HEADER = ("leaf", "shape", "bytes")
@@ -88,6 +88,13 @@ class LazyArray:
         return f"LazyArray({self.name}, {self.leaf}, axes={self.axes}, chunks={self.chunks})"
 
 
+class _Named(dict):
+    """A dict that says which names there are where one is missing."""
+
+    def __missing__(self, name: object):
+        raise UserError(f"the checkpoint has no {name!r}; it has {abridged(self) or 'nothing here'}")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lazy:
     """A checkpoint whose arrays are still on disk.
@@ -146,10 +153,9 @@ def open_lazy(path: PathLike) -> Lazy:
     except FileNotFoundError:
         raise DamageError(f"{meta_file}: missing; damaged, or not a checkpoint of tele_jax") from None
     meta = layout.meta_from_json(text, str(meta_file))
-    items = {
-        item: {name: LazyArray(f"{item}/{name}", step_dir / item / name, leaf) for name, leaf in leaves.items()}
-        for item, leaves in meta.items.items()
-    }
+    items = _Named()
+    for item, leaves in meta.items.items():
+        items[item] = _Named({n: LazyArray(f"{item}/{n}", step_dir / item / n, leaf) for n, leaf in leaves.items()})
     _check_structure(step_dir, items)
     return Lazy(step_dir, meta.cfg, meta.step, meta.provenance, meta.versions, items)
 

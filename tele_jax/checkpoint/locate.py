@@ -6,7 +6,7 @@ from pathlib import Path
 from etils import epath
 
 from tele_jax.config import as_written
-from tele_jax.errors import DamageError, UserError
+from tele_jax.errors import DamageError, UserError, abridged
 from tele_jax.files import PathLike, is_plain_name, parse_json
 
 # Any one of these tells a step directory, so that one that has lost some of them is reported as damaged.
@@ -47,7 +47,7 @@ def find_step(path: PathLike) -> epath.Path:
     names = [child.name for child in path.iterdir()]
     interrupted = [name for name in names if name.endswith(INTERRUPTED)]
     what = "an empty directory" if not names else "no complete checkpoint here"
-    skipped = f"; skipped interrupted saves: {', '.join(sorted(interrupted))}" if interrupted else ""
+    skipped = f"; skipped interrupted saves: {abridged(sorted(interrupted))}" if interrupted else ""
     raise UserError(
         f"{path}: {what}; looked for meta/meta.json, <step>/, checkpoints/<step>/, <stage>/checkpoints/<step>/{skipped}"
     )
@@ -79,8 +79,11 @@ def absolute(path: PathLike) -> epath.Path:
     """Absolute, with ~ resolved; addresses such as gs://bucket/name are left as they are.
 
     Raises:
-      UserError: the path has a zero byte or a backslash, which TensorStore takes for a separator.
+      UserError: the path is empty, or no path; it has a zero byte or a backslash, which TensorStore takes for a
+        separator.
     """
+    if not isinstance(path, (str, os.PathLike)) or not str(path).strip():
+        raise UserError(f"expected the path of a checkpoint, got {path!r}; '.' is the current directory")
     if any(character in str(path) for character in "\\\0"):
         raise UserError(f"{str(path)!r}: a path of a checkpoint cannot have a backslash or a zero byte; choose another")
     path = epath.Path(path)
@@ -140,16 +143,17 @@ def new_path(dst: PathLike, src: PathLike, work: str) -> Path:
       UserError: `dst` is an address, empty, the root or the current directory; it lies inside src, or src inside it: a
         checkpoint is not written into; something above it is a file.
     """
-    text = os.fspath(dst)
-    if not text.strip() or text in (".", "..", "/"):
+    is_path = isinstance(dst, (str, os.PathLike))
+    text = os.fspath(dst) if is_path else str(dst)
+    if not is_path or not text.strip() or text in (".", "..", "/"):
         raise UserError(f"{text!r}: names no new directory for {work}; give a path such as runs/larger")
     target, source = local_path(dst, work), local_path(src, work)
     if not target.name:
         raise UserError(f"{text!r}: is the root; name a new directory inside it")
     if source in target.parents:
-        raise UserError(f"{target}: lies inside {source}, which is read, and not written to; choose another place")
+        raise UserError(f"{target}: lies inside the source {source}, which stays as it is; choose a directory outside")
     if target in source.parents:
-        raise UserError(f"{target}: holds {source}, which is read; choose another place")
+        raise UserError(f"{target}: the source {source} lies inside this directory; choose another one")
     if inside := next((path for path in target.parents if is_step(path)), None):
         raise UserError(f"{target}: lies inside the checkpoint {inside}; choose another place")
     above = next(path for path in target.parents if os.path.lexists(path))

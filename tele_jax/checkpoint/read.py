@@ -16,11 +16,11 @@ from tele_jax import axes
 from tele_jax.axes import Leaf, Leaves, Params, ParamSpec, PyTree
 from tele_jax.checkpoint import layout
 from tele_jax.checkpoint.lazy import Lazy, LazyArray, Read, finish, open_lazy
-from tele_jax.config import ModelConfig, differing_fields
-from tele_jax.errors import DamageError, UserError
+from tele_jax.config import ModelConfig, differing_fields, require, require_config, require_known
+from tele_jax.errors import DamageError, UserError, abridged
 from tele_jax.files import PathLike, Table
 from tele_jax.model.spec import flat_spec
-from tele_jax.sharding import Device, param_shardings
+from tele_jax.sharding import Device, param_shardings, require_mesh
 
 _CHECKED_BYTES = 512 * 2**20  # read and not yet checked, by `verify`
 _IN_FLIGHT_BYTES = 2 * 2**30  # host memory for what has been read and is not yet on the devices
@@ -70,6 +70,12 @@ def load(
         float64 or int64 leaves without jax_enable_x64.
       DamageError: something is missing or not what was written; names the leaf and the file.
     """
+    for item in (items,) if isinstance(items, str) else items:
+        require_known(item, layout.ITEMS, f"load: items: no {item!r} in a checkpoint")
+    if cfg is not None:
+        require_config(cfg, "load: cfg")
+    if mesh is not None:
+        require_mesh(mesh, "load: mesh")
     lazy = open_lazy(path)
     _check_x64(lazy, items)
     _check_expected(lazy, cfg, expect)
@@ -177,7 +183,7 @@ def _place_params(
         shardings = param_shardings(axes.unflatten(specs), mesh)
     placed = axes.flatten(shardings)
     if wrong := set(placed) ^ set(lazy.items["params"]):
-        raise UserError(f"shardings: must have the leaves of params; they differ in {', '.join(sorted(wrong))}")
+        raise UserError(f"shardings: must have the leaves of params; they differ in {abridged(sorted(wrong))}")
     return placed
 
 
@@ -255,9 +261,10 @@ def verify(lazy: Lazy) -> Iterator[Damage]:
 
     What is read and not yet checked is 512 MiB, or one chunk where that is larger.
     """
-    for arrays in lazy.items.values():
-        for array in arrays.values():
-            yield from _verify_array(array)
+    found = type(lazy).__name__
+    require(isinstance(lazy, Lazy), f"verify: expected what checkpoint.open_lazy(path) returns, got {found}")
+    arrays = (array for named in lazy.items.values() for array in named.values())
+    return itertools.chain.from_iterable(map(_verify_array, arrays))
 
 
 def _verify_array(array: LazyArray) -> Iterator[Damage]:

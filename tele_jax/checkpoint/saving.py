@@ -26,8 +26,8 @@ from tele_jax import axes
 from tele_jax.axes import Leaf, Leaves, Params, ParamSpec, PyTree, unflatten
 from tele_jax.checkpoint import layout, locate, read
 from tele_jax.checkpoint.lazy import kvstore
-from tele_jax.config import ModelConfig
-from tele_jax.errors import DamageError, UserError
+from tele_jax.config import ModelConfig, require, whole
+from tele_jax.errors import DamageError, UserError, abridged
 from tele_jax.files import PathLike
 from tele_jax.model.spec import flat_spec
 from tele_jax.processes import barrier, from_first, is_first
@@ -54,7 +54,7 @@ def save(
     spec: tree of ParamSpec, where params are not those of cfg.
 
     Raises:
-      UserError: `path` exists; params are not what cfg describes (names every leaf that differs); a leaf or an entry of
+      UserError: `path` exists; params are not what cfg describes (names the leaves that differ); a leaf or an entry of
         the provenance cannot be stored.
       DamageError: the files could not be written, for instance because the disk is full.
     """
@@ -87,7 +87,7 @@ class Manager:
 
     def __init__(self, directory: PathLike, *, keep: int = 2):
         """Makes the directory where needed. keep: how many complete checkpoints stay, the latest ones; above 0."""
-        if keep < 1:
+        if whole(keep, "keep") < 1:
             raise UserError(f"keep={keep} must be above 0")
         self.directory = locate.absolute(directory)
         self._keep = keep
@@ -197,6 +197,11 @@ def _prepare(
     data_state: bytes | None,
 ) -> tuple[layout.Meta, dict[str, dict[str, "HostLeaf"]]]:
     """The meta document, and the arrays copied to the host."""
+    axes.flatten(params)  # raises where it is no tree
+    require(isinstance(data_state, (bytes, type(None))), f"data_state: expected bytes, got {type(data_state).__name__}")
+    listing = isinstance(provenance, Sequence) and all(isinstance(entry, Mapping) for entry in provenance)
+    require(listing, f"provenance: expected a list of dicts, got {provenance!r}")
+    require(whole(step, "step") >= 0, f"step={step} must not be negative")
     trees = {"params": params, "opt_state": opt_state}
     if data_state is not None:
         trees["data"] = {"state": np.frombuffer(data_state, np.uint8)}
@@ -204,7 +209,7 @@ def _prepare(
     described = {item: describe_leaves(named, specs, item) for item, named in leaves.items()}
     problems = read.differences({name: leaf.spec for name, leaf in described["params"].items()}, specs, "given")
     if problems:
-        raise UserError("params: not what the config describes: " + ";\n  ".join(problems))
+        raise UserError("params: not what the config describes: " + abridged(problems, ";\n  "))
     meta = layout.Meta(
         cfg=cfg,
         step=int(step),

@@ -11,7 +11,7 @@ from tele_jax import checkpoint
 from tele_jax.checkpoint.locate import local_path, new_path
 from tele_jax.cli import Outcome, Progress, flag, pick, switch
 from tele_jax.cli.pages import load_page
-from tele_jax.config import ModelConfig, from_dict
+from tele_jax.config import ModelConfig, from_dict, require
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import FailedError, UserError
 from tele_jax.files import Table, read_bytes
@@ -39,7 +39,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     shard = "the I-th of N processes that write one checkpoint; default: JAX_PROCESS_ID/JAX_NUM_PROCESSES, or 0/1"
     flag(parser, "--shard I/N", shard)
     switch(parser, "--dry-run", "print the plan, bytes to read and write, disk, memory and verification; write nothing")
-    switch(parser, "--check", "verify a DST that is there already, and compare it and SRC with its receipt")
+    check = "compare a DST that was grown before with SRC and with its receipt; write nothing, take no growth flags"
+    switch(parser, "--check", check)
 
 
 def run(args: argparse.Namespace) -> Outcome:
@@ -87,8 +88,7 @@ def _say_without_effect(
     deeper = larger.num_layers != cfg.num_layers
     if args.layers is not None and not deeper:
         print(f"note: --layers {args.layers} has no effect: the number of layers stays {cfg.num_layers}")
-    how = "uniform" if stage.layers == "distance" else stage.layers
-    plan = receipts.plan_of(cfg, larger, stage, layers=how)
+    plan = receipts.plan_of(cfg, stage, request.where)
     drawn = any(leaf.fill == "normal" and plan.tally(name)["fresh"] for name, leaf in plan.leaves.items())
     if args.seed is not None and not drawn:
         print(f"note: --seed {args.seed} has no effect: policy {plan.policy} draws nothing here")
@@ -98,6 +98,11 @@ def _say_without_effect(
 
 
 def _check(args: argparse.Namespace, dst: Path) -> Outcome:
+    names = ("config", "stage", "policy", "layers", "seed", "opt", "workers", "shard", "dry_run")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, False)]
+    where = f"--check compares {dst} with the plan and the receipt in it"
+    given += args.overrides
+    require(not given, f"{where}, and grows nothing: leave out {', '.join(given)}")
     tokens, verified_on = _tokens(args, checkpoint.open_lazy(args.src).cfg)
     report = receipts.recheck(args.src, dst, tokens, args.memory_gb)
     print(f"{report}\nverified on {verified_on}")

@@ -29,7 +29,7 @@ from tele_jax.convert import beside, configs, families, region
 from tele_jax.convert.families import FORMATS, Part, Tensor
 from tele_jax.convert.files import DTYPES, Files, Stored, create, split
 from tele_jax.data.templates import release_of
-from tele_jax.errors import DamageError, UserError
+from tele_jax.errors import DamageError, UserError, abridged
 from tele_jax.files import PathLike, Table, new_directory
 from tele_jax.model.spec import flat_spec
 
@@ -338,7 +338,7 @@ def save_hf(
 
     specs, leaves = flat_spec(cfg), flatten(params)
     if problems := read.differences(leaves, specs, "given"):
-        raise UserError("params: not what the config describes: " + ";\n  ".join(problems))
+        raise UserError("params: not what the config describes: " + abridged(problems, ";\n  "))
     require_unmasked(provenance, "params")
     plan = outline(cfg, format, dtype=dtype, max_seq_len=max_seq_len, provenance=provenance)
     pieces = []

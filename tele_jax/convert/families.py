@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from tele_jax.axes import ParamSpec
 from tele_jax.config import ModelConfig, Ntk, require
-from tele_jax.errors import UserError
+from tele_jax.errors import UserError, abridged
 from tele_jax.model.spec import flat_spec
 
 FORMATS = ("tele_flm", "telechat", "telechat_52b", "llama")
@@ -292,8 +292,8 @@ def expected(cfg: ModelConfig, format: str, dtype: DTypeLike | None = None, pref
         prefix = "transformer." if format == "telechat" and not cfg.tie_embeddings else ""
     rows = [row for row in TABLES[format] if _is_there(row, spec)]
     held = {leaf for row in rows for leaf in row.leaves}
-    if missing := spec.keys() - held:  # configs.require_expressible has refused this
-        raise AssertionError(f"{format} has no tensor for {', '.join(sorted(missing))}")
+    if missing := spec.keys() - held:
+        raise UserError(f"format {format}: has no tensor for {abridged(sorted(missing))}; choose another format")
     layered = [row for row in rows if "{}" in row.name]
     first, rest = rows[: rows.index(layered[0])], [row for row in rows[rows.index(layered[0]) :] if row not in layered]
     order = [(row, None) for row in first]

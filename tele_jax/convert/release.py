@@ -26,10 +26,8 @@ from tele_jax.convert import beside, configs, families, files
 from tele_jax.convert.configs import Keys
 from tele_jax.convert.families import FORMATS, Part, Tensor
 from tele_jax.convert.files import Stored
-from tele_jax.errors import UserError
+from tele_jax.errors import UserError, abridged
 from tele_jax.files import PathLike, Table, read_table
-
-_SHOWN = 8  # tensors that a message lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +111,7 @@ def open_release(
     cfg, notes = _cut_vocabulary(path, cfg, found, travelling, vocab_size)
     generation, unfollowed = read_conventions(path, keys)
     if alone := _left_alone(path, stored):
-        notes.append(f"left alone: {', '.join(alone)}, which {files.SINGLE} or its index does not need")
+        notes.append(f"left alone: {abridged(alone)}, which {files.SINGLE} or its index does not need")
     return Release(
         path=path,
         format=found,
@@ -165,8 +163,7 @@ def _compare(path: Path, cfg: ModelConfig, expected: list[Tensor], stored: dict[
         elif not families.is_buffer(name, stored[name].dtype):
             lines.append(f"{stored[name].file.name}: {name} {list(stored[name].shape)}: unknown")
     if lines:
-        more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-        raise UserError(f"{path}: not what its config.json describes: " + "; ".join(lines[:_SHOWN]) + more)
+        raise UserError(f"{path}: not what its config.json describes: " + abridged(lines, "; "))
     return [stored[tensor.name] for tensor in expected if tensor.parts]
 
 

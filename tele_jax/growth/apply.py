@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tele_jax.axes import Leaf, Leaves, Params, ParamSpec, flatten, unflatten
-from tele_jax.errors import UserError
+from tele_jax.errors import UserError, abridged
 from tele_jax.growth import kernel
 from tele_jax.growth.kernel import tile
 from tele_jax.growth.leaf import LeafPlan, LeafStep
@@ -35,7 +35,7 @@ def apply(plan: Plan, params: Params) -> Params:
     """The grown parameters; a pure function. For arrays that lie on a mesh, see `sharded`.
 
     Raises:
-      UserError: params are not what plan.src_cfg describes, every leaf that differs is named; float64 without
+      UserError: params are not what plan.src_cfg describes, the leaves that differ are named; float64 without
         jax_enable_x64.
     """
     require_plan(plan, "apply: plan")
@@ -75,7 +75,7 @@ def _shrink_leaves(step: Step, leaves: Leaves) -> Leaves:
         raise UserError(f"shrink: policy {step.policy} has no inverse: {error}") from None
     kept = {source: name for name, source in step.sources.items()}
     if lost := step.src_spec.keys() - kept.keys():
-        raise UserError(f"shrink: policy {step.policy} has no inverse: it drops {', '.join(sorted(lost))}")
+        raise UserError(f"shrink: policy {step.policy} has no inverse: it drops {abridged(sorted(lost))}")
     small = {}
     for name, spec in step.src_spec.items():
         leaf = step.leaves[kept[name]]
@@ -87,17 +87,17 @@ def _shrink_leaves(step: Step, leaves: Leaves) -> Leaves:
 
 
 def check_tree(leaves: Leaves, spec: Mapping[str, ParamSpec]) -> None:
-    """Raises UserError naming every leaf whose presence, shape or dtype is not as in spec."""
-    wrong = [f"{name}: missing" for name in spec if name not in leaves]
-    wrong += [f"{name}: not a parameter of this model" for name in leaves if name not in spec]
-    for name in spec.keys() & leaves.keys():
+    """Raises UserError naming the leaves whose presence, shape or dtype is not as in spec."""
+    wrong = [f"{name}: not a parameter of this model" for name in sorted(leaves) if name not in spec]
+    wrong += [f"{name}: missing" for name in spec if name not in leaves]
+    for name in sorted(spec.keys() & leaves.keys()):
         have, want = leaves[name], spec[name]
         if not (hasattr(have, "shape") and hasattr(have, "dtype")):
             wrong.append(f"{name}: {type(have).__name__}, not an array")
         elif tuple(have.shape) != want.shape or np.dtype(have.dtype) != np.dtype(want.dtype):
             wrong.append(f"{name}: {have.dtype}{list(have.shape)}, expected {np.dtype(want.dtype)}{list(want.shape)}")
     if wrong:
-        raise UserError("the parameters do not fit the config: " + "; ".join(sorted(wrong)))
+        raise UserError("the parameters do not fit the config: " + abridged(wrong, "; "))
 
 
 def take(array: jax.Array, indices: Sequence[np.ndarray]) -> jax.Array:

@@ -59,11 +59,11 @@ class AxisMap:
             given = getattr(self, name)
             object.__setattr__(self, name, np.asarray(default if given is None else given, dtype))
         if {self.fresh.shape, self.scale.shape, self.share.shape} != {(size,)}:
-            raise ValueError(f"{self.axis}: index, fresh, scale and share differ in length")
+            raise UserError(f"{self.axis}: index, fresh, scale and share differ in length")
         if size and (self.index.max() >= self.src_size or self.index.min() < NEW):
-            raise ValueError(f"{self.axis}: index outside the source axis of size {self.src_size}")
+            raise UserError(f"{self.axis}: index outside the source axis of size {self.src_size}")
         if not self.fresh[self.index == NEW].all():
-            raise ValueError(f"{self.axis}: a NEW entry is not marked fresh")
+            raise UserError(f"{self.axis}: a NEW entry is not marked fresh")
 
     def __repr__(self) -> str:
         return f"<AxisMap {self.axis}: {self.src_size} -> {self.dst_size}, {self.fresh.sum()} fresh>"
@@ -81,7 +81,7 @@ class AxisMap:
     def compose(self, later: "AxisMap") -> "AxisMap":
         """The map from this source to the destination of `later`, which follows this map."""
         if later.src_size != self.dst_size:
-            raise ValueError(f"{self.axis}: cannot compose {self.dst_size} with a map of {later.src_size}")
+            raise UserError(f"{self.axis}: cannot compose {self.dst_size} with a map of {later.src_size}")
         known = later.index != NEW
         through = np.where(known, later.index, 0)
         return AxisMap(
@@ -97,21 +97,21 @@ class AxisMap:
         """The left inverse: every source index from where growth kept it, the scale undone.
 
         Raises:
-          ValueError: a source unit that the destination does not hold any more.
+          UserError: a source unit that the destination does not hold any more.
         """
         position = np.full(self.src_size, NEW)
         kept = np.flatnonzero((self.index != NEW) & ~self.fresh)[::-1]
         position[self.index[kept]] = kept  # the first place of a unit counts
         if (position == NEW).any():
             lost = np.flatnonzero(position == NEW).tolist()
-            raise ValueError(f"{self.axis}: units {lost} of the source are not in the destination")
+            raise UserError(f"{self.axis}: units {lost} of the source are not in the destination")
         fresh = np.zeros(self.src_size, bool)
         return AxisMap(self.axis, self.dst_size, position, fresh, 1 / self.scale[position], 1 / self.share[position])
 
     def concatenate(self, other: "AxisMap") -> "AxisMap":
         """Both maps side by side over one source: the destination of this map, then that of the other."""
         if other.src_size != self.src_size:
-            raise ValueError(f"{self.axis}: sources of size {self.src_size} and {other.src_size}")
+            raise UserError(f"{self.axis}: sources of size {self.src_size} and {other.src_size}")
         pairs = [(getattr(self, name), getattr(other, name)) for name in ("index", "fresh", "scale", "share")]
         return AxisMap(self.axis, self.src_size, *map(np.concatenate, pairs))
 
@@ -203,12 +203,12 @@ def grouped_heads(src_heads: int, src_groups: int, dst_heads: int, dst_groups: i
     several that hold copies of its keys and values (grouped-query attention becoming multi-head attention).
 
     Raises:
-      ValueError: too few destination groups to hold the heads that there are.
+      UserError: too few destination groups to hold the heads that there are.
     """
     src_group, dst_group = src_heads // src_groups, dst_heads // dst_groups
     parts = -(-src_group // dst_group)  # destination groups per source group
     if src_groups * parts > dst_groups:
-        raise ValueError(
+        raise UserError(
             f"{src_heads} heads in {src_groups} groups do not fit into {dst_heads} heads in {dst_groups} groups: "
             f"groups of {dst_group} need at least {src_groups * parts} of them"
         )
@@ -229,7 +229,7 @@ def copied_heads(src_heads: int, src_groups: int, dst_heads: int, dst_groups: in
     it gets, exactly where all of its heads have one share.
 
     Raises:
-      ValueError: as grouped_heads.
+      UserError: as grouped_heads.
     """
     grown, groups = grouped_heads(src_heads, src_groups, dst_heads, dst_groups)
     heads, kv_heads = grown.index.reshape(dst_groups, -1).copy(), groups.index.copy()

@@ -11,25 +11,27 @@ import jax
 import numpy as np
 
 from tele_jax.axes import ParamSpec, unflatten
-from tele_jax.errors import UserError
+from tele_jax.errors import UserError, abridged
 from tele_jax.growth.axis_map import NEW
 from tele_jax.growth.leaf import LeafPlan
 from tele_jax.growth.plan import Plan, Step, require_plan
 from tele_jax.model.spec import flat_spec
-from tele_jax.sharding import param_shardings
+from tele_jax.sharding import param_shardings, require_mesh
 
 
 def check(plan: Plan, mesh: jax.sharding.Mesh | None = None) -> None:
     """Raises UserError unless the plan is sound and the grown parameters fit the mesh, if one is given.
 
-    Found are: sizes that are not the configs'; heads that lose their keys and values; new units with both sides random
+    Found are: heads that lose their keys and values; new units with both sides random
     (the function changes) or both sides zero (dead for ever); norm scales, epsilon and multipliers that do not fit the
     width. Nothing is allocated. The values of parameters are not looked at: see growth.verify.
 
     Raises:
-      UserError: names everything that is wrong; where sizes are wrong, these and the mesh alone.
+      UserError: names what is wrong.
     """
     require_plan(plan, "check: plan")
+    if mesh is not None:
+        require_mesh(mesh, "check: mesh")
     problems = [problem for step in plan.steps for problem in _problems(step)]
     if mesh is not None:
         try:
@@ -37,14 +39,10 @@ def check(plan: Plan, mesh: jax.sharding.Mesh | None = None) -> None:
         except UserError as error:
             problems.append(f"the grown model does not fit the mesh: {error}")
     if problems:
-        raise UserError(f"plan ({plan.policy}): " + "; ".join(dict.fromkeys(problems)))
+        raise UserError(f"plan ({plan.policy}): " + abridged(dict.fromkeys(problems), "; "))
 
 
 def _problems(step: Step) -> Iterator[str]:
-    sizes = list(_sizes(step))
-    yield from sizes
-    if sizes:
-        return
     yield from _groups(step)
     if step.preserving and not step.masked:
         yield from _zero_sides(step)
@@ -54,16 +52,6 @@ def _problems(step: Step) -> Iterator[str]:
         yield from _stream_rules(step)
     if step.lively:
         yield from _dead(step)
-
-
-def _sizes(step: Step) -> Iterator[str]:
-    for cfg, which in ((step.src_cfg, "src_size"), (step.dst_cfg, "dst_size")):
-        for axis, size in cfg.axis_sizes.items():
-            have = getattr(step.maps[axis], which) if axis in step.maps else None
-            if have != size:
-                yield f"the map of {axis} has {which} {have}, the config {size}"
-    for name in sorted(step.dst_spec.keys() ^ step.leaves.keys()):
-        yield f"{name}: {'has no plan' if name in step.dst_spec else 'is planned, but no leaf of the result'}"
 
 
 def _groups(step: Step) -> Iterator[str]:
@@ -120,7 +108,7 @@ def _sides(step: Step, axis: str) -> Iterator[tuple[bool, str]]:
         # gate and up are multiplied: one of them is enough.
         enough = bool(zero) if (names, axis) == ("outputs", "mlp") else len(zero) == len(leaves)
         silent = enough and bool(step.maps[which].fresh.any())
-        yield silent, ", ".join(zero if silent else (name for name in leaves if name not in zero))
+        yield silent, abridged(zero if silent else (name for name in leaves if name not in zero))
 
 
 def _zero_sides(step: Step) -> Iterator[str]:
@@ -147,7 +135,7 @@ def _dead(step: Step) -> Iterator[str]:
     if step.maps["embed"].fresh.any():
         scales = [n for n, s in step.dst_spec.items() if s.role == "scale" and "embed" in s.inputs]
         if scales and all(_zeroed(step.leaves[name], "embed", False) for name in scales):
-            yield f"embed: every norm scale is 0 in the new channels ({', '.join(scales)}): they never learn"
+            yield f"embed: every norm scale is 0 in the new channels ({abridged(scales)}): they never learn"
     if step.maps["layers"].fresh.any():
         yield from _dead_layers(step)
 
@@ -163,7 +151,7 @@ def _dead_layers(step: Step) -> Iterator[str]:
     for produces, some in (("mlp", any), ("kv_heads", all)):  # gate and up are multiplied: one of them is enough
         silent = [name for name, spec in kernels.items() if produces in spec.outputs]
         if silent and some(name in zero for name in silent):
-            names = ", ".join(name for name in silent if name in zero)
+            names = abridged(name for name in silent if name in zero)
             yield f"layers: {names} of new layers are zero, and so are the writers: they never learn"
     for name in sorted(name for name in zero if stacked[name].role == "scale"):
         yield f"layers: {name} of new layers is zero, and so are the writers: they never learn"
@@ -217,7 +205,7 @@ def _common(values: Mapping[str, float]) -> float | str:
     """The value that all have, or text that says what differs."""
     if len({round(value, 12) for value in values.values()}) <= 1:
         return next(iter(values.values()), 1.0)
-    return ", ".join(f"{name} {value:g}" for name, value in values.items())
+    return abridged(f"{name} {value:g}" for name, value in values.items())
 
 
 def _expect(what: str, have: float, want: float) -> Iterator[str]:

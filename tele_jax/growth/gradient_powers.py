@@ -105,7 +105,7 @@ def type_at(opt_state: PyTree, path: Path) -> str:
 
 
 def shown(path: Path) -> str:
-    return ".".join(path) or "(all of it)"
+    return ".".join(path) or "as a whole"
 
 
 # ---- measuring

@@ -7,9 +7,8 @@ import jax
 import numpy as np
 
 from tele_jax.axes import PyTree, flatten
-from tele_jax.config import ModelConfig, finite, given, require, whole
+from tele_jax.config import ModelConfig, finite, given, require, require_config, whole
 from tele_jax.errors import UserError
-from tele_jax.growth.plan import require_config
 from tele_jax.growth.verify import parts
 from tele_jax.model import decoder
 from tele_jax.model.spec import flat_spec

@@ -71,6 +71,7 @@ def apply_opt(plan: Plan, opt_state: PyTree, optimizer: optax.GradientTransforma
 def kinds(plan: Plan, opt_state: PyTree, optimizer: optax.GradientTransformation | None = None) -> dict[Path, Kind]:
     """The kind of every part of a state, by its path (names, keys and positions). Raises UserError as apply_opt."""
     require_plan(plan, "apply_opt: plan")
+    require(opt_state is not None, "apply_opt: opt_state: expected the state of an optimizer, got None")
     own = any(is_adam(node) for _, node in nodes(opt_state))
     only_counts = not any(_is_number(leaf) for leaf in jax.tree.leaves(opt_state))
     if optimizer is not None and not own and not only_counts:
@@ -218,7 +219,7 @@ def _is_constant(opt_state: PyTree, path: Path) -> bool:
 
 def _needs_optimizer(opt_state: PyTree, path: Path) -> str:
     return (
-        f"optimizer state {shown(path)}: its type, {type_at(opt_state, path)}, does not say how it grows (Adam, AdaMax "
-        "and ADOPT share one). Give the optimizer that made it, apply_opt(plan, opt_state, optimizer); of a "
-        "checkpoint, only a state that tele_jax trained with can be grown"
+        f"optimizer state {shown(path)}: a {type_at(opt_state, path)} alone does not tell by which rule to grow it. "
+        "Pass the optax optimizer that made the state: apply_opt(plan, opt_state, optimizer). From a checkpoint, only "
+        "the state of tele_jax's own optimizer can be grown"
     )

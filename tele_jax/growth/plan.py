@@ -9,15 +9,16 @@ import hashlib
 import html
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import typing
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from tele_jax import tables
 from tele_jax.axes import ParamSpec
-from tele_jax.config import ModelConfig, check_seed, convert, from_dict, require, to_dict
-from tele_jax.errors import UserError
+from tele_jax.config import ModelConfig, check_seed, convert, from_dict, require, require_config, require_known, to_dict
+from tele_jax.errors import abridged
 from tele_jax.files import Table
 from tele_jax.growth.axis_map import AxisMap
 from tele_jax.growth.leaf import KINDS, LeafPlan, LeafStep, count, leaf_key
@@ -57,6 +58,18 @@ class Step:
     notes: tuple[str, ...] = ()
     tree: dict[str, str] | None = None
     src_tree: dict[str, ParamSpec] | None = None
+
+    def __post_init__(self):
+        require_config(self.src_cfg, "plan.src_cfg")
+        require_config(self.dst_cfg, "plan.dst_cfg")
+        object.__setattr__(self, "seed", check_seed(self.seed, "plan.seed"))
+        for name, hint in typing.get_type_hints(Step).items():
+            object.__setattr__(self, name, convert(hint, getattr(self, name), f"plan.{name}"))
+        for name, leaf in self.leaves.items():
+            where = f"plan.leaves.{name}"
+            from_dict(LeafPlan, vars(leaf), where)
+            numbers = math.isfinite(leaf.coefficient) and leaf.coefficient != 0 and math.isfinite(leaf.value)
+            require(numbers, f"{where}: {leaf.coefficient} and {leaf.value} must be finite, the first not 0")
 
     @functools.cached_property
     def src_spec(self) -> Spec:
@@ -105,13 +118,15 @@ class Step:
         data = {**data, "maps": {axis: AxisMap.from_json(m, f"plan.maps.{axis}") for axis, m in maps.items()}}
         if "src_tree" in data:
             data["src_tree"] = {name: ParamSpec.from_json(spec) for name, spec in tree.items()}
-        step = from_dict(cls, data, "plan")
-        check_seed(step.seed, "plan.seed")
-        step._require_whole()
-        return step
+        return from_dict(cls, data, "plan")
 
-    def _require_whole(self) -> None:
-        """Raises UserError where leaves and axes do not belong together."""
+    def require_whole(self) -> None:
+        """Raises UserError where configs, axes and leaves do not belong together."""
+        for which, cfg in (("src", self.src_cfg), ("dst", self.dst_cfg)):
+            for axis, size in cfg.axis_sizes.items():
+                require(axis in self.maps, f"plan.maps: the axis {axis} is missing")
+                have = getattr(self.maps[axis], f"{which}_size")
+                require(have == size, f"plan.maps.{axis}: {which}_size is {have}, but {size} in {which}_cfg")
         src = self.src_spec
         for name, spec in src.items():
             for axis, size in zip(spec.axes, spec.shape, strict=True):
@@ -122,13 +137,10 @@ class Step:
             require(source in src, f"plan.tree.{name}: {source!r} is not a leaf of the source")
         for names in (self.leaves.keys(), self.dst_spec.keys()):
             different = names ^ self.sources.keys()
-            require(not different, f"plan.leaves: {', '.join(sorted(different)[:3])}: in one of the two trees only")
+            require(not different, f"plan.leaves: {abridged(sorted(different))}: in one of the two trees only")
         for name, spec in self.dst_spec.items():
             shape = tuple(self.maps[axis].dst_size for axis in spec.axes)
             require(shape == spec.shape, f"plan.maps: lead {name} to {list(shape)}, dst_cfg to {list(spec.shape)}")
-        for name, leaf in self.leaves.items():
-            numbers = math.isfinite(leaf.coefficient) and leaf.coefficient != 0 and math.isfinite(leaf.value)
-            require(numbers, f"plan.leaves.{name}: {leaf.coefficient} and {leaf.value} must be finite, the first not 0")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -155,9 +167,14 @@ class Plan:
     notes: tuple[str, ...] = dataclasses.field(init=False)
 
     def __post_init__(self):
-        steps = tuple(self.steps if isinstance(self.steps, Sequence) else ())
+        steps: tuple[Step, ...] = tuple(self.steps if isinstance(self.steps, (list, tuple)) else ())
+        kinds = abridged(sorted({type(step).__name__ for step in steps})) or "nothing"
+        found = f"a list of {kinds}" if isinstance(self.steps, (list, tuple)) else type(self.steps).__name__
         good = bool(steps) and all(isinstance(step, Step) for step in steps)
-        require(good, f"Plan: steps must be a list of one or more growth.Step, got {type(self.steps).__name__}")
+        require(good, f"Plan: steps must be a list of growth.Step, got {found}; growth.compose joins plans")
+        steps[-1].require_whole()
+        if others := steps[:-1]:  # this Plan checks those before it
+            _require_follows(Plan(others), steps[-1], f"plan step {len(others)}", f"plan step {len(others) + 1}")
         derived = {"steps": steps, "src_cfg": steps[0].src_cfg, "dst_cfg": steps[-1].dst_cfg}
         derived["policy"] = " + ".join(step.policy for step in steps)
         derived["seed"] = steps[0].seed if len(steps) == 1 else [step.seed for step in steps]
@@ -186,7 +203,8 @@ class Plan:
     @property
     def leaves(self) -> Mapping[str, LeafPlan]:
         """{leaf: LeafPlan} of a plan with one step; those of several are in `steps`."""
-        require(len(self.steps) == 1, f"plan.leaves: the plan has {len(self.steps)} steps; see plan.steps[i].leaves")
+        number = len(self.steps)
+        require(number == 1, f"plan.leaves: the plan has {number} steps; plan.steps[i].leaves has those of one")
         return self.steps[0].leaves
 
     @functools.cached_property
@@ -209,11 +227,15 @@ class Plan:
         """The plan with other values in some fields of its only step, for example leaves={**plan.leaves, name: ...}.
 
         Raises:
-          UserError: a field that a Step does not have, or a plan of several steps.
+          UserError: a field that a Step does not have, or a value that is not of its type or does not fit the others; a
+            plan of several steps.
         """
-        unknown = fields.keys() - {field.name for field in dataclasses.fields(Step)}
-        require(not unknown, f"plan.replace: a step has no field {', '.join(sorted(unknown))}")
-        require(len(self.steps) == 1, f"plan.replace: the plan has {len(self.steps)} steps; replace them in plan.steps")
+        for name in fields:
+            known = [field.name for field in dataclasses.fields(Step)]
+            require_known(name, known, f"plan.replace: growth.Step has no field {name!r}")
+        number = len(self.steps)
+        one = "works on plans of one step, and this one has"
+        require(number == 1, f"plan.replace: {one} {number}; make growth.Plan(steps) of changed plan.steps")
         return Plan((dataclasses.replace(self.steps[0], **fields),))
 
     @property
@@ -246,12 +268,14 @@ class Plan:
         Raises:
           UserError: a field is missing, unknown, or of another type; steps that do not follow each other.
         """
-        require(isinstance(data, Mapping), f"plan: expected a table, got {type(data).__name__}")
+        hint = "; json.loads reads text" if isinstance(data, str) else ""
+        expected = "plan: expected the dict that Plan.to_json returns, got"
+        require(isinstance(data, Mapping), f"{expected} {type(data).__name__}{hint}")
         if "steps" not in data:
             return cls((Step.from_json(data),))
         steps = convert(tuple[Table, ...], data["steps"], "plan.steps")
         require(len(steps) > 0, "plan.steps: empty")
-        return functools.reduce(compose, [cls((Step.from_json(step),)) for step in steps])
+        return cls(tuple(map(Step.from_json, steps)))
 
     @functools.cached_property
     def digest(self) -> str:
@@ -278,7 +302,8 @@ class Plan:
     def _axes(self) -> str:
         # In the order of the config, which is the same for a plan that comes from JSON.
         maps = [self.maps[axis] for axis in self.src_cfg.axis_sizes if axis in self.maps]
-        return ", ".join(f"{m.axis} {m.src_size} -> {m.dst_size}" for m in maps if not m.is_identity) or "none grow"
+        changes = [f"{m.axis} {m.src_size} -> {m.dst_size}" for m in maps if not m.is_identity]
+        return ", ".join(changes) or "every axis keeps its size"
 
     def _head(self) -> Iterator[str]:
         """Lines for people: the policy and its promise, what grows, what else changes in the config."""
@@ -321,37 +346,33 @@ def compose(first: Plan, then: Plan) -> Plan:
     """
     require_plan(first, "compose: the first plan")
     require_plan(then, "compose: the second plan")
-    made, taken = to_dict(first.dst_cfg), to_dict(then.src_cfg)
+    _require_follows(first, then.steps[0], "compose: the first plan", "the second plan")
+    return Plan((*first.steps, *then.steps))
+
+
+def _require_follows(before: Plan, step: Step, made_by: str, taken_by: str) -> None:
+    """Raises UserError unless a step can follow a plan; made_by, taken_by: name the two in messages."""
+    made, taken = to_dict(before.dst_cfg), to_dict(step.src_cfg)
     lines = [f"{field} {made[field]!r} -> {taken[field]!r}" for field in made if made[field] != taken[field]]
-    have, want = first.dst_spec, then.src_spec
+    have, want = before.dst_spec, step.src_spec
     lines += sorted(have.keys() ^ want.keys())
     lines += [
         f"{n} {have[n].shape} -> {want[n].shape}" for n in sorted(have.keys() & want.keys()) if have[n] != want[n]
     ]
-    if lines:
-        raise UserError(f"compose: the second plan does not start from what the first leads to: {', '.join(lines)}")
-    parts = [part for part in (first, then) if set(MASKED_AXES) & set(part.grown_axes)]
+    require(not lines, f"{made_by} produces another model than {taken_by} starts from: {abridged(lines)}")
+    grows = [part for part in (before, step) if any(part.maps[axis].fresh.any() for axis in MASKED_AXES)]
     why = ""
-    if len({part.masked for part in parts}) > 1:
+    if len({part.masked for part in grows}) > 1:
         why = "the new units of one start behind masks, those of the other must not"
-    elif first.masked and "embed" in first.grown_axes and (then.maps["embed"].scale != 1).any():
+    elif before.masked and before.maps["embed"].fresh.any() and (step.maps["embed"].scale != 1).any():
         why = "masks weigh the mean of a norm, and copies in embed are scaled to keep the mean without masks"
-    if why:
-        raise UserError(
-            f"compose: {first.policy} and {then.policy} cannot be done in one go: {why}; "
-            "train until the masks are 1, then grow again"
-        )
-    return Plan((*first.steps, *then.steps))
+    together = f"compose: {before.policy} and {step.policy} cannot be done in one go: {why}"
+    require(not why, f"{together}; train until the masks are 1, then grow again")
 
 
 def require_plan(plan: object, where: str) -> None:
     """Raises UserError, naming the argument, for what is not a Plan."""
     require(isinstance(plan, Plan), f"{where}: expected a Plan as growth.plan makes it, got {type(plan).__name__}")
-
-
-def require_config(cfg: object, where: str) -> None:
-    """Raises UserError, naming the argument, for what is not a ModelConfig."""
-    require(isinstance(cfg, ModelConfig), f"{where}: expected a ModelConfig, got {type(cfg).__name__}")
 
 
 def _size(nbytes: float) -> str:

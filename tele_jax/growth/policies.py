@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tele_jax.axes import ParamSpec, fresh_std
-from tele_jax.config import ModelConfig, check_seed, require, whole
+from tele_jax.config import ModelConfig, check_seed, require, require_config, require_known, whole
 from tele_jax.errors import UserError
-from tele_jax.growth import axis_map, layers
+from tele_jax.growth import axis_map
 from tele_jax.growth.axis_map import AxisMap
+from tele_jax.growth.layers import choose
 from tele_jax.growth.leaf import LeafPlan
-from tele_jax.growth.plan import Plan, Step, require_config
+from tele_jax.growth.plan import Plan, Step
 from tele_jax.model.decoder import MASKED_AXES
 from tele_jax.model.spec import flat_spec
 
@@ -106,7 +107,7 @@ def _maps(src: ModelConfig, dst: ModelConfig, how: str | Sequence[int], scores) 
         heads, kv_heads = axis_map.grouped_heads(src.num_heads, src.num_kv_heads, dst.num_heads, dst.num_kv_heads)
     except ValueError as error:
         raise UserError(f"num_kv_heads: {error}") from None
-    ids = layers.choose(how, src.num_layers, dst.num_layers, scores)
+    ids = choose(how, src.num_layers, dst.num_layers, scores)
     maps = {"layers": axis_map.repeat("layers", src.num_layers, ids), "heads": heads, "kv_heads": kv_heads}
     return maps | {
         axis: axis_map.widen(axis, size, dst.axis_sizes[axis])
@@ -268,9 +269,12 @@ def insert_layers(cfg: ModelConfig, layers: int | Sequence[int], **how: object) 
     >>> insert_layers(cfg, [0, 1, 1, 2]).maps["layers"]
     <AxisMap layers: 3 -> 4, 1 fresh>
     """
+    require_config(cfg, "insert_layers: cfg")
     if isinstance(layers, (int, str)) or not hasattr(layers, "__len__"):
-        return _changed(cfg, how, num_layers=whole(layers, "layers"))
-    ids = [whole(i, f"layers[{n}]") for n, i in enumerate(layers)]  # before the length of the list is taken as a size
+        more = whole(layers, "layers") >= cfg.num_layers
+        require(more, f"insert_layers: layers={layers}, but the model has {cfg.num_layers} layers, and none is removed")
+        return _changed(cfg, how, num_layers=layers)
+    ids = choose(layers, cfg.num_layers, len(layers), None)
     return _changed(cfg, {"layers": ids} | how, num_layers=len(ids))
 
 
@@ -310,4 +314,6 @@ def change_multipliers(
 
 def _changed(cfg: ModelConfig, how: Mapping[str, Any], **changes: Any) -> Plan:
     require_config(cfg, "cfg")
+    for name in how:
+        require_known(name, plan.__kwdefaults__ or (), f"growth of one axis: unknown argument {name!r}")
     return plan(cfg, cfg.replace(**changes), **how)

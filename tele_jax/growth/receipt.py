@@ -12,7 +12,7 @@ its receipt, for inspection.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -29,7 +29,6 @@ from tele_jax.growth.apply import check_tree
 from tele_jax.growth.layers import distances
 from tele_jax.growth.masks import require_unmasked
 from tele_jax.model.inputs import has_x64
-from tele_jax.model.spec import flat_spec
 from tele_jax.settings import GrowStage
 
 RECEIPT_FILE, PLAN_FILE = "growth_receipt.json", "plan.json"
@@ -40,40 +39,56 @@ _LARGE_TREES = 5
 Say = Callable[[str], None]
 
 
-def plan_of(src: ModelConfig, dst: ModelConfig, stage: GrowStage, *, layers=None, scores=None) -> growth.Plan:
-    """The plan that a growth stage asks for; raises UserError as growth.plan and growth.check."""
-    how = stage.layers if layers is None else layers
-    made = growth.plan(src, dst, policy=stage.policy, layers=how, seed=stage.seed, scores=scores, epsilon=stage.epsilon)
-    growth.check(made)
+def plan_of(cfg: ModelConfig, stage: GrowStage, where: str, scores: Sequence[float] | None = None) -> growth.Plan:
+    """The plan by which a growth stage grows a model; where: names the stage in messages.
+
+    Layers that the stage chooses by distance need `scores`, one per layer; without, copies are spread evenly: which
+    layers are copied makes no difference to whether a growth is possible.
+
+    Raises:
+      UserError: as growth.plan and growth.check.
+    """
+    larger = cfg.replace_from(stage.model, f"{where}.model")
+    layers = "uniform" if stage.layers == "distance" and scores is None else stage.layers
+    how = {"policy": stage.policy, "seed": stage.seed, "epsilon": stage.epsilon}
+    try:
+        made = growth.plan(cfg, larger, layers=layers, scores=scores, **how)
+        growth.check(made)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     return made
 
 
 def choose_plan(
-    cfg: ModelConfig, params: PyTree, stage: GrowStage, tokens: np.ndarray, where: str
+    plan: growth.Plan, params: PyTree, stage: GrowStage, tokens: np.ndarray, where: str
 ) -> tuple[growth.Plan, list[float] | None]:
-    """(plan, the score of every source layer where the stage chooses layers by distance); params may be lazy."""
-    larger = cfg.replace_from(stage.model, f"{where}.model")
-    plan_of(cfg, larger, stage, layers="uniform" if stage.layers == "distance" else None)  # errors before slow work
-    check_tree(flatten(params), flat_spec(cfg))
-    scores = distances(cfg, params, tokens) if stage.layers == "distance" else None
-    return plan_of(cfg, larger, stage, scores=scores), scores
+    """The plan of `plan_of`, made anew with the scores of the source layers where the stage chooses by distance.
+
+    params: of the source, may be lazy. The scores, of every source layer, are None where the stage needs none.
+    """
+    check_tree(flatten(params), plan.src_spec)
+    if stage.layers != "distance":
+        return plan, None
+    scores = distances(plan.src_cfg, params, tokens)
+    return plan_of(plan.src_cfg, stage, where, scores), scores
 
 
 def grow(
-    cfg: ModelConfig, params: PyTree, opt_state: PyTree, stage: GrowStage, mesh: Mesh, tokens: np.ndarray, where: str
+    plan: growth.Plan, params: PyTree, opt_state: PyTree, stage: GrowStage, mesh: Mesh, tokens: np.ndarray, where: str
 ) -> tuple[growth.Plan, PyTree, PyTree, Table]:
     """Grows on a mesh and verifies: (plan, grown parameters, grown optimizer state, receipt).
 
     Args:
+      plan: as `plan_of` makes it for the stage.
       opt_state: may be None.
       tokens: int32[B, S], to verify on.
       where: the name of the stage, for messages.
 
     Raises:
-      UserError: the config asks for something that growth cannot do.
+      UserError: params or opt_state are not what the plan grows.
       FailedError: a preserving policy did not preserve, or left units that cannot learn.
     """
-    plan, scores = choose_plan(cfg, params, stage, tokens, where)
+    plan, scores = choose_plan(plan, params, stage, tokens, where)
     state = opt_state if stage.optimizer_state else None
     with jax.set_mesh(mesh):
         big, grown_state = growth.sharded(plan, mesh, state)(params, state)
@@ -269,7 +284,8 @@ def _planned(request: Request) -> tuple["checkpoint.Lazy", growth.Plan, list[flo
     require_unmasked(lazy.provenance, request.src)
     no_state = request.opt and lazy.opt_state is None
     require(not no_state, f"{request.src}: holds no optimizer state to grow; leave out --opt")
-    plan, scores = choose_plan(lazy.cfg, lazy.params, request.stage, request.tokens, request.where)
+    opened = plan_of(lazy.cfg, request.stage, request.where)
+    plan, scores = choose_plan(opened, lazy.params, request.stage, request.tokens, request.where)
     grows = plan.dst_cfg != plan.src_cfg or not all(axis_map.is_identity for axis_map in plan.maps.values())
     require(grows, f"{request.where}.model: nothing grows; it has to be larger than {lazy.path} in some field")
     return lazy, plan, scores

@@ -22,7 +22,7 @@ from tele_jax.growth.axis_map import NEW
 from tele_jax.growth.leaf import LeafStep
 from tele_jax.growth.opt_state import grow_state, kinds
 from tele_jax.growth.plan import Plan, require_plan
-from tele_jax.sharding import RULES, param_shardings, replicated
+from tele_jax.sharding import RULES, param_shardings, replicated, require_mesh
 
 
 def state_shardings(
@@ -33,6 +33,7 @@ def state_shardings(
     optimizer: the optimizer that made the state, as for apply_opt.
     """
     require_plan(plan, "state_shardings: plan")
+    require_mesh(mesh, "state_shardings: mesh")
     known = kinds(plan, opt_state, optimizer)
     shapes = jax.eval_shape(lambda state: grow_state(plan, state, grow_leaf, known), opt_state)
     spec = unflatten(plan.dst_spec)
@@ -50,6 +51,7 @@ def sharded(
       optimizer: the optimizer that made the state, as for apply_opt.
     """
     require_plan(plan, "sharded: plan")
+    require_mesh(mesh, "sharded: mesh")
     params = param_shardings(unflatten(plan.dst_spec), mesh)
 
     def grow(step: LeafStep, array: object) -> jax.Array:

@@ -21,7 +21,7 @@ import numpy as np
 
 from tele_jax.axes import ParamSpec, unflatten
 from tele_jax.checkpoint import chunk_files, chunked, layout, locate, unfinished
-from tele_jax.errors import UserError
+from tele_jax.errors import UserError, abridged
 from tele_jax.files import PathLike, Table
 from tele_jax.growth import axis_map, kernel
 from tele_jax.growth.axis_map import NEW, AxisMap
@@ -223,7 +223,7 @@ def _open(plan: Plan, src: PathLike, opt: bool) -> "Lazy":
     lines = read.config_differences(lazy.cfg, plan.src_cfg, "in the plan")
     lines += read.differences({name: array.leaf.spec for name, array in lazy.items["params"].items()}, plan.src_spec)
     if lines:
-        raise UserError(f"{lazy.path}: not a checkpoint of the model that the plan grows: " + ";\n  ".join(lines))
+        raise UserError(f"{lazy.path}: not a checkpoint of the model that the plan grows: " + abridged(lines, ";\n  "))
     if opt and lazy.opt_state is None:
         raise UserError(f"{lazy.path}: holds no optimizer state to grow")
     return lazy

@@ -19,13 +19,13 @@ import numpy as np
 
 from tele_jax.axes import Leaf, ParamSpec, flatten
 from tele_jax.checkpoint.layout import name_problem
-from tele_jax.config import ModelConfig, finite, require, whole
-from tele_jax.errors import UserError
+from tele_jax.config import ModelConfig, finite, require, require_config, whole
+from tele_jax.errors import UserError, abridged
 from tele_jax.files import Table
 from tele_jax.growth import axis_map
 from tele_jax.growth.axis_map import AxisMap
 from tele_jax.growth.leaf import LeafPlan
-from tele_jax.growth.plan import Plan, Step, compose, require_config
+from tele_jax.growth.plan import Plan, Step, compose
 from tele_jax.model.spec import flat_spec
 
 Model = ModelConfig | Plan
@@ -161,7 +161,7 @@ def find(
     found = tuple(name for name in spec if fits(name, spec[name]))
     asked = {"path": path, "axis": axis, "reads": reads, "writes": writes, "role": role}
     asked = ", ".join(f"{key}={value!r}" for key, value in asked.items() if value is not None)
-    require(bool(found), f"no leaf fits {asked}; leaves: {', '.join(spec)}")
+    require(bool(found), f"no leaf fits {asked}; leaves: {abridged(spec)}")
     return found
 
 
@@ -344,14 +344,14 @@ def _ids(cfg: ModelConfig, axis: str, ids: Collection[int], what: str) -> list[i
     require(listed, f"{what}: {axis} ids have to be a list of whole numbers, got {ids!r}")
     ids = [whole(i, f"{what}: {axis} ids[{n}]") for n, i in enumerate(ids)]
     wrong = sorted({i for i in ids if not 0 <= i < size})
-    require(not wrong, f"{what}: {axis} has {size} units, 0 to {size - 1}; not {', '.join(map(str, wrong[:8]))}")
+    require(not wrong, f"{what}: {axis} has {size} units, 0 to {size - 1}; not {abridged(wrong)}")
     return ids
 
 
 def _require_leaves(model: Model, names: Collection[str], what: str) -> None:
     spec = spec_of(model)
     wrong = [name for name in names if name not in spec]
-    require(not wrong, f"{what}: no leaf {', '.join(wrong)}; leaves: {', '.join(spec)}")
+    require(not wrong, f"{what}: no leaf {abridged(wrong)}; leaves: {abridged(spec)}")
     require(len(names) > 0, f"{what}: no leaf named")
 
 

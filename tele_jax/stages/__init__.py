@@ -18,7 +18,8 @@ that trains derives it from settings.TrainStage, and has
 A kind that makes another model out of what the stage before left has
 
     outline(stage, cfg, where) -> (config of the model it leaves, Plan | None)         checked before the first step
-    carry_out(stage, directory, previous=, mesh=, text=, where=, say=) -> summary      text: Batches to verify on
+    carry_out(stage, directory, plan=, previous=, mesh=, text=, where=, say=) -> summary
+                                         plan: that of `outline`; text: Batches to verify on
     read_plan(directory) -> Plan | None  the growth that the next stage opens the masks of
 """
 

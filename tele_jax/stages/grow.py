@@ -8,7 +8,6 @@ import jax
 from tele_jax import checkpoint, files
 from tele_jax.config import ModelConfig
 from tele_jax.data.batches import Batches
-from tele_jax.errors import UserError
 from tele_jax.files import Table
 from tele_jax.growth import Plan
 from tele_jax.growth import receipt as receipts
@@ -27,13 +26,7 @@ VERIFY_ROWS, VERIFY_TOKENS = 4, 256  # of held-out text, to verify a growth on
 
 def outline(stage: GrowStage, cfg: ModelConfig, where: str) -> tuple[ModelConfig, Plan]:
     """The config of the grown model, and a plan that leads there; raises UserError for what cannot grow."""
-    # Layers chosen by distance need the trained model; which ones makes no difference to whether they fit.
-    how = "uniform" if stage.layers == "distance" else stage.layers
-    larger = cfg.replace_from(stage.model, f"{where}.model")
-    try:
-        plan = receipts.plan_of(cfg, larger, stage, layers=how)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+    plan = receipts.plan_of(cfg, stage, where)
     return plan.dst_cfg, plan
 
 
@@ -41,6 +34,7 @@ def carry_out(
     stage: GrowStage,
     directory: Path,
     *,
+    plan: Plan,
     previous: Path,
     mesh: jax.sharding.Mesh,
     text: Batches,
@@ -48,6 +42,8 @@ def carry_out(
     say: Callable[[str], None],
 ) -> Table:
     """Grows what lies in `previous` into `directory`, unless an earlier start did, and returns the stage's summary.
+
+    plan: of `outline`.
 
     Raises:
       UserError, FailedError: as growth.receipt.grow.
@@ -59,7 +55,7 @@ def carry_out(
             loaded = checkpoint.load(previous, mesh=mesh)
             tokens = text.sample(VERIFY_ROWS, VERIFY_TOKENS)
             plan, params, opt_state, receipt = receipts.grow(
-                loaded.cfg, loaded.params, loaded.opt_state, stage, mesh, tokens, where
+                plan, loaded.params, loaded.opt_state, stage, mesh, tokens, where
             )
             from_first(lambda: files.write_json(directory / receipts.PLAN_FILE, plan.to_json()))
             from_first(lambda: files.write_json(directory / receipts.RECEIPT_FILE, receipt))

@@ -59,6 +59,7 @@ class OpenedStage:
     Attributes:
       kind: the module of its kind, see stages/__init__.py.
       model: the config of the model that the stage leaves, as far as it is known before the first step.
+      plan: the plan of a stage that grows the model, None of another.
       batches: what a stage that trains reads; of another the text to verify it on, that of the training stage before
         it or else after it.
     """
@@ -66,6 +67,7 @@ class OpenedStage:
     settings: Stage
     kind: ModuleType
     model: ModelConfig
+    plan: Plan | None
     batches: Batches
 
 
@@ -135,7 +137,7 @@ def run(config: RunConfig, workdir: Path, *, from_step: int | None = None) -> li
                     summary = trainer.run(stop)
                     del trainer  # its state must not lie beside that of the next stage
                 else:
-                    where = {"previous": previous, "mesh": opened.mesh, "where": f"config.{name}"}
+                    where = {"plan": stage.plan, "previous": previous, "mesh": opened.mesh, "where": f"config.{name}"}
                     summary = stage.kind.carry_out(stage.settings, directory, **where, text=stage.batches, say=_say)
                 summary = {"stage": name, "kind": stage.settings.kind, **summary}
                 from_first(lambda: files.write_json(directory / own.SUMMARY, summary))  # noqa: B023 (called at once)
@@ -182,7 +184,7 @@ def open_run(config: RunConfig, index: sources.Indexes) -> OpenedRun:
     started = masks
     batches: dict[str, Batches] = {}
     tokenizers: dict[Path, Table] = {}
-    models: dict[str, ModelConfig] = {}
+    models: dict[str, tuple[ModelConfig, Plan | None]] = {}
     for name, stage in config.stages.items():
         where, kind = f"config.{name}", stages.find_kind(stage.kind)
         if isinstance(stage, TrainStage):
@@ -202,11 +204,11 @@ def open_run(config: RunConfig, index: sources.Indexes) -> OpenedRun:
         else:
             cfg, masks = kind.outline(stage, cfg, where)
         param_shardings(spec(cfg), mesh)
-        models[name] = cfg
+        models[name] = cfg, masks
     if len({tokenizer["sha256"] for tokenizer in tokenizers.values()}) > 1:
         raise UserError(f"the stages of a run have to share one tokenizer, but name {', '.join(map(str, tokenizers))}")
     opened = {
-        name: OpenedStage(stage, stages.find_kind(stage.kind), models[name], batches[_nearest(config, name)])
+        name: OpenedStage(stage, stages.find_kind(stage.kind), *models[name], batches[_nearest(config, name)])
         for name, stage in config.stages.items()
     }
     return OpenedRun(mesh, opened, next(iter(tokenizers.values())), started)

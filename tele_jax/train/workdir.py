@@ -28,7 +28,7 @@ from tele_jax import checkpoint, files
 from tele_jax.checkpoint import locate
 from tele_jax.config import to_dict, written_table
 from tele_jax.data.vocabulary import tokenizer_name
-from tele_jax.errors import DamageError, UserError
+from tele_jax.errors import DamageError, UserError, abridged
 from tele_jax.files import Table, held_alone
 from tele_jax.growth.receipt import RECEIPT_FIELDS
 from tele_jax.processes import is_first
@@ -77,10 +77,12 @@ def require_own(workdir: Path, from_step: int | None = None) -> None:
         return
     if not workdir.is_dir():
         raise UserError(f"{workdir}: is not a directory; --workdir names the one that the run lives in")
-    others = sorted(path.name for path in workdir.iterdir() if path.name not in (LOCK, "config.tmp"))
+    ours = (LOCK, files.temporary_of(config).name, "config.tmp")  # the last was left by kills of the version before
+    others = sorted(path.name for path in workdir.iterdir() if path.name not in ours)
     if others:
-        some = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-        raise UserError(f"{workdir}: holds {some}, but no {CONFIG} of a run; give a new or an empty directory")
+        raise UserError(
+            f"{workdir}: holds {abridged(others)}, but no {CONFIG} of a run; give a new or an empty directory"
+        )
 
 
 def _is_run(page: Any) -> bool:

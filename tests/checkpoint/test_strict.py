@@ -1,5 +1,7 @@
 """Nothing is overwritten, cast, padded or skipped: every difference is named before anything is read or written."""
 
+import functools
+import re
 import resource
 import shutil
 
@@ -9,7 +11,7 @@ import optax
 import pytest
 
 import tele_jax as tele
-from tele_jax import checkpoint
+from tele_jax import checkpoint, growth
 from tele_jax.axes import ParamSpec, flatten, unflatten
 from tele_jax.errors import DamageError, UserError
 from tests.checkpoint.trees import CFG, all_bfloat16, assert_same, params
@@ -28,6 +30,44 @@ def test_an_existing_destination_is_refused_and_left_alone(tmp_path, make):
     with pytest.raises(UserError, match="exists already, and checkpoints are never overwritten"):
         checkpoint.save(tmp_path / "0", CFG, params())
     assert [p.name for p in tmp_path.iterdir()] == ["0"]
+
+
+@pytest.mark.parametrize("path", [None, 3, "", " ", b"a"])
+def test_what_is_no_path_is_named(path, saved):
+    ck = checkpoint.open_lazy(saved)
+    plan = growth.widen_mlp(ck.cfg, ck.cfg.mlp_dim + 1)
+    for call in (
+        checkpoint.load,
+        checkpoint.open_lazy,
+        checkpoint.Manager,
+        lambda path: checkpoint.save(path, ck.cfg, ck.params),
+        lambda path: growth.stream(plan, path, "dst"),
+    ):
+        with pytest.raises(UserError, match=re.escape(f"expected the path of a checkpoint, got {path!r}")):
+            call(path)
+    with pytest.raises(UserError, match="names no new directory"):
+        growth.stream(plan, saved, path)
+
+
+def test_other_arguments_that_are_not_of_their_kind_are_named(saved, tmp_path):
+    ck = checkpoint.open_lazy(saved)
+    save = functools.partial(checkpoint.save, tmp_path / "new", ck.cfg)
+    for call, named in (
+        (lambda: checkpoint.verify(saved), "verify: expected what checkpoint.open_lazy"),
+        (lambda: checkpoint.load(saved, items=("parms",)), "no 'parms' in a checkpoint; did you mean 'params'"),
+        (lambda: checkpoint.load(saved, cfg="x"), "load: cfg: expected a ModelConfig"),
+        (lambda: checkpoint.load(saved, mesh="x"), "load: mesh: expected a mesh"),
+        (lambda: save(None), "nested dict, got NoneType"),
+        (lambda: save(ck.params, step="x"), "step='x' must be a whole number"),
+        (lambda: save(ck.params, step=-1), "step=-1 must not be negative"),
+        (lambda: save(ck.params, provenance="x"), "provenance: expected a list of dicts"),
+        (lambda: save(ck.params, data_state="x"), "data_state: expected bytes, got str"),
+        (lambda: ck.items["parms"], "the checkpoint has no 'parms'; it has params"),
+        (lambda: ck.items["params"]["layers.q"], "the checkpoint has no 'layers.q'; it has embed.table"),
+    ):
+        with pytest.raises(UserError, match=named):
+            call()
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_a_killed_save_left_is_no_obstacle_and_does_not_get_in(tmp_path):

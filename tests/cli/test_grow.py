@@ -270,6 +270,19 @@ def test_a_second_look_at_a_good_growth(place, grown, by_parts, capsys):
     assert contents(dst) == before
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(["--config", "page.py", "--config.grow.seed=3"], ["--seed", 3], ["--policy", "copy"], ["--layers", "0,1,1"]),
+        *(["--stage", "grow"], ["--dry-run"], ["--opt"], ["--workers", 2], ["--shard", "0/2"]),
+    ],
+)
+def test_a_second_look_refuses_the_flags_of_a_growth(place, grown, flags, capsys):
+    err = grow(place, grown[0], "--check", *flags, page=None, code=2, capsys=capsys)
+    given = ", ".join(str(flag) for flag in flags if str(flag).startswith("--"))
+    assert err.rstrip().endswith(f"and grows nothing: leave out {given}") and len(err.splitlines()) == 1
+
+
 @pytest.fixture
 def copied(place, grown, tmp_path):
     """A copy of a growth that may be spoilt."""
@@ -412,10 +425,10 @@ def test_a_flag_without_effect_is_named(place, by_parts, tmp_path, capsys, model
         ("/", "'/': names no new directory"),
         ("", "'': names no new directory"),
         (".", "'.': names no new directory"),
-        ("{place}/src/params/grown", "lies inside {place}/src, which is read, and not written to"),
+        ("{place}/src/params/grown", "lies inside the source {place}/src, which stays as it is"),
         ("{place}/src", "{place}/src: exists already"),
         ("{place}/other/grown", "lies inside the checkpoint {place}/other"),
-        ("{place}", "holds {place}/src, which is read"),
+        ("{place}", "the source {place}/src lies inside this directory"),
         ("{place}/page.py/grown", "{place}/page.py is a file, not a directory"),
     ],
 )
@@ -425,7 +438,7 @@ def test_a_destination_that_cannot_be_one(place, dst, message, capsys):
     assert message in grow(place, dst, code=2, capsys=capsys)
     if dst:
         plan = growth.plan(CFG, CFG.replace(**LARGER))
-        with pytest.raises(tele.UserError, match=r"exists already|names no new|lies inside|holds|is a file"):
+        with pytest.raises(tele.UserError, match=r"exists already|names no new|lies inside|is a file"):
             growth.stream(plan, place / "src", dst)
         assert main(["export", str(place / "src"), dst, "--format", "llama"]) == 2
         assert message in capsys.readouterr().err

@@ -17,6 +17,7 @@ from tele_jax.axes import flatten
 from tele_jax.cli.main import main
 from tele_jax.data import vocabulary_training
 from tele_jax.train import metrics
+from tele_jax.train.workdir import require_own
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -317,6 +318,14 @@ def test_a_directory_that_holds_anything_else_is_refused(place, finished, tmp_pa
     line = fails(capsys, 2, place, workdir)
     assert str(workdir) in line and ("give a new or an empty directory" in line or "is not a directory" in line)
     assert before == {p: p.read_bytes() for p in [workdir, *workdir.rglob("*")] if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "left", ["config.tmp", ".config.json.tele_jax.tmp"], ids=["by the version before", "by this one"]
+)
+def test_a_directory_whose_first_start_was_killed_is_taken(tmp_path, left):
+    (tmp_path / left).write_text("{")
+    require_own(tmp_path, None)
 
 
 def test_a_damaged_document_of_a_run_is_named(place, finished, tmp_path, capsys):

@@ -318,8 +318,11 @@ def test_padding_the_vocabulary_needs_no_masks():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(mlp_dim=40), r"does not start from what the first leads to: mlp_dim 30 -> 40, .*layers\.mlp\.down"),
-        (dict(rms_eps=1e-3), r"first leads to: rms_eps 8\.\d+e-06 -> 0\.001$"),
+        (
+            dict(mlp_dim=40),
+            r"another model than the second plan starts from: mlp_dim 30 -> 40, .*layers\.mlp\.down",
+        ),
+        (dict(rms_eps=1e-3), r"second plan starts from: rms_eps 8\.\d+e-06 -> 0\.001$"),
         (dict(output_biases=False), r"output_biases True -> False, layers\.attn\.o_bias, layers\.mlp\.down_bias"),
     ],
 )
@@ -339,7 +342,9 @@ def test_a_second_plan_made_of_the_config_that_was_asked_for_and_not_of_the_reso
 def test_stored_plans_whose_steps_do_not_follow_each_other():
     first = growth.plan(SRC, SRC.replace(mlp_dim=30))
     data = growth.compose(first, growth.plan(first.dst_cfg, first.dst_cfg.replace(mlp_dim=40))).to_json()
-    with pytest.raises(tele.UserError, match="does not start from what the first leads to: mlp_dim 40 -> 24"):
+    with pytest.raises(
+        tele.UserError, match="plan step 1 produces another model than plan step 2 starts from: mlp_dim 40 -> 24"
+    ):
         Plan.from_json({"steps": data["steps"][::-1]})
     with pytest.raises(tele.UserError, match=r"plan\.steps: empty"):
         Plan.from_json({"steps": []})

@@ -1,5 +1,8 @@
 """Ids, seeds, scores and steps that are something else are refused by the same rule, wherever they enter."""
 
+import dataclasses
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -13,6 +16,13 @@ from tele_jax.settings import GrowStage
 CFG = tele.ModelConfig(num_layers=3, embed_dim=8, num_heads=2, head_dim=4, mlp_dim=6, vocab_size=10)
 DEEPER = CFG.replace(num_layers=4)
 MASKED = growth.plan(CFG, CFG.replace(mlp_dim=8), policy="msg")
+REPLACED = {
+    **{"src_cfg": ["tele_flm_52b", None], "dst_cfg": [{"embed_dim": 8}, None], "seed": ["x", -1, 1.5]},
+    **{"policy": [3, None], "notes": ["text"], "preserving": ["yes"], "masked": [None], "lively": [2]},
+    **{"maps": [None, {}, {"mlp": 3}, MASKED.maps | {"mlp": "x"}], "tree": [3], "src_tree": ["x"]},
+    "leaves": [None, {}, {"embed.table": growth.LeafPlan()}, MASKED.leaves | {"embed.table": 3}]
+    + [MASKED.leaves | {"embed.table": growth.LeafPlan(**wrong)} for wrong in ({"coefficient": "x"}, {"fill": "zero"})],
+}
 NOT_WHOLE = (True, np.True_, 1.7, 1.0, "1", None, float("nan"))
 
 
@@ -155,7 +165,7 @@ def test_what_is_no_plan_is_named(plan):
     refused(lambda: growth.compose(MASKED, plan), "second plan", word)
     refused(lambda: growth.MaskSchedule(plan), "MaskSchedule: plan", word)
     refused(lambda: growth.verify(plan, params, params, [[1, 2, 3]]), "verify: plan", word)
-    refused(lambda: growth.verify_stored(plan, params, params), "verify: plan", word)
+    refused(lambda: growth.verify_stored(plan, params, params), "verify_stored: plan", word)
     for stream in (growth.stream, growth.stream_outline):
         refused(lambda stream=stream: stream(plan, "a", "b"), "stream: plan", word)
     refused(lambda: growth.Plan(plan), "steps")
@@ -163,10 +173,63 @@ def test_what_is_no_plan_is_named(plan):
 
 def test_a_field_of_a_plan_is_replaced_and_a_misspelt_one_is_named():
     assert MASKED.replace(seed=7).seed == 7 and MASKED.replace(seed=7) != MASKED
-    refused(lambda: MASKED.replace(leafs={}), "leafs")
+    refused(lambda: MASKED.replace(leafs={}), "no field 'leafs'; did you mean 'leaves'?")
     both = growth.compose(growth.widen_mlp(CFG, 8), growth.widen_mlp(CFG.replace(mlp_dim=8), 9))
-    refused(lambda: both.replace(seed=7), "2 steps")
+    refused(lambda: both.replace(seed=7), "this one has 2")
     refused(lambda: both.leaves, "2 steps")
+
+
+@pytest.mark.parametrize("fields", [{name: value} for name in REPLACED for value in REPLACED[name]], ids=str)
+def test_a_value_of_a_plan_that_is_of_another_type_is_named(fields):
+    """By every way to a step: replace, dataclasses.replace and a list of steps."""
+    (name,) = fields
+    refused(lambda: MASKED.replace(**fields), f"plan.{name}")
+    refused(lambda: growth.Plan([dataclasses.replace(MASKED.steps[0], **fields)]), f"plan.{name}")
+
+
+def test_steps_that_are_no_list_of_steps_or_do_not_follow_each_other_are_named():
+    (step,), (other,) = MASKED.steps, planned().steps
+    refused(lambda: growth.Plan(()), "a list of nothing")
+    refused(lambda: growth.Plan((MASKED,)), "a list of Plan", "growth.compose")
+    refused(lambda: growth.Plan([step, other]), "plan step 1 produces another model than plan step 2", "mlp_dim 8 -> 6")
+    wider = growth.widen_embed(CFG, 12, policy="msg")
+    copied = growth.widen_embed(wider.dst_cfg, 16, policy="copy")
+    refused(lambda: growth.Plan([*wider.steps, *copied.steps]), "msg and copy cannot be done in one go")
+    for text in ("plan.json", json.dumps(MASKED.to_json())):
+        refused(lambda text=text: growth.Plan.from_json(text), "got str; json.loads")
+
+
+def test_an_optimizer_state_or_a_mesh_that_is_none_is_named():
+    refused(lambda: growth.apply_opt(MASKED, None), "opt_state", "got None")
+    other = jax.make_mesh((1,), ("x",))
+    for mesh in ("mesh", other):
+        refused(lambda mesh=mesh: growth.check(MASKED, mesh), "check: mesh")
+    for mesh in (None, "mesh", other):
+        refused(lambda mesh=mesh: growth.sharded(MASKED, mesh, None), "sharded: mesh")
+        refused(lambda mesh=mesh: growth.state_shardings(MASKED, mesh, ()), "state_shardings: mesh")
+
+
+def test_growth_of_one_axis_names_a_misspelt_argument():
+    calls = {growth.widen_mlp: 8, growth.widen_embed: 16, growth.widen_heads: 4, growth.insert_layers: 4}
+    for call, size in (calls | {growth.grow_vocab: 12, growth.pad_vocab: 4}).items():
+        refused(lambda call=call, size=size: call(CFG, size, polcy="msg"), "'polcy'", "did you mean 'policy'")
+
+
+@pytest.mark.parametrize("layers", [0, -1, 2, [], [5], [0, 1], [0, 2, 1]], ids=str)
+def test_layers_that_cannot_be_inserted_are_named_as_they_were_given(layers):
+    refused(lambda: growth.insert_layers(CFG, layers), str(layers), "layers", "3 ")
+
+
+def test_long_lists_of_leaves_are_cut_in_messages():
+    params = tele.init(CFG, jax.random.key(0))
+    wider = CFG.replace(embed_dim=12, head_dim=6, vocab_size=11)
+    for call in (
+        lambda: growth.apply(growth.plan(wider, wider), params),
+        lambda: tele.checkpoint.save("x", wider, params),
+    ):
+        with pytest.raises(tele.UserError, match=r"and 9 more") as error:
+            call()
+        assert len(str(error.value)) < 400 and "embed.table" in str(error.value)
 
 
 @pytest.mark.parametrize("cfg", [{"num_layers": 3}, "tele_flm_52b", None], ids=["dict", "name", "None"])
@@ -187,7 +250,7 @@ def test_a_key_is_no_seed_and_a_list_is_no_tree():
     refused(lambda: planned(seed=jax.random.key(0)), "seed", "must be a whole number")
     refused(lambda: growth.apply(planned(), [1, 2]), "nested dict", "list")
     params = tele.init(CFG, jax.random.key(0))
-    refused(lambda: growth.apply(planned(), {"params": params}), "params.lm_head.kernel: not a parameter")
+    refused(lambda: growth.apply(planned(), {"params": params}), "params.embed.table: not a parameter")
     for tokens in ([[1, 2, 3], [4, 5]], [[1.0, 2.0, 3.0]], "abc"):
         refused(lambda tokens=tokens: growth.verify(planned(), params, params, tokens), "tokens")
     refused(lambda: growth.verify(planned(), "runs/a", params, [[1, 2, 3]]), "params", "open checkpoint", "str")

@@ -514,6 +514,6 @@ def test_wrong_input_is_one_clear_line(call, message):
 
 def test_two_plans_that_are_put_together_must_meet():
     with pytest.raises(
-        tele.UserError, match="the second plan does not start from what the first leads to: num_layers 3"
+        tele.UserError, match="first plan produces another model than the second plan starts from: num_layers 3"
     ):
         growth.compose(surgery.drop(CFG, "layers", [1]), surgery.drop(CFG, "layers", [1]))

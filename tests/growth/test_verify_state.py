@@ -157,7 +157,7 @@ def test_a_state_of_optax_is_compared_where_its_optimizer_is_given(grown):
         after = growth.apply_opt(plan, state, tx)
         report = growth.verify_stored(plan, params, big, opt_state=(state, after), optimizer=tx)
         assert report.ok and report.levels == LEVELS
-        with pytest.raises(UserError, match="Give the optimizer that made it"):
+        with pytest.raises(UserError, match="Pass the optax optimizer that made the state"):
             growth.verify_stored(plan, params, big, opt_state=(state, after))
 
 

@@ -4,12 +4,18 @@ import io
 import json
 import os
 from collections import Counter
+from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 
 import tele_jax as tele
 from tele_jax.data import documents, sources
 from tele_jax.errors import UserError
+from tele_jax.settings import GrowStage, MeshConfig
+from tele_jax.sharding import make_mesh
+from tele_jax.stages import grow
 from tele_jax.train.trainer import Stopped, Trainer
 from tests.inference.test_chat import tokenizer_bytes
 
@@ -68,6 +74,20 @@ def test_training_text_is_read_at_most_twice_before_the_first_step_and_not_again
 
 def stop_here():
     raise Stopped("before the first step")
+
+
+def test_a_growth_stage_carries_out_the_plan_that_the_opening_made(tmp_path, monkeypatch):
+    cfg = tele.ModelConfig(num_layers=1, embed_dim=8, num_heads=1, mlp_dim=8, vocab_size=16, dtype="float32")
+    tele.checkpoint.save(tmp_path / "0", cfg, tele.init(cfg, jax.random.key(0)))
+    stage = GrowStage(kind="grow", model={"mlp_dim": 12})
+    larger, plan = grow.outline(stage, cfg, "config.grow")
+    monkeypatch.setattr(tele.growth, "plan", lambda *args, **how: pytest.fail("planned a second time"))
+    text = SimpleNamespace(sample=lambda rows, length: np.arange(8).reshape(2, 4))
+    how = {"plan": plan, "previous": tmp_path / "0", "mesh": make_mesh(MeshConfig(), jax.devices()[:1]), "text": text}
+    (tmp_path / "grow").mkdir()
+    grow.carry_out(stage, tmp_path / "grow", **how, where="config.grow", say=print)
+    assert grow.read_plan(tmp_path / "grow") == plan
+    assert tele.checkpoint.open_lazy(tmp_path / "grow").cfg == larger
 
 
 def test_a_config_that_cannot_be_leaves_no_index(page, tmp_path):

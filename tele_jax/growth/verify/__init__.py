@@ -24,7 +24,7 @@ import optax
 from tele_jax import tables
 from tele_jax.axes import PyTree, flatten
 from tele_jax.config import ModelConfig, differing_fields, require
-from tele_jax.errors import DamageError, UserError
+from tele_jax.errors import DamageError, UserError, abridged
 from tele_jax.files import Table
 from tele_jax.growth.apply import check_tree
 from tele_jax.growth.masks import vectors
@@ -102,11 +102,18 @@ class Report:
         """The findings for people, as (what was looked at, result)."""
         name, difference = self.worst_part
         found = f"{len(self.parts)} looked at, largest relative difference {difference:.3g} in {name or 'none'}"
-        rows = [("looked at", ", ".join(self.levels)), ("altered leaves", _listed(self.problems)), ("parts", found)]
+        rows = [
+            ("looked at", ", ".join(self.levels)),
+            ("altered leaves", abridged(self.problems) or "none"),
+            ("parts", found),
+        ]
         if self.max_abs is None:
             return [*rows, ("logits, dead and locked units", "not looked at")]
         moved = f"max difference {self.max_abs:.3g} ({self.max_rel:.3g} of the largest), KL {self.kl:.3g} nats"
-        units = [("dead units", _listed(self.dead or ())), ("locked units", _listed(self.locked or ()))]
+        units = [
+            ("dead units", abridged(self.dead or ()) or "none"),
+            ("locked units", abridged(self.locked or ()) or "none"),
+        ]
         return [*rows, ("logits", moved), *units]
 
     def __repr__(self) -> str:
@@ -121,10 +128,6 @@ class Report:
     @property
     def _verdict(self) -> str:
         return "ok" if self.ok else "NOT ok"
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return "none" if not names else ", ".join(names[:8]) + (f", and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def verify(
@@ -186,7 +189,7 @@ def _tokens(plan: Plan, tokens: object) -> tuple[np.ndarray, np.ndarray, np.ndar
     require(fits, f"verify: tokens of shape {tokens.shape}; rows of at least 3 tokens are needed")
     after_ids, before_ids = model_parts.shared_tokens(plan)
     unknown = np.setdiff1d(tokens, before_ids)
-    require(unknown.size == 0, f"verify: tokens {', '.join(map(str, unknown[:8]))} are not in both vocabularies")
+    require(unknown.size == 0, f"verify: tokens {abridged(unknown)} are not in both vocabularies")
     new_ids = np.zeros(plan.src_cfg.vocab_size, np.int32)
     new_ids[before_ids] = after_ids
     return np.asarray(tokens, np.int32), new_ids[tokens], before_ids, after_ids  # not on one process's device
@@ -223,11 +226,11 @@ def verify_stored(
       UserError: a tree is not what the plan's config describes, or the plan does not lead to a whole model.
       DamageError: a stored leaf is damaged.
     """
-    require_plan(plan, "verify: plan")
-    require(plan.is_model, f"verify: the plan ({plan.policy}) leads to a part of a model, or to other names")
+    require_plan(plan, "verify_stored: plan")
+    require(plan.is_model, f"the plan ({plan.policy}) leads to a part of a model, or to other names")
     for name, model in (("params", src), ("grown params", dst)):
         known = isinstance(model, Mapping) or hasattr(model, "params")
-        require(known, f"verify: {name}: expected a tree or an open checkpoint, got {type(model).__name__}")
+        require(known, f"{name}: expected a tree or an open checkpoint, got {type(model).__name__}")
     levels, wrong = ["parameters"], {}
     if not isinstance(src, Mapping) and not isinstance(dst, Mapping):
         levels.insert(0, "configs")
@@ -275,7 +278,7 @@ def _config_problems(plan: Plan, src: ModelConfig, dst: ModelConfig) -> dict[str
 def require_configs(plan: Plan, src: "Lazy", dst: "Lazy") -> None:
     """Raises DamageError where two open checkpoints hold other configs than the plan."""
     if problems := _config_problems(plan, src.cfg, dst.cfg):
-        raise DamageError(f"{dst.path}: {'; '.join(f'{field}: {what}' for field, what in problems.items())}")
+        raise DamageError(f"{dst.path}: {abridged((f'{field}: {what}' for field, what in problems.items()), '; ')}")
 
 
 def _examine(
