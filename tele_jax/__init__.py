@@ -6,6 +6,7 @@ params = tele.init(cfg, key)                 nested dict of arrays        tele_j
 logits = tele.forward(cfg, params, tokens)
 spec = tele.spec(cfg)                        shapes and axis names        tele_jax/model/spec.py
 tokens = tele.generate(cfg, params, prompts, max_new_tokens=64)           tele_jax/inference/generate.py
+scores = tele.score(cfg, params, prompts, continuations)                  tele_jax/inference/score.py
 tele.run(config, workdir)                    what `tele train` does       tele_jax/report.py
 tele.growth                                  grow parameter trees         tele_jax/growth/
 tele.surgery                                 take, drop, cut, pad, rename tele_jax/growth/surgery.py
@@ -29,6 +30,7 @@ from tele_jax.published import get_model
 if TYPE_CHECKING:
     from tele_jax import checkpoint, convert, growth, plots
     from tele_jax.growth import surgery
+    from tele_jax.inference.score import score
     from tele_jax.report import run
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "init",
     "plots",
     "run",
+    "score",
     "spec",
     "surgery",
 ]
@@ -57,6 +60,8 @@ def __getattr__(name: str):
     """Loads the heavier parts on first use, so that `import tele_jax` stays light."""
     if name == "surgery":
         return importlib.import_module("tele_jax.growth.surgery")
+    if name == "score":
+        return importlib.import_module("tele_jax.inference.score").score
     if name == "run":
         return importlib.import_module("tele_jax.report").run
     if name in ("growth", "checkpoint", "convert", "plots"):

@@ -190,6 +190,9 @@ BYTES = _alphabet()
 _LETTERS = {byte: letter for letter, byte in BYTES.items()}
 _PROBE = "".join(map(chr, range(128))) + "  a \n\n\u2581\u3000\u753b "  # what pre-tokenizers may drop
 _IN_UTF8 = set(range(0xF5)) - {0xC0, 0xC1}  # the bytes that valid UTF-8 has
+# Control characters, and what begins characters of the planes from 4 on: hardly any text has them, and a tokenizer may
+# lack pieces for them (SmolLM2's does). `encode` refuses a text that has one.
+_RARE = bytes({*range(0x20), 0x7F, 0xF1, 0xF2, 0xF3, 0xF4} - set(b"\t\n\r"))
 
 
 class TokenizersVocabulary(Vocabulary):
@@ -225,9 +228,10 @@ class TokenizersVocabulary(Vocabulary):
                 )
         self.vocab_size = 1 + max(self._ids.values())
         self.unk_id, self.bos_id, self.eos_id, self.pad_id = map(self._first, (_UNK, _BOS, _EOS, _PAD))
-        self.spells_bytes = True
-        if missing := [byte for byte in sorted(_IN_UTF8) if _LETTERS[byte] not in self._ids]:
-            raise UserError(f"tokenizer {self.path}: no piece for {len(missing)} bytes, the first 0x{missing[0]:02X}")
+        self._unspelled = bytes(byte for byte in sorted(_IN_UTF8) if _LETTERS[byte] not in self._ids)
+        self.spells_bytes = not self._unspelled
+        if needed := self._unspelled.translate(None, _RARE):
+            raise UserError(f"tokenizer {self.path}: no piece for {len(needed)} bytes, the first 0x{needed[0]:02X}")
         prefixing = [part for part in _parts(description, "pre_tokenizer") if part.get("add_prefix_space")]
         self.adds_dummy_prefix = bool(prefixing)
         for part in prefixing:  # the same objects as in the description
@@ -240,7 +244,8 @@ class TokenizersVocabulary(Vocabulary):
         if self.family is not None:
             self._control |= set(SPECIAL_IDS[self.family].values())
         self._verbatim = {self._ids[name] for name in added}
-        if not self.adds_dummy_prefix and self.decode(self.encode(_PROBE)) != _PROBE:
+        probe = _PROBE.translate(dict.fromkeys(self._unspelled))
+        if not self.adds_dummy_prefix and self.decode(self.encode(probe)) != probe:
             raise UserError(
                 f"tokenizer {self.path}: its pre-tokenizer drops text, so that it would not come back as it was"
             )
@@ -255,6 +260,9 @@ class TokenizersVocabulary(Vocabulary):
         return self._ids_of(self._bare_tokenizer, text)
 
     def _ids_of(self, tokenizer: Any, text: str) -> list[int]:
+        if self._unspelled and len(raw := text.encode()) > len(raw.translate(None, self._unspelled)):
+            at = next(i for i, byte in enumerate(raw) if byte in self._unspelled)
+            raise UserError(f"tokenizer {self.path}: it has no piece for the byte 0x{raw[at]:02X}, at {at} of the text")
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         if self._control.isdisjoint(ids):
             return ids

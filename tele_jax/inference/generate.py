@@ -89,8 +89,8 @@ def generate(
     """
     require_config(cfg, "generate: cfg")
     how = sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
-    prompts = [_ids(cfg, prompt, f"prompts[{row}]") for row, prompt in enumerate(prompts)]
-    stop_ids = _ids(cfg, stop_ids, "stop_ids")
+    prompts = [checked_ids(cfg, prompt, f"prompts[{row}]") for row, prompt in enumerate(prompts)]
+    stop_ids = checked_ids(cfg, stop_ids, "stop_ids")
     _check(cfg, prompts, max_new_tokens)
     check_seed(seed)
     params = prepare(cfg, params)
@@ -151,7 +151,7 @@ def _platform(leaf: object) -> str:
     return next(iter(leaf.devices())).platform if isinstance(leaf, jax.Array) else jax.default_backend()
 
 
-def _mesh_of(params: Params) -> Mesh | None:
+def mesh_of(params: Params) -> Mesh | None:
     """The mesh that the parameters are sharded over; None where there is none, or its axes are not MESH_AXES."""
     for leaf in jax.tree.leaves(params):
         sharding = getattr(leaf, "sharding", None)
@@ -161,7 +161,7 @@ def _mesh_of(params: Params) -> Mesh | None:
 
 
 def _generate_batch(cfg, params, prompts, keys, how, stop_ids, max_new_tokens, rope_length, emit):
-    mesh = _mesh_of(params)
+    mesh = mesh_of(params)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         rows = len(prompts)
         if mesh is not None:  # every device of data x fsdp gets as many rows
@@ -345,7 +345,8 @@ def rope_length_of(cfg: ModelConfig, total: int) -> int:
     return total
 
 
-def _ids(cfg: ModelConfig, ids: Sequence[int], what: str) -> list[int]:
+def checked_ids(cfg: ModelConfig, ids: Sequence[int], what: str) -> list[int]:
+    """Token ids as a list of int. Raises UserError, naming `what`, for other things and ids beyond the vocabulary."""
     if isinstance(ids, str) or not hasattr(ids, "__iter__"):
         raise UserError(f"{what} is {ids!r}, not a list of token ids; text becomes ids by vocabulary.encode")
     ids = [whole(i, f"{what}[{n}]") for n, i in enumerate(ids)]

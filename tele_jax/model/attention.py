@@ -8,7 +8,9 @@ forward or backward. Off TPUs it runs interpreted, which is for tests.
 
 Shapes: q [B, S, N, H], k and v [B, T, K, H] with N a multiple of K: query head n reads kv head n // (N/K).
 q_index [B, S] and kv_index [B, T] (int32) order the tokens: a query sees keys with kv_index <= q_index. Segment ids
-of the same shapes, where given, must be equal as well.
+of the same shapes, where given, must be equal as well. visible_until [B, T] (int32), where given, ends the visibility
+of a key: only queries with q_index < visible_until see it. A row of a tree of tokens in depth-first order, in which a
+key is visible until its last descendant, holds texts that share beginnings (inference/score.py).
 """
 
 import functools
@@ -36,7 +38,7 @@ SPLASH_KV_BLOCKS = (1024, 512, 256, 128)
 SAVED = "attention"  # name of the arrays that the remat policy "attention" keeps: outputs, and normalizers of blocks
 
 
-def attend(implementation: str, q, k, v, q_index, kv_index, segment_ids=None) -> jax.Array:
+def attend(implementation: str, q, k, v, q_index, kv_index, segment_ids=None, visible_until=None) -> jax.Array:
     """Attention [B, S, N, H] by "reference", "xla", "blocks", "splash", or "auto".
 
     "auto" takes splash on TPUs where its blocks divide the rows, blocks on CPUs, else xla; rows of one block take the
@@ -45,20 +47,20 @@ def attend(implementation: str, q, k, v, q_index, kv_index, segment_ids=None) ->
     # All but the reference rely on row order being causal order, which holds in training but not against a cache.
     in_row_order = q.shape[1] == k.shape[1] and kv_index is q_index
     if implementation == "reference" or not in_row_order:
-        return checkpoint_name(reference(q, k, v, q_index, kv_index, segment_ids, segment_ids), SAVED)
+        return checkpoint_name(reference(q, k, v, q_index, kv_index, segment_ids, segment_ids, visible_until), SAVED)
     wanted = implementation == "splash" or (implementation == "auto" and platform() == "tpu" and q.shape[1] > BLOCK)
-    if wanted and (reason := unsuited(q, k)) is not None:
+    if wanted and (reason := unsuited(q, k, visible_until)) is not None:
         warnings.warn(f"attention: splash does not do {reason}; taking the xla form, which is slower", stacklevel=2)
     elif wanted:
         return splash(q, k, v, segment_ids, interpret=platform() != "tpu")
     if q.shape[1] <= BLOCK:
-        return checkpoint_name(reference(q, k, v, q_index, kv_index, segment_ids, segment_ids), SAVED)
+        return checkpoint_name(reference(q, k, v, q_index, kv_index, segment_ids, segment_ids, visible_until), SAVED)
     if implementation == "blocks" or (implementation == "auto" and platform() == "cpu"):
-        return blocks(q, k, v, segment_ids)
-    return checkpoint_name(xla(q, k, v, q_index, segment_ids), SAVED)
+        return blocks(q, k, v, segment_ids, visible_until)
+    return checkpoint_name(xla(q, k, v, q_index, segment_ids, visible_until), SAVED)
 
 
-def reference(q, k, v, q_index, kv_index, q_segments=None, kv_segments=None) -> jax.Array:
+def reference(q, k, v, q_index, kv_index, q_segments=None, kv_segments=None, visible_until=None) -> jax.Array:
     """Attention by its formula, softmax(q k^T / sqrt(H) + mask) v, with the softmax in float32 or better."""
     batch, length, heads, head_dim = q.shape
     grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], head_dim)
@@ -67,24 +69,27 @@ def reference(q, k, v, q_index, kv_index, q_segments=None, kv_segments=None) -> 
     visible = kv_index[:, None, :] <= q_index[:, :, None]
     if q_segments is not None and kv_segments is not None:
         visible &= q_segments[:, :, None] == kv_segments[:, None, :]
+    if visible_until is not None:
+        visible &= q_index[:, :, None] < visible_until[:, None, :]
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(accumulate).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     return jnp.einsum("BKGST,BTKH->BSKGH", weights, v).reshape(q.shape)
 
 
-def xla(q, k, v, index, segment_ids=None) -> jax.Array:
+def xla(q, k, v, index, segment_ids=None, visible_until=None) -> jax.Array:
     """Attention of rows in causal order: each block of queries meets only the keys up to the block's end."""
     blocks = []
     for start in range(0, q.shape[1], BLOCK):
         end = min(start + BLOCK, q.shape[1])
         segments = (None, None) if segment_ids is None else (segment_ids[:, start:end], segment_ids[:, :end])
+        until = None if visible_until is None else visible_until[:, :end]
         blocks.append(
-            reference(q[:, start:end], k[:, :end], v[:, :end], index[:, start:end], index[:, :end], *segments)
+            reference(q[:, start:end], k[:, :end], v[:, :end], index[:, start:end], index[:, :end], *segments, until)
         )
     return jnp.concatenate(blocks, axis=1)
 
 
-def blocks(q, k, v, segment_ids=None) -> jax.Array:
+def blocks(q, k, v, segment_ids=None, visible_until=None) -> jax.Array:
     """Attention of rows in causal order, block by block, as is its gradient (arXiv 2205.14135 without its inner loop).
 
     The gradient needs q, k, v, the result and the logarithm of every softmax's denominator, and computes the weights
@@ -95,7 +100,7 @@ def blocks(q, k, v, segment_ids=None) -> jax.Array:
     kv_heads = k.shape[2]
     # Rows of one head in one piece, [B, K, S, G, H]: that is what products of batches of matrices are fast on.
     grouped = (q / head_dim**0.5).reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 1, 3, 4)
-    result = _blocks(grouped, k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids)
+    result = _blocks(grouped, k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids, visible_until)
     return result.transpose(0, 2, 1, 3, 4).reshape(q.shape)
 
 
@@ -108,28 +113,30 @@ def _rows(x: jax.Array, start: int, end: int) -> jax.Array:
     return x[:, :, start:end].reshape(*x.shape[:2], (end - start) * x.shape[3], *x.shape[4:])
 
 
-def _scores(q, k, segment_ids, start: int, end: int) -> jax.Array:
+def _scores(q, k, segment_ids, visible_until, start: int, end: int) -> jax.Array:
     """Scores of one block of queries [B, K, S, G, H] with the keys [B, K, T, H] up to its end: [B, K, s * G, end]."""
     accumulate = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("BKRH,BKTH->BKRT", _rows(q, start, end), k[:, :, :end], preferred_element_type=accumulate)
     visible = (jnp.arange(start, end)[:, None] >= jnp.arange(end))[None]
     if segment_ids is not None:
         visible &= segment_ids[:, start:end, None] == segment_ids[:, None, :end]
+    if visible_until is not None:
+        visible &= jnp.arange(start, end)[:, None] < visible_until[:, None, :end]
     visible = jnp.repeat(visible, q.shape[3], axis=1)[:, None]
     return jnp.where(visible, scores, jnp.finfo(accumulate).min)
 
 
 @jax.custom_vjp
-def _blocks(q, k, v, segment_ids) -> jax.Array:
+def _blocks(q, k, v, segment_ids, visible_until) -> jax.Array:
     """Attention [B, K, S, G, H] of scaled queries of that shape and of keys and values [B, K, S, H]."""
-    return _blocks_forward(q, k, v, segment_ids)[0]
+    return _blocks_forward(q, k, v, segment_ids, visible_until)[0]
 
 
-def _blocks_forward(q, k, v, segment_ids):
+def _blocks_forward(q, k, v, segment_ids, visible_until):
     accumulate = jnp.promote_types(q.dtype, jnp.float32)
     results, normalizers = [], []
     for start, end in _spans(q.shape[2]):
-        scores = _scores(q, k, segment_ids, start, end)
+        scores = _scores(q, k, segment_ids, visible_until, start, end)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -141,11 +148,11 @@ def _blocks_forward(q, k, v, segment_ids):
         normalizers.append((largest + jnp.log(total)).reshape(shape[:-1]))
     result = checkpoint_name(jnp.concatenate(results, axis=2), SAVED)
     normalizer = checkpoint_name(jnp.concatenate(normalizers, axis=2), SAVED)
-    return result, (q, k, v, segment_ids, result, normalizer)
+    return result, (q, k, v, segment_ids, visible_until, result, normalizer)
 
 
 def _blocks_backward(residuals, gradient):
-    q, k, v, segment_ids, result, normalizer = residuals
+    q, k, v, segment_ids, visible_until, result, normalizer = residuals
     accumulate = normalizer.dtype
     product = functools.partial(jnp.einsum, preferred_element_type=accumulate)
     # The gradient of every score is lowered by the mean of its row's gradients, under the weights.
@@ -154,7 +161,9 @@ def _blocks_backward(residuals, gradient):
     of_q, of_k, of_v = [], *(jnp.zeros(x.swapaxes(2, 3).shape, accumulate) for x in (k, v))
     for start, end in reversed(_spans(q.shape[2])):  # the longest first: it fills of_k and of_v
         rows, rows_gradient = _rows(q, start, end), _rows(gradient, start, end)
-        weights = jnp.exp(_scores(q, k, segment_ids, start, end) - _rows(normalizer, start, end)[..., None])
+        weights = jnp.exp(
+            _scores(q, k, segment_ids, visible_until, start, end) - _rows(normalizer, start, end)[..., None]
+        )
         of_weights = product("BKRH,BKTH->BKRT", rows_gradient, v[:, :, :end])
         of_scores = (weights * (of_weights - _rows(mean, start, end)[..., None])).astype(q.dtype)
         part = product("BKRT,BKTH->BKRH", of_scores, k[:, :, :end])
@@ -162,7 +171,7 @@ def _blocks_backward(residuals, gradient):
         of_k = of_k.at[..., :end].add(product("BKRH,BKRT->BKHT", rows, of_scores))
         of_v = of_v.at[..., :end].add(product("BKRH,BKRT->BKHT", rows_gradient, weights.astype(q.dtype)))
     of_k, of_v = (x.swapaxes(2, 3).astype(k.dtype) for x in (of_k, of_v))
-    return jnp.concatenate(of_q[::-1], axis=2), of_k, of_v, None
+    return jnp.concatenate(of_q[::-1], axis=2), of_k, of_v, None, None
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)
@@ -219,9 +228,11 @@ def cached(q, k, v, layer, q_index, kv_index, used) -> jax.Array:
     return (result / total).astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-def unsuited(q, k) -> str | None:
+def unsuited(q, k, visible_until=None) -> str | None:
     """The reason why splash cannot do these shapes or dtypes, or None."""
     mesh = mesh_of_step()
+    if visible_until is not None:
+        return "rows of trees of tokens"
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"{q.dtype.name}"
     if q.shape[1] % SPLASH_BLOCKS[-1]:

@@ -39,6 +39,7 @@ class Context(struct.PyTreeNode):
     mlp_mask: Mask | None  # [F]
     heads_mask: Mask | None  # [N]
     slot: jax.Array | None = None  # int32[], where in the cache the first of these tokens goes
+    visible_until: jax.Array | None = None  # int32[B, S], see model/attention.py
 
 
 # Position of padding, later than every token's: no query sees padding. The outputs of padding itself have no meaning.
@@ -103,7 +104,7 @@ class Attention(nn.Module):
         v = project("BSD,DKH->BSKH", x, kernel_v)
         if cache is None or ctx.slot is None:
             rows = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-            y = attend(cfg.attention, q, k, v, rows, rows, ctx.segment_ids)
+            y = attend(cfg.attention, q, k, v, rows, rows, ctx.segment_ids, ctx.visible_until)
         else:
             at = indices(layer, 0, 0, ctx.slot, 0)
             cache = cache.replace(
@@ -282,10 +283,12 @@ def hidden(
     segment_ids: jax.Array | None = None,
     masks: Masks | None = None,
     rope_length: int | None = None,
+    visible_until: jax.Array | None = None,
 ) -> jax.Array:
     """Final hidden state [B, S, D] in cfg.dtype after the last norm.
 
     positions, int32[B, S], default to the index in the row; rope_length, which NTK scaling goes by, to S.
+    visible_until, int32[B, S]: the index in the row from which on a token is seen no more; see model/attention.py.
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
@@ -293,6 +296,7 @@ def hidden(
     masks = masks or {}
     inputs.check_shapes(cfg, tokens, positions, segment_ids, masks)
     ctx = _context(cfg, positions, tokens.shape[1] if rope_length is None else rope_length, segment_ids, masks)
+    ctx = ctx.replace(visible_until=visible_until)
     return _apply(Decoder(cfg), params, tokens, ctx, masks.get("layers"), None)[0]
 
 

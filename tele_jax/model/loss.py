@@ -58,6 +58,18 @@ def cross_entropy(x: jax.Array, kernel: jax.Array, targets: jax.Array, mult: flo
     return _on_each_device(local, x, kernel, (targets,), out=(P(BATCH),))[0]
 
 
+def score_targets(
+    x: jax.Array, kernel: jax.Array, targets: jax.Array, mult: float, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (log-probabilities of the targets in nats, where a target is the likeliest token), [B, S] each.
+
+    Arguments as for `cross_entropy`. Of several tokens that are equally likely, the first counts as the likeliest.
+    """
+    local = functools.partial(_losses, mult=mult, vocab_size=vocab_size, compare=True)
+    losses, is_likeliest = _on_each_device(local, x, kernel, (targets,), out=(P(BATCH), P(BATCH)))
+    return -losses, is_likeliest
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def weighted_cross_entropy(x, kernel, targets, weights, mult: float, vocab_size: int) -> jax.Array:
     """The sum of weights * cross_entropy(x, kernel, targets, mult, vocab_size); weights [B, S], float32 or better."""
@@ -152,15 +164,22 @@ def _softmax(x, kernel, targets, mult, vocab_size, axes: _Axes):
     return log_normalizer[:, 0] - of_target, logits, log_normalizer, hit
 
 
-def _losses(x, kernel, targets, *, mult, vocab_size, axes):
+def _losses(x, kernel, targets, *, mult, vocab_size, axes, compare=False):
+    """Returns (losses [B, S],), and with `compare` also where the target is the likeliest token, bool[B, S]."""
     kernel = axes.gathered(kernel.astype(x.dtype))
 
     @jax.checkpoint
     def step(_, part):
-        return None, _softmax(part[0], kernel, part[1], mult, vocab_size, axes)[0]
+        losses, logits, *_ = _softmax(part[0], kernel, part[1], mult, vocab_size, axes)
+        if not compare:
+            return None, (losses,)
+        columns = axes.columns(kernel.shape[1])
+        largest = axes.max(jnp.max(logits, axis=-1, keepdims=True))
+        likeliest = -axes.max(jnp.max(jnp.where(logits == largest, -columns, -(2**31) + 1), axis=-1))
+        return None, (losses, likeliest == part[1])
 
     parts = _by_chunk(_chunks(targets.size, kernel.shape[1]), x, targets)
-    return (jax.lax.scan(step, None, parts)[1].reshape(targets.shape),)
+    return tuple(values.reshape(targets.shape) for values in jax.lax.scan(step, None, parts)[1])
 
 
 def _losses_and_gradients(x, kernel, targets, weights, *, mult, vocab_size, axes):

@@ -208,7 +208,7 @@ def test_an_added_token_takes_no_white_space_away(description, write):
         ),
         (
             lambda d: changed(d, model=d["model"] | {"vocab": {"a": 0, "b": 1}, "merges": []}, added_tokens=[]),
-            "no piece for 241 bytes, the first 0x00",
+            "no piece for 208 bytes, the first 0x09",
         ),
     ],
 )
