@@ -223,7 +223,12 @@ class DecodeJob(ModelJob):
         per_row = dict(lengths=jnp.int32, token=jnp.int32, done=bool, broken=bool, keys=jax.random.key(0).dtype)
         step_number = jax.ShapeDtypeStruct((), jnp.int32)
         by_row: Table = {name: rows(dtype) for name, dtype in per_row.items()}
-        by_row |= {"tokens": rows(jnp.int32, slots), "step": step_number, "slot": None}
+        by_row |= {
+            "tokens": rows(jnp.int32, slots),
+            "logprobs": rows(jnp.float32, slots),
+            "step": step_number,
+            "slot": None,
+        }
         state = State(seen=None, **by_row)
         rope_length, how, stop_ids = rope_length_of(self.cfg, self.seq_len), sampling(), np.full(16, -1, np.int32)
 

@@ -176,22 +176,43 @@ class TextStream:
 
     stream = TextStream(vocabulary)
     [stream.add(token) for token in three_byte_tokens]     # ['', '', '中']
+
+    Attributes:
+      stopped: True once a stop string has come. The text ends before it; what may be the beginning of one is held back
+        until more of the text is there.
     """
 
-    def __init__(self, vocabulary: Vocabulary, *, continues: bool = False):
-        """Begins a text, or continues one: then a space of the first token is no dummy prefix."""
+    def __init__(self, vocabulary: Vocabulary, *, continues: bool = False, stop: Sequence[str] = ()):
+        """Begins a text, or continues one: then a space of the first token is no dummy prefix. stop: stop strings."""
         self._vocabulary, self._at_start = vocabulary, not continues
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stop, self._held, self.stopped = [text for text in stop if text], "", False
 
     def add(self, token: int) -> str:
         """The text that is certain now and was not before. Control tokens, and ids beyond the vocabulary, have none."""
         spelled = self._vocabulary.spelled(token, first=self._at_start)
         self._at_start = self._at_start and not spelled
-        return self._decoder.decode(spelled)
+        return self._until_stop(self._decoder.decode(spelled), final=False)
 
     def end(self) -> str:
-        """Returns the rest of the text: U+FFFD where the last character was never completed, otherwise nothing."""
-        return self._decoder.decode(b"", final=True)
+        """Returns the rest of the text, with U+FFFD where the last character was never completed."""
+        return self._until_stop(self._decoder.decode(b"", final=True), final=True)
+
+    def _until_stop(self, new: str, *, final: bool) -> str:
+        if self.stopped or not self._stop:
+            return "" if self.stopped else new
+        text, self._held = self._held + new, ""
+        places = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if places:
+            self.stopped = True
+            return text[: min(places)]
+        if final:
+            return text
+        longest = min(len(text), max(map(len, self._stop)) - 1)
+        begins = (n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stop))
+        certain = len(text) - next(begins, 0)
+        self._held = text[certain:]
+        return text[:certain]
 
 
 def check_vocabulary(cfg: ModelConfig, vocabulary: Vocabulary) -> None:

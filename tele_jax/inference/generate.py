@@ -44,6 +44,7 @@ class State(struct.PyTreeNode):
     step: jax.Array  # int32[], tokens drawn so far
     slot: jax.Array  # int32[], slot of the cache for the token drawn last
     keys: jax.Array  # random keys [B], one per row
+    logprobs: jax.Array  # float32[B, T] or better, of the drawn tokens, at their places in tokens
     seen: jax.Array | None  # bool[B, V], tokens in prompt or continuation; None without repetition penalty
 
 
@@ -59,7 +60,7 @@ def generate(
     repetition_penalty: float = 1.0,
     stop_ids: Sequence[int] = (),
     seed: int = 0,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int], object] | None = None,
 ) -> list[list[int]]:
     """Continues each prompt until a stop id or max_new_tokens.
 
@@ -77,7 +78,8 @@ def generate(
       stop_ids: ids that end a row; they are not part of its output.
       seed: a row's random keys depend on (seed, its index in prompts) alone. Other rows change its logits by the
         rounding of products of another shape at most.
-      on_token: called as on_token(row, token) for every token as soon as it is there.
+      on_token: called as on_token(row, token) for every token as soon as it is there; True as result ends the row
+        after it (chat.TextStream knows when a stop string has come).
 
     Returns:
       The new tokens of every row, without prompt and stop id.
@@ -87,8 +89,28 @@ def generate(
         of its range.
       FailedError: logits that are not finite numbers; says whether a parameter is not.
     """
+    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
+    options |= dict(max_new_tokens=max_new_tokens, stop_ids=stop_ids, seed=seed, on_token=on_token)
+    return [tokens for tokens, _ in generate_scored(cfg, params, prompts, **options)]
+
+
+def generate_scored(
+    cfg: ModelConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] = (),
+    seed: int = 0,
+    on_token: Callable[[int, int], object] | None = None,
+    **options: Any,
+) -> list[tuple[list[int], np.ndarray]]:
+    """Does what `generate` does, and returns with the tokens of each row their log-probabilities, float32[n] in nats.
+
+    These are the model's own, log softmax(logits), whatever the temperature and the penalty with which they were drawn.
+    """
     require_config(cfg, "generate: cfg")
-    how = sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
+    how = sampling(**options)
     prompts = [checked_ids(cfg, prompt, f"prompts[{row}]") for row, prompt in enumerate(prompts)]
     stop_ids = checked_ids(cfg, stop_ids, "stop_ids")
     _check(cfg, prompts, max_new_tokens)
@@ -98,7 +120,7 @@ def generate(
     groups = collections.defaultdict(list)
     for row, prompt in enumerate(prompts):
         groups[rope_length_of(cfg, len(prompt) + max_new_tokens)].append(row)
-    results: list[list[int]] = [[] for _ in prompts]
+    results: list[tuple[list[int], np.ndarray]] = [([], np.zeros(0, np.float32)) for _ in prompts]
     for rope_length, rows in groups.items():
         emit = None if on_token is None else lambda i, token, rows=rows: on_token(rows[i], token)
         batch = [prompts[row] for row in rows]
@@ -183,10 +205,11 @@ def _generate_batch(cfg, params, prompts, keys, how, stop_ids, max_new_tokens, r
             cache, last = _prefill(cfg, rope_length, params, cache, last, piece, np.int32(start), lengths)
         state = _begin(cfg, params, last, tokens, lengths, np.arange(len(prompts)) >= rows, keys, how, stop_ids)
         state = _draw_all(cfg, rope_length, params, cache, state, how, stop_ids, max_new_tokens, emit)
-        tokens, ends, broken = jax.device_get((state.tokens, state.lengths, state.broken))
+        tokens, logprobs, ends, broken = jax.device_get((state.tokens, state.logprobs, state.lengths, state.broken))
     if broken[:rows].any():
         _fail(cfg, params, int(ends[:rows][broken[:rows]].min()) - 1)
-    return [tokens[row, lengths[row] : ends[row]].tolist() for row in range(rows)]
+    drawn = [slice(lengths[row], ends[row]) for row in range(rows)]
+    return [(tokens[row, part].tolist(), logprobs[row, part]) for row, part in enumerate(drawn)]
 
 
 def _fail(cfg: ModelConfig, params: Params, position: int) -> None:
@@ -213,17 +236,20 @@ def _draw_all(cfg, rope_length, params, cache, state, how, stop_ids, max_new_tok
     if emit is None:
         return _decode(cfg, rope_length, params, cache, state, how, stop_ids, np.int32(max_new_tokens))[0]
     # The next step is under way while the host reads this one; after the end a step does nothing.
+    lengths = np.array(jax.device_get(state.lengths)) - ~jax.device_get(state.done)  # before the first draw
+    ended = np.zeros(len(lengths), bool)
     for step in range(1, max_new_tokens + 1):
         following, cache = _decode(
             cfg, rope_length, params, cache, state, how, stop_ids, np.int32(min(step + 1, max_new_tokens))
         )
         token, done = jax.device_get((state.token, state.done))
-        for row in np.flatnonzero(~done):
-            emit(int(row), int(token[row]))
-        state = following
-        if done.all():
+        for row in np.flatnonzero(~done & ~ended):
+            ended[row] = emit(int(row), int(token[row])) is True
+            lengths[row] += 1
+        state = following.replace(done=following.done | ended) if ended.any() else following
+        if (done | ended).all():
             break
-    return state
+    return state.replace(lengths=jnp.asarray(lengths))  # what came after the end of a row is dropped
 
 
 def cache_shardings(cfg: ModelConfig, mesh: Mesh) -> decoder.Cache:
@@ -273,6 +299,7 @@ def _begin(cfg, params, last, tokens, lengths, done, keys, how, stop_ids):
         token=jnp.zeros(batch, jnp.int32),
         done=done,
         broken=jnp.zeros_like(done),
+        logprobs=jnp.zeros(tokens.shape, last.dtype if last.dtype == jnp.float64 else jnp.float32),
         step=jnp.int32(0),
         slot=jnp.max(lengths) - 1,
         keys=keys,
@@ -309,8 +336,10 @@ def _append(cfg, params, x, state: State, how: Sampling, stop_ids) -> State:
     done = state.done | broken | jnp.isin(token, stop_ids)
     rows = jnp.arange(token.shape[0])
     end = jnp.where(done, state.tokens.shape[1], state.lengths)  # beyond the end: dropped
+    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
     return State(
         tokens=state.tokens.at[rows, end].set(token),
+        logprobs=state.logprobs.at[rows, end].set(logprob),
         lengths=state.lengths + ~done,
         token=token,
         done=done,

@@ -208,7 +208,7 @@ def test_an_added_token_takes_no_white_space_away(description, write):
         ),
         (
             lambda d: changed(d, model=d["model"] | {"vocab": {"a": 0, "b": 1}, "merges": []}, added_tokens=[]),
-            "no piece for 208 bytes, the first 0x09",
+            "no piece for 207 bytes, the first 0x09",
         ),
     ],
 )
@@ -238,3 +238,19 @@ def test_a_cache_carries_it_under_the_name_of_its_kind(description, write, tmp_p
     (tmp_path / "rows/tokenizer.model").unlink()
     with pytest.raises(DamageError, match="rows: its copy of the tokenizer is missing"):
         opened.tokenizer()
+
+
+def test_a_tokenizer_may_lack_rare_bytes_and_refuses_the_texts_that_have_them(description, write):
+    """SmolLM2's has no piece for six control characters, nor for what begins characters of the planes 4 to 11."""
+    lacking = {name: i for name, i in description["model"]["vocab"].items() if name not in ("\u0104", "\u00f1")}
+    path = write(changed(description, model=description["model"] | {"vocab": lacking}))
+    vocabulary = load_vocabulary(path)
+    assert not vocabulary.spells_bytes
+    assert (
+        vocabulary.decode(vocabulary.encode("as before: \u753b\u86c7 \U0001f40d"))
+        == "as before: \u753b\u86c7 \U0001f40d"
+    )
+    with pytest.raises(UserError, match="no piece for the byte 0x04, at 3 of the text"):
+        vocabulary.encode("a\u00a0\u0004b")
+    with pytest.raises(UserError, match="no piece for the byte 0xF1, at 0 of the text"):
+        vocabulary.encode_batch(["\U00040000"])

@@ -1,0 +1,187 @@
+"""The model under evaluation: what conditions its texts, and how it scores and continues them."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from tele_jax import checkpoint
+from tele_jax.axes import Params
+from tele_jax.config import ModelConfig, given
+from tele_jax.data import dialogue, templates
+from tele_jax.data.templates import Template
+from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
+from tele_jax.errors import UserError
+from tele_jax.files import PathLike, Table
+from tele_jax.growth.masks import require_unmasked
+from tele_jax.inference.chat import TextStream, check_vocabulary, find_tokenizer
+from tele_jax.inference.generate import generate, prepare
+from tele_jax.inference.score import TokenScores, score_tokens
+from tele_jax.processes import from_first, is_first
+
+PIECE = 500_000  # characters of a message between processes
+ROWS = 16  # prompts that are continued at the same time
+
+
+@dataclasses.dataclass
+class EvalModel:
+    """A loaded model. Several processes each have one, over the same mesh, and call the same methods in order.
+
+    Attributes:
+      path: where the checkpoint was found.
+      params: nested dict of arrays, as checkpoint.load returns it.
+      template: form of dialogues; None where nothing says which it is.
+      document_start: id before every text, as in training and in `tele generate`; None: nothing is.
+      prefix: id that conditions the first token of a text to score: document_start, or else the release's BOS, or EOS.
+      stop_ids: ids that end a text.
+    """
+
+    path: str
+    cfg: ModelConfig
+    params: Params
+    vocabulary: Vocabulary
+    template: Template | None
+    document_start: int | None
+    prefix: int
+    stop_ids: list[int]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text from its beginning: document_start, where there is one, and those of the text."""
+        return ([] if self.document_start is None else [self.document_start]) + self.vocabulary.encode(text)
+
+    def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The ids of a dialogue that ends in a question; raises UserError where the model has no template."""
+        template = given(self.template, f"{self.path}: nothing says how its dialogues are written; give --template")
+        return dialogue.render_prompt(list(messages), self.vocabulary, template=template)  # pyright: ignore[reportArgumentType]
+
+    def score(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[TokenScores]:
+        """Yields the scores of (prompt, continuation), in ids, as they are ready; see inference/score.py."""
+        return score_tokens(self.cfg, self.params, requests)
+
+    def continue_texts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        on_text: Callable[[int, str], None] | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """Continues each prompt until an end of text, a stop string (which is left out) or max_new_tokens.
+
+        on_text: called with the number of a prompt and its continuation as soon as the rows with it are done.
+        options: see sampling.sampling; by default the likeliest token is taken.
+        """
+        ready = prepare(self.cfg, self.params)
+        texts = [""] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # rows of a batch are of like length
+        for start in range(0, len(order), ROWS):
+            rows = order[start : start + ROWS]
+            streams = [TextStream(self.vocabulary, continues=True, stop=stop) for _ in rows]
+            parts: list[list[str]] = [[] for _ in rows]
+
+            def on_token(row: int, token: int, streams=streams, parts=parts) -> bool:
+                parts[row].append(streams[row].add(token))
+                return streams[row].stopped
+
+            how: Table = {"max_new_tokens": max_new_tokens, "stop_ids": self.stop_ids, "on_token": on_token}
+            generate(self.cfg, ready, [prompts[i] for i in rows], **how, **options)
+            for row, i in enumerate(rows):
+                texts[i] = "".join(parts[row]) + streams[row].end()
+                if on_text is not None:
+                    on_text(i, texts[i])
+        return texts
+
+
+def load(
+    path: PathLike,
+    *,
+    tokenizer: PathLike | None = None,
+    template: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> EvalModel:
+    """Loads a checkpoint, with the tokenizer in or above it, for evaluation.
+
+    Raises:
+      UserError: no checkpoint, no tokenizer or one that does not fit, a model whose masks are still rising after a
+        growth, an unknown template.
+    """
+    lazy = checkpoint.open_lazy(path)
+    vocabulary = load_vocabulary(find_tokenizer(path, tokenizer))
+    check_vocabulary(lazy.cfg, vocabulary)
+    require_unmasked(lazy.provenance, path)
+    try:
+        form = templates.choose(vocabulary, template, lazy.provenance)
+    except UserError:
+        if template is not None:
+            raise
+        form = None
+    release = templates.release_of(lazy.provenance)
+    released: Table = {} if release is None else release["generation"]
+    start = templates.document_start(vocabulary, lazy.provenance)
+    bos = ({} if release is None else release.get("config", {})).get("bos_token_id")
+    ends = {i for i in released.get("eos_token_ids", ()) if 0 <= i < lazy.cfg.vocab_size}
+    if form is not None:
+        ends |= set(templates.marker_ids(form, vocabulary).end)
+    ends |= {vocabulary.eos_id} - {-1}
+    prefixes = (start, bos, vocabulary.bos_id, vocabulary.eos_id)
+    prefix = next((i for i in prefixes if isinstance(i, int) and 0 <= i < lazy.cfg.vocab_size), None)
+    prefix = given(prefix, f"{path}: no id conditions the first token of a text; its tokenizer has neither BOS nor EOS")
+    params = checkpoint.load(path, mesh, items=("params",)).params
+    return EvalModel(str(path), lazy.cfg, params, vocabulary, form, start, prefix, sorted(ends))
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+class Leader:
+    """Process 0 as the others see it: what it asks of the model, all of them compute.
+
+    with Leader(model) as leader:
+        if leader.leads:
+            leader.score(requests)
+    """
+
+    def __init__(self, model: EvalModel):
+        self.model, self.leads = model, is_first()
+
+    def __enter__(self) -> "Leader":
+        if not self.leads:
+            self._follow()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.leads:
+            _share(["end", None])
+
+    def score(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[TokenScores]:
+        """Does what EvalModel.score does, in all processes; to be read to its end."""
+        _share(["score", [[list(map(int, ids)) for ids in request] for request in requests]])
+        return self.model.score(requests)
+
+    def continue_texts(self, prompts: Sequence[Sequence[int]], *, on_text=None, **options: Any) -> list[str]:
+        """Does what EvalModel.continue_texts does, in all processes."""
+        _share(["continue", [[list(map(int, prompt)) for prompt in prompts], options]])
+        return self.model.continue_texts(prompts, on_text=on_text, **options)
+
+    def _follow(self) -> None:
+        while True:
+            kind, what = _share(None)
+            if kind == "end":
+                return
+            if kind == "score":
+                for _ in self.model.score(what):
+                    pass
+            else:
+                self.model.continue_texts(what[0], **what[1])
+
+
+def _share(value: Any) -> Any:
+    """The value of process 0, JSON of any size, in every process."""
+    if jax.process_count() == 1:
+        return value
+    text = json.dumps(value) if is_first() else ""
+    count = from_first(lambda: -(-len(text) // PIECE))
+    return json.loads("".join(from_first(lambda i=i: text[i * PIECE : (i + 1) * PIECE]) for i in range(count)))
