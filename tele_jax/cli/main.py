@@ -30,6 +30,7 @@ VERBS = {
     "data": "fetch and clean text, make training rows of it, look at them",
     "generate": "continue a prompt",
     "chat": "talk to a fine-tuned model",
+    "eval": "find out how good a model is",
     "preflight": "check a command before it is started on other machines (launch/)",
 }
 

@@ -1,14 +1,18 @@
 """The field's harness, lm-evaluation-harness (extra [eval]), on a model of ours."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from tele_jax import files
 from tele_jax.errors import UserError
 from tele_jax.eval.model import Leader
 from tele_jax.extras import need
 from tele_jax.files import Table
 
 EXTRA = "pip install tele_jax[eval]"
+BOOTSTRAP = 1000  # resamplings for the standard errors of metrics that have no formula for it
 MAX_NEW_TOKENS = 256  # of a task that names no number, as in the harness's own backends
 
 
@@ -142,3 +146,52 @@ def _generation(asked: Table) -> tuple[Table, Table]:
     elif how.get("temperature", 1.0) == 0:
         raise UserError("a task asks for samples at temperature 0")
     return {"max_new_tokens": length, "stop": [stop] if isinstance(stop, str) else list(stop)}, how
+
+
+def evaluate(
+    leader: Leader,
+    tasks: Sequence[Any],
+    manager: Any,
+    *,
+    out: Path,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    chat: bool = False,
+    system: str | None = None,
+    long: str = "cut",
+) -> Table:
+    """Runs tasks on process 0, and returns the harness's results, which it writes to `out`.
+
+        out/results.json            as lm-eval writes it, with `counts` of requests, tokens and prompts that were cut
+        out/samples_<task>.jsonl    one line an item: what was asked, what came, how it counts
+        out/answers_rank0.db        answers so far: a run that was killed goes on from them
+
+    Args:
+      num_fewshot: examples before each question; None: as the task says.
+      limit: most items of a task, or below 1 a share of them.
+      chat: asks in the model's dialogue form, each example as a turn of its own.
+    """
+    lm_eval = need("lm_eval", how=EXTRA)
+    model = adapter(leader, long=long)
+    results = lm_eval.simple_evaluate(
+        model=model,
+        tasks=list(tasks),
+        task_manager=manager,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+        system_instruction=system,
+        use_cache=str(out / "answers"),
+        log_samples=True,
+        bootstrap_iters=BOOTSTRAP,
+    )
+    samples = results.pop("samples")
+    results["counts"] = model.counts
+    results["config"]["model"] = leader.model.path
+    for task, items in samples.items():
+        lines = (json.dumps(item, default=str, ensure_ascii=False) + "\n" for item in items)
+        files.write_file(out / f"samples_{task}.jsonl", "".join(lines).encode())
+    results = json.loads(json.dumps(results, default=str))
+    files.write_json(out / "results.json", results)
+    return results

@@ -111,7 +111,7 @@ def load(
     lazy = checkpoint.open_lazy(path)
     vocabulary = load_vocabulary(find_tokenizer(path, tokenizer))
     check_vocabulary(lazy.cfg, vocabulary)
-    require_unmasked(lazy.provenance, path)
+    require_unmasked(lazy.provenance, str(path))
     try:
         form = templates.choose(vocabulary, template, lazy.provenance)
     except UserError:

@@ -89,7 +89,7 @@ def generate(
         of its range.
       FailedError: logits that are not finite numbers; says whether a parameter is not.
     """
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
+    options: Table = dict(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
     options |= dict(max_new_tokens=max_new_tokens, stop_ids=stop_ids, seed=seed, on_token=on_token)
     return [tokens for tokens, _ in generate_scored(cfg, params, prompts, **options)]
 
@@ -374,7 +374,7 @@ def rope_length_of(cfg: ModelConfig, total: int) -> int:
     return total
 
 
-def checked_ids(cfg: ModelConfig, ids: Sequence[int], what: str) -> list[int]:
+def checked_ids(cfg: ModelConfig, ids: Any, what: str) -> list[int]:
     """Token ids as a list of int. Raises UserError, naming `what`, for other things and ids beyond the vocabulary."""
     if isinstance(ids, str) or not hasattr(ids, "__iter__"):
         raise UserError(f"{what} is {ids!r}, not a list of token ids; text becomes ids by vocabulary.encode")

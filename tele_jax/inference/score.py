@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,9 @@ def encode_pair(vocabulary: Vocabulary, prompt: str, continuation: str) -> tuple
     return whole_text[:length], whole_text[length:]
 
 
-def _ids(cfg: ModelConfig, vocabulary: Vocabulary | None, prompt, continuation, i: int) -> tuple[list[int], list[int]]:
+def _ids(
+    cfg: ModelConfig, vocabulary: Vocabulary | None, prompt: Any, continuation: Any, i: int
+) -> tuple[list[int], list[int]]:
     if isinstance(prompt, str) and isinstance(continuation, str):
         if vocabulary is None:
             raise UserError(f"score: prompts[{i}] is a text; hand over vocabulary=, or token ids")
@@ -146,7 +148,7 @@ def _score_group(cfg, params, requests, members, rope_length, tokens_per_batch) 
     mesh = mesh_of(params)
     ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH)
     room = tokens_per_batch or ways * (CPU_BATCH if platform() == "cpu" else BATCH_TOKENS)
-    length, rows = _best_rows(cfg, [(i, *map(_array, requests[i])) for i in members])
+    length, rows = _best_rows(cfg, [(i, _array(requests[i][0]), _array(requests[i][1])) for i in members])
     size = min(max(1, room // length // ways), 1 << (-(-len(rows) // ways) - 1).bit_length()) * ways
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]
@@ -197,7 +199,7 @@ def pack_trees(requests: Sequence[tuple[int, np.ndarray, np.ndarray]], length: i
     for _, request, inputs, prompt, targets in ordered:
         shared = _common(before, inputs)
         if used + len(inputs) - shared > length or (rows and len(rows[-1].scored) + len(targets) > length):
-            rows.append(Row(*(np.zeros(length, np.int32) for _ in range(3))))
+            rows.append(Row(np.zeros(length, np.int32), np.zeros(length, np.int32), np.zeros(length, np.int32)))
             shared, used, path = 0, 0, path[:0]
         row, end = rows[-1], used + len(inputs) - shared
         row.tokens[used:end] = inputs[shared:]
