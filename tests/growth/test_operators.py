@@ -176,7 +176,7 @@ def test_multi_head_attention_stays_so():
             lambda: growth.widen_heads(CFG.replace(num_heads=6), 6, 3),
             "6 heads in 2 groups do not fit into 6 heads in 3",
         ),
-        (lambda: growth.insert_layers(CFG, 1), "num_layers would shrink, 2 -> 1"),
+        (lambda: growth.insert_layers(CFG, 1), "layers=1, but the model has 2 layers, and none is removed"),
         (lambda: growth.insert_layers(CFG, [0, 0]), r"layers: \[0, 0\] has to name each of the 2 source layers"),
         (lambda: growth.grow_vocab(CFG, 12), "vocab_size would shrink, 13 -> 12"),
         (lambda: growth.grow_vocab(CFG, 14, 13), "padded_vocab_size=13 is below vocab_size=14"),

@@ -29,9 +29,8 @@ from tele_jax.files import Table
 from tele_jax.growth.apply import check_tree
 from tele_jax.growth.masks import vectors
 from tele_jax.growth.plan import Plan, require_plan
-from tele_jax.growth.verify import entries
+from tele_jax.growth.verify import entries, liveness
 from tele_jax.growth.verify import parts as model_parts
-from tele_jax.growth.verify.liveness import liveness
 from tele_jax.model import decoder
 from tele_jax.sharding import to_host
 
@@ -161,7 +160,7 @@ def verify(
         before = jax.jit(decoder.forward, static_argnums=0)(plan.src_cfg, params, old_tokens)
         after = jax.jit(decoder.forward, static_argnums=0)(plan.dst_cfg, big, new_tokens, masks=masks)
         before, after = jnp.asarray(to_host(before))[..., before_ids], jnp.asarray(to_host(after))[..., after_ids]
-        dead, locked = liveness(plan, big, new_tokens)
+        dead, locked = liveness.liveness(plan, big, new_tokens)
     max_abs = float(jnp.max(jnp.abs(after - before)))
     old, new = jax.nn.log_softmax(before), jax.nn.log_softmax(after)
     return dataclasses.replace(
