@@ -178,7 +178,7 @@ def test_units_are_born_when_they_are_added():
 
 def test_an_empty_state_stays_empty():
     plan = growth.plan(SRC32, DST32)
-    for state in ((), optax.EmptyState(), None, (optax.EmptyState(), {"a": ()})):
+    for state in ((), optax.EmptyState(), (optax.EmptyState(), {"a": ()})):
         assert growth.apply_opt(plan, state) == state
 
 
