@@ -16,10 +16,11 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct, traverse_util
 
-from tele_jax.config import ModelConfig, from_dict, require
-from tele_jax.errors import UserError
+from tele_jax.config import ModelConfig, check_fields, from_dict, require
+from tele_jax.errors import UserError, abridged
 
 # Axes that grow with the width of the model in muP's sense; the others stay finite.
 WIDTH_AXES = frozenset({"embed", "heads", "kv_heads", "mlp"})
@@ -32,6 +33,7 @@ PyTree = Any  # what jax.tree takes apart, such as an optimizer state
 Role = Literal["kernel", "table", "bias", "scale"]
 
 
+@check_fields
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
     """A parameter without its values: shape, dtype and named axes."""
@@ -171,15 +173,33 @@ def flatten(tree: Params) -> dict[str, Leaf]:
     """A nested dict as one dict with dotted keys, sorted: {"layers.attn.q": leaf, ...}.
 
     Raises:
-      UserError: the tree is no dict.
+      UserError: the tree is no dict, or has keys that are no names.
     """
     require(isinstance(tree, Mapping), f"expected parameters as a nested dict, got {type(tree).__name__}")
-    return dict(sorted(traverse_util.flatten_dict(tree, sep=".").items()))
+    leaves = traverse_util.flatten_dict(tree)
+    for path in leaves:
+        require(all(isinstance(key, str) for key in path), f"expected parameters as a nested dict of names, got {path}")
+    return {".".join(path): leaves[path] for path in sorted(leaves, key=".".join)}
 
 
 def unflatten(leaves: Leaves) -> dict[str, Any]:
     """The inverse of `flatten`."""
     return traverse_util.unflatten_dict(dict(leaves), sep=".")
+
+
+def check_tree(
+    leaves: Leaves, spec: Leaves, what: str = "the parameters do not fit the config", *, dtypes: bool = True
+) -> None:
+    """Raises UserError naming every leaf whose presence, shape or (with dtypes) dtype is not as in spec."""
+    wrong = [f"{name}: not a parameter of this model" for name in sorted(leaves) if name not in spec]
+    wrong += [f"{name}: missing" for name in spec if name not in leaves]
+    for name in sorted(spec.keys() & leaves.keys()):
+        have, want = leaves[name], spec[name]
+        if not (hasattr(have, "shape") and hasattr(have, "dtype")):
+            wrong.append(f"{name}: {type(have).__name__}, not an array")
+        elif tuple(have.shape) != want.shape or (dtypes and np.dtype(have.dtype) != np.dtype(want.dtype)):
+            wrong.append(f"{name}: {have.dtype}{list(have.shape)}, expected {np.dtype(want.dtype)}{list(want.shape)}")
+    require(not wrong, f"{what}: {abridged(wrong, '; ')}")
 
 
 def map_param_subtrees(function: Callable[[tuple[str, ...], Params], PyTree], tree: PyTree, spec: Params, other=None):

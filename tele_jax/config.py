@@ -4,10 +4,9 @@ What can be wrong with a value by itself is said here, or in settings.py, when i
 """
 
 import dataclasses
-import difflib
+import functools
 import math
 import numbers
-import operator
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -16,6 +15,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tele_jax.errors import DamageError, UserError
+from tele_jax.errors import check_seed as check_seed
+from tele_jax.errors import given as given
+from tele_jax.errors import nearest as nearest
+from tele_jax.errors import require as require
+from tele_jax.errors import require_known as require_known
+from tele_jax.errors import whole as whole
 
 T = TypeVar("T")
 
@@ -50,22 +55,56 @@ def from_dict(cls: type[T], values: Mapping[str, object], where: str = "config")
       UserError: an unknown key (with the nearest known one), a missing key, or a value of another type; the message
         starts with the full path of the key.
     """
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType] - no bound says "a dataclass"
-    hints = typing.get_type_hints(cls)
-    if not isinstance(values, Mapping) and not hasattr(values, "items"):
-        raise UserError(f"{where}: expected a table of {cls.__name__} fields, got {values!r}")
-    kwargs = {}
-    for key, value in values.items():
-        require_known(key, fields, f"{where}.{key}: unknown key of {cls.__name__}")
-        kwargs[key] = convert(hints[key], value, f"{where}.{key}")
-    for name, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in kwargs:
-            raise UserError(f"{where}.{name}: missing, and {cls.__name__} has no default for it")
+    kwargs = _converted(cls, values, where)
     try:
         return cls(**kwargs)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def _converted(cls: Any, values: Mapping[str, object], where: str) -> dict[str, Any]:
+    """Converts values by field name to the types of the fields of a dataclass; errors as `from_dict`."""
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    if not isinstance(values, Mapping) and not hasattr(values, "items"):
+        raise UserError(f"{where}: expected {cls.__name__} or a table of its fields, got {values!r}")
+    for key in values.keys() - fields.keys():
+        raise UserError(f"{where}.{key}: unknown key of {cls.__name__}; {nearest(key, fields, 'known keys')}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise UserError(f"{where}.{name}: missing, and {cls.__name__} has no default for it")
+    return {key: convert(_hints(cls)[key], value, f"{where}.{key}") for key, value in values.items()}
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def check_fields(cls: type[T]) -> type[T]:
+    """Makes the constructor of a dataclass check names and types of its fields as `from_dict` does.
+
+    >>> Rope(tetha=5e5)
+    Traceback (most recent call last):
+    tele_jax.errors.UserError: Rope.tetha: unknown key of Rope; did you mean 'theta'?
+    """
+    made: Any = cls
+    construct, order = made.__init__, [field.name for field in dataclasses.fields(made) if not field.kw_only]
+
+    @functools.wraps(construct)
+    def init(self: object, *args: object, **values: object) -> None:
+        twice = values.keys() & order[: len(args)]
+        require(len(args) <= len(order) and not twice, f"{cls.__name__}: give every field once, by its name")
+        construct(self, **_converted(cls, dict(zip(order, args, strict=False)) | values, cls.__name__))
+
+    made.__init__ = init
+    return cls
+
+
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
+def checked(cls: type[T]) -> type[T]:
+    """Makes a class a frozen dataclass of keywords, with `check_fields`."""
+    return check_fields(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
 
 
 def as_written(hint: object, value: object, where: str) -> Any:
@@ -126,7 +165,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
                 continue
         return convert(choices[-1], value, where)
     if origin is typing.Literal:
-        if value not in args:
+        if not any(type(value) is type(known) and value == known for known in args):  # numpy's dtypes equal names
             raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
         return value
     if origin is tuple:
@@ -136,60 +175,32 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not hasattr(value, "items"):
             raise UserError(f"{where}: expected a table, got {value!r}")
-        return {str(k): convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        for key in value:
+            require(isinstance(key, str), f"{where}: expected names as keys, got {key!r}")
+        return {key: convert(args[1], v, f"{where}.{key}") for key, v in value.items()}
+    # A class with a JSON form of its own, such as a plan, is not read from a table of its fields.
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and not hasattr(hint, "from_json"):
         return value if isinstance(value, hint) else from_dict(hint, value, where)
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if hint is float:
         try:
-            return float(value)
+            return float(value) if _is_number(value) else finite(value, where)
         except OverflowError:
             raise UserError(f"{where}: a number of {len(str(abs(value)))} digits is too large") from None
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    if hint is int:
+        return whole(value, where)
+    if isinstance(value, origin or hint):
         return value
     raise UserError(f"{where}: expected {hint.__name__}, got {value!r}")
 
 
-def require(condition: bool, message: str) -> None:
-    """Raises UserError(message) unless the condition holds."""
-    if not condition:
-        raise UserError(message)
-
-
-def require_known(name: str, known: Collection[str], message: str) -> None:
-    """Raises UserError(message), with the nearest known name or else all of them, for a name that is not known."""
-    near = difflib.get_close_matches(str(name), known, n=1)
-    require(name in known, f"{message}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"))
-
-
-def given(value: T | None, message: str) -> T:
-    """The value; raises UserError(message) where it is None."""
-    if value is None:
-        raise UserError(message)
-    return value
-
-
-def whole(value: Any, what: str) -> int:
-    """Returns the value as an int. Raises UserError unless it is a whole number; 3.0, "3" and True are not."""
-    try:
-        require(not isinstance(value, (bool, np.bool_)), f"{what}={value!r} must be a whole number")
-        return operator.index(value)
-    except TypeError:
-        raise UserError(f"{what}={value!r} must be a whole number") from None
-
-
-def check_seed(seed: object, what: str = "seed") -> int:
-    """Returns the seed as an int. Raises UserError unless 0 <= seed < 2^32, what every kind of random key takes."""
-    require(0 <= whole(seed, what) < 2**32, f"{what}={seed} must be in [0, 2^32)")
-    return whole(seed, what)
-
-
 def finite(value: Any, what: str) -> float:
     """Returns the value as a float. Raises UserError unless it is a number, and finite; text, True and NaN are not."""
-    is_number = isinstance(value, (numbers.Real, np.number)) and not isinstance(value, (bool, np.bool_))
-    require(is_number and math.isfinite(value), f"{what}={value!r} must be a finite number")
+    require(_is_number(value) and math.isfinite(value), f"{what}={value!r} must be a finite number")
     return float(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (numbers.Real, np.number)) and not isinstance(value, (bool, np.bool_))
 
 
 def require_config(cfg: object, where: str) -> None:
@@ -206,6 +217,7 @@ def require_positive(config: object, *names: str) -> None:
         require(value < math.inf, f"{name}={value} must be finite")
 
 
+@check_fields
 @dataclasses.dataclass(frozen=True)
 class Ntk:
     """Dynamic NTK scaling of the rotary base, as the released code of TeleChat-7B has it.
@@ -226,6 +238,7 @@ class Ntk:
         require(0 <= self.attention_slope < math.inf, f"attention_slope={self.attention_slope} must not be negative")
 
 
+@check_fields
 @dataclasses.dataclass(frozen=True)
 class Rope:
     """Rotary position embedding, half-split pairs: theta is the base; ntk makes it depend on the length.
@@ -241,7 +254,7 @@ class Rope:
         require_positive(self, "theta")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class ModelConfig:
     """A decoder of the Tele-FLM or TeleChat family. Sizes are counts, multipliers are dimensionless.
 
@@ -283,11 +296,8 @@ class ModelConfig:
         if self.matrix_init_std is None:
             object.__setattr__(self, "matrix_init_std", self.init_std)
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is float or field.name == "matrix_init_std":  # 2 means 2.0: equal configs, equal digests
-                object.__setattr__(self, field.name, finite(value, field.name))
-            elif field.type is int or (field.type == int | None and value is not None):
-                object.__setattr__(self, field.name, whole(value, field.name))
+            if field.type is float or field.name == "matrix_init_std":
+                finite(getattr(self, field.name), field.name)
         require_positive(self, "num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size")
         require_positive(self, "max_seq_len", "rms_eps", "input_mult", "output_mult", "init_std", "matrix_init_std")
         for name in ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size", "max_seq_len"):
@@ -364,9 +374,6 @@ class ModelConfig:
         Raises:
           UserError: a field that there is not, or values that do not fit together.
         """
-        fields = [field.name for field in dataclasses.fields(self)]
-        for name in changes:
-            require_known(name, fields, f"replace: ModelConfig has no field {name!r}")
         return dataclasses.replace(self, **{**self._follow(changes), **changes})
 
     def replace_from(self, changes: Mapping[str, object], where: str) -> "ModelConfig":

@@ -4,10 +4,9 @@ A value that nobody published is marked "ours" with the reason. Numbers and thei
 """
 
 import dataclasses
-import difflib
 import math
 
-from tele_jax.config import ModelConfig, Ntk, Rope, require
+from tele_jax.config import ModelConfig, Ntk, Rope, nearest, require
 from tele_jax.errors import UserError
 from tele_jax.files import Table
 
@@ -96,9 +95,7 @@ def get_model(name: str) -> ModelConfig:
     """
     require(isinstance(name, str), f"get_model: expected the name of a model, got {type(name).__name__}")
     if name not in PUBLISHED:
-        near = difflib.get_close_matches(name, PUBLISHED, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PUBLISHED)}"
-        raise UserError(f"unknown model {name!r}; {hint}")
+        raise UserError(f"unknown model {name!r}; {nearest(name, PUBLISHED, 'known')}")
     return ModelConfig(**PUBLISHED[name])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tele_jax import plots, tables
-from tele_jax.errors import DamageError, UserError
+from tele_jax.errors import DamageError, UserError, require, whole
 from tele_jax.files import Table
 from tele_jax.growth import receipt as receipts
 from tele_jax.processes import is_first
@@ -25,8 +25,11 @@ def run(
     config: the ConfigDict of a page, a dict like it, or a RunConfig.
 
     Raises:
-      UserError, FailedError, Stopped: as train.loop.run.
+      UserError: an argument of another type. UserError, FailedError, Stopped: as train.loop.run.
     """
+    is_path = isinstance(workdir, (str, Path)) and bool(str(workdir).strip())
+    require(is_path, f"workdir: expected the path of the run's own directory, got {workdir!r}")
+    require(from_step is None or whole(from_step, "from_step") >= 0, f"from_step={from_step} must not be negative")
     if not isinstance(config, RunConfig):
         if not hasattr(config, "items"):
             raise UserError(f"config: expected a ConfigDict, a dict or a RunConfig, got {config!r}")

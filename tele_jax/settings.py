@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from tele_jax.config import FILLED, Filled, ModelConfig, check_seed, from_dict, require, require_positive
+from tele_jax.config import FILLED, Filled, ModelConfig, check_seed, checked, from_dict, require, require_positive
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class SourceConfig:
     """One domain of text: where its files are, or which seqio Task gives it, and how often it is drawn."""
 
@@ -43,7 +43,7 @@ class SourceConfig:
         )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class DataConfig:
     """A mixture of domains and the tokenizer that reads it.
 
@@ -82,7 +82,7 @@ class DataConfig:
         require_positive(self, "eval_bytes")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class CacheConfig:
     """Settings of `tele data cache`, which makes rows of one length of all domains of `data`."""
 
@@ -103,7 +103,7 @@ class CacheConfig:
         require_positive(self, "shard_bytes")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class OptimizerConfig:
     """AdamW in muP groups (arXiv 2404.16645). Learning rates are peaks, at the muP base width."""
 
@@ -131,7 +131,7 @@ class OptimizerConfig:
             )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class ScheduleConfig:
     """Learning rate over a stage, as a factor on the peak. `warmup`, `decay` and `total` are in `unit`."""
 
@@ -150,7 +150,7 @@ class ScheduleConfig:
             require(value is None or value > 0, f"{name}={value} must be above 0")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class MeshConfig:
     """Devices along each mesh axis; their product is the number of devices that the run takes."""
 
@@ -162,7 +162,7 @@ class MeshConfig:
         require_positive(self, "data", "fsdp", "tensor")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class TrainStage:
     """Fields of every kind of stage that trains; a kind may add others (stages/)."""
 
@@ -242,7 +242,7 @@ class TrainStage:
         return [f.name for f in fields if getattr(self, f.name) != f.default]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class GrowStage:
     """Growth of what the stage before left; `model` holds the fields that change."""
 

@@ -118,5 +118,23 @@ def test_an_unknown_verb_is_one_line_and_exit_2():
     assert re.fullmatch(r"tele: .*trian.*\n", done.stderr)
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["trian"], "argument VERB: invalid choice: 'trian'; did you mean 'train'?; see tele --help"),
+        (["--versoin"], "unrecognized argument --versoin; did you mean '--version'?; see tele --help"),
+        (["train", "--confg", "x"], "train: unrecognized argument --confg; did you mean '--config'?"),
+        (["train"], "train: the following arguments are required: --config, --workdir; see tele train --help"),
+        (["data", "cahce"], "data: argument ACTION: invalid choice: 'cahce'; did you mean 'cache'?"),
+        (["data", "cache", "--confg=x"], "data cache: unrecognized argument --confg; did you mean '--config'?"),
+        (["train", "--config", "tests", "--workdir", "W"], "--config tests: is a directory, not a file"),
+    ],
+)
+def test_a_misspelt_word_is_named_once_with_the_nearest_known_one(words, line, capsys):
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"tele: {line}") and error.count("tele: ") == 1
+
+
 def test_eight_devices_are_simulated():
     assert len(jax.devices("cpu")) == 8

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 import tele_jax as tele
+from tele_jax import settings
 from tele_jax.errors import UserError
+from tele_jax.inference.generate import prepare
+from tele_jax.train import workdir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -57,13 +60,54 @@ def test_head_dim_follows_from_embed_and_heads():
         (lambda p: tele.get_model(3), "get_model: expected the name of a model, got int"),
         (
             lambda p: CFG.replace(num_layer=3),
-            "replace: ModelConfig has no field 'num_layer'; did you mean 'num_layers'",
+            "ModelConfig.num_layer: unknown key of ModelConfig; did you mean 'num_layers'",
         ),
         (lambda p: tele.growth.plan("a", CFG), "expected a ModelConfig, got str"),
         (lambda p: tele.growth.plan(CFG, {"embed_dim": 32}), "expected a ModelConfig, got dict"),
         (lambda p: tele.growth.apply(CFG, p), "expected a Plan"),
         (lambda p: tele.growth.apply(tele.growth.plan(CFG, LARGER), {"w": 1}), "the parameters do not fit"),
         (lambda p: tele.growth.compose(CFG, LARGER), "expected a Plan"),
+        (lambda p: tele.ModelConfig(num_layrs=2), "ModelConfig.num_layrs: unknown key of ModelConfig; did you mean"),
+        (lambda p: tele.ModelConfig(), "ModelConfig.num_layers: missing"),
+        (lambda p: CFG.replace(dtype="float33"), "ModelConfig.dtype: 'float33' is not one of 'bfloat16'"),
+        (lambda p: CFG.replace(dtype=jnp.float32), "ModelConfig.dtype: .* is not one of 'bfloat16'"),
+        (lambda p: CFG.replace(dtype=np.dtype("float32")), "ModelConfig.dtype: .* is not one of 'bfloat16'"),
+        (lambda p: CFG.replace(rope=None), "ModelConfig.rope: expected Rope or a table of its fields, got None"),
+        (lambda p: CFG.replace(rope="x"), "ModelConfig.rope: expected Rope or a table of its fields, got 'x'"),
+        (lambda p: CFG.replace(tie_embeddings=1), "ModelConfig.tie_embeddings: expected bool, got 1"),
+        (lambda p: tele.Rope(1e4, theta=1e4), "Rope: give every field once, by its name"),
+        (lambda p: settings.MeshConfig(data=2.0), "MeshConfig.data=2.0 must be a whole number"),
+        (lambda p: settings.OptimizerConfig(lerning_rate=1.0), "OptimizerConfig.lerning_rate: .*did you mean"),
+        (lambda p: tele.growth.AxisMap("mlp", 2, [0, 1], frsh=None), "AxisMap.frsh: .*did you mean 'fresh'"),
+        (lambda p: tele.growth.MaskSchedule(tele.growth.plan(CFG, LARGER), rmp=1), "MaskSchedule.rmp: .*'ramp'"),
+        (
+            lambda p: tele.init(CFG, jax.random.split(jax.random.key(0), 3)),
+            r"expected jax.random.key.*\[3\]",
+        ),
+        (lambda p: tele.init(CFG, np.zeros(3, np.uint32)), r"init: key: expected jax.random.key.*uint32\[3\]"),
+        (lambda p: tele.init(CFG, np.zeros((2, 2), np.uint32)), r"init: key: expected jax.random.key.*uint32\[2, 2\]"),
+        (lambda p: tele.forward(CFG, p, [[1, 2]], positions=[[0.5, 1]]), r"positions: expected int32\[B, S\]"),
+        (lambda p: tele.forward(CFG, p, [[1, 2]], segment_ids=[[1, 2], [1]]), "segment_ids: rows of unequal length"),
+        (lambda p: tele.forward(CFG, p, [[1, 2]], masks=3), "masks: expected a dict, got int"),
+        (lambda p: tele.forward(CFG, p, [[1, 2]], masks={"mlp": "x"}), "masks: mlp: expected numbers"),
+        (lambda p: tele.forward(CFG.replace(padded_vocab_size=80), {}, [[1, 2]]), "embed.table: missing"),
+        (lambda p: jax.jit(tele.forward, static_argnums=0)(CFG, p, [[1, 2], [3]]), "tokens: rows of unequal length"),
+        (lambda p: tele.generate(CFG, p, 3, max_new_tokens=1), "prompts is 3, not a list of lists"),
+        (lambda p: tele.generate(LARGER, prepare(CFG, p), [[1]], max_new_tokens=1), "params: 2 layers, but cfg has 3"),
+        (
+            lambda p: tele.generate(CFG.replace(mlp_dim=30), prepare(CFG, p), [[1]], max_new_tokens=1),
+            r"layers.mlp.up: float32\[2, 16, 24\], expected float32\[2, 16, 30\]",
+        ),
+        (lambda p: tele.checkpoint.save(None, CFG, p), "expected the path of a checkpoint, got None"),
+        (lambda p: tele.checkpoint.save("never", CFG, p, step=1.5), "step=1.5 must be a whole number"),
+        (lambda p: tele.checkpoint.save("never", CFG, p, provenance=["x"]), "provenance: expected a list of dicts"),
+        (lambda p: tele.checkpoint.save("never", CFG, p, data_state="x"), "data_state: expected bytes, got str"),
+        (lambda p: tele.checkpoint.load(3), "expected the path of a checkpoint, got 3"),
+        (lambda p: tele.run({}, None), "workdir: expected the path of the run's own directory, got None"),
+        (lambda p: tele.run({}, 3), "workdir: expected the path of the run's own directory, got 3"),
+        (lambda p: tele.run({}, "W", from_step="x"), "from_step='x' must be a whole number"),
+        (lambda p: tele.run({"run": ["a"], "a": {"kind": "sft", 3: 4}}, "W"), "config.a.3: unknown key of SftStage"),
+        (lambda p: tele.run({"run": ["a"], "a": {}, 3: 4}, "W"), "config.3: unknown key"),
     ],
 )
 def test_a_wrong_argument_is_named(call, named, params):
@@ -71,10 +115,50 @@ def test_a_wrong_argument_is_named(call, named, params):
         call(params)
 
 
+WRONG_TREES = ({}, {"layers": 3}, {"layers": {}}, {1: 2}, None, [1], {"x": 1.0})
+
+
+@pytest.mark.parametrize("tree", WRONG_TREES, ids=repr)
+def test_a_tree_that_is_not_that_of_the_config_is_named(tree, tmp_path):
+    plan = tele.growth.plan(CFG, LARGER)
+    for call in (
+        lambda: tele.forward(CFG, tree, [[1, 2]]),
+        lambda: tele.generate(CFG, tree, [[1]], max_new_tokens=1),
+        lambda: tele.growth.apply(plan, tree),
+        lambda: tele.growth.lazy(plan, tree),
+        lambda: tele.growth.shrink(plan, tree),
+        lambda: tele.growth.verify(plan, tree, tree, [[1, 2, 3]]),
+        lambda: tele.growth.layers.distances(CFG, tree, [[1, 2, 3]]),
+        lambda: tele.checkpoint.save(tmp_path / "c", CFG, tree),
+    ):
+        with pytest.raises(UserError, match=r"param|embed.table: missing"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_id_of_a_padding_row_is_not_in_the_vocabulary():
+    padded = CFG.replace(padded_vocab_size=80)
+    with pytest.raises(UserError, match="id 64 is not in the vocabulary of 64 tokens"):
+        tele.forward(padded, tele.init(padded, jax.random.key(0)), [[1, 64]])
+
+
+@pytest.mark.parametrize("key", [np.zeros(2, np.uint32), jax.random.PRNGKey(0)], ids=["numpy", "jax"])
+def test_a_legacy_key_is_a_key(key, params):
+    jax.tree.map(np.testing.assert_array_equal, tele.init(CFG, key), params)
+
+
+def test_a_directory_below_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file, not a directory"):
+        workdir.require_own(tmp_path / "file" / "W", None)
+
+
 def test_lists_are_taken_where_arrays_are(params):
     tokens = [[1, 2, 3], [4, 5, 6]]
     ours, theirs = (tele.forward(CFG, params, t) for t in (tokens, jnp.array(tokens, jnp.int32)))
     np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+    inside_jit = jax.jit(tele.forward, static_argnums=0)(CFG, params, tokens)
+    np.testing.assert_allclose(np.asarray(inside_jit), np.asarray(ours), rtol=1e-5, atol=1e-6)
 
 
 def test_representations_are_short_and_tables_are_long(params, tmp_path):

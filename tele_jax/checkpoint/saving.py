@@ -212,7 +212,7 @@ def _prepare(
         raise UserError("params: not what the config describes: " + abridged(problems, ";\n  "))
     meta = layout.Meta(
         cfg=cfg,
-        step=int(step),
+        step=whole(step, "step"),
         provenance=tuple(dict(entry) for entry in provenance),
         items=described,
         versions=layout.package_versions(),

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from tele_jax.config import from_dict, require, require_positive
+from tele_jax.config import checked, from_dict, require, require_positive
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -21,7 +21,7 @@ def _fraction(config: object, *names: str) -> None:
         require(0 <= getattr(config, name) <= 1, f"{name}={getattr(config, name)} must be in [0, 1]")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class SourceConfig:
     """Files of one kind. Where duplicates meet, the source of the lowest rank keeps its copy; among equals, by name."""
 
@@ -49,7 +49,7 @@ class SourceConfig:
                 require(False, f"encodings: {name!r} is not an encoding that Python knows")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class ExtractConfig:
     """Extraction of text from pages of HTML."""
 
@@ -57,14 +57,14 @@ class ExtractConfig:
     min_chars: int = 50  # less than this from a page is "no text" (ours)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class NormaliseConfig:
     """Unicode form and spaces of prose; of code only line ends and what cannot be text are touched."""
 
     form: Literal["NFC", "none"] = "NFC"  # Unicode normal form of prose
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class LanguageConfig:
     """Languages that stay."""
 
@@ -75,7 +75,7 @@ class LanguageConfig:
         _fraction(self, "min_share")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class RuleConfig:
     """Thresholds for one language; None: the rule is off. Each field's comment in stages.py names its source."""
 
@@ -124,7 +124,7 @@ CODE = RuleConfig(
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class RulesConfig:
     """Heuristic rules by language; `other` has none. A table given for a language replaces only the keys it names."""
 
@@ -133,14 +133,14 @@ class RulesConfig:
     code: RuleConfig = CODE  # rules for program code
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class UrlsConfig:
     """The first document of every URL stays."""
 
     ignore_query: tuple[str, ...] = ("utm_*", "fbclid", "gclid", "spm", "ref")  # parameters that name no other page
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class DuplicatesConfig:
     """Exact, SimHash and MinHash duplicates across all sources."""
 
@@ -161,7 +161,7 @@ class DuplicatesConfig:
         require(0 <= self.simhash_bits <= 7, f"simhash_bits={self.simhash_bits} must be 0 to 7")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class ParagraphsConfig:
     """The first occurrence of every long paragraph stays; code is left alone."""
 
@@ -173,7 +173,7 @@ class ParagraphsConfig:
         _fraction(self, "min_kept")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class QualityConfig:
     """A classifier trained by `tele data clean-train quality`."""
 
@@ -185,7 +185,7 @@ class QualityConfig:
         _fraction(self, "threshold")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class PerplexityConfig:
     """n-gram models trained by `tele data clean-train ngrams`, by language; perplexity per token."""
 
@@ -201,7 +201,7 @@ class PerplexityConfig:
             require(name in self.max_perplexity, f"max_perplexity: missing for {name!r}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class OverlapConfig:
     """Benchmarks: jsonl or text files. Any shared n-gram drops the document."""
 
@@ -215,7 +215,7 @@ class OverlapConfig:
         require_positive(self, "ngram", "zh_ngram", "min_matches")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class PrivacyConfig:
     """Personal identifiers that are masked."""
 
@@ -224,7 +224,7 @@ class PrivacyConfig:
     skip_languages: tuple[Language, ...] = ()  # languages that are left as they are
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class SafetyConfig:
     """Word lists: a word or phrase a line, or given here."""
 
@@ -237,7 +237,7 @@ class SafetyConfig:
         require(bool(self.files or self.words), "give files or words")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class OutputConfig:
     """The files that are written; their number follows from the input, and does not depend on the workers.
 
@@ -256,7 +256,7 @@ class OutputConfig:
         require(1 <= self.level <= 9, f"level={self.level} must be 1 to 9")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class CleanConfig:
     """A whole run. A stage runs if `stages` names it; its table may be left out where everything has a default."""
 

@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
 
-from tele_jax.errors import DamageError, FailedError, UserError
+from tele_jax.errors import DamageError, FailedError, UserError, nearest
 from tele_jax.files import Table
 
 
@@ -14,7 +15,24 @@ class Parser(argparse.ArgumentParser):
     """Raises UserError instead of printing the usage, so that a mistake is one line."""
 
     def error(self, message: str):
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+        verb = self.prog.removeprefix("tele").strip()  # `tele: ` stands before every error
+        raise UserError(f"{verb}: {message}; see {self.prog} --help".removeprefix(": "))
+
+    def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Names a flag that there is not: argparse would speak of missing arguments first."""
+        words = list(args or ())
+        own = itertools.takewhile(lambda word: word[:1] == "-" if self._subparsers else word != "--", words)
+        for name in (word.partition("=")[0] for word in own if word[:2] == "--"):
+            if name != "--" and " " not in name and name not in self._option_string_actions:
+                known = [flag for flag in self._option_string_actions if flag[:2] == "--" and flag != "--override"]
+                self.error(f"unrecognized argument {name}; {nearest(name, known, 'flags')}")
+        return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Names the nearest of the choices, which argparse does not."""
+        if action.choices is not None and value not in action.choices:
+            hint = nearest(value, list(map(str, action.choices)), "choose from")
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}; {hint}")
 
 
 class VerbParser(Parser):

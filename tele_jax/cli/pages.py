@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import importlib.machinery
 import importlib.util
@@ -14,8 +13,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tele_jax.config import given
+from tele_jax.config import given, nearest
 from tele_jax.errors import UserError
+from tele_jax.files import require_regular
 from tele_jax.stages import RunConfig
 
 # Tables of a run that a page may leave at their defaults; all others are its stages.
@@ -37,8 +37,7 @@ def load_page(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     if not file.exists() and ":" in path:
         name, _, argument = path.rpartition(":")
         file, arguments = Path(name), [argument]
-    if not file.is_file():
-        raise UserError(f"--config {path}: no such file")
+    require_regular(file, "--config ", missing="no such file")
     try:
         with _neighbours(file.resolve().parent):
             loader = importlib.machinery.SourceFileLoader("config_page", str(file))
@@ -68,9 +67,8 @@ def _override(page: ConfigDict, override: str) -> None:
     *tables, key = name.removeprefix("--config.").split(".")
     table: Any = page
     if tables and "run" in page and tables[0] not in {*page, *_RUN_TABLES}:  # whoever reads one stage would not see it
-        near = difflib.get_close_matches(tables[0], [*page, *_RUN_TABLES], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"{override}: the page has no table config.{tables[0]}{hint}")
+        hint = nearest(tables[0], [*page, *_RUN_TABLES], "it has")
+        raise UserError(f"{override}: the page has no table config.{tables[0]}; {hint}")
     for depth, part in enumerate(tables):
         with table.unlocked():
             if table.get(part) is None:

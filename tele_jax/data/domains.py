@@ -1,7 +1,6 @@
 """Resolves, checks and opens a DataConfig: its tokenizer, the domains to train on and the domains held out."""
 
 import dataclasses
-import difflib
 import filecmp
 import functools
 import os
@@ -12,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from tele_jax.config import nearest
 from tele_jax.data import cache, documents, encode, sources, templates
 from tele_jax.data.documents import Documents
 from tele_jax.data.encode import Kind
@@ -191,8 +191,7 @@ def resolve(data: DataConfig) -> DataConfig:
     resolved = {}
     for name, source in data.sources.items():
         if name not in domains:
-            near = difflib.get_close_matches(name, domains, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(domains)}"
+            hint = nearest(name, domains, "it has")
             raise UserError(f"sources.{name}: the cache {data.cache} has no such domain; {hint}")
         made_from = domains[name].source
         differs = source.files and source.files != made_from.files and not _same_sizes(source, domains[name], name)

@@ -269,12 +269,16 @@ class Indexes:
         try:
             with np.load(self._file(key), allow_pickle=False) as arrays:  # checks its CRC-32
                 spans, about = arrays["spans"], json.loads(arrays["about"].tobytes())
-            if spans.dtype == SPAN and about.pop("stamps") == [list(stamp) for stamp in key[0]]:
-                rejected = tuple(about.pop("rejected"))
-                return Corpus(name="", where="", format=key[1], files=files, spans=spans, rejected=rejected, **about)
-        except Exception:  # missing or damaged: the text is read instead
+        except Exception:  # zipfile, zlib and numpy raise a dozen unrelated types for damage; the text is read instead
             return None
-        return None
+        fields = {"stamps": list, "checksum": str, "rejected": list, "num_rejected": int}
+        typed = isinstance(about, dict) and {name: type(value) for name, value in about.items()} == fields
+        if not typed or about.pop("stamps") != [list(stamp) for stamp in key[0]] or not _are_sound(spans, key[0]):
+            return None
+        rejected = tuple(about.pop("rejected"))
+        if not all(isinstance(reject, dict) for reject in rejected) or about["num_rejected"] < len(rejected):
+            return None
+        return Corpus(name="", where="", format=key[1], files=files, spans=spans, rejected=rejected, **about)
 
     def keep_in(self, directory: PathLike) -> None:
         """Writes the indexes made so far, each atomically, unless the disk does not allow it: they only save time."""
@@ -288,6 +292,22 @@ class Indexes:
                 about |= {"rejected": made.rejected, "num_rejected": made.num_rejected}
                 with replacing(self._file(key)) as temporary, temporary.open("wb") as file:
                     np.savez(file, spans=made.spans, about=np.frombuffer(json.dumps(about).encode(), np.uint8))
+
+
+def _are_sound(spans: np.ndarray, stamps: tuple[tuple[str, int, int, int], ...]) -> bool:
+    """Tells whether spans can be those of files with these stamps: in order, inside them, each with some text."""
+    if spans.dtype != SPAN or spans.ndim != 1 or not len(spans):
+        return False
+    sizes, file = np.array([size for _, size, *_ in stamps]), spans["file"]
+    if file.min() < 0 or file.max() >= len(sizes):
+        return False
+    offset, length, begin, end = (spans[name] for name in ("offset", "length", "begin", "end"))
+    inside = (offset >= 0) & (length > 0) & (length <= sizes[file]) & (offset <= sizes[file] - length)
+    text = (begin >= 0) & (begin <= end) & (end <= length) & (spans["num_bytes"] > 0)
+    # A span follows the record of the one before, or is a later part of the same record.
+    same, next_file = (file[1:] == file[:-1]), (file[1:] > file[:-1])
+    later = (offset[1:] >= offset[:-1] + length[:-1]) | ((offset[1:] == offset[:-1]) & (begin[1:] == end[:-1]))
+    return bool((inside & text).all() and (next_file | (same & later)).all() and spans["last"][-1])
 
 
 def _stamps(files: Sequence[str]) -> tuple[tuple[str, int, int, int], ...]:

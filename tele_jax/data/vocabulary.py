@@ -67,6 +67,7 @@ class SentencePieceVocabulary(Vocabulary):
     def _open(self, serialized: bytes) -> None:
         sentencepiece = need("sentencepiece")
         model_pb2 = need("sentencepiece.sentencepiece_model_pb2")
+        decode_error = need("google.protobuf.message").DecodeError
         try:
             model = model_pb2.ModelProto.FromString(serialized)
             if not model.pieces:
@@ -81,7 +82,8 @@ class SentencePieceVocabulary(Vocabulary):
             self.vocab_size = self.tokenizer.get_piece_size()
         except UserError:
             raise
-        except Exception:  # protobuf and sentencepiece raise several unrelated types
+        # The first is protobuf's; sentencepiece turns its status codes into the others.
+        except (decode_error, ValueError, RuntimeError, OSError, IndexError, SyntaxError):
             raise UserError(
                 f"tokenizer {self.path}: not a SentencePiece model, and no JSON file of the tokenizers library"
             ) from None

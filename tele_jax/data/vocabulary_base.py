@@ -102,7 +102,7 @@ class Vocabulary(abc.ABC):
             raise UserError(f"tokenizer {self.path}: {text!r} is not a text")
         try:
             return encode(text)
-        except Exception:  # the libraries raise TypeError and RuntimeError for what is no UTF-8
+        except (TypeError, RuntimeError, ValueError):  # what the libraries raise for what is no UTF-8
             try:
                 text.encode()
             except UnicodeEncodeError as error:

@@ -11,14 +11,14 @@ Optimizer states: see opt_state.py; arrays on a mesh: see sharded.py.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tele_jax.axes import Leaf, Leaves, Params, ParamSpec, flatten, unflatten
+from tele_jax.axes import Leaf, Leaves, Params, check_tree, flatten, unflatten
 from tele_jax.errors import UserError, abridged
 from tele_jax.growth import kernel
 from tele_jax.growth.kernel import tile
@@ -84,20 +84,6 @@ def _shrink_leaves(step: Step, leaves: Leaves) -> Leaves:
         back = LeafPlan(1 / factor, (), leaf.scaled, leaf.shared)
         small[name] = grow_leaf(LeafStep(back, tuple(inverse[axis] for axis in spec.axes)), leaves[kept[name]])
     return small
-
-
-def check_tree(leaves: Leaves, spec: Mapping[str, ParamSpec]) -> None:
-    """Raises UserError naming the leaves whose presence, shape or dtype is not as in spec."""
-    wrong = [f"{name}: not a parameter of this model" for name in sorted(leaves) if name not in spec]
-    wrong += [f"{name}: missing" for name in spec if name not in leaves]
-    for name in sorted(spec.keys() & leaves.keys()):
-        have, want = leaves[name], spec[name]
-        if not (hasattr(have, "shape") and hasattr(have, "dtype")):
-            wrong.append(f"{name}: {type(have).__name__}, not an array")
-        elif tuple(have.shape) != want.shape or np.dtype(have.dtype) != np.dtype(want.dtype):
-            wrong.append(f"{name}: {have.dtype}{list(have.shape)}, expected {np.dtype(want.dtype)}{list(want.shape)}")
-    if wrong:
-        raise UserError("the parameters do not fit the config: " + abridged(wrong, "; "))
 
 
 def take(array: jax.Array, indices: Sequence[np.ndarray]) -> jax.Array:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tele_jax.config import FILLED, from_dict, require
+from tele_jax.config import FILLED, check_fields, from_dict, require
 from tele_jax.errors import UserError
 from tele_jax.files import Table
 
@@ -21,15 +21,19 @@ NEW = -1
 _MOST_UNITS = 10**8  # the longest axis that is read from JSON
 
 
-class _Array:
-    """Type of a field that takes a list for an array, or None for the default, and reads as an array."""
+if TYPE_CHECKING:
 
-    if TYPE_CHECKING:
+    class _Array:
+        """Type of a field that takes a list for an array, or None for the default, and reads as an array."""
 
         def __get__(self, axis_map: object, owner: type | None = None) -> np.ndarray: ...
         def __set__(self, axis_map: object, value: npt.ArrayLike | None) -> None: ...
 
+else:
+    _Array = Any
 
+
+@check_fields
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class AxisMap:
     """One logical axis before and after growth. Lists are taken for arrays.

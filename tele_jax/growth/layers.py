@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import numpy as np
 
-from tele_jax.axes import PyTree, flatten
+from tele_jax.axes import PyTree, check_tree, flatten
 from tele_jax.config import ModelConfig, finite, given, require, require_config, whole
 from tele_jax.errors import UserError
 from tele_jax.growth.verify import parts
@@ -72,6 +72,7 @@ def distances(cfg: ModelConfig, params: PyTree, tokens: jax.Array | np.ndarray, 
         choice is unknown (arXiv 2407.02783 does not say it); cosine is ours.
     """
     require_config(cfg, "distances: cfg")
+    check_tree(flatten(params), flat_spec(cfg), "distances: params are not those of cfg", dtypes=False)
     require(metric in METRICS, f"metric {metric!r} is not one of {', '.join(METRICS)}")
     if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):
         states = to_host(jax.jit(decoder.layer_states, static_argnums=0)(cfg, params, np.asarray(tokens)))

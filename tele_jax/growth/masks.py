@@ -11,10 +11,10 @@ from typing import Literal
 
 import numpy as np
 
-from tele_jax.config import require, whole
+from tele_jax.config import check_fields, require, whole
 from tele_jax.errors import DamageError, UserError
 from tele_jax.files import Table
-from tele_jax.growth.plan import Plan, require_plan
+from tele_jax.growth.plan import Plan
 from tele_jax.model.decoder import MASKED_AXES
 
 # c over the share x in [0, 1] of an axis's ramp. cosine: half a wave, (1 - cos(pi x)) / 2, level at both ends.
@@ -63,6 +63,7 @@ def vectors(plan: Plan, c: float | Mapping[str, float]) -> dict[str, np.ndarray]
     return {axis: np.where(plan.maps[axis].fresh, np.float32(each[axis]), np.float32(1)) for axis in axes}
 
 
+@check_fields
 @dataclasses.dataclass(frozen=True)
 class MaskSchedule:
     """A schedule of masks: c is 0 up to `start`, then rises to 1 over `ramp`.
@@ -97,12 +98,7 @@ class MaskSchedule:
     tokens_per_step: int | None = None
 
     def __post_init__(self):
-        require_plan(self.plan, "MaskSchedule: plan")
-        for name in ("start", "ramp") + (() if self.tokens_per_step is None else ("tokens_per_step",)):
-            object.__setattr__(self, name, whole(getattr(self, name), name))
         require(self.start >= 0 and self.ramp >= 0, f"start={self.start} and ramp={self.ramp} must not be negative")
-        require(self.unit in ("steps", "tokens"), f"unit: {self.unit!r} is not one of 'steps', 'tokens'")
-        require(self.shape in _SHAPES, f"shape: {self.shape!r} is not one of {', '.join(map(repr, _SHAPES))}")
         counted = self.unit == "steps" or (self.tokens_per_step or 0) > 0
         require(counted, f"unit: 'tokens' needs tokens_per_step above 0, got {self.tokens_per_step}")
         if self.order != "together":

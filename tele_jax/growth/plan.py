@@ -17,7 +17,17 @@ import numpy as np
 
 from tele_jax import tables
 from tele_jax.axes import ParamSpec
-from tele_jax.config import ModelConfig, check_seed, convert, from_dict, require, require_config, require_known, to_dict
+from tele_jax.config import (
+    ModelConfig,
+    check_fields,
+    check_seed,
+    convert,
+    from_dict,
+    require,
+    require_config,
+    require_known,
+    to_dict,
+)
 from tele_jax.errors import abridged
 from tele_jax.files import Table
 from tele_jax.growth.axis_map import AxisMap
@@ -28,6 +38,7 @@ from tele_jax.model.spec import flat_spec
 Spec = dict[str, ParamSpec]
 
 
+@check_fields
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Step:
     """One plan step.
@@ -143,6 +154,7 @@ class Step:
             require(shape == spec.shape, f"plan.maps: lead {name} to {list(shape)}, dst_cfg to {list(spec.shape)}")
 
 
+@check_fields
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """A growth from one tree of parameters to another, as data: print it, check it, apply it, store it as JSON.
@@ -311,9 +323,10 @@ class Plan:
         yield f"policy {self.policy}: {promise}" + (", behind masks at 0" if self.preserving and self.masked else "")
         yield f"axes: {self._axes()}"
         for name in ("vocab_size", "rms_eps", "input_mult", "output_mult"):
-            before, after = getattr(self.src_cfg, name), getattr(self.dst_cfg, name)
-            if before != after:
-                yield f"config: {name} {before} -> {after}"
+            pair = getattr(self.src_cfg, name), getattr(self.dst_cfg, name)
+            if pair[0] != pair[1]:
+                shown = (float(f"{value:.6g}") if isinstance(value, float) else value for value in pair)
+                yield f"config: {name} {' -> '.join(map(str, shown))}"
 
     def _rows(self) -> list[tuple[str, ...]]:
         """Rows of text that say what becomes of every leaf, with totals in parameters and bytes."""

@@ -20,12 +20,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tele_jax import checkpoint, files, growth
-from tele_jax.axes import PyTree, flatten
+from tele_jax.axes import PyTree, check_tree, flatten
 from tele_jax.checkpoint import chunk_files, unfinished
 from tele_jax.config import ModelConfig, given, require, written_table
 from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.files import Table
-from tele_jax.growth.apply import check_tree
 from tele_jax.growth.layers import distances
 from tele_jax.growth.masks import require_unmasked
 from tele_jax.model.inputs import has_x64

@@ -10,7 +10,7 @@ import collections
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tele_jax.axes import Leaf, Params, flatten, unflatten
+from tele_jax.axes import Leaf, Params, check_tree, flatten, unflatten
 from tele_jax.config import ModelConfig, check_seed, require, require_config, whole
 from tele_jax.errors import FailedError, UserError
 from tele_jax.files import Table
@@ -111,6 +111,7 @@ def generate_scored(
     """
     require_config(cfg, "generate: cfg")
     how = sampling(**options)
+    require(isinstance(prompts, Iterable), f"prompts is {prompts!r}, not a list of lists of token ids")
     prompts = [checked_ids(cfg, prompt, f"prompts[{row}]") for row, prompt in enumerate(prompts)]
     stop_ids = checked_ids(cfg, stop_ids, "stop_ids")
     _check(cfg, prompts, max_new_tokens)
@@ -140,9 +141,18 @@ def prepare(cfg: ModelConfig, params: Params) -> Mapping[str, Any]:
     Results change by rounding at most. `generate` calls this itself: a call before saves the work in many generations.
     The result takes its own memory; if nothing else holds params, each leaf goes as soon as it is replaced.
     """
-    if not isinstance(params["layers"], Mapping):
-        return params  # prepared before
-    spec, leaves, dtype = flat_spec(cfg), flatten(params), jnp.dtype(cfg.dtype)
+    require(isinstance(params, Mapping), f"params: expected a nested dict, got {type(params).__name__}")
+    is_prepared = isinstance(given_layers := params.get("layers"), tuple)
+    leaves = flatten({key: value for key, value in params.items() if key != "layers" or not is_prepared})
+    if is_prepared:
+        depth = len(given_layers)
+        require(depth == cfg.num_layers, f"params: {depth} layers, but cfg has {cfg.num_layers}")
+        for name, leaf in flatten(given_layers[0]).items():
+            leaves[f"layers.{name}"] = jax.ShapeDtypeStruct((depth, *leaf.shape), leaf.dtype)
+    spec, dtype = flat_spec(cfg), jnp.dtype(cfg.dtype)
+    check_tree(leaves, spec, "params are not those of cfg", dtypes=False)
+    if is_prepared:
+        return params
     unstack = all(_platform(leaf) == "cpu" for leaf in leaves.values())
     del params
     layers: list[Table] = [{} for _ in range(cfg.num_layers)]

@@ -7,16 +7,14 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from tele_jax.axes import Params, declare
+from tele_jax.axes import Params, check_tree, declare, flatten
 from tele_jax.config import ModelConfig, require, require_config
-from tele_jax.errors import UserError
 from tele_jax.model import attention, inputs
 from tele_jax.model.attention import SAVED, attend, cached, indices
 from tele_jax.model.inputs import MASKED_AXES as MASKED_AXES
@@ -250,6 +248,12 @@ def init_boxed(cfg: ModelConfig, key: jax.Array) -> Params:
     return Decoder(cfg).init(key, tokens, _context(cfg, tokens, 1), None, None)["params"]
 
 
+@functools.lru_cache(maxsize=64)
+def abstract_boxed(cfg: ModelConfig) -> Params:
+    """The shapes of `init_boxed`; nothing is computed."""
+    return jax.eval_shape(lambda: init_boxed(cfg, jax.random.key(0)))
+
+
 def init(cfg: ModelConfig, key: jax.Array) -> Params:
     """Fresh parameters: a nested dict of arrays of cfg.param_dtype, layers stacked on the leading axis.
 
@@ -387,12 +391,14 @@ def forward(
     """
     require_config(cfg, "forward: cfg")
     require(isinstance(params, Mapping), f"forward: params: expected a nested dict, got {type(params).__name__}")
+    expected = flatten(nn.meta.unbox(abstract_boxed(cfg)))
+    check_tree(flatten(params), expected, "forward: params are not those of cfg", dtypes=False)
     tokens = inputs.checked_tokens(cfg, tokens)
     if positions is None:
         cfg.require_positions(tokens.shape[1])
-    positions, segment_ids = (x if x is None else jnp.asarray(x) for x in (positions, segment_ids))
-    try:
-        return logits_of(cfg, params, hidden(cfg, params, tokens, positions, segment_ids, masks))
-    except (flax.errors.ScopeParamShapeError, flax.errors.ScopeParamNotFoundError) as error:
-        reason = str(error).split(" (https://flax")[0]
-        raise UserError(f"forward: params are not those of cfg: {reason}") from None
+    else:
+        positions = jnp.asarray(inputs.checked_integers(positions, "positions"))
+    if segment_ids is not None:
+        segment_ids = jnp.asarray(inputs.checked_integers(segment_ids, "segment_ids"))
+    masks = inputs.checked_masks(masks)
+    return logits_of(cfg, params, hidden(cfg, params, tokens, positions, segment_ids, masks))

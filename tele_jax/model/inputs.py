@@ -1,6 +1,7 @@
 """Checks of the arguments that users give to the model: tokens, keys, positions, segments and masks."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,13 @@ MASKED_AXES = ("embed", "mlp", "heads", "layers")  # kv_heads need none: the hea
 
 
 def require_key(key: object, where: str) -> None:
-    """Raises UserError, naming the argument, unless key is a random key."""
-    is_key = isinstance(key, jax.Array) and (key.dtype == jnp.uint32 or jnp.issubdtype(key.dtype, jax.dtypes.prng_key))
-    require(is_key, f"{where}: expected jax.random.key(seed), got {type(key).__name__}")
+    """Raises UserError, naming the argument, unless key is one random key: typed, or as jax.random.PRNGKey makes it."""
+    what, is_key = type(key).__name__, False
+    if isinstance(key, (jax.Array, np.ndarray)):
+        is_typed, what = jnp.issubdtype(key.dtype, jax.dtypes.prng_key), f"{key.dtype}{list(key.shape)}"
+        shape = () if is_typed else jax.eval_shape(jax.random.PRNGKey, 0).shape
+        is_key = key.shape == shape and (is_typed or key.dtype == np.uint32)
+    require(is_key, f"{where}: expected jax.random.key(seed), got {what}")
 
 
 def has_x64() -> bool:
@@ -49,16 +54,41 @@ def check_shapes(cfg: ModelConfig, tokens, positions, segment_ids, masks: Masks)
 
 def checked_tokens(cfg: ModelConfig, tokens: object) -> jax.Array:
     """The tokens as an array int32[B, S]. Raises UserError for anything else, and for ids beyond the vocabulary."""
-    if not isinstance(tokens, jax.Array):
-        try:
-            tokens = np.asarray(tokens)
-        except ValueError:
-            raise UserError("forward: tokens: rows of unequal length; expected int32[B, S]") from None
-    fits = tokens.ndim == 2 and jnp.issubdtype(tokens.dtype, jnp.integer) and tokens.size > 0
-    require(fits, f"forward: tokens: expected int32[B, S], got {tokens.dtype}{list(tokens.shape)}")
-    if not isinstance(tokens, Tracer) and getattr(tokens, "is_fully_addressable", True):
-        least, most = int(tokens.min()), int(tokens.max())
-        inside = least >= 0 and most < cfg.padded_vocab_size
+    array = checked_integers(tokens, "tokens")
+    if not isinstance(array, Tracer) and getattr(array, "is_fully_addressable", True):
+        least, most = int(array.min()), int(array.max())
+        inside = least >= 0 and most < cfg.vocab_size
         beyond = least if least < 0 else most
         require(inside, f"forward: tokens: id {beyond} is not in the vocabulary of {cfg.vocab_size} tokens")
-    return jnp.asarray(tokens, jnp.int32)
+    return jnp.asarray(array, jnp.int32)
+
+
+def checked_integers(values: object, name: str) -> jax.Array:
+    """The values of an argument as an array of integers [B, S]. Raises UserError for anything else."""
+    array = _array(values, name, "int32[B, S]")
+    fits = array.ndim == 2 and jnp.issubdtype(array.dtype, jnp.integer) and array.size > 0
+    require(fits, f"forward: {name}: expected int32[B, S], got {array.dtype}{list(array.shape)}")
+    return array
+
+
+def checked_masks(masks: object) -> Masks | None:
+    """The masks as arrays. Raises UserError for what is no dict of numbers."""
+    require(masks is None or isinstance(masks, Mapping), f"forward: masks: expected a dict, got {type(masks).__name__}")
+    if not isinstance(masks, Mapping):
+        return None
+    arrays = {axis: _array(mask, f"masks: {axis}", "numbers") for axis, mask in masks.items()}
+    for axis, mask in arrays.items():
+        is_number = jnp.issubdtype(mask.dtype, jnp.number)
+        require(is_number, f"forward: masks: {axis}: expected numbers, got {mask.dtype}{list(mask.shape)}")
+    return arrays
+
+
+def _array(values: Any, name: str, expected: str) -> Any:
+    """An array of an argument that may be a list, also one that jit has filled with tracers."""
+    if isinstance(values, jax.Array):
+        return values
+    try:
+        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
+        return jnp.asarray(values) if traced else np.asarray(values)
+    except (TypeError, ValueError):
+        raise UserError(f"forward: {name}: rows of unequal length; expected {expected}") from None

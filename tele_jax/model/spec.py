@@ -13,7 +13,7 @@ from tele_jax.model import decoder
 
 @functools.lru_cache(maxsize=64)
 def _flat_spec(cfg: ModelConfig) -> tuple[tuple[str, axes.ParamSpec], ...]:
-    boxed = jax.eval_shape(lambda: decoder.init_boxed(cfg, jax.random.key(0)))
+    boxed = decoder.abstract_boxed(cfg)
     # The dtype is the config's: without jax_enable_x64, evaluation would say float32 for float64, and be remembered.
     dtype = jnp.dtype(cfg.param_dtype)
     named = jax.tree.map(lambda box: box.spec(dtype), boxed, is_leaf=lambda x: isinstance(x, axes.Named))

@@ -24,7 +24,6 @@ A kind that makes another model out of what the stage before left has
 """
 
 import dataclasses
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -33,14 +32,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tele_jax.config import convert, from_dict, require
+from tele_jax.config import checked, convert, from_dict, nearest, require
 from tele_jax.errors import UserError
 from tele_jax.settings import GrowStage, MeshConfig, TrainStage
 
 Stage = TrainStage | GrowStage
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class RunConfig:
     """The stages of a run in order, and where they run."""
 
@@ -97,9 +96,9 @@ def run_config(page: Mapping[str, Any] | ConfigDict) -> RunConfig:
         require(name in page, f"config.run names the stage {name!r}, but config.{name} is missing")
     for key in page:
         if key not in names:
-            near = difflib.get_close_matches(key, (*names, "mesh", "num_slices", "start"), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"config.{key}: unknown key{hint}; stages have to be named in config.run = {names}")
+            known = (*names, "mesh", "num_slices", "start")
+            hint = nearest(key, known, "known keys")
+            raise UserError(f"config.{key}: unknown key; {hint}; stages have to be named in config.run = {names}")
     stages = {name: read_stage(page[name], f"config.{name}") for name in names}
     first = stages[names[0]]
     if start is None and not isinstance(first, TrainStage):

@@ -1,20 +1,19 @@
 """Pretraining: every token of the text counts in the loss."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 
 from tele_jax.axes import Params
-from tele_jax.config import ModelConfig
+from tele_jax.config import ModelConfig, checked
 from tele_jax.data import sources
 from tele_jax.data.batches import Batches
 from tele_jax.model.loss import next_token_loss
 from tele_jax.settings import TrainStage
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class PretrainStage(TrainStage):
     """Pretraining has the fields that all training stages share."""
 

@@ -1,8 +1,8 @@
 """Supervised fine-tuning: dialogues, of which the answers alone count in the loss."""
 
-import dataclasses
 from typing import Literal
 
+from tele_jax.config import checked
 from tele_jax.data import sources
 from tele_jax.data.batches import Batches
 from tele_jax.settings import TrainStage
@@ -11,7 +11,7 @@ from tele_jax.stages.pretrain import loss
 __all__ = ["Settings", "SftStage", "batches", "loss"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class SftStage(TrainStage):
     """Fine-tuning has the fields that all training stages share; its optimizer starts anew, on other data and goals."""
 

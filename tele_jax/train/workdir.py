@@ -69,6 +69,8 @@ def require_own(workdir: Path, from_step: int | None = None) -> None:
             return
         raise UserError(f"{workdir}: its {CONFIG} is not that of a run; give a new or an empty directory")
     for above in workdir.resolve().parents:
+        if above.exists() and not above.is_dir():
+            raise UserError(f"{workdir}: {above} is a file, not a directory")
         if locate.is_step(above):
             raise UserError(f"{workdir}: lies inside the checkpoint {above}; give a directory elsewhere")
         if _holds_run(above):
@@ -76,7 +78,7 @@ def require_own(workdir: Path, from_step: int | None = None) -> None:
     if not os.path.lexists(workdir):
         return
     if not workdir.is_dir():
-        raise UserError(f"{workdir}: is not a directory; --workdir names the one that the run lives in")
+        raise UserError(f"{workdir}: is not a directory; a run has a directory of its own")
     ours = (LOCK, files.temporary_of(config).name, "config.tmp")  # the last was left by kills of the version before
     others = sorted(path.name for path in workdir.iterdir() if path.name not in ours)
     if others:
@@ -150,7 +152,7 @@ def claim(config: RunConfig, workdir: Path, from_step: int | None, say: Callable
     # Read as a page is: a field that came later has its default, which is how the run was started.
     before = as_json(_stored_config(path))
     begun = [name for name in before["run"] if _has_begun(workdir / name)]
-    elsewhere = "use another --workdir (config.start names a checkpoint to start from)"
+    elsewhere = "use another work directory (config.start names a checkpoint to start from)"
     if now["run"][: len(begun)] != begun:
         raise UserError(
             f"{workdir}: was started with another config: config.run was {before['run']}, is {now['run']}, and "
@@ -253,7 +255,7 @@ def _require_steps_alone(changed: Changed, where: str, workdir: Path, steps: Seq
     others = {path: pair for path, pair in changed.items() if path != "steps"}
     if not others:
         return
-    how = "use another --workdir (config.start names a checkpoint to start from)"
+    how = "use another work directory (config.start names a checkpoint to start from)"
     if all(map(_ON_REQUEST.fullmatch, others)):
         how = f"--from STEP changes it from a checkpoint on (there are {', '.join(map(str, steps))}), or {how}"
     if "steps" in changed and list(others) == ["schedule.total"]:

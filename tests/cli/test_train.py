@@ -392,7 +392,7 @@ def test_another_config_in_the_same_work_directory_is_refused(place, finished, c
     line = fails(
         capsys, 2, "train", "--config", str(place / "page.py"), "--workdir", str(finished), "--config.small.steps=13"
     )
-    assert "config.small.steps was 12, is 13" in line and "another --workdir" in line
+    assert "config.small.steps was 12, is 13" in line and "another work directory" in line
 
 
 def test_a_work_directory_from_before_a_field_existed_is_taken_with_its_default(place, finished, capsys, tmp_path):

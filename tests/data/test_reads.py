@@ -108,6 +108,60 @@ def test_an_index_of_other_text_or_with_other_bits_is_not_believed(stages, tmp_p
     assert counts["train.jsonl"] == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("file", -1),
+        ("file", 1),
+        ("offset", -1),
+        ("offset", 10**12),
+        ("offset", 2**63 - 1),
+        ("length", 0),
+        ("length", 10**12),
+        ("begin", -1),
+        ("end", 10**12),
+        ("num_bytes", 0),
+    ],
+)
+def test_an_index_that_cannot_be_that_of_its_files_is_not_believed(tmp_path, name, value):
+    path, kept = tmp_path / "lines.jsonl", tmp_path / "indexes"
+    path.write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(9)))
+    arguments = ("here", "lines", [str(path)], "jsonl")
+    index = sources.Indexes(kept)
+    expected = index(*arguments).spans
+    index.keep_in(kept)
+    (file,) = kept.iterdir()
+    with np.load(file) as arrays:
+        spans, about = arrays["spans"].copy(), json.loads(arrays["about"].tobytes())
+    with opens() as counts:
+        np.testing.assert_array_equal(sources.Indexes(kept)(*arguments).spans, expected)
+    assert counts["lines.jsonl"] == 0
+    wrong = spans.copy()
+    wrong[name][4] = value
+    for other in (wrong, spans[::-1], np.concatenate([spans, spans]), spans[:0]):
+        np.savez(file, spans=other, about=np.frombuffer(json.dumps(about).encode(), np.uint8))
+        with opens() as counts:
+            np.testing.assert_array_equal(sources.Indexes(kept)(*arguments).spans, expected)
+        assert counts["lines.jsonl"] == 1
+
+
+@pytest.mark.parametrize("change", [{"rejected": [3]}, {"num_rejected": "0"}, {"checksum": None}, {"more": 1}, None])
+def test_an_index_with_another_account_is_not_believed(tmp_path, change):
+    path, kept = tmp_path / "a.txt", tmp_path / "indexes"
+    path.write_text("one text")
+    index = sources.Indexes(kept)
+    expected = index("here", "a", [str(path)], "text")
+    index.keep_in(kept)
+    (file,) = kept.iterdir()
+    with np.load(file) as arrays:
+        spans, about = arrays["spans"].copy(), json.loads(arrays["about"].tobytes())
+    about = None if change is None else about | change
+    np.savez(file, spans=spans, about=np.frombuffer(json.dumps(about).encode(), np.uint8))
+    with opens() as counts:
+        assert sources.Indexes(kept)("here", "a", [str(path)], "text").checksum == expected.checksum
+    assert counts["a.txt"] == 1
+
+
 def test_text_that_changes_behind_a_kept_index_ends_the_run(stages, tmp_path):
     start(stages, tmp_path / "indexes")
     path = tmp_path / "train.jsonl"

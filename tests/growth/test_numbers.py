@@ -163,7 +163,7 @@ def test_what_is_no_plan_is_named(plan):
     refused(lambda: growth.state_shardings(plan, None, None), "state_shardings: plan", word)
     refused(lambda: growth.compose(plan, MASKED), "first plan", word)
     refused(lambda: growth.compose(MASKED, plan), "second plan", word)
-    refused(lambda: growth.MaskSchedule(plan), "MaskSchedule: plan", word)
+    refused(lambda: growth.MaskSchedule(plan), "MaskSchedule.plan", "expected Plan")
     refused(lambda: growth.verify(plan, params, params, [[1, 2, 3]]), "verify: plan", word)
     refused(lambda: growth.verify_stored(plan, params, params), "verify_stored: plan", word)
     for stream in (growth.stream, growth.stream_outline):

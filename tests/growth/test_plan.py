@@ -149,7 +149,7 @@ def test_the_tally_of_every_leaf_adds_up_and_is_what_growth_makes():
 PRINTED = """\
 policy exact: preserves the function
 axes: layers 2 -> 3, embed 8 -> 12, heads 4 -> 6, mlp 10 -> 15
-config: rms_eps 1e-05 -> 6.6666666666666675e-06
+config: rms_eps 1e-05 -> 6.66667e-06
 config: output_mult 1.0 -> 2.0
 leaf                        from        to    copied  scaled      zero     fresh
 embed.table                 16x8     16x12       128       0        64         0

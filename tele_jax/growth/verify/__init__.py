@@ -22,11 +22,10 @@ import numpy as np
 import optax
 
 from tele_jax import tables
-from tele_jax.axes import PyTree, flatten
+from tele_jax.axes import PyTree, check_tree, flatten
 from tele_jax.config import ModelConfig, differing_fields, require
 from tele_jax.errors import DamageError, UserError, abridged
 from tele_jax.files import Table
-from tele_jax.growth.apply import check_tree
 from tele_jax.growth.masks import vectors
 from tele_jax.growth.plan import Plan, require_plan
 from tele_jax.growth.verify import entries, liveness
@@ -188,7 +187,8 @@ def _tokens(plan: Plan, tokens: object) -> tuple[np.ndarray, np.ndarray, np.ndar
     require(fits, f"verify: tokens of shape {tokens.shape}; rows of at least 3 tokens are needed")
     after_ids, before_ids = model_parts.shared_tokens(plan)
     unknown = np.setdiff1d(tokens, before_ids)
-    require(unknown.size == 0, f"verify: tokens {abridged(unknown)} are not in both vocabularies")
+    ids = abridged(unknown)
+    require(unknown.size == 0, f"verify: tokens: the source and the grown model do not both have the ids {ids}")
     new_ids = np.zeros(plan.src_cfg.vocab_size, np.int32)
     new_ids[before_ids] = after_ids
     return np.asarray(tokens, np.int32), new_ids[tokens], before_ids, after_ids  # not on one process's device
