@@ -19,7 +19,6 @@ from tele_jax import tables
 from tele_jax.axes import ParamSpec
 from tele_jax.config import (
     ModelConfig,
-    check_fields,
     check_seed,
     convert,
     from_dict,
@@ -38,7 +37,6 @@ from tele_jax.model.spec import flat_spec
 Spec = dict[str, ParamSpec]
 
 
-@check_fields
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Step:
     """One plan step.
@@ -154,7 +152,6 @@ class Step:
             require(shape == spec.shape, f"plan.maps: lead {name} to {list(shape)}, dst_cfg to {list(spec.shape)}")
 
 
-@check_fields
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """A growth from one tree of parameters to another, as data: print it, check it, apply it, store it as JSON.
