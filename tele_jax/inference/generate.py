@@ -20,14 +20,14 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tele_jax.axes import Leaf, Params, check_tree, flatten, unflatten
+from tele_jax.axes import Leaf, Params, flatten, unflatten
 from tele_jax.config import ModelConfig, check_seed, require, require_config, whole
 from tele_jax.errors import FailedError, UserError
 from tele_jax.files import Table
 from tele_jax.inference.sampling import Sampling, draw, sampling
 from tele_jax.model import decoder
 from tele_jax.model.attention import SLOT_BLOCK
-from tele_jax.model.spec import flat_spec
+from tele_jax.model.spec import check_prepared, flat_spec
 from tele_jax.sharding import BATCH, MESH_AXES, RULES
 
 CHUNK = 256  # tokens of a prompt that go through the model at once
@@ -141,18 +141,9 @@ def prepare(cfg: ModelConfig, params: Params) -> Mapping[str, Any]:
     Results change by rounding at most. `generate` calls this itself: a call before saves the work in many generations.
     The result takes its own memory; if nothing else holds params, each leaf goes as soon as it is replaced.
     """
-    require(isinstance(params, Mapping), f"params: expected a nested dict, got {type(params).__name__}")
-    is_prepared = isinstance(given_layers := params.get("layers"), tuple)
-    leaves = flatten({key: value for key, value in params.items() if key != "layers" or not is_prepared})
-    if is_prepared:
-        depth = len(given_layers)
-        require(depth == cfg.num_layers, f"params: {depth} layers, but cfg has {cfg.num_layers}")
-        for name, leaf in flatten(given_layers[0]).items():
-            leaves[f"layers.{name}"] = jax.ShapeDtypeStruct((depth, *leaf.shape), leaf.dtype)
-    spec, dtype = flat_spec(cfg), jnp.dtype(cfg.dtype)
-    check_tree(leaves, spec, "params are not those of cfg", dtypes=False)
-    if is_prepared:
+    if check_prepared(cfg, params):
         return params
+    spec, leaves, dtype = flat_spec(cfg), flatten(params), jnp.dtype(cfg.dtype)
     unstack = all(_platform(leaf) == "cpu" for leaf in leaves.values())
     del params
     layers: list[Table] = [{} for _ in range(cfg.num_layers)]

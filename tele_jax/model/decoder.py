@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from tele_jax.axes import Params, check_tree, declare, flatten
-from tele_jax.config import ModelConfig, require, require_config
+from tele_jax.axes import Params, declare
+from tele_jax.config import ModelConfig, require_config
 from tele_jax.model import attention, inputs
 from tele_jax.model.attention import SAVED, attend, cached, indices
 from tele_jax.model.inputs import MASKED_AXES as MASKED_AXES
@@ -390,15 +390,11 @@ def forward(
         rows longer than the model's positions, or parameters that are not those of cfg.
     """
     require_config(cfg, "forward: cfg")
-    require(isinstance(params, Mapping), f"forward: params: expected a nested dict, got {type(params).__name__}")
-    expected = flatten(nn.meta.unbox(abstract_boxed(cfg)))
-    check_tree(flatten(params), expected, "forward: params are not those of cfg", dtypes=False)
+    inputs.check_params(params, nn.meta.unbox(abstract_boxed(cfg)))
     tokens = inputs.checked_tokens(cfg, tokens)
     if positions is None:
         cfg.require_positions(tokens.shape[1])
-    else:
-        positions = jnp.asarray(inputs.checked_integers(positions, "positions"))
-    if segment_ids is not None:
-        segment_ids = jnp.asarray(inputs.checked_integers(segment_ids, "segment_ids"))
+    positions = inputs.optional_integers(positions, "positions")
+    segment_ids = inputs.optional_integers(segment_ids, "segment_ids")
     masks = inputs.checked_masks(masks)
     return logits_of(cfg, params, hidden(cfg, params, tokens, positions, segment_ids, masks))

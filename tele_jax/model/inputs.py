@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from tele_jax.axes import Params, check_tree, flatten
 from tele_jax.config import ModelConfig, require
 from tele_jax.errors import UserError
 
@@ -69,6 +70,18 @@ def checked_integers(values: object, name: str) -> jax.Array:
     fits = array.ndim == 2 and jnp.issubdtype(array.dtype, jnp.integer) and array.size > 0
     require(fits, f"forward: {name}: expected int32[B, S], got {array.dtype}{list(array.shape)}")
     return array
+
+
+def optional_integers(values: object, name: str) -> jax.Array | None:
+    """None, or else what `checked_integers` makes of the values."""
+    return None if values is None else jnp.asarray(checked_integers(values, name))
+
+
+def check_params(params: object, expected: Params) -> None:
+    """Raises UserError where the names or shapes of the leaves are not the expected ones; their dtypes are free."""
+    if not isinstance(params, Mapping):
+        raise UserError(f"forward: params: expected a nested dict, got {type(params).__name__}")
+    check_tree(flatten(params), flatten(expected), "forward: params are not those of cfg", dtypes=False)
 
 
 def checked_masks(masks: object) -> Masks | None:

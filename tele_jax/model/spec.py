@@ -1,13 +1,14 @@
 """Descriptions of the parameters without their values, read from the modules by abstract evaluation."""
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from tele_jax import axes
 from tele_jax.axes import Params
-from tele_jax.config import ModelConfig, require_config
+from tele_jax.config import ModelConfig, require, require_config
 from tele_jax.model import decoder
 
 
@@ -39,3 +40,17 @@ def abstract_params(cfg: ModelConfig) -> Params:
 def count_params(cfg: ModelConfig) -> int:
     """Number of parameters, padding rows of the vocabulary included."""
     return sum(leaf.size for leaf in flat_spec(cfg).values())
+
+
+def check_prepared(cfg: ModelConfig, params: Params) -> bool:
+    """Tells whether generate.prepare made params, which then have one tree per layer. UserError where cfg differs."""
+    require(isinstance(params, Mapping), f"params: expected a nested dict, got {type(params).__name__}")
+    is_prepared = isinstance(layers := params.get("layers"), tuple)
+    leaves = axes.flatten({key: value for key, value in params.items() if key != "layers" or not is_prepared})
+    if is_prepared:
+        depth = len(layers)
+        require(depth == cfg.num_layers, f"params: {depth} layers, but cfg has {cfg.num_layers}")
+        for name, leaf in axes.flatten(layers[0]).items():
+            leaves[f"layers.{name}"] = jax.ShapeDtypeStruct((depth, *leaf.shape), leaf.dtype)
+    axes.check_tree(leaves, flat_spec(cfg), "params are not those of cfg", dtypes=False)
+    return is_prepared
