@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -31,6 +32,10 @@ import pytest
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+# Doctests are looked for in every file: this one is not a test, and imports what only the extra [hf] brings.
+collect_ignore = [] if importlib.util.find_spec("torch") else ["convert/torch_models.py"]
 
 
 @pytest.fixture
