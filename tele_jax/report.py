@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from tele_jax import plots, tables
 from tele_jax.errors import DamageError, UserError, require, whole
+from tele_jax.eval import in_training
 from tele_jax.files import Table
 from tele_jax.growth import receipt as receipts
 from tele_jax.processes import is_first
@@ -35,7 +36,7 @@ def run(
             raise UserError(f"config: expected a ConfigDict, a dict or a RunConfig, got {config!r}")
         config = run_config(config)
     workdir = Path(workdir)
-    summaries = loop.run(config, workdir, from_step=from_step)
+    summaries = loop.run(config, workdir, from_step=from_step, open_tasks=in_training.open_tasks)
     if is_first():
         print(write(workdir, summaries))
     return summaries

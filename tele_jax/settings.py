@@ -163,6 +163,23 @@ class MeshConfig:
 
 
 @checked
+class TasksConfig:
+    """Tasks of the harness that are evaluated while a stage trains; see docs/evaluation.md."""
+
+    names: dict[str, float]  # tasks, and of each the share of its items that is taken, in (0, 1]
+    data: str | None = None  # directory with their files, as for `tele eval harness`; None: the harness downloads them
+    num_fewshot: int | None = None  # examples before each question; None: as the task says
+    chat: bool = False  # asks in the dialogue form of the model
+    every: int | None = None  # steps between; None: with every evaluation of held-out text
+
+    def __post_init__(self):
+        require(bool(self.names), "names is empty; name a task, or leave the table out")
+        for name, share in self.names.items():
+            require(0 < share <= 1, f"names.{name}={share} is a share of the items, above 0 and at most 1")
+        require(self.every is None or self.every > 0, f"every={self.every} must be above 0")
+
+
+@checked
 class TrainStage:
     """Fields of every kind of stage that trains; a kind may add others (stages/)."""
 
@@ -188,6 +205,9 @@ class TrainStage:
     seed: int = 0  # seed of fresh parameters and of the order of the data
     log_every: int = 10  # steps between lines of figures
     eval_every: int = 0  # steps between evaluations; 0: at the start and the end of the stage only
+    tasks: TasksConfig | None = None  # tasks of the harness that are evaluated on the way
+    # A figure of the evaluations, bits_per_byte/DOMAIN or tasks/TASK/METRIC, whose best checkpoint stays in best/.
+    keep_best: str | None = None
     checkpoint_every: int = 100  # steps between checkpoints
     keep_checkpoints: int = 2  # latest checkpoints that are kept
 
@@ -199,6 +219,13 @@ class TrainStage:
             f"batch_size={self.batch_size} does not divide into microbatches={self.microbatches}",
         )
         require(self.eval_every >= 0, f"eval_every={self.eval_every} must not be negative")
+        if self.keep_best is not None:
+            what, _, of = self.keep_best.partition("/")
+            known = what == "bits_per_byte" or (what == "tasks" and self.tasks and of.split("/")[0] in self.tasks.names)
+            require(
+                bool(known and of),
+                f"keep_best={self.keep_best!r}: expected bits_per_byte/DOMAIN, or tasks/TASK/METRIC of one of `tasks`",
+            )
         check_seed(self.seed)
         require(
             not (self.fresh_optimizer and self.optimizer.new_warmup_steps),

@@ -9,7 +9,7 @@ import jax
 
 from tele_jax import checkpoint
 from tele_jax.axes import Params
-from tele_jax.config import ModelConfig, given
+from tele_jax.config import ModelConfig, given, require
 from tele_jax.data import dialogue, templates
 from tele_jax.data.templates import Template
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
@@ -19,6 +19,7 @@ from tele_jax.growth.masks import require_unmasked
 from tele_jax.inference.chat import TextStream, check_vocabulary, find_tokenizer
 from tele_jax.inference.generate import generate, prepare
 from tele_jax.inference.score import TokenScores, score_tokens
+from tele_jax.model.decoder import Masks
 from tele_jax.processes import from_first, is_first
 
 PIECE = 500_000  # characters of a message between processes
@@ -36,6 +37,7 @@ class EvalModel:
       document_start: id before every text, as in training and in `tele generate`; None: nothing is.
       prefix: id that conditions the first token of a text to score: document_start, or else the release's BOS, or EOS.
       stop_ids: ids that end a text.
+      masks: growth masks while they rise, in training; None for a plain model.
     """
 
     path: str
@@ -46,6 +48,7 @@ class EvalModel:
     document_start: int | None
     prefix: int
     stop_ids: list[int]
+    masks: Masks | None = None
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text from its beginning: document_start, where there is one, and those of the text."""
@@ -58,7 +61,7 @@ class EvalModel:
 
     def score(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[TokenScores]:
         """Yields the scores of (prompt, continuation), in ids, as they are ready; see inference/score.py."""
-        return score_tokens(self.cfg, self.params, requests)
+        return score_tokens(self.cfg, self.params, requests, masks=self.masks)
 
     def continue_texts(
         self,
@@ -74,6 +77,7 @@ class EvalModel:
         on_text: called with the number of a prompt and its continuation as soon as the rows with it are done.
         options: see sampling.sampling; by default the likeliest token is taken.
         """
+        require(self.masks is None, f"{self.path}: no text is generated while the masks of a growth rise")
         ready = prepare(self.cfg, self.params)
         texts = [""] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # rows of a batch are of like length
@@ -112,25 +116,45 @@ def load(
     vocabulary = load_vocabulary(find_tokenizer(path, tokenizer))
     check_vocabulary(lazy.cfg, vocabulary)
     require_unmasked(lazy.provenance, str(path))
+    params: Params = {}  # loaded last, after what is quick to find wrong
+    model = of_params(str(path), lazy.cfg, params, vocabulary, lazy.provenance, template=template)
+    model.params = checkpoint.load(path, mesh, items=("params",)).params
+    return model
+
+
+def of_params(
+    path: str,
+    cfg: ModelConfig,
+    params: Params,
+    vocabulary: Vocabulary,
+    provenance: Sequence[Table],
+    *,
+    template: str | None = None,
+    masks: Masks | None = None,
+) -> EvalModel:
+    """The model of parameters that are there. path: names it in messages; provenance: of its checkpoint.
+
+    Raises:
+      UserError: an unknown template; a vocabulary with neither BOS nor EOS.
+    """
     try:
-        form = templates.choose(vocabulary, template, lazy.provenance)
+        form = templates.choose(vocabulary, template, provenance)
     except UserError:
         if template is not None:
             raise
         form = None
-    release = templates.release_of(lazy.provenance)
+    release = templates.release_of(provenance)
     released: Table = {} if release is None else release["generation"]
-    start = templates.document_start(vocabulary, lazy.provenance)
+    start = templates.document_start(vocabulary, provenance)
     bos = ({} if release is None else release.get("config", {})).get("bos_token_id")
-    ends = {i for i in released.get("eos_token_ids", ()) if 0 <= i < lazy.cfg.vocab_size}
+    ends = {i for i in released.get("eos_token_ids", ()) if 0 <= i < cfg.vocab_size}
     if form is not None:
         ends |= set(templates.marker_ids(form, vocabulary).end)
     ends |= {vocabulary.eos_id} - {-1}
     prefixes = (start, bos, vocabulary.bos_id, vocabulary.eos_id)
-    prefix = next((i for i in prefixes if isinstance(i, int) and 0 <= i < lazy.cfg.vocab_size), None)
+    prefix = next((i for i in prefixes if isinstance(i, int) and 0 <= i < cfg.vocab_size), None)
     prefix = given(prefix, f"{path}: no id conditions the first token of a text; its tokenizer has neither BOS nor EOS")
-    params = checkpoint.load(path, mesh, items=("params",)).params
-    return EvalModel(str(path), lazy.cfg, params, vocabulary, form, start, prefix, sorted(ends))
+    return EvalModel(path, cfg, params, vocabulary, form, start, prefix, sorted(ends), masks)
 
 
 # ------------------------------------------------------------------------------------------------- several processes

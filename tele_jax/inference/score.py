@@ -118,11 +118,13 @@ def score_tokens(
     requests: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
     tokens_per_batch: int | None = None,
+    masks: decoder.Masks | None = None,
 ) -> Iterator[TokenScores]:
     """Yields the scores of each request (prompt ids, continuation ids), as soon as its batch is computed.
 
     The order is not that of the requests. tokens_per_batch: how many tokens go through the model at once, over all
-    devices; results do not depend on it but for the rounding of products of another shape.
+    devices; results do not depend on it but for the rounding of products of another shape. masks: growth masks, see
+    growth/masks.py.
 
     Raises:
       UserError: an empty prompt or continuation, or one beyond the model's positions.
@@ -141,10 +143,10 @@ def score_tokens(
     for i, (prompt, continuation) in enumerate(requests):
         groups.setdefault(rope_length_of(cfg, len(prompt) + len(continuation) - 1), []).append(i)
     for rope_length, members in groups.items():
-        yield from _score_group(cfg, params, requests, members, rope_length, tokens_per_batch)
+        yield from _score_group(cfg, params, masks, requests, members, rope_length, tokens_per_batch)
 
 
-def _score_group(cfg, params, requests, members, rope_length, tokens_per_batch) -> Iterator[TokenScores]:
+def _score_group(cfg, params, masks, requests, members, rope_length, tokens_per_batch) -> Iterator[TokenScores]:
     mesh = mesh_of(params)
     ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH)
     room = tokens_per_batch or ways * (CPU_BATCH if platform() == "cpu" else BATCH_TOKENS)
@@ -155,7 +157,7 @@ def _score_group(cfg, params, requests, members, rope_length, tokens_per_batch) 
         most = max(len(row.scored) for row in batch)
         places = next(length // part for part in SCORED if length // part >= most)
         arrays = _batch_arrays(batch, size, length, places)
-        logprobs, is_likeliest = jax.device_get(_on_mesh(cfg, rope_length, params, arrays, mesh))
+        logprobs, is_likeliest = jax.device_get(_on_mesh(cfg, rope_length, params, masks, arrays, mesh))
         if not np.isfinite(logprobs).all():
             raise FailedError("score: log-probabilities are not finite numbers; look at the checkpoint, or its dtype")
         for r, row in enumerate(batch):
@@ -261,21 +263,24 @@ def _batch_arrays(batch: list[Row], size: int, length: int, places: int) -> dict
 # --------------------------------------------------------------------------------------------------------- on devices
 
 
-def _on_mesh(cfg, rope_length, params, arrays, mesh: Mesh | None):
+def _on_mesh(cfg, rope_length, params, masks, arrays, mesh: Mesh | None):
     if mesh is None:
-        return _scores(cfg, rope_length, params, arrays)
+        return _scores(cfg, rope_length, params, masks, arrays)
     with jax.set_mesh(mesh):
-        return _scores(cfg, rope_length, params, put_batch(arrays, mesh, len(arrays["tokens"])))
+        return _scores(cfg, rope_length, params, masks, put_batch(arrays, mesh, len(arrays["tokens"])))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _scores(cfg: ModelConfig, rope_length: int, params: Params, batch: dict[str, jax.Array]):
+def _scores(
+    cfg: ModelConfig, rope_length: int, params: Params, masks: decoder.Masks | None, batch: dict[str, jax.Array]
+):
     """Log-probabilities [B, P] and whether the target is the likeliest, bool[B, P]."""
     x = decoder.hidden(
         cfg,
         params,
         batch["tokens"],
         batch["positions"],
+        masks=masks,
         rope_length=rope_length,
         visible_until=batch["visible_until"],
     )

@@ -6,6 +6,7 @@ A work directory W:
     W/tokenizer.model or .json        a copy of the tokenizer
     W/indexes/                        indexes of the text, so that another start does not read it again
     W/<stage>/checkpoints/<step>/     see checkpoint/
+    W/<stage>/best/<step>/            checkpoint of the best evaluation, where the stage has keep_best
     W/<stage>/metrics/                metrics.jsonl and TensorBoard events
     W/<stage>/rejected/               documents that cannot be used: <domain>.files.jsonl or .validation_files.jsonl
     W/<stage>/changes.json            what was changed on request while the stage was under way, see workdir.py
@@ -23,7 +24,7 @@ import contextlib
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -31,9 +32,10 @@ import jax
 from tqdm import tqdm
 
 from tele_jax import checkpoint, files, stages
-from tele_jax.config import ModelConfig
+from tele_jax.config import ModelConfig, given
 from tele_jax.data import sources
 from tele_jax.data.batches import Batches
+from tele_jax.data.vocabulary import Vocabulary
 from tele_jax.errors import UserError
 from tele_jax.files import Table
 from tele_jax.growth import Plan
@@ -47,7 +49,7 @@ from tele_jax.stages import RunConfig, Stage
 from tele_jax.train import workdir as own
 from tele_jax.train.optimizer import schedule
 from tele_jax.train.step import trained_as
-from tele_jax.train.trainer import Stopped, Trainer, mask_schedule
+from tele_jax.train.trainer import Stopped, Tasks, Trainer, mask_schedule
 
 __all__ = ["OpenedRun", "OpenedStage", "Stopped", "open_run", "run"]
 
@@ -62,6 +64,7 @@ class OpenedStage:
       plan: the plan of a stage that grows the model, None of another.
       batches: what a stage that trains reads; of another the text to verify it on, that of the training stage before
         it or else after it.
+      tasks: evaluates the tasks of the harness that the stage names; None where it names none.
     """
 
     settings: Stage
@@ -69,6 +72,11 @@ class OpenedStage:
     model: ModelConfig
     plan: Plan | None
     batches: Batches
+    tasks: Tasks | None = None
+
+
+# open_tasks(settings of the stage, its vocabulary, "config.NAME") -> the function that evaluates its tasks
+OpenTasks = Callable[[TrainStage, Vocabulary, str], Tasks]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +96,14 @@ class OpenedRun:
     masks: Plan | None
 
 
-def run(config: RunConfig, workdir: Path, *, from_step: int | None = None) -> list[Table]:
+def run(
+    config: RunConfig, workdir: Path, *, from_step: int | None = None, open_tasks: "OpenTasks | None" = None
+) -> list[Table]:
     """Runs every stage that is not complete yet, and returns the summaries of all, in order.
 
     from_step: checkpoint that the last stage which has begun goes back to, with what the config changes in its
       optimizer, schedule and steps; None: it goes on from its latest. Asked for again, it is not done again.
+    open_tasks: opens the tasks of a stage that has some; None: a stage with tasks is refused.
 
     Raises:
       UserError: W holds something else, belongs to another config or is in use; the tokenizer does not fit the model;
@@ -109,7 +120,7 @@ def run(config: RunConfig, workdir: Path, *, from_step: int | None = None) -> li
             held.enter_context(own.locked(workdir))
         lengths = [stage.seq_len for stage in config.stages.values() if isinstance(stage, TrainStage)]
         index = sources.Indexes(workdir / own.INDEXES if there else None, seq_lens=lengths)
-        opened = open_run(config, index)
+        opened = open_run(config, index, open_tasks)
         if not there:  # a config that cannot be leaves no trace
             held.enter_context(own.locked(workdir))
         from_first(lambda: _claim(config, opened.tokenizer, workdir, from_step))
@@ -133,6 +144,7 @@ def run(config: RunConfig, workdir: Path, *, from_step: int | None = None) -> li
                         model=stage.model,
                         tokenizer=opened.tokenizer["sha256"],
                         say=_say,
+                        tasks=stage.tasks,
                     )
                     summary = trainer.run(stop)
                     del trainer  # its state must not lie beside that of the next stage
@@ -171,10 +183,11 @@ def _say(line: str) -> None:
 # ----------------------------------------------------------------------------------------------- before the first step
 
 
-def open_run(config: RunConfig, index: sources.Indexes) -> OpenedRun:
+def open_run(config: RunConfig, index: sources.Indexes, open_tasks: "OpenTasks | None" = None) -> OpenedRun:
     """Opens what a run reads, and finds what can be known to be wrong: hours of training should not end in a typo.
 
     index: makes the indexes of text, each once.
+    open_tasks: as in `run`.
 
     Raises:
       UserError: a checkpoint, tokenizer, text, cache or growth that is missing or does not fit.
@@ -185,6 +198,7 @@ def open_run(config: RunConfig, index: sources.Indexes) -> OpenedRun:
     batches: dict[str, Batches] = {}
     tokenizers: dict[Path, Table] = {}
     models: dict[str, tuple[ModelConfig, Plan | None]] = {}
+    tasks: dict[str, Tasks] = {}
     for name, stage in config.stages.items():
         where, kind = f"config.{name}", stages.find_kind(stage.kind)
         if isinstance(stage, TrainStage):
@@ -200,6 +214,11 @@ def open_run(config: RunConfig, index: sources.Indexes) -> OpenedRun:
                 raise UserError(
                     f"{where}: the tokenizer has {size} ids, but the model's vocab_size is {cfg.vocab_size}"
                 )
+            if stage.tasks is not None:
+                opener = given(
+                    open_tasks, f"{where}.tasks: tele_jax.run evaluates tasks; train.loop.run was not given how"
+                )
+                tasks[name] = opener(stage, batches[name].vocabulary, where)
             tokenizers[path] = {"path": path, "size": size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         else:
             cfg, masks = kind.outline(stage, cfg, where)
@@ -208,7 +227,9 @@ def open_run(config: RunConfig, index: sources.Indexes) -> OpenedRun:
     if len({tokenizer["sha256"] for tokenizer in tokenizers.values()}) > 1:
         raise UserError(f"the stages of a run have to share one tokenizer, but name {', '.join(map(str, tokenizers))}")
     opened = {
-        name: OpenedStage(stage, stages.find_kind(stage.kind), *models[name], batches[_nearest(config, name)])
+        name: OpenedStage(
+            stage, stages.find_kind(stage.kind), *models[name], batches[_nearest(config, name)], tasks.get(name)
+        )
         for name, stage in config.stages.items()
     }
     return OpenedRun(mesh, opened, next(iter(tokenizers.values())), started)

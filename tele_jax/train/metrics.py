@@ -19,7 +19,9 @@ from tele_jax.processes import is_first
 from tele_jax.published import peak_flops
 
 FLUSH_SECONDS = 30  # between two flushes at most, for those who watch
+EVALUATIONS = "eval/"  # of held-out text and of tasks
 EVALUATION = "eval/bits_per_byte/"  # and the domain
+TASKS = "eval/tasks/"  # and the task and its metric
 
 
 def utilisation(flops_per_second: float, devices: int) -> float | None:

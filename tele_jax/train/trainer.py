@@ -18,7 +18,7 @@ from tele_jax.config import ModelConfig, written_table
 from tele_jax.data import documents, order
 from tele_jax.data.batches import Batches
 from tele_jax.data.domains import Documents
-from tele_jax.errors import FailedError
+from tele_jax.errors import FailedError, UserError
 from tele_jax.files import Table
 from tele_jax.growth import MaskSchedule, Plan
 from tele_jax.model import platforms
@@ -38,6 +38,9 @@ from tele_jax.train.step import (
     state_shardings,
     trained_as,
 )
+
+# tasks(cfg, params, masks, provenance) -> {"TASK/METRIC": value}; made above, for this room knows no harness
+Tasks = Callable[[ModelConfig, PyTree, PyTree, Sequence[Table]], dict[str, float]]
 
 
 class Stopped(Exception):
@@ -69,6 +72,7 @@ class Trainer:
         model: ModelConfig,
         tokenizer: str,
         say: Callable[[str], None],
+        tasks: "Tasks | None" = None,
     ):
         """Restores or initialises everything; the step is compiled when it first runs.
 
@@ -80,6 +84,7 @@ class Trainer:
           model: says how the model is computed (remat, attention), as the page has it; checkpoints say what it is.
           tokenizer: SHA-256 of the tokenizer, for the provenance.
           say: prints a line.
+          tasks: evaluates the tasks of the stage, if it has some.
         """
         self.stage, self.directory, self.mesh, self.batches, self.say = stage, directory, mesh, batches, say
         before = None if previous is None else checkpoint.open_lazy(previous)
@@ -105,6 +110,8 @@ class Trainer:
         for line in batches.shared():
             say(f"  {line}")
         self.checkpoints = checkpoint.Manager(directory / "checkpoints", keep=stage.keep_checkpoints)
+        self.best = None if stage.keep_best is None else checkpoint.Manager(directory / workdir.BEST, keep=1)
+        self.tasks = tasks
         self.tokens = 0
         self._restore(previous, before)
         for corpus in batches.corpora.values():  # not before: what was set aside stays where this start is refused
@@ -201,6 +208,8 @@ class Trainer:
         finally:
             self.feed.close()
             self.checkpoints.close()
+            if self.best is not None:
+                self.best.close()
             self.writer.close()
         return from_first(self._summary)
 
@@ -227,10 +236,10 @@ class Trainer:
                 self._log(done, window, (time.perf_counter() - since) / (done - since_step), bar)
                 window, since_step, since = [], done, time.perf_counter()
             paused = time.perf_counter()
-            if stage.eval_every and done % stage.eval_every == 0 and not last:
+            if not last:
                 self._evaluate(done)
             if saves:
-                self._save(done)
+                self._save(done, self.checkpoints)
             since += time.perf_counter() - paused  # saving and evaluating are not training time
             if stopped and not last:
                 self.checkpoints.wait()
@@ -297,7 +306,7 @@ class Trainer:
             return "this stage has no checkpoint yet"
         return f"the last checkpoint is that of step {latest}, in {self.checkpoints.directory}"
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, checkpoints: checkpoint.Manager) -> None:
         mask = self.masks(step)
         entry = {"stage": self.directory.name, "kind": self.stage.kind, "step": step, "tokens": self.tokens}
         entry["mask"] = None if mask is None else float(min(vector.min() for vector in mask.values()))
@@ -306,34 +315,64 @@ class Trainer:
         if self.changes:
             entry["changes"] = self.changes
         self.writer.flush()  # what lies before a checkpoint is not written again
-        self.checkpoints.save(step, self.cfg, self.params, self.opt_state, [*self.history, entry], self.feed.state())
+        checkpoints.save(step, self.cfg, self.params, self.opt_state, [*self.history, entry], self.feed.state())
 
     def _evaluate(self, step: int) -> None:
-        if not self.held_out:
-            return
-        figures = bits_per_byte(self.cfg, self.params, self.held_out, self.mesh, self.masks(step))
-        self.writer.write(step, {metrics.EVALUATION + domain: value for domain, value in figures.items()})
-        self.writer.flush()  # nor is this made again
-        self.say(f"  step {step}: bits per byte " + ", ".join(f"{d} {v:.4f}" for d, v in figures.items()))
+        """Evaluates what is due at a step, writes the figures, and keeps the checkpoint where it is the best so far."""
+        stage, ends = self.stage, step in (0, self.stage.steps)
+        every = stage.eval_every if stage.tasks is None or stage.tasks.every is None else stage.tasks.every
+        figures: dict[str, float] = {}
+        if self.held_out and (ends or (stage.eval_every and step % stage.eval_every == 0)):
+            found = bits_per_byte(self.cfg, self.params, self.held_out, self.mesh, self.masks(step))
+            figures |= {metrics.EVALUATION + domain: value for domain, value in found.items()}
+            self.say(f"  step {step}: bits per byte " + ", ".join(f"{d} {v:.4f}" for d, v in found.items()))
+        if self.tasks is not None and (ends or (every and step % every == 0)):
+            found = self.tasks(self.cfg, self.params, self.masks(step), [*self.history, {"kind": stage.kind}])
+            figures |= {metrics.TASKS + name: value for name, value in found.items()}
+            self.say(f"  step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        if figures:
+            self._keep_best(step, figures)
+            self.writer.write(step, figures)
+            self.writer.flush()  # nor is this made again
 
-    def _evaluations(self) -> dict[int, dict[str, float]]:
-        """Bits per byte by domain, by step."""
+    def _keep_best(self, step: int, figures: Mapping[str, float]) -> None:
+        """Saves the state to best/ where `keep_best` is better than after every evaluation before."""
+        if self.best is None:
+            return
+        name = f"{metrics.EVALUATIONS}{self.stage.keep_best}"
+        if name not in figures:
+            known = ", ".join(figure.removeprefix(metrics.EVALUATIONS) for figure in figures)
+            same = name.startswith(metrics.TASKS) == any(figure.startswith(metrics.TASKS) for figure in figures)
+            if step == 0 or same:
+                raise UserError(f"keep_best={self.stage.keep_best!r}: the evaluations have {known}")
+            return
+        before = from_first(lambda: [line[name] for line in self._lines() if name in line])
+        sign = -1 if name.startswith(metrics.TASKS) else 1  # the least bits, the largest share of right answers
+        if step and all(sign * figures[name] < sign * value for value in before):
+            self._save(step, self.best)
+            self.best.wait()
+            self.say(f"  step {step}: the best {self.stage.keep_best} so far, kept in {self.best.directory}")
+
+    def _lines(self) -> list[dict[str, float]]:
+        return metrics.read(self.directory / "metrics" / "metrics.jsonl")
+
+    def _evaluations(self, prefix: str = metrics.EVALUATION) -> dict[int, dict[str, float]]:
+        """Figures of evaluations by name after the prefix, such as bits per byte by domain; by step."""
         found = {}
-        for line in metrics.read(self.directory / "metrics" / "metrics.jsonl"):
-            figures = {
-                k.removeprefix(metrics.EVALUATION): v for k, v in line.items() if k.startswith(metrics.EVALUATION)
-            }
+        for line in self._lines():
+            figures = {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
             if figures:
                 found[int(line["step"])] = figures
         return found
 
     def _evaluated(self, step: int) -> bool:
         """True where an earlier start came as far: a kill may fall between an evaluation and what follows it."""
-        return from_first(lambda: step in self._evaluations())
+        return from_first(lambda: step in self._evaluations(metrics.EVALUATIONS))
 
     def _summary(self) -> Table:
-        evaluations = self._evaluations()
-        return {
+        evaluations, tasks = self._evaluations(), self._evaluations(metrics.TASKS)
+        known = {} if self.tasks is None else {"tasks_before": tasks.get(0, {}), "tasks_after": tasks[self.stage.steps]}
+        return known | {
             "parameters": count_params(self.cfg),
             "steps": self.stage.steps,
             "tokens": self.tokens,

@@ -37,11 +37,12 @@ from tele_jax.stages import RunConfig, run_config
 
 CONFIG, CHANGES, SUMMARY, LOCK, INDEXES = "config.json", "changes.json", "summary.json", ".lock", "indexes"
 Changed = dict[str, tuple[object, object]]  # {path of a key: (before, now)}
+BEST = "best"  # directory in a stage: the checkpoint of its best evaluation, by `keep_best`
 SET_ASIDE = "set_aside"  # directory in a stage: the checkpoints that came after the one that --from went back to
 
 # Paths inside a stage, as patterns, of settings that say how, where and how often, but not what is computed.
 _FREE = re.compile(
-    r"log_every|eval_every|checkpoint_every|keep_checkpoints|microbatches|tolerance|(model\.)?(remat|attention)"
+    r"log_every|eval_every|tasks(\..*)?|keep_best|checkpoint_every|keep_checkpoints|microbatches|tolerance|(model\.)?(remat|attention)"
     r"|data\.(cache|tokenizer|eval_bytes|sources\.[^.]+\.(files|validation_files|task|split|validation_split))(\..*)?"
 )
 _ON_REQUEST = re.compile(
@@ -275,6 +276,9 @@ def _set_aside(directory: Path, later: Sequence[int], say: Callable[[str], None]
             shutil.copyfile(metrics, aside / metrics.name)
         for step in sorted(later, reverse=True):  # a kill leaves the steps before
             files.move(directory / "checkpoints" / str(step), aside / str(step))
+        for best in (directory / BEST).glob("*"):
+            if best.name.isdecimal() and int(best.name) >= min(later):
+                files.move(best, aside / f"{BEST}_{best.name}")
         say(f"checkpoints of later steps ({', '.join(map(str, later))}) are set aside in {aside}")
     (directory / SUMMARY).unlink(missing_ok=True)
 

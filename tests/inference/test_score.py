@@ -198,6 +198,18 @@ def test_what_cannot_be_scored_is_named(prompts, continuations, named):
         score(cfg, params, prompts, continuations)
 
 
+def test_scores_of_a_model_behind_rising_masks():
+    cfg, params = model()
+    rng = np.random.default_rng(3)
+    masks = {"mlp": rng.uniform(0, 1, cfg.mlp_dim), "embed": rng.uniform(0.5, 1, cfg.embed_dim)}
+    prompt, continuation = requests(1)[0]
+    ((_, logprobs, _),) = score_tokens(cfg, params, [(prompt, continuation)], masks=masks)
+    logits = reference.forward(cfg, params, np.array([(prompt + continuation)[:-1]]), masks=masks)[0]
+    logits = logits[len(prompt) - 1 :, : cfg.vocab_size]
+    expected = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+    np.testing.assert_allclose(logprobs, expected[np.arange(len(continuation)), continuation], atol=1e-4)
+
+
 def test_nothing_to_score_gives_nothing():
     assert score(*model(), [], []) == []
 

@@ -1,0 +1,71 @@
+"""Tasks of the harness while a stage trains: the parameters as they are, on the mesh of the run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tele_jax.axes import PyTree
+from tele_jax.config import ModelConfig, given
+from tele_jax.data.vocabulary import Vocabulary
+from tele_jax.errors import UserError
+from tele_jax.eval import harness, tasks
+from tele_jax.eval import model as models
+from tele_jax.extras import need
+from tele_jax.files import Table
+from tele_jax.processes import from_first
+from tele_jax.settings import TasksConfig, TrainStage
+from tele_jax.train.trainer import Tasks
+
+
+def open_tasks(stage: TrainStage, vocabulary: Vocabulary, where: str) -> Tasks:
+    """Opens the tasks that a stage names, and returns the function that evaluates them, see train.trainer.Tasks.
+
+    Of every task the first items are taken, as large a share as the stage says: the same at every evaluation.
+
+    Raises:
+      UserError: a task that is not there; dialogues without a template.
+    """
+    settings = given(stage.tasks, f"{where}.tasks: not there")
+    directory = None if settings.data is None else Path(settings.data)
+    try:
+        for name in settings.names:
+            tasks.find([name], directory)
+    except UserError as error:
+        raise UserError(f"{where}.tasks: {error}") from None
+
+    def evaluate(cfg: ModelConfig, params: PyTree, masks: PyTree, provenance: Sequence[Table]) -> dict[str, float]:
+        model = models.of_params(where, cfg, params, vocabulary, provenance, template=stage.data.template, masks=masks)
+        figures: dict[str, float] = {}
+        with models.Leader(model) as leader:
+            if leader.leads:
+                for name, share in settings.names.items():
+                    found, manager = tasks.find([name], directory)
+                    limit = None if share == 1 else share
+                    figures |= _figures(leader, name, found, manager, limit, settings)
+        return from_first(lambda: figures)
+
+    return evaluate
+
+
+def _figures(
+    leader: models.Leader, name: str, found: Sequence[Any], manager: Any, limit: float | None, settings: TasksConfig
+) -> dict[str, float]:
+    """{"TASK/METRIC": value} of the task or group as a whole."""
+    results = need("lm_eval", how=harness.EXTRA).simple_evaluate(
+        model=harness.adapter(leader),
+        tasks=list(found),
+        task_manager=manager,
+        num_fewshot=settings.num_fewshot,
+        limit=limit,
+        apply_chat_template=settings.chat,
+        fewshot_as_multiturn=settings.chat,
+        log_samples=False,
+        bootstrap_iters=0,
+    )
+    values = (results.get("groups") or {}).get(name) or results["results"][name]
+    found_figures = {
+        f"{name}/{metric.split(',')[0]}": float(value)
+        for metric, value in values.items()
+        if "," in metric and "_stderr" not in metric and isinstance(value, float)
+    }
+    return found_figures
