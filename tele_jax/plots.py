@@ -1,10 +1,11 @@
-"""Pictures of losses, growth plans, receipts, layer scores and masks, as matplotlib figures.
+"""Pictures of losses, growth plans, receipts, layer scores, masks and evaluations, as matplotlib figures.
 
 plots.loss({"loss, nats per token": {"small": (steps, losses)}}, growths=[300])    curves across growths
 plots.plan(plan)                       copied, scaled, zero and fresh parts of every leaf
 plots.receipts({"exact": receipt})     findings of verify: report.to_json(), or a growth_receipt.json
 plots.layer_scores(receipt)            change of the stream by each layer, and the layers that were copied
 plots.mask_ramp(schedule, 300)         the masks of policy msg, step by step
+plots.bits_per_byte(results)           results.json of `tele eval bpb`: bars by domain, with intervals
 
 A function returns a new figure and touches no state of pyplot: a notebook shows the figure, a script saves it with
 figure.savefig(path), its axes are figure.axes. The extra [plots] installs matplotlib and Pillow;
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from tele_jax.growth import MaskSchedule, Plan
 
-__all__ = ["layer_scores", "loss", "mask_ramp", "plan", "receipts"]
+__all__ = ["bits_per_byte", "layer_scores", "loss", "mask_ramp", "plan", "receipts"]
 
 # Colours that people with any colour vision tell apart (Okabe and Ito, 2008).
 BLUE, ORANGE, GREEN, PINK, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
@@ -244,6 +245,37 @@ def receipts(receipts: Mapping[str, Table]) -> "Figure":
         _grid(axes, "x")
     figure.legend(**LEGEND_BELOW, fontsize="small")
     figure.suptitle("Did the function stay the same, and can everything new learn?", fontsize="medium")
+    return figure
+
+
+def bits_per_byte(results: Table) -> "Figure":
+    """Bars of the bits per byte of every model by domain, with 95% intervals and the floor that xz sets: a Figure.
+
+    results: content of results.json, as `tele eval bpb` writes it.
+
+    Raises:
+      UserError: no such results.
+    """
+    require(
+        bool(results.get("models")) and bool(results.get("text")), "plots.bits_per_byte: no results of tele eval bpb"
+    )
+    names, models = list(results["text"]), results["models"]
+    figure, axes = _single(4.2)
+    places, width = np.arange(len(names)), 0.8 / len(models)
+    for i, (model, found) in enumerate(models.items()):
+        rows = [found["domains"][name] for name in names]
+        values = np.array([row["bits_per_byte"] for row in rows])
+        ends = np.array([row["interval"] or [row["bits_per_byte"]] * 2 for row in rows])
+        at = places + (i - (len(models) - 1) / 2) * width
+        axes.bar(at, values, 0.92 * width, color=CYCLE[i % len(CYCLE)], label=model)
+        axes.errorbar(at, values, np.abs(ends.T - values), fmt="none", ecolor=INK, capsize=3, linewidth=1.2)
+    floors = [results["text"][name]["xz"] for name in names]
+    axes.hlines(floors, places - 0.45, places + 0.45, color=INK, linestyle="--", linewidth=1, label="xz")
+    axes.set_xticks(places, names)
+    axes.set_ylabel("bits per byte")
+    axes.set_title("Bits per byte by domain, with 95% intervals over documents")
+    _grid(axes, "y")
+    figure.legend(**LEGEND_BELOW)
     return figure
 
 

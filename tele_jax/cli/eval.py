@@ -1,14 +1,23 @@
 """`tele eval ACTION`: finds out how good a model is."""
 
 import argparse
+import contextlib
 from pathlib import Path
+from typing import Any
 
-from tele_jax import tables
-from tele_jax.cli import Outcome, flag, switch
+from tele_jax import plots, tables
+from tele_jax.checkpoint import chunk_files
+from tele_jax.cli import Outcome, Progress, flag, note, switch
 from tele_jax.cli.generate import open_mesh
+from tele_jax.cli.pages import load_page
+from tele_jax.config import from_dict
 from tele_jax.errors import UserError
-from tele_jax.eval import harness, tasks
+from tele_jax.eval import bpb, harness, tasks
 from tele_jax.eval import model as models
+from tele_jax.eval import tables as published
+from tele_jax.eval.text import BpbConfig, survey
+from tele_jax.files import PathLike, held_alone, write_json
+from tele_jax.processes import is_first
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,9 +33,9 @@ def run(args: argparse.Namespace) -> Outcome:
     return args.run(args)
 
 
-def model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of every action that loads a model."""
-    flag(parser, "ckpt CKPT", "step, stage or work directory; of several steps, the latest")
+def model_arguments(parser: argparse.ArgumentParser, **how: Any) -> None:
+    """Adds the flags of every action that loads a model. how: nargs="+" where it takes several checkpoints."""
+    flag(parser, "ckpt CKPT", "step, stage or work directory; of several steps, the latest", **how)
     flag(parser, "--tokenizer FILE", "default: tokenizer.model or tokenizer.json in or above the checkpoint")
     flag(parser, "--template NAME", "format of dialogues; default: as the tokenizer and the checkpoint say")
     flag(parser, "--mesh AXIS=N,...", "devices to spread the model over: tensor=4, or data=2,tensor=4; default: one")
@@ -34,10 +43,10 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "--dtype NAME", dtype, choices=("bfloat16", "float32"))
 
 
-def load_model(args: argparse.Namespace) -> models.EvalModel:
-    """The model of a command line; raises UserError as eval.model.load."""
+def load_model(args: argparse.Namespace, path: PathLike | None = None) -> models.EvalModel:
+    """The model of a command line, or of one of its checkpoints; raises UserError as eval.model.load."""
     mesh = open_mesh(args.mesh)
-    model = models.load(args.ckpt, tokenizer=args.tokenizer, template=args.template, mesh=mesh)
+    model = models.load(path or args.ckpt, tokenizer=args.tokenizer, template=args.template, mesh=mesh)
     if args.dtype is not None:
         model.cfg = model.cfg.replace(dtype=args.dtype)
     return model
@@ -88,6 +97,88 @@ def _number(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else ""
 
 
+# ------------------------------------------------------------------------------------------------------ bits per byte
+
+
+def _bpb_arguments(parser: argparse.ArgumentParser) -> None:
+    model_arguments(parser, nargs="+")
+    text = "files of a domain, as path or pattern: a line of a .jsonl file is a document, any other file is one"
+    flag(parser, "--text DOMAIN=FILES", text, nargs="+", action="extend", default=[])
+    flag(
+        parser, "--config FILE", "page with the text and the settings, as configs/eval/bpb.py; flags replace its values"
+    )
+    flag(parser, "--window N", "tokens that the model reads at once; default: its max_seq_len", int)
+    flag(parser, "--stride N", "new tokens that each further window of a document scores; default: the window", int)
+    switch(parser, "--by-position", "print the figures by the position of a token in its document as well")
+    switch(parser, "--eos", "score the end of sequence after each document as well; it adds no byte")
+    out = "directory of results.json, of a picture, and of scores: started again, an evaluation goes on from them"
+    flag(parser, "--out DIR", out, Path)
+
+
+def _bpb_config(args: argparse.Namespace) -> BpbConfig:
+    """The page of a command line with its flags; raises UserError for what is not understood."""
+    if args.overrides and args.config is None:
+        raise UserError(f"{args.overrides[0]}: changes a page, and --config names none")
+    values = dict(load_page(args.config, args.overrides).items()) if args.config else {}
+    text: dict[str, tuple[str, ...]] = {}
+    for entry in args.text:
+        name, _, pattern = entry.partition("=")
+        if not (name and pattern):
+            raise UserError(f"--text {entry}: expected DOMAIN=FILES, for example --text en=held_out/*.jsonl")
+        text[name] = (*text.get(name, ()), pattern)
+    flags = {"window": args.window, "stride": args.stride, "by_position": args.by_position or None}
+    flags |= {"eos": args.eos or None, "text": text or None if args.config else text}
+    values |= {name: value for name, value in flags.items() if value is not None}
+    return from_dict(BpbConfig, values, "config" if args.config else "tele eval bpb")
+
+
+def _bpb(args: argparse.Namespace) -> Outcome:
+    """Raises UserError for text that cannot be read and a model that does not fit, before anything is scored."""
+    config = _bpb_config(args)
+    opened = {}
+    for path in dict.fromkeys(args.ckpt):
+        opened[path], vocabulary = models.examine(path, args.tokenizer)
+        config.sizes(opened[path].cfg, vocabulary)
+    domains = survey(config) if is_first() else []
+    total, found = sum(domain.num_bytes for domain in domains), {}
+    with contextlib.ExitStack() as stack:
+        if args.out is not None and is_first():
+            stack.enter_context(held_alone(args.out / ".lock", f"{args.out}: another tele eval writes there"))
+        for path, lazy in opened.items():
+            with models.Leader(load_model(args, lazy.path)) as leader:
+                if leader.leads:
+                    shown = Progress(path)
+                    how = {"directory": args.out, "progress": lambda done, shown=shown: shown(done, total)}
+                    parameters = chunk_files.fingerprint(lazy.items["params"].values())
+                    found[path] = bpb.evaluate(leader, config, domains, fingerprint=parameters, **how)
+        if not is_first():
+            return Outcome()
+        results = bpb.results_of(config, domains, found)
+        if args.out is not None:
+            write_json(args.out / "results.json", results)
+            try:
+                plots.bits_per_byte(results).savefig(args.out / "bits_per_byte.png")
+            except UserError as error:  # the extra is not installed
+                note(f"no picture: {error}")
+    return Outcome(results, text=bpb.text_of(results, by_position=config.by_position))
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def _table_arguments(parser: argparse.ArgumentParser) -> None:
+    flag(parser, "results RESULTS", "results.json of bpb or harness, or its directory", Path, nargs="+")
+
+
+def _table(args: argparse.Namespace) -> Outcome:
+    """Raises UserError for files that hold no results, or none that a published table has."""
+    results = [result for path in args.results for result in published.read_results(path)]
+    figures, text = published.compare(results)
+    return Outcome(figures, text=text)
+
+
 ACTIONS = {
+    "bpb": ("bits per byte of text, by domain, of one or several models", _bpb_arguments, _bpb),
     "harness": ("run tasks of lm-evaluation-harness (extra [eval])", _harness_arguments, _harness),
+    "table": ("print results beside the published ones, in the published tables", _table_arguments, _table),
 }

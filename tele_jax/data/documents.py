@@ -173,7 +173,13 @@ def stretches(
 
 
 def read_document(
-    path: str, offset: int, data: bytes, format: AnyFormat, reject: Callable[[Reject], None], line: int | None = None
+    path: str,
+    offset: int,
+    data: bytes,
+    format: AnyFormat,
+    reject: Callable[[Reject], None],
+    line: int | None = None,
+    keys: Sequence[str] = ("text",),
 ) -> Any:
     """Returns the text of a document, or the messages of a dialogue; None where it cannot be used.
 
@@ -183,10 +189,11 @@ def read_document(
       format: format of the file.
       reject: is given the entry of a document that cannot be used.
       line: number of the line, where it is known.
+      keys: names that the text of a JSON line may have.
     """
     try:
         text = data.decode("utf-8")
-        return text if format == "text" else check_record(text, format)
+        return text if format == "text" else check_record(text, format, keys)
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x})"
     except UserError as error:
@@ -232,8 +239,8 @@ def nothing_usable(where: str, first: str | None) -> UserError:
     return UserError(f"{where}: not one document can be used; {why}")
 
 
-def check_record(record: str, format: AnyFormat) -> Any:
-    """Returns the text of a JSON line, or the messages of a dialogue.
+def check_record(record: str, format: AnyFormat, keys: Sequence[str] = ("text",)) -> Any:
+    """Returns the text of a JSON line, under the first of `keys` that it has, or the messages of a dialogue.
 
     Raises:
       UserError: the line is not of the format; the message says why, and the caller adds where.
@@ -244,10 +251,11 @@ def check_record(record: str, format: AnyFormat) -> Any:
         raise UserError(f"not JSON: {error}") from None
     if format == "dialogues":
         value = dialogue.from_record(value)
-    elif not isinstance(value, dict) or "text" not in value:
-        raise UserError(f'not a table with the key "text", as the format {format} asks for')
-    elif not isinstance(value := value["text"], str):
-        raise UserError('"text" is not a string')
+    elif not isinstance(value, dict) or not (found := [key for key in keys if key in value]):
+        named = " or ".join(f'"{key}"' for key in keys)
+        raise UserError(f"not a table with the key {named}, as the format {format} asks for")
+    elif not isinstance(value := value[found[0]], str):
+        raise UserError(f'"{found[0]}" is not a string')
     elif not value:
         raise UserError(EMPTY)
     if "\\u" in record:  # JSON can spell half a surrogate pair, UTF-8 cannot

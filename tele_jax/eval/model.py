@@ -99,6 +99,15 @@ class EvalModel:
         return texts
 
 
+def examine(path: PathLike, tokenizer: PathLike | None = None) -> tuple[checkpoint.Lazy, Vocabulary]:
+    """Opens a checkpoint and its tokenizer, reading no array, and raises UserError where `load` would refuse them."""
+    lazy = checkpoint.open_lazy(path)
+    vocabulary = load_vocabulary(find_tokenizer(path, tokenizer))
+    check_vocabulary(lazy.cfg, vocabulary)
+    require_unmasked(lazy.provenance, str(path))
+    return lazy, vocabulary
+
+
 def load(
     path: PathLike,
     *,
@@ -112,10 +121,7 @@ def load(
       UserError: no checkpoint, no tokenizer or one that does not fit, a model whose masks are still rising after a
         growth, an unknown template.
     """
-    lazy = checkpoint.open_lazy(path)
-    vocabulary = load_vocabulary(find_tokenizer(path, tokenizer))
-    check_vocabulary(lazy.cfg, vocabulary)
-    require_unmasked(lazy.provenance, str(path))
+    lazy, vocabulary = examine(path, tokenizer)
     params: Params = {}  # loaded last, after what is quick to find wrong
     model = of_params(str(path), lazy.cfg, params, vocabulary, lazy.provenance, template=template)
     model.params = checkpoint.load(path, mesh, items=("params",)).params
