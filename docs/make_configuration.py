@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tele_jax import config, settings, stages
 from tele_jax.clean import settings as clean_settings
+from tele_jax.eval.text import BpbConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Every key of a config page
@@ -36,6 +37,7 @@ SECTIONS = (
     ("Data", (settings.DataConfig, settings.SourceConfig)),
     ("A model", (config.ModelConfig, config.Rope, config.Ntk)),
     ("A cache of rows: `tele data cache`", (settings.CacheConfig,)),
+    ("Bits per byte: `tele eval bpb`", (BpbConfig,)),
     ("Cleaning: `tele data clean`", tuple(
         value for value in vars(clean_settings).values()
         if dataclasses.is_dataclass(value) and isinstance(value, type) and value.__module__ == clean_settings.__name__

@@ -266,3 +266,30 @@ def test_a_missing_matplotlib_names_the_extra():
     assert done.stdout == (
         "tele.plots needs the package 'matplotlib', which is not installed: pip install 'tele_jax[plots]'\n"
     ), done.stderr
+
+
+# --------------------------------------------------------------------------------------------------------- evaluations
+
+
+def test_bits_per_byte_are_bars_by_domain_with_their_intervals_and_the_floor():
+    values = {
+        "small": {"en": (1.5, [1.25, 2.0]), "zh": (2.0, None)},
+        "large": {"en": (1.0, [0.5, 1.25]), "zh": (1.5, None)},
+    }
+    models = {
+        model: {"domains": {name: {"bits_per_byte": x, "interval": ends} for name, (x, ends) in found.items()}}
+        for model, found in values.items()
+    }
+    figure = plots.bits_per_byte({"text": {"en": {"xz": 2.5}, "zh": {"xz": 3.0}}, "models": models})
+    (axes,) = figure.axes
+    bars = [container for container in axes.containers if container.get_label() in values]
+    assert [[bar.get_height() for bar in group] for group in bars] == [[1.5, 2.0], [1.0, 1.5]]
+    *whiskers, floors = (collection.get_segments() for collection in axes.collections)
+    assert [[segment[:, 1].tolist() for segment in group] for group in whiskers] == [
+        [[1.25, 2.0], [2.0, 2.0]],
+        [[0.5, 1.25], [1.5, 1.5]],
+    ]
+    assert [segment[0, 1] for segment in floors] == [2.5, 3.0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["en", "zh"]
+    with pytest.raises(tele.UserError, match="no results of tele eval bpb"):
+        plots.bits_per_byte({})

@@ -15,6 +15,7 @@ COMMANDS = {
     "data": ["data", "show", "rows"],
     "generate": ["generate", "ckpt", "--prompt", "x"],
     "chat": ["chat", "ckpt"],
+    "eval": ["eval", "table", "results.json"],
     "preflight": ["preflight", "--installed"],
 }
 
