@@ -104,13 +104,13 @@ def note(message: object) -> None:
 
 
 class Progress:
-    """Shows how far a long write is: progress(done bytes, all bytes). title: one word before the bar.
+    """Shows how far a long work is: progress(done bytes, all bytes). title: what stands before the bar.
 
-    On a terminal it is a bar, elsewhere a line at every tenth.
+    On a terminal it is a bar, elsewhere a line at every tenth where there are `least` bytes.
     """
 
-    def __init__(self, title: str):
-        self._title, self._bar, self._tenth = title, None, 0
+    def __init__(self, title: str, least: int = 10**9):
+        self._title, self._bar, self._tenth, self._least = title, None, 0, least
 
     def __call__(self, done: int, total: int) -> None:
         from tqdm import tqdm
@@ -121,6 +121,6 @@ class Progress:
             self._bar.update(done - self._bar.n)
             if done == total:
                 self._bar.close()
-        elif total >= 10**9 and 10 * done // total > self._tenth:
+        elif total >= self._least and 10 * done // total > self._tenth:
             self._tenth = 10 * done // total
             print(f"  {done:,} of {total:,} bytes", flush=True)

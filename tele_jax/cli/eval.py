@@ -16,7 +16,7 @@ from tele_jax.eval import bpb, harness, tasks
 from tele_jax.eval import model as models
 from tele_jax.eval import tables as published
 from tele_jax.eval.text import BpbConfig, survey
-from tele_jax.files import PathLike, held_alone, write_json
+from tele_jax.files import PathLike, held_alone, read_table, write_json
 from tele_jax.processes import is_first
 
 
@@ -144,10 +144,13 @@ def _bpb(args: argparse.Namespace) -> Outcome:
     with contextlib.ExitStack() as stack:
         if args.out is not None and is_first():
             stack.enter_context(held_alone(args.out / ".lock", f"{args.out}: another tele eval writes there"))
+            target = args.out / "results.json"
+            if target.exists() and read_table(target).get("kind") != "bits_per_byte":
+                raise UserError(f"{target}: holds results of something else; choose another --out")
         for path, lazy in opened.items():
             with models.Leader(load_model(args, lazy.path)) as leader:
                 if leader.leads:
-                    shown = Progress(path)
+                    shown = Progress(path, least=10**6)
                     how = {"directory": args.out, "progress": lambda done, shown=shown: shown(done, total)}
                     parameters = chunk_files.fingerprint(lazy.items["params"].values())
                     found[path] = bpb.evaluate(leader, config, domains, fingerprint=parameters, **how)

@@ -8,7 +8,6 @@ the rolling windows of lm-evaluation-harness.
     bits per byte = sum of -log2 p(token) over the documents of a domain / UTF-8 bytes of their texts
 """
 
-import collections
 import contextlib
 import hashlib
 import itertools
@@ -117,41 +116,53 @@ def score_texts(
     eos: bool = False,
     progress: Callable[[int], object] = int,
 ) -> None:
-    """Scores the documents that the journal does not have, in groups of GROUP windows or a few more.
+    """Scores the documents that the journal does not have, in groups of about GROUP tokens.
 
-    progress: is called with the bytes of text that have been read and scored.
+    progress: is called with the bytes of text that are scored.
     """
-    model, edges, read = leader.model, bucket_edges(window), 0
+    model, edges, room = leader.model, bucket_edges(window), GROUP
     waiting: dict[str, np.ndarray] = {}  # log-probabilities of the tokens of documents whose windows are not all scored
+    left: dict[str, int] = {}  # windows of those that are not scored
+    sizes: dict[str, int] = {}  # bytes of those, in all places where the text occurs
+    done = 0
     requests: list[tuple[list[int], list[int]]] = []
     owners: list[tuple[str, int]] = []  # of each request: its document, and the position of its first scored token
 
     def flush() -> None:
-        left = collections.Counter(key for key, _ in owners)
+        nonlocal done
         for request, logprobs, _ in leader.score(requests):
             key, begin = owners[request]
             waiting[key][begin : begin + len(logprobs)] = logprobs
             left[key] -= 1
             if left[key] == 0:
                 journal.add(key, _summed(waiting.pop(key), edges))
+                done += sizes.pop(key)
+                progress(done)
         requests.clear()
         owners.clear()
-        progress(read)
 
     for text in texts:
         data = text.encode()
-        key, read = key_of(data), read + len(data)
-        if not text or key in journal.scores or key in waiting:
+        key = key_of(data)
+        if not text or key in journal.scores:
+            done += len(data)
+            continue
+        sizes[key] = sizes.get(key, 0) + len(data)
+        if key in waiting:
             continue
         ids = model.vocabulary.encode(text) + [model.vocabulary.eos_id] * eos
-        waiting[key] = np.zeros(len(ids))
-        for first, begin, end in windows(len(ids), window, stride):
+        places = list(windows(len(ids), window, stride))
+        waiting[key], left[key] = np.zeros(len(ids)), len(places)
+        for first, begin, end in places:
             before = [model.prefix] if first < 0 else ids[first:begin]
             requests.append((before, ids[begin:end]))
             owners.append((key, begin))
-        if len(requests) >= GROUP:
-            flush()
+            room -= len(before) + end - begin
+            if room <= 0:
+                flush()
+                room = GROUP
     flush()
+    progress(done)
 
 
 def _summed(logprobs: np.ndarray, edges: list[int]) -> Scored:
@@ -187,18 +198,19 @@ def evaluate(
     window, stride = config.sizes(model.cfg, model.vocabulary)
     how: Table = {"window": window, "stride": stride, "eos": config.eos}
     about = {"prefix": model.prefix, "tokenizer": model.vocabulary.sha256, "dtype": model.cfg.dtype, **how}
-    header = {"parameters": fingerprint, "model": to_dict(model.cfg), **about}
+    edges = bucket_edges(window)
+    header = {"parameters": fingerprint, "model": to_dict(model.cfg), "buckets": edges, **about}
     with contextlib.closing(Journal(directory, header)) as journal:
         texts = itertools.chain.from_iterable(read_texts(domain.files) for domain in domains)
         score_texts(leader, texts, journal, **how, progress=progress)
     figures, samples = {}, {}
     for domain in domains:
-        nothing = Scored(0, 0.0, [(0, 0.0)] * len(bucket_edges(window)))
+        nothing = Scored(0, 0.0, [(0, 0.0)] * len(edges))
         scores = [journal.scores.get(key) if size else nothing for key, size in domain.documents]
         found = [score for score in scores if score is not None]
         require(len(found) == len(scores), f"text.{domain.name}: has changed since the evaluation began; start it anew")
         samples[domain.name] = bootstrap([score.nats for score in found], domain, config)
-        figures[domain.name] = _figures(domain, found, bucket_edges(window), samples[domain.name])
+        figures[domain.name] = _figures(domain, found, edges, samples[domain.name])
     return {**about, "parameters": fingerprint, "domains": figures, "averages": _averages(figures, samples)}
 
 
@@ -226,7 +238,8 @@ def _figures(domain: Domain, scores: Sequence[Scored], edges: Sequence[int], sam
     ):
         count, loss = sum(n for n, _ in parts), math.fsum(x for _, x in parts)
         if count:
-            found = {"tokens": count, "loss": loss / count, "perplexity": math.exp(loss / count)}
+            perplexity = math.exp(loss / count) if loss / count < 700 else None  # which float64 does not hold
+            found = {"tokens": count, "loss": loss / count, "perplexity": perplexity}
             positions.append({"from": begin, "to": end, **found})
     return {
         "documents": len(scores),
@@ -301,7 +314,7 @@ def text_of(results: Table, *, by_position: bool = False) -> str:
             for name, f in model["domains"].items():
                 for at in f["positions"]:
                     end = "" if at["to"] is None else f"{at['to']:,}"
-                    figures = (f"{at['tokens']:,}", f"{at['loss']:.4f}", f"{at['perplexity']:.3f}")
+                    figures = (f"{at['tokens']:,}", f"{at['loss']:.4f}", f"{at['perplexity'] or math.inf:.3f}")
                     places.append((path, name, f"{at['from']:,}", end, *figures))
         header = ("model", "domain", "from", "to token", "tokens", "nats/token", "perplexity")
         parts.append(tables.text(places, header, align="llrrrrr"))

@@ -23,7 +23,8 @@ class Published:
     Attributes:
       title, source: name of the table, and where it is printed.
       family: "en", "zh" or "tokens": its columns are domains of `tele eval bpb`, and `figure` says which figure of a
-        domain; "tasks": they are tasks of the harness, in percent; "alignbench", "teleeval": categories of dialogues.
+        domain; "tasks": they are tasks of the harness, in percent, and `figure` is the prefix of those that ask in the
+        way of the table, which go first; "alignbench", "teleeval": categories of dialogues.
       columns: names of the cells, in the printed order.
       rows: cells as they are printed, by name of the model.
       averages: for columns that are averages, the weights of all other columns in their order.
@@ -167,7 +168,7 @@ CHINESE_TASKS = _published(
     {"Avg": _mean(5)},
 )  # fmt: skip
 TELECHAT_TASKS = _published(
-    "TeleChat chat models, percent", TELECHAT, "tasks",
+    "TeleChat chat models, percent", TELECHAT, "tasks telechat_",
     """
         MMLU/5 C-Eval/5 CMMLU/5 AGIEval/0 GAOKAO/0 GSM8K/4 MATH/4 HumanEval/0 CSL/0 CHID/0 EPRSTMT/0 BBH/3 HellaSwag/0
     TeleChat-1B   36.5 53.3 42.1 32.1 34.5 36.8 7.2  12.8 45.62 69.8 87.5 37.4 29.6
@@ -237,7 +238,7 @@ def read_results(path: Path) -> list[Result]:
     try:
         if kind == "bits_per_byte":
             models = {name: model["domains"].items() for name, model in table["models"].items()}
-            keys = [shown.figure for shown in TABLES if shown.figure]
+            keys = [shown.figure for shown in TABLES if shown.family in FAMILIES]
             figures = {
                 m: {domain: {k: float(f[k]) for k in keys} for domain, f in found} for m, found in models.items()
             }
@@ -290,10 +291,11 @@ def values_of(table: Published, result: Result) -> tuple[dict[str, float], dict[
         found = find_domains(table.family, result.values)
         values = {column: result.values[domain][table.figure] for column, domain in found.items()}
     elif result.kind == table.family:
+        own = {column: column.lower().replace("-", "") for column in table.parts}
         named = {
-            column: (column, column.lower().replace("-", ""), TASK_NAMES.get(column, "")) for column in table.parts
+            column: (table.figure + own[column], own[column], TASK_NAMES.get(column, ""), column) for column in own
         }
-        found = {column: n for column, names in named.items() for n in reversed(names) if n in result.values}
+        found = {column: name for column, names in named.items() for name in reversed(names) if name in result.values}
         values = {column: result.values[name] for column, name in found.items()}
     else:
         return {}, {}

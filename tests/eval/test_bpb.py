@@ -22,6 +22,7 @@ from tele_jax.eval import text as evaluated
 from tele_jax.eval.bpb import evaluate, windows
 from tele_jax.eval.model import EvalModel, Leader
 from tele_jax.eval.text import BpbConfig, Domain, survey
+from tele_jax.files import held_alone
 from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh, param_shardings
 from tests import reference
@@ -151,7 +152,7 @@ def test_figures_do_not_depend_on_batches_order_or_devices(vocabulary, files, mo
     placed = jax.device_put(params, param_shardings(tele.spec(cfg), mesh))
     others = [evaluation(loaded(vocabulary, placed), config)]
     turned = BpbConfig(text=dict(reversed(files.items())), window=16, stride=7, resamples=10)
-    monkeypatch.setattr(bpb, "GROUP", 3)
+    monkeypatch.setattr(bpb, "GROUP", 50)  # in the middle of a document
     others.append(evaluation(loaded(vocabulary), turned))
     for other in others:
         for name, found in other["domains"].items():
@@ -219,16 +220,16 @@ def test_averages_are_weighted_as_published_or_name_what_is_missing(vocabulary, 
     assert found["averages"]["zh weighted"] == {"missing": missing}
 
 
-def test_the_floor_is_xz_on_pieces_of_a_megabyte(tmp_path):
-    data = random.Random(0).choices("abcdefgh \n", k=1_200_000)
-    parts = ["".join(data[:700_000]), "".join(data[700_000:])]
-    for i, part in enumerate(parts):
+def test_the_floor_is_xz_on_pieces_of_a_megabyte(tmp_path, monkeypatch):
+    assert evaluated.FLOOR_BYTES == 1_000_000
+    monkeypatch.setattr(evaluated, "FLOOR_BYTES", 1_000)
+    whole = "".join(random.Random(0).choices("abcdefgh \n", k=2_400))
+    for i, part in enumerate((whole[:700], whole[700:])):
         (tmp_path / f"{i}.txt").write_text(part)
     (found,) = survey(BpbConfig(text={"x": (str(tmp_path / "*.txt"),)}))
-    whole = "".join(parts).encode()
-    sizes = [len(lzma.compress(piece)) for piece in (whole[:1_000_000], whole[1_000_000:])]
-    assert found.xz == 8 * sum(sizes) / 1_200_000 and len(found.documents) == 2
-    assert evaluated.FLOOR_BYTES == 1_000_000
+    pieces = [whole[i : i + 1_000].encode() for i in (0, 1_000, 2_000)]
+    assert found.xz == 8 * sum(len(lzma.compress(piece)) for piece in pieces) / 2_400
+    assert [size for _, size in found.documents] == [700, 1_700]
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -280,39 +281,64 @@ def test_two_checkpoints_stand_side_by_side(work, files, tmp_path, capsys, vocab
 
 
 def test_a_killed_evaluation_goes_on(work, files, tmp_path, capsys, monkeypatch):
-    whole = tmp_path / "whole"
-    tele_eval(capsys, work, *text_flags(files), "--window", 16, "--out", whole)
-    monkeypatch.setattr(bpb, "GROUP", 1)
-    asked, limit = [], [3]
+    how = [str(work), *text_flags(files), "--window", "16", "--out"]
+    asked, limit = [], [math.inf]
     score = EvalModel.score
 
     def counted(model, requests):
-        if len(asked) == limit[0]:
+        if sum(asked) >= limit[0]:
             raise KeyboardInterrupt
         asked.append(len(requests))
         return score(model, requests)
 
     monkeypatch.setattr(EvalModel, "score", counted)
-    out = tmp_path / "out"
-    assert main(["eval", "bpb", str(work), *text_flags(files), "--window", "16", "--out", str(out)]) == 130
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    tele_eval(capsys, *how, whole)
+    total = sum(asked)
+    monkeypatch.setattr(bpb, "GROUP", 1)
+    limit[0] = total + total // 2
+    assert main(["eval", "bpb", *how, str(out)]) == 130
     (kept,) = out.glob("scores-*.jsonl")
-    assert len(kept.read_text().splitlines()) == 1 + 3
+    _, *lines = kept.read_text().splitlines()
+    scored = sum(len(list(windows(json.loads(line)[1], 16, 16))) for line in lines)
+    assert 2 <= len(lines) < sum(map(bool, EN + OTHER)) and 0 < scored <= total // 2
     with kept.open("ab") as file:
         file.write(b'["cut sh')  # a kill in the middle of a line
     asked.clear()
-    limit[0] = 99
-    tele_eval(capsys, work, *text_flags(files), "--window", 16, "--out", out)
-    assert len([n for n in asked if n]) == sum(map(bool, EN + OTHER)) - 3, "what was scored is not scored again"
+    limit[0] = math.inf
+    tele_eval(capsys, *how, out)
+    assert sum(asked) == total - scored, "what was scored is not scored again"
     ours, theirs = (json.loads((path / "results.json").read_text()) for path in (out, whole))
     for name, found in ours["models"][str(work)]["domains"].items():
         expected = theirs["models"][str(work)]["domains"][name]
         assert found["tokens"] == expected["tokens"]
         assert found["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=2e-6)
     asked.clear()
-    tele_eval(capsys, work, *text_flags(files), "--window", 16, "--stride", 8, "--out", out)
-    assert len([n for n in asked if n]) == sum(map(bool, EN + OTHER)), "scores of other windows do not serve"
+    tele_eval(capsys, *how, out)
+    assert sum(asked) == 0
+    tele_eval(capsys, *how, out, "--stride", 8)
+    assert sum(asked) > total, "scores of other windows do not serve"
     kept.write_text(kept.read_text().replace("[[", "[{", 1))
-    assert "damaged" in tele_eval(capsys, work, *text_flags(files), "--window", 16, "--out", out, code=1)
+    assert "damaged" in tele_eval(capsys, *how, out, code=1)
+
+
+def test_results_of_something_else_and_a_directory_in_use_are_left_alone(work, files, tmp_path, capsys):
+    (tmp_path / "results.json").write_text('{"results": {}}')
+    message = tele_eval(capsys, work, *text_flags(files), "--out", tmp_path, code=2)
+    assert "holds results of something else" in message
+    assert (tmp_path / "results.json").read_text() == '{"results": {}}'
+    with held_alone(tmp_path / "other" / ".lock", ""):
+        message = tele_eval(capsys, work, *text_flags(files), "--out", tmp_path / "other", code=2)
+    assert "another tele eval writes there" in message
+
+
+def test_progress_counts_every_byte_once_also_of_equal_documents(vocabulary, tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in [*EN, *EN, "x"]))
+    monkeypatch.setattr(bpb, "GROUP", 30)
+    seen: list[int] = []
+    config = BpbConfig(text={"x": (str(tmp_path / "x.jsonl"),), "y": (str(tmp_path / "x.jsonl"),)}, resamples=2)
+    evaluation(loaded(vocabulary), config, progress=seen.append)
+    assert seen == sorted(seen) and seen[-1] == 4 * sum(len(text.encode()) for text in EN) + 2
 
 
 BAD_TEXT = {

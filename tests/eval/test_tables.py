@@ -112,6 +112,12 @@ def test_tasks_of_several_files_join_and_say_what_differs(tmp_path, capsys):
     assert "gsm8k with 5 examples, the published GSM8K with 4" in printed
 
 
+def test_tasks_that_ask_as_telechat_did_stand_in_its_table(tmp_path, capsys):
+    both = harness(ceval=(5, {"acc,none": 0.25}), telechat_ceval=(5, {"exact_match,none": 0.75}))
+    _, (chinese, telechat) = table(tmp_path, capsys, both)
+    assert chinese["results"]["runs/x"] == {"C-Eval": 25.0} and telechat["results"]["runs/x"] == {"C-Eval": 75.0}
+
+
 def test_an_average_without_all_its_columns_is_left_out(tmp_path, capsys):
     printed, figures = table(tmp_path, capsys, bits_per_byte({"Github": 0.25, "ArXiv": 0.5}))
     assert "runs/x: no L-Prop or F-Prop without WebText, Wikipedia, Book, StackExchange" in printed
