@@ -113,6 +113,9 @@ def _bpb_arguments(parser: argparse.ArgumentParser) -> None:
     switch(parser, "--eos", "score the end of sequence after each document as well; it adds no byte")
     out = "directory of results.json, of a picture, and of scores: started again, an evaluation goes on from them"
     flag(parser, "--out DIR", out, Path)
+    parser.epilog = (
+        "example: tele eval bpb runs/a runs/b --text en=held_out/en/*.jsonl zh=held_out/zh/*.jsonl --out OUT"
+    )
 
 
 def _bpb_config(args: argparse.Namespace) -> BpbConfig:

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from tele_jax import tables
 from tele_jax.errors import UserError
 from tele_jax.files import Table, read_table
@@ -24,7 +26,7 @@ class Published:
       title, source: name of the table, and where it is printed.
       family: "en", "zh" or "tokens": its columns are domains of `tele eval bpb`, and `figure` says which figure of a
         domain; "tasks": they are tasks of the harness, in percent, and `figure` is the prefix of those that ask in the
-        way of the table, which go first; "alignbench", "teleeval": categories of dialogues.
+        way of the table, which go first; "positions": lengths; "alignbench", "teleeval": categories of dialogues.
       columns: names of the cells, in the printed order.
       rows: cells as they are printed, by name of the model.
       averages: for columns that are averages, the weights of all other columns in their order.
@@ -176,6 +178,14 @@ TELECHAT_TASKS = _published(
     TeleChat-12B  73.3 66.6 74.2 51.7 53.1 57.2 16.0 22.0 60.6  83.2 86.3 52.2 71.5
     """,
 )  # fmt: skip
+LENGTHS = _published(
+    "Perplexity of text of so many tokens", TELECHAT, "positions",
+    """
+                                      2k   4k   8k   16k  32k  64k  96k
+    TeleChat-7B, without scaling      4.81 4.66 39.3 98.3 155  487  448
+    TeleChat-7B, NTK and attention    4.81 4.66 5.19 4.04 4.14 9.41 7.97
+    """,
+)  # fmt: skip
 # The overall score is the mean of two means, of reasoning (Math, Logi) and of language (the other six).
 ALIGNBENCH = _published(
     "AlignBench, 1 to 10", MODEL_CARD, "alignbench",
@@ -195,7 +205,7 @@ TELEEVAL = _published(
 )  # fmt: skip
 TABLES = (
     TOKENS, ENGLISH_LOSS, ENGLISH_BPB, CHINESE_LOSS, CHINESE_BPB, ENGLISH_TASKS, CHINESE_TASKS, TELECHAT_TASKS,
-    ALIGNBENCH, TELEEVAL,
+    LENGTHS, ALIGNBENCH, TELEEVAL,
 )  # fmt: skip
 
 # Names of the benchmarks in the harness, beside their own in lower case without "-".
@@ -212,9 +222,9 @@ class Result(NamedTuple):
     """Results of a model.
 
     Attributes:
-      kind: "domains", "tasks", "alignbench" or "teleeval".
-      model: its name.
-      values: {domain: {"loss": ..., ...}}, or {task: percent}, or {category: score}.
+      kind: "domains", "positions", "tasks", "alignbench" or "teleeval".
+      model: its name; for positions with that of the domain.
+      values: {domain: {"loss": ..., ...}}, {length: perplexity}, {task: percent}, or {category: score}.
       shots: examples before a question, by task.
     """
 
@@ -242,7 +252,11 @@ def read_results(path: Path) -> list[Result]:
             figures = {
                 m: {domain: {k: float(f[k]) for k in keys} for domain, f in found} for m, found in models.items()
             }
-            return [Result("domains", model, domains) for model, domains in figures.items()]
+            by_length = {
+                f"{m}, {domain}": perplexities(f["positions"]) for m, found in models.items() for domain, f in found
+            }
+            long = [Result("positions", name, values) for name, values in by_length.items() if len(values) > 1]
+            return [Result("domains", model, domains) for model, domains in figures.items()] + long
         if kind in ("alignbench", "teleeval"):
             return [Result(kind, str(table["model"]), {name: float(x) for name, x in table["scores"].items()})]
         if "results" in table and "n-shot" in table:
@@ -252,6 +266,22 @@ def read_results(path: Path) -> list[Result]:
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{file}: is not as tele eval writes results; a field is missing or of another type") from None
     raise UserError(f"{file}: holds no results of tele eval bpb, harness or dialogue")
+
+
+def perplexities(positions: Sequence[Table]) -> dict[str, float]:
+    """Perplexity of a domain whose documents are cut at 2k, 4k, ... tokens, from its loss by position.
+
+    positions: as results of `tele eval bpb` have them. A length that no document reaches is left out.
+
+    >>> perplexities([{"to": 2048, "tokens": 3, "loss": 0.0}, {"to": 4096, "tokens": 1, "loss": 0.0}])
+    {'2k': 1.0, '4k': 1.0}
+    """
+    found, tokens, nats = {}, 0, 0.0
+    for part in positions:
+        tokens, nats = tokens + part["tokens"], nats + part["tokens"] * part["loss"]
+        if part["to"] is not None:
+            found[f"{part['to'] / 1024:g}k"] = float(np.exp(nats / tokens))
+    return found
 
 
 def percent(task: str, figures: Mapping[str, Any]) -> float | None:

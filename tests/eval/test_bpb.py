@@ -4,6 +4,7 @@ import json
 import lzma
 import math
 import random
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 import tele_jax as tele
 from tele_jax import checkpoint
 from tele_jax.cli.main import main
-from tele_jax.config import Ntk, Rope
+from tele_jax.cli.pages import load_page
+from tele_jax.config import Ntk, Rope, from_dict
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import UserError
 from tele_jax.eval import bpb
@@ -278,6 +280,11 @@ def test_two_checkpoints_stand_side_by_side(work, files, tmp_path, capsys, vocab
     # The tokenizer of the 12B has a token that begins every document.
     assert first == pytest.approx(expected["domains"]["en"]["bits_per_byte"], rel=0.1)
     assert (tmp_path / "out" / "bits_per_byte.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_of_the_repository_is_one():
+    page = load_page(str(Path(__file__).parents[2] / "configs" / "eval" / "bpb.py"))
+    assert list(from_dict(BpbConfig, dict(page.items()), "config").text) == ["en", "zh", "code"]
 
 
 def test_a_killed_evaluation_goes_on(work, files, tmp_path, capsys, monkeypatch):

@@ -58,7 +58,10 @@ def harness(model="runs/x", **tasks):
 
 
 def bits_per_byte(domains, model="runs/x"):
-    figures = {name: {"loss": 2 * x, "bits_per_byte": x, "tokens_per_byte": x / 4} for name, x in domains.items()}
+    figures = {
+        name: {"loss": 2 * x, "bits_per_byte": x, "tokens_per_byte": x / 4, "positions": []}
+        for name, x in domains.items()
+    }
     return {"kind": "bits_per_byte", "models": {model: {"domains": figures}}}
 
 
@@ -123,6 +126,18 @@ def test_an_average_without_all_its_columns_is_left_out(tmp_path, capsys):
     assert "runs/x: no L-Prop or F-Prop without WebText, Wikipedia, Book, StackExchange" in printed
     assert figures[0]["results"]["runs/x"] == {"Github": 0.5, "ArXiv": 1.0}
     assert row(printed, "runs/x") == ["runs/x", "-", "0.500", "-", "-", "1.000", "-", "-", "-"]
+
+
+def test_perplexity_by_length_is_that_of_the_documents_cut_there(tmp_path, capsys):
+    results = bits_per_byte({"law": 1.0})
+    parts = [(0, 2048, 30, 2.0), (2048, 4096, 20, 1.5), (4096, 6144, 10, 1.0), (6144, None, 10, 0.5)]
+    results["models"]["runs/x"]["domains"]["law"]["positions"] = [
+        {"from": a, "to": b, "tokens": n, "loss": x, "perplexity": np.exp(x)} for a, b, n, x in parts
+    ]
+    printed, (figures,) = table(tmp_path, capsys, results)
+    assert figures["results"]["runs/x, law"] == pytest.approx({"2k": np.exp(2.0), "4k": np.exp((60 + 30) / 50)})
+    assert figures["published"]["TeleChat-7B, NTK and attention"]["96k"] == 7.97
+    assert "96k" in printed
 
 
 def test_categories_of_dialogues_have_their_tables(tmp_path, capsys):
