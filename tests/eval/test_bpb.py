@@ -284,7 +284,7 @@ def test_two_checkpoints_stand_side_by_side(work, files, tmp_path, capsys, vocab
 
 def test_the_page_of_the_repository_is_one():
     page = load_page(str(Path(__file__).parents[2] / "configs" / "eval" / "bpb.py"))
-    assert list(from_dict(BpbConfig, dict(page.items()), "config").text) == ["en", "zh", "code"]
+    assert list(from_dict(BpbConfig, dict(page.items()), "config").text) == ["code", "en", "zh"]
 
 
 def test_a_killed_evaluation_goes_on(work, files, tmp_path, capsys, monkeypatch):
