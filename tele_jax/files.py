@@ -234,25 +234,41 @@ def write_file(path: str | os.PathLike, data: bytes | str) -> None:
 
     Raises:
       UserError: `path` is a directory, a file is in the place of a directory above it, or the system forbids writing.
-      OSError: the disk is full or fails.
+      DamageError: the disk is full or fails.
     """
     path = Path(path)
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, temporary_of(path)) as temporary:
             temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-    except OSError as error:
-        if error.errno in _DISK_ERRORS:
-            raise
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
 
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
-    """Writes JSON as `write_file`, but raises DamageError where the disk is full or fails."""
+    """Writes JSON as `write_file` writes text."""
+    write_file(path, json.dumps(_json_value(value), indent=2, allow_nan=False) + "\n")
+
+
+def append(path: Path, data: bytes) -> None:
+    """Appends to a file, which is made where needed. A kill or a full disk may leave a part of the data there.
+
+    Raises:
+      UserError, DamageError: as `write_file`.
+    """
+    with writing(path), path.open("ab", buffering=0) as file:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[file.write(rest) :]
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Names the path in what goes wrong in the body: DamageError where the disk is full or fails, or UserError."""
     try:
-        write_file(path, json.dumps(_json_value(value), indent=2, allow_nan=False) + "\n")
+        yield
     except OSError as error:
-        raise DamageError(f"{path}: could not be written ({error.strerror})") from None
+        if error.errno in _DISK_ERRORS:
+            raise DamageError(f"{path}: could not be written ({error.strerror}); make room and start again") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
 
 
 @contextlib.contextmanager

@@ -23,18 +23,19 @@ TRAIN, VALIDATION = "train", "validation"  # splits; the files of training have 
 
 
 def replace_file(path: str | Path, data: bytes) -> None:
-    """Writes a local file or an object of a bucket: all of it, or FailedError and nothing.
+    """Writes a local file or an object of a bucket: all of it, or nothing.
 
     Raises:
-      FailedError: the disk is full, or another failure of writing.
+      UserError, DamageError: as files.write_file.
+      FailedError: an object cannot be written.
     """
     path = str(path)
-    try:
-        if "://" in path:  # an object appears when it is closed
-            with need("apache_beam.io.filesystems").FileSystems.create(path, compression_type="uncompressed") as file:
-                file.write(data)
-            return
+    if "://" not in path:
         write_file(path, data)
+        return
+    try:  # an object appears when it is closed
+        with need("apache_beam.io.filesystems").FileSystems.create(path, compression_type="uncompressed") as file:
+            file.write(data)
     except OSError as error:
         raise FailedError(f"{path}: cannot be written: {error.strerror or error}") from error
 

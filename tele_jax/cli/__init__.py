@@ -104,23 +104,27 @@ def note(message: object) -> None:
 
 
 class Progress:
-    """Shows how far a long work is: progress(done bytes, all bytes). title: what stands before the bar.
+    """Shows how far a long work is: progress(done, all), in bytes, or in what `unit` names.
 
-    On a terminal it is a bar, elsewhere a line at every tenth where there are `least` bytes.
+    On a terminal it is a bar, elsewhere a line at every tenth; of bytes only where they are `least` or more.
+    title: what stands before the bar.
     """
 
-    def __init__(self, title: str, least: int = 10**9):
-        self._title, self._bar, self._tenth, self._least = title, None, 0, least
+    def __init__(self, title: str, *, unit: str = "bytes", least: int = 10**9):
+        self._title, self._unit, self._bar, self._tenth = title, unit, None, 0
+        self._least = least if unit == "bytes" else 0
 
     def __call__(self, done: int, total: int) -> None:
         from tqdm import tqdm
 
         if sys.stderr.isatty():
             if self._bar is None:
-                self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=self._title)
+                in_bytes = self._unit == "bytes"
+                how = {"unit": "B", "unit_scale": True} if in_bytes else {"unit": f" {self._unit}", "initial": done}
+                self._bar = tqdm(total=total, desc=self._title, **how)
             self._bar.update(done - self._bar.n)
             if done == total:
                 self._bar.close()
         elif total >= self._least and 10 * done // total > self._tenth:
             self._tenth = 10 * done // total
-            print(f"  {done:,} of {total:,} bytes", flush=True)
+            print(f"  {done:,} of {total:,} {self._unit}", flush=True)

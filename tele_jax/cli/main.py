@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from tele_jax import files
 from tele_jax.cli import Outcome, Parser, VerbParser, of_error, one_line
 from tele_jax.errors import UserError
 
@@ -117,7 +118,8 @@ def _run(argv: list[str], own_process: bool) -> Outcome:
     if outcome.text:
         print(outcome.text)
     if args.json is not None and outcome.figures is not None:
-        args.json.write_text(json.dumps(outcome.figures, indent=2) + "\n")
+        with files.writing(args.json):
+            args.json.write_text(json.dumps(outcome.figures, indent=2) + "\n")
     return outcome
 
 

@@ -178,8 +178,8 @@ class TextStream:
     [stream.add(token) for token in three_byte_tokens]     # ['', '', '中']
 
     Attributes:
-      stopped: True once a stop string has come. The text ends before it; what may be the beginning of one is held back
-        until more of the text is there.
+      stopped: True once a stop string has come, the first that is complete. The text ends before it, however it is
+        divided into tokens; what may be the beginning of one is held back until more of the text is there.
     """
 
     def __init__(self, vocabulary: Vocabulary, *, continues: bool = False, stop: Sequence[str] = ()):
@@ -202,10 +202,10 @@ class TextStream:
         if self.stopped or not self._stop:
             return "" if self.stopped else new
         text, self._held = self._held + new, ""
-        places = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        places = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if places:
             self.stopped = True
-            return text[: min(places)]
+            return text[: min(places)[1]]
         if final:
             return text
         longest = min(len(text), max(map(len, self._stop)) - 1)

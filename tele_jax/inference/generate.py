@@ -103,11 +103,13 @@ def generate_scored(
     stop_ids: Sequence[int] = (),
     seed: int = 0,
     on_token: Callable[[int, int], object] | None = None,
+    numbers: Sequence[int] | None = None,
     **options: Any,
 ) -> list[tuple[list[int], np.ndarray]]:
     """Does what `generate` does, and returns with the tokens of each row their log-probabilities, float32[n] in nats.
 
     These are the model's own, log softmax(logits), whatever the temperature and the penalty with which they were drawn.
+    numbers: one a prompt, which random keys depend on in the place of its index: those of rows of a larger batch.
     """
     require_config(cfg, "generate: cfg")
     how = sampling(**options)
@@ -125,7 +127,8 @@ def generate_scored(
     for rope_length, rows in groups.items():
         emit = None if on_token is None else lambda i, token, rows=rows: on_token(rows[i], token)
         batch = [prompts[row] for row in rows]
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), np.array(rows))
+        drawn_as = np.array(rows if numbers is None else [numbers[row] for row in rows])
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), drawn_as)
         outputs = _generate_batch(cfg, params, batch, keys, how, stop_ids, max_new_tokens, rope_length, emit)
         for row, output in zip(rows, outputs, strict=True):
             results[row] = output
@@ -198,8 +201,7 @@ def _generate_batch(cfg, params, prompts, keys, how, stop_ids, max_new_tokens, r
         tokens = np.zeros((len(prompts), slots), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
-        # -1 is never drawn
-        stop_ids = np.array(stop_ids + [-1] * (_bucket(len(stop_ids)) - len(stop_ids)), np.int32)
+        stop_ids = np.array(stop_ids + [-1] * (_bucket(len(stop_ids)) - len(stop_ids)), np.int32)  # -1 is never drawn
         cache, last = _empty(cfg, mesh, len(prompts), slots)
         for start in range(0, longest, chunk):
             piece = tokens[:, start : start + chunk]

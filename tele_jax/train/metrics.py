@@ -14,7 +14,7 @@ import jax
 from tele_jax.config import as_written
 from tele_jax.errors import DamageError
 from tele_jax.extras import hidden
-from tele_jax.files import parse_json, write_file
+from tele_jax.files import parse_json, write_file, writing
 from tele_jax.processes import is_first
 from tele_jax.published import peak_flops
 
@@ -61,24 +61,27 @@ class Metrics:
         if not self._writes:
             return
         known = {name: float(value) for name, value in figures.items() if value is not None}
-        self._file.write(_to_line({"step": step, **known}))
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in known.items()]
-        self._events.write_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
+        with writing(self._path):
+            self._file.write(_to_line({"step": step, **known}))
+            self._events.write_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Hands all to the operating system: what lies before a checkpoint is never written again after a kill."""
         if self._writes:
-            self._file.flush()
-            self._events.flush()
+            with writing(self._path):
+                self._file.flush()
+                self._events.flush()
             self._flushed = time.monotonic()
 
     def close(self) -> None:
         if not self._writes:
             return
-        self._file.close()
-        self._events.close()
+        with writing(self._path):
+            self._file.close()
+            self._events.close()
 
 
 def _to_line(figures: Mapping[str, float]) -> str:

@@ -265,7 +265,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(page, tmp_path):
     command = [sys.executable, "-c", FULL, "data", "clean", "--config", str(tmp_path / "page.py"), "--out"]
     done = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True)
     assert done.returncode == 1
-    assert re.fullmatch(r"tele: .*/out\.partial/\S+: cannot be written: File too large", done.stderr.splitlines()[-1])
+    message = r"tele: .*/out\.partial/\S+: could not be written \(File too large\); make room and start again"
+    assert re.fullmatch(message, done.stderr.splitlines()[-1])
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 

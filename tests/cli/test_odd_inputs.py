@@ -23,6 +23,7 @@ COMMANDS = {
     "tokenizer train out": lambda path: [*TRAIN, str(path), __file__],
     "tokenizer inspect": lambda path: ["tokenizer", "inspect", str(path)],
     "tokenizer inspect text": lambda path: ["tokenizer", "inspect", str(path), str(path)],
+    "generate prompts": lambda path: ["generate", "ckpt", "--prompts", str(path), "--out", "out"],
     "chat": lambda path: ["chat", "ckpt", "--tokenizer", str(path)],
 }
 
