@@ -243,6 +243,8 @@ def read_results(path: Path) -> list[Result]:
       UserError: no such file, or one of another kind.
     """
     file = path / "results.json" if path.is_dir() else path
+    if path.is_dir() and not file.exists():
+        raise UserError(f"{path}: is a directory without results.json")
     table = read_table(file)
     kind = table.get("kind")
     try:
@@ -263,7 +265,7 @@ def read_results(path: Path) -> list[Result]:
             found = {task: percent(task, figures) for task, figures in table["results"].items()}
             values = {task: value for task, value in found.items() if value is not None}
             return [Result("tasks", str(table["config"]["model"]), values, table["n-shot"])]
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{file}: is not as tele eval writes results; a field is missing or of another type") from None
     raise UserError(f"{file}: holds no results of tele eval bpb, harness or dialogue")
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "tokenizer inspect": lambda path: ["tokenizer", "inspect", str(path)],
     "tokenizer inspect text": lambda path: ["tokenizer", "inspect", str(path), str(path)],
     "generate prompts": lambda path: ["generate", "ckpt", "--prompts", str(path), "--out", "out"],
+    "eval table": lambda path: ["eval", "table", str(path)],
     "chat": lambda path: ["chat", "ckpt", "--tokenizer", str(path)],
 }
 

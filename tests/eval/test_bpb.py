@@ -5,6 +5,7 @@ import lzma
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from tele_jax.cli.pages import load_page
 from tele_jax.config import Ntk, Rope, from_dict
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import UserError
-from tele_jax.eval import bpb
+from tele_jax.eval import bpb, harness
 from tele_jax.eval import text as evaluated
 from tele_jax.eval.bpb import evaluate, windows
 from tele_jax.eval.model import EvalModel, Leader
@@ -144,6 +145,15 @@ def test_a_stride_of_a_window_gives_the_windows_of_the_harness(num_tokens, windo
     theirs = map(utils.make_disjoint_window, utils.get_rolling_token_windows(ids, 7, window, 1))
     ours = windows(num_tokens, window, window)
     assert [(([7] if a < 0 else ids[a:b]), ids[b:c]) for a, b, c in ours] == list(theirs)
+
+
+def test_a_document_has_the_loss_that_the_harness_asks_for(vocabulary, files):
+    pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
+    model, texts = loaded(vocabulary, max_seq_len=16), [text for text in EN if text]
+    with Leader(model) as leader:
+        rolling = harness.adapter(leader).loglikelihood_rolling([SimpleNamespace(args=(text,)) for text in texts])
+    found = evaluation(model, BpbConfig(text=files, resamples=2))["domains"]["en"]
+    assert found["loss"] * found["tokens"] == pytest.approx(-sum(rolling), rel=1e-6)
 
 
 def test_figures_do_not_depend_on_batches_order_or_devices(vocabulary, files, monkeypatch):
