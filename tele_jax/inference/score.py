@@ -151,9 +151,10 @@ def _score_group(cfg, params, masks, requests, members, rope_length, tokens_per_
     ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH)
     room = tokens_per_batch or ways * (CPU_BATCH if platform() == "cpu" else BATCH_TOKENS)
     length, rows = _best_rows(cfg, [(i, _array(requests[i][0]), _array(requests[i][1])) for i in members])
-    size = min(max(1, room // length // ways), 1 << (-(-len(rows) // ways) - 1).bit_length()) * ways
-    for start in range(0, len(rows), size):
-        batch = rows[start : start + size]
+    full = max(1, room // length // ways) * ways
+    for start in range(0, len(rows), full):
+        batch = rows[start : start + full]
+        size = min(full, ways * (1 << (-(-len(batch) // ways) - 1).bit_length()))  # the last may be smaller
         most = max(len(row.scored) for row in batch)
         places = next(length // part for part in SCORED if length // part >= most)
         arrays = _batch_arrays(batch, size, length, places)
