@@ -8,8 +8,8 @@ nothing is kept), and for rolling log-likelihood the topics of the standard libr
 processes of their own, one waits while the other works, and lm-eval builds the requests of both. The first run of ours,
 with the compilation, is told apart. What is timed is the model's part: from the requests to their results.
 The peer is given every --batch-size, and its best counts. torch's log_softmax in float32 is biased by about 1e-5 nats a
-token (its own in float64, of the same logits, says so), so rolling results are compared with both. Prints JSON. Needs the
-extras [hf] and [eval].
+token (its own in float64, of the same logits, says so), so rolling results are compared with both. Prints JSON. Needs
+the extras [hf] and [eval].
 """
 
 import argparse
