@@ -7,7 +7,7 @@ from typing import Any
 
 from tele_jax import plots, tables
 from tele_jax.checkpoint import chunk_files
-from tele_jax.cli import Outcome, Progress, flag, note, switch
+from tele_jax.cli import Outcome, Progress, flag, note, pick, switch
 from tele_jax.cli.generate import open_mesh
 from tele_jax.cli.pages import load_page
 from tele_jax.config import from_dict
@@ -16,7 +16,7 @@ from tele_jax.eval import bpb, harness, tasks
 from tele_jax.eval import model as models
 from tele_jax.eval import tables as published
 from tele_jax.eval.text import BpbConfig, survey
-from tele_jax.files import PathLike, held_alone, read_table, write_json
+from tele_jax.files import PathLike, Table, held_alone, read_table, write_json
 from tele_jax.processes import is_first
 
 
@@ -53,10 +53,10 @@ def load_model(args: argparse.Namespace, path: PathLike | None = None) -> models
 
 
 def _harness_arguments(parser: argparse.ArgumentParser) -> None:
-    model_arguments(parser)
-    flag(parser, "--tasks NAMES", "names of tasks, with commas between them", required=True)
+    model_arguments(parser, nargs="?")
+    flag(parser, "--tasks NAMES", "names of tasks, with commas between them; list: show them all", required=True)
     flag(parser, "--data DIR", "directory with the files of the tasks; default: the harness downloads its own", Path)
-    flag(parser, "--out DIR", "directory of the results; started again, a run goes on from it", Path, required=True)
+    flag(parser, "--out DIR", "directory of the results; started again, a run goes on from it", Path)
     flag(parser, "--num-fewshot N", "examples before each question; default: as the task says", int)
     flag(parser, "--limit N", "most items of a task, or below 1 a share of them; default: all", float)
     switch(parser, "--chat", "ask in the dialogue form of the model, each example as a turn")
@@ -67,17 +67,39 @@ def _harness_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _harness(args: argparse.Namespace) -> Outcome:
     """Raises UserError for tasks that are not there or lack a field, and as eval.model.load."""
-    asked = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    found, manager = tasks.find(asked, args.data)
-    args.out.mkdir(parents=True, exist_ok=True)
-    model = load_model(args)
-    if args.chat and model.template is None:
-        raise UserError(f"--chat: nothing says how the dialogues of {args.ckpt} are written; give --template")
-    how = {"num_fewshot": args.num_fewshot, "limit": args.limit, "chat": args.chat, "system": args.system}
-    with models.Leader(model) as leader:
-        if not leader.leads:
-            return Outcome()
-        results = harness.evaluate(leader, found, manager, out=args.out, long=args.long, **how)
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if names == ["list"]:
+        return _listing(args.data)
+    if not names or args.ckpt is None or args.out is None:
+        raise UserError("tele eval harness: name a checkpoint, --tasks and --out DIR; --tasks list shows the tasks")
+    with tasks.offline(args.data):
+        found = tasks.find(names, args.data, num_fewshot=args.num_fewshot)
+        model = load_model(args)
+        if (args.chat or found.chat) and model.template is None:
+            raise UserError(f"{args.ckpt}: nothing says how its dialogues are written; give --template")
+        with models.Leader(model) as leader:
+            if not leader.leads:
+                return Outcome()
+            how = pick(args, "out", "num_fewshot", "limit", "chat", "system", "long")
+            results = harness.evaluate(leader, found, **how)
+    return Outcome(results, text=f"{_figures(results)}\n{_counts(results['counts'])}\n{args.out}/results.json")
+
+
+def _listing(data: Path | None) -> Outcome:
+    rows = tasks.listing(data)
+    header = ("task", "examples", "metrics", *(("found",) if data else ()), "files below --data")
+    cells = [
+        (r["task"], r["num_fewshot"], ", ".join(r["metrics"]), *((r["found"],) if data else ()), r["files"])
+        for r in rows
+    ]
+    more = (
+        "\ngym_NAME: a generator of reasoning_gym. Tasks of the harness's YAML files below --data have their own names."
+    )
+    return Outcome({"tasks": rows}, text=tables.text(cells, header, align="lrlll"[: len(header)]) + more)
+
+
+def _figures(results: Table) -> str:
+    """The table of a run's results."""
     rows = [
         (
             task,
@@ -89,8 +111,12 @@ def _harness(args: argparse.Namespace) -> Outcome:
         for name, value in figures.items()
         if "," in name and "_stderr" not in name and isinstance(value, float)
     ]
-    text = tables.text(rows, ("task", "metric", "filter", "value", "stderr"), align="lllrr")
-    return Outcome(results, text=text)
+    return tables.text(rows, ("task", "metric", "filter", "value", "stderr"), align="lllrr")
+
+
+def _counts(counts: Table) -> str:
+    text = f"{counts['requests']:,} requests, {counts['kept']:,} answered before; {counts['tokens']:,} tokens scored"
+    return f"{text}; {counts['cut']:,} prompts were too long and lost their left end" if counts["cut"] else text
 
 
 def _number(value: object) -> str:

@@ -1,26 +1,35 @@
 """The field's harness, lm-evaluation-harness (extra [eval]), on a model of ours."""
 
+import contextlib
+import dataclasses
+import io
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from tele_jax import files
 from tele_jax.errors import UserError
+from tele_jax.eval.answers import Answers, claim
 from tele_jax.eval.model import Leader
+from tele_jax.eval.tasks import EXTRA, Found, told
 from tele_jax.extras import need
 from tele_jax.files import Table
 
-EXTRA = "pip install tele_jax[eval]"
 BOOTSTRAP = 1000  # resamplings for the standard errors of metrics that have no formula for it
 MAX_NEW_TOKENS = 256  # of a task that names no number, as in the harness's own backends
 
 
-def adapter(leader: Leader, *, long: str = "cut") -> Any:
+def adapter(leader: Leader, *, long: str = "cut", answers: Answers | None = None) -> Any:
     """Returns the model as the harness calls it: an lm_eval.api.model.TemplateLM.
 
     Texts are encoded and cut into prompt and continuation by the harness's own rules; scores and continuations come
-    from `leader`. What is done is counted in the attribute `counts`.
+    from `leader`, or from `answers`, whose keys are token ids. What is done is counted in the attribute `counts`:
+    requests, tokens that were scored, prompts that were cut, and requests whose answer was kept from before. `asked` is
+    True from the first request on.
 
     Args:
       long: "cut" drops the left end of what is longer than the model's positions, as the harness does, and counts it;
@@ -28,13 +37,19 @@ def adapter(leader: Leader, *, long: str = "cut") -> Any:
     """
     api = need("lm_eval.api.model", how=EXTRA)
     utils = need("lm_eval.utils", how=EXTRA)
+    kept = answers or Answers()
+    terminal = sys.stderr  # the harness's own progress goes elsewhere
+
+    def bar(what: str, total: int) -> Any:
+        return tqdm(total=total, desc=what, file=terminal, disable=not terminal.isatty(), leave=False)
 
     class Adapter(api.TemplateLM):
         tokenizer_name = leader.model.vocabulary.sha256
 
         def __init__(self) -> None:
             super().__init__()
-            self.counts = {"requests": 0, "tokens": 0, "cut": 0}
+            self.counts = {"requests": 0, "tokens": 0, "cut": 0, "kept": 0}
+            self.asked = False
             self._dialogues: dict[str, list[int]] = {}
 
         @property
@@ -59,6 +74,10 @@ def adapter(leader: Leader, *, long: str = "cut") -> Any:
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             if not add_generation_prompt:
                 raise UserError("a task that begins the model's answer (gen_prefix) does not go with --chat")
+            system, template = [m["content"] for m in chat_history if m["role"] == "system"], leader.model.template
+            if system and template is not None and template.system is None:  # instructions of a task
+                first, *rest = [m for m in chat_history if m["role"] != "system"]
+                chat_history = [{**first, "content": f"{system[0].strip()}\n\n{first['content']}"}, *rest]
             text = "".join(f"<{message['role']}> {message['content']}\n" for message in chat_history)
             self._dialogues[text] = leader.model.prompt(chat_history)
             return text
@@ -80,17 +99,27 @@ def adapter(leader: Leader, *, long: str = "cut") -> Any:
         def _loglikelihood_tokens(
             self, requests, disable_tqdm: bool = False, **kwargs: Any
         ) -> list[tuple[float, bool]]:
-            pairs = []
-            for _, context, continuation in requests:
+            self.asked = True
+            found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+            pairs, keys, places = [], [], []
+            for i, (_, context, continuation) in enumerate(requests):
                 whole = self._fitted([*context, *continuation], self.max_length + 1)
+                key = Answers.key("score", whole, len(continuation))
+                self.counts["tokens"] += len(continuation)
+                if (answer := kept.get(key)) is not None:
+                    found[i] = answer[0], answer[1]
+                    self.counts["kept"] += 1
+                    continue
                 pairs.append((whole[: -len(continuation)], whole[-len(continuation) :]))
-            found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-            for request, logprobs, is_likeliest in leader.score(pairs):
-                answer = found[request] = float(logprobs.sum(dtype="float64")), bool(is_likeliest.all())
-                self.counts["tokens"] += len(logprobs)
-                if requests[request][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[request][0], answer)
-            self.counts["requests"] += len(pairs)
+                keys.append(key)
+                places.append(i)
+            with bar("scoring", len(pairs)) as shown:
+                for request, logprobs, is_likeliest in leader.score(pairs) if pairs else ():
+                    answer = float(logprobs.sum(dtype="float64")), bool(is_likeliest.all())
+                    found[places[request]] = answer
+                    kept.add(keys[request], list(answer))
+                    shown.update()
+            self.counts["requests"] += len(requests)
             return found
 
         def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
@@ -107,26 +136,46 @@ def adapter(leader: Leader, *, long: str = "cut") -> Any:
             return totals
 
         def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+            self.asked = True
             texts = [""] * len(requests)
             groups: dict[str, list[int]] = {}
             for i, request in enumerate(requests):
                 groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
-            for members in groups.values():
-                options, how = _generation(requests[members[0]].args[1])
-                room = self.max_length - options["max_new_tokens"]
-                if room < 1:
-                    raise UserError(
-                        f"a task asks for {options['max_new_tokens']} new tokens; the model has {self.max_length}"
-                    )
-                prompts = [self._fitted(self.tok_encode(requests[i].args[0]), room) for i in members]
-
-                def keep(n: int, text: str, members=members) -> None:
-                    texts[members[n]] = text
-                    self.cache_hook.add_partial("generate_until", requests[members[n]].args, text)
-
-                leader.continue_texts(prompts, on_text=keep, **options, **how)
+            with bar("writing", len(requests)) as shown:
+                for members in groups.values():
+                    self._continue(requests, members, texts, shown)
             self.counts["requests"] += len(requests)
             return texts
+
+        def _continue(self, requests, members: list[int], texts: list[str], shown: Any) -> None:
+            """Fills in the texts of requests that ask for the same kind of generation."""
+            options, how = _generation(requests[members[0]].args[1])
+            room = self.max_length - options["max_new_tokens"]
+            if room < 1:
+                raise UserError(
+                    f"a task asks for {options['max_new_tokens']} new tokens; the model has {self.max_length} positions"
+                )
+            prompts, keys, places = [], [], []
+            for i in members:
+                prompt = self._fitted(self.tok_encode(requests[i].args[0]), room)
+                key = Answers.key("continue", prompt, options, how) if how.get("temperature") == 0.0 else ""
+                if key and (answer := kept.get(key)) is not None:
+                    texts[i] = answer
+                    self.counts["kept"] += 1
+                    shown.update()
+                    continue
+                prompts.append(prompt)
+                keys.append(key)
+                places.append(i)
+
+            def keep(n: int, text: str) -> None:
+                texts[places[n]] = text
+                if keys[n]:  # of samples each is another
+                    kept.add(keys[n], text)
+                shown.update()
+
+            if prompts:
+                leader.continue_texts(prompts, on_text=keep, **options, **how)
 
     return Adapter()
 
@@ -150,8 +199,7 @@ def _generation(asked: Table) -> tuple[Table, Table]:
 
 def evaluate(
     leader: Leader,
-    tasks: Sequence[Any],
-    manager: Any,
+    found: Found,
     *,
     out: Path,
     num_fewshot: int | None = None,
@@ -162,36 +210,70 @@ def evaluate(
 ) -> Table:
     """Runs tasks on process 0, and returns the harness's results, which it writes to `out`.
 
-        out/results.json            as lm-eval writes it, with `counts` of requests, tokens and prompts that were cut
+        out/run.json                the model and the settings; a directory of another run is refused
+        out/answers.jsonl           answers so far: a run that was killed goes on from them
+        out/results.json            as lm-eval writes it, with the adapter's `counts`
         out/samples_<task>.jsonl    one line an item: what was asked, what came, how it counts
-        out/answers_rank0.db        answers so far: a run that was killed goes on from them
 
     Args:
       num_fewshot: examples before each question; None: as the task says.
       limit: most items of a task, or below 1 a share of them.
       chat: asks in the model's dialogue form, each example as a turn of its own.
+
+    Raises:
+      UserError: `out` holds something else; a task of a YAML file that the harness cannot read; a prompt that is too
+        long, where `long` refuses it.
     """
     lm_eval = need("lm_eval", how=EXTRA)
-    model = adapter(leader, long=long)
-    results = lm_eval.simple_evaluate(
-        model=model,
-        tasks=list(tasks),
-        task_manager=manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        apply_chat_template=chat,
-        fewshot_as_multiturn=chat,
-        system_instruction=system,
-        use_cache=str(out / "answers"),
-        log_samples=True,
-        bootstrap_iters=BOOTSTRAP,
-    )
+    model, chat = leader.model, chat or found.chat
+    if limit is not None and limit <= 0:
+        raise UserError(f"--limit {limit:g}: must be above 0")
+    if system is not None:  # refused now where the model's dialogues have no place for it
+        model.prompt([{"role": "system", "content": system}, {"role": "user", "content": "?"}])
+    asked = {"num_fewshot": num_fewshot, "limit": limit, "chat": chat, "system": system, "long": long}
+    settings = {"harness": lm_eval.__version__, **_identity(leader), "tasks": found.names, **asked}
+    claim(out, settings | {"items": found.digests})
+    with files.held_alone(out / "answers.lock", f"{out}: another process evaluates into it"):
+        answers = Answers(out / "answers.jsonl" if model.identity else None)
+        with contextlib.closing(answers):
+            results = _run(lm_eval, adapter(leader, long=long, answers=answers), found, asked)
     samples = results.pop("samples")
-    results["counts"] = model.counts
-    results["config"]["model"] = leader.model.path
+    results["config"]["model"] = model.path
     for task, items in samples.items():
         lines = (json.dumps(item, default=str, ensure_ascii=False) + "\n" for item in items)
         files.write_file(out / f"samples_{task}.jsonl", "".join(lines).encode())
     results = json.loads(json.dumps(results, default=str))
     files.write_json(out / "results.json", results)
     return results
+
+
+def _identity(leader: Leader) -> Table:
+    """All that an answer depends on besides its question."""
+    model = leader.model
+    form = "" if model.template is None else repr(model.template)
+    how = {"cfg": dataclasses.asdict(model.cfg), "stop_ids": model.stop_ids, "prefix": model.prefix}
+    how |= {"document_start": model.document_start, "vocabulary": model.vocabulary.sha256, "template": form}
+    return {"parameters": model.identity, **how}
+
+
+def _run(lm_eval: Any, model: Any, found: Found, asked: Table) -> Table:
+    """The harness's results. What it logs and warns of is dropped: it is about its own files and defaults."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            results = lm_eval.simple_evaluate(
+                model=model,
+                tasks=found.tasks,
+                task_manager=found.manager,
+                num_fewshot=asked["num_fewshot"],
+                limit=asked["limit"],
+                apply_chat_template=asked["chat"],
+                fewshot_as_multiturn=asked["chat"],
+                system_instruction=asked["system"],
+                log_samples=True,
+                bootstrap_iters=BOOTSTRAP,
+            )
+    except Exception as error:
+        if model.asked or isinstance(error, (UserError, RuntimeError)):
+            raise
+        raise UserError(f"--tasks {', '.join(found.names)}: {told(error)}") from None  # a question could not be made
+    return results | {"counts": model.counts}

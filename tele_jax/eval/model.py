@@ -9,6 +9,7 @@ import jax
 
 from tele_jax import checkpoint
 from tele_jax.axes import Params
+from tele_jax.checkpoint import chunk_files
 from tele_jax.config import ModelConfig, given, require
 from tele_jax.data import dialogue, templates
 from tele_jax.data.templates import Template
@@ -38,6 +39,7 @@ class EvalModel:
       prefix: id that conditions the first token of a text to score: document_start, or else the release's BOS, or EOS.
       stop_ids: ids that end a text.
       masks: growth masks while they rise, in training; None for a plain model.
+      identity: SHA-256 of the stored parameters; "" for parameters that no file holds.
     """
 
     path: str
@@ -49,6 +51,7 @@ class EvalModel:
     prefix: int
     stop_ids: list[int]
     masks: Masks | None = None
+    identity: str = ""
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text from its beginning: document_start, where there is one, and those of the text."""
@@ -125,6 +128,7 @@ def load(
     params: Params = {}  # loaded last, after what is quick to find wrong
     model = of_params(str(path), lazy.cfg, params, vocabulary, lazy.provenance, template=template)
     model.params = checkpoint.load(path, mesh, items=("params",)).params
+    model.identity = chunk_files.fingerprint(lazy.items["params"].values())
     return model
 
 

@@ -1,0 +1,76 @@
+"""Answers of a model, kept on disk as they come, so that an evaluation that was killed goes on from them."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tele_jax import files
+from tele_jax.errors import DamageError, UserError
+from tele_jax.files import Json, Table
+
+RUN = "run.json"
+
+
+class Answers:
+    """A file with one JSON line [key, answer] an answer; in memory alone where there is no path.
+
+    A key is the SHA-256 of all that an answer depends on besides what `claim` compared.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self._kept: dict[str, Json] = {}
+        self._file = None
+        if path is not None:
+            data = path.read_bytes() if path.exists() else b""
+            whole = data[: data.rfind(b"\n") + 1]  # a kill may have cut the last line
+            for number, line in enumerate(whole.splitlines(), start=1):
+                entry = files.parse_json(line, f"{path}:{number}")
+                if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
+                    raise DamageError(f"{path}:{number}: damaged, is no answer; remove the file to ask again")
+                self._kept[entry[0]] = entry[1]
+            self._file = path.open("ab")
+            self._file.truncate(len(whole))
+
+    @staticmethod
+    def key(*parts: Any) -> str:
+        """The key of a question, which is made of values that JSON has."""
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def get(self, key: str) -> Any:
+        """The answer to a question, or None."""
+        return self._kept.get(key)
+
+    def add(self, key: str, answer: Json) -> None:
+        """Keeps an answer; it survives the end of this process."""
+        self._kept[key] = answer
+        if self._file is not None:
+            self._file.write(json.dumps([key, answer]).encode() + b"\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def claim(out: Path, settings: Table) -> None:
+    """Makes `out` the directory of a run with these settings, or finds that it is.
+
+    Raises:
+      UserError: `out` holds a run with other settings, whose first difference the message names, or something else.
+    """
+    path, settings = out / RUN, json.loads(json.dumps(settings))
+    if path.exists():
+        before = files.read_table(path)
+        for key in dict.fromkeys([*settings, *before]):
+            if settings.get(key) != before.get(key):
+                was, now = (json.dumps(table.get(key), ensure_ascii=False)[:80] for table in (before, settings))
+                raise UserError(
+                    f"{out}: holds another run, whose {key} was {was} and is now {now}; choose another --out"
+                )
+        return
+    if out.exists() and (not out.is_dir() or os.listdir(out)):
+        raise UserError(f"{out}: is there already and holds something else; choose another --out")
+    files.write_json(path, settings)
