@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tele_jax.eval import replies
-from tele_jax.eval.records import Record
+from tele_jax.eval.reading import Record
 from tele_jax.files import Table
 
 LETTERS = "ABCDEFGHIJ"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tele_jax.errors import UserError
-from tele_jax.eval import records
+from tele_jax.eval import reading
 from tele_jax.eval.sets import SETS, EvalSet
 from tele_jax.extras import need
 from tele_jax.files import Table
@@ -82,7 +82,7 @@ def listing(data: Path | None) -> list[Table]:
     """The sets that are known: name, files, examples, metrics, and `found`, which says what of it is below `data`."""
     rows = []
     for name, known in SETS.items():
-        found = "" if data is None else _state(known, records.find(data / known.folder))
+        found = "" if data is None else _state(known, reading.find(data / known.folder))
         row = {"task": name, "files": known.files, "num_fewshot": known.num_fewshot, "metrics": list(known.metrics)}
         rows.append(row | {"found": found})
     return rows
@@ -174,7 +174,7 @@ def told(error: Exception) -> str:
 
 def _read(name: str, known: EvalSet, subject: str, data: Path, num_fewshot: int | None, digests: dict[str, str]) -> Any:
     """The task of a set, or the group of its subjects."""
-    found = records.find(data / known.folder)
+    found = reading.find(data / known.folder)
     split = next((split for split in (*known.scored, "") if split in found), None)
     if split is None:
         raise UserError(f"--tasks {name}: {data} has no such file as {known.files}")
@@ -212,7 +212,7 @@ def _items(
 
     def items(paths: Sequence[Path]) -> Iterator[Table]:
         for path in paths:
-            for record in records.read(path, subject, columns=known.columns):
+            for record in reading.read(path, subject, columns=known.columns):
                 yield from known.item(record)
 
     docs = list(items(files))

@@ -208,7 +208,7 @@ def _generate_batch(cfg, params, prompts, keys, how, stop_ids, max_new_tokens, r
             cache, last = _prefill(cfg, rope_length, params, cache, last, piece, np.int32(start), lengths)
         state = _begin(cfg, params, last, tokens, lengths, np.arange(len(prompts)) >= rows, keys, how, stop_ids)
         state = _draw_all(cfg, rope_length, params, cache, state, how, stop_ids, max_new_tokens, emit)
-        tokens, logprobs, ends, broken = jax.device_get((state.tokens, state.logprobs, state.lengths, state.broken))
+        tokens, logprobs, ends, broken = _on_host((state.tokens, state.logprobs, state.lengths, state.broken))
     if broken[:rows].any():
         _fail(cfg, params, int(ends[:rows][broken[:rows]].min()) - 1)
     drawn = [slice(lengths[row], ends[row]) for row in range(rows)]
@@ -234,25 +234,36 @@ def _require_finite(what: str, name: str, leaf: Leaf) -> None:
         raise FailedError(f"{what}: the parameter {name} holds NaN or infinity; the checkpoint is of no use")
 
 
+def _on_host(tree: Any) -> Any:
+    """The values of arrays, which may lie on devices of other processes too, as numpy arrays."""
+    return jax.device_get(tree if jax.process_count() == 1 else _whole(tree))
+
+
+@jax.jit
+def _whole(tree):
+    return jax.lax.with_sharding_constraint(tree, P())
+
+
 def _draw_all(cfg, rope_length, params, cache, state, how, stop_ids, max_new_tokens, emit) -> State:
     """Decodes to the end in one program, or step by step where emit(row, token) is to be called."""
     if emit is None:
         return _decode(cfg, rope_length, params, cache, state, how, stop_ids, np.int32(max_new_tokens))[0]
     # The next step is under way while the host reads this one; after the end a step does nothing.
-    lengths = np.array(jax.device_get(state.lengths)) - ~jax.device_get(state.done)  # before the first draw
+    lengths, done = _on_host((state.lengths, state.done))
+    lengths = lengths - ~done  # before the first draw
     ended = np.zeros(len(lengths), bool)
     for step in range(1, max_new_tokens + 1):
         following, cache = _decode(
             cfg, rope_length, params, cache, state, how, stop_ids, np.int32(min(step + 1, max_new_tokens))
         )
-        token, done = jax.device_get((state.token, state.done))
+        token, done = _on_host((state.token, state.done))
         for row in np.flatnonzero(~done & ~ended):
             ended[row] = emit(int(row), int(token[row])) is True
             lengths[row] += 1
         state = following.replace(done=following.done | ended) if ended.any() else following
         if (done | ended).all():
             break
-    return state.replace(lengths=jnp.asarray(lengths))  # what came after the end of a row is dropped
+    return state.replace(lengths=lengths)  # what came after the end of a row is dropped
 
 
 def cache_shardings(cfg: ModelConfig, mesh: Mesh) -> decoder.Cache:
