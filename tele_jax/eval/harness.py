@@ -236,7 +236,8 @@ def evaluate(
     with files.held_alone(out / "answers.lock", f"{out}: another process evaluates into it"):
         answers = Answers(out / "answers.jsonl" if model.identity else None)
         with contextlib.closing(answers):
-            results = _run(lm_eval, adapter(leader, long=long, answers=answers), found, asked)
+            del asked["long"]
+            results = run(adapter(leader, long=long, answers=answers), found, **asked)
     samples = results.pop("samples")
     results["config"]["model"] = model.path
     for task, items in samples.items():
@@ -256,22 +257,26 @@ def _identity(leader: Leader) -> Table:
     return {"parameters": model.identity, **how}
 
 
-def _run(lm_eval: Any, model: Any, found: Found, asked: Table) -> Table:
-    """The harness's results. What it logs and warns of is dropped: it is about its own files and defaults."""
+def run(
+    model: Any,
+    found: Found,
+    *,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    chat: bool = False,
+    system: str | None = None,
+    **how: Any,
+) -> Table:
+    """The harness's results of an `adapter`, with its counts. how: further keywords of lm_eval.simple_evaluate.
+
+    What the harness logs and warns of is dropped: it is about its own files and defaults.
+    """
+    how = {"log_samples": True, "bootstrap_iters": BOOTSTRAP, "num_fewshot": num_fewshot, "limit": limit, **how}
+    how |= {"apply_chat_template": chat, "fewshot_as_multiturn": chat, "system_instruction": system}
+    simple_evaluate = need("lm_eval", how=EXTRA).simple_evaluate
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            results = lm_eval.simple_evaluate(
-                model=model,
-                tasks=found.tasks,
-                task_manager=found.manager,
-                num_fewshot=asked["num_fewshot"],
-                limit=asked["limit"],
-                apply_chat_template=asked["chat"],
-                fewshot_as_multiturn=asked["chat"],
-                system_instruction=asked["system"],
-                log_samples=True,
-                bootstrap_iters=BOOTSTRAP,
-            )
+            results = simple_evaluate(model=model, tasks=found.tasks, task_manager=found.manager, **how)
     except Exception as error:
         if model.asked or isinstance(error, (UserError, RuntimeError)):
             raise

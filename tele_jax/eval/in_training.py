@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tele_jax.axes import PyTree
 from tele_jax.config import ModelConfig, given
@@ -10,7 +9,6 @@ from tele_jax.data.vocabulary import Vocabulary
 from tele_jax.errors import UserError
 from tele_jax.eval import harness, tasks
 from tele_jax.eval import model as models
-from tele_jax.extras import need
 from tele_jax.files import Table
 from tele_jax.processes import from_first
 from tele_jax.settings import TasksConfig, TrainStage
@@ -29,7 +27,7 @@ def open_tasks(stage: TrainStage, vocabulary: Vocabulary, where: str) -> Tasks:
     directory = None if settings.data is None else Path(settings.data)
     try:
         for name in settings.names:
-            tasks.find([name], directory)
+            tasks.find([name], directory, num_fewshot=settings.num_fewshot)
     except UserError as error:
         raise UserError(f"{where}.tasks: {error}") from None
 
@@ -39,29 +37,20 @@ def open_tasks(stage: TrainStage, vocabulary: Vocabulary, where: str) -> Tasks:
         with models.Leader(model) as leader:
             if leader.leads:
                 for name, share in settings.names.items():
-                    found, manager = tasks.find([name], directory)
+                    found = tasks.find([name], directory, num_fewshot=settings.num_fewshot)
                     limit = None if share == 1 else share
-                    figures |= _figures(leader, name, found, manager, limit, settings)
+                    figures |= _figures(leader, name, found, limit, settings)
         return from_first(lambda: figures)
 
     return evaluate
 
 
 def _figures(
-    leader: models.Leader, name: str, found: Sequence[Any], manager: Any, limit: float | None, settings: TasksConfig
+    leader: models.Leader, name: str, found: tasks.Found, limit: float | None, settings: TasksConfig
 ) -> dict[str, float]:
     """{"TASK/METRIC": value} of the task or group as a whole."""
-    results = need("lm_eval", how=harness.EXTRA).simple_evaluate(
-        model=harness.adapter(leader),
-        tasks=list(found),
-        task_manager=manager,
-        num_fewshot=settings.num_fewshot,
-        limit=limit,
-        apply_chat_template=settings.chat,
-        fewshot_as_multiturn=settings.chat,
-        log_samples=False,
-        bootstrap_iters=0,
-    )
+    how = {"num_fewshot": settings.num_fewshot, "limit": limit, "chat": settings.chat or found.chat}
+    results = harness.run(harness.adapter(leader), found, **how, bootstrap_iters=0, log_samples=False)
     values = (results.get("groups") or {}).get(name) or results["results"][name]
     found_figures = {
         f"{name}/{metric.split(',')[0]}": float(value)

@@ -157,7 +157,7 @@ def _loaded(manager: Any, name: str) -> list[Any]:
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             found = manager.load([name])
-    except Exception as error:  # noqa: BLE001: whatever its file says wrongly, in whatever part of the harness
+    except Exception as error:  # whatever its file says wrongly, in any part of the harness
         raise UserError(f"--tasks {name}: {told(error)}") from None
     inner = {child for children in found.get("group_map", {}).values() for child in children}
     groups = [group for name, group in found.get("groups", {}).items() if name not in inner]
