@@ -262,6 +262,16 @@ def whole_rows(x: jax.Array, tensor: int | None = None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*entries))
 
 
+def on_host(tree: Any) -> Any:
+    """The values of arrays as numpy arrays, inside a mesh also of those that lie on devices of other processes."""
+    return jax.device_get(tree if jax.process_count() == 1 else _replicated(tree))
+
+
+@jax.jit
+def _replicated(tree):
+    return jax.lax.with_sharding_constraint(tree, P())
+
+
 def lookup(table: jax.Array, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Looks up tokens [B, S] in an embedding table [V, D] that is cut by RULES: [B, S, D] in dtype, cut over the batch,
     and by tensor over the sequence.

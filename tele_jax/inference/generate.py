@@ -28,7 +28,7 @@ from tele_jax.inference.sampling import Sampling, draw, sampling
 from tele_jax.model import decoder
 from tele_jax.model.attention import SLOT_BLOCK
 from tele_jax.model.spec import check_prepared, flat_spec
-from tele_jax.sharding import BATCH, MESH_AXES, RULES
+from tele_jax.sharding import BATCH, MESH_AXES, RULES, on_host
 
 CHUNK = 256  # tokens of a prompt that go through the model at once
 
@@ -208,7 +208,7 @@ def _generate_batch(cfg, params, prompts, keys, how, stop_ids, max_new_tokens, r
             cache, last = _prefill(cfg, rope_length, params, cache, last, piece, np.int32(start), lengths)
         state = _begin(cfg, params, last, tokens, lengths, np.arange(len(prompts)) >= rows, keys, how, stop_ids)
         state = _draw_all(cfg, rope_length, params, cache, state, how, stop_ids, max_new_tokens, emit)
-        tokens, logprobs, ends, broken = _on_host((state.tokens, state.logprobs, state.lengths, state.broken))
+        tokens, logprobs, ends, broken = on_host((state.tokens, state.logprobs, state.lengths, state.broken))
     if broken[:rows].any():
         _fail(cfg, params, int(ends[:rows][broken[:rows]].min()) - 1)
     drawn = [slice(lengths[row], ends[row]) for row in range(rows)]
@@ -234,29 +234,19 @@ def _require_finite(what: str, name: str, leaf: Leaf) -> None:
         raise FailedError(f"{what}: the parameter {name} holds NaN or infinity; the checkpoint is of no use")
 
 
-def _on_host(tree: Any) -> Any:
-    """The values of arrays, which may lie on devices of other processes too, as numpy arrays."""
-    return jax.device_get(tree if jax.process_count() == 1 else _whole(tree))
-
-
-@jax.jit
-def _whole(tree):
-    return jax.lax.with_sharding_constraint(tree, P())
-
-
 def _draw_all(cfg, rope_length, params, cache, state, how, stop_ids, max_new_tokens, emit) -> State:
     """Decodes to the end in one program, or step by step where emit(row, token) is to be called."""
     if emit is None:
         return _decode(cfg, rope_length, params, cache, state, how, stop_ids, np.int32(max_new_tokens))[0]
     # The next step is under way while the host reads this one; after the end a step does nothing.
-    lengths, done = _on_host((state.lengths, state.done))
+    lengths, done = on_host((state.lengths, state.done))
     lengths = lengths - ~done  # before the first draw
     ended = np.zeros(len(lengths), bool)
     for step in range(1, max_new_tokens + 1):
         following, cache = _decode(
             cfg, rope_length, params, cache, state, how, stop_ids, np.int32(min(step + 1, max_new_tokens))
         )
-        token, done = _on_host((state.token, state.done))
+        token, done = on_host((state.token, state.done))
         for row in np.flatnonzero(~done & ~ended):
             ended[row] = emit(int(row), int(token[row])) is True
             lengths[row] += 1
