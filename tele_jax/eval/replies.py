@@ -119,7 +119,7 @@ def _canonical(text: str) -> str:
 
 
 def closing(reply: str) -> str:
-    """What follows "the answer is" in a reply, or else its first line, without the full stop."""
+    """The text after "answer is" in a reply, or else its first line, without the full stop."""
     match = re.search(r"answer is\s*:?\s*(.+)", reply)
     text = match[1] if match else next((line for line in reply.split("\n") if line.strip()), "")
     return text.strip().removesuffix(".")

@@ -26,7 +26,7 @@ PREFACES = ("preface.txt", "cot-prompts/{subject}.txt")  # texts before every qu
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What the harness is to run.
+    """Tasks as the harness takes them.
 
     Attributes:
       names: as asked for.
@@ -224,7 +224,7 @@ def _items(
 
 
 def _preface(folder: Path, subject: str) -> str:
-    """What a file of the set puts before every question, in place of examples; "" where there is none."""
+    """The text that a file of the set puts before every question, in place of examples; "" without such a file."""
     for name in PREFACES:
         path = folder / name.format(subject=subject)
         if path.is_file():
