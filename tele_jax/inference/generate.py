@@ -239,8 +239,7 @@ def _draw_all(cfg, rope_length, params, cache, state, how, stop_ids, max_new_tok
     if emit is None:
         return _decode(cfg, rope_length, params, cache, state, how, stop_ids, np.int32(max_new_tokens))[0]
     # The next step is under way while the host reads this one; after the end a step does nothing.
-    lengths, done = on_host((state.lengths, state.done))
-    lengths = lengths - ~done  # before the first draw
+    lengths = np.subtract(*on_host((state.lengths, ~state.done)))  # before the first draw
     ended = np.zeros(len(lengths), bool)
     for step in range(1, max_new_tokens + 1):
         following, cache = _decode(
