@@ -5,18 +5,20 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from tele_jax import plots, tables
+from tele_jax import checkpoint, plots, tables
 from tele_jax.checkpoint import chunk_files
 from tele_jax.cli import Outcome, Progress, flag, note, pick, switch
 from tele_jax.cli.generate import open_mesh
 from tele_jax.cli.pages import load_page
-from tele_jax.config import from_dict
+from tele_jax.config import check_seed, from_dict, given, require
 from tele_jax.errors import UserError
-from tele_jax.eval import bpb, harness, tasks
+from tele_jax.eval import bpb, code, harness, judge, judges, sandbox, tasks
 from tele_jax.eval import model as models
 from tele_jax.eval import tables as published
+from tele_jax.eval.records import digest
 from tele_jax.eval.text import BpbConfig, survey
 from tele_jax.files import PathLike, Table, held_alone, read_table, write_json
+from tele_jax.inference.sampling import sampling
 from tele_jax.processes import is_first
 
 
@@ -209,8 +211,147 @@ def _table(args: argparse.Namespace) -> Outcome:
     return Outcome(figures, text=text)
 
 
+# ----------------------------------------------------------------------------------------------------- judged dialogue
+
+
+def _dialogue_arguments(parser: argparse.ArgumentParser) -> None:
+    model_arguments(parser)
+    answers = "; with CKPT a file of answers (.jsonl), these are judged"
+    flag(parser, "--questions FILE", "questions in AlignBench's layout, .jsonl" + answers, Path)
+    who = "a checkpoint, the URL of a chat endpoint (https://host/v1), or `reference`: the overlap with the reference"
+    flag(parser, "--judge JUDGE", who, required=True)
+    flag(parser, "--judge-model NAME", "name of the model at the endpoint")
+    flag(parser, "--judge-key VARIABLE", "environment variable with the key of the endpoint; default: no key is sent")
+    flag(parser, "--judge-tokens N", "most new tokens of a checkpoint's verdict; default: 1024", int, default=1024)
+    flag(parser, "--parallel N", "requests to the endpoint at a time; default: 4", int, default=4)
+    flag(parser, "--against ANSWERS", "answers of another model, .jsonl: which is better, asked in both orders", Path)
+    flag(parser, "--max-new-tokens N", "most new tokens of an answer; default: 1024", int, default=1024)
+    flag(
+        parser, "--out DIR", "directory of answers, verdicts, results.json; started again, goes on", Path, required=True
+    )
+
+
+def _dialogue(args: argparse.Namespace) -> Outcome:
+    """Raises UserError for files, judges and models that cannot be used, FailedError for a judge without answer."""
+    http, lazy = args.judge.partition("://")[1], None
+    for name in ("judge_tokens", "parallel", "max_new_tokens"):
+        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if http:
+        model = given(args.judge_model, "--judge-model: is needed with the URL of a judge")
+        asked = judges.HttpJudge(args.judge, model, args.judge_key, args.parallel)
+        about: Table = {"judge": args.judge, "judge_model": model}
+    elif args.judge == "reference":
+        asked, about = None, {"judge": "reference"}
+    else:
+        asked, (lazy, _) = None, models.examine(args.judge)
+        about = {"judge": args.judge, "parameters": _fingerprint(lazy), "judge_tokens": args.judge_tokens}
+    others = None if args.against is None else judge.read_questions(args.against, answered=True)
+    answers = _answers(args)
+    if lazy is not None:
+        with models.Leader(models.load(lazy.path, mesh=open_mesh(args.mesh))) as leader:
+            if not leader.leads:
+                return Outcome()
+            return _judged(args, answers, others, judges.of_model(leader, args.judge_tokens), about)
+    return _judged(args, answers, others, asked, about) if is_first() else Outcome()
+
+
+def _answers(args: argparse.Namespace) -> list[Table]:
+    """The answers to judge, on process 0: those of a file, or what the model answers to the questions."""
+    if args.ckpt.endswith(".jsonl"):
+        return judge.read_questions(Path(args.ckpt), answered=True)
+    questions = judge.read_questions(given(args.questions, "--questions: is needed with a checkpoint"))
+    lazy, vocabulary = models.examine(args.ckpt, args.tokenizer)
+    model = load_model(args, lazy.path)
+    given(model.template, f"nothing says how the dialogues of {args.ckpt} are written; give --template")
+    about = {"questions": digest(questions), "parameters": _fingerprint(lazy), "tokenizer": vocabulary.sha256}
+    about |= {"template": args.template, "dtype": model.cfg.dtype, "max_new_tokens": args.max_new_tokens}
+    with models.Leader(model) as leader:
+        if leader.leads:
+            return judge.answer(leader, questions, args.out, about, max_new_tokens=args.max_new_tokens)
+    return []
+
+
+def _judged(
+    args: argparse.Namespace, answers: list[Table], others: list[Table] | None, asked: Any, about: Table
+) -> Outcome:
+    """The judgements of answers, as figures and a table."""
+    about = about | {"answers": digest(answers), "against": digest(others)}
+    if others is None:
+        results = judge.scores_of(judge.score(answers, asked, args.out, about), by_judge=args.judge != "reference")
+    else:
+        results = judge.pairs_of(judge.compare(answers, others, asked, args.out, about))
+    results |= {"model": str(answers[0].get("model_id", args.ckpt)), "judge": args.judge}
+    write_json(args.out / "results.json", results)
+    unreadable = results["unreadable"] if others is None else results["counts"]["unreadable"]
+    error = "no verdict of the judge can be read; its replies are in " if unreadable == len(answers) else ""
+    return Outcome(results, judge.text_of(results), error and f"{error}{args.out}", code=1 if error else 0)
+
+
+def _fingerprint(lazy: checkpoint.Lazy) -> str:
+    return chunk_files.fingerprint(lazy.items["params"].values())
+
+
+# --------------------------------------------------------------------------------------------------------------- code
+
+
+def _code_arguments(parser: argparse.ArgumentParser) -> None:
+    model_arguments(parser)
+    flag(parser, "--tasks FILE", "tasks in HumanEval's layout, .jsonl or .jsonl.gz", Path)
+    flag(parser, "--data DIR", f"directory with {code.FILE}, in the place of --tasks", Path)
+    flag(
+        parser,
+        "--out DIR",
+        "directory of programs, verdicts, results.json; started again, goes on",
+        Path,
+        required=True,
+    )
+    flag(parser, "--samples N", "programs for each task; default: 1", int, default=1)
+    flag(parser, "--k K,...", "the k of pass@k, at most --samples; default: 1", default="1")
+    flag(parser, "--temperature T", "temperature of the draws; default: 0 for one sample, 0.8 for several", float)
+    flag(parser, "--top-p P", "sum of the likeliest tokens to draw among; default: all", float)
+    flag(parser, "--seed N", "seed of the draws; default: 0", int, default=0)
+    flag(parser, "--max-new-tokens N", "most new tokens of a program; default: 512", int, default=512)
+    flag(parser, "--seconds N", "most seconds of processor time of a program; default: 5", int, default=5)
+    flag(parser, "--memory MIB", "most memory of a program in MiB; default: 512", int, default=512)
+    switch(
+        parser,
+        "--unsafe-without-isolation",
+        "run programs with limits alone: they can read, write and send all you can",
+    )
+
+
+def _code(args: argparse.Namespace) -> Outcome:
+    """Raises UserError for tasks that cannot be read, and where programs cannot be isolated on this system."""
+    file = args.tasks or given(args.data, "--tasks FILE or --data DIR: is needed") / code.FILE
+    found, ks = code.read_tasks(file), [int(k) if k.isdecimal() else 0 for k in args.k.split(",")]
+    require(all(1 <= k <= args.samples for k in ks), f"--k {args.k}: expected numbers from 1 to --samples, as 1,5")
+    require(args.seconds >= 1 and args.memory >= 64, "--seconds must be at least 1, --memory at least 64")
+    temperature = args.temperature if args.temperature is not None else 0.8 if args.samples > 1 else 0.0
+    require(temperature > 0 or args.samples == 1, "--samples: at temperature 0 all programs of a task are the same")
+    how: Table = {"temperature": temperature, "top_p": args.top_p}
+    sampling(**how)
+    check_seed(args.seed)
+    mode = "none" if args.unsafe_without_isolation else sandbox.find_mode()
+    lazy, vocabulary = models.examine(args.ckpt, args.tokenizer)
+    settings = how | {"samples": args.samples, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+    about = {"tasks": digest(found), "parameters": _fingerprint(lazy), "tokenizer": vocabulary.sha256, **settings}
+    with models.Leader(load_model(args, lazy.path)) as leader:
+        if not leader.leads:
+            return Outcome()
+        about["dtype"] = leader.model.cfg.dtype
+        written = code.complete(leader, found, args.out, about, **settings)
+    limits = sandbox.Limits(args.seconds, args.memory << 20)
+    verdicts = code.run(found, written, args.out, mode=mode, limits=limits)
+    name = file.name.partition(".")[0].lower()
+    results = code.results_of(name, args.ckpt, verdicts, ks, settings | {"isolation": mode})
+    write_json(args.out / "results.json", results)
+    return Outcome(results, code.text_of(results))
+
+
 ACTIONS = {
     "bpb": ("bits per byte of text, by domain, of one or several models", _bpb_arguments, _bpb),
+    "code": ("run the programs that a model writes for tasks, as HumanEval", _code_arguments, _code),
+    "dialogue": ("let a judge score a model's answers, or compare two models'", _dialogue_arguments, _dialogue),
     "harness": ("run tasks of lm-evaluation-harness (extra [eval])", _harness_arguments, _harness),
     "table": ("print results beside the published ones, in the published tables", _table_arguments, _table),
 }

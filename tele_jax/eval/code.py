@@ -1,0 +1,157 @@
+"""Programs that a model writes, and how many of them pass their tests: HumanEval's layout, and its pass@k."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tele_jax import tables
+from tele_jax.config import require
+from tele_jax.eval import sandbox
+from tele_jax.eval.model import Leader
+from tele_jax.eval.records import digest, interval, keep, read_lines, resampled_means
+from tele_jax.eval.sandbox import Limits
+from tele_jax.files import Table
+
+FILE = "humaneval.jsonl"  # in a directory of tasks
+STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # end a completed function (Codex, arXiv 2107.03374, section 2.3)
+FIELDS: dict[str, tuple[type, ...]] = {
+    name: (str,) for name in ("task_id", "prompt", "entry_point", "test", "canonical_solution")
+}
+
+
+def read_tasks(path: Path) -> list[Table]:
+    """The tasks of a file in HumanEval's layout, plain or as gzip.
+
+    Raises:
+      UserError: as records.read_lines; a test that defines no check.
+    """
+    tasks = read_lines(path, FIELDS, "task_id")
+    for task in tasks:
+        require("def check(" in task["test"], f"{path}: the test of {task['task_id']} defines no check(candidate)")
+    return tasks
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """The unbiased estimate of the probability that one of k programs passes (arXiv 2107.03374, equation 1).
+
+    >>> pass_at_k(5, 1, 1), pass_at_k(5, 2, 4)
+    (0.2, 1.0)
+    """
+    if samples - passed < k:
+        return 1.0
+    return 1.0 - float(np.prod(1.0 - k / np.arange(samples - passed + 1, samples + 1)))
+
+
+def complete(
+    leader: Leader,
+    tasks: Sequence[Table],
+    out: Path,
+    about: Table,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    seed: int,
+    **how,
+) -> list[Table]:
+    """The completions of all tasks, {"task_id", "sample", "completion"}, which out/samples.jsonl keeps as they come.
+
+    how: keywords of sampling.sampling. The likeliest tokens give one sample of each task, in batches; draws are made
+      task by task, so that they depend on the seed and the place of the task alone.
+
+    Raises:
+      UserError: a prompt that leaves no room for max_new_tokens.
+    """
+    prompts = [leader.model.encode(task["prompt"]) for task in tasks]
+    room = None if leader.model.cfg.rope.ntk else leader.model.cfg.max_seq_len - max_new_tokens
+    for task, prompt in zip(tasks, prompts, strict=True):
+        long = f"{task['task_id']}: its prompt of {len(prompt)} tokens leaves no room for {max_new_tokens} new ones"
+        require(room is None or len(prompt) <= room, f"{long}; give a smaller --max-new-tokens")
+    with keep(out / "samples.jsonl", about) as kept:
+        done = {(row["task_id"], row["sample"]) for row in kept.rows}
+        wanted = [(i, n) for i in range(len(tasks)) for n in range(samples) if (tasks[i]["task_id"], n) not in done]
+        groups = collections.defaultdict(list)
+        for i, n in wanted:
+            groups[i if how.get("temperature") else 0].append((i, n))
+        for first, group in groups.items():
+            # All samples of a task that has one missing are drawn, since a row's draws depend on its place.
+            rows = [(first, n) for n in range(samples)] if how.get("temperature") else group
+
+            def add(row: int, text: str, rows=rows, group=group) -> None:
+                if rows[row] in group:
+                    i, n = rows[row]
+                    kept.add({"task_id": tasks[i]["task_id"], "sample": n, "completion": text})
+
+            batch = [prompts[i] for i, _ in rows]
+            drawn: Table = how | ({"seed": (seed * 1_000_003 + first) % 2**31} if how.get("temperature") else {})
+            leader.continue_texts(batch, max_new_tokens=max_new_tokens, stop=STOP, on_text=add, **drawn)
+        return sorted(kept.rows, key=lambda row: (row["task_id"], row["sample"]))
+
+
+def run(tasks: Sequence[Table], completions: Sequence[Table], out: Path, *, mode: str, limits: Limits) -> list[Table]:
+    """Runs all programs, as many at a time as there are processors; out/results.jsonl keeps verdicts as they come.
+
+    Returns {"task_id", "sample", "passed", "result"}, result: "passed", or why not.
+
+    Raises:
+      UserError: tests of a task that do not run by themselves.
+    """
+    by_id = {task["task_id"]: task for task in tasks}
+    about = {"samples": digest(completions), "tasks": digest(tasks), "isolation": mode, **dataclasses.asdict(limits)}
+
+    def verdict(row: Table) -> Table:
+        task = by_id[row["task_id"]]
+        helpers = task["prompt"] + task["canonical_solution"]
+        program = task["prompt"] + row["completion"]
+        reason = sandbox.judge(program, helpers, task["test"], task["entry_point"], mode=mode, limits=limits)
+        named = {"task_id": row["task_id"], "sample": row["sample"]}
+        return named | {"passed": not reason, "result": f"failed: {reason}" if reason else "passed"}
+
+    with keep(out / "results.jsonl", about) as kept, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = {(row["task_id"], row["sample"]) for row in kept.rows}
+        left = [row for row in completions if (row["task_id"], row["sample"]) not in done]
+        try:
+            for future in concurrent.futures.as_completed([pool.submit(verdict, row) for row in left]):
+                kept.add(future.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        return sorted(kept.rows, key=lambda row: (row["task_id"], row["sample"]))
+
+
+def results_of(name: str, model: str, verdicts: Sequence[Table], ks: Sequence[int], settings: Table) -> Table:
+    """Figures in the harness's layout of results, which `tele eval table` reads: pass@k of each k, with its interval.
+
+    Args:
+      name: of the set of tasks, as "humaneval".
+      model: its path.
+      verdicts: of `run`, equally many for each task.
+    """
+    by_task = collections.defaultdict(list)
+    for row in verdicts:
+        by_task[row["task_id"]].append(row["passed"])
+    figures: Table = {"alias": name}
+    intervals = {}
+    for k in ks:
+        values = [pass_at_k(len(passed), sum(passed), k) for passed in by_task.values()]
+        samples = resampled_means(values, name)
+        figures |= {f"pass@{k},none": float(np.mean(values)), f"pass@{k}_stderr,none": float(samples.std())}
+        intervals[f"pass@{k}"] = interval(samples)
+    reasons = collections.Counter(row["result"].split(":")[1].strip() for row in verdicts if not row["passed"])
+    results: Table = {"results": {name: figures}, "n-shot": {name: 0}, "config": {"model": model, **settings}}
+    return results | {"intervals": intervals, "tasks": len(by_task), "failed": dict(reasons.most_common())}
+
+
+def text_of(results: Table) -> str:
+    """The figures of results_of as a table for people, and why programs failed."""
+    (figures,) = results["results"].values()
+    rows = [
+        (name, f"{figures[f'{name},none']:.4f}", f"[{low:.4f}, {high:.4f}]")
+        for name, (low, high) in results["intervals"].items()
+    ]
+    reasons = "".join(f"\n{count} failed: {reason}" for reason, count in results["failed"].items())
+    return f"{results['tasks']} tasks\n{tables.text(rows, ('', 'share', '95%'))}{reasons}"
