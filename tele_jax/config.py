@@ -9,7 +9,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -62,8 +62,8 @@ def from_dict(cls: type[T], values: Mapping[str, object], where: str = "config")
         raise UserError(f"{where}: {error}") from None
 
 
-def _converted(cls: Any, values: Mapping[str, object], where: str) -> dict[str, Any]:
-    """Converts values by field name to the types of the fields of a dataclass; errors as `from_dict`."""
+def _named(cls: Any, values: Mapping[str, object], where: str) -> Mapping[str, object]:
+    """Returns values by field name of a dataclass; errors as `from_dict`, but for those of types."""
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     if not isinstance(values, Mapping) and not hasattr(values, "items"):
         raise UserError(f"{where}: expected {cls.__name__} or a table of its fields, got {values!r}")
@@ -73,7 +73,14 @@ def _converted(cls: Any, values: Mapping[str, object], where: str) -> dict[str, 
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise UserError(f"{where}.{name}: missing, and {cls.__name__} has no default for it")
-    return {key: convert(_hints(cls)[key], value, f"{where}.{key}") for key, value in values.items()}
+    return values
+
+
+def _converted(cls: Any, values: Mapping[str, object], where: str) -> Mapping[str, Any]:
+    """Converts values by field name to the types of the fields of a dataclass; errors as `from_dict`."""
+    return {
+        key: convert(_hints(cls)[key], value, f"{where}.{key}") for key, value in _named(cls, values, where).items()
+    }
 
 
 @functools.cache
@@ -81,7 +88,7 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def check_fields(cls: type[T]) -> type[T]:
+def check_fields(cls: type[T], check: Callable[..., Mapping[str, Any]] = _converted) -> type[T]:
     """Makes the constructor of a dataclass check names and types of its fields as `from_dict` does.
 
     >>> Rope(tetha=5e5)
@@ -95,10 +102,15 @@ def check_fields(cls: type[T]) -> type[T]:
     def init(self: object, *args: object, **values: object) -> None:
         twice = values.keys() & order[: len(args)]
         require(len(args) <= len(order) and not twice, f"{cls.__name__}: give every field once, by its name")
-        construct(self, **_converted(cls, dict(zip(order, args, strict=False)) | values, cls.__name__))
+        construct(self, **check(cls, dict(zip(order, args, strict=False)) | values, cls.__name__))
 
     made.__init__ = init
     return cls
+
+
+def check_names(cls: type[T]) -> type[T]:
+    """Makes the constructor of a dataclass check the names of its fields alone: it checks their values itself."""
+    return check_fields(cls, _named)
 
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))

@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 
+from tele_jax.config import check_fields
 from tele_jax.errors import UserError
 
 VARIABLES = {
@@ -43,6 +44,7 @@ _FAILURE, _LEFT = "tele_jax/failure", "tele_jax/left"
 _call, _polls = itertools.count(), itertools.count()
 
 
+@check_fields
 @dataclasses.dataclass(frozen=True)
 class Place:
     """The place of this process among the others, as jax.distributed.initialize takes it; no address: it is alone."""

@@ -7,8 +7,13 @@ import pytest
 
 import tele_jax as tele
 from tele_jax import settings
+from tele_jax.aot import jobs
 from tele_jax.errors import UserError
+from tele_jax.growth import receipt
+from tele_jax.growth.leaf import LeafPlan
+from tele_jax.growth.plan import Step
 from tele_jax.inference.generate import prepare
+from tele_jax.processes import Place
 from tele_jax.train import workdir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -103,6 +108,23 @@ def test_head_dim_follows_from_embed_and_heads():
         (lambda p: tele.checkpoint.save("never", CFG, p, provenance=["x"]), "provenance: expected a list of dicts"),
         (lambda p: tele.checkpoint.save("never", CFG, p, data_state="x"), "data_state: expected bytes, got str"),
         (lambda p: tele.checkpoint.load(3), "expected the path of a checkpoint, got 3"),
+        (lambda p: tele.growth.Plan(stepz=()), "Plan.stepz: unknown key of Plan; did you mean 'steps'"),
+        (lambda p: tele.growth.Plan(), "Plan.steps: missing"),
+        (lambda p: Step(polcy="exact"), "Step.polcy: unknown key of Step; did you mean 'policy'"),
+        (lambda p: LeafPlan(coeficient=2.0), "LeafPlan.coeficient: .*did you mean 'coefficient'"),
+        (lambda p: tele.growth.Plan((), steps=()), "Plan: give every field once, by its name"),
+        (lambda p: Place(None, 1, proces_id=0), "Place.proces_id: .*did you mean 'process_id'"),
+        (lambda p: Place(None, "two"), "Place.num_processes='two' must be a whole number"),
+        (lambda p: jobs.TrainJob(batch_sise=3), "TrainJob.batch_sise: .*did you mean 'batch_size'"),
+        (lambda p: jobs.DecodeJob(cfg="x", slice=1, mesh=1, batch_size=1, seq_len=1), "DecodeJob.cfg: expected Model"),
+        (lambda p: receipt.Request(scr="x"), "Request.scr: .*did you mean 'src'"),
+        (lambda p: tele.checkpoint.load("W", mesh=3), "load: mesh: expected a mesh with the axes .*, got int"),
+        (lambda p: tele.score("x", p, [[1]], [[2]]), "score: cfg: expected a ModelConfig, got str"),
+        (lambda p: tele.score(LARGER, p, [[1]], [[2]]), "score: params are not those of cfg"),
+        (lambda p: tele.score(CFG, prepare(CFG, p), [[1]], [[2]]), "score: params"),
+        (lambda p: tele.score(CFG, p, "ab", ["c", "d"]), "score: prompts is 'ab', not a list of texts or of lists"),
+        (lambda p: tele.score(CFG, p, [[1]], None), "score: continuations is None, not a list"),
+        (lambda p: tele.score(CFG, p, ["a"], ["b"], vocabulary="t.model"), "vocabulary: expected what load_.*got str"),
         (lambda p: tele.run({}, None), "workdir: expected the path of the run's own directory, got None"),
         (lambda p: tele.run({}, 3), "workdir: expected the path of the run's own directory, got 3"),
         (lambda p: tele.run({}, "W", from_step="x"), "from_step='x' must be a whole number"),
@@ -124,6 +146,7 @@ def test_a_tree_that_is_not_that_of_the_config_is_named(tree, tmp_path):
     for call in (
         lambda: tele.forward(CFG, tree, [[1, 2]]),
         lambda: tele.generate(CFG, tree, [[1]], max_new_tokens=1),
+        lambda: tele.score(CFG, tree, [[1]], [[2]]),
         lambda: tele.growth.apply(plan, tree),
         lambda: tele.growth.lazy(plan, tree),
         lambda: tele.growth.shrink(plan, tree),

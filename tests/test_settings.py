@@ -58,7 +58,7 @@ def change(config, path, value):
     [
         ("first.stpes", 5, r"config\.first\.stpes: unknown key of PretrainStage; did you mean 'steps'"),
         ("first.steps", None, r"config\.first\.steps: missing"),
-        ("first.steps", "many", r"config\.first\.steps: expected int, got 'many'"),
+        ("first.steps", "many", r"config\.first\.steps='many' must be a whole number"),
         ("first.steps", 0, r"config\.first: steps=0 must be above 0"),
         ("first.model.num_kv_heads", 3, r"config\.first\.model: num_heads=2 does not divide into num_kv_heads=3"),
         ("first.model.embed_dims", 3, r"config\.first\.model\.embed_dims: unknown key .* 'embed_dim'"),
@@ -126,7 +126,7 @@ def test_with_a_cache_sources_and_files_may_be_left_out():
         (dict(kind="grow"), r"config\.kind: 'grow' is not one of 'pretrain', 'sft'"),
         (dict(shard_bytes=0), r"config: shard_bytes=0 must be above 0"),
         (dict(data=dict(tokenizer="t.model", cache="rows")), r"data\.cache: a cache is made from files"),
-        (dict(data=None), r"config\.data: expected a table"),
+        (dict(data=None), r"config\.data: expected DataConfig or a table of its fields, got None"),
     ],
 )
 def test_a_page_for_a_cache_is_checked(changes, match):

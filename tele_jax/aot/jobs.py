@@ -5,7 +5,6 @@ slot of the cache. Nothing is allocated, and the devices need not be there.
 """
 
 import abc
-import dataclasses
 import math
 from typing import ClassVar
 
@@ -18,7 +17,7 @@ from jax.typing import DTypeLike
 from tele_jax import growth
 from tele_jax.aot.topology import Slice
 from tele_jax.axes import PyTree
-from tele_jax.config import ModelConfig, require
+from tele_jax.config import ModelConfig, checked, require
 from tele_jax.files import Table
 from tele_jax.inference.generate import State, cache_shardings, cache_slots, decode_step, rope_length_of, sampling
 from tele_jax.model import decoder
@@ -32,7 +31,7 @@ _OPTIMIZER = OptimizerConfig(learning_rate=1e-4)
 Arrays = Table  # trees of jax.ShapeDtypeStruct with shardings, by kind
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class Job(abc.ABC):
     """A program on a mesh over the devices of a slice. `shown` names the fields that people read in its figures."""
 
@@ -93,7 +92,7 @@ class Job(abc.ABC):
         }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class ModelJob(Job):
     """A job of one model. batch_size: sequences over all devices; seq_len: tokens of each."""
 
@@ -117,7 +116,7 @@ class ModelJob(Job):
         batch_sharding(self.abstract_mesh, self.batch_size // self.microbatches)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class TrainJob(ModelJob):
     """A training step."""
 
@@ -147,7 +146,7 @@ class TrainJob(ModelJob):
         return lower_step(self.cfg, _transformation(self.cfg, self.optimizer), mesh, **sizes)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class GrowJob(Job):
     """A growth on the mesh, of parameters and optimizer state, as a run does it between two stages of training."""
 
@@ -185,7 +184,7 @@ class GrowJob(Job):
             return growth.sharded(self.plan, mesh, state).lower(arrays["parameters"], state)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class DecodeJob(ModelJob):
     """One step of greedy decoding: a token for each of batch_size rows, against a cache full of seq_len tokens each."""
 

@@ -27,12 +27,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from tele_jax.axes import ParamSpec
+from tele_jax.config import check_names
 from tele_jax.growth.axis_map import NEW, AxisMap
 
 KEPT, ZERO, FILLED = 0, 1, 2  # in arrays of kinds; FILLED + i: filled by the i-th step
 KINDS = ("copied", "scaled", "zero", "fresh")  # as counted and printed
 
 
+@check_names
 @dataclasses.dataclass(frozen=True)
 class LeafPlan:
     """The rule by which one plan step makes the entries of one leaf; see the top of this module.

@@ -19,6 +19,7 @@ from tele_jax import tables
 from tele_jax.axes import ParamSpec
 from tele_jax.config import (
     ModelConfig,
+    check_names,
     check_seed,
     convert,
     from_dict,
@@ -37,6 +38,7 @@ from tele_jax.model.spec import flat_spec
 Spec = dict[str, ParamSpec]
 
 
+@check_names
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Step:
     """One plan step.
@@ -152,6 +154,7 @@ class Step:
             require(shape == spec.shape, f"plan.maps: lead {name} to {list(shape)}, dst_cfg to {list(spec.shape)}")
 
 
+@check_names
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """A growth from one tree of parameters to another, as data: print it, check it, apply it, store it as JSON.

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from tele_jax import checkpoint, files, growth
 from tele_jax.axes import PyTree, check_tree, flatten
 from tele_jax.checkpoint import chunk_files, unfinished
-from tele_jax.config import ModelConfig, given, require, written_table
+from tele_jax.config import ModelConfig, checked, given, require, written_table
 from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.files import Table
 from tele_jax.growth.layers import distances
@@ -210,7 +210,7 @@ def masked_plan(start: "checkpoint.Lazy", where: str) -> growth.Plan | None:
 # ---- from checkpoint to checkpoint -------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class Request:
     """The arguments of `tele grow`.
 

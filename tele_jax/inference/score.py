@@ -9,7 +9,7 @@ share what they have in common. Rows have one of a dozen lengths, and logits are
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,9 @@ from tele_jax.data.vocabulary import Vocabulary
 from tele_jax.errors import FailedError, UserError
 from tele_jax.inference.generate import checked_ids, mesh_of, rope_length_of
 from tele_jax.model import decoder
+from tele_jax.model.inputs import check_params
 from tele_jax.model.loss import score_targets
+from tele_jax.model.spec import spec
 from tele_jax.sharding import BATCH, mesh_of_step, platform, whole_rows
 from tele_jax.train.step import put_batch
 
@@ -73,11 +75,17 @@ def score(
         alone ends; spaces at the end of a prompt go to its continuation.
 
     Raises:
-      UserError: not as many prompts as continuations, an empty one, an id beyond the vocabulary, a text without a
-        vocabulary, more tokens than the model has positions.
+      UserError: parameters that are not those of cfg, not as many prompts as continuations, an empty one, an id beyond
+        the vocabulary, a text without a vocabulary, more tokens than the model has positions.
       FailedError: log-probabilities that are not finite numbers.
     """
     require_config(cfg, "score: cfg")
+    check_params(params, spec(cfg), "score")
+    for name, rows in (("prompts", prompts), ("continuations", continuations)):
+        is_list = hasattr(rows, "__len__") and not isinstance(rows, (str, bytes, Mapping))
+        require(is_list, f"score: {name} is {rows!r}, not a list of texts or of lists of token ids")
+    known = vocabulary is None or isinstance(vocabulary, Vocabulary)
+    require(known, f"score: vocabulary: expected what load_vocabulary returns, got {type(vocabulary).__name__}")
     require(
         len(prompts) == len(continuations),
         f"score: {len(prompts)} prompts, but {len(continuations)} continuations; name a prompt with each of its own",

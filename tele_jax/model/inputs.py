@@ -77,11 +77,11 @@ def optional_integers(values: object, name: str) -> jax.Array | None:
     return None if values is None else jnp.asarray(checked_integers(values, name))
 
 
-def check_params(params: object, expected: Params) -> None:
+def check_params(params: object, expected: Params, where: str = "forward") -> None:
     """Raises UserError where the names or shapes of the leaves are not the expected ones; their dtypes are free."""
     if not isinstance(params, Mapping):
-        raise UserError(f"forward: params: expected a nested dict, got {type(params).__name__}")
-    check_tree(flatten(params), flatten(expected), "forward: params are not those of cfg", dtypes=False)
+        raise UserError(f"{where}: params: expected a nested dict, got {type(params).__name__}")
+    check_tree(flatten(params), flatten(expected), f"{where}: params are not those of cfg", dtypes=False)
 
 
 def checked_masks(masks: object) -> Masks | None:

@@ -58,7 +58,7 @@ def require_own(workdir: Path, from_step: int | None = None) -> None:
     Raises DamageError where the document of the run is not JSON.
     """
     if from_step is not None and not (workdir / CONFIG).exists():
-        raise UserError(f"--from {from_step}: {workdir} holds no run yet")
+        raise UserError(f"--from {from_step} (from_step): {workdir} holds no run yet")
     config = workdir / CONFIG
     if config.exists():
         try:
@@ -172,7 +172,7 @@ def claim(config: RunConfig, workdir: Path, from_step: int | None, say: Callable
     if last is not None:
         _change_last(config, workdir, last, changes[last], from_step, say)
     elif from_step is not None:
-        raise UserError(f"--from {from_step}: no stage of {workdir} has begun")
+        raise UserError(f"--from {from_step} (from_step): no stage of {workdir} has begun")
     for name in before["run"]:
         later = differences(before[name], now[name]) if name not in begun and name in now else {}
         if later:
@@ -228,11 +228,13 @@ def _change_last(
     steps = locate.list_steps(directory / "checkpoints")
     known = read_changes(directory)
     if from_step is not None and not changed and known and known[-1]["from"] == from_step:
-        say(f"--from {from_step} was done by an earlier start")
+        say(f"--from {from_step} (from_step) was done by an earlier start")
         return
     if from_step is not None and (not isinstance(stage, TrainStage) or from_step not in steps):
         have = f"has {', '.join(map(str, steps))}" if isinstance(stage, TrainStage) else "grows, and does not train"
-        raise UserError(f"--from {from_step}: no such checkpoint; the last stage that has begun, {name}, {have}")
+        raise UserError(
+            f"--from {from_step} (from_step): no such checkpoint; the last stage that has begun, {name}, {have}"
+        )
     if from_step is None and not changed:
         return
     if from_step is None or not all(map(_ON_REQUEST.fullmatch, changed)):
@@ -258,7 +260,8 @@ def _require_steps_alone(changed: Changed, where: str, workdir: Path, steps: Seq
         return
     how = "use another work directory (config.start names a checkpoint to start from)"
     if all(map(_ON_REQUEST.fullmatch, others)):
-        how = f"--from STEP changes it from a checkpoint on (there are {', '.join(map(str, steps))}), or {how}"
+        there = ", ".join(map(str, steps))
+        how = f"--from STEP (from_step) changes it from a checkpoint on (there are {there}), or {how}"
     if "steps" in changed and list(others) == ["schedule.total"]:
         before = others["schedule.total"][0]
         how = f"the schedule follows the length of the stage; --{where}.schedule.total={before} keeps it, {how}"

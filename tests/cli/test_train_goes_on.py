@@ -131,7 +131,10 @@ def test_it_goes_on_with_all_that_is_not_part_of_what_is_computed(place, finishe
 @pytest.mark.parametrize(
     ("flag", "expected"),
     [
-        ("optimizer.learning_rate=2e-3", "optimizer.learning_rate was 0.001, is 0.002; --from STEP changes it"),
+        (
+            "optimizer.learning_rate=2e-3",
+            "optimizer.learning_rate was 0.001, is 0.002; --from STEP (from_step) changes it",
+        ),
         (
             "steps=16",
             "steps was 12, is 16; the schedule follows the length of the stage; --config.only.schedule.total=12 keeps",
@@ -174,7 +177,7 @@ def test_a_lower_rate_from_an_earlier_checkpoint_on(place, finished, tmp_path, c
     workdir = copy(finished, tmp_path)
     lower = ("--config.only.optimizer.learning_rate=1e-4", "--config.only.optimizer.matrix_learning_rate=1e-4")
     missing = fails(capsys, 2, place, workdir, *lower, "--from", "5")
-    assert "--from 5: no such checkpoint; the last stage that has begun, only, has 4, 8, 12" in missing
+    assert "--from 5 (from_step): no such checkpoint; the last stage that has begun, only, has 4, 8, 12" in missing
     assert "batch_size was 4, is 8" in fails(capsys, 2, place, workdir, "--config.only.batch_size=8", "--from", "8")
     assert train(place, workdir, *lower, "--from", "8") == 0
     out = capsys.readouterr().out
@@ -197,7 +200,7 @@ def test_a_lower_rate_from_an_earlier_checkpoint_on(place, finished, tmp_path, c
     shutil.rmtree(workdir / "only/checkpoints/8")
     stamp = (workdir / "only/checkpoints/12/meta/meta.json").stat().st_mtime_ns
     assert train(place, workdir, *lower, "--from", "8") == 0
-    assert "--from 8 was done by an earlier start" in capsys.readouterr().out
+    assert "--from 8 (from_step) was done by an earlier start" in capsys.readouterr().out
     assert stamp == (workdir / "only/checkpoints/12/meta/meta.json").stat().st_mtime_ns
     assert "no run yet" in fails(capsys, 2, place, tmp_path / "new", "--from", "8") and not (tmp_path / "new").exists()
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import struct
 import subprocess
@@ -11,6 +12,7 @@ import types
 import jax
 import pytest
 
+from tele_jax.errors import DamageError
 from tele_jax.train import metrics
 
 KILLED = """
@@ -80,3 +82,14 @@ def test_utilisation_is_by_the_published_peak_of_a_device(monkeypatch, kind, pea
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
     used = metrics.utilisation(1e15, devices=8)
     assert used == (None if peak is None else 1e15 / (8 * peak))
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path):
+    writer = metrics.Metrics(tmp_path, 0)
+    writer._file.close()
+    message = rf"{tmp_path}/metrics.jsonl: could not be written \(No space left on device\)"
+    full = os.open("/dev/full", os.O_WRONLY)
+    writer._file = types.SimpleNamespace(write=lambda text: os.write(full, text.encode()))
+    with pytest.raises(DamageError, match=message):
+        writer.write(1, {"loss": 1.0})
+    os.close(full)
