@@ -1,15 +1,18 @@
-"""`tele eval ACTION`: finds out how good a model is."""
+"""`tele eval ACTION`: finds out how good a model is, in one process or in several, as `tele train`."""
 
 import argparse
 import contextlib
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from tele_jax import checkpoint, plots, tables
 from tele_jax.checkpoint import chunk_files
 from tele_jax.cli import Outcome, Progress, flag, note, pick, switch
 from tele_jax.cli.generate import open_mesh
 from tele_jax.cli.pages import load_page
+from tele_jax.cli.train import place_arguments, together
 from tele_jax.config import check_seed, from_dict, given, require
 from tele_jax.errors import UserError
 from tele_jax.eval import bpb, code, harness, judge, judges, sandbox, tasks
@@ -19,7 +22,7 @@ from tele_jax.eval.records import digest
 from tele_jax.eval.text import BpbConfig, survey
 from tele_jax.files import PathLike, Table, held_alone, read_table, write_json
 from tele_jax.inference.sampling import sampling
-from tele_jax.processes import is_first
+from tele_jax.processes import barrier, find_place, is_distributed, is_first
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +34,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    """Raises what the action raises."""
-    return args.run(args)
+    """Raises what the action raises. Of several processes, the first one prints and writes."""
+    if args.action == "table":  # loads no model
+        return args.run(args)
+    with together(find_place(vars(args))):
+        outcome = args.run(args)
+        barrier()  # JAX would wait for the first process at the end, but not for long
+        return outcome if is_first() else Outcome()
 
 
 def model_arguments(parser: argparse.ArgumentParser, **how: Any) -> None:
@@ -40,15 +48,32 @@ def model_arguments(parser: argparse.ArgumentParser, **how: Any) -> None:
     flag(parser, "ckpt CKPT", "step, stage or work directory; of several steps, the latest", **how)
     flag(parser, "--tokenizer FILE", "default: tokenizer.model or tokenizer.json in or above the checkpoint")
     flag(parser, "--template NAME", "format of dialogues; default: as the tokenizer and the checkpoint say")
-    flag(parser, "--mesh AXIS=N,...", "devices to spread the model over: tensor=4, or data=2,tensor=4; default: one")
+    mesh = "devices to spread the work over: tensor=4, or data=2,tensor=4; default: one, or all of several processes"
+    flag(parser, "--mesh AXIS=N,...", mesh)
     dtype = "dtype of the computation; default: that of the checkpoint"
     flag(parser, "--dtype NAME", dtype, choices=("bfloat16", "float32"))
+    place_arguments(parser)
+
+
+def mesh_of(args: argparse.Namespace) -> jax.sharding.Mesh | None:
+    """The mesh of --mesh. That of several processes has all their devices; by default they share the rows of a batch.
+
+    Raises:
+      UserError: as open_mesh; a device of several processes is left out.
+    """
+    if not is_distributed():
+        return open_mesh(args.mesh)
+    count = len(jax.devices())
+    mesh = open_mesh(args.mesh or f"data={count}")
+    if mesh is not None and mesh.size < count:
+        raise UserError(f"--mesh {args.mesh}: takes {mesh.size} of the {count} devices of all processes; name all")
+    return mesh
 
 
 def load_model(args: argparse.Namespace, path: PathLike | None = None) -> models.EvalModel:
     """The model of a command line, or of one of its checkpoints; raises UserError as eval.model.load."""
-    mesh = open_mesh(args.mesh)
-    model = models.load(path or args.ckpt, tokenizer=args.tokenizer, template=args.template, mesh=mesh)
+    how = {"tokenizer": args.tokenizer, "template": args.template, "mesh": mesh_of(args)}
+    model = models.load(path or args.ckpt, **how)
     if args.dtype is not None:
         model.cfg = model.cfg.replace(dtype=args.dtype)
     return model
@@ -248,7 +273,7 @@ def _dialogue(args: argparse.Namespace) -> Outcome:
     others = None if args.against is None else judge.read_questions(args.against, answered=True)
     answers = _answers(args)
     if lazy is not None:
-        with models.Leader(models.load(lazy.path, mesh=open_mesh(args.mesh))) as leader:
+        with models.Leader(models.load(lazy.path, mesh=mesh_of(args))) as leader:
             if not leader.leads:
                 return Outcome()
             return _judged(args, answers, others, judges.of_model(leader, args.judge_tokens), about)

@@ -35,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "--workdir W", "directory of this run alone", _directory, required=True)
     back = "checkpoint of the last stage to go back to; its optimizer, schedule or steps may change from there on"
     flag(parser, "--from STEP", back, _step, dest="from_step")
-    _place_arguments(parser)
+    place_arguments(parser)
     parser.epilog = (
         "--config.STAGE.KEY=VALUE changes a value of the config, as often as wanted. Exit codes: 0 done, 2 a mistake "
         "in the command or config, 1 a failure, 130 after Ctrl-C, 143 after SIGTERM (both saved)."
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> Outcome:
 # ---- several processes: their flags, how they join, and how they end together ----------------------------------------
 
 
-def _place_arguments(parser: argparse.ArgumentParser) -> None:
+def place_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say where this process stands among others."""
     group = parser.add_argument_group(
         "several processes",
