@@ -330,6 +330,7 @@ def _code_arguments(parser: argparse.ArgumentParser) -> None:
         Path,
         required=True,
     )
+    switch(parser, "--chat", "ask in the dialogue form of the model for the whole function")
     flag(parser, "--samples N", "programs for each task; default: 1", int, default=1)
     flag(parser, "--k K,...", "the k of pass@k, at most --samples; default: 1", default="1")
     flag(parser, "--temperature T", "temperature of the draws; default: 0 for one sample, 0.8 for several", float)
@@ -358,7 +359,12 @@ def _code(args: argparse.Namespace) -> Outcome:
     check_seed(args.seed)
     mode = "none" if args.unsafe_without_isolation else sandbox.find_mode()
     lazy, vocabulary = models.examine(args.ckpt, args.tokenizer)
-    settings = how | {"samples": args.samples, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+    settings = how | {
+        "chat": args.chat,
+        "samples": args.samples,
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed,
+    }
     about = {"tasks": digest(found), "parameters": _fingerprint(lazy), "tokenizer": vocabulary.sha256, **settings}
     with models.Leader(load_model(args, lazy.path)) as leader:
         if not leader.leads:
@@ -366,7 +372,7 @@ def _code(args: argparse.Namespace) -> Outcome:
         about["dtype"] = leader.model.cfg.dtype
         written = code.complete(leader, found, args.out, about, **settings)
     limits = sandbox.Limits(args.seconds, args.memory << 20)
-    verdicts = code.run(found, written, args.out, mode=mode, limits=limits)
+    verdicts = code.run(found, written, args.out, chat=args.chat, mode=mode, limits=limits)
     name = file.name.partition(".")[0].lower()
     results = code.results_of(name, args.ckpt, verdicts, ks, settings | {"isolation": mode})
     write_json(args.out / "results.json", results)

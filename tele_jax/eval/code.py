@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,13 +13,15 @@ import numpy as np
 from tele_jax import tables
 from tele_jax.config import require
 from tele_jax.eval import sandbox
-from tele_jax.eval.model import Leader
+from tele_jax.eval.model import ROWS, Leader
 from tele_jax.eval.records import digest, interval, keep, read_lines, resampled_means
 from tele_jax.eval.sandbox import Limits
 from tele_jax.files import Table
 
 FILE = "humaneval.jsonl"  # in a directory of tasks
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # end a completed function (Codex, arXiv 2107.03374, section 2.3)
+CHAT = "Complete this Python function. Answer with the whole function in one block of code.\n\n```python\n{}\n```"
+BLOCK = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 FIELDS: dict[str, tuple[type, ...]] = {
     name: (str,) for name in ("task_id", "prompt", "entry_point", "test", "canonical_solution")
 }
@@ -47,6 +50,19 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     return 1.0 - float(np.prod(1.0 - k / np.arange(samples - passed + 1, samples + 1)))
 
 
+def program_of(task: Table, completion: str, *, chat: bool) -> str:
+    """The program that a completion makes of a task.
+
+    chat: the completion is a reply. Its last block of code that defines the function, or else the reply where that
+      does, takes the place of the function in the prompt; a reply without the function continues the prompt.
+    """
+    head = f"def {task['entry_point']}("
+    found = [text for text in (completion, *BLOCK.findall(completion)) if head in text] if chat else []
+    if not found:
+        return task["prompt"] + completion
+    return task["prompt"][: task["prompt"].rfind(head)] + found[-1]
+
+
 def complete(
     leader: Leader,
     tasks: Sequence[Table],
@@ -56,43 +72,51 @@ def complete(
     samples: int,
     max_new_tokens: int,
     seed: int,
+    chat: bool,
     **how,
 ) -> list[Table]:
     """The completions of all tasks, {"task_id", "sample", "completion"}, which out/samples.jsonl keeps as they come.
 
-    how: keywords of sampling.sampling. The likeliest tokens give one sample of each task, in batches; draws are made
-      task by task, so that they depend on the seed and the place of the task alone.
+    chat: asks in the model's dialogue form.
+    how: keywords of sampling.sampling. The likeliest tokens are taken for all tasks at once; samples are drawn for one
+      task at a time, and depend on the seed and the task_id alone.
 
     Raises:
       UserError: a prompt that leaves no room for max_new_tokens.
     """
-    prompts = [leader.model.encode(task["prompt"]) for task in tasks]
-    room = None if leader.model.cfg.rope.ntk else leader.model.cfg.max_seq_len - max_new_tokens
+    model, texts = leader.model, [task["prompt"] for task in tasks]
+    asked = [[{"role": "user", "content": CHAT.format(text.strip())}] for text in texts] if chat else []
+    prompts = [model.prompt(question) for question in asked] if chat else [model.encode(text) for text in texts]
+    room = None if model.cfg.rope.ntk else model.cfg.max_seq_len - max_new_tokens
     for task, prompt in zip(tasks, prompts, strict=True):
         long = f"{task['task_id']}: its prompt of {len(prompt)} tokens leaves no room for {max_new_tokens} new ones"
         require(room is None or len(prompt) <= room, f"{long}; give a smaller --max-new-tokens")
     with keep(out / "samples.jsonl", about) as kept:
         done = {(row["task_id"], row["sample"]) for row in kept.rows}
         wanted = [(i, n) for i in range(len(tasks)) for n in range(samples) if (tasks[i]["task_id"], n) not in done]
-        groups = collections.defaultdict(list)
-        for i, n in wanted:
-            groups[i if how.get("temperature") else 0].append((i, n))
-        for first, group in groups.items():
-            # All samples of a task that has one missing are drawn, since a row's draws depend on its place.
-            rows = [(first, n) for n in range(samples)] if how.get("temperature") else group
+        if sampled := bool(how.get("temperature")):
+            # A draw depends on its row: the rows of a batch in which one is missing are all drawn again.
+            batches = dict.fromkeys((i, n // ROWS) for i, n in wanted)
+            groups = [[(i, k * ROWS + n) for n in range(min(ROWS, samples - k * ROWS))] for i, k in batches]
+        else:
+            groups = [wanted] if wanted else []
+        for rows in groups:
 
-            def add(row: int, text: str, rows=rows, group=group) -> None:
-                if rows[row] in group:
-                    i, n = rows[row]
+            def add(row: int, text: str, rows=rows) -> None:
+                i, n = rows[row]
+                if rows[row] in wanted:
                     kept.add({"task_id": tasks[i]["task_id"], "sample": n, "completion": text})
 
+            first = [seed, tasks[rows[0][0]]["task_id"], rows[0][1]]
+            drawn: Table = how | ({"seed": int(digest(first)[:7], 16)} if sampled else {})
             batch = [prompts[i] for i, _ in rows]
-            drawn: Table = how | ({"seed": (seed * 1_000_003 + first) % 2**31} if how.get("temperature") else {})
-            leader.continue_texts(batch, max_new_tokens=max_new_tokens, stop=STOP, on_text=add, **drawn)
+            leader.continue_texts(batch, max_new_tokens=max_new_tokens, stop=() if chat else STOP, on_text=add, **drawn)
         return sorted(kept.rows, key=lambda row: (row["task_id"], row["sample"]))
 
 
-def run(tasks: Sequence[Table], completions: Sequence[Table], out: Path, *, mode: str, limits: Limits) -> list[Table]:
+def run(
+    tasks: Sequence[Table], completions: Sequence[Table], out: Path, *, chat: bool, mode: str, limits: Limits
+) -> list[Table]:
     """Runs all programs, as many at a time as there are processors; out/results.jsonl keeps verdicts as they come.
 
     Returns {"task_id", "sample", "passed", "result"}, result: "passed", or why not.
@@ -106,7 +130,7 @@ def run(tasks: Sequence[Table], completions: Sequence[Table], out: Path, *, mode
     def verdict(row: Table) -> Table:
         task = by_id[row["task_id"]]
         helpers = task["prompt"] + task["canonical_solution"]
-        program = task["prompt"] + row["completion"]
+        program = program_of(task, row["completion"], chat=chat)
         reason = sandbox.judge(program, helpers, task["test"], task["entry_point"], mode=mode, limits=limits)
         named = {"task_id": row["task_id"], "sample": row["sample"]}
         return named | {"passed": not reason, "result": f"failed: {reason}" if reason else "passed"}

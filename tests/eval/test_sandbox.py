@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tele_jax.cli.main import main
+from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import UserError
 from tele_jax.eval import code, confine, sandbox
 from tele_jax.eval.model import EvalModel
@@ -293,6 +294,49 @@ def test_eval_code_counts_what_passes_and_goes_on_after_a_kill(mode, written, tm
     )
     assert main(["eval", "table", str(out / "results.json")]) == 0
     assert "HumanEval" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("reply", "program"),
+    [
+        ("Sure:\n```python\ndef root(xs):\n    return 1\n```\nIt works.", "def root(xs):\n    return 1\n"),
+        ("```\ndef root(xs): 1\n```\nor\n```\ndef root(xs): 2\n```\n```sh\nls\n```", "def root(xs): 2\n"),
+        ("```py\ndef root(xs):\n    return 3", "def root(xs):\n    return 3"),
+        ("def root(xs):\n    return 4", "def root(xs):\n    return 4"),
+    ],
+)  # fmt: skip
+def test_the_function_of_a_reply_takes_the_place_of_that_of_the_prompt(reply, program):
+    before = TASKS[1]["prompt"].removesuffix("def root(xs):\n")
+    assert code.program_of(TASKS[1], reply, chat=True) == before + program
+    assert code.program_of(TASKS[1], "    return 5", chat=True) == TASKS[1]["prompt"] + "    return 5"
+    assert code.program_of(TASKS[1], reply, chat=False) == TASKS[1]["prompt"] + reply
+
+
+def test_eval_code_asks_a_chat_model_in_its_dialogue_form(mode, written, tmp_path, monkeypatch):
+    one = TASKS[0]
+    (tmp_path / "humaneval.jsonl").write_text(json.dumps(one))
+    out = tmp_path / "out"
+    asked = scripted(monkeypatch, [f"```python\n{ADD}```"])
+    command = ["eval", "code", str(written), "--data", str(tmp_path), "--out", str(out), "--max-new-tokens", "8"]
+    assert main([*command, "--chat"]) == 0
+    assert json.loads((out / "results.json").read_text())["results"]["humaneval"]["pass@1,none"] == 1
+    vocabulary = load_vocabulary(written / "tokenizer.model")
+    assert "def add(a, b):" in vocabulary.decode(asked[0][0][0]) and "block of code" in vocabulary.decode(
+        asked[0][0][0]
+    )
+
+
+def test_no_two_samples_of_a_task_are_the_same_draw(mode, written, tmp_path, monkeypatch):
+    """A row of a batch draws by the seed and its place, and a batch of the model has 16 rows."""
+    (tmp_path / "humaneval.jsonl").write_text(json.dumps(TASKS[0]))
+    command = ["eval", "code", str(written), "--data", str(tmp_path), "--max-new-tokens", "8"]
+    command += ["--samples", "20", "--k", "10", "--seconds", "1"]
+    asked = scripted(monkeypatch, ["    return a\n"] * 20)
+    assert main([*command, "--out", str(tmp_path / "a")]) == 0
+    (first, second), seeds = [len(prompts) for prompts, _ in asked], [how["seed"] for _, how in asked]
+    assert (first, second) == (16, 4) and seeds[0] != seeds[1]
+    asked = scripted(monkeypatch, ["    return a\n"] * 20)
+    assert main([*command, "--out", str(tmp_path / "b")]) == 0 and seeds == [how["seed"] for _, how in asked]
 
 
 def test_a_real_model_writes_programs_that_are_cut_at_stop_strings(mode, written, tmp_path):
