@@ -1,4 +1,4 @@
-"""Distributed processes as one program (jax.distributed): they find each other, agree, and stop together.
+"""Functions for several processes that run as one program (jax.distributed): how they meet, agree and stop.
 
     start(Place("10.0.0.1:1234", num_processes=2, process_id=0))    # on a TPU slice: start(None)
     if is_first(): ...                          # process 0 prints, and writes everything but parts of arrays
@@ -6,8 +6,8 @@
     sizes = from_all(size)                      # [size of process 0, size of process 1, ...], in all
     with StopSignal() as stop: ...              # stop(): SIGTERM or Ctrl-C came to any; True in all at the same call
 
-With one process nothing is exchanged, and jax.distributed need not be started. Workers of Beam, at the end of this
-file, are no part of such a program; they end with the command that started them.
+A single process exchanges nothing and need not start jax.distributed. The worker processes of Beam, at the end of this
+file, are not part of such a program; they end with the command that started them.
 """
 
 import contextlib
@@ -33,21 +33,21 @@ VARIABLES = {
     "num_processes": "JAX_NUM_PROCESSES",
     "process_id": "JAX_PROCESS_ID",
 }
-# A worker that is gone without a word is missed after so long, and all the others end (JAX's own is 100 s).
+# A process that sends no heartbeat for so long is taken for dead, and all others end (the default of JAX is 100 s).
 HEARTBEAT_SECONDS = 60
-_FOREVER_MS = 7 * 24 * 3600 * 1000  # the heartbeat ends a wait, or `fail` of another process
+_FOREVER_MS = 7 * 24 * 3600 * 1000  # a wait ends earlier by a missing heartbeat, or by `fail` of another process
 _LEAVING_SECONDS = 5.0
 _FAILURE, _LEFT = "tele_jax/failure", "tele_jax/left"
 
-# Calls are numbered, so that the n-th of one process meets the n-th of the others. Like the service that they are
-# made to, the numbers belong to the process and not to a run.
+# Calls are numbered, so that the n-th call of one process meets the n-th calls of the others. The service of JAX lives
+# as long as the process, and so do these counters.
 _call, _polls = itertools.count(), itertools.count()
 
 
 @check_fields
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The place of this process among the others, as jax.distributed.initialize takes it; no address: it is alone."""
+    """The place of this process among the others, as jax.distributed.initialize takes it. No address: no others."""
 
     coordinator_address: str | None  # host:port of process 0
     num_processes: int
@@ -55,7 +55,7 @@ class Place:
 
 
 def find_place(given: Mapping[str, object], environment: Mapping[str, str] = os.environ) -> Place | None:
-    """The place of this process, from the values given (a flag, or None) or else from the environment; see VARIABLES.
+    """Returns the place of this process, from the flags given (or None), or else from the environment; see VARIABLES.
 
     None: there is no value, which on a TPU slice leaves the place to JAX, and elsewhere means one process.
 
@@ -87,12 +87,12 @@ def find_place(given: Mapping[str, object], environment: Mapping[str, str] = os.
 
 
 def start(place: Place | None, *, timeout: int = 300) -> None:
-    """Joins the other processes; to be called before anything else is asked of JAX.
+    """Joins the other processes. It must be called before any other use of JAX.
 
     timeout: seconds to wait for them; after that JAX ends the process (SIGABRT), and nothing can be raised.
 
     Raises:
-      UserError: there is no TPU slice around that JAX could find its way in.
+      UserError: JAX does not find the other workers of a TPU slice.
     """
     if not on_tpu() if place is None else place.coordinator_address is None:
         return
@@ -112,7 +112,7 @@ def start(place: Place | None, *, timeout: int = 300) -> None:
 
 
 def on_tpu() -> bool:
-    """True where JAX will use TPUs of this machine. (Asking JAX for its devices would be too early.)"""
+    """Tells whether JAX will use the TPUs of this machine, without asking JAX for its devices, which would start it."""
     from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
     platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue] - declared while jax starts
@@ -120,10 +120,10 @@ def on_tpu() -> bool:
 
 
 def _client() -> Any:
-    """The key-value store that all processes share, or None for one process.
+    """Returns the key-value store that all processes share, or None for one process.
 
-    JAX has no public name for it (Orbax takes it from here as well); what JAX offers in public moves arrays between
-    devices, and could not be used while these are at work or gone.
+    JAX has no public name for it; Orbax imports it from here too. The public functions of JAX move arrays between
+    devices, and do not work while devices are busy or lost.
     """
     from jax._src import distributed
 
@@ -131,12 +131,12 @@ def _client() -> Any:
 
 
 def is_first() -> bool:
-    """True in process 0, and in the only one."""
+    """Tells whether this is process 0; a single process is."""
     return jax.process_index() == 0
 
 
 def is_distributed() -> bool:
-    """True where there are other processes."""
+    """Tells whether there are other processes."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
@@ -161,7 +161,7 @@ def from_all(value: object) -> list[Any]:
     place = f"tele_jax/from_all/{next(_call)}"
     client.key_value_set(f"{place}/{jax.process_index()}", json.dumps(value))
 
-    def collect() -> list[Any]:  # in one process: if all asked for all, the service would be asked P^2 times
+    def collect() -> list[Any]:  # in process 0 alone: otherwise the service gets P^2 requests
         keys = [f"{place}/{process}" for process in range(jax.process_count())]
         values = [json.loads(client.blocking_key_value_get(key, _FOREVER_MS)) for key in keys]
         client.key_value_delete(f"{place}/")
@@ -171,7 +171,7 @@ def from_all(value: object) -> list[Any]:
 
 
 def barrier() -> None:
-    """Returns when all processes have come here."""
+    """Waits until all processes have called it."""
     if (client := _client()) is not None:
         client.wait_at_barrier(f"tele_jax/barrier/{next(_call)}", _FOREVER_MS)
 
@@ -191,7 +191,7 @@ class StopSignal(contextlib.AbstractContextManager):
     def __enter__(self) -> "StopSignal":
         # JAX's preemption service takes SIGTERM where there are several processes, and tells the others.
         numbers = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else (signal.SIGINT,)
-        with contextlib.suppress(ValueError):  # in a thread, as in a notebook's worker, there is nothing to install
+        with contextlib.suppress(ValueError):  # signals cannot be handled outside the main thread
             for number in numbers:
                 self._restore.callback(signal.signal, number, signal.signal(number, self._receive))
         return self
@@ -214,19 +214,19 @@ class StopSignal(contextlib.AbstractContextManager):
         return self._stopped
 
     def interrupted(self) -> bool:
-        """True if Ctrl-C came to any process; all have to ask."""
+        """Tells whether Ctrl-C came to any process. All processes have to call it."""
         return any(from_all(signal.SIGINT in self._received))
 
 
 def _preempted() -> bool:
     from jax.experimental import multihost_utils
 
-    # The service asks for numbers that rise by one, in the life of a process.
+    # The service takes numbers that rise by one as long as the process lives.
     return multihost_utils.reached_preemption_sync_point(next(_polls))
 
 
 def fail(line: str, code: int) -> bool:
-    """Tells the other processes that this one ends with exit code `code`. False: another has told the same before."""
+    """Tells the other processes that this one ends with `code`. False: another has reported the same line before."""
     failure = {"process": jax.process_index(), "line": line, "code": code}
     try:
         _client().key_value_set(_FAILURE, json.dumps(failure))
@@ -237,7 +237,7 @@ def fail(line: str, code: int) -> bool:
 
 
 def failure_of_others() -> dict[str, Any] | None:
-    """The failure that a process told by `fail`, {"process", "line", "code"}; None where none did so far."""
+    """Returns the failure that a process reported by `fail`, {"process", "line", "code"}, or None."""
     try:
         return json.loads(_client().key_value_try_get(_FAILURE))
     except jax.errors.JaxRuntimeError:
@@ -245,7 +245,7 @@ def failure_of_others() -> dict[str, Any] | None:
 
 
 def leave() -> None:
-    """Waits in process 0, before the process ends after `fail`, for the others: they need its service."""
+    """Marks this process as about to end after `fail`; process 0 waits for the others, which need its service."""
     client, index = _client(), jax.process_index()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         client.key_value_set(f"{_LEFT}/{index}", "")
@@ -255,9 +255,9 @@ def leave() -> None:
 
 
 # ---- worker processes of Beam ----------------------------------------------------------------------------------------
-# Beam's DirectRunner starts workers as processes of their own and waits for them; killed, it leaves them at work. A
-# worker imports this module first and waits in a thread for a file lock that the command holds: whatever ends the
-# command releases it. Ctrl-C reaches all processes at once; workers leave it to the command.
+# The DirectRunner of Beam starts its workers as processes, which go on when the command is killed. So a worker imports
+# this module first, and waits in a thread for a file lock that the command holds: the end of the command, however it
+# comes, releases the lock. Ctrl-C reaches all processes; the command reports it, and workers are silent.
 
 _BEAM_VARIABLE = "TELE_BEAM_COMMAND"  # path of the file that the command has locked
 BEAM_OPTION = f"--beam_plugins={__name__}"  # makes Beam's workers import this module
@@ -265,7 +265,7 @@ BEAM_OPTION = f"--beam_plugins={__name__}"  # makes Beam's workers import this m
 
 @contextlib.contextmanager
 def ending_beam_workers() -> Iterator[None]:
-    """Makes workers that a pipeline with BEAM_OPTION starts in the body end with this process."""
+    """Makes the workers that a pipeline with BEAM_OPTION starts in the body end with this process."""
     with tempfile.NamedTemporaryFile(prefix="tele_beam_") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         os.environ[_BEAM_VARIABLE] = held.name
@@ -278,7 +278,7 @@ def ending_beam_workers() -> Iterator[None]:
 
 
 def _without_interrupted(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """Wraps a hook for errors of threads: silent where Ctrl-C ended the shell by which Beam starts a worker."""
+    """Wraps a hook for errors of threads, so that it ignores a shell of Beam that Ctrl-C ended."""
 
     def quieter(failure: Any) -> None:
         if not str(failure.exc_value).endswith(("exited with return code -2", "exited with return code 130")):
@@ -289,14 +289,14 @@ def _without_interrupted(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
 
 def _end_with(path: str) -> None:
     with contextlib.suppress(OSError), open(path) as held:
-        fcntl.flock(held, fcntl.LOCK_SH)  # comes when the command has ended
+        fcntl.flock(held, fcntl.LOCK_SH)  # granted when the command has ended
         with contextlib.suppress(OSError):
             os.unlink(path)
     os._exit(0)
 
 
 def _fall_silent(number: int, frame: object) -> None:
-    """Discards this worker's error output from Ctrl-C on: the command reports it."""
+    """Discards the error output of this worker after Ctrl-C, which the command reports."""
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
 

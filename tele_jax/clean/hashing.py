@@ -1,7 +1,8 @@
 """Tokens and n-grams of a text as 64-bit hashes, computed with numpy for the whole text at once.
 
 A token is a run of letters, marks and digits (case folded), or one character of a script that writes no spaces (Han,
-kana). Duplicates, repetition, overlap with benchmarks and n-gram models all count these.
+kana). The searches for duplicates, for repetition and for overlap with benchmarks, and the n-gram models, count these
+tokens.
 """
 
 import functools
@@ -16,7 +17,7 @@ _UNSPACED = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFA
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64, a bijection of uint64 (Steele, Lea and Flood 2014)."""
+    """Applies the finaliser of splitmix64, a bijection of uint64 (Steele, Lea and Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -24,7 +25,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _tables() -> tuple[np.ndarray, np.ndarray]:
-    """bool [0x110000]: part of a word; a token of its own."""
+    """Two tables bool[0x110000] by code point: part of a word, and a token of its own."""
     categories = ("L", "M", "N")
     word = np.zeros(0x110000, bool)
     word[:0x40000] = [unicodedata.category(chr(i))[0] in categories for i in range(0x40000)]
@@ -36,6 +37,7 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
 
 @functools.lru_cache(maxsize=4)
 def _powers(bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Powers 0, 1, ... of _M and of its inverse modulo 2^64: two arrays uint64[2^bits]."""
     size = 1 << bits
     with np.errstate(over="ignore"):
         up = np.cumprod(np.full(size, _M, np.uint64)) * _M_INVERSE
@@ -44,22 +46,22 @@ def _powers(bits: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def characters(text: str) -> np.ndarray:
-    """Code points, uint32 [len(text)]."""
+    """Returns the code points of a text, uint32[len(text)]."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 def is_unspaced(chars: np.ndarray) -> np.ndarray:
-    """bool, per code point: Han or kana."""
+    """Tells for each code point whether it is Han or kana, bool[n]."""
     return _tables()[1][chars]
 
 
 def is_word(chars: np.ndarray) -> np.ndarray:
-    """bool, per code point: letter, mark or digit."""
+    """Tells for each code point whether it is a letter, a mark or a digit, bool[n]."""
     return _tables()[0][chars]
 
 
 def tokens(text: str) -> np.ndarray:
-    """Hashes of the tokens of a text, in order: uint64 [N].
+    """Returns the hashes of the tokens of a text in order, uint64[N].
 
     >>> a, b = tokens("Growing 模型"), tokens("growing, 模 型!")
     >>> len(a), bool((a == b).all())
@@ -82,7 +84,7 @@ def tokens(text: str) -> np.ndarray:
 
 
 def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
-    """Hashes of all runs of n tokens, in order: uint64 [max(N - n + 1, 0)]."""
+    """Returns the hashes of all runs of n tokens in order, uint64[max(N - n + 1, 0)]."""
     count = len(hashes) - n + 1
     if count <= 0:
         return np.zeros(0, np.uint64)
@@ -94,12 +96,12 @@ def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
 
 
 def tokens_of_characters(text: str) -> np.ndarray:
-    """Every character a token: for exact comparison, where case and punctuation count."""
+    """Returns the hash of every character, uint64[len(text)]: for comparisons in which case and punctuation count."""
     return mix(characters(text).astype(np.uint64))
 
 
 def fingerprints(hashes: np.ndarray) -> np.ndarray:
-    """One hash of a whole sequence, uint64 [1]."""
+    """Returns one hash of a whole sequence, uint64[1]."""
     up, _ = _powers(max(12, len(hashes).bit_length()))
     with np.errstate(over="ignore"):
         return mix(np.sum(hashes * up[: len(hashes)], keepdims=True) + np.uint64(len(hashes)))

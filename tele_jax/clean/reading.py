@@ -1,6 +1,7 @@
-"""Files as documents: text, jsonl, parquet, html and warc, plain or compressed; what cannot be read as rejects.
+"""Readers of files: each yields documents, and a Reject for every record that cannot be read.
 
-Paths may be local or anything that Beam's file systems open (gs://...).
+The formats are text, jsonl, parquet, html and warc, plain or compressed. Paths are local, or of a file system that Beam
+opens (gs://...).
 """
 
 import bz2
@@ -19,14 +20,14 @@ from tele_jax.clean.document import OFFSET_BITS, Document, Reject
 from tele_jax.clean.settings import SourceConfig
 from tele_jax.extras import need
 
-RANGE_BYTES = 64 << 20  # a plain jsonl file is read in ranges of so many bytes, each by any worker
-MAX_RECORD_BYTES = 256 << 20  # of one document: longer is a wrong format, not a text
+RANGE_BYTES = 64 << 20  # a plain jsonl file is read in ranges of this many bytes, each range by any worker
+MAX_RECORD_BYTES = 256 << 20  # of one document; a longer one has another format than the page says
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Range:
-    """Bytes [begin, end) of a file; records that begin in it belong to it. end None: to the end."""
+    """Bytes [begin, end) of a file, with the records that begin in them. end None: the rest of the file."""
 
     number: int  # of the file
     path: str
@@ -35,38 +36,38 @@ class Range:
     end: int | None = None
 
 
-# Openers of compressed files, by the end of the name. What comes before a damaged place is given out before the error,
-# which a buffer around the reader would hold back.
+# Openers of compressed files, by the end of the name. They return the bytes before a damaged place, and then raise the
+# error; a buffer around the reader would lose these bytes.
 _OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
     "gz": lambda raw: gzip.GzipFile(fileobj=raw),
     "bz2": bz2.BZ2File,
     "xz": lzma.LZMAFile,
-    # Of the packages that read it, the one that takes many frames and says so where the last one is cut off.
+    # pyarrow reads files of several frames and raises an error where the last frame is cut off; other packages do not.
     "zst": lambda raw: io.BufferedReader(need("pyarrow").CompressedInputStream(raw, "zstd")),
 }
 
 
 def compression(path: str) -> str:
-    """gz, bz2, xz, zst or an empty string, by the name."""
+    """Returns "gz", "bz2", "xz" or "zst" by the end of the path, or "" for a plain file."""
     suffix = path.rsplit(".", 1)[-1].lower()
     return suffix if suffix in _OPENERS else ""
 
 
 def open_raw(path: str) -> BinaryIO:
-    """A binary, seekable file."""
+    """Opens a file for reading bytes; it can seek."""
     if "://" not in path:
         return open(path, "rb")
     return need("apache_beam.io.filesystems").FileSystems.open(path, compression_type="uncompressed")
 
 
 def open_stream(path: str) -> BinaryIO:
-    """The file's bytes, decompressed as its name says."""
+    """Opens a file for reading its bytes, decompressed as its name says."""
     raw, kind = open_raw(path), compression(path)
     return _OPENERS[kind](raw) if kind else raw
 
 
 def ranges(number: int, path: str, size: int, source: str, config: SourceConfig) -> Iterator[Range]:
-    """The parts that a file of `size` bytes is read in; several only where records can be found from any byte."""
+    """Yields the ranges in which a file of `size` bytes is read: several only for plain jsonl, the others in one."""
     step = RANGE_BYTES if config.format == "jsonl" and not compression(path) else max(size, 1)
     for begin in range(0, max(size, 1), step):
         last = begin + step >= size
@@ -74,7 +75,7 @@ def ranges(number: int, path: str, size: int, source: str, config: SourceConfig)
 
 
 def read(part: Range, config: SourceConfig) -> Iterator[Document | Reject]:
-    """The documents of a part of a file, in order, and a Reject for each record or rest of a file that is none."""
+    """Yields the documents of a range in order, and a Reject for each record or rest of a file that is unreadable."""
     reader = _READERS[config.format]
 
     def uid(place: int) -> int:
@@ -117,7 +118,7 @@ _Read = Iterator[tuple[int, str, _Record | _Bad]]
 
 
 def decode(data: bytes, encodings: tuple[str, ...]) -> str | _Bad:
-    """The text in the first encoding that fits to the last byte."""
+    """Returns the text in the first of the encodings in which every byte is valid."""
     errors: list[UnicodeDecodeError] = []
     for encoding in encodings:
         try:
@@ -134,9 +135,10 @@ _SUPERSETS = {"gb2312": "gb18030", "gbk": "gb18030", "iso-8859-1": "cp1252", "la
 
 
 def _page(data: bytes, encodings: tuple[str, ...], declared: str | None = None) -> str | _Bad:
-    """An HTML page in `encodings`, or else in the one that HTTP or its head declares; strictly, and never guessed.
+    """Decodes an HTML page in `encodings`, or else in the encoding that HTTP or the head of the page declares.
 
-    Names mean what the WHATWG's Encoding Standard says they do on the web: gb2312 is gb18030, latin1 is windows-1252.
+    Decoding is strict, and no encoding is guessed. Names mean what they do in the Encoding Standard of the WHATWG:
+    gb2312 is gb18030, latin1 is windows-1252.
     """
     text = decode(data, encodings)
     if isinstance(text, str):
@@ -168,7 +170,7 @@ def _lines(part: Range, config: SourceConfig) -> _Read:
         place = part.begin
         if part.begin:
             file.seek(part.begin - 1)
-            # The line that is under way belongs to the range before, unless it has just ended.
+            # A line that begins before this range belongs to the range before.
             place += len(file.readline()) - 1
         while part.end is None or place < part.end:
             line = file.readline(MAX_RECORD_BYTES)
@@ -221,16 +223,16 @@ def _parquet(part: Range, config: SourceConfig) -> _Read:
 def _warc(part: Range, config: SourceConfig) -> _Read:
     warc = need("fastwarc.warc")
     types = warc.WarcRecordType.response | warc.WarcRecordType.conversion
-    # Decompressed here: where a file is cut off, this says so, and the iterator's own means end without a word.
+    # open_stream decompresses, because it raises an error where a file is cut off; the iterator itself just ends there.
     with open_stream(part.path) as file:
-        # The bodies are decoded here: asked to do that itself, the iterator ends, without a word, at the first record
-        # whose header names an encoding that its body does not have.
+        # _response decodes the bodies: if the iterator does that, it ends without an error at the first record whose
+        # header names an encoding that its body does not have.
         for place, record in enumerate(warc.ArchiveIterator(_AsItComes(file), record_types=types, parse_http=True)):
             yield place, f"#{place}", _response(record, config)
 
 
 class _AsItComes(io.RawIOBase):
-    """A file that gives what it has, so that what lies before a damaged place is read before the error is raised."""
+    """A file whose reads may return fewer bytes than asked for, so that all bytes before a damaged place are read."""
 
     def __init__(self, file: BinaryIO):
         super().__init__()
@@ -238,23 +240,23 @@ class _AsItComes(io.RawIOBase):
         self._some = getattr(file, "read1", file.read)
 
     def readable(self) -> bool:
-        """A file that is read."""
+        """True: the file can be read."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fills the buffer, or a part of it."""
+        """Fills the buffer or the beginning of it, and returns the number of bytes."""
         data = self._some(len(buffer))
         buffer[: len(data)] = data
         self._place += len(data)
         return len(data)
 
     def tell(self) -> int:
-        """Bytes read so far."""
+        """Returns the number of bytes read so far."""
         return self._place
 
 
 def _response(record: Any, config: SourceConfig) -> _Record | _Bad:
-    """The page of a WARC record, if its request succeeded and it is text."""
+    """Returns the page of a WARC record if its request succeeded and its content is text."""
     url, http = record.headers.get("WARC-Target-URI"), record.http_headers
     data = record.reader.read()
     if len(data) < record.content_length:
@@ -279,7 +281,7 @@ def _response(record: Any, config: SourceConfig) -> _Record | _Bad:
 
 
 def _encodings(http: Any) -> list[str]:
-    """Lists what was done to a body, the last first: Transfer-Encoding, then Content-Encoding, each from its end."""
+    """Lists the encodings of a body as they are undone: Transfer-Encoding, then Content-Encoding, each from its end."""
     if http is None:
         return []
     fields = {name.lower(): value.lower() for name, value in http.items()}
@@ -292,10 +294,10 @@ def _encodings(http: Any) -> list[str]:
 
 
 def _decoded(data: bytes, name: str) -> bytes:
-    """A body without one encoding. What is HTML as it stands was decoded by whoever wrote the archive."""
+    """Removes one encoding from a body. A body that is HTML already was decoded by the writer of the archive."""
     try:
         return _DECODERS[name](data)
-    except (KeyError, *READ_ERRORS):  # servers also name what is none, such as "utf-8"
+    except (KeyError, *READ_ERRORS):  # servers also name things that are no encoding of a body, such as "utf-8"
         if data.lstrip()[:1] == b"<":
             return data
         raise
@@ -305,7 +307,7 @@ _CHUNK = re.compile(rb"[ \t]*([0-9A-Fa-f]+)[ \t]*(?:;[^\r\n]*)?\r?\n")
 
 
 def _unchunk(data: bytes) -> bytes:
-    """The body of a chunked message (RFC 9112, section 7.1)."""
+    """Joins the chunks of a chunked message (RFC 9112, section 7.1)."""
     parts, place = [], 0
     while True:
         size = _CHUNK.match(data, place)
@@ -330,7 +332,7 @@ def _inflate(data: bytes, bits: int) -> bytes:
 
 
 def _undeflate(data: bytes) -> bytes:
-    """Inflates "deflate", which is a zlib stream by RFC 9110, and from some servers a bare one."""
+    """Inflates the encoding "deflate": a zlib stream by RFC 9110; some servers send one without its zlib header."""
     zlib_head = len(data) > 1 and data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0
     return _inflate(data, zlib.MAX_WBITS if zlib_head else -zlib.MAX_WBITS)
 

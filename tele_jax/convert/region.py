@@ -1,8 +1,8 @@
-"""A rectangle of a leaf and the numbers of a tensor in a file: which belong to which, and how they get there.
+"""Copies rectangles of leaves from and to the tensors of a released file, whose axes come in another order.
 
-Our axes and theirs come in another order, so most of this is transposing. It is done in blocks that fit the cache,
-through a scratch matrix whose rows are padded: rows that lie a power of two apart would share a few cache lines
-(numpy transposes 8,192 columns of bfloat16 at 0.4 GB/s then, at 2 GB/s with padding; 2026-11-25).
+Most of the work is transposing. It is done in blocks that fit the processor's cache, through a scratch matrix with
+padded rows: rows whose addresses differ by a power of two share a few cache lines (numpy transposes 8,192 columns of
+bfloat16 at 0.4 GB/s then, at 2 GB/s with padding; 2026-11-25).
 """
 
 import dataclasses
@@ -16,19 +16,21 @@ from tele_jax.convert.families import Part
 from tele_jax.convert.files import DTYPES, Files, Stored
 from tele_jax.errors import DamageError, UserError
 
-# Of a block that is transposed: what is written, or read, in one piece on the side that is not contiguous; and a row.
+# In a block that is transposed: bytes that are contiguous on the strided side, and bytes of a row.
 _SEGMENT_BYTES, _ROW_BYTES = 256, 32 * 1024
-_BLOCK_BYTES = 2**20  # of one that is not
+_BLOCK_BYTES = 2**20  # of a block that is not transposed
 _PAD_BYTES = 64  # a cache line
-SCRATCH_BYTES = 4 * (_SEGMENT_BYTES // 2) * (_ROW_BYTES + _PAD_BYTES)  # of a thread, at most
+SCRATCH_BYTES = 4 * (_SEGMENT_BYTES // 2) * (_ROW_BYTES + _PAD_BYTES)  # of one thread at most
 
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """A matrix of numbers: part of a leaf.
+    """A part of a leaf that is a matrix in the tensor.
 
-    ranges: of the leaf's axes, in the tensor's order. offsets: int64[n], where in the tensor each row begins, in
-    numbers. width: numbers in a row.
+    Attributes:
+      ranges: {axis of the leaf: (begin, end)}, in the order of the tensor.
+      offsets: int64[n], index of the first number of each row in the tensor.
+      width: numbers in a row.
     """
 
     ranges: dict[str, tuple[int, int]]
@@ -37,17 +39,18 @@ class _Block:
 
 
 def cut_order(part: Part, axes: Sequence[str]) -> list[int]:
-    """The dimensions of a leaf (its own axes, without the stack) in the order in which the tensor has them."""
+    """Returns the dimensions of a leaf (its axes without `layers`) in the order in which the tensor has them."""
     return [axes.index(axis) for axis in part.axes if axis != "*"]
 
 
 def read(files: Files, stored: Stored, part: Part, axes: Sequence[str], start: Sequence[int], out: np.ndarray) -> None:
     """Fills `out` with the rectangle of a leaf that begins at `start`, from the tensor that holds it.
 
-    axes: of the leaf, without the stack; out has one dimension for each, and any float dtype.
+    axes: those of the leaf without `layers`; `out` has one dimension for each, and any float dtype.
 
     Raises:
-      UserError: the file is cut short; NaN or infinity in it, or from the conversion; names file and tensor.
+      UserError: the file is cut short; a number is NaN or infinite, in the file or after the conversion. The message
+        names file and tensor.
     """
     dtype = DTYPES[stored.dtype]
     for block in _blocks(part, axes, start, out.shape, dtype.itemsize):
@@ -72,19 +75,20 @@ def write(
     factor: float = 1.0,
     origin: str = "",
 ) -> None:
-    """Writes a rectangle of a leaf, times a factor, to where it belongs in a tensor. The inverse of `read`.
+    """Writes a rectangle of a leaf, times a factor, to its place in a tensor: the inverse of `read`.
 
-    origin: the leaf, for messages.
+    origin: names the leaf in messages.
 
     Raises:
-      DamageError: NaN or infinity in the leaf. UserError: infinity from the conversion.
+      DamageError: a number of the leaf is NaN or infinite.
+      UserError: a number is infinite after the conversion.
     """
     dtype = DTYPES[stored.dtype]
     for block in _blocks(part, axes, start, values.shape, values.dtype.itemsize):
         view = _view(_bits(values), block, axes, start)
         rows = _as_rows(view, block)
         if rows is None:
-            # Two steps: long pieces into a matrix with padded rows, then transposed from there.
+            # In two steps: contiguous pieces go to a matrix with padded rows, which is then transposed.
             gathered = _gather(view, block, axes)
             rows = _scratch(len(block.offsets), block.width, values.dtype)
             np.copyto(rows.reshape(view.shape), gathered)
@@ -95,7 +99,10 @@ def write(
 
 
 def _convert(rows: np.ndarray, dtype: np.dtype, to: np.dtype, where: str, factor: float = 1.0) -> np.ndarray:
-    """Numbers (as unsigned integers) in another dtype, rounded to nearest; a factor multiplies in float32 or better."""
+    """Converts numbers, held as unsigned integers, to another dtype, rounded to nearest.
+
+    factor: multiplies them before that, in float32 or in float64.
+    """
     numbers = rows.view(dtype)
     if factor != 1.0:
         precise = np.float64 if dtype == np.float64 else np.float32
@@ -113,7 +120,7 @@ def _blocks(
     """Cuts a rectangle into matrices whose rows are contiguous in the tensor."""
     range_of = {axis: (s, s + n) for axis, s, n in zip(axes, start, shape, strict=True)}
     ranges = [(part.turn, part.turn + 1) if axis == "*" else range_of[axis] for axis in part.axes]
-    # A row: trailing axes that are whole and neighbours in the leaf too, and one more that need not be whole.
+    # A row has the trailing axes that are complete and adjacent in the leaf too, and one more that may be cut.
     first = len(ranges) - 1
     while first and ranges[first] == (0, part.sizes[first]) and _are_neighbours(part, axes, first):
         first -= 1
@@ -135,7 +142,7 @@ def _blocks(
 
 
 def _are_neighbours(part: Part, axes: Sequence[str], i: int) -> bool:
-    """True where the axis before the i-th of the tensor is before it in the leaf as well."""
+    """Tells whether the axes i - 1 and i of the tensor are adjacent in the leaf too, in this order."""
     before, this = part.axes[i - 1], part.axes[i]
     return "*" not in (before, this) and axes.index(before) + 1 == axes.index(this)
 
@@ -155,14 +162,14 @@ def _pieces(ranges: Sequence[tuple[int, int]], count: int) -> Iterator[list[tupl
 
 
 def _view(values: np.ndarray, block: _Block, axes: Sequence[str], start: Sequence[int]) -> np.ndarray:
-    """The part of a leaf's rectangle that a block is, with its axes in the tensor's order."""
+    """Returns a view of the part of a rectangle that a block covers, with its axes in the order of the tensor."""
     inside = [(s, block.ranges[axis]) for axis, s in zip(axes, start, strict=True)]
     part = values[tuple(slice(begin - s, end - s) for s, (begin, end) in inside)]
     return part.transpose([axes.index(axis) for axis in block.ranges])
 
 
 def _as_rows(view: np.ndarray, block: _Block) -> np.ndarray | None:
-    """The rows of a block where they are contiguous in the leaf as well: then nothing has to be moved."""
+    """Returns the rows of a block without a copy where they are contiguous in the leaf too; otherwise None."""
     try:
         rows = view.reshape((len(block.offsets), block.width), copy=False)
     except ValueError:
@@ -171,7 +178,7 @@ def _as_rows(view: np.ndarray, block: _Block) -> np.ndarray | None:
 
 
 def _gather(view: np.ndarray, block: _Block, axes: Sequence[str]) -> np.ndarray:
-    """A copy whose axes are in the same order, but which lies in memory as the leaf does, with padded rows."""
+    """Copies a view to memory in the order of the leaf, with padded rows; the axes keep their order."""
     order = np.argsort([axes.index(axis) for axis in block.ranges])
     natural = view.transpose(order)
     copy = _scratch(math.prod(natural.shape[:-1]), natural.shape[-1], natural.dtype).reshape(natural.shape)
@@ -180,7 +187,7 @@ def _gather(view: np.ndarray, block: _Block, axes: Sequence[str]) -> np.ndarray:
 
 
 def _scratch(rows: int, width: int, dtype: np.dtype) -> np.ndarray:
-    """An uninitialised matrix of numbers as unsigned integers; its rows lie an odd number of cache lines apart."""
+    """Allocates a matrix of unsigned integers whose rows begin an odd number of cache lines apart."""
     kind = _kind(dtype)
     lines = -(-width * kind.itemsize // _PAD_BYTES)
     stride = (lines + 1 - lines % 2) * _PAD_BYTES if rows > 1 else width * kind.itemsize
@@ -195,7 +202,7 @@ def _bits(values: np.ndarray) -> np.ndarray:
     return values.view(_kind(values.dtype))
 
 
-# Where all of these bits are set, a number is infinite or none at all.
+# Bits of the exponent: a number in which all of them are set is infinite or NaN.
 _EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF0000000000000}
 
 

@@ -1,7 +1,7 @@
-"""Makes a cache: spreads the units of shards.py over workers by Apache Beam, and puts the shards together.
+"""Makes a cache: Apache Beam spreads the units of shards.py over workers, and the shards are put together here.
 
-While a cache is made, it lies in DIR.incomplete, with a plan and an account of every finished unit. Finished units are
-kept when the work is started again. The cache gets its name when it is complete, and never before.
+An unfinished cache lies in DIR.incomplete, with a plan and an account of every finished unit. A second start keeps the
+finished units. The directory gets the name DIR only when the cache is complete.
 """
 
 import contextlib
@@ -46,23 +46,23 @@ def make(
     say: Callable[[str], None] = lambda line: None,
     load_tasks: Callable[[], Any] | None = None,
 ) -> Manifest:
-    """Makes a cache in the directory `out`, or goes on making it. The same files and config give the same bytes.
+    """Makes a cache in the directory `out`, or continues one. Equal files and configs give equal bytes.
 
     Args:
       config: settings of the cache.
-      out: a directory that is not there yet. All workers have to see it, and the files, by the same path.
-      runner: name of a Beam runner; or "serial": one unit after the other in this process, without Beam.
-      workers: processes of the DirectRunner. With 1 everything is done in this one, tokenising on all its cores. None:
-        one for every core, and at most one for every unit.
+      out: a directory that does not exist yet. All workers must reach it, and the files, by the same path.
+      runner: name of a Beam runner, or "serial": this process writes one unit after the other, without Beam.
+      workers: number of processes of the DirectRunner. With 1, this process does all the work, and tokenises on all
+        cores. None: one for every core, and at most one for every unit.
       options: more options for Beam, as on its command line.
-      progress: called now and then with the number of finished units and of all.
+      progress: called about once a second as progress(finished units, all units).
       say: prints a line.
-      load_tasks: registers the seqio Tasks that `config` names, in a worker process that does not have them; has to be
-        such as pickle takes. (Here they are registered.)
+      load_tasks: registers the seqio Tasks that `config` names, in worker processes that do not have them; pickle must
+        accept it. In this process they are registered already.
 
     Raises:
-      UserError: `out` is there; something else is being made in its place; as shards.plan; a domain without a single
-        usable document; a tokenizer that lacks what is needed; Beam is not installed.
+      UserError: `out` exists; DIR.incomplete was begun for another config; shards.plan refuses the config; a domain has
+        no usable document; the tokenizer lacks a token that is needed; Beam is not installed.
       FailedError: the disk is full, or Beam fails.
     """
     need("array_record.python.array_record_module")
@@ -103,7 +103,7 @@ def make(
 
 @contextlib.contextmanager
 def _failing_in_one_line(work: Path) -> Iterator[None]:
-    """Turns a full disk, or another refusal of the system, into a FailedError of one line."""
+    """Turns an error of the system about a file into a FailedError of one line."""
     try:
         yield
     except OSError as error:
@@ -118,9 +118,10 @@ def _begun(
     units: list[shards.Unit],
     say: Callable[[str], None] = lambda line: None,
 ) -> bool:
-    """Writes the plan, or compares with the one that is there; removes what a kill left half-written.
+    """Writes the plan and returns False, or returns True where an equal plan is there already.
 
-    Shards of a file that has changed since are made again: a cache never mixes two versions of a text.
+    In the second case it removes half-written files that a kill left, and the accounts of shards whose text files have
+    changed since, so that these are made again: a cache never mixes two versions of a text.
     """
     plan = {"config": dataclasses.asdict(config), "tokenizer": vocabulary.sha256, "format": FORMAT}
     plan["units"] = hashlib.sha256(json.dumps([dataclasses.asdict(unit) for unit in units]).encode()).hexdigest()
@@ -145,7 +146,7 @@ def _begun(
 
 
 def _read_plan(work: Path) -> tuple[Table, dict[str, list[int]]]:
-    """Reads what the cache was begun for, and the stamps of its files then."""
+    """Reads the plan of the cache, and the stamps that its text files had at the beginning."""
     file, fields = work / PLAN, {"files": dict[str, tuple[int, ...]]}
     try:
         plan = written_table(parse_json(file.read_bytes(), str(file)), str(file), fields, required=fields)
@@ -155,7 +156,7 @@ def _read_plan(work: Path) -> tuple[Table, dict[str, list[int]]]:
 
 
 def _stamps(units: Sequence[shards.Unit]) -> dict[str, list[int]]:
-    """Returns size, times and inode of every file, which change when it is written anew; reads no file."""
+    """Returns size, times and inode of every text file, which change when it is written again; reads no file."""
     found = {}
     for path in sorted({path for unit in units for path in unit.paths}):
         stat = os.stat(path)
@@ -166,7 +167,7 @@ def _stamps(units: Sequence[shards.Unit]) -> dict[str, list[int]]:
 def _stale(
     work: Path, units: Sequence[shards.Unit], before: dict[str, list[int]], now: dict[str, list[int]]
 ) -> list[shards.Unit]:
-    """Finished units whose text is not what they were made from. Text is read only where a file's stamp differs."""
+    """Returns the finished units whose text has changed. Text is read only where the stamp of its file differs."""
     changed = {path for path in now if before.get(path) != now[path]}
     found = []
     for unit in units:
@@ -177,7 +178,7 @@ def _stale(
 
 
 def _require_same_text(work: Path, units: Sequence[shards.Unit]) -> None:
-    """Raises UserError where a file changed while the cache was made."""
+    """Raises UserError where a text file changed while the cache was made."""
     _, before = _read_plan(work)
     if stale := _stale(work, units, before, _stamps(units)):
         paths = ", ".join(stale[0].paths)
@@ -185,7 +186,7 @@ def _require_same_text(work: Path, units: Sequence[shards.Unit]) -> None:
 
 
 def _held_out(config: CacheConfig) -> frozenset[int]:
-    """Reads the digests of the lines that the page holds out."""
+    """Reads the digests of the lines in the validation files of the page, which are held out."""
     found: set[int] = set()
     for name, source in config.data.sources.items():
         if source.validation_files and source.format != "text":
@@ -201,7 +202,7 @@ def _of_tasks(work: Path, units: Sequence[shards.Unit]) -> dict[str, str]:
 
 
 def _check_vocabularies(units: Sequence[shards.Unit], vocabulary: Vocabulary) -> None:
-    """Raises UserError where a Task has ids of another tokenizer."""
+    """Raises UserError where a seqio Task has the ids of another tokenizer."""
     if names := sorted({unit.task.task for unit in units if unit.task is not None}):
         from tele_jax.data import task_documents
 
@@ -235,7 +236,7 @@ def _watched(work: Path, units: list[shards.Unit], progress: Callable[[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """The work on a unit, to be pickled: every process reads the tokenizer anew, once."""
+    """The function that writes one unit, in a form that pickle takes: each process reads the tokenizer once."""
 
     config: CacheConfig
     directory: Path
@@ -265,7 +266,7 @@ def _serial(units: Sequence[shards.Unit], work: _Work) -> None:
 
 
 def _pipeline(runner: str, workers: int, options: Sequence[str]) -> Callable[[Sequence[shards.Unit], _Work], None]:
-    """Returns the function that runs the work by Beam; called before anything is written, since Beam checks options."""
+    """Returns the function that runs the work by Beam. Beam checks its options here, before anything is written."""
     options = [*options, "--default_sdk_harness_log_level=ERROR"]
     if workers > 1:
         options += [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing", processes.BEAM_OPTION]
@@ -291,7 +292,7 @@ def _pipeline(runner: str, workers: int, options: Sequence[str]) -> Callable[[Se
 
 
 def _own_error(error: Exception, runner: str) -> Exception:
-    """Returns our error inside what Beam makes of it: the same with more text, or a RuntimeError with a traceback."""
+    """Finds the error of a unit in Beam's: of the same type with more text, or a RuntimeError with a traceback."""
     if isinstance(error, tuple(_ERRORS.values())):
         return type(error)(str(error).split(" [while running")[0])
     found = re.findall(rf"({'|'.join(_ERRORS)}): (.*?)(?: \[while running|\n|$)", str(error))
@@ -304,7 +305,7 @@ def _own_error(error: Exception, runner: str) -> Exception:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences Beam's log; what matters of it is raised."""
+    """Silences the log of Beam, whose errors are raised."""
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.CRITICAL)
