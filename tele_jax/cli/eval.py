@@ -200,9 +200,7 @@ def _bpb(args: argparse.Namespace) -> Outcome:
     with contextlib.ExitStack() as stack:
         if args.out is not None and is_first():
             stack.enter_context(held_alone(args.out / ".lock", f"{args.out}: another tele eval writes there"))
-            target = args.out / "results.json"
-            if target.exists() and read_table(target).get("kind") != "bits_per_byte":
-                raise UserError(f"{target}: holds results of something else; choose another --out")
+            _require_own(args.out / "results.json", "bits_per_byte")
         for path, lazy in opened.items():
             with models.Leader(load_model(args, lazy.path)) as leader:
                 if leader.leads:
@@ -220,6 +218,12 @@ def _bpb(args: argparse.Namespace) -> Outcome:
             except UserError as error:  # the extra is not installed
                 note(f"no picture: {error}")
     return Outcome(results, text=bpb.text_of(results, by_position=config.by_position))
+
+
+def _require_own(file: Path, *kinds: str) -> None:
+    """Raises UserError where there are results of another kind already, which would be overwritten."""
+    if file.exists() and read_table(file).get("kind") not in kinds:
+        raise UserError(f"{file}: holds results of something else; choose another --out")
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -247,6 +251,7 @@ def _dialogue_arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "--judge JUDGE", who, required=True)
     flag(parser, "--judge-model NAME", "name of the model at the endpoint")
     flag(parser, "--judge-key VARIABLE", "environment variable with the key of the endpoint; default: no key is sent")
+    flag(parser, "--judge-template NAME", "format of dialogues of a judging checkpoint; default: as it says")
     flag(parser, "--judge-tokens N", "most new tokens of a checkpoint's verdict; default: 1024", int, default=1024)
     flag(parser, "--parallel N", "requests to the endpoint at a time; default: 4", int, default=4)
     flag(parser, "--against ANSWERS", "answers of another model, .jsonl: which is better, asked in both orders", Path)
@@ -269,11 +274,15 @@ def _dialogue(args: argparse.Namespace) -> Outcome:
         asked, about = None, {"judge": "reference"}
     else:
         asked, (lazy, _) = None, models.examine(args.judge)
-        about = {"judge": args.judge, "parameters": _fingerprint(lazy), "judge_tokens": args.judge_tokens}
+        about = {"judge": args.judge, "parameters": _fingerprint(lazy), **pick(args, "judge_tokens", "judge_template")}
     others = None if args.against is None else judge.read_questions(args.against, answered=True)
+    _require_own(args.out / "pairs.json", "pairs")
+    _require_own(args.out / "results.json", "alignbench", "teleeval", "dialogue", "reference_overlap")
     answers = _answers(args)
     if lazy is not None:
-        with models.Leader(models.load(lazy.path, mesh=mesh_of(args))) as leader:
+        model = models.load(lazy.path, template=args.judge_template, mesh=mesh_of(args))
+        given(model.template, f"nothing says how the dialogues of {args.judge} are written; give --judge-template")
+        with models.Leader(model) as leader:
             if not leader.leads:
                 return Outcome()
             return _judged(args, answers, others, judges.of_model(leader, args.judge_tokens), about)
@@ -306,7 +315,7 @@ def _judged(
     else:
         results = judge.pairs_of(judge.compare(answers, others, asked, args.out, about))
     results |= {"model": str(answers[0].get("model_id", args.ckpt)), "judge": args.judge}
-    write_json(args.out / "results.json", results)
+    write_json(args.out / ("results.json" if others is None else "pairs.json"), results)
     unreadable = results["unreadable"] if others is None else results["counts"]["unreadable"]
     error = "no verdict of the judge can be read; its replies are in " if unreadable == len(answers) else ""
     return Outcome(results, judge.text_of(results), error and f"{error}{args.out}", code=1 if error else 0)
@@ -357,14 +366,10 @@ def _code(args: argparse.Namespace) -> Outcome:
     how: Table = {"temperature": temperature, "top_p": args.top_p}
     sampling(**how)
     check_seed(args.seed)
+    _require_own(args.out / "results.json", "code")
     mode = "none" if args.unsafe_without_isolation else sandbox.find_mode()
     lazy, vocabulary = models.examine(args.ckpt, args.tokenizer)
-    settings = how | {
-        "chat": args.chat,
-        "samples": args.samples,
-        "max_new_tokens": args.max_new_tokens,
-        "seed": args.seed,
-    }
+    settings = how | pick(args, "chat", "samples", "max_new_tokens", "seed")
     about = {"tasks": digest(found), "parameters": _fingerprint(lazy), "tokenizer": vocabulary.sha256, **settings}
     with models.Leader(load_model(args, lazy.path)) as leader:
         if not leader.leads:

@@ -166,7 +166,12 @@ def results_of(name: str, model: str, verdicts: Sequence[Table], ks: Sequence[in
         figures |= {f"pass@{k},none": float(np.mean(values)), f"pass@{k}_stderr,none": float(samples.std())}
         intervals[f"pass@{k}"] = interval(samples)
     reasons = collections.Counter(row["result"].split(":")[1].strip() for row in verdicts if not row["passed"])
-    results: Table = {"results": {name: figures}, "n-shot": {name: 0}, "config": {"model": model, **settings}}
+    results: Table = {
+        "kind": "code",
+        "results": {name: figures},
+        "n-shot": {name: 0},
+        "config": {"model": model, **settings},
+    }
     return results | {"intervals": intervals, "tasks": len(by_task), "failed": dict(reasons.most_common())}
 
 

@@ -327,6 +327,10 @@ def test_answers_of_a_file_are_judged_by_an_endpoint_and_compared(endpoint, tmp_
     assert sorted(row["score"] for row in lines(out / "judgements.jsonl")) == [-1, 8, 8]
     assert main([*command[:6], "other", *command[7:]]) == 2
     assert "judgements.jsonl: was made with another judge_model" in capsys.readouterr().err
+    (tmp_path / "other" / "results.json").parent.mkdir()
+    (tmp_path / "other" / "results.json").write_text('{"kind": "bits_per_byte"}')
+    assert main([*command[:8], str(tmp_path / "other")]) == 2
+    assert "results.json: holds results of something else; choose another --out" in capsys.readouterr().err
     assert main([*command, "--against", str(path)]) == 1  # no reply has a preference
     assert "no verdict of the judge can be read" in capsys.readouterr().err
     reference = [
