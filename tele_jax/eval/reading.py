@@ -117,14 +117,19 @@ def read(path: Path, subject: str = "", *, columns: Sequence[str] = ()) -> Itera
         places = (f"{path}: row {number}" for number in range(1, len(rows) + 1))
         yield from (Record(row, where, subject) for row, where in zip(rows, places, strict=True))
         return
-    try:
-        text = files.read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+    text = read_text(path)
     if not text.strip():
         raise UserError(f"{path}: is empty")
     records = _csv(text, str(path), columns) if path.suffix == ".csv" else _json(text, str(path))
     yield from (Record(value, where, subject) for value, where in records)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; raises UserError where it is not UTF-8."""
+    try:
+        return files.read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
 def _json(text: str, path: str) -> Iterator[tuple[Json, str]]:

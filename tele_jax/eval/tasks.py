@@ -228,7 +228,7 @@ def _preface(folder: Path, subject: str) -> str:
     for name in PREFACES:
         path = folder / name.format(subject=subject)
         if path.is_file():
-            text = path.read_text(encoding="utf-8")
+            text = reading.read_text(path)
             return text.partition("-----\n")[2].strip() + "\n\n" if "-----\n" in text else text.strip() + "\n\n"
     return ""
 
