@@ -118,8 +118,8 @@ def _canonical(text: str) -> str:
     return r"\frac{1}{2}" if kept == "0.5" else kept
 
 
-def closing(reply: str) -> str:
-    """The text after "answer is" in a reply, or else its first line, without the full stop."""
+def closing(reply: str) -> str | None:
+    """The text after "answer is" in a reply, or else its first line, without the full stop; None for an empty reply."""
     match = re.search(r"answer is\s*:?\s*(.+)", reply)
     text = match[1] if match else next((line for line in reply.split("\n") if line.strip()), "")
-    return text.strip().removesuffix(".")
+    return text.strip().removesuffix(".") or None

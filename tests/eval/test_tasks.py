@@ -48,7 +48,7 @@ WRITTEN = {  # {task: (what is asked with one example, {reply: figures})}
         "Q: Go 0?\nA: Yes\n\nQ: Go 3?\nA:",
         {" Yes": (1, 0), "So the answer is Yes.": (1, 0), "No": (0, 0)},
     ),
-    "evals_numerals": ("问题：五\n答案：5\n\n问题：六\n答案：", {"06": (1, 0), "6": (1, 0), "7": (0, 0)}),
+    "evals_numerals": ("问题：五\n答案：5\n\n问题：六\n答案：", {"06": (1, 0), "6": (1, 0), "7": (0, 0), " ": (0, 1)}),
     "telechat_ceval_law": (
         f"以下是考试的单项选择题，请选出其中的正确答案。\n\n1+1?{OPTIONS}答案：",
         {"答案：B": (1, 0), "应该选择B。": (1, 0), "答案是C": (0, 0), "不知道": (0, 1)},
