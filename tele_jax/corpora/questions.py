@@ -180,8 +180,8 @@ def fetch(
         raise UserError("--max-bytes: not for eval, whose sets are taken as they are; tele eval harness has --limit")
     request = {"format": FORMAT, "name": "eval"}
     found = corpora.read_manifest(out)
-    complete = found is not None and found["domains"] and not found["missing"]
-    if complete and {key: found.get(key) for key in request} == request and corpora.intact(out, found):
+    same = found is not None and {"format": found.get("format"), "name": found.get("name")} == request
+    if found is not None and same and found["domains"] and not found["missing"] and corpora.intact(out, found):
         return Fetched(found, up_to_date=True)
     cache = cache or out / "packages"
     # First an empty manifest: should this be killed, the next call knows whose half-written files these are.
