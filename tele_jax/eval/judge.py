@@ -280,7 +280,8 @@ def scores_of(rows: Sequence[Table], *, by_judge: bool) -> Table:
         categories[name] = figures | {"length": _length(groups[name], "answer"), "score": None, "interval": None}
         if values:
             samples[name] = resampled_means(values, name)
-            categories[name] |= {"score": float(np.mean(values)), "interval": interval(samples[name])}
+            known = interval(samples[name]) if len(values) > 1 else None
+            categories[name] |= {"score": float(np.mean(values)), "interval": known}
     scores = {name: float(categories[name]["score"]) for name in samples}
     sets = {"alignbench": set(ALIGNBENCH.values()), "teleeval": set(tables.TELEEVAL.columns)}
     kind = next((kind for kind, names in sets.items() if set(order) <= names), "dialogue")
@@ -291,7 +292,10 @@ def scores_of(rows: Sequence[Table], *, by_judge: bool) -> Table:
         weights = dict(zip(tables.ALIGNBENCH.parts, tables.ALIGNBENCH.averages["Overall"])) if whole else {}
         joined = np.average([*samples.values()], axis=0, weights=[weights.get(name, 1) for name in samples])
         mean = np.average([*scores.values()], weights=[weights.get(name, 1) for name in scores])
-        results |= {"overall" if whole else "mean": float(mean), "interval": interval(joined)}
+        results |= {
+            "overall" if whole else "mean": float(mean),
+            "interval": interval(joined) if all(f["interval"] for f in categories.values()) else None,
+        }
     return results | {"questions": len(rows), "length": _length(rows, "answer")}
 
 
@@ -318,8 +322,8 @@ def text_of(results: Table) -> str:
     def cells(figures: Table | None, value: str, digits: int) -> tuple[str, str]:
         if figures is None or figures.get(value) is None:
             return "-", "-"
-        low, high = figures["interval"]
-        return f"{figures[value]:.{digits}f}", f"[{low:.{digits}f}, {high:.{digits}f}]"
+        ends = ", ".join(f"{end:.{digits}f}" for end in figures["interval"] or ())
+        return f"{figures[value]:.{digits}f}", f"[{ends}]" if ends else "-"
 
     if results["kind"] == "pairs":
         counts = ", ".join(f"{name} {count}" for name, count in results["counts"].items())

@@ -92,6 +92,7 @@ def test_unreadable_verdicts_are_counted_and_in_no_mean():
     assert found["kind"] == "teleeval" and list(found["categories"]) == ["Logic", "Safety"]
     assert found["scores"] == {"Safety": 4.0} and found["mean"] == 4 and "overall" not in found
     assert found["unreadable"] == 3 and found["categories"]["Logic"]["unreadable"] == 2 and found["length"] == 3
+    assert found["interval"] is None and found["categories"]["Safety"]["interval"] is None  # of one score
     assert "Logic -" in " ".join(judge.text_of(found).split())
     assert judge.scores_of(rows, by_judge=False)["kind"] == "reference_overlap"
     assert judge.scores_of(rows_of({"Law": 3}), by_judge=True)["kind"] == "dialogue"
