@@ -80,6 +80,8 @@ def find(names: Sequence[str], data: Path | None, *, num_fewshot: int | None = N
 
 def listing(data: Path | None) -> list[Table]:
     """The sets that are known: name, files, examples, metrics, and `found`, which says what of it is below `data`."""
+    if data is not None and not data.is_dir():
+        raise UserError(f"--data {data}: is no directory")
     rows = []
     for name, known in SETS.items():
         found = "" if data is None else _state(known, reading.find(data / known.folder))

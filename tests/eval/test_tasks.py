@@ -279,5 +279,7 @@ def test_the_list_says_what_is_there(data, capsys, tmp_path):
     rows = {row["task"]: row for row in json.loads((tmp_path / "f.json").read_text())["tasks"]}
     assert rows["mmlu"]["found"] == "1 subjects" and rows["statutes"]["found"] == "no"
     assert rows["arc_easy"]["files"] in printed and "gym_NAME" in printed
+    assert main(["eval", "harness", "--tasks", "list", "--data", str(tmp_path / "none")]) == 2
+    assert "none: is no directory" in capsys.readouterr().err
     assert main(["eval", "harness", "--tasks", "mmlu", "--data", str(data)]) == 2
     assert "name a checkpoint" in capsys.readouterr().err
