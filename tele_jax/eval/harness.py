@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tqdm import tqdm
 
@@ -273,10 +274,12 @@ def run(
     """
     how = {"log_samples": True, "bootstrap_iters": BOOTSTRAP, "num_fewshot": num_fewshot, "limit": limit, **how}
     how |= {"apply_chat_template": chat, "fewshot_as_multiturn": chat, "system_instruction": system}
-    simple_evaluate = need("lm_eval", how=EXTRA).simple_evaluate
+    evaluator = need("lm_eval.evaluator", how=EXTRA)
+    # The harness asks git for the commit of the working directory, and git complains where that is no repository.
+    without_git = mock.patch.object(evaluator, "get_git_commit_hash", lambda: None)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            results = simple_evaluate(model=model, tasks=found.tasks, task_manager=found.manager, **how)
+        with contextlib.redirect_stderr(io.StringIO()), without_git:
+            results = evaluator.simple_evaluate(model=model, tasks=found.tasks, task_manager=found.manager, **how)
     except Exception as error:
         if model.asked or isinstance(error, (UserError, RuntimeError)):
             raise
