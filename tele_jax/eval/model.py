@@ -17,9 +17,10 @@ from tele_jax.data.vocabulary import Vocabulary, load_vocabulary
 from tele_jax.errors import UserError
 from tele_jax.files import PathLike, Table
 from tele_jax.growth.masks import require_unmasked
-from tele_jax.inference.chat import TextStream, check_vocabulary, find_tokenizer
-from tele_jax.inference.generate import generate, prepare
+from tele_jax.inference.chat import check_vocabulary, find_tokenizer
+from tele_jax.inference.generate import prepare
 from tele_jax.inference.score import TokenScores, score_tokens
+from tele_jax.inference.texts import continue_texts
 from tele_jax.model.decoder import Masks
 from tele_jax.processes import from_first, is_first
 
@@ -78,7 +79,8 @@ class EvalModel:
         """Continues each prompt until an end of text, a stop string (which is left out) or max_new_tokens.
 
         on_text: called with the number of a prompt and its continuation as soon as the rows with it are done.
-        options: see sampling.sampling; by default the likeliest token is taken.
+        options: see sampling.sampling, and `seed`: draws depend on it and on the number of the prompt; by default the
+          likeliest token is taken.
         """
         require(self.masks is None, f"{self.path}: no text is generated while the masks of a growth rise")
         ready = prepare(self.cfg, self.params)
@@ -86,17 +88,11 @@ class EvalModel:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # rows of a batch are of like length
         for start in range(0, len(order), ROWS):
             rows = order[start : start + ROWS]
-            streams = [TextStream(self.vocabulary, continues=True, stop=stop) for _ in rows]
-            parts: list[list[str]] = [[] for _ in rows]
-
-            def on_token(row: int, token: int, streams=streams, parts=parts) -> bool:
-                parts[row].append(streams[row].add(token))
-                return streams[row].stopped
-
-            how: Table = {"max_new_tokens": max_new_tokens, "stop_ids": self.stop_ids, "on_token": on_token}
-            generate(self.cfg, ready, [prompts[i] for i in rows], **how, **options)
-            for row, i in enumerate(rows):
-                texts[i] = "".join(parts[row]) + streams[row].end()
+            how: Table = {"max_new_tokens": max_new_tokens, "stop": stop, "stop_ids": self.stop_ids, "numbers": rows}
+            batch = [prompts[i] for i in rows]
+            found = continue_texts(self.cfg, ready, self.vocabulary, batch, **how, **options)
+            for i, continuation in zip(rows, found, strict=True):
+                texts[i] = continuation.text
                 if on_text is not None:
                     on_text(i, texts[i])
         return texts

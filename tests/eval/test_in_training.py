@@ -10,6 +10,7 @@ import tele_jax as tele
 from tele_jax import checkpoint
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import UserError
+from tele_jax.eval import model as models
 from tele_jax.inference.score import encode_pair
 from tele_jax.train import metrics
 from tests.inference.test_chat import tokenizer_bytes
@@ -109,3 +110,15 @@ def test_what_cannot_be_evaluated_is_named_before_the_first_step(page, tmp_path,
     with pytest.raises(UserError, match=named):
         tele.run(page, tmp_path / "w")
     assert not list((tmp_path / "w").glob("only/checkpoints/*"))
+
+
+def test_equal_prompts_are_drawn_apart_whatever_the_batch(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_bytes())
+    vocabulary = load_vocabulary(tmp_path / "tokenizer.model")
+    size = vocabulary.vocab_size
+    cfg = tele.ModelConfig(num_layers=1, embed_dim=8, num_heads=1, mlp_dim=8, vocab_size=size, dtype="float32")
+    model = models.of_params("a model", cfg, tele.init(cfg, jax.random.key(0)), vocabulary, [])
+    prompts = [[5, 6]] * (models.ROWS + 2)
+    texts = model.continue_texts(prompts, max_new_tokens=12, temperature=1.0, seed=3)
+    assert len(set(texts)) == len(prompts), "rows of the second batch do not repeat those of the first"
+    assert model.continue_texts(prompts[:4], max_new_tokens=12, temperature=1.0, seed=3) == texts[:4]
