@@ -29,7 +29,9 @@ KEY, BETTER = "综合得分", "更好"  # of a verdict: the score, and the bette
 UNREADABLE = -1
 GROUP = 16  # questions that are answered at the same time
 DICT = re.compile(r"\{[^{}]*\}")
-ITEM = re.compile(r"[\"'“‘]?([^\"'“”‘’:：{},，\s][^\"'“”‘’:：{},，]*?)[\"'”’]?\s*[:：]\s*[\"'“‘]?(-?\d+(?:\.\d+)?)")
+ITEM = re.compile(
+    r"[\"'“‘]?([^\"'“”‘’:：{},，\s][^\"'“”‘’:：{},，]{0,40}?)[\"'”’]?\s*[:：]\s*[\"'“‘]?(-?\d+(?:\.\d+)?)"
+)
 CHOICE = re.compile(BETTER + r"[\"'”’]?\s*[:：]\s*[\"'“‘]?(A|B|平)")
 SCORE_PROMPT = """你是一位严格而公正的评审。下面是用户的问题和一个助手的回答，请判断这个回答有多好。
 

@@ -371,7 +371,8 @@ class Trainer:
 
     def _summary(self) -> Table:
         evaluations, tasks = self._evaluations(), self._evaluations(metrics.TASKS)
-        known = {} if self.tasks is None else {"tasks_before": tasks.get(0, {}), "tasks_after": tasks[self.stage.steps]}
+        ends = {"tasks_before": 0, "tasks_after": self.stage.steps}
+        known = {} if self.tasks is None else {name: tasks.get(step, {}) for name, step in ends.items()}
         return known | {
             "parameters": count_params(self.cfg),
             "steps": self.stage.steps,

@@ -122,3 +122,13 @@ def test_equal_prompts_are_drawn_apart_whatever_the_batch(tmp_path):
     texts = model.continue_texts(prompts, max_new_tokens=12, temperature=1.0, seed=3)
     assert len(set(texts)) == len(prompts), "rows of the second batch do not repeat those of the first"
     assert model.continue_texts(prompts[:4], max_new_tokens=12, temperature=1.0, seed=3) == texts[:4]
+
+
+def test_tasks_that_are_named_after_the_last_step_are_not_evaluated(page, tmp_path):
+    tasks = page["only"].pop("tasks")
+    page["only"] |= {"steps": 1, "checkpoint_every": 1}
+    tele.run(page, tmp_path / "w")
+    (tmp_path / "w" / "only" / "summary.json").unlink()  # as after a kill at the very end
+    page["only"]["tasks"] = tasks
+    (summary,) = tele.run(page, tmp_path / "w")
+    assert summary["tasks_before"] == summary["tasks_after"] == {}

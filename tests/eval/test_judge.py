@@ -35,6 +35,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
         ("{'得分': 8}", -1),
         ("{" * 5000 + "'综合得分'" * 500, -1),
         ("", -1),
+        ("{" + "好" * 100_000 + "}", judge.UNREADABLE),  # a judge that repeats itself is read in time
     ],
 )
 def test_a_score_is_read_from_the_last_dict_that_has_one(text, score):
