@@ -42,9 +42,15 @@ def test_it_installs_what_it_needs_in_its_first_code_cell(notebook):
 INSTALLS = re.compile(r'%pip install --quiet "(.+)"')
 
 
+def test_all_first_cells_differ_in_their_extras_alone():
+    cells = [nbformat.read(path, as_version=4).cells for path in NOTEBOOKS]
+    first = [next(cell.source for cell in cells if cell.cell_type == "code") for cells in cells]
+    assert len({re.sub(r"\[[a-z,]+\]( @|\")", r"[EXTRAS]\1", source) for source in first}) == 1
+
+
 def first_cell(directory, source=""):
     """What the first code cell installs, run in `directory` by a Python that has no packages; or its last message."""
-    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    notebook = nbformat.read(ROOT / "notebooks" / "growth_in_five_minutes.ipynb", as_version=4)
     code = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
     code = code.replace('SOURCE = ""', f"SOURCE = {source!r}")
     code = INSTALLS.sub(r'print(f"\1")', code)
