@@ -221,7 +221,14 @@ class TrainStage:
         require(self.eval_every >= 0, f"eval_every={self.eval_every} must not be negative")
         if self.keep_best is not None:
             what, _, of = self.keep_best.partition("/")
-            known = what == "bits_per_byte" or (what == "tasks" and self.tasks and of.split("/")[0] in self.tasks.names)
+            task, _, metric = of.partition("/")
+            known = what == "bits_per_byte" or (what == "tasks" and self.tasks and task in self.tasks.names)
+            grows = metric.startswith(("acc", "exact_match", "f1", "last_number"))
+            require(
+                what != "tasks" or not metric or grows,
+                f"keep_best={self.keep_best!r}: a checkpoint is kept by the share of right answers (acc, acc_norm, "
+                "exact_match, f1, last_number) or by bits per byte",
+            )
             require(
                 bool(known and of),
                 f"keep_best={self.keep_best!r}: expected bits_per_byte/DOMAIN, or tasks/TASK/METRIC of one of `tasks`",

@@ -71,8 +71,9 @@ def score(
         the id that a model trained here has seen before every document.
       continuations: token ids or text of each continuation, at least one token. A prompt that has several
         continuations is named with each, and computed once.
-      vocabulary: turns texts into ids. A prompt and its continuation are encoded as one text and cut where the prompt
-        alone ends; spaces at the end of a prompt go to its continuation.
+      vocabulary: turns texts into ids. A prompt and its continuation are encoded as one text, which is cut after as
+        many tokens as the prompt alone has, as lm-evaluation-harness does: a token that spans both counts as the
+        prompt's. White space, newlines included, at the end of a prompt is scored with its continuation.
 
     Raises:
       UserError: parameters that are not those of cfg, not as many prompts as continuations, an empty one, an id beyond
@@ -114,7 +115,10 @@ def _ids(
     if isinstance(prompt, str) and isinstance(continuation, str):
         if vocabulary is None:
             raise UserError(f"score: prompts[{i}] is a text; hand over vocabulary=, or token ids")
+        require(bool(continuation), f"score: continuations[{i}] is empty")
         prompt, continuation = encode_pair(vocabulary, prompt, continuation)
+        merged = f"score: prompts[{i}] and continuations[{i}] are one token together; hand over token ids"
+        require(bool(continuation), merged)
     return checked_ids(cfg, prompt, f"score: prompts[{i}]"), checked_ids(
         cfg, continuation, f"score: continuations[{i}]"
     )

@@ -1,5 +1,6 @@
 """Texts continued by a model: several at once, or a file of prompts, whose continuations a later run can go on with."""
 
+import codecs
 import dataclasses
 import itertools
 import json
@@ -111,7 +112,8 @@ def read_prompts(path: files.PathLike) -> list[Table]:
     Raises:
       UserError: naming the line: it is no such table, or has a field that its continuation is written to.
     """
-    data = files.read_bytes(path, "prompts ")
+    data = files.read_bytes(path, "prompts ").removeprefix(codecs.BOM_UTF8)
+    require(not data.startswith(b"\x1f\x8b"), f"prompts {path}: is compressed; unpack it first")
     lines = data.removesuffix(b"\n").split(b"\n")
     require(bool(data), f"prompts {path}: is empty")
     records: list[Table] = []
@@ -127,7 +129,9 @@ def read_prompts(path: files.PathLike) -> list[Table]:
             good = isinstance(record["prompt"], str) and bool(record["prompt"])
             require(good, f"{where}: prompt is {record['prompt']!r}, not a text")
         taken = sorted(record.keys() & set(ANSWER))
-        require(not taken, f"{where}: the field {taken[:1]} is written by the continuation; give it another name")
+        require(
+            not taken, f"{where}: the field {''.join(taken[:1])!r} is kept for the continuation; give it another name"
+        )
         try:
             _line(record)
         except UnicodeEncodeError:

@@ -336,7 +336,7 @@ class Trainer:
             self.writer.flush()  # nor is this made again
 
     def _keep_best(self, step: int, figures: Mapping[str, float]) -> None:
-        """Saves the state to best/ where `keep_best` is better than after every evaluation before."""
+        """Saves the state to best/ where `keep_best` is better than at every evaluation after the first step before."""
         if self.best is None:
             return
         name = f"{metrics.EVALUATIONS}{self.stage.keep_best}"
@@ -346,7 +346,7 @@ class Trainer:
             if step == 0 or same:
                 raise UserError(f"keep_best={self.stage.keep_best!r}: the evaluations have {known}")
             return
-        before = from_first(lambda: [line[name] for line in self._lines() if name in line])
+        before = from_first(lambda: [line[name] for line in self._lines() if name in line and line["step"]])
         sign = -1 if name.startswith(metrics.TASKS) else 1  # the least bits, the largest share of right answers
         if step and all(sign * figures[name] < sign * value for value in before):
             self._save(step, self.best)

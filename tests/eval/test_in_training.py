@@ -97,6 +97,7 @@ def test_a_stage_evaluates_tasks_on_the_way_and_keeps_the_best_checkpoint(page, 
         ({"tasks": {"names": {}}}, "names is empty"),
         ({"keep_best": "loss"}, "keep_best='loss': expected bits_per_byte/DOMAIN, or tasks/TASK/METRIC"),
         ({"keep_best": "tasks/other/acc"}, "keep_best='tasks/other/acc': expected"),
+        ({"keep_best": "tasks/sums/word_perplexity"}, "is kept by the share of right answers"),
         ({"keep_best": "bits_per_byte/zh"}, "keep_best='bits_per_byte/zh': the evaluations have bits_per_byte/en"),
         (
             {"keep_best": "tasks/sums/f1"},

@@ -198,6 +198,18 @@ def test_what_cannot_be_scored_is_named(prompts, continuations, named):
         score(cfg, params, prompts, continuations)
 
 
+def test_a_text_without_a_token_of_its_own_is_named(tmp_path):
+    trained = train_vocabulary(["hello hello world\n"] * 50, preset="tele_flm", vocab_size=400)
+    (tmp_path / "tokenizer.model").write_bytes(trained.model)
+    vocabulary = load_vocabulary(tmp_path / "tokenizer.model")
+    cfg = tele.ModelConfig(**(BASE | {"vocab_size": vocabulary.vocab_size, "padded_vocab_size": None}))
+    params = tele.init(cfg, jax.random.key(0))
+    with pytest.raises(UserError, match=r"continuations\[0\] is empty"):
+        score(cfg, params, ["hello "], [""], vocabulary=vocabulary)
+    with pytest.raises(UserError, match=r"prompts\[0\] and continuations\[0\] are one token together"):
+        score(cfg, params, ["hel"], ["lo"], vocabulary=vocabulary)
+
+
 def test_scores_of_a_model_behind_rising_masks():
     cfg, params = model()
     rng = np.random.default_rng(3)

@@ -269,7 +269,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_work_goes_on(tmp_path, monkeypa
         (b'{"prompt": 3}', ":1: prompt is 3, not a text"),
         (b'{"prompt": ""}', ":1: prompt is '', not a text"),
         (b'{"prompt": "a"}\n{"messages": []}', ':2: has "messages", and line 1 has not'),
-        (b'{"prompt": "a", "ended": 1}', r":1: the field \['ended'\] is written by the continuation"),
+        (b'{"prompt": "a", "ended": 1}', r":1: the field 'ended' is kept for the continuation"),
         (b'{"prompt": "a", "b": "\\ud800"}', ":1: a text has half a surrogate pair"),
         (b'{"prompt": "a", "prompt": "b"}', "occurs twice"),
     ],
