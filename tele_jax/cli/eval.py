@@ -87,8 +87,9 @@ def _harness_arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "--num-fewshot N", "examples before each question; default: as the task says", int)
     flag(parser, "--limit N", "most items of a task, or below 1 a share of them; default: all", float)
     switch(parser, "--chat", "ask in the dialogue form of the model, each example as a turn")
-    flag(parser, "--system TEXT", "system message of the dialogues; default: none")
-    longer = "what to do with a prompt that is too long: cut its left end, and count it, or refuse; default: cut"
+    flag(parser, "--system TEXT", "system message of the dialogues of --chat; default: none")
+    longer = "prompts that are too long: cut: drop tokens at the beginning, and count the prompt; "
+    longer += "refuse: end the command; default: cut"
     flag(parser, "--long HOW", longer, choices=("cut", "refuse"), default="cut")
 
 
@@ -143,7 +144,7 @@ def _figures(results: Table) -> str:
 
 def _counts(counts: Table) -> str:
     text = f"{counts['requests']:,} requests, {counts['kept']:,} answered before; {counts['tokens']:,} tokens scored"
-    return f"{text}; {counts['cut']:,} prompts were too long and lost their left end" if counts["cut"] else text
+    return f"{text}; {counts['cut']:,} prompts were too long and lost their beginning" if counts["cut"] else text
 
 
 def _number(value: object) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from tele_jax import files
 from tele_jax.errors import UserError
 from tele_jax.eval.answers import Answers, claim
 from tele_jax.eval.model import Leader
-from tele_jax.eval.tasks import EXTRA, Found, told
+from tele_jax.eval.tasks import EXTRA, Found, quiet, told
 from tele_jax.extras import need
 from tele_jax.files import Table
 
@@ -52,6 +51,7 @@ def adapter(leader: Leader, *, long: str = "cut", answers: Answers | None = None
             self.counts = {"requests": 0, "tokens": 0, "cut": 0, "kept": 0}
             self.asked = False
             self._dialogues: dict[str, list[int]] = {}
+            self._names: list[str] = []  # of the requests that are asked for
 
         @property
         def eot_token_id(self) -> int:
@@ -97,6 +97,10 @@ def adapter(leader: Leader, *, long: str = "cut", answers: Answers | None = None
                 self.counts["cut"] += 1
             return list(ids[-room:])
 
+        def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            self._names = [f"--tasks {request.task_name}, item {request.doc_id}" for request in requests]
+            return super().loglikelihood(requests, disable_tqdm)
+
         def _loglikelihood_tokens(
             self, requests, disable_tqdm: bool = False, **kwargs: Any
         ) -> list[tuple[float, bool]]:
@@ -104,10 +108,15 @@ def adapter(leader: Leader, *, long: str = "cut", answers: Answers | None = None
             found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
             pairs, keys, places = [], [], []
             for i, (_, context, continuation) in enumerate(requests):
+                if len(continuation) > self.max_length:
+                    raise UserError(
+                        f"{self._names[i]}: a choice of {len(continuation)} tokens leaves no room for its question: "
+                        f"the model has {self.max_length} positions; leave out this task or shorten the choice"
+                    )
                 whole = self._fitted([*context, *continuation], self.max_length + 1)
                 key = Answers.key("score", whole, len(continuation))
                 self.counts["tokens"] += len(continuation)
-                if (answer := kept.get(key)) is not None:
+                if (answer := kept.get(key, list)) is not None:
                     found[i] = answer[0], answer[1]
                     self.counts["kept"] += 1
                     continue
@@ -160,7 +169,7 @@ def adapter(leader: Leader, *, long: str = "cut", answers: Answers | None = None
             for i in members:
                 prompt = self._fitted(self.tok_encode(requests[i].args[0]), room)
                 key = Answers.key("continue", prompt, options, how) if how.get("temperature") == 0.0 else ""
-                if key and (answer := kept.get(key)) is not None:
+                if key and (answer := kept.get(key, str)) is not None:
                     texts[i] = answer
                     self.counts["kept"] += 1
                     shown.update()
@@ -229,6 +238,10 @@ def evaluate(
     model, chat = leader.model, chat or found.chat
     if limit is not None and limit <= 0:
         raise UserError(f"--limit {limit:g}: must be above 0")
+    if limit is not None and not (limit < 1 or limit % 1 == 0):
+        raise UserError(f"--limit {limit:g}: must be a whole number of items, or a share of them below 1")
+    if system is not None and not chat:
+        raise UserError("--system: is a message of dialogues; add --chat, which asks the tasks as dialogues")
     if system is not None:  # refused now where the model's dialogues have no place for it
         model.prompt([{"role": "system", "content": system}, {"role": "user", "content": "?"}])
     asked = {"num_fewshot": num_fewshot, "limit": limit, "chat": chat, "system": system, "long": long}
@@ -268,17 +281,14 @@ def run(
     system: str | None = None,
     **how: Any,
 ) -> Table:
-    """The harness's results of an `adapter`, with its counts. how: further keywords of lm_eval.simple_evaluate.
-
-    What the harness logs and warns of is dropped: it is about its own files and defaults.
-    """
+    """The harness's results of an `adapter`, with its counts. how: further keywords of lm_eval.simple_evaluate."""
     how = {"log_samples": True, "bootstrap_iters": BOOTSTRAP, "num_fewshot": num_fewshot, "limit": limit, **how}
     how |= {"apply_chat_template": chat, "fewshot_as_multiturn": chat, "system_instruction": system}
     evaluator = need("lm_eval.evaluator", how=EXTRA)
     # The harness asks git for the commit of the working directory, and git complains where that is no repository.
     without_git = mock.patch.object(evaluator, "get_git_commit_hash", lambda: None)
     try:
-        with contextlib.redirect_stderr(io.StringIO()), without_git:
+        with quiet(), without_git:
             results = evaluator.simple_evaluate(model=model, tasks=found.tasks, task_manager=found.manager, **how)
     except Exception as error:
         if model.asked or isinstance(error, (UserError, RuntimeError)):

@@ -26,20 +26,20 @@ def open_tasks(stage: TrainStage, vocabulary: Vocabulary, where: str) -> Tasks:
     settings = given(stage.tasks, f"{where}.tasks: not there")
     directory = None if settings.data is None else Path(settings.data)
     try:
-        for name in settings.names:
-            tasks.find([name], directory, num_fewshot=settings.num_fewshot)
+        with tasks.offline(directory):
+            for name in settings.names:
+                tasks.find([name], directory, num_fewshot=settings.num_fewshot)
     except UserError as error:
         raise UserError(f"{where}.tasks: {error}") from None
 
     def evaluate(cfg: ModelConfig, params: PyTree, masks: PyTree, provenance: Sequence[Table]) -> dict[str, float]:
         model = models.of_params(where, cfg, params, vocabulary, provenance, template=stage.data.template, masks=masks)
         figures: dict[str, float] = {}
-        with models.Leader(model) as leader:
-            if leader.leads:
-                for name, share in settings.names.items():
-                    found = tasks.find([name], directory, num_fewshot=settings.num_fewshot)
-                    limit = None if share == 1 else share
-                    figures |= _figures(leader, name, found, limit, settings)
+        with models.Leader(model) as leader, tasks.offline(directory):
+            for name, share in settings.names.items() if leader.leads else ():
+                found = tasks.find([name], directory, num_fewshot=settings.num_fewshot)
+                limit = None if share == 1 else share
+                figures |= _figures(leader, name, found, limit, settings)
         return from_first(lambda: figures)
 
     return evaluate
@@ -48,7 +48,7 @@ def open_tasks(stage: TrainStage, vocabulary: Vocabulary, where: str) -> Tasks:
 def _figures(
     leader: models.Leader, name: str, found: tasks.Found, limit: float | None, settings: TasksConfig
 ) -> dict[str, float]:
-    """{"TASK/METRIC": value} of the task or group as a whole."""
+    """{"TASK/METRIC": value} of the task or group as a whole; TASK/prompts_cut counts prompts that were too long."""
     how = {"num_fewshot": settings.num_fewshot, "limit": limit, "chat": settings.chat or found.chat}
     results = harness.run(harness.adapter(leader), found, **how, bootstrap_iters=0, log_samples=False)
     values = (results.get("groups") or {}).get(name) or results["results"][name]
@@ -57,4 +57,5 @@ def _figures(
         for metric, value in values.items()
         if "," in metric and "_stderr" not in metric and isinstance(value, float)
     }
-    return found_figures
+    cut = results["counts"]["cut"]
+    return found_figures | ({f"{name}/prompts_cut": float(cut)} if cut else {})

@@ -38,7 +38,7 @@ class EvalModel:
       template: form of dialogues; None where nothing says which it is.
       document_start: id before every text, as in training and in `tele generate`; None: nothing is.
       prefix: id that conditions the first token of a text to score: document_start, or else the release's BOS, or EOS.
-      stop_ids: ids that end a text.
+      stop_ids: ids that end a text or a reply: a model that goes on with the next question has finished its answer.
       masks: growth masks while they rise, in training; None for a plain model.
       identity: SHA-256 of the stored parameters; "" for parameters that no file holds.
     """
@@ -155,7 +155,7 @@ def of_params(
     bos = ({} if release is None else release.get("config", {})).get("bos_token_id")
     ends = {i for i in released.get("eos_token_ids", ()) if 0 <= i < cfg.vocab_size}
     if form is not None:
-        ends |= set(templates.marker_ids(form, vocabulary).end)
+        ends |= set(templates.stop_ids(form, vocabulary))
     ends |= {vocabulary.eos_id} - {-1}
     prefixes = (start, bos, vocabulary.bos_id, vocabulary.eos_id)
     prefix = next((i for i in prefixes if isinstance(i, int) and 0 <= i < cfg.vocab_size), None)

@@ -81,13 +81,17 @@ def find(folder: Path) -> dict[str, dict[str, list[Path]]]:
 
     The split is a word in the file's name or its folders: train, dev, test, or val, valid and validation, which are the
     split "val"; without one the split is "". The subject is what remains of the name, or else of the nearest folder.
+    Hidden files and folders, as .ipynb_checkpoints, are left out.
 
     >>> [_place(Path(name)) for name in ("dev/law_dev.csv", "law/test-00000-of-00001.parquet", "test/algebra/12.json")]
     [('dev', 'law'), ('test', 'law'), ('test', 'algebra')]
     """
     found: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file()):
-        split, subject = _place(path.relative_to(folder))
+        inner = path.relative_to(folder)
+        if any(name.startswith(".") for name in inner.parts):
+            continue
+        split, subject = _place(inner)
         found.setdefault(split, {}).setdefault(subject, []).append(path)
     return found
 

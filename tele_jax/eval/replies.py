@@ -4,25 +4,32 @@ A reply in which no answer can be found is unreadable. It counts as wrong, and i
 """
 
 import re
+from fractions import Fraction
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_SAID = re.compile(
-    r"(?:answer(?: is| option)?|option|答案(?:应该)?(?:是|为|选)?|应选|选择|选项|故选|选)\W{0,3}?([A-J])(?![A-Za-z])",
-    re.IGNORECASE,
+_LETTER = r"(?:(?<=\()([a-j])(?=\))|([A-J])(?![A-Za-z]))"  # a small letter without parentheses may be an article
+_ANSWER = r"(?:(?i:\banswers?(?: is| should be| would be)?(?: option| choice)?)|答案应?该?(?:是|为|选)?(?:选项)?)"
+_CHOSEN = r"(?:(?<!不)(?<!不应)选择?(?:选项)?(?!项))"
+_OPTION = r"(?:(?i:\b(?:option|choice)(?: is)?)|选项(?:是|为)?)"
+_SAID = [re.compile(before + r"\W{0,6}?" + _LETTER) for before in (_ANSWER, _CHOSEN, _OPTION)]
+_ALONE = re.compile(  # not the article of "A dog"
+    r"(?<![A-Za-z])(?<!\b[Nn]ot )(?<!不是)(?<!不选)" + _LETTER + r"(?!(?<=[AI]) (?!is |because )[a-z])"
 )
-_ALONE = re.compile(r"(?<![A-Za-z])([A-J])(?![A-Za-z])(?! [a-z])")  # not the article of "A dog"
 
 
 def letter(reply: str, letters: str = "ABCD") -> str | None:
-    """The letter that a reply gives as its answer: after a word such as answer or 答案, or the first that stands alone.
+    """The letter that a reply gives as its answer.
+
+    The last letter after `answer` or 答案 counts, or else after 选, or else after `option`, or else the first one that
+    stands alone. Letters are capitals, or small ones in parentheses.
 
     >>> letter("So the answer is (C)."), letter("答案：B"), letter("D"), letter("I do not know")
     ('C', 'B', 'D', None)
     """
-    for pattern in (_SAID, _ALONE):
-        for match in pattern.finditer(reply):
-            if match[1].upper() in letters:
-                return match[1].upper()
+    for pattern in (*_SAID, _ALONE):
+        found = [(match[1] or match[2]).upper() for match in pattern.finditer(reply)]
+        if known := [one for one in found if one in letters]:
+            return known[0 if pattern is _ALONE else -1]
     return None
 
 
@@ -95,10 +102,12 @@ _DROPPED = re.compile(r"\\left|\\right|\\!|\\,|\\;|\\ |\\\$|\$|\^\{?\\circ\}?|\\
 
 
 def same_expression(one: str, other: str) -> bool:
-    r"""True where two LaTeX answers are written alike but for spaces, units, brackets' sizes and forms of fractions.
+    r"""True where two LaTeX answers are one number, or written alike but for spaces, units and sizes of brackets.
 
     >>> same_expression(r"\dfrac12", r"\frac{1}{2}"), same_expression("x = 5", "5"), same_expression("1/2", ".5")
     (True, True, True)
+    >>> same_expression(r"-\frac{3}{4}", "-0.75"), same_expression(r"\frac{1}{3}", "0.33")
+    (True, False)
     """
     return _canonical(one) == _canonical(other)
 
@@ -113,9 +122,11 @@ def _canonical(text: str) -> str:
     kept = re.sub(r"\\sqrt([^{\[])", r"\\sqrt{\1}", kept)
     kept = re.sub(r"^(-?\d+)/(\d+)$", r"\\frac{\1}{\2}", kept)
     kept = re.sub(r"^(-?)\.(\d)", r"\g<1>0.\2", kept)
-    if re.fullmatch(r"-?\d[\d,]*(\.\d+)?", kept):
-        kept = _plain(kept)
-    return r"\frac{1}{2}" if kept == "0.5" else kept
+    if (match := re.fullmatch(r"(-?)\\frac\{(-?\d{1,99})\}\{(-?\d{1,99})\}", kept)) and int(match[3]):
+        return str(Fraction(int(match[1] + "1") * int(match[2]), int(match[3])))
+    if re.fullmatch(r"-?\d[\d,]*(\.\d+)?", kept) and len(kept) < 100:
+        return str(Fraction(kept.replace(",", "")))
+    return kept
 
 
 def closing(reply: str) -> str | None:

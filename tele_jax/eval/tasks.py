@@ -7,12 +7,14 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tele_jax.config import require
 from tele_jax.errors import UserError
 from tele_jax.eval import reading
 from tele_jax.eval.sets import SETS, EvalSet
@@ -51,16 +53,20 @@ def find(names: Sequence[str], data: Path | None, *, num_fewshot: int | None = N
 
     Raises:
       UserError: no such directory or task; a task without files, with fewer examples than are asked for, or with a
-        file that lacks a field; tasks that are asked as dialogues beside others; the harness is not installed.
+        file that lacks a field; no name; a set beside one of its subjects; tasks that are asked as dialogues beside
+        others; the harness is not installed.
     """
     if data is not None and not data.is_dir():
         raise UserError(f"--data {data}: is no directory")
     if num_fewshot is not None and num_fewshot < 0:
         raise UserError(f"--num-fewshot {num_fewshot}: must not be below 0")
     names = list(dict.fromkeys(names))
+    require(bool(names), "--tasks: names no task; --tasks list shows those that are known")
     manager = _manager(data, all(_is_own(name) and (data or name.startswith(GYM)) for name in names))
     built, digests, chats = [], {}, set()
     for name in names:
+        whole = "" if name in manager.task_index else name.removesuffix(f"_{_own(name)[1]}")
+        require(whole == name or whole not in names, f"--tasks: {name} is part of {whole}; name one of them")
         known, subject = (None, "") if name in manager.task_index else _own(name)
         if name in manager.task_index:
             built += _loaded(manager, name)
@@ -71,10 +77,7 @@ def find(names: Sequence[str], data: Path | None, *, num_fewshot: int | None = N
         else:
             built += _read(name, known, subject, data, num_fewshot, digests)
         chats.add(known is not None and known.chat)
-    if len(chats) != 1:
-        raise UserError(
-            "--tasks: tasks that are asked as dialogues (telechat_...) cannot run beside others, or none is"
-        )
+    require(len(chats) == 1, "--tasks: telechat_... tasks are asked as dialogues; run them in a command of their own")
     return Found(names, built, manager, digests, chats.pop())
 
 
@@ -100,6 +103,19 @@ def _state(known: EvalSet, found: dict[str, dict[str, list[Path]]]) -> str:
 
 
 @contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drops what the harness logs and prints to stderr: it is about its own files and defaults."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)  # a handler of the program may hold the real stderr
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextlib.contextmanager
 def offline(data: Path | None) -> Iterator[None]:
     """Keeps the harness from looking for data sets on a hub, and what it makes of local files in a temporary directory.
 
@@ -108,7 +124,7 @@ def offline(data: Path | None) -> Iterator[None]:
     if data is None:
         yield
         return
-    with contextlib.redirect_stderr(io.StringIO()):
+    with quiet():
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):  # read where the package is imported
             os.environ.setdefault(name, "1")
         config = need("datasets", how=EXTRA).config
@@ -148,7 +164,7 @@ def _unknown(name: str, data: Path | None, manager: Any, known: EvalSet | None) 
 
 def _manager(data: Path | None, own: bool) -> Any:
     """The harness's list of tasks: that of the YAML files below `data`, or its own, which takes a while."""
-    with contextlib.redirect_stderr(io.StringIO()):
+    with quiet():
         tasks = need("lm_eval.tasks", how=EXTRA)
         include = None if data is None else str(data)
         return tasks.TaskManager(include_path=include, include_defaults=data is None and not own)
@@ -157,7 +173,7 @@ def _manager(data: Path | None, own: bool) -> Any:
 def _loaded(manager: Any, name: str) -> list[Any]:
     """The group or the tasks that a name of YAML files means."""
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with quiet():
             found = manager.load([name])
     except Exception as error:  # whatever its file says wrongly, in any part of the harness
         raise UserError(f"--tasks {name}: {told(error)}") from None
@@ -215,7 +231,10 @@ def _items(
     def items(paths: Sequence[Path]) -> Iterator[Table]:
         for path in paths:
             for record in reading.read(path, subject, columns=known.columns):
-                yield from known.item(record)
+                for item in known.item(record):
+                    if not all(choice.strip() for choice in item.get("choices", ())):
+                        raise record.error("has an empty choice")
+                    yield item
 
     docs = list(items(files))
     if odd := next((doc for doc in docs if doc.keys() != docs[0].keys()), None):
@@ -303,7 +322,7 @@ def _task(name: str, known: EvalSet, docs: list[Table], shots: list[Table], abou
         config |= {"output_type": "multiple_choice", "doc_to_choice": "choices"}
     if known.grade is not None and (not chosen or "labels" in docs[0]):
         config["process_results"] = known.grade
-    with contextlib.redirect_stderr(io.StringIO()):
+    with quiet():
         return api.ConfigurableTask(config=config | known.overrides)
 
 

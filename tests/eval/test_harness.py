@@ -12,9 +12,9 @@ from lm_eval.api.instance import Instance
 
 import tele_jax as tele
 from tele_jax.cli.main import main
-from tele_jax.data import dialogue
+from tele_jax.data import dialogue, templates
 from tele_jax.data.vocabulary_training import train_vocabulary
-from tele_jax.errors import UserError
+from tele_jax.errors import DamageError, UserError
 from tele_jax.eval import harness, tasks
 from tele_jax.eval import model as models
 from tele_jax.inference import score
@@ -283,16 +283,55 @@ def test_the_command_says_what_it_found_and_nothing_else(work, data, tmp_path, c
     capfd.readouterr()
     assert main([*command, "--out", str(tmp_path / "out"), "--json", str(tmp_path / "f.json")]) == 0
     out, err = capfd.readouterr()
-    assert err == "" and "telechat_mmlu_law" in out and "unreadable" in out and "lost their left end" in out
+    assert err == "" and "telechat_mmlu_law" in out and "unreadable" in out and "lost their beginning" in out
     results = json.loads((tmp_path / "f.json").read_text())
     assert results == json.loads((tmp_path / "out" / "results.json").read_text())
     (item,) = map(json.loads, (tmp_path / "out" / "samples_telechat_mmlu_law.jsonl").read_text().splitlines())
     turns = item["arguments"][0][0]
     assert turns.count("<user> ") == 6 and turns.count("<assistant> Answer: B\n") == 5, "five examples as turns"
-    assert main([*command, "--out", str(tmp_path / "out"), "--limit", "0"]) == 2
-    assert main([*command, "--out", str(tmp_path / "o2"), "--template", "none"]) == 2
-    out, err = capfd.readouterr()
-    assert out == "" and "--limit 0: must be above 0" in err and err.count("\n") == 2
+    wrong = [("--limit 0", "--limit 0: must be above 0")]
+    wrong += [
+        (f"--limit {n}", f"--limit {n}: must be a whole number of items, or a share") for n in ("nan", "inf", "1.5")
+    ]
+    wrong += [
+        ("--tasks mmlu --system S", "--system: is a message of dialogues; add --chat"),
+        ("--template none", "none"),
+    ]
+    wrong += [(f"--out {work}/tokenizer.model", "tokenizer.model: is a file; --out is a directory")]
+    for flags, message in wrong:
+        assert main([*command, "--out", str(tmp_path / "o2"), *flags.split()]) == 2
+        out, err = capfd.readouterr()
+        assert out == "" and message in err and err.count("\n") == 1
+    assert not (tmp_path / "o2").exists()
+
+
+def test_a_reply_ends_at_the_next_question(tmp_path):
+    cfg, params = small_model(max_seq_len=64)
+    work = work_directory(tmp_path / "W", cfg, params)
+    model = models.load(work)
+    assert set(model.stop_ids) >= set(templates.stop_ids(model.template, model.vocabulary))
+    prompt, user = model.prompt([{"role": "user", "content": "The cat?"}]), model.vocabulary.user_id
+    found = logprobs(model, prompt)[-1].argmax()
+    assert found not in model.stop_ids and user in model.stop_ids
+    head = model.params["lm_head"]["kernel"]
+    model.params["lm_head"]["kernel"] = head.at[:, [found, user]].set(head[:, [user, found]])
+    assert logprobs(model, prompt)[-1].argmax() == user, "the model asks the next question at once"
+    assert model.continue_texts([prompt], max_new_tokens=8) == [""]
+
+
+def test_a_choice_longer_than_the_window_and_damaged_answers(loaded, data, tmp_path):
+    path = files.write(tmp_path / "long", ["idioms"]) / "idioms" / "test.jsonl"
+    path.write_text(json.dumps({"question": "q", "choices": ["a", "画" * 2 * LENGTH], "answer": 0}))
+    named = rf"--tasks idioms, item 0: a choice of \d+ tokens leaves no room .* has {LENGTH} positions"
+    with pytest.raises(UserError, match=named):
+        evaluated(loaded, tmp_path / "long", tmp_path / "a", ["idioms"])
+    evaluated(loaded, data, tmp_path / "b", ["idioms"], limit=1)
+    kept = tmp_path / "b" / "answers.jsonl"
+    key = json.loads(kept.read_text().split("\n")[0])[0]
+    for damage in ([key, "x"], [key, 5], [key, [1.0]], [key, [True, 1.0]], [key], {"a": 1}):
+        kept.write_text(json.dumps(damage) + "\n")
+        with pytest.raises(DamageError, match=r"answers.jsonl.*: damaged, .*; remove the file to ask again"):
+            evaluated(loaded, data, tmp_path / "b", ["idioms"], limit=1)
 
 
 def test_a_model_mid_growth_and_a_vocabulary_that_does_not_fit(data, tmp_path, capfd):

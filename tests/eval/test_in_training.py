@@ -1,6 +1,7 @@
 """Tasks of the harness while a stage trains: when they are evaluated, what is written, which checkpoint stays."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -10,8 +11,10 @@ import tele_jax as tele
 from tele_jax import checkpoint
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import UserError
+from tele_jax.eval import in_training
 from tele_jax.eval import model as models
 from tele_jax.inference.score import encode_pair
+from tele_jax.settings import TasksConfig
 from tele_jax.train import metrics
 from tests.inference.test_chat import tokenizer_bytes
 
@@ -71,7 +74,7 @@ def accuracy(cfg, params, vocabulary, items):
     return right / len(items)
 
 
-def test_a_stage_evaluates_tasks_on_the_way_and_keeps_the_best_checkpoint(page, tmp_path):
+def test_a_stage_evaluates_tasks_on_the_way_and_keeps_the_best_checkpoint(page, tmp_path, capfd, caplog):
     page["only"]["keep_best"] = "bits_per_byte/en"
     (summary,) = tele.run(page, tmp_path / "w")
     lines = metrics.read(tmp_path / "w" / "only" / "metrics" / "metrics.jsonl")
@@ -81,6 +84,7 @@ def test_a_stage_evaluates_tasks_on_the_way_and_keeps_the_best_checkpoint(page, 
     last = checkpoint.load(tmp_path / "w" / "only")
     vocabulary = load_vocabulary(tmp_path / "tokenizer.model")
     assert tasks[6] == accuracy(last.cfg, last.params, vocabulary, ITEMS[:4]), "the first half of the items"
+    assert "Custom kwargs" not in capfd.readouterr().err + caplog.text
     assert summary["tasks_after"] == {"sums/acc": tasks[6]} and summary["tasks_before"] == {"sums/acc": tasks[0]}
     best = min((step for step in bits if step), key=bits.get)
     assert checkpoint.open_lazy(tmp_path / "w" / "only" / "best").step == best
@@ -123,6 +127,18 @@ def test_equal_prompts_are_drawn_apart_whatever_the_batch(tmp_path):
     texts = model.continue_texts(prompts, max_new_tokens=12, temperature=1.0, seed=3)
     assert len(set(texts)) == len(prompts), "rows of the second batch do not repeat those of the first"
     assert model.continue_texts(prompts[:4], max_new_tokens=12, temperature=1.0, seed=3) == texts[:4]
+
+
+def test_prompts_that_are_cut_are_counted_beside_the_figures(page, tmp_path):
+    items = [ITEMS[0] | {"q": "1 and 2 " * 100}, *ITEMS[1:]]
+    (tmp_path / "tasks" / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    vocabulary = load_vocabulary(tmp_path / "tokenizer.model")
+    settings = TasksConfig(names={"sums": 1.0}, data=page["only"]["tasks"]["data"])
+    stage = types.SimpleNamespace(tasks=settings, data=types.SimpleNamespace(template=None))
+    cfg = tele.ModelConfig(**page["only"]["model"])
+    evaluate = in_training.open_tasks(stage, vocabulary, "config.only")
+    figures = evaluate(cfg, tele.init(cfg, jax.random.key(0)), None, [])
+    assert figures["sums/prompts_cut"] == 3 and "sums/acc" in figures
 
 
 def test_tasks_that_are_named_after_the_last_step_are_not_evaluated(page, tmp_path):

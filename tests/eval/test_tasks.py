@@ -6,7 +6,7 @@ import pytest
 
 from tele_jax.cli.main import main
 from tele_jax.errors import UserError
-from tele_jax.eval import tasks
+from tele_jax.eval import replies, tasks
 from tests.eval import files
 
 ABOUT = "The following are multiple choice questions (with answers) about law.\n\n"
@@ -146,6 +146,57 @@ def test_a_subject_and_a_set_with_its_mean(data):
         assert tasks._group("mmlu", known, made).aggregate(figures)["acc,none"] == mean
 
 
+def test_hidden_files_and_folders_are_left_out(data, tmp_path):
+    files.write(tmp_path, ["idioms"])
+    (tmp_path / "idioms" / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/test-checkpoint.jsonl", ".test.jsonl"):
+        (tmp_path / "idioms" / name).write_text("broken")
+    assert tasks.find(["idioms"], tmp_path).digests == tasks.find(["idioms"], data).digests
+
+
+@pytest.mark.parametrize(
+    ("reply", "read"),
+    [
+        ("The answer is a bit unclear, but C.", "C"),
+        ("选项A不正确，答案是C", "C"),
+        ("Option B is wrong. The answer is C", "C"),
+        ("I think (b)", "B"),
+        ("the answer is (c)", "C"),
+        ("answer: b", None),
+        ("ANSWER: **C**", "C"),
+        ("The correct answer is option C. Option A is wrong.", "C"),
+        ("Answer A is wrong; the answer is D", "D"),
+        ("Option B is wrong. Option C is right.", "C"),
+        ("The answer is not A but C", "C"),
+        ("不选A，选B", "B"),
+        ("我选择B，因为选项A是错的", "B"),
+        ("正确选项是C", "C"),
+        ("答案应该是A", "A"),
+        ("故选：D", "D"),
+        ("B is right, since a cat is no dog", "B"),
+        ("It is a (dog).", None),
+        ("不知道", None),
+    ],
+)
+def test_the_letter_of_a_reply(reply, read):
+    assert replies.letter(reply) == read
+
+
+def test_numbers_in_latex_are_equal_where_their_values_are():
+    alike = [
+        (r"\frac{3}{4}", "0.75", ".75", "3/4", r"\dfrac{6}{8}"),
+        (r"-\frac{1}{2}", r"\frac{-1}{2}", r"\frac{1}{-2}", "-0.5", "-1/2"),
+        ("1,000", "1000.0", r"\frac{2000}{2}"),
+        (r"\frac{1}{0}",),
+        (r"\frac{x}{4}", r"\dfrac{x}{4}"),
+        ("0.33",),
+        (r"\frac13",),
+    ]
+    for i, one in enumerate(alike):
+        for k, other in enumerate(alike):
+            assert {replies.same_expression(a, b) for a in one for b in other} == {i == k}, (one, other)
+
+
 def test_a_preface_of_the_folder_stands_in_place_of_the_examples(data, tmp_path):
     files.write(tmp_path, ["bbh"])
     (tmp_path / "bbh" / "cot-prompts").mkdir()
@@ -206,6 +257,16 @@ def test_a_generator_is_graded_by_its_own_verifier():
             "record 1: mc1_targets: is no table",
         ),
         ("idioms/test.jsonl", '{"question": "q", "choices": "ab", "answer": 0}', "'choices' is no list of texts"),
+        (
+            "idioms/test.jsonl",
+            '{"question": "q", "choices": ["a", " "], "answer": 0}',
+            "test.jsonl:1: has an empty choice",
+        ),
+        (
+            "arc_easy/ARC-Easy-Test.jsonl",
+            json.dumps({**files.ARC, "choices": {"text": ["x", ""], "label": ["A", "B"]}}),
+            "empty choice",
+        ),
         ("agieval/sat-math.jsonl", '{"question": "q", "options": ["(A)x"], "label": "AB"}', "'AB', which is none of A"),
         (
             "math/test/algebra/0.json",
@@ -232,7 +293,13 @@ def test_what_is_wrong_with_names_and_directories(data, tmp_path):
         (["gaokao"], None, "gaokao: is read from files; give --data DIR, with gaokao/SUBJECT.json"),
         (["mmlu"], tmp_path, "mmlu: .* has no such file as mmlu/"),
         (["mmlu"], tmp_path / "none", "none: is no directory"),
-        (["mmlu", "telechat_mmlu"], data, "cannot run beside others"),
+        (
+            ["mmlu", "telechat_mmlu"],
+            data,
+            "telechat_... tasks are asked as dialogues; run them in a command of their own",
+        ),
+        (["mmlu", "mmlu_law"], data, "--tasks: mmlu_law is part of mmlu; name one of them"),
+        ([], data, "--tasks: names no task"),
     ):
         with pytest.raises(UserError, match=message):
             tasks.find(names, where)
