@@ -146,6 +146,11 @@ def test_a_subject_and_a_set_with_its_mean(data):
         assert tasks._group("mmlu", known, made).aggregate(figures)["acc,none"] == mean
 
 
+def test_the_harness_says_nothing_to_loggers_of_the_program(data, caplog):
+    tasks.find(["idioms"], data)
+    assert not [record.getMessage() for record in caplog.records if record.name.startswith("lm_eval")]
+
+
 def test_hidden_files_and_folders_are_left_out(data, tmp_path):
     files.write(tmp_path, ["idioms"])
     (tmp_path / "idioms" / ".ipynb_checkpoints").mkdir()
