@@ -15,9 +15,8 @@ from tele_jax.cli.pages import load_page
 from tele_jax.cli.train import place_arguments, together
 from tele_jax.config import check_seed, from_dict, given, require
 from tele_jax.errors import UserError
-from tele_jax.eval import bpb, code, harness, judge, judges, sandbox, tasks
+from tele_jax.eval import bpb, code, harness, judge, judges, results, sandbox, tasks
 from tele_jax.eval import model as models
-from tele_jax.eval import tables as published
 from tele_jax.eval.records import digest
 from tele_jax.eval.text import BpbConfig, survey
 from tele_jax.files import PathLike, Table, held_alone, read_table, write_json
@@ -43,9 +42,9 @@ def run(args: argparse.Namespace) -> Outcome:
         return outcome if is_first() else Outcome()
 
 
-def model_arguments(parser: argparse.ArgumentParser, **how: Any) -> None:
-    """Adds the flags of every action that loads a model. how: nargs="+" where it takes several checkpoints."""
-    flag(parser, "ckpt CKPT", "step, stage or work directory; of several steps, the latest", **how)
+def model_arguments(parser: argparse.ArgumentParser, more: str = "", **how: Any) -> None:
+    """Adds the flags of actions that load a model. more: help of CKPT; how: nargs="+" where it takes several."""
+    flag(parser, "ckpt CKPT", "step, stage or work directory; of several steps, the latest" + more, **how)
     flag(parser, "--tokenizer FILE", "default: tokenizer.model or tokenizer.json in or above the checkpoint")
     flag(parser, "--template NAME", "format of dialogues; default: as the tokenizer and the checkpoint say")
     mesh = "devices to spread the work over: tensor=4, or data=2,tensor=4; default: one, or all of several processes"
@@ -129,12 +128,7 @@ def _listing(data: Path | None) -> Outcome:
 def _figures(results: Table) -> str:
     """The table of a run's results."""
     rows = [
-        (
-            task,
-            *name.split(","),
-            f"{value:.4f}",
-            _number(figures.get(f"{name.split(',')[0]}_stderr,{name.split(',')[1]}")),
-        )
+        (task, *name.split(","), f"{value:.4f}", _number(figures.get(name.replace(",", "_stderr,", 1))))
         for task, figures in results["results"].items()
         for name, value in figures.items()
         if "," in name and "_stderr" not in name and isinstance(value, float)
@@ -158,18 +152,16 @@ def _bpb_arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments(parser, nargs="+")
     text = "files of a domain, as path or pattern: a line of a .jsonl file is a document, any other file is one"
     flag(parser, "--text DOMAIN=FILES", text, nargs="+", action="extend", default=[])
-    flag(
-        parser, "--config FILE", "page with the text and the settings, as configs/eval/bpb.py; flags replace its values"
-    )
+    page = "page with the text and the settings, as configs/eval/bpb.py; flags replace its values"
+    flag(parser, "--config FILE", page)
     flag(parser, "--window N", "tokens that the model reads at once; default: its max_seq_len", int)
     flag(parser, "--stride N", "new tokens that each further window of a document scores; default: the window", int)
     switch(parser, "--by-position", "print the figures by the position of a token in its document as well")
     switch(parser, "--eos", "score the end of sequence after each document as well; it adds no byte")
     out = "directory of results.json, of a picture, and of scores: started again, an evaluation goes on from them"
     flag(parser, "--out DIR", out, Path)
-    parser.epilog = (
-        "example: tele eval bpb runs/a runs/b --text en=held_out/en/*.jsonl zh=held_out/zh/*.jsonl --out OUT"
-    )
+    text = "en=held_out/en/*.jsonl zh=held_out/zh/*.jsonl"
+    parser.epilog = f"example: tele eval bpb runs/a runs/b --text {text} --out OUT"
 
 
 def _bpb_config(args: argparse.Namespace) -> BpbConfig:
@@ -192,16 +184,18 @@ def _bpb_config(args: argparse.Namespace) -> BpbConfig:
 def _bpb(args: argparse.Namespace) -> Outcome:
     """Raises UserError for text that cannot be read and a model that does not fit, before anything is scored."""
     config = _bpb_config(args)
-    opened = {}
+    opened, wanted = {}, {}
     for path in dict.fromkeys(args.ckpt):
         opened[path], vocabulary = models.examine(path, args.tokenizer)
-        config.sizes(opened[path].cfg, vocabulary)
+        window, stride = config.sizes(opened[path].cfg, vocabulary)
+        how: Table = {"window": window, "stride": stride, "eos": config.eos, "parameters": _fingerprint(opened[path])}
+        wanted[path] = how | {"tokenizer": vocabulary.sha256, "dtype": args.dtype or opened[path].cfg.dtype}
     domains = survey(config) if is_first() else []
     total, found = sum(domain.num_bytes for domain in domains), {}
     with contextlib.ExitStack() as stack:
         if args.out is not None and is_first():
             stack.enter_context(held_alone(args.out / ".lock", f"{args.out}: another tele eval writes there"))
-            _require_own(args.out / "results.json", "bits_per_byte")
+            bpb.require_same(args.out / "results.json", bpb.results_of(config, domains, wanted))
         for path, lazy in opened.items():
             with models.Leader(load_model(args, lazy.path)) as leader:
                 if leader.leads:
@@ -231,13 +225,12 @@ def _require_own(file: Path, *kinds: str) -> None:
 
 
 def _table_arguments(parser: argparse.ArgumentParser) -> None:
-    flag(parser, "results RESULTS", "results.json of bpb or harness, or its directory", Path, nargs="+")
+    flag(parser, "results RESULTS", "results.json of bpb, harness, dialogue or code, or its directory", Path, nargs="+")
 
 
 def _table(args: argparse.Namespace) -> Outcome:
     """Raises UserError for files that hold no results, or none that a published table has."""
-    results = [result for path in args.results for result in published.read_results(path)]
-    figures, text = published.compare(results)
+    figures, text = results.compare([result for path in args.results for result in results.read_results(path)])
     return Outcome(figures, text=text)
 
 
@@ -245,28 +238,29 @@ def _table(args: argparse.Namespace) -> Outcome:
 
 
 def _dialogue_arguments(parser: argparse.ArgumentParser) -> None:
-    model_arguments(parser)
-    answers = "; with CKPT a file of answers (.jsonl), these are judged"
-    flag(parser, "--questions FILE", "questions in AlignBench's layout, .jsonl" + answers, Path)
+    model_arguments(parser, "; or a file of answers, .jsonl or .jsonl.gz")
+    flag(parser, "--questions FILE", "questions in AlignBench's layout, .jsonl or .jsonl.gz", Path)
     who = "a checkpoint, the URL of a chat endpoint (https://host/v1), or `reference`: the overlap with the reference"
     flag(parser, "--judge JUDGE", who, required=True)
     flag(parser, "--judge-model NAME", "name of the model at the endpoint")
     flag(parser, "--judge-key VARIABLE", "environment variable with the key of the endpoint; default: no key is sent")
-    flag(parser, "--judge-template NAME", "format of dialogues of a judging checkpoint; default: as it says")
+    flag(
+        parser,
+        "--judge-template NAME",
+        "format of dialogues of the judge; default: as the judge's tokenizer and checkpoint say",
+    )
     flag(parser, "--judge-tokens N", "most new tokens of a checkpoint's verdict; default: 1024", int, default=1024)
     flag(parser, "--parallel N", "requests to the endpoint at a time; default: 4", int, default=4)
     flag(parser, "--against ANSWERS", "answers of another model, .jsonl: which is better, asked in both orders", Path)
     flag(parser, "--max-new-tokens N", "most new tokens of an answer; default: 1024", int, default=1024)
-    flag(
-        parser, "--out DIR", "directory of answers, verdicts, results.json; started again, goes on", Path, required=True
-    )
+    out = "directory of answers, verdicts, results.json; started again, goes on"
+    flag(parser, "--out DIR", out, Path, required=True)
 
 
 def _dialogue(args: argparse.Namespace) -> Outcome:
     """Raises UserError for files, judges and models that cannot be used, FailedError for a judge without answer."""
     http, lazy = args.judge.partition("://")[1], None
-    for name in ("judge_tokens", "parallel", "max_new_tokens"):
-        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    _require_some(args, "judge_tokens", "parallel", "max_new_tokens")
     if http:
         model = given(args.judge_model, "--judge-model: is needed with the URL of a judge")
         asked = judges.HttpJudge(args.judge, model, args.judge_key, args.parallel)
@@ -292,9 +286,14 @@ def _dialogue(args: argparse.Namespace) -> Outcome:
 
 def _answers(args: argparse.Namespace) -> list[Table]:
     """The answers to judge, on process 0: those of a file, or what the model answers to the questions."""
-    if args.ckpt.endswith(".jsonl"):
-        return judge.read_questions(Path(args.ckpt), answered=True)
-    questions = judge.read_questions(given(args.questions, "--questions: is needed with a checkpoint"))
+    referenced = args.judge == "reference"
+    if Path(args.ckpt).is_file() or args.ckpt.lower().endswith((".jsonl", ".jsonl.gz")):
+        require(
+            args.questions is None, f"--questions: {args.ckpt} holds answers with their questions; leave the flag out"
+        )
+        return judge.read_questions(Path(args.ckpt), answered=True, referenced=referenced)
+    file = given(args.questions, "--questions: is needed with a checkpoint")
+    questions = judge.read_questions(file, referenced=referenced)
     lazy, vocabulary = models.examine(args.ckpt, args.tokenizer)
     model = load_model(args, lazy.path)
     given(model.template, f"nothing says how the dialogues of {args.ckpt} are written; give --template")
@@ -304,6 +303,11 @@ def _answers(args: argparse.Namespace) -> list[Table]:
         if leader.leads:
             return judge.answer(leader, questions, args.out, about, max_new_tokens=args.max_new_tokens)
     return []
+
+
+def _require_some(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
 
 
 def _judged(
@@ -333,13 +337,8 @@ def _code_arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments(parser)
     flag(parser, "--tasks FILE", "tasks in HumanEval's layout, .jsonl or .jsonl.gz", Path)
     flag(parser, "--data DIR", f"directory with {code.FILE}, in the place of --tasks", Path)
-    flag(
-        parser,
-        "--out DIR",
-        "directory of programs, verdicts, results.json; started again, goes on",
-        Path,
-        required=True,
-    )
+    out = "directory of programs, verdicts, results.json; started again, goes on"
+    flag(parser, "--out DIR", out, Path, required=True)
     switch(parser, "--chat", "ask in the dialogue form of the model for the whole function")
     flag(parser, "--samples N", "programs for each task; default: 1", int, default=1)
     flag(parser, "--k K,...", "the k of pass@k, at most --samples; default: 1", default="1")
@@ -349,15 +348,14 @@ def _code_arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "--max-new-tokens N", "most new tokens of a program; default: 512", int, default=512)
     flag(parser, "--seconds N", "most seconds of processor time of a program; default: 5", int, default=5)
     flag(parser, "--memory MIB", "most memory of a program in MiB; default: 512", int, default=512)
-    switch(
-        parser,
-        "--unsafe-without-isolation",
-        "run programs with limits alone: they can read, write and send all you can",
-    )
+    unsafe = "run programs with limits alone: they can read, write and send all you can"
+    switch(parser, "--unsafe-without-isolation", unsafe)
 
 
 def _code(args: argparse.Namespace) -> Outcome:
     """Raises UserError for tasks that cannot be read, and where programs cannot be isolated on this system."""
+    require(args.tasks is None or args.data is None, "--tasks and --data: both name the tasks; give one of them")
+    _require_some(args, "samples", "max_new_tokens")
     file = args.tasks or given(args.data, "--tasks FILE or --data DIR: is needed") / code.FILE
     found, ks = code.read_tasks(file), [int(k) if k.isdecimal() else 0 for k in args.k.split(",")]
     require(all(1 <= k <= args.samples for k in ks), f"--k {args.k}: expected numbers from 1 to --samples, as 1,5")
@@ -376,8 +374,9 @@ def _code(args: argparse.Namespace) -> Outcome:
         if not leader.leads:
             return Outcome()
         about["dtype"] = leader.model.cfg.dtype
+        limits = sandbox.Limits(args.seconds, args.memory << 20)
+        code.check_tests(found, mode, limits)
         written = code.complete(leader, found, args.out, about, **settings)
-    limits = sandbox.Limits(args.seconds, args.memory << 20)
     verdicts = code.run(found, written, args.out, chat=args.chat, mode=mode, limits=limits)
     name = file.name.partition(".")[0].lower()
     results = code.results_of(name, args.ckpt, verdicts, ks, settings | {"isolation": mode})

@@ -244,14 +244,12 @@ def sampling_options(args: argparse.Namespace, template: Any, released: Table | 
     """
     names = ("temperature", "top_k", "top_p", "repetition_penalty")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if released is not None:
-        sampled, penalty = released["sampling"], released["sampling"].get("repetition_penalty")
-        greedy = {} if penalty is None else {"repetition_penalty": penalty}
-        default = sampled if args.sample or released["do_sample"] else greedy
-    elif template is not None:
-        default = template.sampling if args.sample else template.greedy
+    if released is not None and (args.sample or released["do_sample"]):
+        default = released["sampling"]
+    elif released is None and template is not None and args.sample:
+        default = template.sampling
     else:
-        default = {}
+        default = templates.greedy_options(template, released)
     return dict(default) | given
 
 

@@ -264,6 +264,16 @@ def release_of(provenance: Sequence[Table]) -> Table | None:
     return None
 
 
+def greedy_options(template: Template | None, released: Table | None) -> Table:
+    """Keywords of sampling.sampling for the likeliest tokens: the repetition penalty of a release, or of a template.
+
+    released: "generation" of `release_of`; where it says nothing about sampling, the template does.
+    """
+    if released and released["sampling"]:
+        return {name: value for name, value in released["sampling"].items() if name == "repetition_penalty"}
+    return {} if template is None else dict(template.greedy)
+
+
 def document_start(vocabulary: Vocabulary, provenance: Sequence[Table]) -> int | None:
     """Returns the id that conditions the first token of a document in a model; None where nothing does.
 

@@ -21,11 +21,11 @@ import numpy as np
 
 from tele_jax import tables
 from tele_jax.config import require, to_dict
-from tele_jax.errors import DamageError
+from tele_jax.errors import DamageError, UserError
 from tele_jax.eval import tables as published
 from tele_jax.eval.model import Leader
 from tele_jax.eval.text import BpbConfig, Domain, key_of, read_texts
-from tele_jax.files import Table, parse_json, read_bytes, write_file
+from tele_jax.files import Table, parse_json, read_bytes, read_table, write_file
 
 GROUP = 4096  # windows that are handed to the scorer at once; bounds memory
 FIRST_BUCKET = 2048  # tokens; later buckets of positions begin at twice, four times, ... as many
@@ -86,6 +86,8 @@ class Journal:
             where = f"{path}, line {number}"
             try:
                 key, tokens, nats, buckets = parse_json(line, where)
+                if not isinstance(key, str) or len(buckets) != len(header["buckets"]):
+                    raise ValueError
                 self.scores[key] = Scored(int(tokens), float(nats), [(int(n), float(x)) for n, x in buckets])
             except (TypeError, ValueError):
                 raise DamageError(f"{where}: damaged, no score of a document; remove the file to score anew") from None
@@ -240,7 +242,7 @@ def _figures(domain: Domain, scores: Sequence[Scored], edges: Sequence[int], sam
         if count:
             perplexity = math.exp(loss / count) if loss / count < 700 else None  # which float64 does not hold
             found = {"tokens": count, "loss": loss / count, "perplexity": perplexity}
-            positions.append({"from": begin, "to": end, **found})
+            positions.append({"from": begin, "to": end, **found, "cut": _cut(scores, edges, end)})
     return {
         "documents": len(scores),
         "bytes": domain.num_bytes,
@@ -251,6 +253,15 @@ def _figures(domain: Domain, scores: Sequence[Scored], edges: Sequence[int], sam
         "interval": _interval(samples) if sum(size > 0 for _, size in domain.documents) > 1 else None,
         "positions": positions,
     }
+
+
+def _cut(scores: Sequence[Scored], edges: Sequence[int], end: int | None) -> Table | None:
+    """The documents of at least `end` tokens and the loss of their first `end` ones; None where there is none."""
+    long = [score for score in scores if end is not None and score.tokens >= end]
+    if end is None or not long:
+        return None
+    losses = (x for score in long for _, x in score.buckets[: edges.index(end)])
+    return {"documents": len(long), "loss": math.fsum(losses) / (len(long) * end)}
 
 
 def _averages(figures: Mapping[str, Table], samples: Mapping[str, np.ndarray]) -> Table:
@@ -283,6 +294,24 @@ def results_of(config: BpbConfig, domains: Sequence[Domain], models: Mapping[str
         text[domain.name]["xz"] = domain.xz
     how = {"resamples": config.resamples, "seed": config.seed}
     return {"kind": "bits_per_byte", **how, "text": text, "models": dict(models)}
+
+
+def require_same(file: Path, results: Table) -> None:
+    """Raises UserError where a file holds results of text, settings or a model that `results` would not hold.
+
+    results: of `results_of`; its figures of models need no more than the settings of `evaluate`.
+    """
+    if not file.exists():
+        return
+    before = read_table(file)
+    require(before.get("kind") == results["kind"], f"{file}: holds results of something else; choose another --out")
+    other = next((name for name in results if name != "models" and before.get(name) != results[name]), None)
+    for path, figures in dict(before.get("models") or {}).items():
+        about = results["models"].get(path)
+        if about is None:
+            raise UserError(f"{file}: holds results of {path}; name it as well, or choose another --out")
+        other = other or next((name for name, value in about.items() if figures.get(name) != value), None)
+    require(other is None, f"{file}: was made with another {other}; choose another --out")
 
 
 def text_of(results: Table, *, by_position: bool = False) -> str:

@@ -2,7 +2,6 @@
 
 import collections
 import concurrent.futures
-import dataclasses
 import os
 import re
 from collections.abc import Sequence
@@ -12,9 +11,10 @@ import numpy as np
 
 from tele_jax import tables
 from tele_jax.config import require
+from tele_jax.errors import UserError
 from tele_jax.eval import sandbox
 from tele_jax.eval.model import ROWS, Leader
-from tele_jax.eval.records import digest, interval, keep, read_lines, resampled_means
+from tele_jax.eval.records import Fields, digest, interval, keep, read_lines, resampled_means
 from tele_jax.eval.sandbox import Limits
 from tele_jax.files import Table
 
@@ -22,20 +22,21 @@ FILE = "humaneval.jsonl"  # in a directory of tasks
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # end a completed function (Codex, arXiv 2107.03374, section 2.3)
 CHAT = "Complete this Python function. Answer with the whole function in one block of code.\n\n```python\n{}\n```"
 BLOCK = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
-FIELDS: dict[str, tuple[type, ...]] = {
-    name: (str,) for name in ("task_id", "prompt", "entry_point", "test", "canonical_solution")
-}
+FIELDS: Fields = {name: (str,) for name in ("task_id", "prompt", "entry_point", "test", "canonical_solution")}
+SAMPLE: Fields = {"task_id": (str,), "sample": (int,), "completion": (str,)}
+VERDICT: Fields = {"task_id": (str,), "sample": (int,), "passed": (bool,), "result": (str,)}
 
 
 def read_tasks(path: Path) -> list[Table]:
     """The tasks of a file in HumanEval's layout, plain or as gzip.
 
     Raises:
-      UserError: as records.read_lines; a test that defines no check.
+      UserError: as records.read_lines; a test that defines no check; an empty prompt.
     """
     tasks = read_lines(path, FIELDS, "task_id")
     for task in tasks:
         require("def check(" in task["test"], f"{path}: the test of {task['task_id']} defines no check(candidate)")
+        require(bool(task["prompt"].strip()), f"{path}: the prompt of {task['task_id']} is empty")
     return tasks
 
 
@@ -91,7 +92,7 @@ def complete(
     for task, prompt in zip(tasks, prompts, strict=True):
         long = f"{task['task_id']}: its prompt of {len(prompt)} tokens leaves no room for {max_new_tokens} new ones"
         require(room is None or len(prompt) <= room, f"{long}; give a smaller --max-new-tokens")
-    with keep(out / "samples.jsonl", about) as kept:
+    with keep(out / "samples.jsonl", about, SAMPLE) as kept:
         done = {(row["task_id"], row["sample"]) for row in kept.rows}
         wanted = [(i, n) for i in range(len(tasks)) for n in range(samples) if (tasks[i]["task_id"], n) not in done]
         if sampled := bool(how.get("temperature")):
@@ -114,6 +115,29 @@ def complete(
         return sorted(kept.rows, key=lambda row: (row["task_id"], row["sample"]))
 
 
+class _Pool(concurrent.futures.ThreadPoolExecutor):
+    """Threads that begin nothing more after an error in the body."""
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown(cancel_futures=error[0] is not None)
+
+
+def _run(task: Table, program: str, mode: str, limits: Limits) -> str:
+    """Why a program fails the tests of a task, "" where it passes; raises UserError for tests that do not run."""
+    helpers = task["prompt"] + task["canonical_solution"]
+    try:
+        return sandbox.judge(program, helpers, task["test"], task["entry_point"], mode=mode, limits=limits)
+    except UserError as error:
+        raise UserError(f"{task['task_id']}: {error}") from None
+
+
+def check_tests(tasks: Sequence[Table], mode: str, limits: Limits) -> None:
+    """Raises UserError, with the task_id, for tests that do not run by themselves, whatever the program."""
+    with _Pool(os.cpu_count()) as pool:
+        for future in [pool.submit(_run, task, f"{task['entry_point']} = None", mode, limits) for task in tasks]:
+            future.result()
+
+
 def run(
     tasks: Sequence[Table], completions: Sequence[Table], out: Path, *, chat: bool, mode: str, limits: Limits
 ) -> list[Table]:
@@ -125,25 +149,20 @@ def run(
       UserError: tests of a task that do not run by themselves.
     """
     by_id = {task["task_id"]: task for task in tasks}
-    about = {"samples": digest(completions), "tasks": digest(tasks), "isolation": mode, **dataclasses.asdict(limits)}
+    about = {"samples": digest(completions), "tasks": digest(tasks), "isolation": mode}
+    about |= {"--seconds": limits.cpu, "--memory": limits.memory}
 
     def verdict(row: Table) -> Table:
         task = by_id[row["task_id"]]
-        helpers = task["prompt"] + task["canonical_solution"]
-        program = program_of(task, row["completion"], chat=chat)
-        reason = sandbox.judge(program, helpers, task["test"], task["entry_point"], mode=mode, limits=limits)
+        reason = _run(task, program_of(task, row["completion"], chat=chat), mode, limits)
         named = {"task_id": row["task_id"], "sample": row["sample"]}
         return named | {"passed": not reason, "result": f"failed: {reason}" if reason else "passed"}
 
-    with keep(out / "results.jsonl", about) as kept, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with keep(out / "results.jsonl", about, VERDICT) as kept, _Pool(os.cpu_count()) as pool:
         done = {(row["task_id"], row["sample"]) for row in kept.rows}
         left = [row for row in completions if (row["task_id"], row["sample"]) not in done]
-        try:
-            for future in concurrent.futures.as_completed([pool.submit(verdict, row) for row in left]):
-                kept.add(future.result())
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        for future in concurrent.futures.as_completed([pool.submit(verdict, row) for row in left]):
+            kept.add(future.result())
         return sorted(kept.rows, key=lambda row: (row["task_id"], row["sample"]))
 
 

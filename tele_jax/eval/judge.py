@@ -17,7 +17,7 @@ from tele_jax.errors import UserError
 from tele_jax.eval import tables
 from tele_jax.eval.judges import Judge, overlap
 from tele_jax.eval.model import Leader
-from tele_jax.eval.records import digest, interval, keep, read_lines, resampled_means
+from tele_jax.eval.records import Fields, digest, interval, keep, read_lines, resampled_means
 from tele_jax.files import Table
 from tele_jax.tables import text as _text
 
@@ -27,6 +27,10 @@ ALIGNBENCH = {
 }  # fmt: skip
 KEY, BETTER = "综合得分", "更好"  # of a verdict: the score, and the better of two answers
 UNREADABLE = -1
+QUESTION: Fields = {"question_id": (int, str), "category": (str,), "question": (str, list)}
+ANSWER: Fields = {**QUESTION, "answer": (str, list)}
+JUDGEMENT: Fields = {**ANSWER, "score": (int, float)}
+PAIR: Fields = {**ANSWER, "other_answer": (str, list), "order": (int,), "preferred": (str,)}
 GROUP = 16  # questions that are answered at the same time
 DICT = re.compile(r"\{[^{}]*\}")
 ITEM = re.compile(
@@ -47,15 +51,14 @@ PAIR_PROMPT = """你是一位严格而公正的评审。下面是用户的问题
 最后一行只写这样一个字典：{{'更好': 'A'}}、{{'更好': 'B'}}，或者在两者同样好时写{{'更好': '平'}}"""
 
 
-def read_questions(path: Path, *, answered: bool = False) -> list[Table]:
+def read_questions(path: Path, *, answered: bool = False, referenced: bool = False) -> list[Table]:
     """The questions of a file, or the answers where `answered`.
 
     Raises:
-      UserError: as records.read_lines; a list of turns that is empty or does not fit its answers.
+      UserError: as records.read_lines; a list of turns that is empty or does not fit its answers; an empty question;
+        where `referenced`, a turn without reference.
     """
-    texts = (str, list)
-    fields: dict[str, tuple[type, ...]] = {"question_id": (int, str), "category": (str,), "question": texts}
-    rows = read_lines(path, fields | ({"answer": texts} if answered else {}), "question_id")
+    rows = read_lines(path, ANSWER if answered else QUESTION, "question_id")
     for row in rows:
         where = f"{path}: question_id {row['question_id']}"
         counts = [len(turns(row[name])) for name in ("question", "answer") if name in row]
@@ -64,7 +67,16 @@ def read_questions(path: Path, *, answered: bool = False) -> list[Table]:
         )
         require(plain, f"{where}: its question, reference and answer must be texts, or lists of texts")
         require(min(counts) > 0 and len(set(counts)) == 1, f"{where}: needs turns, and as many answers as questions")
+        require(all(text.strip() for text in turns(row["question"])), f"{where}: its question is empty")
+        if referenced:
+            _require_reference(row)
     return rows
+
+
+def _require_reference(row: Table) -> None:
+    references = turns(row.get("reference"))
+    where = f"question_id {row['question_id']}: needs a reference for each turn to be scored without a judge"
+    require(len(references) == len(turns(row["question"])) and all(references), where)
 
 
 def turns(text: object) -> list:
@@ -79,9 +91,8 @@ def answer(leader: Leader, questions: Sequence[Table], out: Path, about: Table, 
       UserError: a question, with its turns so far, that leaves no room for max_new_tokens.
     """
     model = leader.model
-    how = {} if model.template is None else dict(model.template.greedy)
     room = None if model.cfg.rope.ntk else model.cfg.max_seq_len - max_new_tokens
-    with keep(out / "answers.jsonl", about) as kept:
+    with keep(out / "answers.jsonl", about, ANSWER) as kept:
         done = {row["question_id"] for row in kept.rows}
         left = [row for row in questions if row["question_id"] not in done]
         for start in range(0, len(left), GROUP):
@@ -101,7 +112,7 @@ def answer(leader: Leader, questions: Sequence[Table], out: Path, about: Table, 
                     if len(said[i]) == len(turns(group[i]["question"])):
                         kept.add(_answered(group[i], said[i], model.path))
 
-                leader.continue_texts(prompts, max_new_tokens=max_new_tokens, on_text=add, **how)
+                leader.continue_texts(prompts, max_new_tokens=max_new_tokens, on_text=add, **model.greedy)
         by_id = {row["question_id"]: row for row in kept.rows}
     return [by_id[row["question_id"]] for row in questions]
 
@@ -181,15 +192,14 @@ def score(answers: Sequence[Table], judge: Judge | None, out: Path, about: Table
         }
 
     jobs = {(row["question_id"], 0): row for row in answers}
-    return _ask(jobs, prompt, judged, judge, out / "judgements.jsonl", about | {"prompt": digest(SCORE_PROMPT)})
+    about = about | {"prompt": digest(SCORE_PROMPT)}
+    return _ask(jobs, prompt, judged, judge, (out / "judgements.jsonl", about, JUDGEMENT))
 
 
 def _overlap(row: Table) -> float:
     """1 to 10 for the overlap of an answer with its reference, the mean over the turns."""
-    references, said = turns(row.get("reference")), turns(row["answer"])
-    where = f"question_id {row['question_id']}: needs a reference for each turn to be scored without a judge"
-    require(len(references) == len(said) and all(references), where)
-    return 1 + 9 * float(np.mean([overlap(a, r) for a, r in zip(said, references)]))
+    _require_reference(row)
+    return 1 + 9 * float(np.mean([overlap(a, r) for a, r in zip(turns(row["answer"]), turns(row["reference"]))]))
 
 
 def compare(
@@ -228,8 +238,8 @@ def compare(
             preferred = names[read_preference(text or "")][row["order"]]
         return row | {"judge_prompt": prompt(row) if judge else None, "judgment": text, "preferred": preferred}
 
-    path = out / "pairs.jsonl"
-    rows = _ask(jobs, prompt, judged, judge, path, about | {"prompt": digest(PAIR_PROMPT)})
+    about = about | {"prompt": digest(PAIR_PROMPT)}
+    rows = _ask(jobs, prompt, judged, judge, (out / "pairs.jsonl", about, PAIR))
     found = []
     for first, second in zip(rows[::2], rows[1::2], strict=True):
         both = {first["preferred"], second["preferred"]}
@@ -243,11 +253,10 @@ def _ask(
     prompt: Callable[[Table], str],
     judged: Callable[[Table, str | None], Table],
     judge: Judge | None,
-    path: Path,
-    about: Table,
+    place: tuple[Path, Table, Fields],
 ) -> list[Table]:
-    """The judged rows of all jobs, in their order; those that `path` has are not asked for again."""
-    with keep(path, about) as kept:
+    """The judged rows of all jobs, in their order; those kept at `place`, arguments of `keep`, are not asked for."""
+    with keep(*place) as kept:
         done = {(row["question_id"], row.get("order", 0)) for row in kept.rows}
         left = [row for key, row in jobs.items() if key not in done]
         if judge is None:

@@ -12,6 +12,7 @@ import json
 import os
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 
@@ -36,10 +37,9 @@ def of_model(leader: Leader, max_new_tokens: int) -> Judge:
             if len(prompt) > room:
                 on_text(i, None)
         fit = [i for i, prompt in enumerate(ids) if len(prompt) <= room]
-        how = {} if model.template is None else dict(model.template.greedy)
         tell = lambda row, text: on_text(fit[row], text)  # noqa: E731
         if fit:
-            leader.continue_texts([ids[i] for i in fit], max_new_tokens=max_new_tokens, on_text=tell, **how)
+            leader.continue_texts([ids[i] for i in fit], max_new_tokens=max_new_tokens, on_text=tell, **model.greedy)
 
     return judge
 
@@ -77,8 +77,17 @@ class HttpJudge:
         require(
             self.url.startswith(("http://", "https://")), f"--judge {self.url}: must begin with http:// or https://"
         )
-        missing = self.key_variable is not None and not os.environ.get(self.key_variable)
-        require(not missing, f"--judge-key {self.key_variable}: there is no such environment variable, or it is empty")
+        require(
+            _is_address(self.url), f"--judge {self.url!r}: is no URL of ASCII characters, as http://localhost:8000/v1"
+        )
+        if self.key_variable is not None:
+            named, key = f"--judge-key {self.key_variable}", self._key
+            require(bool(key), f"{named}: there is no such environment variable, or it is empty")
+            require(_is_plain(key), f"{named}: its value has a space, or a character that is not printable ASCII")
+
+    @property
+    def _key(self) -> str:
+        return os.environ.get(self.key_variable or "", "").strip()
 
     def __call__(self, prompts: Sequence[str], on_text: Callable[[int, str | None], None]) -> None:
         """Asks for all replies; raises UserError for a request that is refused, FailedError where no reply comes."""
@@ -104,7 +113,7 @@ class HttpJudge:
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
         headers = {"Content-Type": "application/json"}
         if self.key_variable is not None:
-            headers["Authorization"] = f"Bearer {os.environ[self.key_variable]}"
+            headers["Authorization"] = f"Bearer {self._key}"
         address = self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         request = urllib.request.Request(address, json.dumps(body).encode(), headers, method="POST")
         problem, wait = "", self.pause
@@ -135,6 +144,20 @@ class HttpJudge:
             pass
         start = " ".join(data[:80].decode(errors="replace").split())
         raise FailedError(f"the judge {self.url} answers no chat completion with choices[0].message.content: {start!r}")
+
+
+def _is_plain(text: str) -> bool:
+    """Tells whether a text is of printable ASCII characters alone, with no space."""
+    return text.isascii() and text.isprintable() and " " not in text
+
+
+def _is_address(url: str) -> bool:
+    """Tells whether a URL has a host and, where it has a port, a number there."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return _is_plain(url) and bool(parts.hostname) and parts.port != 0 and "@" not in parts.netloc
+    except ValueError:  # of a bracket that is not closed, or of a port
+        return False
 
 
 def overlap(answer: str, reference: str) -> float:

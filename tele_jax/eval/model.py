@@ -41,6 +41,7 @@ class EvalModel:
       stop_ids: ids that end a text or a reply: a model that goes on with the next question has finished its answer.
       masks: growth masks while they rise, in training; None for a plain model.
       identity: SHA-256 of the stored parameters; "" for parameters that no file holds.
+      greedy: keywords of sampling.sampling with which dialogues are answered, see templates.greedy_options.
     """
 
     path: str
@@ -53,6 +54,7 @@ class EvalModel:
     stop_ids: list[int]
     masks: Masks | None = None
     identity: str = ""
+    greedy: Table = dataclasses.field(default_factory=dict)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text from its beginning: document_start, where there is one, and those of the text."""
@@ -160,7 +162,8 @@ def of_params(
     prefixes = (start, bos, vocabulary.bos_id, vocabulary.eos_id)
     prefix = next((i for i in prefixes if isinstance(i, int) and 0 <= i < cfg.vocab_size), None)
     prefix = given(prefix, f"{path}: no id conditions the first token of a text; its tokenizer has neither BOS nor EOS")
-    return EvalModel(path, cfg, params, vocabulary, form, start, prefix, sorted(ends), masks)
+    greedy = templates.greedy_options(form, released)
+    return EvalModel(path, cfg, params, vocabulary, form, start, prefix, sorted(ends), masks, greedy=greedy)
 
 
 # ------------------------------------------------------------------------------------------------- several processes

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from tele_jax import files
-from tele_jax.errors import UserError
+from tele_jax.errors import DamageError, UserError
 from tele_jax.files import Table
 
+Fields = Mapping[str, tuple[type, ...]]  # that a record must have, with their types
 RESAMPLES, LEVEL = 2000, (2.5, 97.5)
 
 
-def read_lines(path: Path, fields: Mapping[str, tuple[type, ...]], key: str) -> list[Table]:
+def read_lines(path: Path, fields: Fields, key: str) -> list[Table]:
     """Reads a file of one JSON object a line, plain or as gzip.
 
     Args:
@@ -43,9 +44,8 @@ def read_lines(path: Path, fields: Mapping[str, tuple[type, ...]], key: str) -> 
             row = json.loads(line)
         except (ValueError, RecursionError):
             raise UserError(f"{where}: not JSON") from None
-        for name, kinds in fields.items():
-            if not isinstance(row, dict) or not isinstance(row.get(name), kinds) or isinstance(row[name], bool):
-                raise UserError(f"{where}: needs a field {name!r}, {' or '.join(kind.__name__ for kind in kinds)}")
+        if lacks := _lacks(row, fields):
+            raise UserError(f"{where}: {lacks}")
         if row[key] in seen:
             raise UserError(f"{where}: {key} {row[key]} occurs twice")
         seen.add(row[key])
@@ -53,6 +53,15 @@ def read_lines(path: Path, fields: Mapping[str, tuple[type, ...]], key: str) -> 
     if not rows:
         raise UserError(f"{path}: holds no line")
     return rows
+
+
+def _lacks(row: object, fields: Fields) -> str:
+    """Names a field that a record does not have, or has with another type; "" for a record that is right."""
+    for name, kinds in fields.items():
+        value = row.get(name) if isinstance(row, dict) else None
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            return f"needs a field {name!r}, {' or '.join(kind.__name__ for kind in kinds)}"
+    return ""
 
 
 def digest(value: object) -> str:
@@ -77,11 +86,12 @@ class Records:
 
 
 @contextlib.contextmanager
-def keep(path: Path, about: Table) -> Iterator[Records]:
+def keep(path: Path, about: Table, fields: Fields) -> Iterator[Records]:
     """Opens a file of records, with those that an earlier call with the same `about` has left, and closes it.
 
     about: all that the records depend on, as JSON; it lies beside the file as NAME.about.json. A last line that a kill
       cut short is dropped.
+    fields: that every record has.
 
     Raises:
       UserError: the file is of another `about`, or another process writes it.
@@ -91,6 +101,8 @@ def keep(path: Path, about: Table) -> Iterator[Records]:
     with files.held_alone(path.with_suffix(".lock"), f"{path}: is being written by another process"):
         if note.exists():
             before = files.read_json(note)
+            if not isinstance(before, dict):
+                raise DamageError(f"{note}: damaged, not a table")
             other = sorted(name for name in {*before, *about} if before.get(name) != about.get(name))
             if other:
                 raise UserError(f"{path}: was made with another {other[0]}; choose another --out, or remove the files")
@@ -101,6 +113,9 @@ def keep(path: Path, about: Table) -> Iterator[Records]:
         whole, _, cut = files.read_bytes(path).rpartition(b"\n") if path.exists() else (b"", b"", b"")
         lines = whole.split(b"\n") if whole else []
         rows = [files.parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+        for number, row in enumerate(rows, start=1):
+            if lacks := _lacks(row, fields):
+                raise DamageError(f"{path}, line {number}: damaged, {lacks}; remove the file to start anew")
         if cut:
             files.write_file(path, whole + b"\n" if whole else b"")
         with contextlib.closing(Records(path, rows)) as records:

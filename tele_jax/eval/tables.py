@@ -1,17 +1,9 @@
-"""The tables that the reports of Tele-FLM and TeleChat print, as data, and results of ours in the same layouts."""
+"""The tables that the reports of Tele-FLM and TeleChat print, as data."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import ROUND_HALF_UP, Decimal
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
-
-import numpy as np
-
-from tele_jax import tables
-from tele_jax.errors import UserError
-from tele_jax.files import Table, read_table
 
 TELE_FLM = "Tele-FLM, arXiv 2404.16645"
 TELECHAT = "TeleChat, arXiv 2401.03804, and the cards of the released models"
@@ -31,6 +23,7 @@ class Published:
       rows: cells as they are printed, by name of the model.
       averages: for columns that are averages, the weights of all other columns in their order.
       shots: examples before a question, by column.
+      metrics: metric of a column of tasks, by column; METRICS, of results.py, for the others.
     """
 
     title: str
@@ -41,6 +34,7 @@ class Published:
     rows: Mapping[str, tuple[str, ...]]
     averages: Mapping[str, tuple[float, ...]]
     shots: Mapping[str, int]
+    metrics: Mapping[str, str]
 
     @property
     def parts(self) -> list[str]:
@@ -65,7 +59,12 @@ class Published:
 
 
 def _published(
-    title: str, source: str, kind: str, text: str, averages: Mapping[str, tuple[float, ...]] = MappingProxyType({})
+    title: str,
+    source: str,
+    kind: str,
+    text: str,
+    averages: Mapping[str, tuple[float, ...]] = MappingProxyType({}),
+    metrics: Mapping[str, str] = MappingProxyType({}),
 ) -> Published:
     """Reads a table: a line of columns, each a name or NAME/SHOTS, then the rows. kind: "FAMILY" or "FAMILY FIGURE"."""
     header, *lines = text.strip().splitlines()
@@ -74,7 +73,7 @@ def _published(
     rows = {name.strip(): tuple(cells) for name, *cells in split}
     shots = {name: int(number) for name, _, number in named if number}
     family, _, figure = kind.partition(" ")
-    return Published(title, source, family, figure, tuple(name for name, _, _ in named), rows, averages, shots)
+    return Published(title, source, family, figure, tuple(name for name, _, _ in named), rows, averages, shots, metrics)
 
 
 def _mean(count: int) -> tuple[float, ...]:
@@ -85,6 +84,8 @@ def _mean(count: int) -> tuple[float, ...]:
 # WebText, Code, Book, WorldKnowledge, QA, Classical, Professional.
 ENGLISH = {"L-Prop": (82, 4.5, 4.5, 4.5, 2.5, 2.0), "F-Prop": (75.17, 13.48, 3.56, 5.26, 1.46, 1.07)}
 CHINESE = {"avg": _mean(7), "weighted": (76.60, 1.91, 11.61, 1.44, 4.50, 0.07, 3.87)}
+
+NORMALISED = {"ARC": "acc_norm", "HellaSwag": "acc_norm"}  # by the length of the answer
 
 TOKENS = _published(
     "Tokens per UTF-8 byte", TELE_FLM, "tokens tokens_per_byte",
@@ -155,6 +156,7 @@ ENGLISH_TASKS = _published(
     Tele-FLM 52B  56.60 59.47  82.25        64.00  43.09        79.40        45.19   34.76       44.60
     """,
     {"Avg": _mean(8)},
+    NORMALISED | {"HumanEval": "pass@5"},
 )  # fmt: skip
 CHINESE_TASKS = _published(
     "Chinese benchmarks, percent", TELE_FLM + "; by OpenCompass", "tasks",
@@ -177,6 +179,7 @@ TELECHAT_TASKS = _published(
     TeleChat-7B   60.5 64.6 64.3 46.8 59   36.7 10.3 20.1 66.8  88.0 87.5 19.5 36.7
     TeleChat-12B  73.3 66.6 74.2 51.7 53.1 57.2 16.0 22.0 60.6  83.2 86.3 52.2 71.5
     """,
+    metrics=NORMALISED | {"HumanEval": "pass@1"},
 )  # fmt: skip
 LENGTHS = _published(
     "Perplexity of text of so many tokens", TELECHAT, "positions",
@@ -208,92 +211,7 @@ TABLES = (
     LENGTHS, ALIGNBENCH, TELEEVAL,
 )  # fmt: skip
 
-# Names of the benchmarks in the harness, beside their own in lower case without "-".
-TASK_NAMES = {
-    "ARC": "arc_challenge", "TruthfulQA": "truthfulqa_mc2", "C-Eval": "ceval-valid", "BBH": "bbh_fewshot",
-    "MATH": "minerva_math",
-}  # fmt: skip
-METRICS = ("acc", "exact_match", "pass@5", "pass@1", "math_verify", "acc_norm")  # the first that a task has
-NORMALISED = ("arc", "arc_challenge", "hellaswag")  # acc_norm comes first: divided by the length of the answer
 FAMILIES = {"en": ENGLISH_BPB.parts, "zh": CHINESE_BPB.parts, "tokens": TOKENS.parts[:-1]}
-
-
-class Result(NamedTuple):
-    """Results of a model.
-
-    Attributes:
-      kind: "domains", "positions", "tasks", "alignbench" or "teleeval".
-      model: its name; for positions with that of the domain.
-      values: {domain: {"loss": ..., ...}}, {length: perplexity}, {task: percent}, or {category: score}.
-      shots: examples before a question, by task.
-    """
-
-    kind: str
-    model: str
-    values: Mapping[str, Any]
-    shots: Mapping[str, int] = MappingProxyType({})
-
-
-def read_results(path: Path) -> list[Result]:
-    """Reads results of `tele eval bpb` or harness, or {"kind": "alignbench", "model", "scores": {category: score}}.
-
-    path: the file, or the directory that holds it as results.json.
-
-    Raises:
-      UserError: no such file, or one of another kind.
-    """
-    file = path / "results.json" if path.is_dir() else path
-    if path.is_dir() and not file.exists():
-        raise UserError(f"{path}: is a directory without results.json")
-    table = read_table(file)
-    kind = table.get("kind")
-    try:
-        if kind == "bits_per_byte":
-            models = {name: model["domains"].items() for name, model in table["models"].items()}
-            keys = [shown.figure for shown in TABLES if shown.family in FAMILIES]
-            figures = {
-                m: {domain: {k: float(f[k]) for k in keys} for domain, f in found} for m, found in models.items()
-            }
-            by_length = {
-                f"{m}, {domain}": perplexities(f["positions"]) for m, found in models.items() for domain, f in found
-            }
-            long = [Result("positions", name, values) for name, values in by_length.items() if len(values) > 1]
-            return [Result("domains", model, domains) for model, domains in figures.items()] + long
-        if kind in ("alignbench", "teleeval"):
-            return [Result(kind, str(table["model"]), {name: float(x) for name, x in table["scores"].items()})]
-        if "results" in table and "n-shot" in table:
-            found = {task: percent(task, figures) for task, figures in table["results"].items()}
-            values = {task: value for task, value in found.items() if value is not None}
-            return [Result("tasks", str(table["config"]["model"]), values, table["n-shot"])]
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{file}: is not as tele eval writes results; a field is missing or of another type") from None
-    raise UserError(f"{file}: holds no results of tele eval bpb, harness or dialogue")
-
-
-def perplexities(positions: Sequence[Table]) -> dict[str, float]:
-    """Perplexity of a domain whose documents are cut at 2k, 4k, ... tokens, from its loss by position.
-
-    positions: as results of `tele eval bpb` have them. A length that no document reaches is left out.
-
-    >>> perplexities([{"to": 2048, "tokens": 3, "loss": 0.0}, {"to": 4096, "tokens": 1, "loss": 0.0}])
-    {'2k': 1.0, '4k': 1.0}
-    """
-    found, tokens, nats = {}, 0, 0.0
-    for part in positions:
-        tokens, nats = tokens + part["tokens"], nats + part["tokens"] * part["loss"]
-        if part["to"] is not None:
-            found[f"{part['to'] / 1024:g}k"] = float(np.exp(nats / tokens))
-    return found
-
-
-def percent(task: str, figures: Mapping[str, Any]) -> float | None:
-    """The figure of a task that reports print, in percent: the first of METRICS that it has, by its first filter."""
-    by_metric: dict[str, float] = {}
-    for name, value in figures.items():
-        if isinstance(value, float):
-            by_metric.setdefault(name.partition(",")[0], 100 * value)
-    order = ("acc_norm", *METRICS) if task in NORMALISED else METRICS
-    return next((by_metric[metric] for metric in order if metric in by_metric), None)
 
 
 def find_domains(family: str, names: Iterable[str]) -> dict[str, str]:
@@ -315,84 +233,3 @@ def find_domains(family: str, names: Iterable[str]) -> dict[str, str]:
         elif family in owners.get(column, ()) and present & set(owners[column]) == {family}:
             found[column] = column
     return found
-
-
-def values_of(table: Published, result: Result) -> tuple[dict[str, float], dict[str, str]]:
-    """The columns that a result has of a table, and the domain, task or category that each is from."""
-    if result.kind == "domains" and table.family in FAMILIES:
-        found = find_domains(table.family, result.values)
-        values = {column: result.values[domain][table.figure] for column, domain in found.items()}
-    elif result.kind == table.family:
-        own = {column: column.lower().replace("-", "") for column in table.parts}
-        named = {
-            column: (table.figure + own[column], own[column], TASK_NAMES.get(column, ""), column) for column in own
-        }
-        found = {column: name for column, names in named.items() for name in reversed(names) if name in result.values}
-        values = {column: result.values[name] for column, name in found.items()}
-    else:
-        return {}, {}
-    whole = len(values) == len(table.parts)
-    return values | ({name: table.average(name, values) for name in table.averages} if whole else {}), found
-
-
-def compare(results: Sequence[Result]) -> tuple[Table, str]:
-    """Lays results into the published tables that they have a column of: as data, and as text for people.
-
-    Raises:
-      UserError: two results of a model differ; no result has a column of any table.
-    """
-    results, shown, texts = _merged(results), [], []
-    for table in TABLES:
-        rows: dict[str, dict[str, float]] = {}
-        notes = [
-            f"as printed; the cells of {row} give {name} = {computed}, not {printed}"
-            for row, name, printed, computed in table.unlike_their_cells()
-        ]
-        for result in results:
-            values, found = values_of(table, result)
-            if values:
-                rows[result.model] = values
-                notes += _notes(table, result, found)
-        if rows:
-            printed = {row: dict(zip(table.columns, map(float, cells))) for row, cells in table.rows.items()}
-            shown.append({"title": table.title, "source": table.source, "published": printed, "results": rows})
-            texts.append(_text(table, rows, notes))
-    if not shown:
-        raise UserError("none of these results has a domain, task or category that a published table has")
-    return {"tables": shown}, "\n\n".join(texts)
-
-
-def _merged(results: Sequence[Result]) -> list[Result]:
-    """Joins the results of a kind that a model has in several files."""
-    merged: dict[tuple[str, str], Result] = {}
-    for result in results:
-        before = merged.setdefault((result.kind, result.model), Result(result.kind, result.model, {}))
-        for name, value in result.values.items():
-            if before.values.get(name, value) != value:
-                raise UserError(f"{result.model}: two of the results have {name}, and differ; leave one out")
-        values, shots = {**before.values, **result.values}, {**before.shots, **result.shots}
-        merged[result.kind, result.model] = Result(result.kind, result.model, values, shots)
-    return list(merged.values())
-
-
-def _notes(table: Published, result: Result, found: Mapping[str, str]) -> list[str]:
-    missing = [part for part in table.parts if part not in found]
-    notes = []
-    if table.averages and missing:
-        notes.append(f"{result.model}: no {' or '.join(table.averages)} without {', '.join(missing)}")
-    for column, name in found.items():
-        shots, usual = result.shots.get(name), table.shots.get(column)
-        if shots is not None and usual is not None and shots != usual:
-            notes.append(f"{result.model}: {name} with {shots} examples, the published {column} with {usual}")
-    return notes
-
-
-def _text(table: Published, rows: Mapping[str, Mapping[str, float]], notes: Sequence[str]) -> str:
-    digits = max((len(cell.partition(".")[2]) for cells in table.rows.values() for cell in cells), default=2)
-    lines = [(row, *cells) for row, cells in table.rows.items()]
-    for model, values in rows.items():
-        ours = (f"{values[c]:.{digits}f}" if c in values else "-" for c in table.columns)
-        lines.append((model, *ours))
-    heads = [f"{column} ({table.shots[column]})" if column in table.shots else column for column in table.columns]
-    text = tables.text(lines, ("", *heads))
-    return "\n".join([f"{table.title} [{table.source}]", text, *(f"  {note}" for note in notes)])

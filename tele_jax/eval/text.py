@@ -93,7 +93,7 @@ def read_texts(files: Iterable[str]) -> Iterator[str]:
     for path in files:
         with open_text(path) as file:
             begin = file.tell()
-            if not path.endswith(".jsonl"):
+            if not path.lower().endswith(".jsonl"):
                 yield read_document(path, begin, file.read(), "text", _refuse)
                 continue
             for number, line in enumerate(file, start=1):

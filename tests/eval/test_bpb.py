@@ -4,6 +4,7 @@ import json
 import lzma
 import math
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from tele_jax.eval import bpb, harness
 from tele_jax.eval import text as evaluated
 from tele_jax.eval.bpb import evaluate, windows
 from tele_jax.eval.model import EvalModel, Leader
-from tele_jax.eval.text import BpbConfig, Domain, survey
+from tele_jax.eval.text import BpbConfig, Domain, read_texts, survey
 from tele_jax.files import held_alone
 from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh, param_shardings
@@ -232,6 +233,20 @@ def test_averages_are_weighted_as_published_or_name_what_is_missing(vocabulary, 
     assert found["averages"]["zh weighted"] == {"missing": missing}
 
 
+def test_documents_that_are_cut_at_a_length_reach_it():
+    scores = [bpb.Scored(n, 0.0, [(min(n, 2), 2.0), (max(n - 2, 0), 6.0), (0, 0.0)]) for n in (1, 2, 4)]
+    figures = bpb._figures(domain([5, 5, 5]), scores, [0, 2, 4], np.zeros(1))
+    assert [part["cut"] for part in figures["positions"]] == [
+        {"documents": 2, "loss": 1.0},
+        {"documents": 1, "loss": 2.0},
+    ]
+
+
+def test_lines_of_json_are_known_by_a_name_of_any_case(tmp_path):
+    (tmp_path / "A.JSONL").write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert list(read_texts([str(tmp_path / "A.JSONL")])) == ["a", "b"]
+
+
 def test_the_floor_is_xz_on_pieces_of_a_megabyte(tmp_path, monkeypatch):
     assert evaluated.FLOOR_BYTES == 1_000_000
     monkeypatch.setattr(evaluated, "FLOOR_BYTES", 1_000)
@@ -333,10 +348,15 @@ def test_a_killed_evaluation_goes_on(work, files, tmp_path, capsys, monkeypatch)
     asked.clear()
     tele_eval(capsys, *how, out)
     assert sum(asked) == 0
+    assert "was made with another stride" in tele_eval(capsys, *how, out, "--stride", 8, code=2)
+    (out / "results.json").unlink()
     tele_eval(capsys, *how, out, "--stride", 8)
     assert sum(asked) > total, "scores of other windows do not serve"
-    kept.write_text(kept.read_text().replace("[[", "[{", 1))
-    assert "damaged" in tele_eval(capsys, *how, out, code=1)
+    (out / "results.json").unlink()
+    whole_line = kept.read_text()
+    for damaged in (whole_line.replace("[[", "[{", 1), re.sub(r"\[\[.*\]\]", "[]", whole_line, count=1)):
+        kept.write_text(damaged)
+        assert ", line 2: damaged" in tele_eval(capsys, *how, out, code=1)
 
 
 def test_results_of_something_else_and_a_directory_in_use_are_left_alone(work, files, tmp_path, capsys):
@@ -344,6 +364,11 @@ def test_results_of_something_else_and_a_directory_in_use_are_left_alone(work, f
     message = tele_eval(capsys, work, *text_flags(files), "--out", tmp_path, code=2)
     assert "holds results of something else" in message
     assert (tmp_path / "results.json").read_text() == '{"results": {}}'
+    other = {"kind": "bits_per_byte", "models": {"W0": {}}}
+    (tmp_path / "results.json").write_text(json.dumps(other))
+    message = tele_eval(capsys, work, *text_flags(files), "--out", tmp_path, code=2)
+    assert "results.json: holds results of W0; name it as well, or choose another --out" in message
+    assert json.loads((tmp_path / "results.json").read_text()) == other
     with held_alone(tmp_path / "other" / ".lock", ""):
         message = tele_eval(capsys, work, *text_flags(files), "--out", tmp_path / "other", code=2)
     assert "another tele eval writes there" in message

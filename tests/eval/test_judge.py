@@ -1,5 +1,6 @@
 """Judged dialogue: what a verdict is read as, AlignBench's aggregation, pairs in both orders, and judges that fail."""
 
+import gzip
 import http.server
 import json
 import threading
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tele_jax.cli.main import main
+from tele_jax.data import templates
 from tele_jax.errors import FailedError, UserError
 from tele_jax.eval import judge, tables
 from tele_jax.eval.judges import HttpJudge, overlap
@@ -202,7 +204,7 @@ def replies(judge, count):
 
 def test_an_endpoint_is_asked_again_where_it_is_busy(endpoint, monkeypatch):
     url, asked, script = endpoint
-    monkeypatch.setenv("SOME_KEY", "secret")
+    monkeypatch.setenv("SOME_KEY", "secret\n")
     script += [(429, ""), (503, "busy"), (500, "")]
     found = replies(HttpJudge(url, "m", "SOME_KEY", parallel=1, pause=0), 3)
     assert found == dict.fromkeys(range(3), "好 {'综合得分': 8}") and len(asked) == 6
@@ -239,6 +241,15 @@ def test_no_endpoint_and_no_key_are_one_line(monkeypatch):
         HttpJudge("http://127.0.0.1:9", "m", "NO_KEY")
     with pytest.raises(UserError, match="must begin with http:// or https://"):
         HttpJudge("file:///etc/passwd", "m")
+    addresses = ("http://[::1/v1", "http:///v1", "http://ho st", "http://host:x/v1", "http://例/v1", "http://a:99999")
+    for url in addresses:
+        with pytest.raises(UserError, match="is no URL of ASCII characters"):
+            HttpJudge(url, "m")
+    for key in ("sécret", "se cret", "se\ncret"):
+        monkeypatch.setenv("SOME_KEY", key)
+        with pytest.raises(UserError, match="--judge-key SOME_KEY: its value has") as caught:
+            HttpJudge("http://[::1]:9/v1", "m", "SOME_KEY")
+        assert "cret" not in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------------------ the verb
@@ -372,7 +383,7 @@ def test_a_checkpoint_judges(work, tmp_path, monkeypatch, capsys):
     assert "综合得分" in seen[0] and "1+1=?" in seen[0]
 
 
-def test_what_is_wrong_is_one_line(work, tmp_path, capsys):
+def test_what_is_wrong_is_one_line(work, tmp_path, monkeypatch, capsys):
     file = tmp_path / "questions.jsonl"
 
     def error(*flags, ckpt=work):
@@ -383,7 +394,15 @@ def test_what_is_wrong_is_one_line(work, tmp_path, capsys):
     assert error() == "tele: --questions: is needed with a checkpoint\n"
     assert "--judge-model: is needed" in error("--judge", "http://localhost:9")
     assert "question_id 1: a prompt of" in error("--questions", str(file), "--max-new-tokens", "255")
+
+    def refuse(self, prompts, **how):
+        raise AssertionError("nothing is to be answered")
+
+    monkeypatch.setattr(EvalModel, "continue_texts", refuse)
+    file.write_text("\n".join(json.dumps(q | {"reference": None}) for q in QUESTIONS))
+    assert "question_id 1: needs a reference for each turn" in error("--questions", str(file))
     for change, message in (
+        ({"question": " "}, "question_id 1: its question is empty"),
         ({"question": 3}, "line 1: needs a field 'question', str or list"),
         ({"question": []}, "question_id 1: needs turns"),
         ({"question": ["a", 3]}, "must be texts, or lists of texts"),
@@ -394,3 +413,23 @@ def test_what_is_wrong_is_one_line(work, tmp_path, capsys):
     assert "as many answers as questions" in error(ckpt=file)
     file.write_text(json.dumps(QUESTIONS[0] | {"answer": "a", "reference": None}))
     assert "needs a reference for each turn" in error(ckpt=file)
+    assert "holds answers with their questions; leave the flag out" in error("--questions", str(file), ckpt=file)
+
+
+def test_answers_are_read_from_gzip_and_damaged_records_are_named(tmp_path, capsys):
+    path, out = tmp_path / "answers.jsonl.gz", tmp_path / "out"
+    path.write_bytes(gzip.compress(json.dumps(QUESTIONS[0] | {"answer": "3"}).encode()))
+    command = ["eval", "dialogue", str(path), "--judge", "reference", "--out", str(out)]
+    assert main(command) == 0
+    for line in ("5", '{"a": 1}', json.dumps(QUESTIONS[0] | {"answer": "3", "score": True})):
+        (out / "judgements.jsonl").write_text(line + "\n")
+        assert main(command) == 1
+        assert "judgements.jsonl, line 1: damaged, needs a field" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"), [({"repetition_penalty": 1.5}, 1.5), ({"top_k": 5}, None), ({}, 1.02)]
+)
+def test_answers_have_the_repetition_penalty_of_the_release_or_else_of_the_template(sampling, expected):
+    found = templates.greedy_options(templates.TEMPLATES["telechat_52b"], {"sampling": sampling})
+    assert found == ({} if expected is None else {"repetition_penalty": expected})

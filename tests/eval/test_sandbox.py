@@ -356,6 +356,8 @@ def test_what_is_wrong_is_one_line(written, tmp_path, monkeypatch, capsys):
         return capsys.readouterr().err
 
     assert error() == "tele: --tasks FILE or --data DIR: is needed\n"
+    assert "--tasks and --data: both name the tasks" in error("--tasks", str(file), "--data", str(tmp_path))
+    assert error("--tasks", str(file), "--samples", "0") == "tele: --samples 0: must be at least 1\n"
     assert "--k 3: expected numbers from 1 to --samples" in error("--tasks", str(file), "--k", "3")
     assert "at temperature 0 all programs" in error("--tasks", str(file), "--samples", "2", "--temperature", "0")
     for line, message in (
@@ -365,12 +367,16 @@ def test_what_is_wrong_is_one_line(written, tmp_path, monkeypatch, capsys):
         (json.dumps(TASKS[0] | {"test": "assert 1"}), "the test of T/add defines no check(candidate)"),
         (json.dumps(TASKS[0]) + "\n" + json.dumps(TASKS[0]), "line 2: task_id T/add occurs twice"),
         ("", "holds no line"),
+        (json.dumps(TASKS[0] | {"prompt": " "}), "the prompt of T/add is empty"),
     ):
         file.write_text(line)
         assert message in error("--tasks", str(file))
-    file.write_text(json.dumps(TASKS[0] | {"prompt": "def add(a, b):\n" * 50}))
+    file.write_text(json.dumps(TASKS[0] | {"prompt": "# long\n" * 200 + TASKS[0]["prompt"]}))
     if sys.platform == "linux" and platform.machine() in confine.AUDIT_ARCH:
         assert "T/add: its prompt of" in error("--tasks", str(file), "--unsafe-without-isolation")
+        file.write_text(json.dumps(TASKS[0] | {"test": "nothing()\n" + TESTS}))
+        message = error("--tasks", str(file), "--unsafe-without-isolation")  # before the prompt, of a small model
+        assert "T/add: the tests of add do not run: NameError" in message and not (tmp_path / "o").exists()
     monkeypatch.setattr(confine, "__file__", str(tmp_path / "nothing.py"))
     message = error("--tasks", str(file))
     assert message.startswith("tele: code of a model cannot be isolated on this system (namespaces: no answer")

@@ -8,7 +8,8 @@ import pytest
 from tele_jax.cli.main import main
 from tele_jax.errors import UserError
 from tele_jax.eval import tables
-from tele_jax.eval.tables import TABLES, find_domains, read_results
+from tele_jax.eval.results import read_results
+from tele_jax.eval.tables import TABLES, find_domains
 
 # Rows whose printed average is not that of their printed cells; 1.783 and 1.782 are a rounding apart, the other is not.
 UNLIKE = {("Llama-65B", "weighted", "1.782", "1.783"), ("gpt-4-0613", "Overall", "6.83", "6.50")}
@@ -102,7 +103,7 @@ def test_tasks_of_several_files_join_and_say_what_differs(tmp_path, capsys):
     )
     second = harness(
         gsm8k=(5, {"exact_match,strict-match": 0.1, "exact_match,flexible-extract": 0.2}),
-        humaneval=(0, {"pass@1,create_test": 0.15}),
+        humaneval=(0, {"pass@5,create_test": 0.15, "pass@1,create_test": 0.05}),
         bbh=(3, {"exact_match,get-answer": 0.35}),
     )
     printed, figures = table(tmp_path, capsys, first, second)
@@ -112,6 +113,7 @@ def test_tasks_of_several_files_join_and_say_what_differs(tmp_path, capsys):
     assert found["Avg"] == pytest.approx(np.mean(cells))
     assert "runs/x: arc_challenge with 0 examples, the published ARC with 25" in printed
     assert figures[1]["title"] == "TeleChat chat models, percent" and "60.00" in printed
+    assert figures[1]["results"]["runs/x"]["HumanEval"] == pytest.approx(5)
     assert "gsm8k with 5 examples, the published GSM8K with 4" in printed
 
 
@@ -119,6 +121,16 @@ def test_tasks_that_ask_as_telechat_did_stand_in_its_table(tmp_path, capsys):
     both = harness(ceval=(5, {"acc,none": 0.25}), telechat_ceval=(5, {"exact_match,none": 0.75}))
     _, (chinese, telechat) = table(tmp_path, capsys, both)
     assert chinese["results"]["runs/x"] == {"C-Eval": 25.0} and telechat["results"]["runs/x"] == {"C-Eval": 75.0}
+
+
+def test_a_column_takes_its_own_metric_alone(tmp_path, capsys):
+    printed, figures = table(
+        tmp_path, capsys, harness(humaneval=(0, {"pass@1,none": 0.25}), mmlu=(5, {"acc,none": 0.5}))
+    )
+    english, telechat = (shown["results"]["runs/x"] for shown in figures)
+    assert "HumanEval" not in english and telechat["HumanEval"] == 25
+    assert "runs/x: no HumanEval, which is pass@5 here, from humaneval pass@1" in printed
+    assert "which is pass@1 here" not in printed
 
 
 def test_an_average_without_all_its_columns_is_left_out(tmp_path, capsys):
@@ -130,12 +142,12 @@ def test_an_average_without_all_its_columns_is_left_out(tmp_path, capsys):
 
 def test_perplexity_by_length_is_that_of_the_documents_cut_there(tmp_path, capsys):
     results = bits_per_byte({"law": 1.0})
-    parts = [(0, 2048, 30, 2.0), (2048, 4096, 20, 1.5), (4096, 6144, 10, 1.0), (6144, None, 10, 0.5)]
+    cuts = [(0, 2048, (3, 2.0)), (2048, 4096, (2, 1.8)), (4096, 6144, None), (6144, None, None)]
     results["models"]["runs/x"]["domains"]["law"]["positions"] = [
-        {"from": a, "to": b, "tokens": n, "loss": x, "perplexity": np.exp(x)} for a, b, n, x in parts
+        {"from": a, "to": b, "cut": cut and dict(zip(("documents", "loss"), cut))} for a, b, cut in cuts
     ]
     printed, (figures,) = table(tmp_path, capsys, results)
-    assert figures["results"]["runs/x, law"] == pytest.approx({"2k": np.exp(2.0), "4k": np.exp((60 + 30) / 50)})
+    assert figures["results"]["runs/x, law"] == pytest.approx({"2k": np.exp(2.0), "4k": np.exp(1.8)})
     assert figures["published"]["TeleChat-7B, NTK and attention"]["96k"] == 7.97
     assert "96k" in printed
 
@@ -153,7 +165,9 @@ def test_categories_of_dialogues_have_their_tables(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"loss": 1}, "holds no results of tele eval bpb, harness or dialogue"),
+        ({"loss": 1}, "holds no results of tele eval bpb, harness, dialogue or code"),
+        ({"kind": "reference_overlap", "scores": {"Math": 5.0}}, "of the kind 'reference_overlap', which no published"),
+        (harness(mmlu=(5, {"acc,none": np.nan})), "mmlu acc is not a finite number"),
         ({"kind": "bits_per_byte", "models": {"a": {}}}, "is not as tele eval writes results"),
         ({"kind": "alignbench", "scores": {}}, "is not as tele eval writes results"),
         ({"kind": "bits_per_byte", "models": []}, "is not as tele eval writes results"),
@@ -171,6 +185,6 @@ def test_files_without_results_are_named(content, message, tmp_path, capsys):
 
 def test_results_that_contradict_each_other_are_refused(tmp_path, capsys):
     two = (harness(mmlu=(5, {"acc,none": 0.25})), harness(mmlu=(5, {"acc,none": 0.5})))
-    assert "runs/x: two of the results have mmlu, and differ" in table(tmp_path, capsys, *two, code=2)
+    assert "runs/x: two of the results have mmlu acc, and differ" in table(tmp_path, capsys, *two, code=2)
     with pytest.raises(UserError, match="nowhere"):
         read_results(tmp_path / "nowhere")
