@@ -123,7 +123,7 @@ class _Pool(concurrent.futures.ThreadPoolExecutor):
 
 
 def _run(task: Table, program: str, mode: str, limits: Limits) -> str:
-    """Why a program fails the tests of a task, "" where it passes; raises UserError for tests that do not run."""
+    """The reason why a program fails the tests of a task, or ""; raises UserError for tests that do not run."""
     helpers = task["prompt"] + task["canonical_solution"]
     try:
         return sandbox.judge(program, helpers, task["test"], task["entry_point"], mode=mode, limits=limits)
