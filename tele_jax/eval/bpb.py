@@ -304,9 +304,11 @@ def require_same(file: Path, results: Table) -> None:
     if not file.exists():
         return
     before = read_table(file)
-    require(before.get("kind") == results["kind"], f"{file}: holds results of something else; choose another --out")
+    models = before.get("models") if before.get("kind") == results["kind"] else None
+    if not isinstance(models, dict) or not all(isinstance(figures, dict) for figures in models.values()):
+        raise UserError(f"{file}: holds results of something else; choose another --out")
     other = next((name for name in results if name != "models" and before.get(name) != results[name]), None)
-    for path, figures in dict(before.get("models") or {}).items():
+    for path, figures in models.items():
         about = results["models"].get(path)
         if about is None:
             raise UserError(f"{file}: holds results of {path}; name it as well, or choose another --out")

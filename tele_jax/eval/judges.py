@@ -77,6 +77,8 @@ class HttpJudge:
         require(
             self.url.startswith(("http://", "https://")), f"--judge {self.url}: must begin with http:// or https://"
         )
+        named = "@" in self.url.partition("://")[2].partition("/")[0]
+        require(not named, "--judge: a URL with a user name or password is not taken; give the key by --judge-key")
         require(
             _is_address(self.url), f"--judge {self.url!r}: is no URL of ASCII characters, as http://localhost:8000/v1"
         )
@@ -155,7 +157,7 @@ def _is_address(url: str) -> bool:
     """Tells whether a URL has a host and, where it has a port, a number there."""
     try:
         parts = urllib.parse.urlsplit(url)
-        return _is_plain(url) and bool(parts.hostname) and parts.port != 0 and "@" not in parts.netloc
+        return _is_plain(url) and bool(parts.hostname) and parts.port != 0
     except ValueError:  # of a bracket that is not closed, or of a port
         return False
 

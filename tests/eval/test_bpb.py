@@ -369,6 +369,8 @@ def test_results_of_something_else_and_a_directory_in_use_are_left_alone(work, f
     message = tele_eval(capsys, work, *text_flags(files), "--out", tmp_path, code=2)
     assert "results.json: holds results of W0; name it as well, or choose another --out" in message
     assert json.loads((tmp_path / "results.json").read_text()) == other
+    (tmp_path / "results.json").write_text('{"kind": "bits_per_byte", "models": [1]}')
+    assert "holds results of something else" in tele_eval(capsys, work, *text_flags(files), "--out", tmp_path, code=2)
     with held_alone(tmp_path / "other" / ".lock", ""):
         message = tele_eval(capsys, work, *text_flags(files), "--out", tmp_path / "other", code=2)
     assert "another tele eval writes there" in message

@@ -245,6 +245,9 @@ def test_no_endpoint_and_no_key_are_one_line(monkeypatch):
     for url in addresses:
         with pytest.raises(UserError, match="is no URL of ASCII characters"):
             HttpJudge(url, "m")
+    with pytest.raises(UserError, match="user name or password is not taken") as caught:
+        HttpJudge("http://me:secret@host/v1", "m")
+    assert "secret" not in str(caught.value)
     for key in ("sécret", "se cret", "se\ncret"):
         monkeypatch.setenv("SOME_KEY", key)
         with pytest.raises(UserError, match="--judge-key SOME_KEY: its value has") as caught:

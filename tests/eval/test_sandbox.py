@@ -288,6 +288,8 @@ def test_eval_code_counts_what_passes_and_goes_on_after_a_kill(mode, written, tm
     asked = scripted(monkeypatch, [])
     assert main(command) == 0 and asked == []
     capsys.readouterr()
+    assert main([*command, "--seconds", "6"]) == 2
+    assert "results.jsonl: was made with another --seconds" in capsys.readouterr().err
     assert main([*command, "--seed", "1"]) == 2
     assert capsys.readouterr().err.endswith(
         "samples.jsonl: was made with another seed; choose another --out, or remove the files\n"
