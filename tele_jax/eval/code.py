@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -46,9 +47,8 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     >>> pass_at_k(5, 1, 1), pass_at_k(5, 2, 4)
     (0.2, 1.0)
     """
-    if samples - passed < k:
-        return 1.0
-    return 1.0 - float(np.prod(1.0 - k / np.arange(samples - passed + 1, samples + 1)))
+    draws = math.comb(samples, k)
+    return (draws - math.comb(samples - passed, k)) / draws
 
 
 def program_of(task: Table, completion: str, *, chat: bool) -> str:
