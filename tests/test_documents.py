@@ -241,7 +241,7 @@ KINDS = {
         p / "begun" / shards.ACCOUNTS / "prose/00000.json", lambda: shards.finished(p / "begun", unit_of(p))
     ),
     "position": lambda p: Kind(p / "state", lambda: feed.parse_state((p / "state").read_bytes())),
-    "fetched": lambda p: Kind(p / "fetched/manifest.json", lambda: corpora._read_manifest(p / "fetched")),
+    "fetched": lambda p: Kind(p / "fetched/manifest.json", lambda: corpora.read_manifest(p / "fetched")),
     "program": lambda p: Kind(p / "program/program.json", lambda: compiling._read(p / "program")),
     "dialogue": lambda p: Kind(
         p / "dialogue", lambda: documents.check_record((p / "dialogue").read_text(), "dialogues")

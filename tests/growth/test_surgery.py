@@ -141,7 +141,9 @@ def test_a_smaller_vocabulary_is_verified_on_the_tokens_that_are_left(x64):
     report = growth.verify(plan, params, small, np.array([[4, 0, 12, 7, 7]]))
     assert report.ok and max(report.parts.values()) <= 1e-11
     assert report.max_rel <= 1e-12 and report.dead == report.locked == ()
-    with pytest.raises(tele.UserError, match="verify: tokens 1, 2 are not in both vocabularies"):
+    with pytest.raises(
+        tele.UserError, match="verify: tokens: the source and the grown model do not both have the ids 1, 2"
+    ):
         growth.verify(plan, params, small, np.array([[4, 0, 1, 2]]))
 
 

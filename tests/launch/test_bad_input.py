@@ -40,7 +40,7 @@ def with_(options: list[str], **changes: str) -> list[str]:
         (OPTIONS, with_(ON, workdir="/else/run"), "--workdir=/else/run: the machines see the bucket as their current"),
         (OPTIONS, [*ON, "--config.pretrain.data.tokenizer=../t.model"], "data.tokenizer=../t.model: the machines"),
         (OPTIONS, [*ON, "--config.pretrain.stepz=3"], "stepz"),
-        (OPTIONS, ["tele", "train", "--wordir", "W"], "tele train:"),
+        (OPTIONS, ["tele", "train", "--wordir", "W"], "tele: train: unrecognized argument --wordir; did you mean"),
         (OPTIONS, ["python", "train.py"], "-- python: the command begins with tele"),
         (OPTIONS, ["tele", "grow", "a", "b"], "tele grow: uses no slice; it runs on one machine: launch/cpu_vm.sh"),
         (OPTIONS[2:], ON, "tele train: trains on a slice; give --topology"),
