@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=60, help="questions of a task; five-shot tasks take half")
     parser.add_argument("--documents", type=int, default=16, help="texts of rolling log-likelihood")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--only", default="", help="tasks whose names have this in them; default: all")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8], help="of the peer")
     parser.add_argument("--child", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -139,7 +140,7 @@ def measure(work: Path, args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"model": "SmolLM2-135M-Instruct, float32", "window": WINDOW}
     children = {name: Child(name, work) for name in ("ours", "theirs")}
     result |= {name: child.hello for name, child in children.items()}
-    for name in tasks(work, args.items, args.documents):
+    for name in (name for name in tasks(work, args.items, args.documents) if args.only in name):
         job = {"task": name, "items": args.items, "documents": args.documents}
         first = {"ours": children["ours"].ask(job), "theirs": None}
         seconds: dict[str, list[float]] = {"ours": []} | {f"theirs, {size}": [] for size in args.batch_size}
