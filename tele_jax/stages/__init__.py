@@ -9,7 +9,7 @@ A page in configs/ returns a ConfigDict with `run`, the names of the stages in o
 that trains derives it from settings.TrainStage, and has
 
     batches(stage, index) -> Batches     what the stage reads, opened and checked (data/batches.py)
-    loss(cfg, params, batch, masks, beside) -> (sum, weight, figures)
+    loss(stage, cfg, params, batch, masks, beside) -> (sum, weight, figures)
                                          pure: the sum over a batch, the weights it is divided by, and other sums by
                                          name, which are divided by the weights and logged
     beside(stage, cfg, previous, mesh)   optional: arrays that the loss reads and no step changes, such as a reference

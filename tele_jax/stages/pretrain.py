@@ -29,7 +29,12 @@ def batches(stage: PretrainStage, index: sources.Indexes) -> Batches:
 
 
 def loss(
-    cfg: ModelConfig, params: Params, batch: Mapping[str, jax.Array], masks: Any = None, beside: None = None
+    stage: TrainStage,
+    cfg: ModelConfig,
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    masks: Any = None,
+    beside: None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """Cross entropy of the next token in nats; see stages.__init__."""
     return *next_token_loss(cfg, params, batch, masks), {}

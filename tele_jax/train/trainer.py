@@ -214,8 +214,8 @@ class Trainer:
         return from_first(self._summary)
 
     def _train(self, stop: StopSignal) -> None:
-        stage = self.stage
-        how = {"batch_size": stage.batch_size, "microbatches": stage.microbatches, "loss": self.kind.loss}
+        stage, loss = self.stage, functools.partial(self.kind.loss, self.stage)
+        how = {"batch_size": stage.batch_size, "microbatches": stage.microbatches, "loss": loss}
         step_function = make_step(self.cfg, self.tx, self.mesh, **how)
         quiet = not (is_first() and sys.stderr.isatty())
         bar = tqdm(total=stage.steps, initial=self.first_step, desc=self.directory.name, disable=quiet)

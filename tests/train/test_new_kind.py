@@ -36,11 +36,11 @@ def batches(stage, index):
 
 def beside(stage, cfg, previous, mesh):
     reference = checkpoint.load(previous, mesh=mesh, items=("params",)).params
-    return {"head": reference["lm_head"]["kernel"], "strength": jnp.float32(stage.strength)}
+    return {"head": reference["lm_head"]["kernel"]}
 
-def loss(cfg, params, batch, masks, beside):
+def loss(stage, cfg, params, batch, masks, beside):
     total, weight = next_token_loss(cfg, params, batch, masks)
-    moved = weight * beside["strength"] * jnp.sum((params["lm_head"]["kernel"] - beside["head"]) ** 2)
+    moved = weight * stage.strength * jnp.sum((params["lm_head"]["kernel"] - beside["head"]) ** 2)
     return total + moved, weight, {"moved": moved}
 '''
 
