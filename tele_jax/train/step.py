@@ -20,7 +20,7 @@ from tele_jax.model.spec import abstract_params, spec
 from tele_jax.sharding import BATCH, batch_sharding, param_shardings, replicated
 
 Step = Callable[..., tuple[PyTree, PyTree, dict[str, jax.Array]]]
-# loss(cfg, params, batch, masks, beside) -> (sum, weight, {name: sum}): that of a kind for its stage, stages/__init__.py
+# loss(cfg, params, batch, masks, beside) -> (sum, weight, {name: sum}): that of a kind, given its stage
 Loss = Callable[[ModelConfig, PyTree, Mapping[str, jax.Array], PyTree, PyTree], tuple[jax.Array, jax.Array, dict]]
 
 
