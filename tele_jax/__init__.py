@@ -10,6 +10,7 @@ scores = tele.score(cfg, params, prompts, continuations)                  tele_j
 tele.run(config, workdir)                    what `tele train` does       tele_jax/report.py
 tele.growth                                  grow parameter trees         tele_jax/growth/
 tele.surgery                                 take, drop, cut, pad, rename tele_jax/growth/surgery.py
+tele.lora                                    low-rank adapters            tele_jax/model/adapters.py
 tele.checkpoint                              save and load                tele_jax/checkpoint/
 tele.plots                                   losses, plans, receipts      tele_jax/plots.py
 tele.convert                                 released checkpoints         tele_jax/convert/
@@ -23,6 +24,7 @@ from tele_jax.axes import ParamSpec
 from tele_jax.config import ModelConfig, Ntk, Rope
 from tele_jax.errors import DamageError, UserError
 from tele_jax.inference.generate import generate
+from tele_jax.model import adapters as lora
 from tele_jax.model.decoder import forward, init
 from tele_jax.model.spec import count_params, spec
 from tele_jax.published import get_model
@@ -48,6 +50,7 @@ __all__ = [
     "get_model",
     "growth",
     "init",
+    "lora",
     "plots",
     "run",
     "score",

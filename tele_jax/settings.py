@@ -180,6 +180,30 @@ class TasksConfig:
 
 
 @checked
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685): a kernel W acts as W + scale * a b, of which a and b are trained.
+
+    Rank and targets are by default those of TeleChat's released fine-tuning; alpha, twice the rank, is ours.
+    """
+
+    rank: int = 8  # size of the axis between a and b
+    alpha: float = 16.0  # scale = alpha / rank
+    # Kernels inside layers, by parts of their names: attn, mlp, q, attn.q, layers.attn.q; or self_attention., the name
+    # of attn in TeleChat's release.
+    targets: tuple[str, ...] = ("attn",)
+    rank_stabilized: bool = False  # scale = alpha / sqrt(rank), arXiv 2312.03732
+
+    def __post_init__(self):
+        require_positive(self, "rank", "alpha")
+        require(bool(self.targets), "targets is empty; name kernels, such as attn")
+
+    @property
+    def scale(self) -> float:
+        """The factor on a b."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
+@checked
 class TrainStage:
     """Fields of every kind of stage that trains; a kind may add others (stages/)."""
 

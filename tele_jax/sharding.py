@@ -41,6 +41,7 @@ RULES: Rules = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "rank": None,
 }
 LARGE_BYTES = 64 * 2**20  # a leaf above this must not lie whole on every device
 BLOCK_BYTES = 64 * 2**20  # part of an array that `fetch` moves at once

@@ -29,7 +29,9 @@ def params():
     return tele.init(CFG, jax.random.key(0))
 
 
-@pytest.mark.parametrize("module", [tele, tele.growth, tele.surgery, tele.checkpoint, tele.convert, tele.plots])
+@pytest.mark.parametrize(
+    "module", [tele, tele.growth, tele.surgery, tele.lora, tele.checkpoint, tele.convert, tele.plots]
+)
 def test_dir_shows_what_can_be_used_and_nothing_else(module):
     assert dir(module) == sorted(module.__all__)
     assert all(getattr(module, name) is not None for name in dir(module))

@@ -165,12 +165,12 @@ def prepare(cfg: ModelConfig, params: Params) -> Mapping[str, Any]:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _cast(leaf, dtype):
-    return leaf.astype(dtype)
+    return jax.tree.map(lambda array: array.astype(dtype), leaf)  # a kernel may have an adapter (platforms.Adapted)
 
 
 @jax.jit
 def _unstack(leaf):
-    return tuple(leaf)
+    return tuple(jax.tree.map(lambda array: array[layer], leaf) for layer in range(leaf.shape[0]))  # noqa: B023
 
 
 def _platform(leaf: object) -> str:

@@ -9,6 +9,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from tele_jax.sharding import platform
 
@@ -20,8 +21,36 @@ COMPILED_ONCE = {"xla_backend_optimization_level": 1}
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
-def project(letters: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The product jnp.einsum(letters, x, kernel), the kernel in the dtype of x."""
+class Adapted(struct.PyTreeNode):
+    """A kernel with a low-rank adapter: the kernel + scale * a b (model/adapters.py). It stands in a parameter tree.
+
+    Flax compares the shape of a parameter with that of the first leaf alone, which has to be the kernel.
+    """
+
+    kernel: jax.Array  # [(layers), *inputs, *outputs]
+    a: jax.Array  # [(layers), *inputs, rank]
+    b: jax.Array  # [(layers), rank, *outputs]
+    scale: float = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kernel.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.kernel.dtype
+
+
+def project(letters: str, x: jax.Array, kernel: jax.Array | Adapted) -> jax.Array:
+    """The product jnp.einsum(letters, x, kernel), the kernel in the dtype of x; for an Adapted, without merging it."""
+    if isinstance(kernel, Adapted):
+        of_x, of_kernel, result = re.split(",|->", letters)
+        inputs, outputs = ("".join(c for c in of_kernel if (c in of_x) == inside) for inside in (True, False))
+        rows = "".join(c for c in of_x if c not in inputs)
+        low = project(f"{of_x},{inputs}R->{rows}R", x, kernel.a)
+        return project(letters, x, kernel.kernel) + project(
+            f"{rows}R,R{outputs}->{result}", low * kernel.scale, kernel.b
+        )
     kernel = _rounded(kernel, x.dtype).astype(x.dtype)
     return _cpu_project(letters, x, kernel) if platform() == "cpu" else jnp.einsum(letters, x, kernel)
 
