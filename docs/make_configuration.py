@@ -32,7 +32,7 @@ which returns a ConfigDict; `--config.KEY=VALUE` on the command line changes a v
 SECTIONS = (
     ("A run: `tele train`", (stages.RunConfig, settings.MeshConfig)),
     ("A training stage: `kind=\"pretrain\"` or `kind=\"sft\"`", (settings.TrainStage, settings.OptimizerConfig,
-                                                             settings.ScheduleConfig)),
+                                                             settings.ScheduleConfig, settings.LoraConfig)),
     ("A growth stage: `kind=\"grow\"`, also `tele grow`", (settings.GrowStage,)),
     ("Data", (settings.DataConfig, settings.SourceConfig)),
     ("A model", (config.ModelConfig, config.Rope, config.Ntk)),

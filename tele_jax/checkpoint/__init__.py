@@ -5,6 +5,7 @@
     lazy = checkpoint.open_lazy(path)                    lazy.params["layers"]["attn"]["q"][3]       lazy.py
     checkpoint.Manager(directory, keep=2)                the checkpoints of a training run           saving.py
     checkpoint.verify(lazy)                              reads every chunk and checks it             read.py
+    checkpoint.adapter_for(path, lora)                   for a checkpoint of adapters alone          adapted.py
 
 Growth on disk and imports write through `chunked.write_leaves`, in steps that no kill undoes (unfinished.py), and read
 and write chunk files directly (chunk_files.py). The content of a step directory: layout.py; which directories a path
@@ -15,15 +16,17 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tele_jax.checkpoint.adapted import adapter_for
     from tele_jax.checkpoint.lazy import Lazy, LazyArray, open_lazy
     from tele_jax.checkpoint.read import Damage, Loaded, load, verify
     from tele_jax.checkpoint.saving import Manager, save
 
 _HOMES = {name: "lazy" for name in ("Lazy", "LazyArray", "open_lazy")}
 _HOMES |= {name: "read" for name in ("Damage", "Loaded", "load", "verify")}
+_HOMES |= {"adapter_for": "adapted"}
 _HOMES |= {name: "saving" for name in ("Manager", "save")}
 
-__all__ = ["Damage", "Lazy", "LazyArray", "Loaded", "Manager", "load", "open_lazy", "save", "verify"]
+__all__ = ["Damage", "Lazy", "LazyArray", "Loaded", "Manager", "adapter_for", "load", "open_lazy", "save", "verify"]
 
 
 def __getattr__(name: str):

@@ -1,6 +1,7 @@
 """The layout of a step directory, as pure functions that touch no file.
 
     <step>/params/<leaf>/zarr.json, c/<i>/<j>/...     one zarr3 array per leaf, <leaf> its dotted name
+    <step>/adapters/<leaf>/...                        instead of params: adapters of parameters that lie elsewhere
     <step>/opt_state/<leaf>/...                       the same; left out where nothing was given
     <step>/data/state/...                             the position of the data feed, as uint8[n]
     <step>/meta/meta.json                             the Meta below, with its own checksum
@@ -28,9 +29,10 @@ from tele_jax.axes import Leaves, Params, ParamSpec, PyTree
 from tele_jax.config import ModelConfig, as_written, from_dict, to_dict, written_table
 from tele_jax.errors import DamageError, UserError
 from tele_jax.files import Table, is_plain_name, parse_json
+from tele_jax.settings import LoraConfig
 
 FORMAT = 1
-ITEMS = ("params", "opt_state", "data")
+ITEMS = ("params", "adapters", "opt_state", "data")
 META_FILE = "meta.json"  # in the item "meta"
 CHUNK_BYTES = 128 * 2**20  # largest chunk, before its checksum
 CRC_BYTES = 4
@@ -67,6 +69,19 @@ class Leaf:
 
 
 @dataclasses.dataclass(frozen=True)
+class Adapter:
+    """Description of the adapters in a checkpoint, and of the checkpoint whose parameters they adapt.
+
+    base: paths of its step directory to try one after another, relative ones from the directory of the adapters.
+    fingerprint: of its content, see adapted.fingerprint.
+    """
+
+    lora: LoraConfig
+    base: tuple[str, ...]
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Meta:
     """The document of a checkpoint. items: {"params": {leaf name: Leaf}, "opt_state": ..., "data": ...}."""
 
@@ -75,6 +90,7 @@ class Meta:
     provenance: tuple[Table, ...]
     items: dict[str, dict[str, Leaf]]
     versions: dict[str, str]
+    adapter: Adapter | None = None  # where there are adapters in place of params
 
 
 def summary(items: Mapping[str, Mapping[str, Any]]) -> str:
@@ -85,9 +101,11 @@ def summary(items: Mapping[str, Mapping[str, Any]]) -> str:
     '32 parameters in 1 leaf; opt_state of 1 leaf'
     """
     counts = {item: f"{len(leaves)} {'leaf' if len(leaves) == 1 else 'leaves'}" for item, leaves in items.items()}
-    size = sum(math.prod(leaf.shape) for leaf in items["params"].values())
-    others = [f"{item} of {count}" for item, count in counts.items() if item != "params"]
-    return "; ".join([f"{size:,} parameters in {counts['params']}", *others])
+    own = "params" if "params" in items else "adapters"
+    size = sum(math.prod(leaf.shape) for leaf in items[own].values())
+    others = [f"{item} of {count}" for item, count in counts.items() if item != own]
+    what = "parameters" if own == "params" else "parameters of adapters"
+    return "; ".join([f"{size:,} {what} in {counts[own]}", *others])
 
 
 def describe(shape: Sequence[int], dtype: DTypeLike) -> str:
@@ -218,6 +236,7 @@ def meta_to_json(meta: Meta) -> Table:
             item: {name: _leaf_to_json(leaf) for name, leaf in leaves.items()} for item, leaves in meta.items.items()
         },
         "versions": meta.versions,
+        **({} if meta.adapter is None else {"adapter": to_dict(meta.adapter)}),
     }
     try:
         return {"sha256": _digest(content), **content}
@@ -241,14 +260,16 @@ def meta_from_json(text: str | bytes, where: str) -> Meta:
             f"{where}: format {content.get('format')!r}, but this version of tele_jax reads format {FORMAT}"
         )
     known = as_written(_Document, content, where)
-    if "params" not in known.items:
-        raise DamageError(f"{where}: items.params: damaged, it is missing")
+    own = "params" if known.adapter is None else "adapters"
+    if own not in known.items:
+        raise DamageError(f"{where}: items.{own}: damaged, it is missing")
     return Meta(
         cfg=from_dict(ModelConfig, known.config, f"{where}: config"),
         step=known.step,
         provenance=known.provenance,
         items={item: _leaves(item, leaves, f"{where}: items.{item}") for item, leaves in known.items.items()},
         versions=known.versions,
+        adapter=known.adapter,
     )
 
 
@@ -262,6 +283,7 @@ class _Document:
     provenance: tuple[Table, ...]
     items: dict[str, dict[str, Table]]
     versions: dict[str, str]
+    adapter: Adapter | None = None
 
 
 def package_versions() -> dict[str, str]:

@@ -91,7 +91,14 @@ class LazyArray:
 class _Named(dict):
     """A dict that says which names there are where one is missing."""
 
+    where: object = "the checkpoint"
+
     def __missing__(self, name: object):
+        if name == "params" and "adapters" in self:
+            raise UserError(
+                f"{self.where}: holds adapters (LoRA) and no parameters; tele.checkpoint.load(path) merges them into "
+                "their base, tele.checkpoint.save writes the result"
+            )
         raise UserError(f"the checkpoint has no {name!r}; it has {abridged(self) or 'nothing here'}")
 
 
@@ -101,6 +108,8 @@ class Lazy:
 
     params: nested dict of LazyArray.  opt_state: the same (keys are field names, dict keys and positions), or None.
     items: all of it flat, {"params": {"layers.attn.q": LazyArray}, "opt_state": ..., "data": ...}.
+    adapter: describes the adapters where items has "adapters" in place of "params"; opt_state is None then, and the
+      moments of the adapters are in items.
     """
 
     path: epath.Path
@@ -109,6 +118,7 @@ class Lazy:
     provenance: tuple[Table, ...]
     versions: dict[str, str]
     items: dict[str, dict[str, LazyArray]]
+    adapter: layout.Adapter | None = None
 
     def __repr__(self) -> str:
         return f"<Lazy {self.path}: step {self.step}; {layout.summary(self.items)}; print it for its leaves>"
@@ -129,7 +139,8 @@ class Lazy:
 
     @property
     def opt_state(self) -> Params | None:
-        return unflatten(self.items["opt_state"]) if "opt_state" in self.items else None
+        has_state = "opt_state" in self.items and self.adapter is None
+        return unflatten(self.items["opt_state"]) if has_state else None
 
     def data_state(self) -> bytes | None:
         """Reads the position of the data feed."""
@@ -154,10 +165,11 @@ def open_lazy(path: PathLike) -> Lazy:
         raise DamageError(f"{meta_file}: missing; damaged, or not a checkpoint of tele_jax") from None
     meta = layout.meta_from_json(text, str(meta_file))
     items = _Named()
+    items.where = step_dir
     for item, leaves in meta.items.items():
         items[item] = _Named({n: LazyArray(f"{item}/{n}", step_dir / item / n, leaf) for n, leaf in leaves.items()})
     _check_structure(step_dir, items)
-    return Lazy(step_dir, meta.cfg, meta.step, meta.provenance, meta.versions, items)
+    return Lazy(step_dir, meta.cfg, meta.step, meta.provenance, meta.versions, items, meta.adapter)
 
 
 def _check_structure(step_dir: epath.Path, items: dict[str, dict[str, LazyArray]]) -> None:

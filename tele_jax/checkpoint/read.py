@@ -15,10 +15,12 @@ from jax.sharding import PartitionSpec as P
 from tele_jax import axes
 from tele_jax.axes import Leaf, Leaves, Params, ParamSpec, PyTree
 from tele_jax.checkpoint import layout
+from tele_jax.checkpoint.adapted import open_base
 from tele_jax.checkpoint.lazy import Lazy, LazyArray, Read, finish, open_lazy
 from tele_jax.config import ModelConfig, differing_fields, require, require_config, require_known
 from tele_jax.errors import DamageError, UserError, abridged
 from tele_jax.files import PathLike, Table
+from tele_jax.model import adapters
 from tele_jax.model.spec import flat_spec
 from tele_jax.sharding import Device, param_shardings, require_mesh
 
@@ -28,7 +30,10 @@ _IN_FLIGHT_BYTES = 2 * 2**30  # host memory for what has been read and is not ye
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loaded:
-    """A checkpoint in memory. opt_state and data_state are None where none was saved or asked for."""
+    """A checkpoint in memory. opt_state and data_state are None where none was saved or asked for.
+
+    adapters: of a checkpoint that holds adapters, where asked for; `adapter` describes them.
+    """
 
     cfg: ModelConfig
     params: Params
@@ -36,9 +41,12 @@ class Loaded:
     step: int
     provenance: tuple[Table, ...]
     data_state: bytes | None
+    adapters: Params | None = None
+    adapter: layout.Adapter | None = None
 
     def __repr__(self) -> str:
         items = {"params": axes.flatten(self.params)}
+        items |= {} if self.adapters is None else {"adapters": axes.flatten(self.adapters)}
         items |= {} if self.opt_state is None else {"opt_state": layout.named_leaves(self.opt_state)}
         return f"<Loaded step {self.step}: {layout.summary(items)}>"
 
@@ -52,6 +60,7 @@ def load(
     cfg: ModelConfig | None = None,
     expect: Leaves | None = None,
     items: Collection[str] = ("params", "opt_state", "data"),
+    base: PathLike | None = None,
 ) -> Loaded:
     """Reads a checkpoint onto a mesh, which need not be the one it was saved from.
 
@@ -63,11 +72,14 @@ def load(
       carries is followed. Without it the state comes as nested dicts (keys are field names, dict keys, positions).
     cfg: the model that is expected; it may differ from the stored one in EXECUTION_FIELDS, and is Loaded.cfg then.
     expect: tree of ParamSpec, where params are not those of the config.
-    items: what to read; ("params",) needs a third of the memory.
+    items: what to read; ("params",) needs a third of the memory. Of a checkpoint that holds adapters (adapted.py),
+      "params" are those of its base with the adapters merged into them, and have no optimizer state; "adapters" are
+      the adapters alone, whose moments "opt_state" then are.
+    base: where the checkpoint that was adapted lies, if it was moved.
 
     Raises:
       UserError: no checkpoint there; another model, or other leaves, shapes or dtypes than expected, each named;
-        float64 or int64 leaves without jax_enable_x64.
+        float64 or int64 leaves without jax_enable_x64; adapters whose base is not there or has another content.
       DamageError: something is missing or not what was written; names the leaf and the file.
     """
     for item in (items,) if isinstance(items, str) else items:
@@ -77,15 +89,21 @@ def load(
     if mesh is not None:
         require_mesh(mesh, "load: mesh")
     lazy = open_lazy(path)
+    if lazy.adapter is not None and "params" in items:
+        how: Table = {"mesh": mesh, "shardings": shardings, "cfg": cfg}
+        return _merged(lazy, items, base, opt_state_like, **how)
+    own = "params" if lazy.adapter is None else "adapters"
     _check_x64(lazy, items)
-    _check_expected(lazy, cfg, expect)
-    placed = _place_params(lazy, mesh, shardings)
+    _check_expected(lazy, own, cfg, expect)
+    placed = _place_params(lazy.items[own], mesh, shardings)
     like = None if opt_state_like is None else layout.named_leaves(opt_state_like)
-    arrays = {"params": lazy.items["params"]} if "params" in items else {}
+    arrays = {item: lazy.items[item] for item in ("params", "adapters") if item in items}
     if "opt_state" in items and ("opt_state" in lazy.items or like is not None):
         arrays["opt_state"] = _opt_arrays(lazy, like)
     where = {
-        array.name: _place(name, array, (like or {}).get(name) if item == "opt_state" else None, lazy, placed)
+        array.name: _place(
+            name, array, (like or {}).get(name) if item == "opt_state" else None, lazy.items[own], placed
+        )
         for item, named in arrays.items()
         for name, array in named.items()
     }
@@ -101,7 +119,33 @@ def load(
         step=lazy.step,
         provenance=lazy.provenance,
         data_state=lazy.data_state() if "data" in items else None,
+        adapters=axes.unflatten(trees["adapters"]) if "adapters" in trees else None,
+        adapter=lazy.adapter,
     )
+
+
+def _merged(
+    lazy: Lazy,
+    items: Collection[str],
+    base: PathLike | None,
+    opt_state_like: PyTree,
+    *,
+    mesh: jax.sharding.Mesh | None,
+    shardings: Leaves | None,
+    cfg: ModelConfig | None,
+) -> Loaded:
+    """Loads a checkpoint of adapters, and its base with the adapters merged into it."""
+    assert lazy.adapter is not None  # the caller has looked
+    wanted = {"adapters", *items} - {"params"} - (set() if "adapters" in items else {"opt_state"})
+    found = open_base(lazy, base)
+    whole = load(found.path, mesh, shardings=shardings, cfg=cfg, items=("params",))
+    mesh = mesh if shardings is None else jax.tree.leaves(shardings)[0].mesh
+    like = opt_state_like if "opt_state" in wanted else None
+    own = load(lazy.path, mesh, opt_state_like=like, cfg=cfg, items=tuple(wanted))
+    where = jax.tree.map(lambda leaf: leaf.sharding, whole.params)
+    merge = jax.jit(adapters.merge, static_argnums=(0, 3), donate_argnums=1, out_shardings=where)
+    params = merge(own.cfg, whole.params, own.adapters, lazy.adapter.lora)
+    return dataclasses.replace(own, params=params, adapters=own.adapters if "adapters" in items else None)
 
 
 def differences(found: Leaves, expected: Leaves, verb: str = "stored") -> list[str]:
@@ -124,7 +168,7 @@ def differences(found: Leaves, expected: Leaves, verb: str = "stored") -> list[s
 
 
 def _check_x64(lazy: Lazy, items: Collection[str]) -> None:
-    for item in ("params", "opt_state"):
+    for item in ("params", "adapters", "opt_state"):
         for array in lazy.items.get(item, {}).values() if item in items else ():
             if not array.leaf.scalar and jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
                 raise UserError(
@@ -132,13 +176,16 @@ def _check_x64(lazy: Lazy, items: Collection[str]) -> None:
                 )
 
 
-def _check_expected(lazy: Lazy, cfg: ModelConfig | None, expect: Leaves | None) -> None:
+def _check_expected(lazy: Lazy, own: str, cfg: ModelConfig | None, expect: Leaves | None) -> None:
     lines = [] if cfg is None else config_differences(lazy.cfg, cfg)
+    model = lazy.cfg if cfg is None else cfg
     if expect is None:
-        expected = flat_spec(lazy.cfg if cfg is None else cfg)
+        expected = flat_spec(model)
+        if lazy.adapter is not None:
+            expected = axes.flatten(adapters.spec(model, lazy.adapter.lora))
     else:
         expected = axes.flatten(expect)
-    lines += differences({name: array.leaf.spec for name, array in lazy.items["params"].items()}, expected)
+    lines += differences({name: array.leaf.spec for name, array in lazy.items[own].items()}, expected)
     if lines:
         raise UserError(f"{lazy.path}: not a checkpoint of the model that is expected: " + ";\n  ".join(lines))
 
@@ -173,29 +220,33 @@ def _abstract(leaf: Leaf, stored: LazyArray | None) -> PyTree:
 
 
 def _place_params(
-    lazy: Lazy, mesh: jax.sharding.Mesh | None, shardings: Leaves | None
+    arrays: Mapping[str, LazyArray], mesh: jax.sharding.Mesh | None, shardings: Leaves | None
 ) -> dict[str, NamedSharding] | None:
     """The sharding of every parameter by name, or None for the default device."""
     if shardings is None:
         if mesh is None:
             return None
-        specs = {name: array.leaf.spec for name, array in lazy.items["params"].items()}
+        specs = {name: array.leaf.spec for name, array in arrays.items()}
         shardings = param_shardings(axes.unflatten(specs), mesh)
     placed = axes.flatten(shardings)
-    if wrong := set(placed) ^ set(lazy.items["params"]):
+    if wrong := set(placed) ^ set(arrays):
         raise UserError(f"shardings: must have the leaves of params; they differ in {abridged(sorted(wrong))}")
     return placed
 
 
 def _place(
-    name: str, array: LazyArray, like: PyTree, lazy: Lazy, placed: Mapping[str, NamedSharding] | None
+    name: str,
+    array: LazyArray,
+    like: PyTree,
+    params: Mapping[str, LazyArray],
+    placed: Mapping[str, NamedSharding] | None,
 ) -> Sharding | None:
     """Chooses the sharding of a leaf: that of `like`, else of the parameter that it belongs to, else on all devices."""
     if isinstance(asked := getattr(like, "sharding", None), NamedSharding):
         return asked
     if placed is None:
         return None
-    owner = layout.matching_param(name, array.shape, lazy.items["params"])
+    owner = layout.matching_param(name, array.shape, params)
     return placed[owner] if owner is not None else NamedSharding(next(iter(placed.values())).mesh, P())
 
 

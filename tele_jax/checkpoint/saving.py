@@ -24,11 +24,12 @@ from orbax.checkpoint import future
 
 from tele_jax import axes
 from tele_jax.axes import Leaf, Leaves, Params, ParamSpec, PyTree, unflatten
-from tele_jax.checkpoint import layout, locate, read
+from tele_jax.checkpoint import adapted, layout, locate, read
 from tele_jax.checkpoint.lazy import kvstore
 from tele_jax.config import ModelConfig, require, whole
 from tele_jax.errors import DamageError, UserError, abridged
 from tele_jax.files import PathLike
+from tele_jax.model import adapters
 from tele_jax.model.spec import flat_spec
 from tele_jax.processes import barrier, from_first, is_first
 
@@ -43,6 +44,7 @@ def save(
     provenance: Sequence[Mapping[str, object]] = (),
     data_state: bytes | None = None,
     spec: Params | None = None,
+    adapter: layout.Adapter | None = None,
 ) -> None:
     """Writes one checkpoint, and returns when it is complete. A save that is killed leaves nothing under `path`.
 
@@ -52,6 +54,8 @@ def save(
     provenance: what made this checkpoint, oldest first; dicts of JSON values.
     data_state: the position of the data feed, opaque.
     spec: tree of ParamSpec, where params are not those of cfg.
+    adapter: as adapter_for(base, lora) makes it, where params are adapters, a tree as tele.lora.init makes it; `load`
+      merges them into the base, which stays where it is.
 
     Raises:
       UserError: `path` exists; params are not what cfg describes (names the leaves that differ); a leaf or an entry of
@@ -60,9 +64,8 @@ def save(
     """
     path = locate.absolute(path)
     _require_new(path)
-    specs = flat_spec(cfg) if spec is None else axes.flatten(spec)
-    state = {"opt_state": opt_state, "data_state": data_state}
-    meta, host = _prepare(cfg, params, specs, step=step, provenance=provenance, **state)
+    state = {"opt_state": opt_state, "data_state": data_state, "adapter": adapter}
+    meta, host = _prepare(path, cfg, params, spec, step=step, provenance=provenance, **state)
     checkpointer = make_checkpointer(layout.ITEMS)
     try:
         with in_one_line(path):
@@ -108,6 +111,7 @@ class Manager:
         opt_state: PyTree = None,
         provenance: Sequence[Mapping[str, object]] = (),
         data_state: bytes | None = None,
+        adapter: layout.Adapter | None = None,
     ) -> bool:
         """Saves in the background; arguments as `save` takes them. On return the arrays may be changed or donated.
 
@@ -122,8 +126,8 @@ class Manager:
         path = self.directory / str(step)
         if from_first(path.exists):
             return False
-        state = {"opt_state": opt_state, "data_state": data_state}
-        meta, host = _prepare(cfg, params, flat_spec(cfg), step=step, provenance=provenance, **state)
+        state = {"opt_state": opt_state, "data_state": data_state, "adapter": adapter}
+        meta, host = _prepare(path, cfg, params, None, step=step, provenance=provenance, **state)
         with in_one_line(path):
             self._checkpointer.save(path, save_args(meta, host))
         self._saving = path
@@ -187,35 +191,43 @@ def _require_new(path: epath.Path) -> None:
 
 
 def _prepare(
+    path: epath.Path,
     cfg: ModelConfig,
     params: Params,
-    specs: Mapping[str, ParamSpec],
+    spec: Params | None,
     *,
     opt_state: PyTree,
     step: int,
     provenance: Sequence[Mapping[str, object]],
     data_state: bytes | None,
+    adapter: layout.Adapter | None,
 ) -> tuple[layout.Meta, dict[str, dict[str, "HostLeaf"]]]:
     """The meta document, and the arrays copied to the host."""
+    own = "params" if adapter is None else "adapters"
+    if adapter is not None:
+        spec = adapters.spec(cfg, adapter.lora)
+        adapter = adapted.with_near_base(adapter, path)
+    specs = flat_spec(cfg) if spec is None else axes.flatten(spec)
     axes.flatten(params)  # raises where it is no tree
     require(isinstance(data_state, (bytes, type(None))), f"data_state: expected bytes, got {type(data_state).__name__}")
     listing = isinstance(provenance, Sequence) and all(isinstance(entry, Mapping) for entry in provenance)
     require(listing, f"provenance: expected a list of dicts, got {provenance!r}")
     require(whole(step, "step") >= 0, f"step={step} must not be negative")
-    trees = {"params": params, "opt_state": opt_state}
+    trees = {own: params, "opt_state": opt_state}
     if data_state is not None:
         trees["data"] = {"state": np.frombuffer(data_state, np.uint8)}
     leaves = {item: layout.named_leaves(tree) for item, tree in trees.items() if tree is not None}
     described = {item: describe_leaves(named, specs, item) for item, named in leaves.items()}
-    problems = read.differences({name: leaf.spec for name, leaf in described["params"].items()}, specs, "given")
+    problems = read.differences({name: leaf.spec for name, leaf in described[own].items()}, specs, "given")
     if problems:
-        raise UserError("params: not what the config describes: " + abridged(problems, ";\n  "))
+        raise UserError(f"{own}: not what the config describes: " + abridged(problems, ";\n  "))
     meta = layout.Meta(
         cfg=cfg,
         step=whole(step, "step"),
         provenance=tuple(dict(entry) for entry in provenance),
         items=described,
         versions=layout.package_versions(),
+        adapter=adapter,
     )
     layout.meta_to_json(meta)  # raises before anything is copied or written
     return meta, {item: copy_to_host(named, described[item]) for item, named in leaves.items()}

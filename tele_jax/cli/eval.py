@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from tele_jax import checkpoint, plots, tables
-from tele_jax.checkpoint import chunk_files
+from tele_jax import plots, tables
+from tele_jax.checkpoint.adapted import fingerprint
 from tele_jax.cli import Outcome, Progress, flag, note, pick, switch
 from tele_jax.cli.generate import open_mesh
 from tele_jax.cli.pages import load_page
@@ -188,7 +188,7 @@ def _bpb(args: argparse.Namespace) -> Outcome:
     for path in dict.fromkeys(args.ckpt):
         opened[path], vocabulary = models.examine(path, args.tokenizer)
         window, stride = config.sizes(opened[path].cfg, vocabulary)
-        how: Table = {"window": window, "stride": stride, "eos": config.eos, "parameters": _fingerprint(opened[path])}
+        how: Table = {"window": window, "stride": stride, "eos": config.eos, "parameters": fingerprint(opened[path])}
         wanted[path] = how | {"tokenizer": vocabulary.sha256, "dtype": args.dtype or opened[path].cfg.dtype}
     domains = survey(config) if is_first() else []
     total, found = sum(domain.num_bytes for domain in domains), {}
@@ -201,8 +201,7 @@ def _bpb(args: argparse.Namespace) -> Outcome:
                 if leader.leads:
                     shown = Progress(path, least=10**6)
                     how = {"directory": args.out, "progress": lambda done, shown=shown: shown(done, total)}
-                    parameters = chunk_files.fingerprint(lazy.items["params"].values())
-                    found[path] = bpb.evaluate(leader, config, domains, fingerprint=parameters, **how)
+                    found[path] = bpb.evaluate(leader, config, domains, fingerprint=fingerprint(lazy), **how)
         if not is_first():
             return Outcome()
         results = bpb.results_of(config, domains, found)
@@ -269,7 +268,7 @@ def _dialogue(args: argparse.Namespace) -> Outcome:
         asked, about = None, {"judge": "reference"}
     else:
         asked, (lazy, _) = None, models.examine(args.judge)
-        about = {"judge": args.judge, "parameters": _fingerprint(lazy), **pick(args, "judge_tokens", "judge_template")}
+        about = {"judge": args.judge, "parameters": fingerprint(lazy), **pick(args, "judge_tokens", "judge_template")}
     others = None if args.against is None else judge.read_questions(args.against, answered=True)
     _require_own(args.out / "pairs.json", "pairs")
     _require_own(args.out / "results.json", "alignbench", "teleeval", "dialogue", "reference_overlap")
@@ -297,7 +296,7 @@ def _answers(args: argparse.Namespace) -> list[Table]:
     lazy, vocabulary = models.examine(args.ckpt, args.tokenizer)
     model = load_model(args, lazy.path)
     given(model.template, f"nothing says how the dialogues of {args.ckpt} are written; give --template")
-    about = {"questions": digest(questions), "parameters": _fingerprint(lazy), "tokenizer": vocabulary.sha256}
+    about = {"questions": digest(questions), "parameters": fingerprint(lazy), "tokenizer": vocabulary.sha256}
     about |= {"template": args.template, "dtype": model.cfg.dtype, "max_new_tokens": args.max_new_tokens}
     with models.Leader(model) as leader:
         if leader.leads:
@@ -324,10 +323,6 @@ def _judged(
     unreadable = results["unreadable"] if others is None else results["counts"]["unreadable"]
     error = "no verdict of the judge can be read; its replies are in " if unreadable == len(answers) else ""
     return Outcome(results, judge.text_of(results), error and f"{error}{args.out}", code=1 if error else 0)
-
-
-def _fingerprint(lazy: checkpoint.Lazy) -> str:
-    return chunk_files.fingerprint(lazy.items["params"].values())
 
 
 # --------------------------------------------------------------------------------------------------------------- code
@@ -369,7 +364,12 @@ def _code(args: argparse.Namespace) -> Outcome:
     mode = "none" if args.unsafe_without_isolation else sandbox.find_mode()
     lazy, vocabulary = models.examine(args.ckpt, args.tokenizer)
     settings = how | pick(args, "chat", "samples", "max_new_tokens", "seed")
-    about = {"tasks": digest(found), "parameters": _fingerprint(lazy), "tokenizer": vocabulary.sha256, **settings}
+    about = {
+        "tasks": digest(found),
+        "parameters": fingerprint(lazy),
+        "tokenizer": vocabulary.sha256,
+        **settings,
+    }
     with models.Leader(load_model(args, lazy.path)) as leader:
         if not leader.leads:
             return Outcome()

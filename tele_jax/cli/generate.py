@@ -20,7 +20,7 @@ import jax
 
 from tele_jax import checkpoint
 from tele_jax.axes import PyTree
-from tele_jax.checkpoint import chunk_files
+from tele_jax.checkpoint import adapted
 from tele_jax.cli import Outcome, Progress, flag, note, switch
 from tele_jax.config import ModelConfig, check_seed, from_dict, to_dict
 from tele_jax.data import dialogue, templates
@@ -170,7 +170,7 @@ def _how(args: argparse.Namespace, model: "Model", length: int, *, dialogues: bo
 
 def _of_model(stored: checkpoint.Lazy) -> str:
     """A checksum of a model: of its config and the checksums of its parameters."""
-    return _checksum([to_dict(stored.cfg), chunk_files.fingerprint(stored.items["params"].values())])
+    return _checksum([to_dict(stored.cfg), adapted.fingerprint(stored)])
 
 
 def _checksum(value: Json) -> str:

@@ -31,13 +31,14 @@ def run(args: argparse.Namespace) -> Outcome:
 
 def figures(lazy: checkpoint.Lazy) -> Table:
     """Everything that `describe` prints, and where each leaf is cut."""
-    params = lazy.items["params"].values()
+    own = "params" if lazy.adapter is None else "adapters"
+    params = lazy.items[own].values()
     return {
         "path": str(lazy.path),
         "step": lazy.step,
         "config": to_dict(lazy.cfg),
         "leaves": [
-            {"name": array.name.removeprefix("params/"), "dtype": array.dtype.name, "bytes": array.nbytes}
+            {"name": array.name.removeprefix(f"{own}/"), "dtype": array.dtype.name, "bytes": array.nbytes}
             | {what: list(getattr(array, what)) for what in ("axes", "shape", "chunks")}
             for array in params
         ],
@@ -45,6 +46,7 @@ def figures(lazy: checkpoint.Lazy) -> Table:
         "parameter_bytes": sum(array.nbytes for array in params),
         "optimizer_leaves": len(lazy.items.get("opt_state", {})),
         "optimizer_bytes": sum(array.nbytes for array in lazy.items.get("opt_state", {}).values()),
+        "adapter": None if lazy.adapter is None else to_dict(lazy.adapter),
         "mask": mask_of(lazy.provenance, str(lazy.path)),
         "holds_data_position": "data" in lazy.items,
         "provenance": list(lazy.provenance),
@@ -67,10 +69,15 @@ def describe(figures: Table) -> str:
         ("data position", "yes" if figures["holds_data_position"] else "none"),
         ("written by", ", ".join(f"{name} {version}" for name, version in figures["versions"].items())),
     ]
+    if adapter := figures["adapter"]:
+        lora, base = adapter["lora"], adapter["base"][-1]
+        how = "rank-stabilized, " if lora["rank_stabilized"] else ""
+        what = f"rank {lora['rank']}, alpha {lora['alpha']:g}, {how}of {', '.join(lora['targets'])}; base {base}"
+        totals.insert(0, ("adapters", what))
     if mask is not None:
         closed = "closed" if mask == 0 else f"at {mask:.2f}"
         masks = f"{closed}: what growth added takes no full part yet; train on with mask_ramp"
-        totals.insert(3, ("masks", masks))
+        totals.insert(-1, ("masks", masks))
     parts = [
         f"{figures['path']}    step {figures['step']:,}",
         "config\n" + tables.text([(f"  {name}", value) for name, value in figures["config"].items()], align="ll"),

@@ -194,6 +194,8 @@ def _from_page(args: argparse.Namespace) -> tuple[ModelConfig, Table, float | No
     if not isinstance(stage, TrainStage):
         values: Table = {"plan": plan, "optimizer_state": stage.optimizer_state, **where}
         return cfg, values | ({"optimizer": optimizer} if optimizer else {}), None
+    if stage.lora is not None:
+        raise UserError(f"config.{name}.lora: tele plan compiles training of all parameters; name another --stage")
     values = {key: getattr(stage, key) for key in ("batch_size", "seq_len", "microbatches", "optimizer")} | where
     tokens = None if args.decode else float(stage.steps * stage.batch_size * stage.seq_len)
     return cfg, values, tokens

@@ -9,7 +9,7 @@ import jax
 
 from tele_jax import checkpoint
 from tele_jax.axes import Params
-from tele_jax.checkpoint import chunk_files
+from tele_jax.checkpoint import adapted
 from tele_jax.config import ModelConfig, given, require
 from tele_jax.data import dialogue, templates
 from tele_jax.data.templates import Template
@@ -126,7 +126,7 @@ def load(
     params: Params = {}  # loaded last, after what is quick to find wrong
     model = of_params(str(path), lazy.cfg, params, vocabulary, lazy.provenance, template=template)
     model.params = checkpoint.load(path, mesh, items=("params",)).params
-    model.identity = chunk_files.fingerprint(lazy.items["params"].values())
+    model.identity = adapted.fingerprint(lazy)
     return model
 
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from tele_jax import checkpoint, files, growth
 from tele_jax.axes import PyTree, check_tree, flatten
-from tele_jax.checkpoint import chunk_files, unfinished
+from tele_jax.checkpoint import adapted, chunk_files, unfinished
 from tele_jax.config import ModelConfig, checked, given, require, written_table
 from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.files import Table
@@ -145,6 +145,8 @@ def provenance_entry(name: str, plan: growth.Plan) -> Table:
 
 def fingerprints(lazy: "checkpoint.Lazy") -> dict[str, str]:
     """SHA-256 of the content of each item of a checkpoint, from the checksums of its chunks."""
+    if lazy.adapter is not None:  # the growth is that of the merged model
+        return {"params": adapted.fingerprint(lazy)}
     return {i: chunk_files.fingerprint(lazy.items[i].values()) for i in ("params", "opt_state") if i in lazy.items}
 
 

@@ -34,7 +34,12 @@ def flat_spec(cfg: ModelConfig) -> dict[str, axes.ParamSpec]:
 
 def abstract_params(cfg: ModelConfig) -> Params:
     """The parameter tree as jax.ShapeDtypeStruct leaves."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), spec(cfg))
+    return abstract(spec(cfg))
+
+
+def abstract(spec: Params) -> Params:
+    """A tree of ParamSpec as jax.ShapeDtypeStruct leaves."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), spec)
 
 
 def count_params(cfg: ModelConfig) -> int:

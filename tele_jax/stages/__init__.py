@@ -114,6 +114,10 @@ def run_config(page: Mapping[str, Any] | ConfigDict) -> RunConfig:
         start is not None or first.model is not None,
         f"config.{names[0]}.model: missing; the first stage has to say which model, or config.start where to start",
     )
+    require(
+        start is not None or not isinstance(first, TrainStage) or first.lora is None,
+        f"config.{names[0]}.lora: there is nothing to adapt before the first stage; config.start names a checkpoint",
+    )
     for name in names if start is not None else names[1:]:
         require(
             not isinstance(stages[name], TrainStage) or stages[name].model is None,

@@ -53,6 +53,8 @@ def carry_out(
     try:
         if manager.latest_step() is None:
             loaded = checkpoint.load(previous, mesh=mesh)
+            if loaded.adapter is not None:
+                say("  merged the adapters of the stage before into their base, which has no optimizer state to grow")
             tokens = text.sample(VERIFY_ROWS, VERIFY_TOKENS)
             plan, params, opt_state, receipt = receipts.grow(
                 plan, loaded.params, loaded.opt_state, stage, mesh, tokens, where

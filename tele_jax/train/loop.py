@@ -41,6 +41,7 @@ from tele_jax.files import Table
 from tele_jax.growth import Plan
 from tele_jax.growth import receipt as receipts
 from tele_jax.growth.masks import require_unmasked
+from tele_jax.model import adapters
 from tele_jax.model.spec import spec
 from tele_jax.processes import StopSignal, from_first, is_first
 from tele_jax.settings import TrainStage
@@ -204,7 +205,7 @@ def open_run(config: RunConfig, index: sources.Indexes, open_tasks: "OpenTasks |
         if isinstance(stage, TrainStage):
             model = stage.model_after(cfg)
             assert model is not None  # the first stage has one, or config.start
-            cfg = trained_as(model)
+            cfg = trained_as(model) if stage.lora is None else model
             _check_training(stage, cfg, masks, where)
             masks = None
             batch_sharding(mesh, stage.batch_size // stage.microbatches)
@@ -275,6 +276,7 @@ def _open_start(config: RunConfig) -> tuple[ModelConfig | None, Plan | None]:
 def _check_training(stage: TrainStage, cfg: ModelConfig, masks: Plan | None, where: str) -> None:
     """Raises UserError where the masks, the length of the rows or the schedule of a stage cannot be."""
     checks = (
+        ("", lambda: None if stage.lora is None else adapters.spec(cfg, stage.lora)),
         ("mask_", lambda: None if masks is None else mask_schedule(stage, masks)),
         ("", lambda: cfg.require_positions(stage.seq_len)),
         ("", lambda: schedule(stage.schedule, stage.steps, stage.tokens_per_step)),

@@ -108,3 +108,16 @@ def read(path: Path) -> list[dict[str, float]]:
             break  # also the nothing behind the last line end
         lines.append({name: math.nan if value is None else value for name, value in figures.items()})
     return lines
+
+
+def described(line: Mapping[str, float | None]) -> str:
+    """The figures of a line of training for people."""
+    rates = [f"{line[name]:.2e}" for name in ("learning_rate", "matrix_learning_rate")]
+    rate = f"rate {rates[0]}" if rates[0] == rates[1] else f"rates {rates[0]} and {rates[1]}"
+    used = f"{line['model_flops_per_second']:.3g} model FLOP/s"
+    if line["mfu"] is not None:
+        used = f"{line['mfu']:.1%} MFU"
+    return (
+        f"loss {line['loss']:.4f}, gradient norm {line['grad_norm']:.3g}, {rate}, "
+        f"{line['tokens_per_second']:,.0f} tokens/s, {used}"
+    )

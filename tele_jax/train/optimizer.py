@@ -19,14 +19,15 @@ from tele_jax.settings import OptimizerConfig, ScheduleConfig
 
 
 def optimizer(
-    cfg: ModelConfig, config: OptimizerConfig, factor: Callable[[Any], jax.Array]
+    cfg: ModelConfig, config: OptimizerConfig, factor: Callable[[Any], jax.Array], trained: Params | None = None
 ) -> optax.GradientTransformation:
     """Clipping by global norm, Adam, decoupled weight decay, muP groups, and the schedule `factor(step)`.
 
     Matrix-like parameters learn with matrix_learning_rate / r, r = width / muP base width; all others with
     learning_rate (arXiv 2304.06875). Kernels and tables decay; norm scales and biases do not.
+    trained: tree of ParamSpec of what is trained, where that is not all of the model (model/adapters.py).
     """
-    spec = spec_of(cfg)
+    spec = spec_of(cfg) if trained is None else trained
     matrix = config.learning_rate if config.matrix_learning_rate is None else config.matrix_learning_rate
     peaks = jax.tree.map(lambda s: matrix / cfg.width_ratio if s.is_matrix_like else config.learning_rate, spec)
     decays = jax.tree.map(lambda s: s.role in ("kernel", "table"), spec)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from tele_jax.axes import Params, PyTree, map_param_subtrees
 from tele_jax.config import ModelConfig
 from tele_jax.model.loss import next_token_loss
-from tele_jax.model.spec import abstract_params, spec
+from tele_jax.model.spec import abstract, abstract_params, spec
 from tele_jax.sharding import BATCH, batch_sharding, param_shardings, replicated
 
 Step = Callable[..., tuple[PyTree, PyTree, dict[str, jax.Array]]]
@@ -37,11 +37,25 @@ def trained_as(cfg: ModelConfig) -> ModelConfig:
     return cfg.replace(param_dtype="float32") if cfg.param_dtype == "bfloat16" else cfg
 
 
-def state_shardings(cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> tuple[PyTree, PyTree]:
-    """Shardings of parameters and optimizer state: moments lie with their parameters, the rest lies everywhere."""
-    params = param_shardings(spec(cfg), mesh)
-    opt_state = jax.eval_shape(tx.init, abstract_params(cfg))
-    return params, map_param_subtrees(lambda path, tree: params, opt_state, spec(cfg), lambda *_: replicated(mesh))
+def widened(cfg: ModelConfig, params: PyTree, shardings: PyTree) -> PyTree:
+    """The parameters, cast to cfg.param_dtype where that is wider (trained_as), so that none changes."""
+    dtype = jnp.dtype(cfg.param_dtype)
+    if all(leaf.dtype == dtype for leaf in jax.tree.leaves(params)):
+        return params
+    return jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree), out_shardings=shardings)(params)
+
+
+def state_shardings(
+    cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, trained: Params | None = None
+) -> tuple[PyTree, PyTree]:
+    """Shardings of parameters and optimizer state: moments lie with their parameters, the rest lies everywhere.
+
+    trained: as `make_step` takes it.
+    """
+    trained = spec(cfg) if trained is None else trained
+    params = param_shardings(trained, mesh)
+    opt_state = jax.eval_shape(tx.init, abstract(trained))
+    return params, map_param_subtrees(lambda path, tree: params, opt_state, trained, lambda *_: replicated(mesh))
 
 
 def make_step(
@@ -52,22 +66,24 @@ def make_step(
     batch_size: int,
     microbatches: int = 1,
     loss: Loss = _next_token,
+    trained: Params | None = None,
 ) -> Step:
     """step(params, opt_state, batch, masks=None, beside=None) -> (params, opt_state, {"loss", "grad_norm", "weight"}).
 
     params and opt_state are donated. batch holds arrays [batch_size, S] as data.feed gives them; the loss, and what
     else it returns by name, is the mean over the weights of the whole batch, however many microbatches it is computed
     in; gradients are accumulated in float32 or better. masks (see growth.masks) and beside (arrays that the loss reads)
-    may change without compiling again; masks=None is the plain model, compiled on its own. Warns of bfloat16
-    parameters, which lose small updates: see `trained_as`.
+    may change without compiling again; masks=None is the plain model, compiled on its own. trained: tree of ParamSpec
+    of params, where they are not all of the model, and the loss finds the rest in beside. Warns of bfloat16 parameters,
+    which lose small updates: see `trained_as`.
     """
-    if trained_as(cfg) != cfg:
+    if trained is None and trained_as(cfg) != cfg:
         warnings.warn(
             f"param_dtype={cfg.param_dtype!r}: updates below 2^-9 of a parameter are rounded away; cast the parameters "
             "to float32 and train with trained_as(cfg)",
             stacklevel=2,
         )
-    compiled = _jitted(cfg, tx, mesh, batch_size, microbatches, loss)
+    compiled = _jitted(cfg, tx, mesh, batch_size, microbatches, loss, trained)
 
     def run(params, opt_state, batch, masks=None, beside=None):
         with jax.set_mesh(mesh):
@@ -99,9 +115,15 @@ def lower_step(
 
 
 def _jitted(
-    cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, batch_size: int, microbatches: int, loss: Loss
+    cfg: ModelConfig,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    batch_size: int,
+    microbatches: int,
+    loss: Loss,
+    trained: Params | None = None,
 ):
-    params_sharding, opt_sharding = state_shardings(cfg, tx, mesh)
+    params_sharding, opt_sharding = state_shardings(cfg, tx, mesh, trained)
     rows = batch_sharding(mesh, batch_size // microbatches)
 
     def one(params, batch, masks, beside):
@@ -171,14 +193,16 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_size: int) -> dict[str
     return {name: put(rows) for name, rows in batch.items()}
 
 
-def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
+def flops_per_token(cfg: ModelConfig, seq_len: int, trained: Params | None = None) -> float:
     """Model FLOPs to train on one token: 6 per parameter of every kernel, and causal attention.
 
     Neither recomputation nor the masked half of attention counts (arXiv 2204.02311, appendix B, has the latter).
+    trained: spec of adapters, where they alone are trained: they count 6, and the kernels, which need no gradient, 4.
     """
     head = cfg.padded_vocab_size * cfg.embed_dim if cfg.tie_embeddings else 0
     kernels = head + sum(leaf.size for leaf in jax.tree.leaves(spec(cfg)) if leaf.role == "kernel")
-    return 6.0 * kernels + 6.0 * cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len
+    products = 6.0 * kernels if trained is None else 4.0 * kernels + 6.0 * sum(s.size for s in jax.tree.leaves(trained))
+    return products + 6.0 * cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len
 
 
 @functools.partial(jax.jit, static_argnums=0)

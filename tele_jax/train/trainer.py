@@ -23,11 +23,12 @@ from tele_jax.files import Table
 from tele_jax.growth import MaskSchedule, Plan
 from tele_jax.model import platforms
 from tele_jax.model.decoder import init
-from tele_jax.model.spec import abstract_params, count_params
+from tele_jax.model.spec import abstract, count_params, spec
 from tele_jax.processes import StopSignal, from_first, is_first
 from tele_jax.settings import TrainStage
 from tele_jax.stages import find_kind
 from tele_jax.train import metrics, workdir
+from tele_jax.train.frozen import Frozen
 from tele_jax.train.optimizer import delay_births, optimizer, restart_schedule, schedule
 from tele_jax.train.step import (
     bits_per_byte,
@@ -37,6 +38,7 @@ from tele_jax.train.step import (
     put_batch,
     state_shardings,
     trained_as,
+    widened,
 )
 
 # tasks(cfg, params, masks, provenance) -> {"TASK/METRIC": value}; made above, for this room knows no harness
@@ -90,14 +92,19 @@ class Trainer:
         before = None if previous is None else checkpoint.open_lazy(previous)
         self.cfg: ModelConfig = model
         if before is not None:
-            self.cfg = trained_as(before.cfg.replace(remat=model.remat, attention=model.attention))
+            self.cfg = before.cfg.replace(remat=model.remat, attention=model.attention)
+            self.cfg = trained_as(self.cfg) if stage.lora is None else self.cfg
         found = before.cfg if before is not None else stage.model or model
         if self.cfg.param_dtype != found.param_dtype:
             say(f"  parameters are {found.param_dtype}, and are trained and saved in {self.cfg.param_dtype}")
         self.kind = find_kind(stage.kind)
         self.beside = self.kind.beside(stage, self.cfg, previous, mesh) if hasattr(self.kind, "beside") else None
         self.factor = schedule(stage.schedule, stage.steps, stage.tokens_per_step)
-        self.tx = optimizer(self.cfg, stage.optimizer, self.factor)
+        # Where there is no stage before, stages/__init__.py refuses adapters.
+        self.frozen = Frozen(self.cfg, stage.lora, previous, mesh) if stage.lora and previous else None
+        self.trained = spec(self.cfg) if self.frozen is None else self.frozen.spec
+        self.flops = flops_per_token(self.cfg, stage.seq_len, self.frozen and self.frozen.spec)  # of a token
+        self.tx = optimizer(self.cfg, stage.optimizer, self.factor, self.trained)
         masks = None if plan is None else mask_schedule(stage, plan)
         self.masks = masks or (lambda step: None)
         self.closed_steps = {} if masks is None else masks.closed_steps()
@@ -128,14 +135,17 @@ class Trainer:
 
     def _restore(self, previous: Path | None, before: "checkpoint.Lazy | None") -> None:
         """Loads this stage's own state where there is some, else what the stage before left, else fresh parameters."""
-        params, opt_state = state_shardings(self.cfg, self.tx, self.mesh)
-        like = jax.eval_shape(self.tx.init, abstract_params(self.cfg))
-        fits: Table = {"cfg": self.cfg, "shardings": params, "opt_state_like": like}
+        params, opt_state = state_shardings(self.cfg, self.tx, self.mesh, self.trained)
+        like = jax.eval_shape(self.tx.init, abstract(self.trained))
+        fits: Table = {"cfg": self.cfg, "opt_state_like": like}
+        own = {"mesh": self.mesh, "items": ("adapters", "opt_state", "data")}
+        fits |= {"shardings": params} if self.frozen is None else own
         latest = self.checkpoints.latest_step()
         self.first_step, self.history = latest or 0, []
         if latest is not None:
             loaded = self.checkpoints.load(**fits)
-            self.params, self.opt_state = loaded.params, jax.device_put(loaded.opt_state, opt_state)
+            found = self.frozen.restored(loaded, self.checkpoints.directory) if self.frozen else loaded.params
+            self.params, self.opt_state = found, jax.device_put(loaded.opt_state, opt_state)
             self.feed.restore(loaded.data_state or b"")
             *self.history, own = loaded.provenance or ({},)
             self.tokens = written_table(own, f"{self.checkpoints.directory}: provenance", {"tokens": int}, {"tokens"})[
@@ -154,16 +164,19 @@ class Trainer:
         if before is not None:
             fits = fits | {"cfg": self.cfg.replace(param_dtype=before.cfg.param_dtype)}
         has_state = before is not None and before.opt_state is not None
-        if previous is not None and has_state and not self.stage.fresh_optimizer:
+        if self.frozen is not None:
+            self.params, self.history = self.frozen.fresh(self.stage.seed, params), self.frozen.provenance
+            self.say(f"  {self.frozen}; the optimizer is new; begins at step 0")
+        elif previous is not None and has_state and not self.stage.fresh_optimizer:
             loaded = checkpoint.load(previous, **fits)
-            self.params, self.history = self._widened(loaded.params, params), loaded.provenance
+            self.params, self.history = widened(self.cfg, loaded.params, params), loaded.provenance
             goes_on = lambda state: delay_births(restart_schedule(state), self.closed_steps)  # noqa: E731
             self.opt_state = jax.jit(goes_on, out_shardings=opt_state, donate_argnums=0)(loaded.opt_state)
             self.say(f"  takes over parameters and optimizer state from {previous}; begins at step 0, as its schedule")
             return
-        if previous is not None:
+        elif previous is not None:
             loaded = checkpoint.load(previous, cfg=fits["cfg"], shardings=params, items=("params",))
-            self.params, self.history = self._widened(loaded.params, params), loaded.provenance
+            self.params, self.history = widened(self.cfg, loaded.params, params), loaded.provenance
             self.say(f"  takes over parameters from {previous}; the optimizer is new; begins at step 0")
         else:
             on_cpu = self.mesh.devices.flat[0].platform == "cpu"
@@ -173,13 +186,6 @@ class Trainer:
             self.say("  parameters and optimizer are new; begins at step 0")
         start = lambda params: delay_births(self.tx.init(params), self.closed_steps)  # noqa: E731
         self.opt_state = jax.jit(start, out_shardings=opt_state)(self.params)
-
-    def _widened(self, params: PyTree, shardings: PyTree) -> PyTree:
-        """The parameters, cast to the wider dtype that they are trained in, so that none changes."""
-        dtype = jax.numpy.dtype(self.cfg.param_dtype)
-        if all(leaf.dtype == dtype for leaf in jax.tree.leaves(params)):
-            return params
-        return jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree), out_shardings=shardings)(params)
 
     def _say_data(self, positions: Mapping[str, order.Position]) -> None:
         """Says where the data goes on: a domain that is not there is read from its beginning."""
@@ -213,9 +219,21 @@ class Trainer:
             self.writer.close()
         return from_first(self._summary)
 
+    def _model(self) -> PyTree:
+        """The parameters of the model as it is now."""
+        return self.params if self.frozen is None else self.frozen.with_adapters(self.params)
+
     def _train(self, stop: StopSignal) -> None:
         stage, loss = self.stage, functools.partial(self.kind.loss, self.stage)
-        how = {"batch_size": stage.batch_size, "microbatches": stage.microbatches, "loss": loss}
+        beside = self.beside
+        if self.frozen is not None:
+            loss, beside = self.frozen.loss(loss), (self.frozen.params, beside)
+        how = {
+            "batch_size": stage.batch_size,
+            "microbatches": stage.microbatches,
+            "loss": loss,
+            "trained": self.trained,
+        }
         step_function = make_step(self.cfg, self.tx, self.mesh, **how)
         quiet = not (is_first() and sys.stderr.isatty())
         bar = tqdm(total=stage.steps, initial=self.first_step, desc=self.directory.name, disable=quiet)
@@ -224,7 +242,7 @@ class Trainer:
             # A step is dispatched and not waited for, except where a figure is read.
             batch = next(self.feed)  # on the mesh; it was read and put there while the last steps ran
             self.params, self.opt_state, figures = step_function(
-                self.params, self.opt_state, batch, self.masks(step), self.beside
+                self.params, self.opt_state, batch, self.masks(step), beside
             )
             window.append(figures)
             done = step + 1
@@ -256,7 +274,7 @@ class Trainer:
         columns = {name: np.array([figures[name] for figures in window], np.float64) for name in window[0]}
         weight, loss, grad_norm = columns.pop("weight"), columns["loss"], columns.pop("grad_norm")
         self.tokens += int(weight.sum())
-        flops = flops_per_token(self.cfg, self.stage.seq_len) * self.stage.tokens_per_step / seconds
+        flops = self.flops * self.stage.tokens_per_step / seconds
         peaks, factor = self.stage.optimizer, float(self.factor(step - 1))
         matrix = peaks.learning_rate if peaks.matrix_learning_rate is None else peaks.matrix_learning_rate
         line = {
@@ -271,7 +289,7 @@ class Trainer:
             "mfu": metrics.utilisation(flops, self.mesh.size),
         }
         self.writer.write(step, line)
-        described = self._described(line)
+        described = metrics.described(line)
         bar.set_postfix_str(described)
         if bar.disable:
             left = datetime.timedelta(seconds=round(seconds * (self.stage.steps - step)))
@@ -285,18 +303,6 @@ class Trainer:
                 f"{self.directory.name}: loss {loss[first]:g}, gradient norm {grad_norm[first]:g} at step {at}; "
                 f"{self._last_checkpoint()}; lower the learning rate or look at the data"
             )
-
-    def _described(self, line: Mapping[str, float | None]) -> str:
-        """The figures of a line for people."""
-        rates = [f"{line[name]:.2e}" for name in ("learning_rate", "matrix_learning_rate")]
-        rate = f"rate {rates[0]}" if rates[0] == rates[1] else f"rates {rates[0]} and {rates[1]}"
-        used = f"{line['model_flops_per_second']:.3g} model FLOP/s"
-        if line["mfu"] is not None:
-            used = f"{line['mfu']:.1%} MFU"
-        return (
-            f"loss {line['loss']:.4f}, gradient norm {line['grad_norm']:.3g}, {rate}, "
-            f"{line['tokens_per_second']:,.0f} tokens/s, {used}"
-        )
 
     def _last_checkpoint(self) -> str:
         """Names the checkpoint that there is to go on from, for a message."""
@@ -315,7 +321,10 @@ class Trainer:
         if self.changes:
             entry["changes"] = self.changes
         self.writer.flush()  # what lies before a checkpoint is not written again
-        checkpoints.save(step, self.cfg, self.params, self.opt_state, [*self.history, entry], self.feed.state())
+        adapter = None if self.frozen is None else self.frozen.adapter
+        checkpoints.save(
+            step, self.cfg, self.params, self.opt_state, [*self.history, entry], self.feed.state(), adapter
+        )
 
     def _evaluate(self, step: int) -> None:
         """Evaluates what is due at a step, writes the figures, and keeps the checkpoint where it is the best so far."""
@@ -323,11 +332,11 @@ class Trainer:
         every = stage.eval_every if stage.tasks is None or stage.tasks.every is None else stage.tasks.every
         figures: dict[str, float] = {}
         if self.held_out and (ends or (stage.eval_every and step % stage.eval_every == 0)):
-            found = bits_per_byte(self.cfg, self.params, self.held_out, self.mesh, self.masks(step))
+            found = bits_per_byte(self.cfg, self._model(), self.held_out, self.mesh, self.masks(step))
             figures |= {metrics.EVALUATION + domain: value for domain, value in found.items()}
             self.say(f"  step {step}: bits per byte " + ", ".join(f"{d} {v:.4f}" for d, v in found.items()))
         if self.tasks is not None and (ends or (every and step % every == 0)):
-            found = self.tasks(self.cfg, self.params, self.masks(step), [*self.history, {"kind": stage.kind}])
+            found = self.tasks(self.cfg, self._model(), self.masks(step), [*self.history, {"kind": stage.kind}])
             figures |= {metrics.TASKS + name: value for name, value in found.items()}
             self.say(f"  step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
         if figures:
@@ -375,9 +384,10 @@ class Trainer:
         known = {} if self.tasks is None else {name: tasks.get(step, {}) for name, step in ends.items()}
         return known | {
             "parameters": count_params(self.cfg),
+            "trained_parameters": sum(leaf.size for leaf in jax.tree.leaves(self.trained)),
             "steps": self.stage.steps,
             "tokens": self.tokens,
-            "flops": flops_per_token(self.cfg, self.stage.seq_len) * self.stage.steps * self.stage.tokens_per_step,
+            "flops": self.flops * self.stage.steps * self.stage.tokens_per_step,
             "bits_per_byte_before": evaluations.get(0, {}),
             "bits_per_byte_after": evaluations.get(self.stage.steps, {}),
         }

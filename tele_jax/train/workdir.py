@@ -333,6 +333,14 @@ def read_summary(directory: Path) -> Table:
 
 
 _SUMMARY_FIELDS = {
-    **{"stage": str, "kind": str, "parameters": int, "tokens": int, "flops": float, "receipt": Table},
+    **{
+        "stage": str,
+        "kind": str,
+        "parameters": int,
+        "trained_parameters": int,
+        "tokens": int,
+        "flops": float,
+        "receipt": Table,
+    },
     **{"bits_per_byte_before": dict[str, float], "bits_per_byte_after": dict[str, float]},
 }
