@@ -18,9 +18,10 @@ class SourceConfig:
     """One domain of text: where its files are, or which seqio Task gives it, and how often it is drawn."""
 
     files: tuple[str, ...] = ()  # glob patterns; needed unless a task or a cache gives the text
-    # format of the files. text: a file is one document; jsonl: a line is {"text": ...}; dialogues: a line is
-    # {"messages": [{"role", "content"}, ...]}
-    format: Literal["text", "jsonl", "dialogues"] = "text"
+    # format of the files. text: a file is one document; jsonl: a line is {"text": ...}; dialogues: a line, or an
+    # element of a file that is one JSON array, is a dialogue in one of the formats that follow, as its keys say; see
+    # docs/fine_tuning.md
+    format: Literal["text", "jsonl", "dialogues", "messages", "sharegpt", "alpaca", "telechat", "telechat2"] = "text"
     rate: float = 1.0  # relative rate; the mixture divides by the sum. 0: the domain is left out
     validation_files: tuple[str, ...] = ()  # held-out text, for bits per byte; none: the domain is not evaluated
     # Instead of files: a seqio Task or Mixture by its name, registered in a module that the page imports. A Mixture
@@ -44,6 +45,26 @@ class SourceConfig:
 
 
 @checked
+class DialogueConfig:
+    """How dialogues are read, and which of their tokens are learned; see docs/fine_tuning.md."""
+
+    learned: Literal["all", "last"] = "all"  # which answers are learned; what a message says of itself counts as well
+    next_user: bool = False  # learns the <_user> that follows an answer, as the released trainer does
+    # What becomes of a dialogue that is longer than a row of fine-tuning. split: several samples at its turns, each
+    # with the system message; cut: the oldest turns go, as in the released code; drop: it is left out.
+    too_long: Literal["split", "cut", "drop"] = "split"
+    system: str | None = None  # system message of dialogues that have none
+    max_rejected: float = 1.0  # largest share of the dialogues of a domain that may be unusable; 1: all but one
+
+    def __post_init__(self):
+        require(self.system is None or bool(self.system), "system is empty; leave it out")
+        require(0 <= self.max_rejected <= 1, f"max_rejected={self.max_rejected} must be in [0, 1]")
+
+
+DEFAULT_DIALOGUES = DialogueConfig()
+
+
+@checked
 class DataConfig:
     """A mixture of domains and the tokenizer that reads it.
 
@@ -56,6 +77,7 @@ class DataConfig:
     sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)  # where each domain comes from
     cache: str | None = None  # directory that `tele data cache` wrote; None: files are read while training goes on
     template: str | None = None  # format of dialogues, see data/templates.py; None: as the tokenizer says
+    dialogues: DialogueConfig = DEFAULT_DIALOGUES  # how dialogues are read, and which of their tokens are learned
     eval_bytes: int = 200_000  # UTF-8 bytes of held-out text per domain
     # A domain that an earlier stage (or the run that config.start is of) has read goes on where it was left. True: this
     # stage reads everything from the beginning.

@@ -26,6 +26,7 @@ from tele_jax.config import check_seed
 from tele_jax.corpora import questions
 from tele_jax.data import caching, describe, order
 from tele_jax.data.cache import Counts, Manifest, RowCache
+from tele_jax.data.documents import too_long_notes
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import DamageError, UserError
 from tele_jax.files import Table, expand
@@ -117,11 +118,9 @@ def _cache(args: argparse.Namespace) -> Outcome:
         notes = {
             f"WARNING: {name}: {counts.rejected:,} documents cannot be used; which and why: {where}": counts.rejected,
             f"WARNING: {name}: {counts.held_out:,} documents are held out as well (validation_files)": counts.held_out,
-            f"{name}: {counts.shortened:,} dialogues were longer than a row and lost their oldest turns": (
-                counts.shortened
-            ),
         }
         lines += [line for line, count in notes.items() if count]
+        lines += too_long_notes(name, split=counts.split, shortened=counts.shortened, dropped=counts.dropped)
     figures: Table = {"seconds": round(seconds, 3), "text_bytes_per_second": round(total / seconds)}
     figures |= {"cores": len(os.sched_getaffinity(0)), "digest": manifest.digest}
     figures |= {"domains": {name: vars(domain.counts) for name, domain in manifest.domains.items()}}

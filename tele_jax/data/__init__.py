@@ -3,12 +3,15 @@
 vocabulary.py            load_vocabulary(path): text to ids and back; vocabulary_base.py is the interface
 vocabulary_training.py   training a vocabulary with the published special ids
 templates.py             the markers around questions and answers, by family
-dialogue.py              messages to tokens and loss weights, in a template
+messages.py              what the messages of a dialogue may say, and the weight of an answer
+dialogue_formats.py      records of OpenAI's, ShareGPT's, Alpaca's and TeleChat's formats as messages
+dialogue.py              messages to tokens and loss weights, in a template; dialogue_encoder.py has its strings
 documents.py             documents in text files: reading, cutting, rejecting
 sources.py               the index of a domain's files; Indexes shares and keeps them
 encode.py                the one encoder: documents, dialogues and Tasks to inputs, targets and loss weights
 packing.py               examples into rows of fixed length, live or for a cache, and rows as bytes
 order.py                 which row or document comes when, as a pure function; positions in the data
+corpus_documents.py      the documents of files, encoded; long dialogues as several samples
 domains.py               what a DataConfig names, resolved, checked and opened
 task_documents.py        registered seqio Tasks as domains
 tasks.py                 domains as seqio Tasks and Mixtures

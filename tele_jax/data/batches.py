@@ -52,7 +52,8 @@ def held_out(opened: OpenData, *, batch_size: int) -> dict[str, HeldOut]:
     held = {}
     for name, documents in opened.held_out.items():
         how = (opened.vocabulary, opened.seq_len, batch_size, opened.data.eval_bytes)
-        key = ("held out", documents.where, documents.checksum, opened.kind, *how, opened.vocabulary.template)
+        key = ("held out", documents.where, documents.checksum, documents.format, opened.kind)
+        key = (*key, *how, opened.vocabulary.template)
         text = opened.index.once(key, lambda documents=documents, how=how: _batches(documents, *how))
         if text is None:
             raise UserError(f"eval_bytes={opened.data.eval_bytes} holds no character of {documents.where}; give more")
@@ -68,6 +69,7 @@ def _batches(
     spaced = np.array([spelled[:1] == b" " for spelled in vocabulary.piece_bytes])
     num_bytes, num_tokens, pieces = 0, 0, []
     for example, begins in documents.in_order(lambda: max_bytes - num_bytes):  # noqa: B023  counts on
+        example = np.stack([*example[:2], example[2] > 0]).astype(np.int32)  # a weight is of the loss of training alone
         _, targets, weights = example
         weights *= sizes[targets] > 0
         num_tokens += int(weights.sum())

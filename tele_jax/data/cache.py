@@ -28,7 +28,7 @@ from tele_jax.data.vocabulary import tokenizer_in
 from tele_jax.errors import DamageError, UserError
 from tele_jax.extras import need
 from tele_jax.files import Table, is_plain_name, parse_json
-from tele_jax.settings import SourceConfig
+from tele_jax.settings import DEFAULT_DIALOGUES, DialogueConfig, SourceConfig
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -53,7 +53,9 @@ class Counts:
 
     Attributes:
       documents: documents or dialogues, without the rejected ones.
-      shortened: dialogues that were longer than a row and lost their oldest turns (dialogue.py).
+      shortened: dialogues that were longer than a row and lost turns or text (dialogue.samples).
+      split: dialogues that were longer than a row and became several examples.
+      dropped: dialogues that were longer than a row and of which nothing is left.
       rejected: documents that could not be used.
       held_out: documents that the page of the cache holds out as well.
       text_bytes: UTF-8 bytes of text.
@@ -74,6 +76,8 @@ class Counts:
     rows: int = 0
     segments: int = 0
     held_out: int = 0
+    split: int = 0
+    dropped: int = 0
     lengths: tuple[int, ...] = (0,) * LENGTH_BINS
 
     def __add__(self, other: "Counts") -> "Counts":
@@ -104,6 +108,7 @@ class Manifest:
     pad_id: int  # fills the ends of rows
     domains: dict[str, Domain]
     template: str | None = None  # of the dialogues; None: there are none
+    dialogues: DialogueConfig | None = None  # how dialogues were read; None: by a version that knew no such settings
 
     def to_text(self) -> str:
         """JSON, with a checksum of what it says."""
@@ -303,6 +308,7 @@ def check_fits(
     tokenizer: str,
     sha256: str,
     template: str | None,
+    dialogues: DialogueConfig,
 ) -> None:
     """Raises UserError unless the rows are what a stage asks for.
 
@@ -312,6 +318,7 @@ def check_fits(
       kind, seq_len: kind and row length of the stage.
       tokenizer, sha256: path and hash of the stage's tokenizer.
       template: dialogue template of the stage; None where it does not say.
+      dialogues: how the page of the stage reads dialogues.
     """
     if manifest.tokenizer_sha256 != sha256:
         raise UserError(
@@ -321,6 +328,9 @@ def check_fits(
     if template not in (None, manifest.template):
         made = "holds no dialogues" if manifest.template is None else f"has dialogues by template {manifest.template!r}"
         raise UserError(f"{where}: {made}, the stage asks for template={template!r}")
+    made = manifest.dialogues or DEFAULT_DIALOGUES
+    if dialogues not in (DEFAULT_DIALOGUES, made):
+        raise UserError(f"{where}: was made with another data.dialogues, {made}; make it again, or leave dialogues out")
     for name, wanted, found in (("kind", kind, manifest.kind), ("seq_len", seq_len, manifest.seq_len)):
         if wanted != found:
             raise UserError(f"{where}: its rows have {name}={found}, the stage asks for {name}={wanted}")

@@ -21,6 +21,7 @@ from tele_jax import processes
 from tele_jax.config import written_table
 from tele_jax.data import documents, shards, sources, templates
 from tele_jax.data.cache import FORMAT, MANIFEST, Counts, Domain, Manifest, incomplete, read_manifest
+from tele_jax.data.dialogue_formats import DIALOGUES
 from tele_jax.data.domains import has_dialogues, open_vocabulary, require_other_files, resolve
 from tele_jax.data.feed import difference
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary, tokenizer_name
@@ -191,7 +192,9 @@ def _held_out(config: CacheConfig) -> frozenset[int]:
     for name, source in config.data.sources.items():
         if source.validation_files and source.format != "text":
             where = f"sources.{name}.validation_files"
-            found.update(sources.index(where, name, source.validation_files, source.format).line_digests().tolist())
+            how = config.data.dialogues
+            corpus = sources.index(where, name, source.validation_files, source.format, how=how)
+            found.update(corpus.line_digests().tolist())
     return frozenset(found)
 
 
@@ -335,7 +338,14 @@ def _assemble(work: Path, config: CacheConfig, vocabulary: Vocabulary, units: li
             if of.task and reasons[name] is None:
                 raise UserError(f"sources.{name}.task: the split {of.split!r} of the task {of.task} has no example")
             raise documents.nothing_usable(f"sources.{name}", reasons[name])
+        counts, of = domain["counts"], config.data.sources[name]
+        if of.format in DIALOGUES:
+            found = (f"sources.{name}", counts.documents, counts.rejected, reasons[name])
+            documents.check_rejected(*found, config.data.dialogues.max_rejected)
+        if not domain["shards"]:
+            raise documents.nothing_fits(f"sources.{name}", config.seq_len)
     shutil.copyfile(vocabulary.path, work / tokenizer_name(vocabulary.path))
+    dialogues = has_dialogues(config.data, config.kind)
     manifest = Manifest(
         format=FORMAT,
         kind=config.kind,
@@ -353,7 +363,8 @@ def _assemble(work: Path, config: CacheConfig, vocabulary: Vocabulary, units: li
             )
             for name, domain in domains.items()
         },
-        template=templates.choose(vocabulary).name if has_dialogues(config.data, config.kind) else None,
+        template=templates.choose(vocabulary).name if dialogues else None,
+        dialogues=config.data.dialogues if dialogues else None,
     )
     write_file(work / MANIFEST, manifest.to_text())
     return read_manifest(work)

@@ -12,128 +12,31 @@ as one string, markers, questions and answers together; in training the string o
 markers, then the answer is a string of its own. Tokenizers with a dummy prefix, as the released ones, begin every
 such string with a space.
 
-The answers are learned: a token has weight 1 when it belongs to an answer or is the `<_end>` after it, and weight 0
-otherwise. So the position that holds `<_bot>` learns the first token of the answer, and the last token of the answer
-learns `<_end>`; `<_bot>` itself is given by the prompt and has weight 0, and so has the `<_user>` that follows
-`<_end>`, which the released trainer counts. Where an answer inside a dialogue does not end as the last one does
-(TeleChat-52B, Tele-FLM Instruct), that end is not learned: a reply has to end as the last one.
+The answers are learned: a token has the weight of its message (1 by default) when it belongs to an answer or is the
+`<_end>` after it, and weight 0 otherwise. So the position that holds `<_bot>` learns the first token of the answer, and
+the last token of the answer learns `<_end>`; `<_bot>` itself is given by the prompt and has weight 0, and so has the
+`<_user>` that follows `<_end>`, unless `next_user` asks for it, as the released trainer does. Where an answer inside a
+dialogue does not end as the last one does (TeleChat-52B, Tele-FLM Instruct), that end is not learned: a reply has to
+end as the last one.
 
 A message is {"role": "system" | "user" | "assistant", "content": str}; "bot" is another name for "assistant". The
-system message comes first, if at all; then user and assistant take turns, and the user begins. An answer that says
-"weight": 0, "train": false or "loss": false is not learned, and neither is the end after it.
-
-A record is {"messages": [...]} or, as TeleChat2's, {"dialog": [...]}, and may have its system message as "system".
-Fields that nothing here understands are refused by name, but for LABELS: none is ignored.
+system message comes first, if at all; then user and assistant take turns, and the user begins. An answer may have a
+"weight", a number of at least 0 by which its tokens count; one that says "weight": 0, "train": false or "loss": false
+is not learned, and neither is the end after it. dialogue_formats.py reads records of other forms as such messages.
 """
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
-from tele_jax.data import templates
-from tele_jax.data.templates import Said, Template
+import numpy as np
+
+from tele_jax.data.dialogue_encoder import Encoder, Fitted, fit
+from tele_jax.data.messages import Message, check
+from tele_jax.data.templates import Template, choose
 from tele_jax.data.vocabulary_base import Vocabulary
-from tele_jax.errors import UserError
-
-Message = Mapping[str, Any]  # strings, and the marks
-Spoken = str | list[int]  # text, or ids where markers are ids
-
-MARKS = ("weight", "train", "loss")  # of an answer: whether it is learned
-# Fields of a record that say where it is from, and nothing about what is learned.
-LABELS = frozenset({"id", "source", "url", "title", "language", "lang", "license", "category", "meta", "metadata"})
-
-
-def from_record(record: object) -> list[Message]:
-    """Returns the messages of a record, the system message among them.
-
-    Raises:
-      UserError: it is no record of a dialogue, or has a field that is not understood.
-    """
-    if not isinstance(record, Mapping):
-        raise UserError('not a table with the key "messages", as the format dialogues asks for')
-    if {"input", "output"} <= set(record):
-        raise UserError(
-            'a record of "input" and "output" has its markers inside its text, where they cannot be told from typed '
-            'ones; write it as "messages"'
-        )
-    key = "dialog" if "dialog" in record and "messages" not in record else "messages"
-    if key not in record:
-        raise UserError('not a table with the key "messages", as the format dialogues asks for')
-    for field, value in record.items():
-        if field not in (key, "system", *LABELS) and not _says_nothing(value):
-            raise UserError(f"the field {field!r} of the record is not understood; take it out, or the record")
-    messages, system = record[key], record.get("system")
-    if system is not None and not isinstance(system, str):
-        raise UserError('"system" is not a string')
-    if system and isinstance(messages, list):
-        if messages and isinstance(messages[0], Mapping) and messages[0].get("role") == "system":
-            raise UserError('there are two system messages: "system" and the first of the messages')
-        messages = [{"role": "system", "content": system}, *messages]
-    check(messages)
-    return messages
-
-
-def is_learned(message: Message) -> bool:
-    """Tells whether an answer is learned: none of its marks says otherwise."""
-    return not any(message.get(mark) in (0, False) for mark in MARKS if message.get(mark) is not None)
-
-
-def _says_nothing(value: object) -> bool:
-    return value is None or (isinstance(value, list) and not value)
-
-
-def _check_fields(i: int, message: Mapping[str, object]) -> None:
-    """Raises UserError for marks that cannot be obeyed, and for what is not understood."""
-    answers = message["role"] in ("assistant", "bot")
-    marks = set()
-    for field, value in message.items():
-        if field in ("role", "content") or _says_nothing(value):
-            continue
-        if field not in MARKS:
-            raise UserError(f"messages[{i}]: the field {field!r} is not understood; take it out, or the record")
-        if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise UserError(f"messages[{i}].{field} is {value!r}; an answer is learned (1) or not (0)")
-        if value and not answers:
-            raise UserError(f"messages[{i}].{field} is {value!r}, but only answers are learned")
-        marks.add(bool(value))
-    if len(marks) > 1:
-        raise UserError(f"messages[{i}]: its marks ({', '.join(MARKS)}) contradict each other")
-
-
-def check(messages: object, *, complete: bool = True) -> None:
-    """Raises UserError unless `messages` is a dialogue as described above.
-
-    Args:
-      messages: anything.
-      complete: whether the last message has to be an answer (for training) or a question (for a prompt).
-    """
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise UserError("messages is not a list")
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str) or "role" not in message:
-            raise UserError(f'messages[{i}] is not a table of the strings "role" and "content"')
-        if not message["content"]:
-            raise UserError(f"messages[{i}].content is empty")
-        try:
-            message["content"].encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"messages[{i}].content: character {error.start} is half a surrogate pair") from None
-        if message["role"] not in ("system", "user", "assistant", "bot"):
-            raise UserError(f"messages[{i}].role is {message['role']!r}, not one of system, user, assistant")
-        if message["role"] == "system" and i > 0:
-            raise UserError(f"messages[{i}]: the system message has to come first")
-        _check_fields(i, message)
-    spoken = messages[1:] if messages and messages[0]["role"] == "system" else messages
-    skipped = len(messages) - len(spoken)
-    for i, message in enumerate(spoken):
-        expected = "user" if i % 2 == 0 else "assistant"
-        if (message["role"] == "user") != (expected == "user"):
-            raise UserError(f"messages[{i + skipped}].role is {message['role']!r}, but it is the turn of {expected}")
-    if len(spoken) % 2 != (0 if complete else 1) or not spoken:
-        raise UserError(f"the last message has to be {'an answer' if complete else 'a question'}")
-    if complete and not any(map(is_learned, spoken[1::2])):
-        raise UserError("none of the answers is to be learned")
 
 
 def render(
@@ -143,8 +46,9 @@ def render(
     template: Template | None = None,
     *,
     given: int = 0,
-) -> tuple[list[int], list[int]]:
-    """Encodes a whole dialogue as (tokens, weights), two lists of one length; weights are 0 or 1, see above.
+    next_user: bool = False,
+) -> tuple[list[int], list[int | float]]:
+    """Encodes a whole dialogue as (tokens, weights), two lists of one length; weights are those of the answers, or 0.
 
         tokens, weights = render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], v)
         tokens       # [v.user_id, *v.encode("Hi"), v.bot_id, *v.encode("Hello"), v.end_id]
@@ -157,15 +61,94 @@ def render(
         released code does not have to face, the system message, and at last the right end of the answer with its end.
       template: that of the vocabulary by default.
       given: weight of everything but answers: 0 in fine-tuning, 1 in pretraining.
+      next_user: learns the `<_user>` that follows an answer, with the weight of that answer.
 
     Raises:
       UserError: messages that are not such a dialogue; a vocabulary without the markers; a system message where the
-        template has no place for one; max_tokens too small for the markers and a token of the answer.
+        template has no place for one; next_user where the marker is text; max_tokens too small for the markers and a
+        token of the answer.
     """
     check(messages)
-    encoder = _Encoder(vocabulary, template, given)
-    fitted = _fit(*encoder.open(messages), max_tokens, encoder.shortest, encoder.sample)
-    return fitted.tokens[:max_tokens], fitted.weights[:max_tokens]
+    fitted = _fitted(Encoder(vocabulary, template, given, next_user=next_user), messages, max_tokens)
+    return fitted.tokens, fitted.weights
+
+
+def _fitted(encoder: Encoder, messages: Sequence[Message], max_tokens: int | None) -> Fitted:
+    fitted = fit(*encoder.open(messages), max_tokens, encoder.shortest, encoder.sample)
+    return dataclasses.replace(fitted, tokens=fitted.tokens[:max_tokens], weights=fitted.weights[:max_tokens])
+
+
+TooLong = Literal["split", "cut", "drop"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A dialogue, or some of its turns, as tokens for fine-tuning.
+
+    Attributes:
+      first, end: its turns are those from `first` on and before `end`; turn 0 is the first question and answer.
+      tokens, weights: as `render` gives them; at least one weight is not 0.
+      is_cut: whether text of these turns, or the system message, did not fit and is missing.
+    """
+
+    first: int
+    end: int
+    tokens: list[int]
+    weights: list[int | float]
+    is_cut: bool = False
+
+
+def samples(
+    messages: Sequence[Message],
+    vocabulary: Vocabulary,
+    max_tokens: int,
+    template: Template | None = None,
+    *,
+    too_long: TooLong = "split",
+    next_user: bool = False,
+) -> list[Sample]:
+    """Encodes a dialogue as samples of at most `max_tokens` tokens each. Samples that learn nothing are left out.
+
+    Args:
+      messages, vocabulary, template, next_user: as in `render`.
+      max_tokens: most tokens of a sample.
+      too_long: what becomes of a longer dialogue. split: several samples, each of the system message and as many whole
+        turns as fit; a single turn that is still too long is cut as by "cut". cut: as `render` does, one sample of the
+        last turns. drop: no sample.
+
+    Raises:
+      UserError: as `render`.
+    """
+    check(messages)
+    encoder = Encoder(vocabulary, template, next_user=next_user)
+    system, turns = encoder.open(messages)
+
+    def made(first: int, end: int) -> Sample | None:
+        fitted = fit(system, turns[first:end], max_tokens, encoder.shortest, encoder.sample)
+        tokens, weights = fitted.tokens[:max_tokens], fitted.weights[:max_tokens]
+        is_cut = (fitted.system, fitted.turns) != (system, turns[first:end]) or len(tokens) < len(fitted.tokens)
+        return Sample(first, end, tokens, weights, is_cut) if any(weights) else None
+
+    def length(first: int, end: int) -> int:
+        return len(encoder.sample(system, turns[first:end])[0])
+
+    whole = length(0, len(turns)) <= max_tokens
+    if too_long == "drop" and not whole:
+        return []
+    bounds = [0]
+    while bounds[-1] < len(turns):
+        first, end = bounds[-1], len(turns)
+        if too_long == "split" and not whole:
+            fits = range(first + 2, len(turns) + 1)  # one turn is always taken
+            end = first + 1 + bisect.bisect_left(fits, True, key=lambda end: length(first, end) > max_tokens)
+        bounds.append(end)
+    return [sample for pair in itertools.pairwise(bounds) if (sample := made(*pair)) is not None]
+
+
+def turns_of(messages: Sequence[Message], first: int, end: int) -> list[Message]:
+    """Returns the system message, if there is one, and the messages of the turns `first` to `end` - 1."""
+    spoken = int(messages[0]["role"] == "system")
+    return [*messages[:spoken], *messages[spoken + 2 * first : spoken + 2 * end]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,9 +199,9 @@ def fit_prompt(
       prompt as they are; text that is encoded again can have other ids.
     """
     check(messages, complete=False)
-    encoder = _Encoder(vocabulary, template)
+    encoder = Encoder(vocabulary, template)
     system, turns = encoder.open(messages, drawn or {})
-    fitted = _fit(system, turns, max_tokens, encoder.shortest, encoder.prompt)
+    fitted = fit(system, turns, max_tokens, encoder.shortest, encoder.prompt)
     return Prompt(
         fitted.tokens,
         dropped_turns=len(turns) - len(fitted.turns),
@@ -227,173 +210,20 @@ def fit_prompt(
     )
 
 
-def shortest(vocabulary: Vocabulary, template: Template | None = None) -> int:
-    """Returns the least max_tokens of `render` and `render_prompt`: markers, end, and one token of an answer."""
-    return _Encoder(vocabulary, template).shortest
+def shortest(vocabulary: Vocabulary, template: Template | None = None, *, next_user: bool = False) -> int:
+    """Returns the least max_tokens of `render` and `render_prompt`: markers, end, and one token of an answer.
 
-
-@dataclasses.dataclass(frozen=True)
-class _Turn:
-    """A question and its answer, as ids or as text: what can be cut. The answer is None where it is asked for."""
-
-    question: Spoken
-    answer: Spoken | None
-    is_learned: bool = True  # the answer
-
-
-def _said(spoken: Spoken) -> Said | list[int]:
-    return Said(spoken) if isinstance(spoken, str) else spoken
-
-
-def _ids(spoken: Spoken) -> list[int]:
-    return [] if isinstance(spoken, str) else spoken
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fitted:
-    system: Spoken | None
-    turns: list[_Turn]
-    tokens: list[int]
-    weights: list[int]
-
-
-class _Encoder:
-    """Encodes dialogues by a template and a vocabulary, in the strings that the released code encodes.
-
-    Attributes:
-      shortest: tokens of the markers, of what ends a reply, and of one token of an answer.
+    Raises:
+      UserError: a vocabulary without the markers; next_user where the marker is text.
     """
-
-    def __init__(self, vocabulary: Vocabulary, template: Template | None, given: int = 0):
-        """Reads the markers. given: weight of the tokens that are not of an answer."""
-        self._given = given
-        self._vocabulary, self._template = vocabulary, template or templates.choose(vocabulary)
-        self._markers = templates.marker_ids(self._template, vocabulary)
-        self._is_text = self._template.markers == "text"
-        empty = _Turn("" if self._is_text else [], None)
-        self.shortest = len(self.prompt(None, [empty])[0]) + len(self._markers.end) + 1
-
-    def open(
-        self, messages: Sequence[Message], drawn: Mapping[int, Sequence[int]] | None = None
-    ) -> tuple[Spoken | None, list[_Turn]]:
-        """Returns the system message, if there is one, and the turns: texts where markers are text, otherwise ids."""
-        template, vocabulary = self._template, self._vocabulary
-        first = int(messages[0]["role"] == "system")
-        if first and self._markers.system is None:
-            raise UserError(
-                f"the template {template.name} has no place for a system message"
-                if template.system is None
-                else f"tokenizer {vocabulary.path}: it has no piece {template.system!r} for the system message"
-            )
-        take = (lambda text: text) if self._is_text else vocabulary.encode
-        turns = []
-        for i in range(first, len(messages), 2):
-            question = messages[i]["content"]
-            answer, learned = None, True
-            if i + 1 < len(messages):
-                learned = is_learned(messages[i + 1])
-                ids = (drawn or {}).get(i + 1)
-                answer = take(messages[i + 1]["content"]) if ids is None else list(ids)
-            turns.append(_Turn(take(question.strip() if template.strips else question), answer, learned))
-        system = messages[0]["content"].strip() if self._is_text else messages[0]["content"]
-        return (take(system) if first else None), turns
-
-    def prompt(self, system: Spoken | None, turns: Sequence[_Turn]) -> tuple[list[int], list[int]]:
-        """Encodes a dialogue that ends with a question: tokens, and weights that are all 0."""
-        if not self._is_text:
-            return self._of_ids(system, turns)
-        parts: list[str | Said | list[int]] = self._opening(system)
-        for turn in turns:
-            parts += self._asked(turn)
-            if turn.answer is not None:
-                parts += [_said(turn.answer), self._template.between]
-        tokens = templates.encode_parts(self._template, self._vocabulary, parts)
-        return tokens, [0] * len(tokens)
-
-    def sample(self, system: Spoken | None, turns: Sequence[_Turn]) -> tuple[list[int], list[int]]:
-        """Encodes a dialogue that ends with an answer: tokens and weights."""
-        if not self._is_text:
-            return self._of_ids(system, turns)
-        tokens: list[int] = []
-        weights: list[int] = []
-        opening, end = self._opening(system), self._markers.end
-        for number, turn in enumerate(turns, start=1):
-            asked = templates.encode_parts(self._template, self._vocabulary, [*opening, *self._asked(turn)])
-            opening = []
-            between = self._template.between if number < len(turns) else ""
-            answer = templates.encode_parts(self._template, self._vocabulary, [_said(turn.answer or ""), between])
-            said = self._before(answer, between)
-            tokens += asked + answer
-            weights += [self._given] * len(asked) + [int(turn.is_learned)] * said + [self._given] * (len(answer) - said)
-        return tokens + end, weights + [int(turns[-1].is_learned)] * len(end)
-
-    def _opening(self, system: Spoken | None) -> list[str | Said | list[int]]:
-        return [] if system is None else [self._template.system or "", _said(system)]
-
-    def _asked(self, turn: _Turn) -> list[str | Said | list[int]]:
-        return [self._template.user, _said(turn.question), self._template.bot]
-
-    def _before(self, tokens: Sequence[int], tail: str) -> int:
-        """Counts the tokens that end before `tail`, the text at the end of all, begins."""
-        left, count = len(tail.encode()), len(tokens)
-        while left > 0:
-            count -= 1
-            left -= len(self._vocabulary.piece_bytes[tokens[count]])
-        return count
-
-    def _of_ids(self, system: Spoken | None, turns: Sequence[_Turn]) -> tuple[list[int], list[int]]:
-        markers = self._markers
-        tokens = markers.start + ([] if system is None else (markers.system or []) + _ids(system))
-        weights = [self._given] * len(tokens)
-        for number, turn in enumerate(turns, start=1):
-            asked = [*markers.user, *_ids(turn.question), *markers.bot]
-            tokens += asked
-            weights += [self._given] * len(asked)
-            if turn.answer is not None:
-                end = markers.end if number == len(turns) else markers.between
-                tokens += [*_ids(turn.answer), *end]
-                weight = int(turn.is_learned)
-                weights += [weight] * len(turn.answer) + [weight if end == markers.end else self._given] * len(end)
-        return tokens, weights
+    return Encoder(vocabulary, template, next_user=next_user).shortest
 
 
-def _fit(
-    system: Spoken | None,
-    turns: list[_Turn],
-    max_tokens: int | None,
-    least: int,
-    encode: Callable[[Any, Sequence[_Turn]], tuple[list[int], list[int]]],
-) -> _Fitted:
-    """Drops and cuts turns as `render` describes; the caller cuts off the right end of what is still too long.
+def most_tokens(num_bytes: np.ndarray, num_messages: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Returns a bound of the tokens of dialogues, int64 [n], by the bytes of their texts and their messages, int64 [n].
 
-    The released code drops the oldest messages one by one, so that half a turn can stay.
+    A token spells at least a byte of a text, but for the markers and the space that a tokenizer may put before a text.
     """
-    if max_tokens is None:
-        return _Fitted(system, turns, *encode(system, turns))
-    if max_tokens < least:
-        raise UserError(f"max_tokens={max_tokens}: a dialogue needs at least {least}")
-
-    def fits(system: Spoken | None, turns: Sequence[_Turn]) -> bool:
-        return len(encode(system, turns)[0]) <= max_tokens
-
-    def first_that_fits(count: int, is_enough: Callable[[int], bool]) -> int:
-        """Returns the least number below count for which is_enough holds, as it does for all above it; else count."""
-        return bisect.bisect_left(range(count), True, key=is_enough)
-
-    whole = _Fitted(system, turns, *encode(system, turns))
-    if len(whole.tokens) <= max_tokens:
-        return whole
-    first = first_that_fits(len(turns), lambda n: fits(system, turns[n:]))
-    if first < len(turns):
-        return _Fitted(system, turns[first:], *encode(system, turns[first:]))
-    last = turns[-1]
-
-    def without(n: int) -> _Turn:
-        return dataclasses.replace(last, question=last.question[n:])
-
-    length = len(last.question)
-    cut = first_that_fits(length, lambda n: fits(system, [without(n)]))
-    if cut >= length and length:  # nothing would be left of the question
-        system = None
-        cut = first_that_fits(length, lambda n: fits(None, [without(n)]))
-    return _Fitted(system, [without(cut)], *encode(system, [without(cut)]))
+    template = choose(vocabulary)
+    markers = 2 if template.markers == "ids" else len(f"{template.user}{template.bot}{template.between}".encode())
+    return num_bytes + num_messages * (1 + markers) + 2

@@ -1,8 +1,8 @@
 """Documents in text files: reading them, cutting long ones, and recording those that cannot be used.
 
-There are three formats, all UTF-8: `text` (a file is one document), `jsonl` (a line is {"text": ...}) and `dialogues`
-(a line is {"messages": [...]}, see dialogue.py). The live feed and caches read documents by the functions here, and so
-reject the same ones for the same reasons.
+The formats are all UTF-8: `text` (a file is one document), `jsonl` (a line is {"text": ...}) and those of dialogues
+(dialogue_formats.py), where a line, or an element of a file that is one JSON array, is a dialogue. The live feed and
+caches read documents by the functions here, and so reject the same ones for the same reasons.
 """
 
 import codecs
@@ -10,28 +10,32 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import mmap
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 
-from tele_jax.data import dialogue
+from tele_jax.data.dialogue_formats import DIALOGUES, from_record
+from tele_jax.data.messages import Message
 from tele_jax.errors import UserError
 from tele_jax.files import Table, require_regular, write_file
+from tele_jax.settings import DEFAULT_DIALOGUES, DialogueConfig
 
-Format = Literal["text", "jsonl", "dialogues"]
+Format = Literal["text", "jsonl", "dialogues", "messages", "sharegpt", "alpaca", "telechat", "telechat2"]
 AnyFormat = Format | Literal["task"]
 WHOLE = 1 << 62  # larger than any document: no cutting
 BLOCK_BYTES = 1 << 20  # of a text file that are read at a time
 
-# A document that cannot be used: {"file", "byte" where its line or this stretch of its text begins, "reason", "sample"
-# of its first bytes}, and "line" where it is known. For an example of a seqio Task: {"task", "split", "shard",
-# "example", "reason", "sample"}.
+# A document that cannot be used: {"file", "byte" where its record or this stretch of its text begins, "reason",
+# "sample" of its first bytes}, and "line" where it is known, or "element" of an array. For an example of a seqio Task:
+# {"task", "split", "shard", "example", "reason", "sample"}.
 Reject = Table
-Content = str | Sequence[dialogue.Message] | Mapping[str, np.ndarray]
+Content = str | Sequence[Message] | Mapping[str, np.ndarray]
 EMPTY = "the text is empty"  # reason of a Reject
 KEPT = 10_000  # rejects of a domain that are kept in memory; the others are counted
 
@@ -75,6 +79,10 @@ class Documents(Protocol):
 
     def account(self) -> str:
         """Says in a line how many documents were rejected, and why the first."""
+        ...
+
+    def notes(self) -> list[str]:
+        """Says in lines what became of dialogues that are longer than a row."""
         ...
 
     def example(self, i: int) -> np.ndarray:
@@ -172,14 +180,66 @@ def stretches(
             return
 
 
+# A string, or what opens, closes or divides what JSON is made of.
+_JSON = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]', re.DOTALL)
+
+
+def is_array(file: BinaryIO, format: AnyFormat) -> bool:
+    """Tells whether a file of dialogues, open where its text begins, is one JSON array; reads its first bytes."""
+    begin = file.tell()
+    first = next((c for c in iter(lambda: file.read(1), b"") if not c.isspace()), b"") if format in DIALOGUES else b""
+    file.seek(begin)
+    return first == b"["
+
+
+def records(file: BinaryIO, format: AnyFormat, seen: Callable[[bytes], None]) -> Iterator[tuple[int, bytes, Table]]:
+    """Reads a file of records: (offset, bytes, {"line": number}, or {"element": number} of an array) of each.
+
+    What stands after the end of an array, or before a missing end, is one more element, which is not JSON.
+
+    Args:
+      file: open where its text begins.
+      format: format of the file, not text.
+      seen: is given all bytes once, in order.
+    """
+    if not is_array(file, format):
+        for line, data in enumerate(iter(file.readline, b""), start=1):
+            seen(data)
+            if data.strip():
+                yield file.tell() - len(data), data, {"line": line}
+        return
+    begin = file.tell()
+    for block in iter(lambda: file.read(BLOCK_BYTES), b""):
+        seen(block)
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        number, depth, start = 0, 0, begin
+        for token in _JSON.finditer(data, begin):
+            kind = data[token.start() : token.start() + 1]
+            depth += (kind in b"[{") - (kind in b"]}")
+            if kind == b"[" and start == begin:
+                start = token.end()
+            elif (kind == b"," and depth == 1) or depth == 0:
+                found = data[start : token.start()]
+                if found.strip() or kind == b",":
+                    number += 1
+                    yield start + len(found) - len(found.lstrip()), found.strip(), {"element": number}
+                start = token.end()
+            if depth == 0:
+                break
+        if depth or data[start:].strip():
+            start = max(start - 1, begin)  # with what ended the last element, so that it is no JSON
+            yield start, data[start:], {"element": number + 1}
+
+
 def read_document(
     path: str,
     offset: int,
     data: bytes,
     format: AnyFormat,
     reject: Callable[[Reject], None],
-    line: int | None = None,
+    at: Mapping[str, int] = MappingProxyType({}),
     keys: Sequence[str] = ("text",),
+    how: DialogueConfig = DEFAULT_DIALOGUES,
 ) -> Any:
     """Returns the text of a document, or the messages of a dialogue; None where it cannot be used.
 
@@ -188,20 +248,20 @@ def read_document(
       data: a line; for the format text a stretch of the file that ends with a character.
       format: format of the file.
       reject: is given the entry of a document that cannot be used.
-      line: number of the line, where it is known.
+      at: {"line": number} or {"element": number}, where it is known.
       keys: names that the text of a JSON line may have.
+      how: how dialogues are read.
     """
     try:
         text = data.decode("utf-8")
-        return text if format == "text" else check_record(text, format, keys)
+        return text if format == "text" else check_record(text, format, keys, how)
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x})"
     except UserError as error:
         reason = str(error)
     sample = data[:200].decode(errors="backslashreplace")
     file = os.fsencode(path).decode(errors="backslashreplace")  # a name may be what no file of text can hold
-    entry = {"file": file, "byte": offset, "reason": reason, "sample": sample}
-    reject(entry if line is None else entry | {"line": line})
+    reject({"file": file, "byte": offset, "reason": reason, "sample": sample, **at})
     return None
 
 
@@ -213,15 +273,15 @@ def write_rejected(path: Path, rejected: Sequence[Reject]) -> None:
     write_file(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected))
 
 
-def account(where: str, used: int, count: int, rejected: Sequence[Reject]) -> str:
+def account(where: str, used: int, count: int, first: str | None) -> str:
     """Says in a line how many documents were rejected, and why the first.
 
     Args:
       where: names the domain.
       used, count: number of documents that are used, and that are not.
-      rejected: the first documents that are not used.
+      first: what `place` says of the first document that is not used.
     """
-    first = f"; the first is {place(rejected[0])}" if count else ""
+    first = f"; the first is {first}" if first else ""
     return f"{where}: {count:,} of {count + used:,} documents cannot be used{first}"
 
 
@@ -229,7 +289,7 @@ def place(reject: Reject) -> str:
     """Says where a rejected document is, and why it cannot be used."""
     if "task" in reject:
         return f"task {reject['task']}, split {reject['split']}, example {reject['example']}: {reject['reason']}"
-    where = f"line {reject['line']}" if "line" in reject else f"byte {reject['byte']}"
+    where = next(f"{unit} {reject[unit]}" for unit in ("line", "element", "byte") if unit in reject)
     return f"{reject['file']}, {where}: {reject['reason']}"
 
 
@@ -239,18 +299,45 @@ def nothing_usable(where: str, first: str | None) -> UserError:
     return UserError(f"{where}: not one document can be used; {why}")
 
 
-def check_record(record: str, format: AnyFormat, keys: Sequence[str] = ("text",)) -> Any:
-    """Returns the text of a JSON line, under the first of `keys` that it has, or the messages of a dialogue.
+def nothing_fits(where: str, seq_len: int) -> UserError:
+    """Returns the error of a domain of dialogues of which nothing fits a row of `seq_len` tokens."""
+    return UserError(
+        f"{where}: not one dialogue is left, all are longer than a row of seq_len={seq_len} tokens; give longer rows, "
+        "or another data.dialogues.too_long"
+    )
+
+
+def too_long_notes(where: str, *, split: int, shortened: int, dropped: int) -> list[str]:
+    """Says in lines what became of dialogues that are longer than a row."""
+    said = {
+        "became several samples": split,
+        "lost turns or text": shortened,
+        "were left out": dropped,
+    }
+    return [f"{where}: {n:,} dialogues were longer than a row and {what}" for what, n in said.items() if n]
+
+
+def check_rejected(where: str, used: int, count: int, first: str | None, most: float) -> None:
+    """Raises UserError where more than the share `most` of the dialogues of a domain cannot be used; see `account`."""
+    if count > most * (used + count):
+        told = account(where, used, count, first)
+        raise UserError(f"{told}; data.dialogues.max_rejected={most:g} is the largest share that is taken")
+
+
+def check_record(
+    record: str, format: AnyFormat, keys: Sequence[str] = ("text",), how: DialogueConfig = DEFAULT_DIALOGUES
+) -> Any:
+    """Returns the text of a JSON record, under the first of `keys` that it has, or the messages of a dialogue.
 
     Raises:
-      UserError: the line is not of the format; the message says why, and the caller adds where.
+      UserError: the record is not of the format; the message says why, and the caller adds where.
     """
     try:
         value = json.loads(record)
     except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON: {error}") from None
-    if format == "dialogues":
-        value = dialogue.from_record(value)
+    if format in DIALOGUES:
+        value = from_record(value, format, how)
     elif not isinstance(value, dict) or not (found := [key for key in keys if key in value]):
         named = " or ".join(f'"{key}"' for key in keys)
         raise UserError(f"not a table with the key {named}, as the format {format} asks for")

@@ -5,54 +5,23 @@ import filecmp
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from tele_jax.config import nearest
-from tele_jax.data import cache, documents, encode, sources, templates
+from tele_jax.data import cache, dialogue, documents, encode, sources
+from tele_jax.data.corpus_documents import CorpusDocuments
+from tele_jax.data.dialogue_formats import DIALOGUES
 from tele_jax.data.documents import Documents
 from tele_jax.data.encode import Kind
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import UserError
 from tele_jax.files import expand
-from tele_jax.settings import DataConfig, SourceConfig
-
-
-class CorpusDocuments:
-    """The spans of a corpus as Documents."""
-
-    def __init__(self, corpus: sources.Corpus, vocabulary: Vocabulary, kind: Kind, seq_len: int):
-        self.corpus = corpus
-        self.where, self.format, self.checksum, self.account = (
-            corpus.where,
-            corpus.format,
-            corpus.checksum,
-            corpus.account,
-        )
-        self.rejected, self.num_rejected = corpus.rejected, corpus.num_rejected
-        self.cut = 0 if corpus.spans["last"].all() else sources.span_bytes_for(seq_len)
-        self._encode = lambda document: encode.encode([document], vocabulary, kind, seq_len).columns
-
-    def __len__(self) -> int:
-        return len(self.corpus)
-
-    def example(self, i: int) -> np.ndarray:
-        """Reads span `i`; UserError where its file has changed."""
-        return self._encode(self.corpus.document(i))
-
-    def in_order(self, bytes_left: Callable[[], int]) -> Iterator[tuple[np.ndarray, bool]]:
-        """Reads all spans, opening each file once."""
-        for i, document in enumerate(self.corpus.documents(range(len(self)))):
-            left = bytes_left()
-            if isinstance(document.content, str) and self.corpus.spans["num_bytes"][i] > left:
-                text = document.content.encode()[:left].decode(errors="ignore")
-                document = dataclasses.replace(document, content=text, ends=False)
-            yield self._encode(document), document.begins
-
+from tele_jax.settings import DEFAULT_DIALOGUES, DataConfig, SourceConfig
 
 OnRejects = Callable[[Documents], None]  # is given every domain, to report the documents that cannot be used
 
@@ -105,6 +74,7 @@ class OpenData:
             return None
         opened = cache.RowCache(self.data.cache)
         asked = {"tokenizer": self.data.tokenizer, "sha256": self.vocabulary.sha256, "template": self.data.template}
+        asked |= {"dialogues": self.data.dialogues}
         cache.check_fits(opened.manifest, self.data.cache, kind=self.kind, seq_len=self.seq_len, **asked)
         return opened
 
@@ -133,10 +103,18 @@ class OpenData:
         for name, source in self.data.sources.items():
             if patterns := getattr(source, field):
                 check_format(name, source.format, self.kind)
+                where, how = f"sources.{name}.{field}", self.data.dialogues
+                if field == "validation_files":  # bits per byte are of text alone
+                    how = dataclasses.replace(how, next_user=False)
                 span_bytes = sources.span_bytes_for(self.seq_len)
-                corpus = self.index(f"sources.{name}.{field}", name, patterns, source.format, span_bytes=span_bytes)
+                corpus = self.index(where, name, patterns, source.format, span_bytes=span_bytes, how=how)
+                if source.format in DIALOGUES:
+                    corpus.check_rejected()
                 check_systems(corpus, self.vocabulary)
-                found[name] = CorpusDocuments(corpus, self.vocabulary, self.kind, self.seq_len)
+                key = ("samples", where, corpus.checksum, corpus.format, how, self.kind, self.seq_len)
+                key += (self.vocabulary.sha256, self.data.template)
+                make = functools.partial(CorpusDocuments, corpus, self.vocabulary, self.kind, self.seq_len)
+                found[name] = self.index.once(key, make)
                 self._on_rejects(found[name])
         return found
 
@@ -175,7 +153,7 @@ class OpenData:
 
 
 def resolve(data: DataConfig) -> DataConfig:
-    """Returns `data` with the sources that it leaves to its cache, and with a domain for every task of a Mixture.
+    """Returns `data` with what it leaves to its cache, sources and dialogues, and a domain for every task of a Mixture.
 
     Raises:
       UserError: the cache is missing, has no such domain, or was made from other files; seqio has no such task.
@@ -187,7 +165,10 @@ def resolve(data: DataConfig) -> DataConfig:
         data = task_documents.expand(data)
     if data.cache is None:
         return data
-    domains = cache.read_manifest(Path(data.cache)).domains
+    manifest = cache.read_manifest(Path(data.cache))
+    domains = manifest.domains
+    if data.dialogues == DEFAULT_DIALOGUES and manifest.dialogues is not None:
+        data = dataclasses.replace(data, dialogues=manifest.dialogues)
     resolved = {}
     for name, source in data.sources.items():
         if name not in domains:
@@ -229,7 +210,7 @@ def open_vocabulary(data: DataConfig, kind: Kind) -> Vocabulary:
     if not vocabulary.spells_bytes or vocabulary.eos_id < 0:
         raise UserError(f"tokenizer {data.tokenizer}: it needs pieces for the 256 bytes and for the end of a sequence")
     if has_dialogues(data, kind):
-        templates.marker_ids(templates.choose(vocabulary), vocabulary)
+        dialogue.shortest(vocabulary, next_user=data.dialogues.next_user)
     return vocabulary
 
 
@@ -238,12 +219,12 @@ def has_dialogues(data: DataConfig, kind: Kind) -> bool:
     if kind == "sft" and data.cache is not None and not data.sources:
         return cache.read_manifest(Path(data.cache)).template is not None
     files = [source for source in data.sources.values() if not source.task]
-    return any(kind == "sft" or source.format == "dialogues" for source in files)
+    return any(kind == "sft" or source.format in DIALOGUES for source in files)
 
 
 def check_format(domain: str, format: documents.Format, kind: Kind) -> None:
     """Raises UserError where fine-tuning is to be fed with files that have no answers."""
-    if kind == "sft" and format != "dialogues":
+    if kind == "sft" and format not in DIALOGUES:
         raise UserError(
             f"sources.{domain}: fine-tuning learns answers, so its files have to be dialogues, not {format}"
         )

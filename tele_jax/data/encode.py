@@ -17,9 +17,11 @@ import numpy as np
 
 from tele_jax.data import dialogue, templates
 from tele_jax.data.documents import WHOLE, Content, Document, cut_text, text_of
+from tele_jax.data.messages import Message
 from tele_jax.data.templates import separator
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import UserError
+from tele_jax.settings import DEFAULT_DIALOGUES, DialogueConfig
 
 Kind = Literal["pretrain", "sft"]
 COLUMNS = ("inputs", "targets", "loss_weights")  # rows of an example
@@ -30,10 +32,12 @@ class Encoded:
     """Examples one after the other.
 
     Attributes:
-      columns: int32 [3, N], the COLUMNS of all examples; loss weights are 0 or 1.
+      columns: [3, N], the COLUMNS of all examples; int32, or float64 where a loss weight is neither 0 nor 1.
       lengths: int64 [n], positions of each example; their sum is N.
       documents: number of documents that end here.
-      shortened: number of dialogues that were longer than a row and lost their oldest turns.
+      shortened: number of dialogues that were longer than a row and lost turns or text.
+      split: number of dialogues that became several examples.
+      dropped: number of dialogues of which nothing is left.
       text_bytes: UTF-8 bytes of the documents; None where parts of them are missing, or a Task gave ids.
     """
 
@@ -41,6 +45,8 @@ class Encoded:
     lengths: np.ndarray
     documents: int
     shortened: int = 0
+    split: int = 0
+    dropped: int = 0
     text_bytes: int | None = None
 
 
@@ -52,6 +58,7 @@ def encode(
     *,
     threads: int = 1,
     piece_bytes: int = WHOLE,
+    how: DialogueConfig = DEFAULT_DIALOGUES,
 ) -> Encoded:
     """Encodes documents whose contents are of one sort: texts, dialogues or features.
 
@@ -62,6 +69,7 @@ def encode(
       seq_len: in fine-tuning, the most positions of an example.
       threads: threads of the tokenizer library.
       piece_bytes: texts are cut into pieces of about this size before they are encoded.
+      how: which tokens of dialogues are learned, and what becomes of long ones.
 
     Raises:
       UserError: the vocabulary lacks the markers of dialogues; features that are no example. The caller adds where.
@@ -72,14 +80,18 @@ def encode(
         return joined([_features(features, vocabulary, kind, seq_len) for features in examples], ended)
     text_bytes = len("".join(map(text_of, contents)).encode())
     if dialogues := [content for content in contents if not isinstance(content, (str, Mapping))]:
-        made = [_dialogue(messages, vocabulary, kind, seq_len) for messages in dialogues]
+        made = [_dialogue(messages, vocabulary, kind, seq_len, how) for messages in dialogues]
+        examples = [example for each, _ in made for example in each]
         shortened = sum(is_shortened for _, is_shortened in made)
-        return joined([each for each, _ in made], ended, shortened, None if shortened else text_bytes)
+        split, dropped = sum(len(each) > 1 for each, _ in made), sum(not each for each, _ in made)
+        whole = not (shortened or split or dropped)
+        counts = {"shortened": shortened, "split": split, "dropped": dropped}
+        return joined(examples, ended, **counts, text_bytes=text_bytes if whole else None)
     targets, lengths = _texts(documents, vocabulary, threads, piece_bytes)
     columns = np.empty((3, len(targets)), np.int32)
     columns[0, 1:], columns[1], columns[2] = targets[:-1], targets, 1
     columns[0, (np.cumsum(lengths) - lengths)[lengths > 0]] = separator(vocabulary)
-    return Encoded(columns, lengths, ended, 0, text_bytes)
+    return Encoded(columns, lengths, ended, text_bytes=text_bytes)
 
 
 def blocks(read: Iterable[Document], characters: int) -> Iterator[list[Document]]:
@@ -95,12 +107,11 @@ def blocks(read: Iterable[Document], characters: int) -> Iterator[list[Document]
         yield block
 
 
-def joined(
-    examples: Sequence[np.ndarray], documents: int, shortened: int = 0, text_bytes: int | None = None
-) -> Encoded:
-    """Joins examples, int32 [3, n] each, that were encoded before."""
-    lengths = np.array([example.shape[1] for example in examples])
-    return Encoded(np.concatenate(examples, axis=1), lengths, documents, shortened, text_bytes)
+def joined(examples: Sequence[np.ndarray], documents: int, **counts: int | None) -> Encoded:
+    """Joins examples, [3, n] each, that were encoded before. counts: the other fields of Encoded."""
+    lengths = np.array([example.shape[1] for example in examples], np.int64)
+    columns = np.concatenate([np.zeros((3, 0), np.int32), *examples], axis=1)
+    return Encoded(columns, lengths, documents, **counts)  # pyright: ignore[reportArgumentType]
 
 
 def _texts(
@@ -130,18 +141,21 @@ def _texts(
 
 
 def _dialogue(
-    messages: Sequence[dialogue.Message], vocabulary: Vocabulary, kind: Kind, seq_len: int
-) -> tuple[np.ndarray, bool]:
-    """Returns int32 [3, n], and whether the dialogue had to be shortened to a row."""
+    messages: Sequence[Message], vocabulary: Vocabulary, kind: Kind, seq_len: int, how: DialogueConfig
+) -> tuple[list[np.ndarray], bool]:
+    """Returns examples [3, n], one or in fine-tuning any number, and whether something of the dialogue is missing."""
     if kind == "pretrain":
         tokens, weights = dialogue.render(messages, vocabulary, given=1)
         tokens = [separator(vocabulary), *tokens, separator(vocabulary)]
-        return np.array([tokens[:-1], tokens[1:], [*weights, 1]], np.int32), False
-    tokens, weights = dialogue.render(messages, vocabulary)
-    shortened = len(tokens) > seq_len + 1
-    if shortened:
-        tokens, weights = dialogue.render(messages, vocabulary, max_tokens=seq_len + 1)
-    return np.array([tokens[:-1], tokens[1:], weights[1:]], np.int32), shortened
+        return [_columns(tokens[:-1], tokens[1:], [*weights, 1])], False
+    found = dialogue.samples(messages, vocabulary, seq_len + 1, too_long=how.too_long, next_user=how.next_user)
+    examples = [_columns(one.tokens[:-1], one.tokens[1:], one.weights[1:]) for one in found]
+    return examples, any(one.is_cut for one in found)
+
+
+def _columns(inputs: Sequence[int], targets: Sequence[int], weights: Sequence[int | float]) -> np.ndarray:
+    """Returns [3, n]: int32, or float64, which holds every id, where a weight is neither 0 nor 1."""
+    return np.array([inputs, targets, weights], np.int32 if set(weights) <= {0, 1} else np.float64)
 
 
 def _features(features: Mapping[str, np.ndarray], vocabulary: Vocabulary, kind: Kind, seq_len: int) -> np.ndarray:

@@ -72,7 +72,8 @@ def cut_rows(
 
     Args:
       open_rows: int32 [1, 5, S], the row to go on with.
-      columns: int32 [3, N], the examples one after the other.
+      columns: int32 [3, N], the examples one after the other. float64 where a loss weight is neither 0 nor 1; then
+        the rows are float64 as well, here and in `fit_rows`.
       lengths: int [n], of each of them, above 0; their sum is N.
       separator: the first input of a segment that continues an example.
       pad_id: fills what is open.
@@ -85,6 +86,7 @@ def cut_rows(
     # All rows as one line: what the open row holds, the examples, and room up to the end of a row.
     count = end // seq_len + 1
     line = np.ascontiguousarray(empty_rows(count, seq_len, pad_id).transpose(1, 0, 2)).reshape(5, -1)
+    line = line.astype(np.result_type(open_rows, columns), copy=False)
     line[:, :filled] = open_rows[0, :, :filled]
     line[: len(columns), filled:end] = columns
     # A segment begins where an example does, and where a row does.
@@ -112,7 +114,8 @@ def fit_rows(open_rows: np.ndarray, examples: Iterable[np.ndarray], *, pad_id: i
     Returns:
       (open_rows int32 [K, 5, S], full rows int32 [R, 5, S]).
     """
-    rows = list(open_rows.copy())
+    examples = list(examples)
+    rows = list(open_rows.astype(np.result_type(open_rows, *{example.dtype for example in examples})))
     seq_len, starts, full = open_rows.shape[2], [used(row) for row in rows], []
     for example in examples:
         k, fits = best_row(starts, example.shape[1], seq_len)
@@ -141,9 +144,8 @@ def spread(rows: np.ndarray, distance: int) -> np.ndarray:
 
 def to_batch(rows: np.ndarray) -> dict[str, np.ndarray]:
     """Turns [B, 5, S] into the dict of arrays [B, S] that training takes: int32, loss_weights float32."""
-    batch = {name: np.ascontiguousarray(rows[:, i]) for i, name in enumerate(COLUMNS)}
-    batch["loss_weights"] = batch["loss_weights"].astype(np.float32)
-    return batch
+    types = {"loss_weights": np.float32}
+    return {name: np.ascontiguousarray(rows[:, i], types.get(name, np.int32)) for i, name in enumerate(COLUMNS)}
 
 
 def _stack(rows: Sequence[np.ndarray], seq_len: int) -> np.ndarray:

@@ -20,14 +20,15 @@ import numpy as np
 from tele_jax.config import as_written
 from tele_jax.data import documents, domains, encode, packing
 from tele_jax.data.cache import LENGTH_BINS, Counts, Shard, file_crc32
+from tele_jax.data.dialogue_formats import DIALOGUES
 from tele_jax.data.documents import Document
 from tele_jax.data.encode import Encoded, Kind
 from tele_jax.data.templates import separator
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.extras import need
-from tele_jax.files import expand, parse_json, replacing, write_file
-from tele_jax.settings import CacheConfig, SourceConfig
+from tele_jax.files import Table, expand, parse_json, replacing, write_file
+from tele_jax.settings import DEFAULT_DIALOGUES, CacheConfig, DialogueConfig, SourceConfig
 
 if TYPE_CHECKING:
     from tele_jax.data.task_documents import TaskShard
@@ -42,7 +43,7 @@ ACCOUNTS = ".done"  # directory of accounts, while a cache is being made
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """A stretch of a file; if a document is a line, the lines that begin in it."""
+    """A stretch of a file; if a document is a line, the lines that begin in it. A text file or array stays whole."""
 
     path: str
     begin: int
@@ -103,11 +104,12 @@ def plan(config: CacheConfig) -> list[Unit]:
         for path in expand(source.files, f"sources.{domain}.files"):
             with documents.open_text(path) as file:
                 size = os.fstat(file.fileno()).st_size
-            # Cuts fall on multiples of shard_bytes of all files together; a text file is one document, and stays whole.
+                is_whole = source.format == "text" or documents.is_array(file, source.format)
+            # Cuts fall on multiples of shard_bytes of all files together.
             begin = 0
             while begin < size:
                 number = (before + begin) // config.shard_bytes
-                end = size if source.format == "text" else min(size, (number + 1) * config.shard_bytes - before)
+                end = size if is_whole else min(size, (number + 1) * config.shard_bytes - before)
                 parts.setdefault(number, []).append(Part(path=path, begin=begin, end=end, file_bytes=size))
                 begin = end
             before += size
@@ -133,8 +135,9 @@ class _Reader:
     unit: Unit
     seed: int
     vocabulary: Vocabulary | None = None  # its template must have a place for the system messages
-    held_out: frozenset[int] = frozenset()  # documents.digest of lines
-    num_held_out: int = 0  # lines so far that are held out as well
+    how: DialogueConfig = DEFAULT_DIALOGUES  # how dialogues are read
+    held_out: frozenset[int] = frozenset()  # documents.digest of records
+    num_held_out: int = 0  # records so far that are held out as well
     rejected: list[documents.Reject] = dataclasses.field(default_factory=list)
     read: dict[Part, Any] = dataclasses.field(default_factory=dict)  # BLAKE2 of what was read of every part
 
@@ -151,38 +154,43 @@ class _Reader:
 
     def documents(self) -> Iterator[Document]:
         """Reads the documents of the unit in their order; long text files in parts."""
-        places = [(part, offset, line) for part in self.unit.parts for offset, line in self.lines(part)]
+        places = [(part, *record) for part in self.unit.parts for record in self.records(part)]
         for i in _shuffled(self.unit, self.seed, len(places)):
-            part, offset, line = places[i]
-            if line is None:
+            part, offset, record, at = places[i]
+            if record is None:
                 begins = True
                 for offset, data, last in self.stretches(part):
-                    if (text := self._parsed(part, offset, data)) is not None:
+                    if (text := self._parsed(part, offset, data, at)) is not None:
                         yield Document(text, begins=begins, ends=last)
                         begins = last
-            elif (value := self._parsed(part, offset, line)) is not None:
-                if self.vocabulary is not None and self.unit.format == "dialogues":
+            elif (value := self._parsed(part, offset, record, at)) is not None:
+                if self.vocabulary is not None and self.unit.format in DIALOGUES:
                     encode.check_system(value, self.vocabulary, f"{part.path}: dialogue at byte {offset:,}")
                 yield Document(value)
 
-    def lines(self, part: Part) -> Iterator[tuple[int, bytes | None]]:
-        """Reads (offset, line) of every line that begins in the part and is not blank; (0, None) for a text file."""
+    def records(self, part: Part) -> Iterator[tuple[int, bytes | None, Table]]:
+        """Reads (offset, bytes, place) of every record of the part; (0, None, {}) for a text file."""
         if self.unit.format == "text":
-            yield 0, None
+            yield 0, None, {}
             return
         with self._open(part) as file:
-            begin = documents.text_begin(file)
-            file.seek(max(0, part.begin - 1))
-            if part.begin:
-                file.readline()  # the line that begins before; if it ends right at `begin`, this is its last byte
-            while (offset := file.tell()) < part.end:
-                offset = file.seek(max(offset, begin))
-                line = file.readline()
-                self.read[part].update(line)
-                if line.strip():
-                    if self.held_out:
-                        self.num_held_out += documents.digest(line, self.unit.format) in self.held_out
-                    yield offset, line
+            found = self._lines(file, part, file.seek(documents.text_begin(file)))
+            if documents.is_array(file, self.unit.format):
+                found = documents.records(file, self.unit.format, self.read[part].update)
+            for offset, data, at in found:
+                self.num_held_out += bool(self.held_out) and documents.digest(data, self.unit.format) in self.held_out
+                yield offset, data, at
+
+    def _lines(self, file: BinaryIO, part: Part, begin: int) -> Iterator[tuple[int, bytes, Table]]:
+        file.seek(max(0, part.begin - 1))
+        if part.begin:
+            file.readline()  # the line that begins before; if it ends right at `begin`, this is its last byte
+        while (offset := file.tell()) < part.end:
+            offset = file.seek(max(offset, begin))
+            line = file.readline()
+            self.read[part].update(line)
+            if line.strip():
+                yield offset, line, {}
 
     def stretches(self, part: Part) -> Iterator[tuple[int, bytes, bool]]:
         """Reads (offset, bytes, whether the file ends with them) of a text file."""
@@ -204,8 +212,9 @@ class _Reader:
         except FileNotFoundError:
             raise UserError(f"{part.path}: was there when this cache was begun, and is gone") from None
 
-    def _parsed(self, part: Part, offset: int, data: bytes) -> Any:
-        return documents.read_document(part.path, offset, data, self.unit.format, self.rejected.append)
+    def _parsed(self, part: Part, offset: int, data: bytes, at: Table) -> Any:
+        to = self.rejected.append
+        return documents.read_document(part.path, offset, data, self.unit.format, to, at, how=self.how)
 
 
 def _shuffled(unit: Unit, seed: int, count: int) -> list[int]:
@@ -227,7 +236,7 @@ def text_checksum(unit: Unit) -> str:
         return task_documents.checksum(unit.task)
     reader = _Reader(unit, seed=0)
     for part in unit.parts:
-        for _ in reader.stretches(part) if unit.format == "text" else reader.lines(part):
+        for _ in reader.stretches(part) if unit.format == "text" else reader.records(part):
             pass
     return reader.checksum
 
@@ -240,7 +249,7 @@ class _Unit:
         self._spelled = np.array([len(spelled) for spelled in vocabulary.piece_bytes])
         self._counts = Counts()
         if unit.task is None:
-            self.source = _Reader(unit, config.seed, vocabulary, held_out)
+            self.source = _Reader(unit, config.seed, vocabulary, config.data.dialogues, held_out)
         else:
             from tele_jax.data import task_documents
 
@@ -250,8 +259,8 @@ class _Unit:
         config, source = self._config, self.source
         if isinstance(source, _Reader):
             for block in encode.blocks(source.documents(), BLOCK_BYTES):
-                how = {"threads": self._threads, "piece_bytes": PIECE_BYTES}
-                yield encode.encode(block, self._vocabulary, config.kind, config.seq_len, **how)
+                reading: Table = {"threads": self._threads, "piece_bytes": PIECE_BYTES, "how": config.data.dialogues}
+                yield encode.encode(block, self._vocabulary, config.kind, config.seq_len, **reading)
             return
         order = _shuffled(self._unit, config.seed, len(source))
         for first in range(0, len(order), BLOCK_EXAMPLES):
@@ -274,6 +283,9 @@ class _Unit:
         yield open_rows[[packing.used(row) > 0 for row in open_rows]]
 
     def _count(self, block: Encoded) -> None:
+        if block.columns.dtype != np.int32:
+            why = "a cache cannot keep weights of answers other than 0 and 1; train on the files themselves"
+            raise UserError(f"sources.{self._unit.domain}: {why}")
         spelled = self._spelled[block.columns[1]]
         text_bytes = block.text_bytes
         if text_bytes is None:
@@ -281,8 +293,7 @@ class _Unit:
             spaces = np.count_nonzero(np.diff(spelled > 0, prepend=False) & (spelled > 0))
             text_bytes = int(spelled.sum()) - (int(spaces) if self._vocabulary.adds_dummy_prefix else 0)
         self._counts += Counts(
-            documents=block.documents,
-            shortened=block.shortened,
+            **{name: getattr(block, name) for name in ("documents", "shortened", "split", "dropped")},
             text_bytes=text_bytes,
             text_tokens=int(np.count_nonzero(spelled)),
             tokens=block.columns.shape[1],
@@ -293,7 +304,7 @@ class _Unit:
     def counts(self) -> Counts:
         """Counts of the documents, after all rows were made; without those of the rows."""
         held_out = getattr(self.source, "num_held_out", 0)  # a Task has other splits
-        return dataclasses.replace(self._counts, rejected=self.source.num_rejected, held_out=held_out)
+        return self._counts + Counts(rejected=self.source.num_rejected, held_out=held_out)
 
 
 def write_unit(

@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tele_jax.data import dialogue
+from tele_jax.data import documents
+from tele_jax.data.dialogue_formats import DIALOGUES, from_record
 from tele_jax.data.documents import (
     WHOLE,
     Document,
@@ -30,12 +31,13 @@ from tele_jax.data.documents import (
     open_text,
     place,
     read_document,
+    records,
     stretches,
     text_of,
 )
-from tele_jax.data.documents import account as account_of
 from tele_jax.errors import UserError
 from tele_jax.files import PathLike, expand, replacing
+from tele_jax.settings import DEFAULT_DIALOGUES, DialogueConfig
 
 # A long document is cut into spans of max(SPAN_BYTES, SPAN_BYTES_PER_TOKEN * seq_len) bytes, about eight rows of
 # English: short enough to bound how many rows of one document follow each other, and long enough that few rows begin
@@ -43,17 +45,18 @@ from tele_jax.files import PathLike, expand, replacing
 SPAN_BYTES = 16_384
 SPAN_BYTES_PER_TOKEN = 32
 
-INDEX_VERSION = 1  # of the files that Indexes keeps
+INDEX_VERSION = 2  # of the files that Indexes keeps
 # A span is a whole document, or a part of a very long one.
 SPAN = np.dtype(
     [
         ("file", "<i4"),  # number of its file
-        ("offset", "<i8"),  # of its record (a line; for text the span itself) in the file
+        ("offset", "<i8"),  # of its record (a line or element; for text the span itself) in the file
         ("length", "<i8"),  # bytes of its record
         ("begin", "<i8"),  # characters of the record's text (jsonl)
         ("end", "<i8"),
         ("last", "?"),  # the document ends with this span
         ("system", "?"),  # the dialogue has a system message
+        ("messages", "<i4"),  # number of messages of a dialogue, else 0
         ("num_bytes", "<i8"),  # UTF-8 bytes of text
         ("digest", "<u8"),  # `digest` of its record
     ]
@@ -73,6 +76,7 @@ class Corpus:
       checksum: BLAKE2 of the bytes and sizes of all files in order, hexadecimal; rejected documents are included.
       rejected: the first KEPT of the documents that cannot be used, in order.
       num_rejected: number of documents that cannot be used.
+      how: how dialogues are read.
     """
 
     name: str
@@ -83,13 +87,22 @@ class Corpus:
     checksum: str
     rejected: tuple[Reject, ...]
     num_rejected: int
+    how: DialogueConfig = DEFAULT_DIALOGUES
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def account(self) -> str:
         """Says in a line how many documents were rejected, and why the first."""
-        return account_of(self.where, int(self.spans["last"].sum()), self.num_rejected, self.rejected)
+        return documents.account(*self._counted())
+
+    def _counted(self) -> tuple[str, int, int, str | None]:
+        first = next(map(documents.place, self.rejected), None)
+        return self.where, int(self.spans["last"].sum()), self.num_rejected, first
+
+    def check_rejected(self) -> None:
+        """Raises UserError where a larger share of the dialogues cannot be used than `how` allows."""
+        documents.check_rejected(*self._counted(), self.how.max_rejected)
 
     def document(self, i: int) -> Document:
         """Reads span `i`. UserError where the file has changed since it was indexed."""
@@ -121,14 +134,14 @@ class Corpus:
                 yield self._parsed(span, data.decode("utf-8"))
 
     def _parsed(self, span: np.void, record: str) -> Document:
-        if self.format == "dialogues":
-            return Document(dialogue.from_record(json.loads(record)))
+        if self.format in DIALOGUES:
+            return Document(from_record(json.loads(record), self.format, self.how))
         text = record if self.format == "text" else json.loads(record)["text"][span["begin"] : span["end"]]
         continues = span["begin"] > 0 or (self.format == "text" and span["offset"] > 0)
         return Document(text, begins=not continues, ends=bool(span["last"]))
 
     def line_digests(self) -> np.ndarray:
-        """The digests of all lines, uint64 [n]; none for the format text."""
+        """The digests of all records, uint64 [n]; none for the format text."""
         return self.spans["digest"][(self.spans["begin"] == 0) & (self.format != "text")]
 
 
@@ -137,7 +150,15 @@ def span_bytes_for(seq_len: int) -> int:
     return max(SPAN_BYTES, SPAN_BYTES_PER_TOKEN * seq_len)
 
 
-def index(where: str, name: str, patterns: Sequence[str], format: Format, *, span_bytes: int = WHOLE) -> Corpus:
+def index(
+    where: str,
+    name: str,
+    patterns: Sequence[str],
+    format: Format,
+    *,
+    span_bytes: int = WHOLE,
+    how: DialogueConfig = DEFAULT_DIALOGUES,
+) -> Corpus:
     """Reads and checks all files of a domain and finds the documents in them.
 
     A text file is one document: with one byte that is not UTF-8, nothing of it is used.
@@ -149,15 +170,18 @@ def index(where: str, name: str, patterns: Sequence[str], format: Format, *, spa
       format: format of every file.
       span_bytes: a document of more UTF-8 bytes is cut into spans of about this size, after a line end where there is
         one. Dialogues are never cut.
+      how: how dialogues are read.
 
     Raises:
       UserError: a pattern that matches nothing; a file that is empty or compressed; not one document that can be used
         (with the place of the first, and why).
     """
-    return _index(where, name, expand(patterns, where), format, [span_bytes])[span_bytes]
+    return _index(where, name, expand(patterns, where), format, [span_bytes], how)[span_bytes]
 
 
-def _index(where: str, name: str, files: tuple[str, ...], format: Format, sizes: Sequence[int]) -> dict[int, Corpus]:
+def _index(
+    where: str, name: str, files: tuple[str, ...], format: Format, sizes: Sequence[int], how: DialogueConfig
+) -> dict[int, Corpus]:
     """Reads every file once and indexes it for every size of spans."""
     spans: dict[int, list[tuple]] = {size: [] for size in sizes}
     rejected = {size: Rejects() for size in sizes}
@@ -166,8 +190,8 @@ def _index(where: str, name: str, files: tuple[str, ...], format: Format, sizes:
         before = {size: (len(spans[size]), rejected[size].count) for size in sizes}
         with open_text(path) as file:
             begin = file.tell()
-            scan = _scan_text if format == "text" else _scan_lines
-            for size, span in scan(path, file, format, rejected, checksum.update):
+            scan = _scan_text if format == "text" else _scan_records
+            for size, span in scan(path, file, format, rejected, checksum.update, how):
                 spans[size].append((number, *span))
             checksum.update((file.tell() - begin).to_bytes(8, "little"))  # where a file ends and the next begins
         for size, (used, bad) in before.items():
@@ -179,7 +203,7 @@ def _index(where: str, name: str, files: tuple[str, ...], format: Format, sizes:
         if not spans[size]:
             raise nothing_usable(where, place(first[0]) if count else None)
         found = np.array(spans.pop(size), SPAN)
-        made[size] = Corpus(name, where, format, files, found, checksum.hexdigest(), tuple(first), count)
+        made[size] = Corpus(name, where, format, files, found, checksum.hexdigest(), tuple(first), count, how)
     return made
 
 
@@ -187,31 +211,40 @@ _Found = Iterator[tuple[int, tuple]]  # (size, a SPAN without its file)
 
 
 def _scan_text(
-    path: str, file: BinaryIO, format: Format, rejected: dict[int, Rejects], seen: Callable[[bytes], None]
+    path: str,
+    file: BinaryIO,
+    format: Format,
+    rejected: dict[int, Rejects],
+    seen: Callable[[bytes], None],
+    how: DialogueConfig,
 ) -> _Found:
     for size, offset, data, last in stretches(file, list(rejected), seen):
         if read_document(path, offset, data, format, rejected[size].add) is not None:
-            yield size, (offset, len(data), 0, 0, last, False, len(data), digest(data, format))
+            yield size, (offset, len(data), 0, 0, last, False, 0, len(data), digest(data, format))
 
 
-def _scan_lines(
-    path: str, file: BinaryIO, format: Format, rejected: dict[int, Rejects], seen: Callable[[bytes], None]
+def _scan_records(
+    path: str,
+    file: BinaryIO,
+    format: Format,
+    rejected: dict[int, Rejects],
+    seen: Callable[[bytes], None],
+    how: DialogueConfig,
 ) -> _Found:
     def reject(entry: Reject) -> None:
         for each in rejected.values():
             each.add(entry)
 
-    for line, data in enumerate(iter(file.readline, b""), start=1):
-        seen(data)
-        offset = file.tell() - len(data)
-        if not data.strip() or (value := read_document(path, offset, data, format, reject, line)) is None:
+    for offset, data, at in records(file, format, seen):
+        if (value := read_document(path, offset, data, format, reject, at, how=how)) is None:
             continue
         text, named = text_of(value), digest(data, format)
-        system = format == "dialogues" and value[0]["role"] == "system"
+        messages = len(value) if format in DIALOGUES else 0
+        system = messages > 0 and value[0]["role"] == "system"
         for size in rejected:
             for begin, end in cut_text(text, size if format == "jsonl" else WHOLE):
                 num_bytes = len(text[begin:end].encode())
-                yield size, (offset, len(data), begin, end, end == len(text), system, num_bytes, named)
+                yield size, (offset, len(data), begin, end, end == len(text), system, messages, num_bytes, named)
 
 
 class Indexes:
@@ -240,26 +273,33 @@ class Indexes:
         return self._made[key]
 
     def __call__(
-        self, where: str, name: str, patterns: Sequence[str], format: Format, *, span_bytes: int = WHOLE
+        self,
+        where: str,
+        name: str,
+        patterns: Sequence[str],
+        format: Format,
+        *,
+        span_bytes: int = WHOLE,
+        how: DialogueConfig = DEFAULT_DIALOGUES,
     ) -> Corpus:
         files = expand(patterns, where)
-        span_bytes = WHOLE if format == "dialogues" else span_bytes
-        stamps = _stamps(files)
-        key = (stamps, format, span_bytes)
+        span_bytes = WHOLE if format in DIALOGUES else span_bytes
+        stamps, read = _stamps(files), (how.learned, how.system) if format in DIALOGUES else ()
+        key = (stamps, format, span_bytes, read)
         if key not in self._made and (kept := self._kept(key, files)) is not None:
             self._made[key] = kept
         if key not in self._made:
-            sizes = {span_bytes} if format == "dialogues" else {span_bytes, *self._sizes}
-            for size, made in _index(where, name, files, format, sorted(sizes)).items():
-                self._made[stamps, format, size] = made
+            sizes = {span_bytes} if format in DIALOGUES else {span_bytes, *self._sizes}
+            for size, made in _index(where, name, files, format, sorted(sizes), how).items():
+                self._made[stamps, format, size, read] = made
                 if stamps == _stamps(files):  # no file changed meanwhile
-                    self._unwritten.append(((stamps, format, size), made))
-        return dataclasses.replace(self._made[key], where=where, name=name)
+                    self._unwritten.append(((stamps, format, size, read), made))
+        return dataclasses.replace(self._made[key], where=where, name=name, how=how)
 
     def _file(self, key: tuple) -> Path:
         """The file of an index, named by the paths of its text; what it holds says of which version of them it is."""
-        stamps, format, span_bytes = key
-        named = json.dumps([INDEX_VERSION, format, span_bytes, [path for path, *_ in stamps]])
+        stamps, format, span_bytes, read = key
+        named = json.dumps([INDEX_VERSION, format, span_bytes, read, [path for path, *_ in stamps]])
         return (self._directory or Path()) / f"{hashlib.blake2b(named.encode(), digest_size=16).hexdigest()}.npz"
 
     def _kept(self, key: tuple, files: tuple[str, ...]) -> Corpus | None:
@@ -307,6 +347,7 @@ def _are_sound(spans: np.ndarray, stamps: tuple[tuple[str, int, int, int], ...])
     # A span follows the record of the one before, or is a later part of the same record.
     same, next_file = (file[1:] == file[:-1]), (file[1:] > file[:-1])
     later = (offset[1:] >= offset[:-1] + length[:-1]) | ((offset[1:] == offset[:-1]) & (begin[1:] == end[:-1]))
+    text &= spans["messages"] >= 0
     return bool((inside & text).all() and (next_file | (same & later)).all() and spans["last"][-1])
 
 

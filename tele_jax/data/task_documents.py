@@ -133,7 +133,12 @@ class TaskDocuments:
 
     def account(self) -> str:
         """Says in a line how many examples were rejected, and why the first."""
-        return documents.account(self.where, len(self), self.num_rejected, self.rejected)
+        first = next(map(documents.place, self.rejected), None)
+        return documents.account(self.where, len(self), self.num_rejected, first)
+
+    def notes(self) -> list[str]:
+        """Returns no line: an example that is longer than a row is rejected."""
+        return []
 
     def example(self, i: int) -> np.ndarray:
         """Reads document `i` as int32 [3, n] (encode.COLUMNS)."""

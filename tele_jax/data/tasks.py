@@ -102,7 +102,9 @@ def task(
 
     def read(split: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         part = list(corpora.values())[split[0]]
-        block = encode(list(part.documents(numbers.tolist())), vocabulary, kind, seq_len)
+        block = encode(list(part.documents(numbers.tolist())), vocabulary, kind, seq_len, how=part.how)
+        if block.columns.dtype != np.int32:
+            raise UserError(f"{part.where}: loss weights other than 0 and 1 have no place in a seqio Task")
         return block.columns, block.lengths
 
     def encoded(dataset: Dataset) -> Dataset:

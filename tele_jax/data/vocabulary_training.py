@@ -4,12 +4,14 @@ import collections
 import dataclasses
 import glob
 import io
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from tele_jax.data import documents, sources
+from tele_jax.data.dialogue_formats import READERS
 from tele_jax.data.vocabulary import SPACE, SentencePieceVocabulary
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import UserError
@@ -249,7 +251,12 @@ def format_of(path: str) -> documents.Format:
         return "text"
     require_regular(path)
     with open(path, "rb") as file:
-        return "dialogues" if b'"messages"' in file.readline() else "jsonl"
+        try:
+            first = json.loads(file.readline())
+        except (ValueError, RecursionError):
+            return "jsonl"
+    keys = set(first) if isinstance(first, dict) and "text" not in first else set()
+    return "dialogues" if any(keys.issuperset(needed) for needed, _ in READERS.values()) else "jsonl"
 
 
 def sample_texts(patterns: Sequence[str], *, max_bytes: int | None, seed: int) -> Iterator[str]:

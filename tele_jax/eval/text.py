@@ -98,7 +98,7 @@ def read_texts(files: Iterable[str]) -> Iterator[str]:
                 continue
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield read_document(path, begin, line, "jsonl", _refuse, number, KEYS) or ""
+                    yield read_document(path, begin, line, "jsonl", _refuse, {"line": number}, KEYS) or ""
                 begin += len(line)
 
 

@@ -126,12 +126,14 @@ class Trainer:
         self.writer = metrics.Metrics(directory / "metrics", self.first_step)
 
     def _keep_rejected(self, corpus: Documents) -> None:
-        """Writes down which documents of a domain cannot be used, and says so."""
+        """Writes down which documents of a domain cannot be used, and says so, and which were too long."""
         file = self.directory / "rejected" / f"{corpus.where.removeprefix('sources.')}.jsonl"
         from_first(lambda: documents.write_rejected(file, corpus.rejected))
         if corpus.rejected:
             told = "all are" if corpus.num_rejected == len(corpus.rejected) else f"the first {documents.KEPT:,} are"
             self.say(f"  {corpus.account()}; {told} in {file}")
+        for line in corpus.notes():
+            self.say(f"  {line}")
 
     def _restore(self, previous: Path | None, before: "checkpoint.Lazy | None") -> None:
         """Loads this stage's own state where there is some, else what the stage before left, else fresh parameters."""

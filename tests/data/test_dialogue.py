@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from tele_jax.data import dialogue
 from tele_jax.data.dialogue import check, render, render_prompt
+from tele_jax.data.dialogue_formats import from_record
 from tele_jax.errors import UserError
 
 U, B, E, S = 1, 2, 3, 4
@@ -151,7 +152,7 @@ def test_an_answer_that_is_marked_is_given_and_not_learned(vocabulary, mark):
         for i, each in enumerate(marks):
             messages.append({"role": "user", "content": f"question {i}"})
             messages.append({"role": "assistant", "content": f"answer {i}", **each})
-        return dialogue.render(dialogue.from_record({"messages": messages}), vocabulary, **how)
+        return dialogue.render(from_record({"messages": messages}), vocabulary, **how)
 
     end = [vocabulary.end_id]
     parts = [
@@ -176,31 +177,33 @@ def test_an_answer_that_is_marked_is_given_and_not_learned(vocabulary, mark):
 def test_a_record_may_carry_its_system_message_and_labels_and_be_of_telechat2():
     user, bot = {"role": "user", "content": "a"}, {"role": "bot", "content": "b"}
     system = {"role": "system", "content": "c"}
-    assert dialogue.from_record({"dialog": [user, bot], "system": "c", "id": 7}) == [system, user, bot]
-    assert dialogue.from_record({"messages": [user, bot | {"tool_calls": []}], "system": ""})[0] == user
-    assert dialogue.from_record({"messages": [system, user, bot], "system": None}) == [system, user, bot]
+    assert from_record({"dialog": [user, bot], "system": "c", "id": 7}) == [system, user, bot]
+    assert from_record({"messages": [user, bot | {"tool_calls": []}], "system": ""})[0] == user
+    assert from_record({"messages": [system, user, bot], "system": None}) == [system, user, bot]
 
 
 @pytest.mark.parametrize(
     ("fields", "answer", "reason"),
     [
-        ({}, {"weight": 0.5}, r"messages\[1\]\.weight is 0.5; an answer is learned \(1\) or not \(0\)"),
-        ({}, {"weight": "0"}, r"messages\[1\]\.weight is '0'; an answer"),
+        ({}, {"train": 0.5}, r"messages\[1\]\.train is 0.5; an answer is learned \(1\) or not \(0\)"),
+        ({}, {"weight": "0"}, r"messages\[1\]\.weight is '0'; a weight is a finite number of at least 0"),
+        ({}, {"weight": -0.5}, r"messages\[1\]\.weight is -0.5; a weight is a finite number of at least 0"),
+        ({}, {"weight": float("nan")}, r"messages\[1\]\.weight is nan; a weight is a finite"),
         ({}, {"weight": 0}, "none of the answers is to be learned"),
-        ({}, {"weight": 1, "train": False}, "its marks .* contradict each other"),
-        ({}, {"tool_calls": [{"id": 1}]}, r"messages\[1\]: the field 'tool_calls' is not understood"),
+        ({}, {"weight": 0.5, "train": False}, "its marks .* contradict each other"),
+        ({}, {"tool_calls": [{"id": 1}]}, r"messages\[1\]\.tool_calls\[0\] is not a call of a function with a name"),
         ({}, {"name": "x"}, r"messages\[1\]: the field 'name' is not understood"),
-        ({"tools": [{}]}, {}, "the field 'tools' of the record is not understood"),
+        ({"tools": [{}]}, {}, r"tools\[0\] is not the description of a function with a name"),
         ({"weight": 1}, {}, "the field 'weight' of the record is not understood"),
         ({"system": 3}, {}, '"system" is not a string'),
         ({"messages": [{"role": "system", "content": "d"}], "system": "c"}, {}, "there are two system messages"),
-        ({"input": "<_user>a<_bot>", "output": "b"}, {}, 'markers inside its text.* write it as "messages"'),
+        ({"input": "<_user>a<_bot>", "output": "b"}, {}, "the field 'input' of the record is not understood"),
     ],
 )
 def test_what_a_record_says_and_nothing_here_obeys_is_a_reason_to_reject_it(fields, answer, reason):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **answer}]
     with pytest.raises(UserError, match=reason):
-        dialogue.from_record({"messages": messages} | fields)
+        from_record({"messages": messages} | fields)
 
 
 def test_a_question_cannot_be_marked_to_be_learned():
