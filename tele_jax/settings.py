@@ -46,7 +46,7 @@ class SourceConfig:
 
 @checked
 class DialogueConfig:
-    """How dialogues are read, and which of their tokens are learned; see docs/fine_tuning.md."""
+    """Settings of dialogues: how records are read, and which tokens are learned; see docs/fine_tuning.md."""
 
     learned: Literal["all", "last"] = "all"  # which answers are learned; what a message says of itself counts as well
     next_user: bool = False  # learns the <_user> that follows an answer, as the released trainer does

@@ -37,7 +37,7 @@ def _ids(spoken: Spoken) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """What is left of a dialogue that has to fit, and its tokens and weights."""
+    """The part of a dialogue that fits a length, with its tokens and weights."""
 
     system: Spoken | None
     turns: list[Turn]
