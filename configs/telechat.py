@@ -1,12 +1,10 @@
-"""TeleChat pretrained and fine-tuned (arXiv 2401.03804), for the 1B, 3B, 7B and 12B.
+"""TeleChat pretrained (arXiv 2401.03804), for the 1B, 3B, 7B and 12B; fine-tuned: configs/sft.py:telechat.
 
     tele train --config configs/telechat.py:7b --workdir W --config.pretrain.data.cache=CACHE
 
-Published: sizes, tokens (2T, not published for the 3B, 1.5T, 3T), training length 8,192 (of the 7B and 12B), and all of
-the fine-tuning: AdamW 0.9/0.95, eps 1e-5, learning rate 3e-5, weight decay 1e-4, cosine, warm-up of a tenth, clip 1.0,
-batch 32, length 4,096, over 100,000 samples.
-Ours: every number of the pretraining's optimizer (nobody published them: the usual values at these sizes), the batch of
-4M tokens, the 3B's tokens (those of the 1B), two epochs of fine-tuning. Dropout (0.1 in the 7B's config) is not built.
+Published: sizes, tokens (2T, not published for the 3B, 1.5T, 3T), training length 8,192 (of the 7B and 12B).
+Ours: every number of the optimizer (nobody published them: the usual values at these sizes), the batch of 4M tokens,
+the 3B's tokens (those of the 1B). Dropout (0.1 in the 7B's config) is not built.
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +22,7 @@ def get_config(size: str = "7b") -> ConfigDict:
     if size not in TOKENS:
         raise UserError(f"configs/telechat.py:{size}: sizes are {', '.join(TOKENS)}")
     config = ConfigDict()
-    config.run = ("pretrain", "sft")
+    config.run = ("pretrain",)
     config.mesh = dict(data=1, fsdp=1, tensor=1)
     config.pretrain = dict(
         kind="pretrain",
@@ -36,15 +34,5 @@ def get_config(size: str = "7b") -> ConfigDict:
         optimizer=dict(learning_rate=LEARNING_RATE[size], beta1=0.9, beta2=0.95, weight_decay=0.1, clip_norm=1.0),
         schedule=dict(kind="cosine", warmup=2_000, final=0.1),
         checkpoint_every=1_000,
-    )
-    config.sft = dict(
-        kind="sft",
-        data=dict(tokenizer="tokenizer.model", cache="SFT_CACHE"),
-        steps=2 * 100_000 // 32,
-        batch_size=32,
-        seq_len=4_096,
-        optimizer=dict(learning_rate=3e-5, beta1=0.9, beta2=0.95, eps=1e-5, weight_decay=1e-4, clip_norm=1.0),
-        schedule=dict(kind="cosine", warmup=2 * 100_000 // 320, final=0.0),
-        checkpoint_every=500,
     )
     return config

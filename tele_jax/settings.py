@@ -23,6 +23,9 @@ class SourceConfig:
     # docs/fine_tuning.md
     format: Literal["text", "jsonl", "dialogues", "messages", "sharegpt", "alpaca", "telechat", "telechat2"] = "text"
     rate: float = 1.0  # relative rate; the mixture divides by the sum. 0: the domain is left out
+    # Fine-tuning, instead of rates: how often an epoch has each dialogue. The integer part is copies, the fraction the
+    # share of the dialogues that has one more (TeleChat's weights of files). Such domains are shuffled together.
+    copies: float | None = None
     validation_files: tuple[str, ...] = ()  # held-out text, for bits per byte; none: the domain is not evaluated
     # Instead of files: a seqio Task or Mixture by its name, registered in a module that the page imports. A Mixture
     # becomes one domain for each of its tasks, NAME.TASK, which share `rate` as the Mixture says.
@@ -32,6 +35,11 @@ class SourceConfig:
 
     def __post_init__(self):
         require(math.isfinite(self.rate) and self.rate >= 0, f"rate={self.rate} must be 0 or above, and finite")
+        require(
+            self.copies is None or (math.isfinite(self.copies) and self.copies > 0),
+            f"copies={self.copies} must be above 0, and finite",
+        )
+        require(self.copies is None or self.rate == 1, "rate and copies: a domain has one of the two; leave one out")
         require(not (self.files and self.task), "files and task: a domain is read from one of the two; leave one out")
         require(
             not (self.validation_files and self.validation_split),
@@ -88,6 +96,9 @@ class DataConfig:
         drawn = {name: source for name, source in self.sources.items() if source.rate > 0}
         require(bool(drawn) or not self.sources, "sources: rate=0 leaves every domain out")
         object.__setattr__(self, "sources", drawn)
+        counted = [name for name, source in drawn.items() if source.copies is not None]
+        without = ", ".join(name for name in drawn if name not in counted)
+        require(len(counted) in (0, len(drawn)), f"sources: {', '.join(counted)} have copies, and {without} have none")
         for name, source in self.sources.items():
             require(
                 self.cache is not None or len(source.files) > 0 or bool(source.task),
@@ -160,12 +171,15 @@ class ScheduleConfig:
     kind: Literal["constant", "cosine", "linear", "wsd"] = "cosine"  # shape after the warm-up; wsd decays at the end
     unit: Literal["steps", "tokens"] = "steps"  # unit of warmup, decay and total
     warmup: int = 0  # length of the linear rise to the peak
+    warmup_share: float = 0.0  # instead of warmup: the share of the total that the rise takes
     total: int | None = None  # length of the schedule; None: that of the stage
     decay: int | None = None  # length of the final decay of wsd; None: a tenth of total
     final: float = 0.1  # factor on the peak at the end
 
     def __post_init__(self):
         require(self.warmup >= 0, f"warmup={self.warmup} must not be negative")
+        require(0 <= self.warmup_share < 1, f"warmup_share={self.warmup_share} must be in [0, 1)")
+        require(not (self.warmup and self.warmup_share), "warmup and warmup_share: give one of the two")
         require(0 <= self.final <= 1, f"final={self.final} must be in [0, 1]")
         for name in ("total", "decay"):
             value = getattr(self, name)
@@ -232,9 +246,11 @@ class TrainStage:
     kind: str  # a module of stages/
     data: DataConfig  # text, its mixture and its tokenizer
     optimizer: OptimizerConfig  # AdamW and its rates
-    steps: int  # length of the stage
     batch_size: int  # sequences per step, over all devices
     seq_len: int  # tokens in a row
+    steps: Filled[int] = FILLED  # length of the stage; None: as `epochs` says
+    # Instead of steps, in fine-tuning: how often each dialogue is seen. The steps follow when the data is opened.
+    epochs: float | None = None
     model: ModelConfig | None = None  # config of the model; None: as the stage before left it
     # What the backward pass recomputes, from this stage on; None: as `model` says.
     remat: Literal["none", "full", "attention", "products", "offload"] | None = None
@@ -259,8 +275,14 @@ class TrainStage:
     keep_checkpoints: int = 2  # latest checkpoints that are kept
 
     def __post_init__(self):
-        require_positive(self, "steps", "batch_size", "seq_len", "microbatches", "log_every", "checkpoint_every")
+        require_positive(self, "batch_size", "seq_len", "microbatches", "log_every", "checkpoint_every")
         require_positive(self, "keep_checkpoints")
+        require(self.steps is not None or self.epochs is not None, "steps is missing (or, in fine-tuning, epochs)")
+        require(self.steps is None or self.steps > 0, f"steps={self.steps} must be above 0")
+        require(
+            self.epochs is None or (math.isfinite(self.epochs) and self.epochs > 0),
+            f"epochs={self.epochs} must be above 0, and finite",
+        )
         require(
             self.batch_size % self.microbatches == 0,
             f"batch_size={self.batch_size} does not divide into microbatches={self.microbatches}",
@@ -296,6 +318,8 @@ class TrainStage:
             not together or self.mask_order == "together",
             f"mask_order={self.mask_order!r} is neither 'together' nor a list of axes",
         )
+        if self.steps is None:  # checked again when they are known
+            return
         end = self.mask_start + self.mask_ramp * (1 if together else len(self.mask_order))
         length = self.steps * (1 if self.mask_unit == "steps" else self.tokens_per_step)
         require(

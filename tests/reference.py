@@ -74,8 +74,11 @@ def mlp(w, x, c_mlp):
     return (c_mlp * gate / (1 + np.exp(-gate)) * up) @ w["down"] + w.get("down_bias", 0.0)
 
 
-def forward(cfg, params, tokens, positions=None, segment_ids=None, masks=None):
-    """Logits float64[B,S,V] of tokens int[B,S]; params is the nested dict of the design, in any float dtype."""
+def forward(cfg, params, tokens, positions=None, segment_ids=None, masks=None, noise=0.0):
+    """Logits float64[B,S,V] of tokens int[B,S]; params is the nested dict of the design, in any float dtype.
+
+    noise, [B,S,D], is added to the embedding.
+    """
     tokens = np.asarray(tokens)
     params = _float64(params)
     masks = _float64(masks or {})
@@ -88,7 +91,7 @@ def forward(cfg, params, tokens, positions=None, segment_ids=None, masks=None):
     c_layers = masks.get("layers", np.ones(cfg.num_layers))
 
     table = params["embed"]["table"]
-    x = table[tokens] * cfg.input_mult
+    x = (table[tokens] + noise) * cfg.input_mult
     if "embed_norm" in params:
         x = rms_norm(x, params["embed_norm"]["scale"], cfg.rms_eps, c_embed)
     for i in range(cfg.num_layers):

@@ -14,7 +14,8 @@ from tele_jax.stages import run_config
 from tele_jax.train.optimizer import schedule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-PAGES = ["tele_flm_52b.py", "tele_flm_series.py", "tele_flm_instruct.py", "tele_flm_proxy.py"]
+PAGES = ["tele_flm_52b.py", "tele_flm_series.py", "tele_flm_proxy.py"]
+PAGES += [f"sft.py:{recipe}" for recipe in ("tele_flm", "telechat", "telechat2")]
 PAGES += [f"telechat.py:{size}" for size in ("1b", "3b", "7b", "12b")]
 
 
@@ -34,7 +35,7 @@ def test_a_page_is_a_run_whose_stages_follow_from_each_other(name):
             cfg = plan.dst_cfg
         else:
             cfg = stage.model or cfg
-            assert schedule(stage.schedule, stage.steps, stage.batch_size * stage.seq_len)(0) >= 0
+            assert schedule(stage.schedule, stage.steps or 100, stage.batch_size * stage.seq_len)(0) >= 0
 
 
 def test_the_pages_hold_the_published_figures():
@@ -51,8 +52,17 @@ def test_the_pages_hold_the_published_figures():
     stages = page("tele_flm_series.py").stages
     tokens = [s.steps * s.batch_size * s.seq_len for s in stages.values() if not isinstance(s, GrowStage)]
     assert tokens == pytest.approx([2.0e12, 0.3e12, 15.7e9], rel=1e-3)
-    sft = page("tele_flm_instruct.py").stages["sft"]
-    assert sft.steps * sft.batch_size == pytest.approx(4 * 30_735, rel=1e-2) and sft.seq_len == 2_048
+    sft = page("sft.py:tele_flm").stages["sft"]
+    assert (sft.epochs, sft.batch_size, sft.seq_len, sft.packed) == (4, 128, 2_048, False)
+    rate = schedule(sft.schedule, 961, 1)
+    assert 2.7e-5 * float(rate(961)) == pytest.approx(1e-9, rel=1e-3) and 2.7e-5 * float(rate(0)) == 2.7e-5
+    sft = page("sft.py:telechat").stages["sft_long"]
+    assert (sft.seq_len, sft.batch_size, sft.optimizer.learning_rate, sft.optimizer.eps) == (8_192, 32, 3e-5, 1e-5)
+    rate = schedule(sft.schedule, 1_000, 1)
+    assert [float(rate(step)) for step in (0, 99, 549)] == pytest.approx([0.01, 1.0, 0.5], abs=2e-3)
+    sources = page("sft.py:telechat2").stages["sft"].data.sources
+    weights = {"single": 1.42, "multi": 1.2, "math": 1.78, "code": 1.0, "role": 1.24, "tool": 1.01}
+    assert {name: source.copies for name, source in sources.items()} == weights
     for size, count in (("7b", 7_200_018_432), ("12b", 12_386_432_000)):
         assert count_params(page(f"telechat.py:{size}").stages["pretrain"].model) == count
 

@@ -26,7 +26,7 @@ from tele_jax.aot import compile as compiling
 from tele_jax.cli import inspect
 from tele_jax.config import to_dict
 from tele_jax.convert.release import open_release
-from tele_jax.data import cache, caching, documents, feed, order, shards
+from tele_jax.data import cache, caching, documents, order, shards
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import DamageError, UserError
 from tele_jax.growth import receipt as receipts
@@ -240,7 +240,7 @@ KINDS = {
     "shard account": lambda p: Kind(
         p / "begun" / shards.ACCOUNTS / "prose/00000.json", lambda: shards.finished(p / "begun", unit_of(p))
     ),
-    "position": lambda p: Kind(p / "state", lambda: feed.parse_state((p / "state").read_bytes())),
+    "position": lambda p: Kind(p / "state", lambda: order.parse_state((p / "state").read_bytes())),
     "fetched": lambda p: Kind(p / "fetched/manifest.json", lambda: corpora.read_manifest(p / "fetched")),
     "program": lambda p: Kind(p / "program/program.json", lambda: compiling._read(p / "program")),
     "dialogue": lambda p: Kind(

@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from tele_jax.data import domains, packing, sources
+from tele_jax.data import domains, packing, pool, sources
 from tele_jax.data import feed as feeds
 from tele_jax.data.documents import Documents
 from tele_jax.data.domains import OpenData
@@ -94,22 +95,101 @@ def _batches(
     return HeldOut([packing.to_batch(batch) for batch in batches], num_bytes, num_tokens)
 
 
+def _copies(stage: TrainStage, opened: OpenData) -> dict[str, float] | None:
+    """How often an epoch has each dialogue of a domain, by its name; None where domains are drawn by rates."""
+    sources = opened.data.sources
+    found = {name: source.copies for name, source in sources.items() if source.copies is not None}
+    if (found or stage.epochs is not None) and opened.kind != "sft":
+        raise UserError(f"{'copies' if found else 'epochs'}: counted in fine-tuning alone; give rates and steps")
+    if found or stage.epochs is None:
+        return found or None
+    rated = [name for name, source in sources.items() if source.rate != 1]
+    if rated and len(sources) > 1:
+        raise UserError(f"epochs: the domains {', '.join(rated)} have rates; give every domain copies instead")
+    return dict.fromkeys(sources, 1.0)
+
+
 class Batches:
     """The data of a training stage, for training, for evaluation and for the verification of a growth.
 
     Attributes:
       vocabulary: the tokenizer.
-      domains: names of the domains that are trained on.
+      domains: names of the domains that the feed has.
       corpora: the domains that were opened, by place ("sources.code.files"); their `rejected` cannot be used.
     """
 
-    def __init__(self, stage: TrainStage, kind: Kind, index: sources.Indexes):
-        """Opens and checks all that `stage.data` names; errors as domains.check. The stages of a run share `index`."""
-        self._stage = stage
+    def __init__(
+        self,
+        stage: TrainStage,
+        kind: Kind,
+        index: sources.Indexes,
+        *,
+        prepare: feeds.Prepare = lambda batch, places: batch,
+        packed: bool = True,
+    ):
+        """Opens and checks all that `stage.data` names. The stages of a run share `index`.
+
+        prepare, packed: as in feed.open_feed.
+
+        Raises:
+          UserError, DamageError: as domains.check; copies or epochs of what is no fine-tuning, or has rates.
+        """
+        self._stage, self._prepare, self._packed = stage, prepare, packed
         self._opened = domains.check(stage.data, kind=kind, seq_len=stage.seq_len, index=index)
-        self.vocabulary, self.domains = self._opened.vocabulary, sorted(self._opened.data.sources)
+        self.vocabulary = self._opened.vocabulary
         opened = (*self._opened.train.values(), *self._opened.held_out.values())
         self.corpora = {documents.where: documents for documents in opened}
+        self._copies = _copies(stage, self._opened)
+        self._require_live("packed=False", packed)
+        self.domains = sorted(self._fed) if self._opened.cache is None else sorted(self._opened.data.sources)
+
+    def _require_live(self, what: str, fine: bool) -> None:
+        if not fine and self._opened.cache is not None:
+            raise UserError(f"{what}: the rows of the cache {self._stage.data.cache} are packed; read the files live")
+
+    @functools.cached_property
+    def _fed(self) -> Mapping[str, Documents]:
+        """The domains that a live feed reads: those of the page, or one in which they are shuffled together."""
+        train = self._opened.train
+        return train if self._copies is None else {pool.NAME: pool.Pool(train, self._copies)}
+
+    @functools.cached_property
+    def _rates(self) -> dict[str, float]:
+        """Relative rates of the domains that are fed; of a cache with copies, the rows that an epoch has of each."""
+        sources, cache = self._opened.data.sources, self._opened.cache
+        if self._copies is None:
+            return {name: source.rate for name, source in sources.items()}
+        if cache is None:
+            return {pool.NAME: 1.0}
+        return {name: copies * cache.rows[name] for name, copies in self._copies.items()}
+
+    @functools.cached_property
+    def _last(self) -> dict[str, int]:
+        """Number of the first document that is not read any more, where the stage has a number of epochs."""
+        if self._stage.epochs is None or self._opened.cache is not None:
+            return {}
+        return {name: round(self._stage.epochs * len(documents)) for name, documents in self._fed.items()}
+
+    def count_steps(self) -> int:
+        """Counts the steps that the epochs of the stage take, the last with rows of padding where it needs them.
+
+        All dialogues are encoded for it, once in a run.
+
+        Raises:
+          UserError: the epochs hold no dialogue.
+        """
+        stage, cache = self._stage, self._opened.cache
+        assert stage.epochs is not None
+        if cache is not None:  # of every domain to within the rows of a batch
+            return math.ceil(stage.epochs * sum(self._rates.values()) / stage.batch_size)
+        ((name, documents),) = self._fed.items()
+        assert isinstance(documents, pool.Pool)
+        lengths = self._opened.index.once((documents.checksum, stage.seq_len, repr(stage.data)), documents.lengths)
+        _, begins = feeds.starts(self._opened, self._fed, (), seed=stage.seed)
+        rows = pool.count_rows(lengths, begins[name], self._last[name], packed=self._packed)
+        if not rows:
+            raise UserError(f"epochs={stage.epochs}: not one of {len(documents):,} dialogues is read; give more")
+        return math.ceil(rows / stage.batch_size)
 
     def feed(
         self,
@@ -119,8 +199,12 @@ class Batches:
         known: Sequence[Position] = (),
     ) -> feeds.LiveFeed | feeds.CachedFeed:
         """Opens the batches to train on; arguments as feed.open_feed."""
-        how = {"batch_size": self._stage.batch_size, "seed": self._stage.seed}
-        return feeds.open_feed(self._opened, **how, rows=rows, place=place, known=known)
+        if self._stage.epochs is not None:  # of this stage: its data begins anew
+            known = ()
+        how: dict[str, Any] = {"batch_size": self._stage.batch_size, "seed": self._stage.seed, "rates": self._rates}
+        if self._opened.cache is None:
+            how |= {"domains": self._fed, "last": self._last, "packed": self._packed}
+        return feeds.open_feed(self._opened, **how, prepare=self._prepare, rows=rows, place=place, known=known)
 
     @functools.cached_property
     def held_out(self) -> dict[str, HeldOut]:

@@ -23,7 +23,7 @@ from tele_jax.data import documents, shards, sources, templates
 from tele_jax.data.cache import FORMAT, MANIFEST, Counts, Domain, Manifest, incomplete, read_manifest
 from tele_jax.data.dialogue_formats import DIALOGUES
 from tele_jax.data.domains import has_dialogues, open_vocabulary, require_other_files, resolve
-from tele_jax.data.feed import difference
+from tele_jax.data.order import difference
 from tele_jax.data.vocabulary import Vocabulary, load_vocabulary, tokenizer_name
 from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.extras import need

@@ -7,21 +7,23 @@ rows from a cache.
 import dataclasses
 import json
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
 
 from tele_jax.data import cache, order, packing
+from tele_jax.data.documents import Documents
 from tele_jax.data.domains import OpenData
 from tele_jax.data.order import Position
 from tele_jax.data.templates import separator
 from tele_jax.errors import DamageError, UserError
-from tele_jax.files import Table, parse_json
+from tele_jax.files import Table
 
 Batch = dict[str, np.ndarray]
 Place = Callable[[Batch], Any]
+Prepare = Callable[[Batch, np.ndarray], Batch]
 
 AHEAD = 2  # batches that are read while training goes on
 
@@ -34,6 +36,11 @@ def open_feed(
     rows: Sequence[int] | np.ndarray | None = None,
     place: Place = lambda batch: batch,
     known: Sequence[Position] = (),
+    prepare: Prepare = lambda batch, places: batch,
+    domains: Mapping[str, Documents] | None = None,
+    rates: Mapping[str, float] | None = None,
+    last: Mapping[str, int] | None = None,
+    packed: bool = True,
 ) -> "LiveFeed | CachedFeed":
     """Opens the feed of a stage.
 
@@ -44,15 +51,32 @@ def open_feed(
       rows: numbers of the rows of every batch that this process needs; None: all. A live feed gives all rows.
       place: is given every batch in a thread ahead of time, to put it on devices; its result is what the feed returns.
       known: positions that earlier stages came to, the latest first; a domain goes on where it was left.
+      prepare: prepare(batch, places) is given every batch on the host, before `place`; places, uint64 [rows], are the
+        numbers of its rows, counted from the first batch of the stage.
+      domains: what a live feed reads; None: those of `opened`.
+      rates: relative rates of the domains; None: those of their sources.
+      last, packed: see LiveFeed.
 
     Raises:
       UserError, DamageError: as OpenData.train and OpenData.cache.
     """
-    how = {"batch_size": batch_size, "seed": seed, "place": place, "known": known}
+    how = {"batch_size": batch_size, "seed": seed, "place": place, "known": known, "prepare": prepare}
+    domains = opened.train if domains is None else domains
+    if rates is None:
+        rates = {name: source.rate for name, source in opened.data.sources.items()}
     if opened.cache is None:
-        return LiveFeed(opened, **how)
-    rates = {name: source.rate for name, source in opened.data.sources.items()}
+        return LiveFeed(opened, domains, rates, last=last or {}, packed=packed, **how)
     return CachedFeed(opened.cache, rates, rows=rows, **how)
+
+
+def starts(
+    opened: OpenData, domains: Mapping[str, Documents], known: Sequence[Position], *, seed: int
+) -> tuple[dict[str, Position], dict[str, Position]]:
+    """Returns (positions of earlier stages that domains go on from, where each begins), of what a live feed reads."""
+    taken_over = order.choose(known, {name: each.checksum for name, each in domains.items()})
+    how: Table = {"kind": opened.kind, "seq_len": opened.seq_len, "seed": seed}
+    begins = {name: packing.go_on(taken_over.get(name), name, each, **how) for name, each in domains.items()}
+    return taken_over, begins
 
 
 class _Feed:
@@ -71,8 +95,8 @@ class _Feed:
     batches: int
     taken_over: dict[str, Position]
 
-    def __init__(self, place: Place):
-        self._place = place
+    def __init__(self, place: Place, prepare: Prepare):
+        self._place, self._prepare = place, prepare
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="data")
         self._pending: deque[Future] = deque()
 
@@ -131,10 +155,10 @@ class _Feed:
           UserError: the state is of a feed of other data, rates, tokenizer, sizes or seed.
           DamageError: the bytes are not what `state` gave.
         """
-        saved, batches, positions = parse_state(state)
+        saved, batches, positions = order.parse_state(state)
         if saved.get("feed") in {"live", "cache"} - {self._identity["feed"]}:
             raise UserError(f"the position in the data was saved for {self._saved_elsewhere}")
-        if changed := difference(saved, self._identity):
+        if changed := order.difference(saved, self._identity):
             raise UserError(
                 f"the position in the data was saved for another feed: {changed}; go on with what it was saved for, or "
                 "from the checkpoint in another work directory (config.start)"
@@ -158,20 +182,30 @@ class LiveFeed(_Feed):
     def __init__(
         self,
         opened: OpenData,
+        domains: Mapping[str, Documents],
+        rates: Mapping[str, float],
         *,
         batch_size: int,
         seed: int,
         place: Place = lambda batch: batch,
+        prepare: Prepare = lambda batch, places: batch,
         known: Sequence[Position] = (),
+        last: Mapping[str, int] | None = None,
+        packed: bool = True,
     ):
-        """Checks all files; documents are read from the first batch on. Arguments and errors as `open_feed`."""
-        super().__init__(place)
-        self._vocabulary, self._documents = opened.vocabulary, opened.train
+        """Documents are read from the first batch on. Arguments and errors as `open_feed`.
+
+        Args:
+          last: number of the first document that is not read any more, counted through all epochs, of domains of
+            fine-tuning. Behind it come rows of padding.
+          packed: whether a row of fine-tuning takes several dialogues, none of which sees another.
+        """
+        super().__init__(place, prepare)
+        self._vocabulary, self._documents = opened.vocabulary, domains
         self._shape = {"kind": opened.kind, "seq_len": opened.seq_len}
-        self._batch_size = batch_size
-        rates = {name: opened.data.sources[name].rate for name in self._documents}
+        self._batch_size, self._last, self._packed = batch_size, last or {}, packed
         self._weights = order.integer_weights(list(rates.values()))
-        self.taken_over = order.choose(known, {name: each.checksum for name, each in self._documents.items()})
+        self.taken_over, begins = starts(opened, domains, known, seed=seed)
         self._identity = {
             "feed": "live",
             **self._shape,
@@ -179,16 +213,13 @@ class LiveFeed(_Feed):
             "seed": seed,
             "tokenizer": self._vocabulary.sha256,
             "order": order.VERSION,
+            **({} if packed else {"packed": False}),
             "sources": {
                 name: {"checksum": each.checksum, "format": each.format, "rate": rates[name]}
                 for name, each in self._documents.items()
             },
         }
-        starts = {
-            name: packing.go_on(self.taken_over.get(name), name, documents, **self._shape, seed=seed)
-            for name, documents in self._documents.items()
-        }
-        self._begin(starts, 0)
+        self._begin(begins, 0)
 
     def _begin(self, starts: dict[str, Position], batches: int) -> None:
         super()._begin(starts, batches)
@@ -204,7 +235,8 @@ class LiveFeed(_Feed):
             if self._shape["kind"] == "pretrain":
                 made.append(packing.CutRows(read, start, separator=separator(self._vocabulary), pad_id=pad_id))
             else:
-                made.append(packing.WholeRows(read, start, pad_id=pad_id))
+                how = {"last": self._last.get(name), "packed": self._packed}
+                made.append(packing.WholeRows(read, start, pad_id=pad_id, **how))
         return made
 
     def _make(self, step: int) -> tuple[Any, dict[str, Position]]:
@@ -213,10 +245,11 @@ class LiveFeed(_Feed):
         try:
             self._packers = self._packers or self._open_packers()
             first = step * self._batch_size
-            domain, _ = order.mixture(np.arange(first, first + self._batch_size), self._weights)
+            places = np.arange(first, first + self._batch_size)
+            domain, _ = order.mixture(places, self._weights)
             rows = np.stack([self._packers[i].row() for i in domain.tolist()])
             positions = {name: packer.position() for name, packer in zip(self._documents, self._packers, strict=True)}
-            return self._place(packing.to_batch(rows)), positions
+            return self._place(self._prepare(packing.to_batch(rows), places.astype(np.uint64))), positions
         except Exception as error:
             self._broken = error
             raise
@@ -240,12 +273,13 @@ class CachedFeed(_Feed):
     def __init__(
         self,
         cache: cache.RowCache,
-        rates: dict[str, float],
+        rates: Mapping[str, float],
         *,
         batch_size: int,
         seed: int,
         rows: Sequence[int] | np.ndarray | None = None,
         place: Place = lambda batch: batch,
+        prepare: Prepare = lambda batch, places: batch,
         known: Sequence[Position] = (),
     ):
         """Reads only the manifest; rows are read from the first batch on.
@@ -253,7 +287,7 @@ class CachedFeed(_Feed):
         Args:
           cache: the cache.
           rates: relative rates of the domains to draw from.
-          batch_size, seed, place, known: as `open_feed`.
+          batch_size, seed, place, prepare, known: as `open_feed`.
           rows: numbers of the rows of every batch that this process reads; None: all. Process h of H that share a batch
             evenly: range(h * batch_size // H, (h + 1) * batch_size // H).
 
@@ -261,7 +295,7 @@ class CachedFeed(_Feed):
           UserError: a rate of a domain that the cache does not have.
           ValueError: rows that are not in a batch.
         """
-        super().__init__(place)
+        super().__init__(place, prepare)
         for name in rates:
             if name not in cache.rows:
                 raise UserError(f"{cache.path}: has no domain {name!r}; it has {', '.join(cache.rows)}")
@@ -310,7 +344,8 @@ class CachedFeed(_Feed):
         return self._cache.read([self.order.domains[i] for i in domain.tolist()], row.tolist())
 
     def _make(self, step: int) -> tuple[Any, dict[str, Position]]:
-        return self._place(self.read(step)), self._starts
+        places = (step * self._batch_size + self._rows).astype(np.uint64)
+        return self._place(self._prepare(self.read(step), places)), self._starts
 
     def close(self) -> None:
         """Stops reading ahead and closes the files; the feed cannot be used after."""
@@ -329,43 +364,3 @@ class CachedFeed(_Feed):
             if name not in self._rates or start.total != self._cache.rows[name]:
                 raise DamageError(f"the saved position in the data is damaged: positions.{name} is not of this cache")
         return self._complete(positions)
-
-
-def parse_state(state: bytes) -> tuple[Table, int, dict[str, Position]]:
-    """Takes apart what a feed's `state` gave: (identity of the feed, batches given out, positions by domain).
-
-    Raises:
-      DamageError: the bytes are not what `state` gave.
-      UserError: they are of an earlier version.
-    """
-    earlier = UserError(
-        "the position in the data was saved by an earlier version, in another form; start a new work directory "
-        "from this checkpoint (config.start)"
-    )
-    if state[:2] == b"PK":
-        raise earlier
-    try:
-        saved = parse_json(state, "the saved position in the data")
-        if "batches" in saved and "cache" in saved and "positions" not in saved:
-            raise earlier
-        batches, positions = saved.pop("batches"), dict(saved.pop("positions").items())
-    except UserError:
-        raise
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise DamageError(f"the saved position in the data is damaged: {type(error).__name__}: {error}") from None
-    if type(batches) is not int or batches < 0:
-        raise DamageError(f"the saved position in the data is damaged: {batches!r} batches")
-    found = {name: order.position_from_json(value, f"positions.{name}") for name, value in positions.items()}
-    return saved, batches, found
-
-
-def difference(saved: Table, current: Table, path: str = "") -> str:
-    """Lists what differs, by name; empty if nothing does."""
-    parts = []
-    for key in sorted({*saved, *current}):
-        old, new = saved.get(key), current.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            parts.append(difference(old, new, f"{path}{key}."))
-        elif old != new:
-            parts.append(f"{path}{key} was {old!r}, now {new!r}")
-    return "; ".join(filter(None, parts))

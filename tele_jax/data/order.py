@@ -26,7 +26,7 @@ import numpy as np
 
 from tele_jax.config import from_dict
 from tele_jax.errors import DamageError, UserError
-from tele_jax.files import Table
+from tele_jax.files import Table, parse_json
 
 VERSION = 1  # of the arithmetic, whose change would change every order
 ROUNDS = 6
@@ -225,6 +225,46 @@ def position_from_json(value: Any, where: str) -> Position:
     if position.total < 1 or min(numbers) < 0 or any(len(pair) != 2 for pair in pairs):
         raise DamageError(f"the saved position in the data is damaged: {where} counts below 0, or by no pairs")
     return position
+
+
+def parse_state(state: bytes) -> tuple[Table, int, dict[str, Position]]:
+    """Takes apart what a feed's `state` gave: (identity of the feed, batches given out, positions by domain).
+
+    Raises:
+      DamageError: the bytes are not what `state` gave.
+      UserError: they are of an earlier version.
+    """
+    earlier = UserError(
+        "the position in the data was saved by an earlier version, in another form; start a new work directory "
+        "from this checkpoint (config.start)"
+    )
+    if state[:2] == b"PK":
+        raise earlier
+    try:
+        saved = parse_json(state, "the saved position in the data")
+        if "batches" in saved and "cache" in saved and "positions" not in saved:
+            raise earlier
+        batches, positions = saved.pop("batches"), dict(saved.pop("positions").items())
+    except UserError:
+        raise
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise DamageError(f"the saved position in the data is damaged: {type(error).__name__}: {error}") from None
+    if type(batches) is not int or batches < 0:
+        raise DamageError(f"the saved position in the data is damaged: {batches!r} batches")
+    found = {name: position_from_json(value, f"positions.{name}") for name, value in positions.items()}
+    return saved, batches, found
+
+
+def difference(saved: Table, current: Table, path: str = "") -> str:
+    """Lists what differs, by name; empty if nothing does."""
+    parts = []
+    for key in sorted({*saved, *current}):
+        old, new = saved.get(key), current.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            parts.append(difference(old, new, f"{path}{key}."))
+        elif old != new:
+            parts.append(f"{path}{key} was {old!r}, now {new!r}")
+    return "; ".join(filter(None, parts))
 
 
 def positions_in(provenance: Sequence[Table]) -> list[Position]:

@@ -306,26 +306,55 @@ class CutRows(_Packer):
 
 
 class WholeRows(_Packer):
-    """Rows of fine-tuning: an example stays whole, and goes where it leaves the least room among OPEN_ROWS rows."""
+    """Rows of fine-tuning: an example stays whole, and goes where it leaves the least room among OPEN_ROWS rows.
 
-    def __init__(self, read: Callable[[int], np.ndarray], start: Position, *, pad_id: int):
-        """start: position of this feed (`go_on`)."""
+    Behind the last example come the rows that are still open, and then rows of padding without end.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], np.ndarray],
+        start: Position,
+        *,
+        pad_id: int,
+        last: int | None = None,
+        packed: bool = True,
+    ):
+        """Reads the examples of the open rows.
+
+        Args:
+          read: reads an example by its number, through all epochs.
+          start: position of this feed (`go_on`).
+          pad_id: fills the rest of rows.
+          last: number of the first example that is not read any more; None: they never end.
+          packed: whether a row takes several examples.
+        """
         super().__init__(read, start, pad_id)
+        self._last, self._packed = last, packed
         self._rows = [[(number, read(number)) for number, _ in row] for row in start.open or ((),) * OPEN_ROWS]
 
     def row(self) -> np.ndarray:
-        """Returns the next row, int32 [5, S]."""
-        while True:
+        """Returns the next row, int32 [5, S], or float64 where a loss weight is no whole number."""
+        while self._first or self._last is None or self._next < self._last:
             number, example = self._take()
+            if not self._packed:
+                return self._closed([(number, example)])
             filled = [sum(columns.shape[1] for _, columns in row) for row in self._rows]
             k, fits = best_row(filled, example.shape[1], self._start.seq_len)
             if fits:
                 self._rows[k].append((number, example))
                 continue
             full, self._rows[k] = self._rows[k], [(number, example)]
-            self._turn += 1
-            empty = empty_rows(1, self._start.seq_len, self._pad_id)
-            return fit_rows(empty, [columns for _, columns in full], pad_id=self._pad_id)[0][0]
+            return self._closed(full)
+        k = next((k for k, row in enumerate(self._rows) if row), 0)
+        full, self._rows[k] = self._rows[k], []
+        return self._closed(full)
+
+    def _closed(self, examples: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
+        self._turn += bool(examples)
+        columns = [columns for _, columns in examples]
+        empty = empty_rows(1, self._start.seq_len, self._pad_id).astype(np.result_type(np.int32, *columns))
+        return fit_rows(empty, columns, pad_id=self._pad_id)[0][0]
 
     def _open(self) -> tuple[tuple[tuple[int, int], ...], ...]:
         return tuple(tuple((number, 0) for number, _ in row) for row in self._rows)

@@ -38,6 +38,7 @@ class Context(struct.PyTreeNode):
     heads_mask: Mask | None  # [N]
     slot: jax.Array | None = None  # int32[], where in the cache the first of these tokens goes
     visible_until: jax.Array | None = None  # int32[B, S], see model/attention.py
+    noise: jax.Array | None = None  # [B, S, D], on the embedding
 
 
 # Position of padding, later than every token's: no query sees padding. The outputs of padding itself have no meaning.
@@ -45,12 +46,9 @@ NOWHERE = 2**31 - 1
 
 
 class Cache(struct.PyTreeNode):
-    """Keys and values of the tokens so far, all rows in the same slots, whatever their positions.
+    """Keys and values of the tokens so far, all rows in the same slots. The layers update the cache in place."""
 
-    The layers hand the cache on and update it in place. Slots are the last axis but one: a head's are read in one go.
-    """
-
-    k: jax.Array  # [L, B, K, T, H]
+    k: jax.Array  # [L, B, K, T, H], so that the slots of a head are read in one go
     v: jax.Array  # [L, B, K, T, H]
     positions: jax.Array  # int32[B, T], positions of the tokens in the slots; NOWHERE in empty slots
 
@@ -146,8 +144,9 @@ class Block(nn.Module):
         x, cache = carry
         layer_mask, layer = own
         before = x = checkpoint_name(x, "stream")
-        y = Norm(self.cfg, name="attn_norm")(x, ctx.embed_mask)
-        y, cache = Attention(self.cfg, name="attn")(y, cache, layer, ctx)
+        y, cache = Attention(self.cfg, name="attn")(
+            Norm(self.cfg, name="attn_norm")(x, ctx.embed_mask), cache, layer, ctx
+        )
         x = x + y
         x = x + Mlp(self.cfg, name="mlp")(Norm(self.cfg, name="mlp_norm")(x, ctx.embed_mask), ctx)
         if layer_mask is not None:
@@ -194,9 +193,10 @@ class Embed(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array, noise: jax.Array | None = None) -> jax.Array:
         table = declare(self, "table", inputs=("vocab",), outputs=("embed",))
-        return lookup(table, tokens, self.cfg.dtype) * self.cfg.input_mult
+        x = lookup(table, tokens, self.cfg.dtype)
+        return (x if noise is None else x + noise.astype(x.dtype)) * self.cfg.input_mult
 
 
 class Head(nn.Module):
@@ -215,12 +215,11 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, tokens, ctx: Context, layers_mask: Mask | None, cache: Cache | None):
         cfg = self.cfg
-        x = Embed(cfg, name="embed")(tokens)
+        x = Embed(cfg, name="embed")(tokens, ctx.noise)
         if cfg.embed_norm:
             x = Norm(cfg, writes=("embed",), name="embed_norm")(x, ctx.embed_mask)
-        block = Block if cache is not None else rematerialised(cfg)
         layers = nn.scan(
-            block,
+            rematerialised(cfg) if cache is None else Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType] - one for each argument, as its docs say
@@ -288,11 +287,13 @@ def hidden(
     masks: Masks | None = None,
     rope_length: int | None = None,
     visible_until: jax.Array | None = None,
+    noise: jax.Array | None = None,
 ) -> jax.Array:
     """Final hidden state [B, S, D] in cfg.dtype after the last norm.
 
     positions, int32[B, S], default to the index in the row; rope_length, which NTK scaling goes by, to S.
     visible_until, int32[B, S]: the index in the row from which on a token is seen no more; see model/attention.py.
+    noise, [B, S, D], is added to the embedding, before the input multiplier.
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
@@ -300,7 +301,7 @@ def hidden(
     masks = masks or {}
     inputs.check_shapes(cfg, tokens, positions, segment_ids, masks)
     ctx = _context(cfg, positions, tokens.shape[1] if rope_length is None else rope_length, segment_ids, masks)
-    ctx = ctx.replace(visible_until=visible_until)
+    ctx = ctx.replace(visible_until=visible_until, noise=noise)
     return _apply(Decoder(cfg), params, tokens, ctx, masks.get("layers"), None)[0]
 
 
@@ -333,8 +334,7 @@ def hidden_cached(
     carry = (constrain(_embedded(cfg, params, tokens)), cache)
     for number, layer in enumerate(params["layers"]):
         carry, _ = _apply(Block(cfg), layer, carry, (None, number), ctx)
-    x, cache = carry
-    return rms_norm(x, params["final_norm"]["scale"], cfg.rms_eps, None), cache
+    return rms_norm(carry[0], params["final_norm"]["scale"], cfg.rms_eps, None), carry[1]
 
 
 def _embedded(cfg: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
@@ -353,8 +353,7 @@ def layer_states(cfg: ModelConfig, params: Params, tokens: jax.Array) -> jax.Arr
         (y, _), _ = _apply(Block(cfg), layer, (x, None), (None, None), ctx)
         return y, y
 
-    _, after = jax.lax.scan(step, x, params["layers"])
-    return jnp.concatenate([x[None], after])
+    return jnp.concatenate([x[None], jax.lax.scan(step, x, params["layers"])[1]])
 
 
 def head_kernel(cfg: ModelConfig, params: Params) -> jax.Array:

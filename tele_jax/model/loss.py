@@ -23,13 +23,18 @@ CPU_CHUNK_BYTES, CPU_CHUNK_TOKENS = 2**24, 128  # smaller on CPUs, so that a chu
 
 
 def next_token_loss(
-    cfg: ModelConfig, params: Params, batch: Mapping[str, jax.Array], masks: decoder.Masks | None = None
+    cfg: ModelConfig,
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    masks: decoder.Masks | None = None,
+    noise: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (sum of weighted losses in nats, sum of weights), scalars in float32 or better.
 
     batch: `tokens`, `targets` int32[B, S], `loss_weights` float32[B, S], and optionally `segment_ids`, `positions`.
+    noise: [B, S, D], is added to the embedding.
     """
-    x, kernel = _head(cfg, params, batch, masks)
+    x, kernel = _head(cfg, params, batch, masks, noise)
     weights = batch["loss_weights"].astype(jnp.promote_types(cfg.dtype, jnp.float32))
     total = weighted_cross_entropy(x, kernel, batch["targets"], weights, cfg.logit_mult, cfg.vocab_size)
     return total, jnp.sum(weights)  # pyright: ignore[reportReturnType] - no types pass through partial(custom_vjp)
@@ -43,8 +48,15 @@ def token_losses(
     return cross_entropy(x, kernel, batch["targets"], cfg.logit_mult, cfg.vocab_size)
 
 
-def _head(cfg: ModelConfig, params: Params, batch: Mapping[str, jax.Array], masks: decoder.Masks | None):
-    x = decoder.hidden(cfg, params, batch["tokens"], batch.get("positions"), batch.get("segment_ids"), masks)
+def _head(
+    cfg: ModelConfig,
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    masks: decoder.Masks | None,
+    noise: jax.Array | None = None,
+):
+    rows = (batch["tokens"], batch.get("positions"), batch.get("segment_ids"))
+    x = decoder.hidden(cfg, params, *rows, masks, noise=noise)
     return whole_rows(x), decoder.head_kernel(cfg, params)
 
 

@@ -67,7 +67,12 @@ def read_stage(table: Mapping[str, Any], where: str) -> Stage:
     kind, known = (table.get("kind") if hasattr(table, "get") else None), known_kinds()
     if kind not in known:
         raise UserError(f"{where}.kind: {kind!r} is not one of {', '.join(map(repr, known))}")
-    return from_dict(find_kind(kind).Settings, table, where)
+    settings = find_kind(kind).Settings
+    if issubclass(settings, TrainStage):
+        given = [length for length in ("steps", "epochs") if table.get(length) is not None]
+        require(bool(given), f"{where}.steps: missing; give it, or in fine-tuning epochs")
+        require(len(given) < 2, f"{where}.steps and {where}.epochs: both say how long the stage is; leave one out")
+    return from_dict(settings, table, where)
 
 
 def run_config(page: Mapping[str, Any] | ConfigDict) -> RunConfig:

@@ -122,6 +122,7 @@ def run(
         lengths = [stage.seq_len for stage in config.stages.values() if isinstance(stage, TrainStage)]
         index = sources.Indexes(workdir / own.INDEXES if there else None, seq_lens=lengths)
         opened = open_run(config, index, open_tasks)
+        config = dataclasses.replace(config, stages={name: stage.settings for name, stage in opened.stages.items()})
         if not there:  # a config that cannot be leaves no trace
             held.enter_context(own.locked(workdir))
         from_first(lambda: _claim(config, opened.tokenizer, workdir, from_step))
@@ -200,14 +201,15 @@ def open_run(config: RunConfig, index: sources.Indexes, open_tasks: "OpenTasks |
     tokenizers: dict[Path, Table] = {}
     models: dict[str, tuple[ModelConfig, Plan | None]] = {}
     tasks: dict[str, Tasks] = {}
+    settings = dict(config.stages)
     for name, stage in config.stages.items():
         where, kind = f"config.{name}", stages.find_kind(stage.kind)
         if isinstance(stage, TrainStage):
             model = stage.model_after(cfg)
             assert model is not None  # the first stage has one, or config.start
             cfg = trained_as(model) if stage.lora is None else model
-            _check_training(stage, cfg, masks, where)
-            masks = None
+            if stage.steps is not None:  # before any text is read
+                _check_training(stage, cfg, masks, where)
             batch_sharding(mesh, stage.batch_size // stage.microbatches)
             batches[name] = kind.batches(stage, index)
             path, size = Path(stage.data.tokenizer), batches[name].vocabulary.vocab_size
@@ -215,6 +217,10 @@ def open_run(config: RunConfig, index: sources.Indexes, open_tasks: "OpenTasks |
                 raise UserError(
                     f"{where}: the tokenizer has {size} ids, but the model's vocab_size is {cfg.vocab_size}"
                 )
+            if stage.steps is None:
+                settings[name] = stage = _counted(stage, batches[name], where)
+                _check_training(stage, cfg, masks, where)
+            masks = None
             if stage.tasks is not None:
                 opener = given(
                     open_tasks, f"{where}.tasks: tele_jax.run evaluates tasks; train.loop.run was not given how"
@@ -227,6 +233,7 @@ def open_run(config: RunConfig, index: sources.Indexes, open_tasks: "OpenTasks |
         models[name] = cfg, masks
     if len({tokenizer["sha256"] for tokenizer in tokenizers.values()}) > 1:
         raise UserError(f"the stages of a run have to share one tokenizer, but name {', '.join(map(str, tokenizers))}")
+    config = dataclasses.replace(config, stages=settings)
     opened = {
         name: OpenedStage(
             stage, stages.find_kind(stage.kind), *models[name], batches[_nearest(config, name)], tasks.get(name)
@@ -234,6 +241,16 @@ def open_run(config: RunConfig, index: sources.Indexes, open_tasks: "OpenTasks |
         for name, stage in config.stages.items()
     }
     return OpenedRun(mesh, opened, next(iter(tokenizers.values())), started)
+
+
+def _counted(stage: TrainStage, batches: Batches, where: str) -> TrainStage:
+    """The stage with the steps that its epochs take."""
+    try:
+        counted = dataclasses.replace(stage, steps=batches.count_steps())
+    except UserError as error:
+        raise UserError(f"{where}.{error}") from None
+    _say(f"{where}: {stage.epochs:g} epochs are {counted.steps:,} steps")
+    return counted
 
 
 def _open_mesh(config: RunConfig) -> jax.sharding.Mesh:

@@ -130,8 +130,8 @@ def schedule(config: ScheduleConfig, steps: int, tokens_per_step: int) -> Callab
       UserError: a warm-up (and decay) longer than the whole.
     """
     unit = 1 if config.unit == "steps" else tokens_per_step
-    warmup = config.warmup / unit
     total = steps if config.total is None else config.total / unit
+    warmup = config.warmup / unit + config.warmup_share * total
     decay = total / 10 if config.decay is None else config.decay / unit
     require(
         warmup < total, f"schedule: warmup {config.warmup} is not below the total of {total * unit:g} {config.unit}"

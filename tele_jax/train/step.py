@@ -68,7 +68,9 @@ def make_step(
     loss: Loss = _next_token,
     trained: Params | None = None,
 ) -> Step:
-    """step(params, opt_state, batch, masks=None, beside=None) -> (params, opt_state, {"loss", "grad_norm", "weight"}).
+    """step(params, opt_state, batch, masks=None, beside=None) -> (params, opt_state, figures).
+
+    figures: "loss", "grad_norm", "weight" (the sum of the loss weights), and "counted" (how many are not 0).
 
     params and opt_state are donated. batch holds arrays [batch_size, S] as data.feed gives them; the loss, and what
     else it returns by name, is the mean over the weights of the whole batch, however many microbatches it is computed
@@ -162,6 +164,7 @@ def _jitted(
         updates, opt_state = tx.update(gradients, opt_state, params)
         metrics = {"loss": total * scale, "grad_norm": optax.tree.norm(gradients), "weight": weight}
         metrics |= {name: value * scale for name, value in figures.items()}
+        metrics |= {"counted": jnp.count_nonzero(batch["loss_weights"])} if "loss_weights" in batch else {}
         return optax.apply_updates(params, updates), opt_state, metrics
 
     return jax.jit(

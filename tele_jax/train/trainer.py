@@ -275,7 +275,7 @@ class Trainer:
         """
         columns = {name: np.array([figures[name] for figures in window], np.float64) for name in window[0]}
         weight, loss, grad_norm = columns.pop("weight"), columns["loss"], columns.pop("grad_norm")
-        self.tokens += int(weight.sum())
+        self.tokens += int(columns.pop("counted", weight).sum())
         flops = self.flops * self.stage.tokens_per_step / seconds
         peaks, factor = self.stage.optimizer, float(self.factor(step - 1))
         matrix = peaks.learning_rate if peaks.matrix_learning_rate is None else peaks.matrix_learning_rate

@@ -46,7 +46,7 @@ _FREE = re.compile(
     r"|data\.(cache|tokenizer|eval_bytes|sources\.[^.]+\.(files|validation_files|task|split|validation_split))(\..*)?"
 )
 _ON_REQUEST = re.compile(
-    r"steps|schedule\..*|optimizer\.(learning_rate|matrix_learning_rate|beta1|beta2|eps|weight_decay|clip_norm)"
+    r"steps|epochs|schedule\..*|optimizer\.(learning_rate|matrix_learning_rate|beta1|beta2|eps|weight_decay|clip_norm)"
 )
 
 
@@ -117,7 +117,9 @@ def locked(workdir: Path) -> Iterator[None]:
 
 def as_json(config: RunConfig) -> Table:
     """The config as W/config.json has it."""
-    page = {"run": list(config.run), **{name: to_dict(stage) for name, stage in config.stages.items()}}
+    stages = {name: to_dict(stage) for name, stage in config.stages.items()}
+    stages = {name: stage | ({"steps": None} if stage.get("epochs") else {}) for name, stage in stages.items()}
+    page = {"run": list(config.run), **stages}
     where = {"mesh": dataclasses.asdict(config.mesh), "num_slices": config.num_slices, "start": config.start}
     return json.loads(json.dumps(page | where))
 
@@ -199,7 +201,8 @@ def _resolved(stage: Table) -> Table:
     if schedule is None:
         return stage
     per_step = 1 if schedule["unit"] == "steps" else stage["batch_size"] * stage["seq_len"]
-    total = stage["steps"] * per_step if schedule["total"] is None else schedule["total"]
+    whole = f"{stage['epochs']} epochs" if stage["epochs"] else stage["steps"] * per_step
+    total = whole if schedule["total"] is None else schedule["total"]
     return {**stage, "schedule": {**schedule, "total": None if schedule["kind"] == "constant" else total}}
 
 
@@ -255,14 +258,14 @@ def _change_last(
 
 def _require_steps_alone(changed: Changed, where: str, workdir: Path, steps: Sequence[int]) -> None:
     """Raises UserError for changes beside that of `steps`, and says how they could be made."""
-    others = {path: pair for path, pair in changed.items() if path != "steps"}
+    others = {path: pair for path, pair in changed.items() if path not in ("steps", "epochs")}
     if not others:
         return
     how = "use another work directory (config.start names a checkpoint to start from)"
     if all(map(_ON_REQUEST.fullmatch, others)):
         there = ", ".join(map(str, steps))
         how = f"--from STEP (from_step) changes it from a checkpoint on (there are {there}), or {how}"
-    if "steps" in changed and list(others) == ["schedule.total"]:
+    if changed.keys() & {"steps", "epochs"} and list(others) == ["schedule.total"]:
         before = others["schedule.total"][0]
         how = f"the schedule follows the length of the stage; --{where}.schedule.total={before} keeps it, {how}"
     raise UserError(f"{workdir}: was started with another config: {listed(changed, where)}; {how}")
