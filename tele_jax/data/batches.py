@@ -96,7 +96,7 @@ def _batches(
 
 
 def _copies(stage: TrainStage, opened: OpenData) -> dict[str, float] | None:
-    """How often an epoch has each dialogue of a domain, by its name; None where domains are drawn by rates."""
+    """Copies of each dialogue in an epoch, by domain; None where domains are drawn by rates."""
     sources = opened.data.sources
     found = {name: source.copies for name, source in sources.items() if source.copies is not None}
     if (found or stage.epochs is not None) and opened.kind != "sft":
