@@ -58,6 +58,10 @@ class Pool:
         """Says how many documents there are."""
         return f"{self.where}: {len(self):,} documents in an epoch"
 
+    def notes(self) -> list[str]:
+        """Returns no line: every domain has its own."""
+        return []
+
     def in_order(self, bytes_left: Callable[[], int]) -> Iterator[tuple[np.ndarray, bool]]:
         """Reads the domains in turn, each document once."""
         for documents in self._domains:
