@@ -23,7 +23,7 @@ from tele_jax.clean.settings import clean_config
 from tele_jax.cli import Outcome, flag, note, switch
 from tele_jax.cli.pages import load_page
 from tele_jax.config import check_seed
-from tele_jax.corpora import questions
+from tele_jax.corpora import pool, questions
 from tele_jax.data import caching, describe, order
 from tele_jax.data.cache import Counts, Manifest, RowCache
 from tele_jax.data.documents import too_long_notes
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def _fetch_arguments(parser: argparse.ArgumentParser) -> None:
-    flag(parser, "name NAME", "stdlib, quickstart (13 MB), or eval (75 MB)", choices=(*corpora.SETS, "eval"))
+    flag(parser, "name NAME", "stdlib, or MB: quickstart 13, eval 75, pool 33", choices=(*corpora.SETS, "eval", "pool"))
     flag(parser, "--out DIR", "directory to write", Path, required=True)
     flag(parser, "--max-bytes N", "most bytes of text in a domain; default: all", int)
     flag(parser, "--cache DIR", "directory of downloads; default: OUT/packages", Path)
@@ -55,7 +55,7 @@ def _fetch_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _fetch(args: argparse.Namespace) -> Outcome:
     """Raises UserError as corpora.fetch and questions.fetch."""
-    fetch = questions.fetch if args.name == "eval" else functools.partial(corpora.fetch, args.name)
+    fetch = {"eval": questions.fetch, "pool": pool.fetch}.get(args.name) or functools.partial(corpora.fetch, args.name)
     fetched = fetch(args.out, max_bytes=args.max_bytes, cache=args.cache, say=note)
     domains = fetched.manifest["domains"].items()
     sources = [

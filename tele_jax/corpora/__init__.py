@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tele_jax.config import as_written, written_table
-from tele_jax.errors import DamageError, UserError
+from tele_jax.errors import DamageError, UserError, require
 from tele_jax.files import Table, is_plain_name, parse_json, write_file
 
 MAX_FUNCTION_CHARS = 1_000  # for a dialogue: short enough for a small model's rows
@@ -179,6 +179,7 @@ def statutes(path: Path) -> Iterator[Document]:
 FORMAT = 1  # of the manifest and of what the loaders make; raised when they change, so that DIR is made again
 VALIDATION_ONE_IN = 50
 SETS = ("stdlib", "quickstart")
+Entry = tuple[int, Document, str]  # the order of a document, and its line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,7 +318,7 @@ def is_validation(document: Document) -> bool:
 
 def _write(out: Path, documents: Iterable[Document], max_bytes: int | None) -> Table:
     """Writes the files of all domains; returns the manifest's account of them."""
-    domains: dict[str, list[tuple[int, Document, str]]] = {}
+    domains: dict[str, list[Entry]] = {}
     for document in documents:
         record = {"messages": document.messages} if document.messages else {"text": document.text}
         line = json.dumps(record, ensure_ascii=False) + "\n"
@@ -326,22 +327,21 @@ def _write(out: Path, documents: Iterable[Document], max_bytes: int | None) -> T
     for domain in {"code", "en", "zh", "dialogues"} - domains.keys():  # left from another set
         shutil.rmtree(out / domain, ignore_errors=True)
     return {
-        domain: _write_domain(out / domain, sorted(domains[domain], key=operator.itemgetter(0)), max_bytes)
+        domain: write_domain(out / domain, sorted(domains[domain], key=operator.itemgetter(0)), max_bytes)
         for domain in sorted(domains)
     }
 
 
-def _write_domain(directory: Path, entries: Iterable[tuple[int, Document, str]], max_bytes: int | None) -> Table:
+def write_domain(directory: Path, entries: Iterable[Entry], max_bytes: int | None, origins: Mapping = SOURCES) -> Table:
+    """Writes the files of a domain from (order, document, line), up to max_bytes of text; returns their account."""
     chosen: list[tuple[Document, str]] = []
     total = 0
     for _, document, line in entries:
         if max_bytes is None or total + document.num_bytes <= max_bytes:
             chosen.append((document, line))
             total += document.num_bytes
-    if len(chosen) < 2:
-        raise UserError(
-            f"max_bytes={max_bytes} leaves {len(chosen)} documents in the domain {directory.name}; give more"
-        )
+    few = f"max_bytes={max_bytes} leaves {len(chosen)} documents in the domain {directory.name}; give more"
+    require(len(chosen) >= 2, few)
     held_out = [is_validation(document) for document, _ in chosen]
     if not any(held_out):  # a very small sample: a domain that cannot be evaluated is worse than one unlike others
         held_out[-1] = True
@@ -353,7 +353,7 @@ def _write_domain(directory: Path, entries: Iterable[tuple[int, Document, str]],
         files[file] = {**_count(document for document, _ in rows), "sha256": hashlib.sha256(data).hexdigest()}
     sources = {}
     for name in dict.fromkeys(document.source for document, _ in chosen):
-        package, licence = SOURCES[name]
+        package, licence = origins[name]
         origin = f"Python {platform.python_version()}" if package is None else str(package)
         counted = _count(document for document, _ in chosen if document.source == name)
         sources[name] = {"package": origin, "licence": licence, **counted}
