@@ -50,6 +50,8 @@ EXTRAS = {
         "ahocorasick-rs>=1.0.3,<2",
         "pyarrow>=21,<27",
     ],
+    # `tele sft select`: clusters; near copies and languages as in clean.
+    "select": ["scikit-learn>=1.9,<2", "threadpoolctl>=3.6,<4", "rensa>=0.5,<0.6", "pycld2>=0.42,<0.43"],
     # jax itself names the libtpu that fits it (0.0.42.* for jax 0.10, 0.0.50.* for jax 0.12).
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     # On Linux, pip's torch brings several GB of CUDA libraries; install a CPU build of torch first to avoid them.

