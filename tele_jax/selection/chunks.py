@@ -79,8 +79,8 @@ def _one(what: str, config: SelectConfig, directory: Path, chunk: Chunk) -> None
 
 # ---- read: rules, overlap, keys of duplicates ------------------------------------------------------------------------
 
-# Numbers of a sample that `read` finds: its line, and how many turns, tokens of questions and of answers it has.
-ROW = np.dtype([("line", "<i8"), ("turns", "<i4"), ("question", "<i4"), ("answer", "<i4")])
+# Numbers of a sample that `read` finds: how many turns, tokens of questions and tokens of answers it has.
+ROW = np.dtype([("turns", "<i4"), ("question", "<i4"), ("answer", "<i4")])
 
 
 @dataclasses.dataclass
@@ -117,7 +117,6 @@ def _read(config: SelectConfig, directory: Path, chunk: Chunk) -> dict[str, np.n
     categories, drops, documents = [], {}, []
     for i, sample in enumerate(samples.read(chunk, config.sources[chunk.source])):
         categories.append(sample.category)
-        rows["line"][i] = sample.line
         if sample.messages is None:
             drops[i] = ("read", "unreadable", sample.reason)
             continue

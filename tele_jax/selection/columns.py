@@ -23,7 +23,6 @@ class Columns:
     """
 
     def __init__(self, count: int):
-        self.line = np.zeros(count, np.int64)
         self.turns, self.question, self.answer, self.category, self.fate, self.tokens = np.zeros((6, count), np.int32)
         self.copy_of, self.cluster = np.full(count, -1, np.int64), np.full(count, -1, np.int32)
         self.loss, self.alone, self.distance = np.full((3, count), np.nan, np.float32)
@@ -47,7 +46,7 @@ class Columns:
     def add(self, chunk: Chunk, read: Read) -> None:
         """Fills in what was found in a chunk."""
         rows = slice(chunk.first, chunk.first + chunk.count)
-        for name in ("line", "turns", "question", "answer"):
+        for name in ("turns", "question", "answer"):
             getattr(self, name)[rows] = read.rows[name]
         for name in read.categories:
             if name not in self.categories:

@@ -9,7 +9,7 @@ import numpy as np
 
 from tele_jax.clean.screening import mask
 from tele_jax.config import to_dict
-from tele_jax.data.dialogue import Message
+from tele_jax.data.messages import Message
 from tele_jax.files import Table, replacing, write_file
 from tele_jax.selection import report, samples
 from tele_jax.selection.choice import shuffled
@@ -32,7 +32,7 @@ def write(out: Path, directory: Path, config: SelectConfig, pool: Pool, table: C
         )
         for chunk in pool.chunks:
             details = Read.load(directory, chunk.number).drops
-            rows = range(chunk.first, chunk.first + chunk.count)
+            rows = chunk.ids
             lines = [_account(chunk, table, row, details.get(row - chunk.first)) for row in rows]
             manifest.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             if wanted.isdisjoint(rows) and (table.fate[rows.start : rows.stop] != SELECTED).all():
@@ -56,7 +56,8 @@ def _account(chunk: Chunk, table: Columns, row: int, drop: tuple[str, str, str] 
     """The line of the manifest for a sample; figures that there are not are left out."""
     fate = int(table.fate[row])
     stage, reason = table.reasons[fate]
-    line: Table = {"id": row, "file": chunk.path, "line": int(table.line[row]), "category": table.name(row)}
+    line: Table = {"id": row, "file": chunk.path, chunk.unit: int(chunk.spans[row - chunk.first, 2])}
+    line["category"] = table.name(row)
     line["fate"] = {LEFT: "not chosen", SELECTED: "selected"}.get(fate, "dropped")
     if stage:
         line |= {"stage": stage, "reason": reason}
@@ -100,7 +101,9 @@ def _example(sample: samples.Sample, line: Mapping) -> Example:
         detail = f"difficulty {line['difficulty']:.3f}, perplexity {line['perplexity']:.1f}"
     shown = "\n".join(f"{message['role']}: {_ends(message['content'])}" for message in (sample.messages or ())[:6])
     text = mask(shown, ("email", "phone", "id", "ip", "card"))[0]
-    return Example(f"{'/'.join(Path(line['file']).parts[-2:])}, line {sample.line}", sample.category, detail, text)
+    unit = next(name for name in ("line", "element") if name in line)
+    where = f"{'/'.join(Path(line['file']).parts[-2:])}, {unit} {line[unit]}"
+    return Example(where, sample.category, detail, text)
 
 
 def _ends(text: str) -> str:

@@ -152,7 +152,8 @@ class _Run:
             why = work.Read.load(self.directory, chunk.number).drops[first - chunk.first][2]
             raise UserError(
                 f"{unreadable:,} of {len(self.pool):,} records are no dialogues, above max_unreadable="
-                f"{self.config.max_unreadable:g}; the first is {chunk.path}, line {table.line[first]}: {why}"
+                f"{self.config.max_unreadable:g}; the first is {chunk.path}, {chunk.unit} "
+                f"{chunk.spans[first - chunk.first, 2]}: {why}"
             )
         return table
 
@@ -225,7 +226,7 @@ class _Run:
             texts = [
                 sample.text()
                 for chunk in self.pool.chunks
-                if not fitted.isdisjoint(range(chunk.first, chunk.first + chunk.count))
+                if not fitted.isdisjoint(chunk.ids)
                 for sample in samples.read(chunk, self.config.sources[chunk.source])
                 if sample.id in fitted
             ]

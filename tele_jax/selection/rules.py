@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from tele_jax.clean import hashing, stages, text
 from tele_jax.clean.document import Drop
 from tele_jax.clean.settings import EN, ZH, RuleConfig
-from tele_jax.data.dialogue import is_learned
+from tele_jax.data.messages import weight_of
 from tele_jax.selection.samples import Sample
 from tele_jax.selection.settings import RulesConfig
 
@@ -52,7 +52,7 @@ def violations(sample: Sample, config: RulesConfig) -> Iterator[Drop]:
     """Yields every rule that the sample breaks, with the figure."""
     messages = list(sample.messages or ())
     answers = [m for m in messages if m["role"] in ("assistant", "bot")]
-    turns = [turn for turn, answer in zip(sample.turns(), answers, strict=True) if is_learned(answer)]
+    turns = [turn for turn, answer in zip(sample.turns(), answers, strict=True) if weight_of(answer)]
     question, answer = lengths(sample)
     for what, count in (("question", question), ("answer", answer)):
         low, high = (getattr(config, f"{end}_{what}_tokens") for end in ("min", "max"))

@@ -1,6 +1,6 @@
-"""The pool as numbered samples, in chunks: stretches of lines of a file that are read and worked on apart.
+"""The pool as numbered samples, in chunks: consecutive records of a file that are read and worked on apart.
 
-The number of a sample is its place among the lines of all files that are not blank: sources by name, files by path.
+The number of a sample is its place among the records of all files: sources by name, files by path.
 """
 
 import dataclasses
@@ -9,8 +9,10 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+
 from tele_jax.data import documents
-from tele_jax.data.dialogue import Message
+from tele_jax.data.messages import Message
 from tele_jax.errors import UserError
 from tele_jax.files import Table, expand
 from tele_jax.selection.settings import SourceConfig
@@ -18,24 +20,33 @@ from tele_jax.selection.settings import SourceConfig
 CHUNK = 2048  # samples
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Chunk:
-    """Consecutive lines of one file.
+    """Consecutive records of one file.
 
     Attributes:
       number: place among all chunks.
       first: number of its first sample.
-      count: samples, unreadable ones among them.
-      offset, line: byte and number of its first line.
+      unit: what a record is in the file, a line or an element of an array.
+      spans: int64[n, 3], byte, length and number in the file of each record.
     """
 
     number: int
     source: str
     path: str
     first: int
-    count: int
-    offset: int
-    line: int
+    unit: str
+    spans: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """Samples, unreadable ones among them."""
+        return len(self.spans)
+
+    @property
+    def ids(self) -> range:
+        """Numbers of the samples."""
+        return range(self.first, self.first + self.count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +55,11 @@ class Sample:
 
     Attributes:
       id: number in the pool.
-      line: number in its file, from 1.
       messages: None where the record is no dialogue.
       reason: why it is none.
     """
 
     id: int
-    line: int
     category: str
     messages: Sequence[Message] | None
     reason: str = ""
@@ -101,7 +110,7 @@ def index(sources: Mapping[str, SourceConfig]) -> Pool:
                 raise UserError(f"sources.{name}: {path} is a file of sources.{owner[place]} already")
             owner[place] = name
             first = chunks[-1].first + chunks[-1].count if chunks else 0
-            digest, found = _chunks(name, path, first, len(chunks))
+            digest, found = _chunks(source, name, path, first, len(chunks))
             chunks += found
             files[path] = [os.path.getsize(path), digest]
     if not chunks:
@@ -109,52 +118,44 @@ def index(sources: Mapping[str, SourceConfig]) -> Pool:
     return Pool(tuple(chunks), files)
 
 
-def _chunks(source: str, path: str, first: int, number: int) -> tuple[str, list[Chunk]]:
+def _chunks(source: SourceConfig, name: str, path: str, first: int, number: int) -> tuple[str, list[Chunk]]:
     found: list[Chunk] = []
-    digest, count = hashlib.sha256(), 0
+    digest, unit = hashlib.sha256(), "line"
+    spans: list[tuple[int, int, int]] = []
+
+    def close() -> None:
+        where = first + sum(chunk.count for chunk in found)
+        found.append(Chunk(number + len(found), name, path, where, unit, np.array(spans, np.int64)))
+        spans.clear()
+
     with documents.open_text(path) as file:
-        begin = start = file.tell()
-        begin_line = 1
-        for line_number, line in enumerate(file, start=1):
-            digest.update(line)
-            start += len(line)
-            count += bool(line.strip())
-            if count == CHUNK:
-                found.append(Chunk(number + len(found), source, path, first, count, begin, begin_line))
-                first, count, begin, begin_line = first + count, 0, start, line_number + 1
-    if count:
-        found.append(Chunk(number + len(found), source, path, first, count, begin, begin_line))
+        for offset, data, at in documents.records(file, source.format, digest.update):
+            ((unit, place),) = at.items()
+            spans.append((offset, len(data), place))
+            if len(spans) == CHUNK:
+                close()
+    if spans:
+        close()
     return digest.hexdigest(), found
 
 
 def read(chunk: Chunk, source: SourceConfig) -> Iterator[Sample]:
-    """Yields the samples of a chunk, unreadable ones as well.
-
-    Raises:
-      UserError: the file is gone, or ends before the chunk does.
-    """
-    count, offset = 0, chunk.offset
-    with documents.open_text(chunk.path) as file:
-        file.seek(chunk.offset)
-        for number, line in enumerate(file, start=chunk.line):
-            if line.strip():
-                yield _sample(chunk, source, chunk.first + count, number, offset, line)
-                count += 1
-            offset += len(line)
-            if count == chunk.count:
-                return
-    raise UserError(f"{chunk.path}: has changed since it was indexed; start again")
+    """Yields the samples of a chunk, unreadable ones as well."""
+    with open(chunk.path, "rb") as file:
+        for number, (offset, length, place) in zip(chunk.ids, chunk.spans.tolist(), strict=True):
+            file.seek(offset)
+            yield _sample(chunk, source, number, offset, file.read(length), {chunk.unit: place})
 
 
-def _sample(chunk: Chunk, source: SourceConfig, number: int, line: int, offset: int, data: bytes) -> Sample:
+def _sample(chunk: Chunk, source: SourceConfig, number: int, offset: int, data: bytes, at: Table) -> Sample:
     rejects: list[Table] = []
     category = source.category or chunk.source
-    messages = documents.read_document(chunk.path, offset, data.rstrip(b"\r\n"), source.format, rejects.append)
+    messages = documents.read_document(chunk.path, offset, data, source.format, rejects.append, at)
     if messages is None:
-        return Sample(number, line, category, None, rejects[0]["reason"])
+        return Sample(number, category, None, rejects[0]["reason"])
     named = json.loads(data).get("category")
     if source.category is None and named is not None:
         if not isinstance(named, str) or not named.strip():
-            return Sample(number, line, category, None, f"its category is {named!r}, not a name")
+            return Sample(number, category, None, f"its category is {named!r}, not a name")
         category = named
-    return Sample(number, line, category, messages)
+    return Sample(number, category, messages)

@@ -17,7 +17,7 @@ from tele_jax.axes import Params
 from tele_jax.checkpoint import chunk_files
 from tele_jax.config import ModelConfig as Decoder
 from tele_jax.config import require
-from tele_jax.data.dialogue import is_learned
+from tele_jax.data.messages import weight_of
 from tele_jax.errors import FailedError
 from tele_jax.eval import model as models
 from tele_jax.inference.generate import rope_length_of
@@ -87,7 +87,7 @@ class Scorer:
             ids = model.vocabulary.encode(message["content"])
             if message["role"] in ("assistant", "bot"):
                 before = whole if self.config.form == "plain" else model.prompt(messages[:i])
-                if is_learned(message):
+                if weight_of(message):
                     pairs.append((list(before), ids))
                 whole = [*before, *ids]
             elif self.config.form == "plain":

@@ -20,7 +20,8 @@ class SourceConfig:
     """Files of dialogues."""
 
     files: tuple[str, ...]  # glob patterns
-    format: Literal["dialogues"] = "dialogues"  # a line is {"messages": [...]}
+    # dialogues: each record tells its format; or the name of the one format; see docs/fine_tuning.md
+    format: Literal["dialogues", "messages", "sharegpt", "alpaca", "telechat", "telechat2"] = "dialogues"
     # category of all samples; None: the field "category" of each record, or where it has none the name of the source
     category: str | None = None
 

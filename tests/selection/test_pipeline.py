@@ -170,6 +170,20 @@ def test_lines_that_are_no_dialogues_are_counted_up_to_a_limit(pool, tmp_path):
         pipeline.select(page(tmp_path, max_unreadable=0.02), tmp_path / "other")
 
 
+def test_formats_of_others_are_read_from_lines_and_arrays(pool, tmp_path):
+    asked = [[message["content"] for message in record["messages"]] for record in pool[1][:50]]
+    alpaca = [{"instruction": question, "input": "", "output": answer} for question, answer in asked]
+    (tmp_path / "array.jsonl").write_text(json.dumps(alpaca, ensure_ascii=False, indent=1), encoding="utf-8")
+    talks = [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in asked]
+    pools.write(tmp_path / "lines.jsonl", talks)
+    pipeline.select(page(tmp_path, stages=(), method="random", count=100), tmp_path / "out")
+    selected = pools.read(tmp_path / "out" / "selected.jsonl")
+    assert [[message["content"] for message in record["messages"]] for record in selected] == asked * 2
+    lines = pools.read(tmp_path / "out" / "manifest.jsonl")
+    assert [line.get("element") for line in lines] == [*range(1, 51), *[None] * 50]
+    assert [line.get("line") for line in lines] == [*[None] * 50, *range(1, 51)]
+
+
 def test_a_category_of_the_page_goes_before_that_of_the_record(pool, tmp_path):
     shutil.copy(pool[0] / "a.jsonl", tmp_path / "a.jsonl")
     plain = [{"messages": record["messages"]} for record in pool[1][120:]]

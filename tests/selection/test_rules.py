@@ -14,7 +14,7 @@ def sample(*turns, category="x", **marks):
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
     messages[-1] |= marks
-    return Sample(0, 1, category, messages)
+    return Sample(0, category, messages)
 
 
 def reasons(*turns, category="x", marks=None, **config):
@@ -78,7 +78,7 @@ def test_planted_defects_are_caught_and_clean_samples_are_not():
     records, defects = pools.planted(600)
     found = {}
     for i, record in enumerate(records):
-        made = Sample(i, i + 1, record["category"], record["messages"])
+        made = Sample(i, record["category"], record["messages"])
         found[i] = next((drop.reason for drop in rules.violations(made, RulesConfig())), "")
     names = {"truncated": "truncated", "language": "another language"}
     for kind, reason in names.items():
