@@ -58,6 +58,7 @@ EXTRAS = {
     "hf": [
         "torch>=2.13,<3",
         "transformers>=5.20,<6",
+        "peft>=0.21,<1",  # adapters that it writes and reads are compared with ours
         "safetensors>=0.6,<1",
         "tokenizers>=0.22,<0.24",
         # transformers reads GGUF files with these (benchmarks/real_model.py).

@@ -73,3 +73,15 @@ def open_base(lazy: Lazy, base: PathLike | None = None) -> Lazy:
     if fingerprint(opened) != adapter.fingerprint:
         raise UserError(f"{lazy.path}: holds adapters for another base than {opened.path}, whose content is not theirs")
     return opened
+
+
+def unfold(lazy: Lazy) -> tuple[Lazy, list[Lazy]]:
+    """Returns the checkpoint of the parameters below any adapters, and the adapters in the order of their merging.
+
+    Raises UserError as open_base.
+    """
+    upon: list[Lazy] = []
+    while lazy.adapter is not None:
+        upon.insert(0, lazy)
+        lazy = open_base(lazy)
+    return lazy, upon

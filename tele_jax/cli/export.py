@@ -6,7 +6,7 @@ import os
 from tele_jax import checkpoint, convert, tables
 from tele_jax.cli import Outcome, Progress, flag, pick, switch
 from tele_jax.convert import FORMATS
-from tele_jax.convert.exporting import outline
+from tele_jax.convert.exporting import Exported, outline
 from tele_jax.data.templates import TEMPLATES
 from tele_jax.errors import UserError
 from tele_jax.published import PUBLISHED, get_model
@@ -26,6 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "--shard-gb G", "most 10^9 bytes of a file; default: 5", float, default=5.0)
     flag(parser, "--memory-gb G", "memory to work in, in 10^9 bytes; default: 1", float, default=1.0)
     flag(parser, "--workers N", "number of threads; default: one a core", int)
+    switch(parser, "--peft", "write the adapters (LoRA) of SRC as PEFT reads them, instead of the merged model")
     switch(parser, "--list", "print what would be written, and write nothing; SRC may name a published model")
 
 
@@ -37,8 +38,20 @@ def run(args: argparse.Namespace) -> Outcome:
         raise UserError(f"--template {args.template}: only an export as llama gets a chat template")
     if args.dst is None:
         raise UserError("tele export: DST is missing; see tele export --help")
+    if args.peft:
+        return _adapters(args)
     how = pick(args, "format", "dtype", "max_seq_len", "template", "shard_gb", "memory_gb", "workers")
-    done = convert.export_checkpoint(args.src, args.dst, **how, progress=Progress("export"))
+    return _outcome(args, convert.export_checkpoint(args.src, args.dst, **how, progress=Progress("export")))
+
+
+def _adapters(args: argparse.Namespace) -> Outcome:
+    for name, default in (("dtype", None), ("max_seq_len", None), ("template", None)):
+        if getattr(args, name) != default:
+            raise UserError(f"--{name.replace('_', '-')}: adapters are written as they are; leave it out with --peft")
+    return _outcome(args, convert.export_peft(args.src, args.dst, format=args.format))
+
+
+def _outcome(args: argparse.Namespace, done: Exported) -> Outcome:
     files = "file" if len(done.shards) == 1 else "files"
     wrote = f"{done.tensors} tensors, {done.bytes_written:,} bytes in {len(done.shards)} {files}, {done.seconds:.1f} s"
     figures = {"format": args.format, "tensors": done.tensors, "bytes": done.bytes_written, "files": done.shards}

@@ -8,11 +8,13 @@ from tele_jax import convert, count_params
 from tele_jax.cli import Outcome, Progress, flag, pick, switch
 from tele_jax.config import to_dict
 from tele_jax.convert import FORMATS
+from tele_jax.errors import UserError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "src SRC", "directory with config.json and *.safetensors, as released")
     flag(parser, "dst DST", "where the checkpoint goes; must not exist")
+    flag(parser, "--base CKPT", "SRC is an adapter (LoRA) that PEFT wrote, for this checkpoint")
     flag(parser, "--format", "format that SRC must have; default: what its config.json says", choices=FORMATS)
     dtypes = ("bfloat16", "float32", "float64")
     flag(parser, "--dtype", "dtype of the parameters; default: that of the files, whose bits stay", choices=dtypes)
@@ -35,8 +37,19 @@ def _drawing(generation: Mapping[str, Any]) -> str:
     return ""
 
 
+def _adapters(args: argparse.Namespace) -> Outcome:
+    for name, default in (("dtype", None), ("vocab_size", None), ("rope_tables", "float32")):
+        if getattr(args, name) != default:
+            raise UserError(f"--{name.replace('_', '-')}: that of --base; leave it out")
+    lora = convert.import_peft(args.src, args.dst, base=args.base, format=args.format)
+    line = f"adapters of rank {lora.rank}, scale {lora.scale:g}, of {', '.join(lora.targets)}; base {args.base}"
+    return Outcome({"lora": to_dict(lora), "base": args.base}, text=f"{line}\nwrote {args.dst}")
+
+
 def run(args: argparse.Namespace) -> Outcome:
     """Raises UserError and DamageError as convert.import_checkpoint."""
+    if args.base is not None:
+        return _adapters(args)
     how = pick(args, "format", "dtype", "vocab_size", "rope_tables", "memory_gb", "workers")
     progress = Progress("import")
     done = convert.import_checkpoint(args.src, args.dst, **how, resume=not args.start_over, progress=progress)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,11 @@ from tele_jax.convert.files import DTYPES, Files, Stored, create, split
 from tele_jax.data.templates import release_of
 from tele_jax.errors import DamageError, UserError, abridged
 from tele_jax.files import PathLike, Table, new_directory
+from tele_jax.model.adapters import merge_tile
 from tele_jax.model.spec import flat_spec
+
+if TYPE_CHECKING:
+    from tele_jax.checkpoint import Lazy
 
 SHARD_GB = 5.0  # of numbers in a file, as transformers cuts them
 _BLOCK_BYTES = 4096
@@ -158,7 +162,7 @@ def export_checkpoint(
     """Writes a checkpoint of ours as a directory that is like a release; it appears when it is complete.
 
     Args:
-      src: a checkpoint, as checkpoint.open_lazy takes it.
+      src: a checkpoint, as checkpoint.open_lazy takes it; adapters are merged into their base on the way.
       dst: the directory to write; must not exist.
       format, dtype, max_seq_len: as `outline` takes them.
       template: name of the dialogue template that a llama export gets (beside.py); by default that of the tokenizer
@@ -174,7 +178,7 @@ def export_checkpoint(
       DamageError: a chunk of src is damaged, or has numbers that are not finite; writing failed. Nothing is left
         after either, but for directories above dst.
     """
-    from tele_jax.checkpoint import open_lazy
+    from tele_jax.checkpoint import adapted, open_lazy
     from tele_jax.growth.masks import require_unmasked
 
     locate.local_path(src, "an export")
@@ -182,13 +186,15 @@ def export_checkpoint(
     dst = locate.new_path(dst, lazy.path, "an export")
     require_unmasked(lazy.provenance, str(src))
     plan = outline(lazy.cfg, format, dtype=dtype, max_seq_len=max_seq_len, provenance=lazy.provenance)
-    arrays = lazy.items["params"]
+    bottom, upon = adapted.unfold(lazy)
+    arrays = bottom.items["params"]
     largest = max(array.leaf.chunk_bytes for array in arrays.values())
-    threads = _threads(largest, memory_gb, workers)
+    # A merge holds a chunk of bfloat16 in float32 and its product besides, and the result.
+    threads = _threads(largest * (6 if upon else 1), memory_gb, workers)
     buffers: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
     for _ in range(threads):
         buffers.put(chunk_files.allocate(largest))
-    pieces = [piece for array in arrays.values() for piece in _chunks_of(array, buffers)]
+    pieces = [piece for array in arrays.values() for piece in _chunks_of(array, buffers, upon)]
     files_beside = beside.find_beside(Path(os.fspath(lazy.path)), programs=beside.comes_from(lazy.provenance, format))
     documents: Table = {}
     if format == "llama" and (template is not None or not beside.is_a_release_of(lazy.provenance, format)):
@@ -206,23 +212,33 @@ def _threads(largest: int, memory_gb: float, workers: int | None) -> int:
     return min((os.cpu_count() or 1) if workers is None else max(1, workers), int(memory_gb * 1e9 // each))
 
 
-def _chunks_of(array: Any, buffers: queue.SimpleQueue) -> Iterator[Piece]:
+def _chunks_of(array: Any, buffers: queue.SimpleQueue, upon: Sequence["Lazy"]) -> Iterator[Piece]:
+    """The chunks of a leaf, with the adapters in the checkpoints `upon` merged into them."""
     leaf, spec = array.leaf, array.leaf.spec
+    name = array.name.removeprefix("params/")
+    merges = [
+        (own.items["adapters"][f"{name}.a"].read(), own.items["adapters"][f"{name}.b"].read(), own.adapter.lora.scale)
+        for own in upon
+        if own.adapter is not None and f"{name}.a" in own.items["adapters"]
+    ]
     for index in itertools.product(*map(range, leaf.grid)):
         start = tuple(i * n for i, n in zip(index, leaf.chunks, strict=True))
         shape = tuple(min(n, whole - s) for n, whole, s in zip(leaf.chunks, spec.shape, start, strict=True))
 
         @contextlib.contextmanager
-        def read(index=index, shape=shape) -> Iterator[np.ndarray]:
+        def read(index=index, shape=shape, start=start) -> Iterator[np.ndarray]:
             buffer = buffers.get()
             try:
                 chunk_files.read_chunk(array, index, buffer)
                 values = buffer[: leaf.chunk_bytes - layout.CRC_BYTES].view(spec.dtype).reshape(leaf.chunks)
-                yield values[tuple(slice(n) for n in shape)]
+                values = values[tuple(slice(n) for n in shape)]
+                for merge in merges:
+                    values = merge_tile(spec, values, start, *merge)
+                yield values
             finally:
                 buffers.put(buffer)
 
-        yield Piece(array.name.removeprefix("params/"), spec.axes, len(spec.stack), start, shape, read)
+        yield Piece(name, spec.axes, len(spec.stack), start, shape, read)
 
 
 def write(

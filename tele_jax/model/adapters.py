@@ -128,11 +128,18 @@ def _merged(cfg: ModelConfig, params: Params, adapters: Params, lora: LoraConfig
     return unflatten(leaves | {n: _added(leaves[n], a, b, scale, stacked[n]) for n, (a, b) in pairs.items()})
 
 
+def check(cfg: ModelConfig, adapters: Params, lora: LoraConfig) -> None:
+    """Raises UserError as `kernels`, and where the names or shapes of adapters are not those of `spec`."""
+    expected = flatten(spec(cfg, lora))
+    what = "lora: adapters are not those of the model and its LoraConfig"
+    check_tree(flatten(adapters), expected, what, dtypes=False)
+
+
 def _checked(cfg: ModelConfig, params: Params, adapters: Params, lora: LoraConfig):
     """Returns the parameters by dotted name, and {name of a kernel: (a, b)}."""
-    expected, leaves, parts = flatten(spec(cfg, lora)), flatten(params), flatten(adapters)
+    check(cfg, adapters, lora)
+    leaves, parts = flatten(params), flatten(adapters)
     check_tree(leaves, flat_spec(cfg), "lora: params are not those of cfg", dtypes=False)
-    check_tree(parts, expected, "lora: adapters are not those of the model and its LoraConfig", dtypes=False)
     if twice := [name for name, leaf in leaves.items() if isinstance(leaf, Adapted)]:
         raise UserError(f"lora: params: {twice[0]} has an adapter already; merge it first")
     return leaves, {name: (parts[f"{name}.a"], parts[f"{name}.b"]) for name in kernels(cfg, lora)}
