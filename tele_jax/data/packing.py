@@ -115,13 +115,14 @@ def fit_rows(open_rows: np.ndarray, examples: Iterable[np.ndarray], *, pad_id: i
       (open_rows int32 [K, 5, S], full rows int32 [R, 5, S]).
     """
     examples = list(examples)
-    rows = list(open_rows.astype(np.result_type(open_rows, *{example.dtype for example in examples})))
+    dtype = np.result_type(open_rows, *{example.dtype for example in examples})
+    rows = list(open_rows.astype(dtype))
     seq_len, starts, full = open_rows.shape[2], [used(row) for row in rows], []
     for example in examples:
         k, fits = best_row(starts, example.shape[1], seq_len)
         if not fits:
             full.append(rows[k])
-            rows[k], starts[k] = empty_rows(1, seq_len, pad_id)[0], 0
+            rows[k], starts[k] = empty_rows(1, seq_len, pad_id)[0].astype(dtype), 0
         _append(rows[k], starts[k], example)
         starts[k] += example.shape[1]
     return np.stack(rows), _stack(full, seq_len)
