@@ -14,20 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from tele_jax import corpora, tables
 from tele_jax.clean import models, pipeline, reading
 from tele_jax.clean.settings import clean_config
-from tele_jax.cli import Outcome, flag, note, switch
+from tele_jax.cli import Outcome, data_show, flag, note, switch
 from tele_jax.cli.pages import load_page
-from tele_jax.config import check_seed
 from tele_jax.corpora import pool, questions
-from tele_jax.data import caching, describe, order
+from tele_jax.data import caching, describe
 from tele_jax.data.cache import Counts, Manifest, RowCache
 from tele_jax.data.documents import too_long_notes
-from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import DamageError, UserError
 from tele_jax.files import Table, expand
 from tele_jax.settings import cache_config
@@ -146,54 +143,6 @@ def _table(manifest: Manifest) -> str:
     ]
     header = ("domain", "documents", "rejected", "text bytes", "tokens", "tokens/byte", "rows", "filled", "shards")
     return tables.text(rows, header)
-
-
-def _show_arguments(parser: argparse.ArgumentParser) -> None:
-    flag(parser, "dir DIR", "directory that `tele data cache` wrote", Path)
-    flag(parser, "--domain NAME", "domain of the rows; default: the first")
-    flag(parser, "--row N", "number of the first row in its domain; default: 0", int)
-    flag(parser, "--step N", "step of a run to begin at, in the order of that run", int)
-    flag(parser, "--batch-size N", "rows in a step of that run; default: 1", int, default=1)
-    flag(parser, "--seed", "seed of that run; default: 0", int, default=0)
-    flag(parser, "--count N", "number of rows; default: 1", int, default=1)
-    flag(parser, "--color", "colour; default: auto, on a terminal", choices=("auto", "always", "never"), default="auto")
-
-
-def _show(args: argparse.Namespace) -> Outcome:
-    """Raises UserError for rows that are not there; UserError and DamageError as cache.RowCache."""
-    cache = RowCache(args.dir)
-    if args.count < 1 or args.batch_size < 1:
-        raise UserError("--count and --batch-size must be above 0")
-    places = _places(args, cache)
-    batch = cache.read([domain for domain, _, _ in places], [row for _, _, row in places])
-    vocabulary = load_vocabulary(cache.tokenizer())
-    color = sys.stdout.isatty() if args.color == "auto" else args.color == "always"
-    figures, texts = [], []
-    for i, (domain, epoch, row) in enumerate(places):
-        segments = describe.segments({name: column[i] for name, column in batch.items()}, vocabulary)
-        title = f"{domain}, row {row}" + ("" if epoch is None else f", epoch {epoch}")
-        texts.append(describe.render(title, segments, cache.manifest.seq_len, color=color))
-        figures.append({"domain": domain, "row": row, "epoch": epoch, "segments": [s.to_json() for s in segments]})
-    return Outcome({"rows": figures}, text="\n".join(texts))
-
-
-def _places(args: argparse.Namespace, cache: RowCache) -> list[tuple[str, int | None, int]]:
-    """(domain, epoch, row) of every row that is asked for: some of a domain, or those of a run from a step on."""
-    if args.step is None:
-        domain, first = args.domain or next(iter(cache.rows)), args.row or 0
-        if domain not in cache.rows:
-            raise UserError(f"--domain {domain}: {args.dir} has {', '.join(cache.rows)}")
-        if not 0 <= first <= first + args.count - 1 < cache.rows[domain]:
-            raise UserError(f"--row {first} --count {args.count}: {domain} has the rows 0 to {cache.rows[domain] - 1}")
-        return [(domain, None, row) for row in range(first, first + args.count)]
-    if args.step < 0 or args.domain is not None or args.row is not None:
-        raise UserError("--step: not below 0, and without --domain and --row: the order of the run chooses them")
-    if (args.step + 1) * args.batch_size + args.count > order.MAX_ROWS:
-        raise UserError(f"--step {args.step} --batch-size {args.batch_size}: a run has at most {order.MAX_ROWS:,} rows")
-    check_seed(args.seed, "--seed")
-    located = describe.run_order(cache.manifest, args.seed).locate(args.step * args.batch_size + np.arange(args.count))
-    names = list(cache.rows)
-    return [(names[d], epoch, row) for d, epoch, row in zip(*(column.tolist() for column in located))]
 
 
 def _stats_arguments(parser: argparse.ArgumentParser) -> None:
@@ -394,6 +343,10 @@ ACTIONS: dict[str, tuple[str, Any, Any]] = {
     "clean": ("clean and deduplicate text, from raw files to jsonl by domain", _clean_arguments, _clean),
     "clean-train": ("train a quality classifier or an n-gram model for `clean`", _train_arguments, _train),
     "cache": ("tokenise and pack text into rows that can be read at random", _cache_arguments, _cache),
-    "show": ("print rows of a cache as text, with segment borders and loss weights", _show_arguments, _show),
+    "show": (
+        "print rows of a cache or page as text, with segment borders and loss weights",
+        data_show.arguments,
+        data_show.run,
+    ),
     "stats": ("show what a cache holds: sizes, shares, lengths, tokens per byte", _stats_arguments, _stats),
 }

@@ -16,6 +16,7 @@ domains.py               what a DataConfig names, resolved, checked and opened
 task_documents.py        registered seqio Tasks as domains
 tasks.py                 domains as seqio Tasks and Mixtures
 feed.py                  open_feed: batches, live or from a cache
+live_rows.py             rows that are read live, with where they are from, to be shown
 batches.py               the data of a training stage, opened once, with held-out text
 shards.py, caching.py    `tele data cache`: one worker's part, and all of it
 cache.py                 a cache on disk: manifest, checks, reading rows at random

@@ -8,7 +8,7 @@ import numpy as np
 
 from tele_jax.data import dialogue, encode, sources
 from tele_jax.data.dialogue_formats import DIALOGUES
-from tele_jax.data.documents import Document, nothing_fits, too_long_notes
+from tele_jax.data.documents import WHOLE, Document, nothing_fits, too_long_notes
 from tele_jax.data.encode import Kind
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.settings import DEFAULT_DIALOGUES
@@ -74,6 +74,20 @@ class CorpusDocuments:
         """Reads document `i`; UserError where its file has changed."""
         span = i if self.samples is None else int(self.samples[i, 0])
         return self._encode(self.corpus.document(span), i)
+
+    def origin(self, i: int) -> str:
+        """Says where document `i` is from: file and byte, turns of a dialogue that was split, whether it was cut."""
+        span, first, end = (i, 0, WHOLE) if self.samples is None else self.samples[i].tolist()
+        corpus, found = self.corpus, self.corpus.spans[span]
+        said = f"{corpus.files[found['file']]}, byte {found['offset']:,}"
+        if self._kind != "sft" or corpus.format not in DIALOGUES:
+            return said
+        messages = cast(Any, corpus.document(span).content)
+        part = dialogue.turns_of(messages, first, end)
+        if len(part) < len(messages):
+            said += f", split: turns {first + 1} to {end} of {len(messages) // 2}"
+        is_cut = len(dialogue.render(part, self._vocabulary)[0]) > self._seq_len + 1
+        return f"{said}, cut to {self._seq_len} positions" if is_cut else said
 
     def in_order(self, bytes_left: Callable[[], int]) -> Iterator[tuple[np.ndarray, bool]]:
         """Reads all documents, opening each file once."""

@@ -16,6 +16,7 @@ SIMULATED_ROWS = 1_000_000
 # Brackets around the name of a piece that is no text, such as a marker. In text they are shown as escapes, so that a
 # typed marker never looks like one.
 OPENING, CLOSING = "\u27e6", "\u27e7"
+BAR = "\u2502"  # after a token, where tokens are shown
 BOLD, DIM, LEARNED, RESET = "\x1b[1m", "\x1b[2m", "\x1b[32m", "\x1b[0m"
 
 
@@ -107,34 +108,46 @@ class Segment:
 
     Attributes:
       begin, end: its positions in the row.
-      learned: how many of its targets have a weight of 1.
-      parts: (text, whether it is learned), in order: the first input, which is given, and then the targets.
+      learned: how many of its targets have a weight above 0.
+      parts: (text, weight), in order: the first input, which is given, and then the targets.
+      note: where it is from, and whether it is all of a dialogue; "" where that is not known.
     """
 
     begin: int
     end: int
     learned: int
-    parts: tuple[tuple[str, bool], ...]
+    parts: tuple[tuple[str, float], ...]
+    note: str = ""
 
     def to_json(self) -> Table:
         """Returns the segment for --json."""
-        parts = [{"text": text, "learned": learned} for text, learned in self.parts]
-        return {"begin": self.begin, "end": self.end, "learned": self.learned, "parts": parts}
+        parts = [{"text": text, "learned": weight > 0, "weight": weight} for text, weight in self.parts]
+        return {"begin": self.begin, "end": self.end, "learned": self.learned, "note": self.note, "parts": parts}
 
 
-def segments(row: Mapping[str, np.ndarray], vocabulary: Vocabulary) -> list[Segment]:
-    """Returns the segments of one row of a batch: arrays [S], as packing.to_batch has them [B, S]."""
+def segments(
+    row: Mapping[str, np.ndarray], vocabulary: Vocabulary, notes: Sequence[str] = (), *, tokens: bool = False
+) -> list[Segment]:
+    """Returns the segments of one row of a batch: arrays [S], as packing.to_batch has them [B, S].
+
+    notes: of every segment. tokens: puts a BAR between tokens.
+    """
     found = []
     for number in range(1, int(row["segment_ids"].max(initial=0)) + 1):
         places = np.flatnonzero(row["segment_ids"] == number)
-        weights = [0, *row["loss_weights"][places].tolist()]
+        weights = [0.0, *(float(f"{weight:.6g}") for weight in row["loss_weights"][places])]
         ids = [int(row["tokens"][places[0]]), *row["targets"][places].tolist()]
         parts = [
-            (spell([i for i, _ in group], vocabulary), learned)
-            for learned, group in itertools.groupby(zip(ids, weights), key=lambda pair: pair[1] > 0)
+            (_text([i for i, _ in group], vocabulary, tokens=tokens), weight)
+            for weight, group in itertools.groupby(zip(ids, weights), key=lambda pair: pair[1])
         ]
-        found.append(Segment(int(places[0]), int(places[-1]) + 1, int(sum(weights)), tuple(parts)))
+        learned, note = sum(weight > 0 for weight in weights), notes[number - 1] if notes else ""
+        found.append(Segment(int(places[0]), int(places[-1]) + 1, learned, tuple(parts), note))
     return found
+
+
+def _text(ids: Sequence[int], vocabulary: Vocabulary, *, tokens: bool) -> str:
+    return "".join(f"{spell([i], vocabulary)}{BAR}" for i in ids) if tokens else spell(ids, vocabulary)
 
 
 def spell(ids: Sequence[int], vocabulary: Vocabulary) -> str:
@@ -161,18 +174,27 @@ def _shown(character: str) -> str:
 
 
 def render(title: str, row: Sequence[Segment], seq_len: int, *, color: bool) -> str:
-    """Writes a row as lines. Learned text is green, or begins with "+ " without color; given text begins with "- "."""
+    """Writes a row as lines. Learned text is green, or begins with "+ " without color; given text begins with "- ".
+
+    A weight other than 1 stands after the plus.
+    """
     used = row[-1].end if row else 0
     learned = sum(segment.learned for segment in row)
     padding = f", {seq_len - used} of padding" if used < seq_len else ""
     head = f"=== {title}: {len(row)} segments, {used} tokens, {learned} learned{padding} ==="
     lines = [f"{BOLD}{head}{RESET}" if color else head]
     for number, segment in enumerate(row, start=1):
-        border = f"--- segment {number}: positions {segment.begin} to {segment.end - 1}, {segment.learned} learned ---"
+        border = f"--- segment {number}: positions {segment.begin} to {segment.end - 1}, {segment.learned} learned"
+        border += f"; {segment.note} ---" if segment.note else " ---"
         lines.append(f"{BOLD}{border}{RESET}" if color else border)
         if color:
-            lines.append("".join(f"{LEARNED if part else DIM}{text}{RESET}" for text, part in segment.parts))
+            colored = (f"{LEARNED if part else DIM}{_times(part)}{text}{RESET}" for text, part in segment.parts)
+            lines.append("".join(colored))
         else:
             for text, part in segment.parts:
-                lines += [("+ " if part else "- ") + line for line in text.split("\n")]
+                lines += [("+" if part else "-") + _times(part) + f" {line}" for line in text.split("\n")]
     return "\n".join(lines) + "\n"
+
+
+def _times(weight: float) -> str:
+    return "" if weight in (0, 1) else f"{weight:g}"

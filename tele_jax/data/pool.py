@@ -31,7 +31,7 @@ class Pool:
         self._ends = np.cumsum(counts)
         extra = zip(domains.items(), counts, strict=True)
         self._extra = [_chosen(name, len(documents), count % len(documents)) for (name, documents), count in extra]
-        named = "".join(f"{name}\n{each.checksum}\n{copies[name]!r}\n" for name, each in domains.items())
+        named = "".join(f"{name}\n{each.checksum}\n{each.format}\n{copies[name]!r}\n" for name, each in domains.items())
         self.checksum = hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
 
     def __len__(self) -> int:

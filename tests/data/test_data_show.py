@@ -1,0 +1,93 @@
+"""`tele data show --config PAGE`: the rows that a stage trains on, what is learned of them, and where it is from."""
+
+import json
+import re
+
+import pytest
+
+from tele_jax.cli.main import main
+from tele_jax.cli.pages import load_page
+from tele_jax.stages import run_config
+from tests.data import caches
+
+PAGE = """
+from ml_collections import ConfigDict
+
+def get_config():
+    data = dict(tokenizer="{tokenizer}", sources=dict(chat=dict(files=("{file}",), format="dialogues")))
+    config = ConfigDict()
+    config.run = ("pretrain", "tune")
+    shared = dict(steps=3, batch_size=2, seq_len=40, optimizer=dict(learning_rate=1e-3))
+    model = dict(num_layers=1, embed_dim=16, num_heads=2, head_dim=8, mlp_dim=24, vocab_size=1000)
+    config.pretrain = dict(kind="pretrain", data=data, model=model, **shared)
+    config.tune = dict(kind="sft", data=dict(data, dialogues=dict(next_user=True)), seed=7, **shared)
+    return config
+"""
+
+
+@pytest.fixture
+def page(model_file, tmp_path):
+    short, long, wide = (
+        caches.talk("Hi?", "Yes."),
+        caches.talk(*("a b c d" for _ in range(10))),
+        caches.talk("q", "z " * 60),
+    )
+    short["messages"][1]["weight"] = 0.42
+    caches.write_lines(tmp_path / "chat.jsonl", [short, long, wide])
+    (tmp_path / "page.py").write_text(PAGE.format(tokenizer=model_file, file=tmp_path / "chat.jsonl"))
+    return tmp_path / "page.py"
+
+
+def show(page, capsys, *flags):
+    out = page.parent / "figures.json"
+    assert main(["data", "show", "--config", str(page), "--json", str(out), *flags]) == 0
+    return json.loads(out.read_text()), capsys.readouterr().out
+
+
+def test_the_rows_of_a_stage_are_shown_as_it_reads_them(page, capsys):
+    figures, text = show(page, capsys, "--count", "6")
+    stage = run_config(load_page(str(page))).stages["tune"]
+    feed = caches.open_feed(stage.data, kind="sft", seq_len=40, batch_size=2, seed=7)
+    batches = [next(feed) for _ in range(3)]
+    expected = [segment for batch in batches for segment in caches.segments(batch)]
+    shown = [segment for row in figures["rows"] for segment in row["segments"]]
+    assert [s["end"] - s["begin"] for s in shown] == [len(segment["targets"]) for segment in expected]
+    assert [s["learned"] for s in shown] == [int((segment["loss_weights"] > 0).sum()) for segment in expected]
+    assert [row["domains"] for row in figures["rows"]] == [["chat"]] * 6
+    file = re.escape(str(page.parent / "chat.jsonl"))
+    notes = {segment["note"] for segment in shown}
+    assert any(re.fullmatch(rf"{file}, byte 0", note) for note in notes)
+    assert any(re.fullmatch(rf"{file}, byte \d+, split: turns 1 to \d of 5", note) for note in notes)
+    assert any(re.fullmatch(rf"{file}, byte \d+, cut to 40 positions", note) for note in notes)
+    assert "became several samples" in text and "lost turns or text" in text
+    assert re.search(r"^\+0\.42 Yes\.⟦<_end>⟧$", text, re.MULTILINE) and re.search(
+        r"^\+ .*⟦<_end>⟧⟦<_user>⟧", text, re.M
+    )
+    later, _ = show(page, capsys, "--step", "1", "--count", "2")
+    assert later["rows"] == figures["rows"][2:4]
+
+
+def test_tokens_and_rows_of_pretraining_are_shown(page, capsys):
+    figures, _ = show(page, capsys, "--tokens", "--stage", "pretrain", "--domain", "chat")
+    ((segment, *_),) = (row["segments"] for row in figures["rows"])
+    assert (
+        segment["learned"]
+        == segment["end"] - segment["begin"]
+        == sum(p["text"].count("│") for p in segment["parts"]) - 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give the directory of a cache, or --config PAGE"),
+        (["rows", "--stage", "tune"], "--stage: is of a page"),
+        (["--config", "PAGE", "--stage", "tun"], "--stage tun: no stage that trains on rows; did you mean 'tune'"),
+        (["--config", "PAGE", "--domain", "chats"], "--domain chats: did you mean 'chat'"),
+        (["--config", "PAGE", "--row", "-1"], "--row and --step must not be below 0"),
+    ],
+)
+def test_what_is_not_there_is_named(page, capsys, arguments, message):
+    assert main(["data", "show", *(str(page) if word == "PAGE" else word for word in arguments)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
