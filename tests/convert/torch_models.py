@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 
-def telechat(config, weights, tokens, length, *, half_tables=False):
+def telechat(config, weights, tokens, length, *, half_tables=False, noise=0.0):
     """Logits [B, S, V] of TeleChat; `length` is the total one, which its rotary rule goes by."""
     weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
     heads, dim = config["n_head"], config["hidden_size"] // config["n_head"]
@@ -22,7 +22,7 @@ def telechat(config, weights, tokens, length, *, half_tables=False):
     cos, sin = tables(base, dim, tokens.shape[1], factor, half_tables)
     eps = config["layer_norm_epsilon"]
 
-    x = weights["word_embeddings.weight"][tokens]
+    x = weights["word_embeddings.weight"][tokens] + noise
     for i in range(config["n_layer"]):
         w = {name.removeprefix(f"h.{i}."): v for name, v in weights.items() if name.startswith(f"h.{i}.")}
         y = rms_norm(x, w["input_layernorm.weight"], eps)
