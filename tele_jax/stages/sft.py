@@ -24,7 +24,8 @@ class SftStage(TrainStage):
     """Fine-tuning has the fields of all training stages, and these; its optimizer starts anew, on other goals."""
 
     kind: Literal["sft"]
-    # A row holds several dialogues, none of which sees another; False: one, as where a batch counts dialogues.
+    # A row holds several dialogues, none of which sees another. False: one, so that a batch counts dialogues, and ends
+    # where its longest does, rounded up to an eighth of seq_len: a program is compiled for each of these lengths.
     packed: bool = True
     # The loss is the mean over all learned tokens of a batch, or over its dialogues, of each of which it is the mean.
     # (Of a dialogue that is split over rows, each part counts as one.)
@@ -64,6 +65,11 @@ def prepare(stage: SftStage, batch: Batch, places: np.ndarray) -> Batch:
     Args:
       places: uint64[B], numbers of the rows in the stage.
     """
+    if not stage.packed:
+        unit = max(1, stage.seq_len // 8)
+        used = int(np.count_nonzero(batch["segment_ids"], axis=1).max())
+        end = min(-(-max(used, 1) // unit) * unit, stage.seq_len)
+        batch = {name: np.ascontiguousarray(rows[:, :end]) for name, rows in batch.items()}
     if stage.mean_over == "dialogues":
         weights = batch["loss_weights"].astype(np.float64)
         count = int(batch["segment_ids"].max(initial=0)) + 1

@@ -70,7 +70,8 @@ def make_step(
 ) -> Step:
     """step(params, opt_state, batch, masks=None, beside=None) -> (params, opt_state, figures).
 
-    figures: "loss", "grad_norm", "weight" (the sum of the loss weights), and "counted" (how many are not 0).
+    figures: "loss", "grad_norm", "weight" (the sum of the loss weights), "counted" (how many are not 0)
+    and "positions" (how many there are).
 
     params and opt_state are donated. batch holds arrays [batch_size, S] as data.feed gives them; the loss, and what
     else it returns by name, is the mean over the weights of the whole batch, however many microbatches it is computed
@@ -164,7 +165,9 @@ def _jitted(
         updates, opt_state = tx.update(gradients, opt_state, params)
         metrics = {"loss": total * scale, "grad_norm": optax.tree.norm(gradients), "weight": weight}
         metrics |= {name: value * scale for name, value in figures.items()}
-        metrics |= {"counted": jnp.count_nonzero(batch["loss_weights"])} if "loss_weights" in batch else {}
+        if "loss_weights" in batch:
+            metrics["counted"] = jnp.count_nonzero(batch["loss_weights"])
+            metrics["positions"] = jnp.float32(batch["loss_weights"].size)
         return optax.apply_updates(params, updates), opt_state, metrics
 
     return jax.jit(

@@ -276,7 +276,8 @@ class Trainer:
         columns = {name: np.array([figures[name] for figures in window], np.float64) for name in window[0]}
         weight, loss, grad_norm = columns.pop("weight"), columns["loss"], columns.pop("grad_norm")
         self.tokens += int(columns.pop("counted", weight).sum())
-        flops = self.flops * self.stage.tokens_per_step / seconds
+        positions = float(columns.pop("positions", np.float64(self.stage.tokens_per_step)).mean())
+        flops = self.flops * positions / seconds
         peaks, factor = self.stage.optimizer, float(self.factor(step - 1))
         matrix = peaks.learning_rate if peaks.matrix_learning_rate is None else peaks.matrix_learning_rate
         line = {
@@ -286,7 +287,7 @@ class Trainer:
             "learning_rate": peaks.learning_rate * factor,  # of vector-like parameters
             "matrix_learning_rate": matrix / self.cfg.width_ratio * factor,
             "tokens": self.tokens,
-            "tokens_per_second": self.stage.tokens_per_step / seconds,
+            "tokens_per_second": positions / seconds,
             "model_flops_per_second": flops,
             "mfu": metrics.utilisation(flops, self.mesh.size),
         }

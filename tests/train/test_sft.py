@@ -74,6 +74,8 @@ def test_an_epoch_has_every_dialogue_once(files, epochs, packed):
     rows = [row for batch in batches for row in batch["segment_ids"] if row.any()]
     assert steps == -(-len(rows) // 4) and batches[-1]["segment_ids"].any(), "padding fills the last batch alone"
     if not packed:
+        assert {batch["tokens"].shape[1] for batch in batches} <= set(range(3, 25, 3)), "an eighth of seq_len each"
+        assert all(batch["tokens"].shape[1] - (batch["segment_ids"] > 0).sum(1).max() < 3 for batch in batches)
         assert len(rows) == round(65 * epochs) and max(row.max() for row in rows) == 1
     after, _, _ = read(opened, steps + 2)
     assert after == seen, "behind the last epoch there is nothing but padding"
