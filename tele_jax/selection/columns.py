@@ -70,6 +70,10 @@ class Columns:
         """Returns how many samples a stage dropped for a reason."""
         return int((self.fate == self.reasons.index((stage, reason))).sum()) if (stage, reason) in self.reasons else 0
 
+    def dropped_by(self, stage: str) -> np.ndarray:
+        """Tells which samples a stage dropped, bool[N]."""
+        return np.isin(self.fate, [i for i, (name, _) in enumerate(self.reasons) if name == stage])
+
     def name(self, row: int) -> str:
         """The category of a sample."""
         return self.categories[self.category[row]]

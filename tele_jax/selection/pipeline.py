@@ -63,7 +63,7 @@ def select(
     pool = samples.index(config.sources)
     say(f"{len(pool):,} samples in {len(pool.files):,} files")
     with _unfinished(out, _identity(config, pool)) as directory, work.Workers(workers) as processes:
-        table = _Run(config, pool, directory, processes, progress).all()
+        table = Run(config, pool, directory, processes, progress).all()
         summary = output.write(out, directory, config, pool, table)
         write_json(out / "summary.json", summary)
     shutil.rmtree(out / "unfinished", ignore_errors=True)
@@ -106,7 +106,9 @@ def _unfinished(out: Path, identity: Table) -> Iterator[Path]:
 
 
 @dataclasses.dataclass
-class _Run:
+class Run:
+    """The phases of a selection, on the results of chunks in a directory."""
+
     config: SelectConfig
     pool: Pool
     directory: Path
@@ -115,14 +117,14 @@ class _Run:
 
     def all(self) -> Columns:
         """Runs all phases; returns the fate of every sample."""
-        self._on_chunks("read")
-        table = self._columns()
+        self.on_chunks("read")
+        table = self.columns()
         if "duplicates" in self.config.stages:
-            self._drop_copies(table)
+            self.drop_copies(table)
         if self.config.model is not None:
-            self._score(table)
+            self.score(table)
         left = np.flatnonzero(table.fate == LEFT)
-        features = self._cluster(table, left)
+        features = self.cluster(table, left)
         candidates = choice.Candidates(
             left,
             np.array(table.categories)[table.category[left]],
@@ -136,11 +138,12 @@ class _Run:
         table.fate[left[chosen]] = SELECTED
         return table
 
-    def _on_chunks(self, what: str) -> None:
+    def on_chunks(self, what: str) -> None:
+        """Makes the results of chunks that are missing; what: a name in chunks.WORK."""
         told = functools.partial(self.progress, what)
         self.workers.run(what, self.config, self.directory, self.pool.chunks, told)
 
-    def _columns(self) -> Columns:
+    def columns(self) -> Columns:
         """The columns after reading; raises UserError where too many records are no dialogues."""
         table = Columns(len(self.pool))
         for chunk in self.pool.chunks:
@@ -157,7 +160,8 @@ class _Run:
             )
         return table
 
-    def _drop_copies(self, table: Columns) -> None:
+    def drop_copies(self, table: Columns) -> None:
+        """Drops all but the first of the samples that are alike."""
         dropped = work.find_duplicates(self.directory, self.pool.chunks, self.config)
         for kind, name in enumerate(duplicates.KINDS):
             reason = "exact duplicate" if name == "exact" else "near duplicate"
@@ -166,7 +170,7 @@ class _Run:
                 table.fate[rows["uid"]] = table.code("duplicates", reason)
                 table.copy_of[rows["uid"]] = rows["kept"]
 
-    def _score(self, table: Columns) -> None:
+    def score(self, table: Columns) -> None:
         """Fills in the losses, and drops what is outside the bands."""
         assert self.config.model is not None
         scorer: scores.Scorer | None = None
@@ -200,7 +204,7 @@ class _Run:
         if band.min is not None:
             table.drop((table.fate == LEFT) & ~(values >= band.min), name, f"{name} below {band.min:g}")
 
-    def _cluster(self, table: Columns, left: np.ndarray) -> "_Rows":
+    def cluster(self, table: Columns, left: np.ndarray) -> "_Rows":
         """Fills in clusters, distances and places in the picture of the samples `left`, and returns their features."""
         most = self.config.clusters.fit_samples
         fitted = np.sort(left[np.argsort(choice.shuffled(left, self.config.seed), kind="stable")[:most]])
@@ -232,7 +236,7 @@ class _Run:
             ]
             hashed = features.fit(texts, self.config.clusters.dims, self.config.seed)
             write_file(path, hashed.to_bytes())
-        self._on_chunks("features")
+        self.on_chunks("features")
 
     def _features(self) -> np.ndarray:
         """The features of all samples, float32[N, D], in a file that is read where it is needed."""
