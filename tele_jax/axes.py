@@ -195,11 +195,22 @@ def check_tree(
     wrong += [f"{name}: missing" for name in spec if name not in leaves]
     for name in sorted(spec.keys() & leaves.keys()):
         have, want = leaves[name], spec[name]
-        if not (hasattr(have, "shape") and hasattr(have, "dtype")):
+        if not (hasattr(have, "shape") and hasattr(have, "dtype")) or (dtypes and not is_array(have)):
             wrong.append(f"{name}: {type(have).__name__}, not an array")
         elif tuple(have.shape) != want.shape or (dtypes and np.dtype(have.dtype) != np.dtype(want.dtype)):
             wrong.append(f"{name}: {have.dtype}{list(have.shape)}, expected {np.dtype(want.dtype)}{list(want.shape)}")
     require(not wrong, f"{what}: {abridged(wrong, '; ')}")
+
+
+def is_array(leaf: Leaf) -> bool:
+    """False for a leaf that JAX would take apart: a kernel with its adapter beside it (model/platforms.py)."""
+    return leaf is None or jax.tree_util.all_leaves([leaf])
+
+
+def require_arrays(leaves: Leaves, where: str) -> None:
+    """Raises UserError, naming the argument, where leaves are kernels with adapters beside them."""
+    wrong = [name for name, leaf in leaves.items() if not is_array(leaf)]
+    require(not wrong, f"{where}: {abridged(wrong)}: with adapters beside them; tele.lora.merge makes arrays of them")
 
 
 def map_param_subtrees(function: Callable[[tuple[str, ...], Params], PyTree], tree: PyTree, spec: Params, other=None):

@@ -208,7 +208,7 @@ def _prepare(
         spec = adapters.spec(cfg, adapter.lora)
         adapter = adapted.with_near_base(adapter, path)
     specs = flat_spec(cfg) if spec is None else axes.flatten(spec)
-    axes.flatten(params)  # raises where it is no tree
+    axes.require_arrays(axes.flatten(params), "params")
     require(isinstance(data_state, (bytes, type(None))), f"data_state: expected bytes, got {type(data_state).__name__}")
     listing = isinstance(provenance, Sequence) and all(isinstance(entry, Mapping) for entry in provenance)
     require(listing, f"provenance: expected a list of dicts, got {provenance!r}")

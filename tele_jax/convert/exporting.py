@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tele_jax.axes import Params, flatten
+from tele_jax.axes import Params, flatten, require_arrays
 from tele_jax.checkpoint import chunk_files, layout, locate
 from tele_jax.config import ModelConfig, require
 from tele_jax.convert import beside, configs, families, region
@@ -353,6 +353,7 @@ def save_hf(
     from tele_jax.growth.masks import require_unmasked
 
     specs, leaves = flat_spec(cfg), flatten(params)
+    require_arrays(leaves, "params")
     if problems := read.differences(leaves, specs, "given"):
         raise UserError("params: not what the config describes: " + abridged(problems, ";\n  "))
     require_unmasked(provenance, "params")

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from tele_jax.axes import Leaf, ParamSpec, flatten
+from tele_jax.axes import Leaf, ParamSpec, flatten, require_arrays
 from tele_jax.checkpoint.layout import name_problem
 from tele_jax.config import ModelConfig, finite, require, require_config, whole
 from tele_jax.errors import UserError, abridged
@@ -260,6 +260,7 @@ def diff(a: Mapping[str, object], b: Mapping[str, object]) -> Diff:
     b  float64[2]  values  1 entries, by 0.5 at most
     """
     a, b = flatten(a), flatten(b)
+    require_arrays(a | b, "diff")
     return Diff(tuple(_difference(name, a.get(name), b.get(name)) for name in sorted({*a, *b})))
 
 

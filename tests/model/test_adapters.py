@@ -172,6 +172,37 @@ def test_targets_name_kernels_by_parts_of_their_names(targets, names):
     assert q is None or q.axes == ("layers", "embed", "rank")
 
 
+def test_no_gradient_of_a_frozen_kernel_is_computed():
+    """It would take 2 operations per parameter and token: compiled, counted by XLA."""
+    lora = lora_of()
+    params, adapters = jax.eval_shape(trees)
+    batch = {name: jax.ShapeDtypeStruct((8, 64), jnp.int32) for name in ("tokens", "targets", "loss_weights")}
+
+    def loss(adapters, params, batch):
+        return next_token_loss(CFG, tele.lora.attach(CFG, params, adapters, lora), batch)[0]
+
+    def operations(argnums):
+        compiled = jax.jit(jax.grad(loss, argnums)).lower(adapters, params, batch).compile()
+        return compiled.cost_analysis()["flops"]
+
+    kernels = sum(leaf.size for leaf in flatten(tele.spec(CFG)).values() if leaf.role == "kernel")
+    assert operations((0, 1)) - operations(0) > 0.95 * 2 * kernels * 8 * 64
+
+
+def test_trees_with_adapters_beside_them_are_refused_where_arrays_are_needed(tmp_path):
+    params, adapters = trees()
+    attached = tele.lora.attach(CFG, params, adapters, lora_of())
+    with pytest.raises(UserError, match=r"layers\.attn\.k: Adapted, not an array"):
+        tele.growth.apply(tele.growth.widen_mlp(CFG, 64), attached)
+    for use in (
+        lambda: tele.checkpoint.save(tmp_path / "c", CFG, attached),
+        lambda: tele.convert.save_hf(tmp_path / "h", CFG, attached, format="llama"),
+        lambda: tele.surgery.diff(params, attached),
+    ):
+        with pytest.raises(UserError, match=r"layers.attn.k, .*: with adapters beside them; tele.lora.merge makes"):
+            use()
+
+
 def test_what_cannot_be_is_named_in_one_line():
     params, adapters = trees()
     for targets, named in ((("attn.w",), "'attn.w' names none"), (("lm_head",), "'lm_head' names none of the kernels")):

@@ -200,6 +200,19 @@ def test_inspect_shows_adapters_and_their_base(finished, tmp_path, capsys):
     assert figures["adapter"]["lora"]["alpha"] == 6.0 and figures["parameters"] == 1984
 
 
+def test_generation_reads_the_merged_model(finished, place, tmp_path):
+    _, workdir, _ = finished
+    merged = checkpoint.load(workdir / "adapt")
+    checkpoint.save(tmp_path / "whole", merged.cfg, merged.params, provenance=merged.provenance)
+    texts = []
+    for path in (workdir / "adapt", tmp_path / "whole"):
+        flags = ["--prompt", "3 and 4", "--max-new-tokens", "6", "--tokenizer", str(place / "tokenizer.model")]
+        assert main(["generate", str(path), *flags, "--json", str(tmp_path / "g.json")]) == 0
+        found = json.loads((tmp_path / "g.json").read_text())
+        texts.append({key: value for key, value in found.items() if "second" not in key})
+    assert texts[0] == texts[1]
+
+
 def test_what_cannot_be_is_named_in_one_line(finished, place, tmp_path):
     page, workdir, _ = finished
     with pytest.raises(UserError, match=r"config\.first\.lora: there is nothing to adapt before the first stage"):
