@@ -54,7 +54,7 @@ class Counts:
     Attributes:
       documents: documents or dialogues, without the rejected ones.
       shortened: dialogues that were longer than a row and lost turns or text (dialogue.samples).
-      split: dialogues that were longer than a row and became several examples.
+      split: dialogues that were longer than a row and were split at turns.
       dropped: dialogues that were longer than a row and of which nothing is left.
       rejected: documents that could not be used.
       held_out: documents that the page of the cache holds out as well.

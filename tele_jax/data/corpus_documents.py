@@ -21,7 +21,7 @@ class CorpusDocuments:
       corpus: the spans.
       samples: int64 [n, 3], of every document its span, first turn and end (dialogue.Sample); None where the documents
         are the spans.
-      split, shortened, dropped: numbers of dialogues that became several samples, that lost turns or text, and of which
+      split, shortened, dropped: numbers of dialogues that were split at turns, that lost turns or text, and of which
         nothing is left.
     """
 
@@ -53,7 +53,7 @@ class CorpusDocuments:
         for i, document in zip(long, self.corpus.documents(long), strict=True):
             what = {"too_long": how.too_long, "next_user": how.next_user}
             found = dialogue.samples(cast(Any, document.content), self._vocabulary, max_tokens, **what)
-            self.split += len(found) > 1
+            self.split += any(sample.is_part for sample in found)
             self.shortened += any(sample.is_cut for sample in found)
             self.dropped += not found
             rows[i] = [(i, sample.first, sample.end) for sample in found]

@@ -88,6 +88,7 @@ class Sample:
     Attributes:
       first, end: its turns are those from `first` on and before `end`; turn 0 is the first question and answer.
       tokens, weights: as `render` gives them; at least one weight is not 0.
+      is_part: whether the dialogue has other turns, which are in other samples or learn nothing.
       is_cut: whether text of these turns, or the system message, did not fit and is missing.
     """
 
@@ -95,7 +96,8 @@ class Sample:
     end: int
     tokens: list[int]
     weights: list[int | float]
-    is_cut: bool = False
+    is_part: bool
+    is_cut: bool
 
 
 def samples(
@@ -127,7 +129,8 @@ def samples(
         fitted = fit(system, turns[first:end], max_tokens, encoder.shortest, encoder.sample)
         tokens, weights = fitted.tokens[:max_tokens], fitted.weights[:max_tokens]
         is_cut = (fitted.system, fitted.turns) != (system, turns[first:end]) or len(tokens) < len(fitted.tokens)
-        return Sample(first, end, tokens, weights, is_cut) if any(weights) else None
+        is_part = end - first < len(turns)
+        return Sample(first, end, tokens, weights, is_part, is_cut) if any(weights) else None
 
     def length(first: int, end: int) -> int:
         return len(encoder.sample(system, turns[first:end])[0])

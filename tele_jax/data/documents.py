@@ -61,7 +61,7 @@ class Documents(Protocol):
       where: names the domain in messages.
       format: format of the files, or "task".
       checksum: names everything that is read.
-      cut: bytes at which long documents are cut into several; 0 where none is that long.
+      cut: bytes at which long documents are cut into several, or tokens at which dialogues are split; 0 where none is.
       rejected: the first documents that cannot be used.
       num_rejected: number of documents that cannot be used.
     """
@@ -310,7 +310,7 @@ def nothing_fits(where: str, seq_len: int) -> UserError:
 def too_long_notes(where: str, *, split: int, shortened: int, dropped: int) -> list[str]:
     """Says in lines what became of dialogues that are longer than a row."""
     said = {
-        "became several samples": split,
+        "were split at turns": split,
         "lost turns or text": shortened,
         "were left out": dropped,
     }

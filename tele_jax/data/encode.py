@@ -36,7 +36,7 @@ class Encoded:
       lengths: int64 [n], positions of each example; their sum is N.
       documents: number of documents that end here.
       shortened: number of dialogues that were longer than a row and lost turns or text.
-      split: number of dialogues that became several examples.
+      split: number of dialogues of which examples are parts, split at turns.
       dropped: number of dialogues of which nothing is left.
       text_bytes: UTF-8 bytes of the documents; None where parts of them are missing, or a Task gave ids.
     """
@@ -81,9 +81,9 @@ def encode(
     text_bytes = len("".join(map(text_of, contents)).encode())
     if dialogues := [content for content in contents if not isinstance(content, (str, Mapping))]:
         made = [_dialogue(messages, vocabulary, kind, seq_len, how) for messages in dialogues]
-        examples = [example for each, _ in made for example in each]
-        shortened = sum(is_shortened for _, is_shortened in made)
-        split, dropped = sum(len(each) > 1 for each, _ in made), sum(not each for each, _ in made)
+        examples = [example for each, *_ in made for example in each]
+        shortened, split = sum(is_cut for _, is_cut, _ in made), sum(is_split for *_, is_split in made)
+        dropped = sum(not each for each, *_ in made)
         whole = not (shortened or split or dropped)
         counts = {"shortened": shortened, "split": split, "dropped": dropped}
         return joined(examples, ended, **counts, text_bytes=text_bytes if whole else None)
@@ -142,15 +142,15 @@ def _texts(
 
 def _dialogue(
     messages: Sequence[Message], vocabulary: Vocabulary, kind: Kind, seq_len: int, how: DialogueConfig
-) -> tuple[list[np.ndarray], bool]:
-    """Returns examples [3, n], one or in fine-tuning any number, and whether something of the dialogue is missing."""
+) -> tuple[list[np.ndarray], bool, bool]:
+    """Returns examples [3, n], one or in fine-tuning any number; whether something is missing; whether it was split."""
     if kind == "pretrain":
         tokens, weights = dialogue.render(messages, vocabulary, given=1)
         tokens = [separator(vocabulary), *tokens, separator(vocabulary)]
-        return [_columns(tokens[:-1], tokens[1:], [*weights, 1])], False
+        return [_columns(tokens[:-1], tokens[1:], [*weights, 1])], False, False
     found = dialogue.samples(messages, vocabulary, seq_len + 1, too_long=how.too_long, next_user=how.next_user)
     examples = [_columns(one.tokens[:-1], one.tokens[1:], one.weights[1:]) for one in found]
-    return examples, any(one.is_cut for one in found)
+    return examples, any(one.is_cut for one in found), any(one.is_part for one in found)
 
 
 def _columns(inputs: Sequence[int], targets: Sequence[int], weights: Sequence[int | float]) -> np.ndarray:

@@ -1,5 +1,7 @@
 """`tele train` as a user runs it: a whole small run, kills in the middle of it, and wrong input."""
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -63,6 +65,8 @@ def place(tmp_path_factory):
         {"messages": [{"role": "user", "content": f"{i}+1?"}, {"role": "assistant", "content": f"{i + 1}."}]}
         for i in range(200)
     ]
+    turns = ("user", "1+1?"), ("assistant", "2, as everybody knows.")
+    dialogues.append({"messages": [{"role": role, "content": text} for role, text in turns * 4]})  # longer than a row
     (directory / "text.jsonl").write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in text))
     (directory / "dialogues.jsonl").write_text("".join(json.dumps(d) + "\n" for d in dialogues))
     for name in ("text", "dialogues"):  # the same documents in another order, so that little training shows
@@ -77,13 +81,10 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(place):
     """The work directory of a run that nothing disturbed."""
-    workdir = place / "undisturbed"
-    assert (
-        main(
-            ["train", "--config", str(place / "page.py"), "--workdir", str(workdir), "--json", str(place / "out.json")]
-        )
-        == 0
-    )
+    workdir, figures = place / "undisturbed", str(place / "out.json")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main(["train", "--config", str(place / "page.py"), "--workdir", str(workdir), "--json", figures]) == 0
+    (place / "said.txt").write_text(said.getvalue())
     return workdir
 
 
@@ -114,6 +115,8 @@ def test_a_run_trains_grows_and_reports(place, finished, capsys):
     small, _, large, sft = (entry.get("data", {}).get("positions", {}) for entry in provenance)
     assert large["text"]["checksum"] == small["text"]["checksum"] and large["text"]["next"] > small["text"]["next"]
     assert sft.keys() == {"dialogues"}
+    long = "sources.dialogues.files: 1 dialogues were longer than a row and were split at turns"
+    assert (place / "said.txt").read_text().count(long) == 1
 
 
 def test_only_a_process_of_its_own_keeps_freed_memory(monkeypatch):

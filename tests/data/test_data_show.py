@@ -59,7 +59,7 @@ def test_the_rows_of_a_stage_are_shown_as_it_reads_them(page, capsys):
     assert any(re.fullmatch(rf"{file}, byte 0", note) for note in notes)
     assert any(re.fullmatch(rf"{file}, byte \d+, split: turns 1 to \d of 5", note) for note in notes)
     assert any(re.fullmatch(rf"{file}, byte \d+, cut to 40 positions", note) for note in notes)
-    assert "became several samples" in text and "lost turns or text" in text
+    assert "were split at turns" in text and "lost turns or text" in text
     assert re.search(r"^\+0\.42 Yes\.⟦<_end>⟧$", text, re.MULTILINE) and re.search(
         r"^\+ .*⟦<_end>⟧⟦<_user>⟧", text, re.M
     )

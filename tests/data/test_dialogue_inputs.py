@@ -65,7 +65,7 @@ def long_talk(turns, words=3):
 @pytest.mark.parametrize(
     ("too_long", "counts", "said"),
     [
-        ("split", {"split": 1, "shortened": 1}, ["1 .* became several samples", "1 .* lost turns or text"]),
+        ("split", {"split": 1, "shortened": 1}, ["1 .* were split at turns", "1 .* lost turns or text"]),
         ("cut", {"shortened": 2}, ["2 .* lost turns or text"]),
         ("drop", {"dropped": 2}, ["2 .* were left out"]),
     ],
@@ -161,3 +161,13 @@ def test_held_out_answers_count_whole_whatever_their_weight(model_file, vocabula
     config = page(model_file, path, DialogueConfig(next_user=True), validation_files=(held,))
     text = caches.held_out(config, kind="sft", seq_len=16, batch_size=1)["chat"]
     assert (text.num_bytes, text.num_tokens) == (3, len(vocabulary.encode("c d")))
+
+
+def test_samples_that_learn_nothing_are_left_out_and_their_dialogue_counts_as_split(model_file, tmp_path):
+    path = caches.write_lines(tmp_path / "a.jsonl", [long_talk(5)])
+    config = page(model_file, path, DialogueConfig(learned="last"))
+    documents = OpenData(config, kind="sft", seq_len=48).train["chat"]
+    assert (len(documents), documents.split, documents.shortened, documents.dropped) == (1, 1, 0, 0)
+    last = OpenData(page(model_file, path), kind="sft", seq_len=48).train["chat"]
+    assert (documents.example(0)[:2] == last.example(len(last) - 1)[:2]).all(), "the last sample of all"
+    assert cached(config, tmp_path / "rows", seq_len=48).split == 1

@@ -69,9 +69,7 @@ def test_of_long_released_samples_every_answer_is_learned_once(released):
     )
     whole, split = (OpenData(config, kind="sft", seq_len=length).train["a"] for length in (8192, 1024))
     assert split.split > 10 and split.shortened == 0 and split.dropped == 0 and len(split) > 1000
-    assert split.notes() == [
-        f"sources.a.files: {split.split} dialogues were longer than a row and became several samples"
-    ]
+    assert split.notes() == [f"sources.a.files: {split.split} dialogues were longer than a row and were split at turns"]
 
     def answers(documents):
         found = []
