@@ -9,8 +9,8 @@ before them; a word or two changed, in half of them a polite beginning), 10% ans
 method selects 1,000 and 3,000 of it with five seeds. A share's interval (95%) resamples the seeds, and within a seed
 the samples. clusters: share of the clusters of hashed features with a selected sample; least category: the smallest
 category's share of the selection. "difficulty" drops what is above 1, "easiest 80%" the fifth above; "perplexity" the
-twentieth at either end. DIR keeps the scores of the model, and a second call goes on. Needs the extra
-[select].
+twentieth at either end. DIR keeps the scores of the model, and a second call goes on;
+DIR/chosen.json has the lines of the pool that each method chose. Needs the extra [select].
 """
 
 import argparse
@@ -226,6 +226,8 @@ def study(args: argparse.Namespace, defects: list[str]) -> dict[str, Any]:
     }
     names = np.array(table.categories)[table.category[left]]
     found: dict[str, dict[str, Any]] = {}
+    form = ~(dropped["rules"] | dropped["duplicates"])
+    lines = {"without defect": left[labels[left] == -1].tolist(), "form": left[form].tolist()}
     caught = {
         stage: {kind: round(float(mask[labels[left] == KINDS.index(kind)].mean()), 4) for kind in KINDS}
         | {"clean": round(float(mask[labels[left] == -1].mean()), 4)}
@@ -251,8 +253,10 @@ def study(args: argparse.Namespace, defects: list[str]) -> dict[str, Any]:
                 )  # fmt: skip
                 page = config(args, count=min(count, len(stay)), method=method, seed=seed, clusters={"within": within})
                 chosen.append(stay[choice.choose(page, candidates, table.categories)])
+            lines[f"{name} {count}"] = [left[each].tolist() for each in chosen]
             found[f"{name} {count}"] = figures(chosen, labels[left], hashed_clusters, names)
         timed(name)
+    (args.work / "chosen.json").write_text(json.dumps(lines) + "\n")
     return {"seconds": seconds, "dropped": caught, "left": len(left), "arms": found}
 
 
