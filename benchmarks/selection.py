@@ -234,7 +234,7 @@ def study(args: argparse.Namespace, defects: list[str]) -> dict[str, Any]:
         for stage, mask in dropped.items()
         if args.model or stage in FORM
     }
-    centres: dict[tuple[str, int], Any] = {}
+    centres: dict[tuple, Any] = {}
     for name, (stages, method, features, within) in ARMS.items():
         if features not in rows or (not args.model and set(stages) - set(FORM)):
             continue
@@ -242,14 +242,17 @@ def study(args: argparse.Namespace, defects: list[str]) -> dict[str, Any]:
         for count in COUNTS:
             chosen = []
             for seed in SEEDS:
-                if method == "clusters" and (features, seed) not in centres:
-                    part = rows[features][0][np.arange(len(left))]
-                    fitted = choice.centres(part, config(args).clusters, seed)
-                    centres[features, seed] = choice.assign(part, fitted)
-                cluster, distance = centres.get((features, seed), rows[features][1:])
+                part = Part(rows[features][0], stay)
+                cluster, distance = (values[stay] for values in rows[features][1:])
+                if method == "clusters":  # of what the stages leave, as in a selection
+                    if (features, stages, seed) not in centres:
+                        every = part[np.arange(len(stay))]
+                        fitted = choice.centres(every, config(args).clusters, seed)
+                        centres[features, stages, seed] = choice.assign(every, fitted)
+                    cluster, distance = centres[features, stages, seed]
                 candidates = choice.Candidates(
-                    left[stay], names[stay], table.answer[left][stay], cluster[stay], distance[stay],
-                    table.difficulty[left][stay], Part(rows[features][0], stay),
+                    left[stay], names[stay], table.answer[left][stay], cluster, distance,
+                    table.difficulty[left][stay], part,
                 )  # fmt: skip
                 page = config(args, count=min(count, len(stay)), method=method, seed=seed, clusters={"within": within})
                 chosen.append(stay[choice.choose(page, candidates, table.categories)])

@@ -14,11 +14,13 @@ import io
 import re
 import sys
 import tokenize
+import types
 from pathlib import Path
 
 from tele_jax import config, settings, stages
 from tele_jax.clean import settings as clean_settings
 from tele_jax.eval.text import BpbConfig
+from tele_jax.selection import settings as selection_settings
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Every key of a config page
@@ -29,6 +31,14 @@ which returns a ConfigDict; `--config.KEY=VALUE` on the command line changes a v
 
 `docs/make_configuration.py` writes this page from the settings' source; change the comments there.
 """
+
+
+def _tables(module: types.ModuleType) -> tuple[type, ...]:
+    """The dataclasses that a module declares, in their order."""
+    declared = [value for value in vars(module).values() if dataclasses.is_dataclass(value) and isinstance(value, type)]
+    return tuple(value for value in declared if value.__module__ == module.__name__)
+
+
 SECTIONS = (
     ("A run: `tele train`", (stages.RunConfig, settings.MeshConfig)),
     ("A training stage: `kind=\"pretrain\"` or `kind=\"sft\"`", (settings.TrainStage, settings.OptimizerConfig,
@@ -38,10 +48,8 @@ SECTIONS = (
     ("A model", (config.ModelConfig, config.Rope, config.Ntk)),
     ("A cache of rows: `tele data cache`", (settings.CacheConfig,)),
     ("Bits per byte: `tele eval bpb`", (BpbConfig,)),
-    ("Cleaning: `tele data clean`", tuple(
-        value for value in vars(clean_settings).values()
-        if dataclasses.is_dataclass(value) and isinstance(value, type) and value.__module__ == clean_settings.__name__
-    )),
+    ("Cleaning: `tele data clean`", _tables(clean_settings)),
+    ("Selection: `tele sft select`", _tables(selection_settings)),
 )  # fmt: skip
 
 

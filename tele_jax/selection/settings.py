@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 Stage = Literal["rules", "overlap", "duplicates", "difficulty", "perplexity"]
 STAGES: tuple[Stage, ...] = ("rules", "overlap", "duplicates", "difficulty", "perplexity")
-Method = Literal["random", "stratified", "longest", "clusters"]
 
 
 @checked
@@ -62,7 +61,7 @@ class ModelConfig:
     """The model whose losses and states judge the samples."""
 
     checkpoint: str  # step, stage or work directory
-    tokenizer: str | None = None  # None: in or above the checkpoint
+    tokenizer: str | None = None  # its file; None: in or above the checkpoint
     # how a dialogue is written: plain is one message a line, for a model that has not learned the markers of a template
     form: Literal["plain", "template"] = "plain"
     template: str | None = None  # name of the template; None: as the tokenizer and the checkpoint say
@@ -95,7 +94,9 @@ class ClustersConfig:
     features: Literal["hashed", "states"] = "hashed"  # of character n-grams, or the states of the model
     dims: int = 64  # of hashed features
     fit_samples: int = 20_000  # most samples that the features and the centres are computed from, chosen by the seed
-    within: Literal["random", "nearest", "hardest", "k_centre"] = "random"  # see selection/choice.py
+    # samples of a cluster: random ones; nearest to the centre; hardest: of the highest difficulty; k_centre: always the
+    # farthest from those before it
+    within: Literal["random", "nearest", "hardest", "k_centre"] = "random"
     balance: Literal["equal", "proportional"] = "equal"  # samples of a cluster within its category
 
     def __post_init__(self):
@@ -114,9 +115,13 @@ class SelectConfig:
 
     sources: dict[str, SourceConfig]  # files, by the name of the source
     count: int  # samples to select
-    method: Method = "clusters"  # how: clusters, or the baselines random, stratified and longest
+    # clusters, or a baseline: random, stratified by category, longest answers
+    method: Literal["random", "stratified", "longest", "clusters"] = "clusters"
     seed: int = 0  # of random choices and of k-means
-    stages: tuple[Stage, ...] = ("rules", "duplicates")  # what drops samples, in this order
+    stages: tuple[Stage, ...] = (
+        "rules",
+        "duplicates",
+    )  # rules, overlap, duplicates, difficulty, perplexity: what drops samples
     quotas: dict[str, int] = dataclasses.field(default_factory=dict)  # samples of a category; others share what is left
     balance: Literal["proportional", "equal"] = "proportional"  # shares of the categories without a quota
     rules: RulesConfig = RulesConfig()  # what a sample must be
@@ -158,7 +163,8 @@ class SelectConfig:
 def select_config(page: "Mapping[str, Any] | ConfigDict") -> SelectConfig:
     """Reads a page (ConfigDict or dict); raises UserError with the path of what is wrong."""
     table = dict(page.items())
-    own = table.get("duplicates")
-    if own is not None and hasattr(own, "items"):  # a table replaces the keys that it names
-        table["duplicates"] = {**dataclasses.asdict(_shingles()), **dict(own.items())}
+    defaults = {"duplicates": dataclasses.asdict(_shingles()), "difficulty": {"max": 1.0}}
+    for name, values in defaults.items():  # a table replaces the keys that it names
+        if hasattr(table.get(name), "items"):
+            table[name] = {**values, **dict(table[name].items())}
     return from_dict(SelectConfig, table)
