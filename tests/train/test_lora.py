@@ -245,3 +245,19 @@ def test_what_cannot_be_is_named_in_one_line(finished, place, tmp_path):
     with pytest.raises(UserError, match=r"adapters: not what the config describes: layers.attn.k.a: given"):
         wrong = tele.lora.init(cfg, tele.lora.LoraConfig(**LORA | {"rank": 3}), jax.random.key(0))
         checkpoint.save(tmp_path / "s", cfg, wrong, adapter=adapter)
+
+
+def test_a_bfloat16_base_stays_as_it_is_and_its_adapters_are_float32(finished, place, tmp_path):
+    page, workdir, _ = finished
+    base = checkpoint.load(workdir / "first")
+    cfg = base.cfg.replace(param_dtype="bfloat16")
+    narrow = jax.tree.map(lambda x: x.astype("bfloat16"), base.params)
+    checkpoint.save(tmp_path / "narrow", cfg, narrow)
+    adapt = stage(place, 2, lora=LORA | {"targets": ("q",)}, eval_every=1, keep_best="bits_per_byte/en")
+    tele.run({"run": ["adapt"], "adapt": adapt, "start": str(tmp_path / "narrow")}, tmp_path / "w")
+    loaded = checkpoint.load(tmp_path / "w", items=("params", "adapters"))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded.params)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded.adapters)} == {"float32"}
+    same_bits(loaded.params, narrow, [name for name in flatten(narrow) if name != "layers.attn.q"])
+    best = checkpoint.load(tmp_path / "w/adapt/best")
+    assert best.adapter.lora == tele.lora.LoraConfig(**LORA | {"targets": ("q",)})
