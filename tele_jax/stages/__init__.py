@@ -133,6 +133,15 @@ def run_config(page: Mapping[str, Any] | ConfigDict) -> RunConfig:
         # Whether the masks of config.start are closed is known when it is opened.
         if before is not None or start is None or not isinstance(stages[name], TrainStage):
             _check_masks(before, stages.get(before), name, stages[name])
+    adapters = ""  # the stage, if one has left adapters alone, which the next to train merges
+    for name, stage in stages.items():
+        if isinstance(stage, TrainStage):
+            require(
+                not adapters or not stage.optimizer.new_warmup_steps,
+                f"config.{name}.optimizer.new_warmup_steps needs the moments of the stage before, and "
+                f"config.{adapters} trains adapters (lora), which leave none",
+            )
+            adapters = name if stage.lora is not None else ""
     return RunConfig(run=names, stages=stages, mesh=mesh, num_slices=num_slices, start=start)
 
 

@@ -217,6 +217,10 @@ def test_what_cannot_be_is_named_in_one_line(finished, place, tmp_path):
     page, workdir, _ = finished
     with pytest.raises(UserError, match=r"config\.first\.lora: there is nothing to adapt before the first stage"):
         run_config({"run": ["first"], "first": page["first"] | {"lora": LORA}})
+    after = stage(place, 1, optimizer={"learning_rate": 1e-3, "new_warmup_steps": 2})
+    with pytest.raises(UserError, match=r"config\.after\.optimizer\.new_warmup_steps .* config\.adapt trains adapters"):
+        grow = {"adapt": page["adapt"], "grow": page["grow"]}
+        run_config({"run": ["adapt", "grow", "after"], **grow, "after": after, "start": "somewhere"})
     with pytest.raises(UserError, match=r"config\.adapt.*lora and mask_ramp: adapters leave frozen"):
         run_config(page | {"adapt": page["adapt"] | {"mask_ramp": 3}})
     with pytest.raises(
@@ -248,7 +252,7 @@ def test_what_cannot_be_is_named_in_one_line(finished, place, tmp_path):
 
 
 def test_a_bfloat16_base_stays_as_it_is_and_its_adapters_are_float32(finished, place, tmp_path):
-    page, workdir, _ = finished
+    _, workdir, _ = finished
     base = checkpoint.load(workdir / "first")
     cfg = base.cfg.replace(param_dtype="bfloat16")
     narrow = jax.tree.map(lambda x: x.astype("bfloat16"), base.params)
