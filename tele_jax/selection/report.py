@@ -138,7 +138,9 @@ def _histogram(title: str, values: np.ndarray, table: Columns, *, log: bool = Tr
         ends = np.log2(values[known])
         edges = 2.0 ** np.arange(np.floor(ends.min()), np.floor(ends.max()) + 2)
     else:
-        edges = np.linspace(0, max(1.5, float(np.quantile(values[known], 0.995))), 31)
+        low, high = np.quantile(values[known], (0.005, 0.995))
+        edges = np.linspace(low, max(high, low + 1e-3), 31)
+        values = np.clip(values, edges[0], edges[-1])  # the outermost bars hold what lies beyond
     counts = [np.histogram(values[known & rows], edges)[0] for rows in (table.fate >= LEFT, table.fate == SELECTED)]
     portions = [count / max(count.sum(), 1) for count in counts]
     top = max(float(portion.max()) for portion in portions) or 1.0
@@ -151,13 +153,17 @@ def _histogram(title: str, values: np.ndarray, table: Columns, *, log: bool = Tr
                 f"<rect x='{x:.1f}' y='{165 - tall:.1f}' width='{0.42 * step:.1f}' height='{tall:.1f}' fill='{fill}'/>"
             )
     labels = [
-        f"<text x='{20 + step * i:.1f}' y='182' text-anchor='middle'>{edges[i]:.3g}</text>"
+        f"<text x='{20 + step * i:.1f}' y='182' text-anchor='middle'>{_number(edges[i])}</text>"
         for i in range(0, len(edges), max(1, len(edges) // 12))
     ]
     return (
         f"<p>{html.escape(title)}; grey: the pool, blue: the selection</p>"
         f"<svg viewBox='0 0 {WIDTH} 190' role='img'>{''.join(bars)}{''.join(labels)}</svg>"
     )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _samples(table: Columns, fate: int, found: Sequence[Example]) -> str:
