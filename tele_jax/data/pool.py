@@ -8,7 +8,7 @@ import numpy as np
 from tele_jax.data import order, packing
 from tele_jax.data.documents import Documents, Reject
 
-NAME = "pool"  # of the one domain that a feed sees
+NAME = "all dialogues"  # of the one domain that a feed sees
 
 
 class Pool:
