@@ -109,6 +109,8 @@ def arms(chosen: dict[str, Any], rows: list[str], seed: int) -> list[tuple[str, 
             elif method == "maths 25%":
                 others = [i for i in form if i not in set(maths)]
                 numbers = maths[: count // 4] + others[: count - count // 4]
+            elif f"{method} {count}" not in chosen and count >= 1_000:
+                continue  # needs a model, and the selection was made without
             else:  # of 300, the first of a random order of the 1,000
                 numbers = chosen[f"{method} {max(count, 1_000)}"][seed]
                 numbers = rng.permutation(numbers).tolist()[:count] if count < 1_000 else numbers
