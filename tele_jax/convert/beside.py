@@ -219,13 +219,14 @@ def chat_template(template: Template, vocabulary: Vocabulary) -> str:
     """The Jinja template whose text has, tokenized by tokenizer.json, the ids of dialogue.render_prompt."""
     if template.markers == "ids":
         markers = templates.marker_ids(template, vocabulary)
-        name = lambda ids: "".join(map(vocabulary.piece, ids))  # noqa: E731
-        start, user, bot, between, end = map(
-            name, (markers.start, markers.user, markers.bot, markers.between, markers.end)
+        name = lambda ids: "".join(vocabulary.piece_bytes[i].decode() or vocabulary.piece(i) for i in ids)  # noqa: E731
+        start, after, user, bot, between, end = map(
+            name,
+            (markers.start, markers.after_system, markers.user, markers.bot, markers.between, markers.end),
         )
         system = None if markers.system is None else name(markers.system)
     else:
-        start, user, bot, between, end = "", template.user, template.bot, template.between, template.end
+        start, after, user, bot, between, end = "", "", template.user, template.bot, template.between, template.end
         system = template.system
     content = "message['content']"
     question = f"{content}.strip()" if template.strips else content
@@ -233,7 +234,7 @@ def chat_template(template: Template, vocabulary: Vocabulary) -> str:
     first = (
         "{{ raise_exception('this model has no place for a system message') }}"
         if system is None
-        else f"{{{{ {json.dumps(system, ensure_ascii=False)} + {said} }}}}"
+        else f"{{{{ {json.dumps(system, ensure_ascii=False)} + {said} + {json.dumps(after, ensure_ascii=False)} }}}}"
     )
     quoted = {k: json.dumps(v, ensure_ascii=False) for k, v in dict(u=user, b=bot, m=between, e=end, s=start).items()}
     return (

@@ -35,7 +35,7 @@ import numpy as np
 
 from tele_jax.data.dialogue_encoder import Encoder, Fitted, fit
 from tele_jax.data.messages import Message, check
-from tele_jax.data.templates import Template, choose
+from tele_jax.data.templates import Template, choose, marker_ids
 from tele_jax.data.vocabulary_base import Vocabulary
 
 
@@ -228,5 +228,8 @@ def most_tokens(num_bytes: np.ndarray, num_messages: np.ndarray, vocabulary: Voc
     A token spells at least a byte of a text, but for the markers and the space that a tokenizer may put before a text.
     """
     template = choose(vocabulary)
-    markers = 2 if template.markers == "ids" else len(f"{template.user}{template.bot}{template.between}".encode())
+    markers = len(f"{template.user}{template.bot}{template.between}".encode())
+    if template.markers == "ids":
+        ids = marker_ids(template, vocabulary)
+        markers = max(len(ids.user + ids.bot), len(ids.between), len((ids.system or []) + ids.after_system))
     return num_bytes + num_messages * (1 + markers) + 2

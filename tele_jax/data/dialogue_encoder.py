@@ -136,7 +136,8 @@ class Encoder:
 
     def _of_ids(self, system: Spoken | None, turns: Sequence[Turn]) -> tuple[list[int], Weights]:
         markers = self._markers
-        tokens = markers.start + ([] if system is None else (markers.system or []) + _ids(system))
+        spoken = [] if system is None else [*(markers.system or []), *_ids(system), *markers.after_system]
+        tokens = markers.start + spoken
         weights: Weights = [self._given] * len(tokens)
         for number, turn in enumerate(turns, start=1):
             asked = [*markers.user, *_ids(turn.question), *markers.bot]
@@ -147,7 +148,8 @@ class Encoder:
                 end = markers.end if number == len(turns) else markers.between
                 tokens += [*_ids(turn.answer), *end]
                 weight = turn.weight
-                weights += [weight] * len(turn.answer) + [weight if end == markers.end else self._given] * len(end)
+                said = len(turn.answer) + (len(markers.end) if end[: len(markers.end)] == markers.end else 0)
+                weights += [weight] * said + [self._given] * (len(turn.answer) + len(end) - said)
         return tokens, weights
 
 

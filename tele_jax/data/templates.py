@@ -1,11 +1,12 @@
 """Dialogue templates: the markers around questions and answers, as each family was released, and its sampling.
 
-A marker is a single id of the vocabulary, named in angle brackets, or text that is encoded like any other. The template
-of a model follows from its vocabulary where that has the markers. The models on the vocabulary of Tele-FLM, which has
-none, are told apart by the release that they were imported from, or by name.
+A marker is ids of the vocabulary, named in angle brackets, with text between them, or text that is encoded like any
+other. The template of a model follows from its vocabulary where that has the markers. The models on the vocabulary of
+Tele-FLM, which has none, are told apart by the release that they were imported from, or by name.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypedDict
 
@@ -19,17 +20,20 @@ from tele_jax.files import Table
 class Template:
     """The markers around the parts of a dialogue.
 
-        start [system text] user question bot answer between user question bot answer end
+        start [system text after_system] user question bot answer between user question bot answer end
 
     Attributes:
       name: key in TEMPLATES.
-      markers: whether start, user, bot, system and between are ids or text. `end`, which ends a reply, is always an id.
+      markers: whether start, user, bot, system and between are ids or text. `end`, which ends a reply, is always an id,
+        and what begins a marker of ids is an id.
         Texts between ids are encoded apart from each other; markers that are text are encoded together with the
         question, and in a prompt together with all of the dialogue (encode_parts).
       start: marker at the beginning of a dialogue; "" for nothing.
       system: marker before a system message, which comes first; "" for nothing; None: a system message is refused.
       user, bot, end: see above.
-      between: marker after an answer that another question follows; "" for nothing. Learned if it is the same as end.
+      after_system: marker after a system message.
+      between: marker after an answer that another question follows; "" for nothing. If it begins with end, that is
+        learned.
       strips: whether white space around a question is dropped.
       sampling: keywords of inference.sampling.sampling where a sample is asked for.
       greedy: the same keywords otherwise: the released models take the likeliest token, after a repetition penalty.
@@ -39,6 +43,7 @@ class Template:
     markers: Literal["ids", "text"] = "ids"
     start: str = ""
     system: str | None = "<_system>"
+    after_system: str = ""
     user: str = "<_user>"
     bot: str = "<_bot>"
     end: str = "<_end>"
@@ -87,6 +92,18 @@ TEMPLATES: Mapping[str, Template] = {
             sampling={"repetition_penalty": 1.03},
             greedy={"repetition_penalty": 1.03},
         ),
+        # ChatML, the form of many released models. Sampling: the model card of SmolLM2-Instruct, whose template adds a
+        # system message where there is none; here it has to be given.
+        Template(
+            name="chatml",
+            system="<|im_start|>system\n",
+            after_system="<|im_end|>\n",
+            user="<|im_start|>user\n",
+            bot="<|im_end|>\n<|im_start|>assistant\n",
+            between="<|im_end|>\n",
+            end="<|im_end|>",
+            sampling={"temperature": 0.2, "top_p": 0.9},
+        ),
     )
 }
 
@@ -100,6 +117,7 @@ class Markers:
 
     start: list[int]
     system: list[int] | None
+    after_system: list[int]
     user: list[int]
     bot: list[int]
     between: list[int]
@@ -134,13 +152,16 @@ def choose(vocabulary: Vocabulary, name: str | None = None, provenance: Iterable
         return TEMPLATES["telechat_52b"]
     if released := TEMPLATES.get(getattr(vocabulary, "family", None) or ""):
         return released
-    try:
-        marker_ids(TEMPLATES["telechat"], vocabulary)
-    except UserError as error:
-        raise UserError(
-            f"{error}, so nothing says how dialogues are written; the templates are {', '.join(TEMPLATES)}"
-        ) from None
-    return TEMPLATES["telechat"]
+    missing = None
+    for implied in (TEMPLATES["telechat"], TEMPLATES["chatml"]):
+        try:
+            marker_ids(implied, vocabulary)
+            return implied
+        except UserError as error:
+            missing = missing or error
+    raise UserError(
+        f"{missing}, so nothing says how dialogues are written; the templates are {', '.join(TEMPLATES)}"
+    ) from None
 
 
 def marker_ids(template: Template, vocabulary: Vocabulary) -> Markers:
@@ -150,15 +171,31 @@ def marker_ids(template: Template, vocabulary: Vocabulary) -> Markers:
       UserError: the vocabulary has no such piece.
     """
     if template.markers == "text":
-        system = None if template.system is None else []
-        return Markers(start=[], system=system, user=[], bot=[], between=[], end=[vocabulary.id_of(template.end)])
-    user, bot, end = [vocabulary.user_id], [vocabulary.bot_id], [vocabulary.end_id]
-    start = [vocabulary.id_of(template.start)] if template.start else []
+        system, end = None if template.system is None else [], [vocabulary.id_of(template.end)]
+        return Markers(start=[], system=system, after_system=[], user=[], bot=[], between=[], end=end)
+    parts = (template.after_system, template.user, template.bot, template.between, template.end)
+    after_system, user, bot, between, end = (_ids_of(part, vocabulary) for part in parts)
+    start = _ids_of(template.start, vocabulary)
     try:
-        system = None if template.system is None else [vocabulary.system_id]
+        system = None if template.system is None else _ids_of(template.system, vocabulary)
     except UserError:  # raised where a dialogue has a system message
         system = None
-    return Markers(start=start, system=system, user=user, bot=bot, between=end, end=end)
+    return Markers(start=start, system=system, after_system=after_system, user=user, bot=bot, between=between, end=end)
+
+
+_PIECE = re.compile(r"(<[^<>]+>)")
+_KNOWN = {"<_user>": "user_id", "<_bot>": "bot_id", "<_end>": "end_id", "<_system>": "system_id"}  # to a Vocabulary
+
+
+def _ids_of(marker: str, vocabulary: Vocabulary) -> list[int]:
+    """Returns the ids of a marker: those of the pieces in angle brackets, and of the text between them."""
+    ids: list[int] = []
+    for part in filter(None, _PIECE.split(marker)):
+        if part in _KNOWN:
+            ids.append(getattr(vocabulary, _KNOWN[part]))
+        else:
+            ids += [vocabulary.id_of(part)] if part.startswith("<") else vocabulary.encode(part)
+    return ids
 
 
 def encode_parts(template: Template, vocabulary: Vocabulary, parts: Sequence[str | Said | list[int]]) -> list[int]:
@@ -221,7 +258,7 @@ def stop_ids(template: Template, vocabulary: Vocabulary) -> list[int]:
     markers = marker_ids(template, vocabulary)
     ends = {*markers.end, vocabulary.eos_id}
     if template.markers == "ids":
-        ends |= {*markers.user, *markers.bot}
+        ends |= {markers.user[0], markers.bot[0]}
     return sorted(ends - {-1})
 
 

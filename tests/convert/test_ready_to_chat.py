@@ -76,7 +76,10 @@ def test_transformers_gives_the_ids_and_the_answer_of_chat(transformers, step, t
     assert [i for i in drawn if i not in ends] == expected
 
 
-@pytest.mark.parametrize("family", ["telechat_7b", "telechat2", "telechat_52b", "tele_flm_instruct", "released"])
+FAMILIES = ["telechat_7b", "telechat2", "telechat_52b", "tele_flm_instruct", "chatml", "released"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_have_the_ids_of_the_released_code_in_transformers(transformers, family, small, tmp_path):
     """With small tokenizers that have a dummy prefix or are byte-level, and with one that was released."""
     file = RELEASED / "telechat_52b" / "tokenizer.model"
@@ -92,6 +95,10 @@ def test_prompts_have_the_ids_of_the_released_code_in_transformers(transformers,
         (tmp_path / name).write_text(json.dumps(document), encoding="utf-8")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     encode = bare(file)
+    if family == "chatml":
+        system = [{"role": "system", "content": "Be brief."}, *released.messages(["The cat?"])]
+        found = ids_of(tokenizer, system, add_generation_prompt=True)
+        assert found == released.chatml(encode, ["The cat?"], "Be brief.")
     same = sum(
         ids_of(tokenizer, released.messages(texts), add_generation_prompt=True)
         == getattr(released, family)(encode, texts)

@@ -50,6 +50,14 @@ def _apart(encode, texts, *, user, bot, end):
     return ids
 
 
+def chatml(encode, texts, system=None):
+    """The form of SmolLM2's chat template; the library finds the markers in the text."""
+    said = [] if system is None else [("system", system)]
+    said += [(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+    text = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in said)
+    return encode(f"{text}<|im_start|>assistant\n")
+
+
 def telechat_52b(encode, texts):
     """models/modeling_telechat.py, chat: the history and the question are one string."""
     return encode("".join(f"<_user>{text}<_bot>" if i % 2 == 0 else f"{text}<_end>" for i, text in enumerate(texts)))

@@ -42,7 +42,7 @@ HOW = st.builds(
 def tokenizers(model_file, tmp_path_factory):
     """The file of a small tokenizer for every template."""
     small = small_tokenizers(tmp_path_factory.mktemp("tokenizers"))
-    made = {name: small[name] for name in ("telechat_7b", "telechat2", "telechat_52b")}
+    made = {name: small[name] for name in ("telechat_7b", "telechat2", "telechat_52b", "chatml")}
     return made | {
         "telechat": model_file,
         "telechat_12b": small["telechat2"],
@@ -92,8 +92,9 @@ def learned_text(turns, weights, vocabulary, template, next_user):
     learned = []
     for number, ((_, answer, _), weight) in enumerate(zip(turns, weights, strict=True), start=1):
         last = number == len(turns)
-        ends = [template.end] if last or template.between == template.end else []
-        ends += [template.user] if next_user and not last else []
+        ends = [template.end] if last or template.between.startswith(template.end) else []
+        piece, _, text = template.user.rpartition(">")
+        ends += [f"{piece}>", *text.encode()] if next_user and not last else []
         learned += [(symbol, weight) for symbol in [*(space + answer.encode()), *ends] if weight]
     return learned
 
@@ -112,7 +113,7 @@ def drawn(data, template, vocabulary):
     """(format, record, system message, turns, options) of a random dialogue that the template can write."""
     format = data.draw(st.sampled_from(sorted(READERS)))
     turns = data.draw(TURNS)
-    if template.between != template.end:  # a piece that reaches from an answer into the text after it is not learned
+    if template.markers == "text":  # a piece that reaches from an answer into the text after it is not learned
         answers = [answer for _, answer, _ in turns]
         assume(
             all(

@@ -20,7 +20,7 @@ from tele_jax.data.templates import TEMPLATES
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.inference.chat import TextStream
 from tests.data import released_prompts as released
-from tests.data.test_vocabulary_tokenizers import byte_level, telechat_7b
+from tests.data.test_vocabulary_tokenizers import FLAGS, byte_level, telechat_7b
 
 RELEASED = Path(__file__).resolve().parents[3] / "shared" / "released"
 CONVERSATIONS = released.conversations(300)
@@ -28,7 +28,7 @@ TEXTS = ["".join(texts) for texts in CONVERSATIONS[:100]] * 2 + ["<_user>Hi<_bot
 
 
 def small_tokenizers(folder):
-    """Two tokenizers with a dummy prefix, in the layouts of Tele-FLM and of TeleChat2, and one in that of the 7B."""
+    """Two tokenizers with a dummy prefix, in the layouts of Tele-FLM and of TeleChat2, and two without: 7B, ChatML."""
     files = {"telechat_52b": folder / "flm.model", "telechat2": folder / "two.model", "telechat_7b": folder / "7b.json"}
     for name, bos, eos, controls in (
         ("telechat_52b", "<s>", "</s>", []),
@@ -42,7 +42,13 @@ def small_tokenizers(folder):
             pad_piece="<_pad>", control_symbols=controls, minloglevel=2,
         )  # fmt: skip
         files[name].write_bytes(out.getvalue())
-    files["telechat_7b"].write_text(json.dumps(telechat_7b(byte_level(TEXTS, 600))), encoding="utf-8")
+    description = byte_level(TEXTS, 600)
+    files["telechat_7b"].write_text(json.dumps(telechat_7b(description)), encoding="utf-8")
+    names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    added = [dict(id=600 + i, content=name, special=True, **FLAGS) for i, name in enumerate(names)]
+    description["added_tokens"] += added
+    files["chatml"] = folder / "chatml.json"
+    files["chatml"].write_text(json.dumps(description), encoding="utf-8")
     return files
 
 
