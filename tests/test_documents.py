@@ -41,7 +41,7 @@ from tests.inference.test_chat import TEXTS, tokenizer_bytes
 
 CFG = tele.ModelConfig(num_layers=1, embed_dim=4, num_heads=1, head_dim=2, mlp_dim=3, vocab_size=5, dtype="float32")
 LARGER = CFG.replace(mlp_dim=4)
-EXAMPLES = 500
+EXAMPLES = 200
 
 
 # ---- mutations ---------------------------------------------------------------------------------------------------

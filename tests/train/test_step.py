@@ -59,7 +59,7 @@ def one_device():
 
 @pytest.mark.parametrize(
     ("shape", "microbatches"),
-    [((8, 1, 1), 1), ((1, 8, 1), 1), ((1, 4, 2), 1), ((2, 2, 2), 2), ((4, 1, 2), 2), ((1, 1, 1), 4)],
+    [((8, 1, 1), 1), ((1, 4, 2), 1), ((2, 2, 2), 2), ((1, 1, 1), 4)],
 )
 def test_losses_do_not_depend_on_the_mesh(one_device, shape, microbatches):
     if jax.device_count() < int(np.prod(shape)):
