@@ -17,7 +17,7 @@ from tele_jax.data.corpus_documents import CorpusDocuments
 from tele_jax.data.dialogue_formats import DIALOGUES
 from tele_jax.data.documents import Documents
 from tele_jax.data.encode import Kind
-from tele_jax.data.vocabulary import load_vocabulary
+from tele_jax.data.vocabulary import TokenizersVocabulary, load_vocabulary
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import UserError
 from tele_jax.files import expand
@@ -207,7 +207,9 @@ def open_vocabulary(data: DataConfig, kind: Kind) -> Vocabulary:
         for their markers.
     """
     vocabulary = load_vocabulary(data.tokenizer).with_template(data.template)
-    if not vocabulary.spells_bytes or vocabulary.eos_id < 0:
+    # A JSON tokenizer lacks pieces for control characters at most, and refuses a text that has one.
+    spells = vocabulary.spells_bytes or (kind == "sft" and isinstance(vocabulary, TokenizersVocabulary))
+    if not spells or vocabulary.eos_id < 0:
         raise UserError(f"tokenizer {data.tokenizer}: it needs pieces for the 256 bytes and for the end of a sequence")
     if has_dialogues(data, kind):
         dialogue.shortest(vocabulary, next_user=data.dialogues.next_user)

@@ -8,8 +8,10 @@ from hypothesis import example, given, settings
 
 from tele_jax import extras
 from tele_jax.data import cache
+from tele_jax.data.domains import open_vocabulary
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import DamageError, UserError
+from tele_jax.settings import DataConfig, SourceConfig
 from tests.data import caches
 from tests.data.test_vocabulary import ANY_TEXT
 
@@ -254,3 +256,14 @@ def test_a_tokenizer_may_lack_rare_bytes_and_refuses_the_texts_that_have_them(de
         vocabulary.encode("a\u00a0\u0004b")
     with pytest.raises(UserError, match="no piece for the byte 0xF1, at 0 of the text"):
         vocabulary.encode_batch(["\U00040000"])
+
+    # Dialogues are trained on with it; pretraining wants a tokenizer of any text.
+    markers = [
+        dict(id=698 + i, content=f"<|im_{end}|>", special=True, **FLAGS) for i, end in enumerate(("start", "end"))
+    ]
+    added = [*description["added_tokens"], *markers]
+    path = write(changed(description, model=description["model"] | {"vocab": lacking}, added_tokens=added))
+    data = DataConfig(tokenizer=str(path), sources={"a": SourceConfig(files=("a.jsonl",), format="dialogues")})
+    assert open_vocabulary(data, "sft") == load_vocabulary(path)
+    with pytest.raises(UserError, match="it needs pieces for the 256 bytes and for the end of a sequence"):
+        open_vocabulary(data, "pretrain")
