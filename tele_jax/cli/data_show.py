@@ -89,7 +89,13 @@ def _live(args: argparse.Namespace, stage: TrainStage | CacheConfig) -> Outcome:
     if first < 0 or (args.step or 0) < 0:
         raise UserError("--row and --step must not be below 0")
     first += (args.step or 0) * _number(args.batch_size, stage, "batch_size", 1)
-    opened = OpenData(data, kind="sft" if stage.kind == "sft" else "pretrain", seq_len=stage.seq_len)
+    unusable: list[str] = []  # by domain
+    opened = OpenData(
+        data,
+        kind="sft" if stage.kind == "sft" else "pretrain",
+        seq_len=stage.seq_len,
+        on_rejects=lambda documents: unusable.extend([documents.account()] if documents.num_rejected else []),
+    )
     sources = opened.data.sources
     counted = getattr(stage, "epochs", None) is not None or any(source.copies for source in sources.values())
     rows = live_rows.read(
@@ -107,7 +113,7 @@ def _live(args: argparse.Namespace, stage: TrainStage | CacheConfig) -> Outcome:
         segments = describe.segments(row, opened.vocabulary, notes, tokens=args.tokens)
         title = f"row {number}" + (f" of {', '.join(domains)}" if domains else "")
         found.append((title, {"domains": domains, "row": number}, segments, stage.seq_len))
-    return _outcome(args, found, [line for documents in opened.train.values() for line in documents.notes()])
+    return _outcome(args, found, unusable + [line for each in opened.train.values() for line in each.notes()])
 
 
 def _cached(args: argparse.Namespace, path: Path, stage: TrainStage | CacheConfig | None) -> Outcome:

@@ -15,6 +15,7 @@ corpus_documents.py      the documents of files, encoded; long dialogues as seve
 domains.py               what a DataConfig names, resolved, checked and opened
 task_documents.py        registered seqio Tasks as domains
 tasks.py                 domains as seqio Tasks and Mixtures
+shuffled_domains.py      several domains shuffled together, with copies of each dialogue in an epoch
 feed.py                  open_feed: batches, live or from a cache
 live_rows.py             rows that are read live, with where they are from, to be shown
 batches.py               the data of a training stage, opened once, with held-out text

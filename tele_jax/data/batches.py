@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from tele_jax.data import domains, packing, pool, sources
+from tele_jax.data import domains, packing, sources
 from tele_jax.data import feed as feeds
 from tele_jax.data.documents import Documents
 from tele_jax.data.domains import OpenData
 from tele_jax.data.encode import Kind
 from tele_jax.data.order import Position
+from tele_jax.data.shuffled_domains import ShuffledDomains, count_rows
 from tele_jax.data.templates import separator
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import UserError
@@ -151,7 +152,10 @@ class Batches:
     def _fed(self) -> Mapping[str, Documents]:
         """The domains that a live feed reads: those of the page, or one in which they are shuffled together."""
         train = self._opened.train
-        return train if self._copies is None else {pool.NAME: pool.Pool(train, self._copies)}
+        if self._copies is None:
+            return train
+        together = ShuffledDomains(train, self._copies)
+        return {together.name: together}
 
     @functools.cached_property
     def _rates(self) -> dict[str, float]:
@@ -160,7 +164,7 @@ class Batches:
         if self._copies is None:
             return {name: source.rate for name, source in sources.items()}
         if cache is None:
-            return {pool.NAME: 1.0}
+            return dict.fromkeys(self._fed, 1.0)
         return {name: copies * cache.rows[name] for name, copies in self._copies.items()}
 
     @functools.cached_property
@@ -183,10 +187,10 @@ class Batches:
         if cache is not None:  # of every domain to within the rows of a batch
             return math.ceil(stage.epochs * sum(self._rates.values()) / stage.batch_size)
         ((name, documents),) = self._fed.items()
-        assert isinstance(documents, pool.Pool)
+        assert isinstance(documents, ShuffledDomains)
         lengths = self._opened.index.once((documents.checksum, stage.seq_len, repr(stage.data)), documents.lengths)
         _, begins = feeds.starts(self._opened, self._fed, (), seed=stage.seed)
-        rows = pool.count_rows(lengths, begins[name], self._last[name], packed=self._packed)
+        rows = count_rows(lengths, begins[name], self._last[name], packed=self._packed)
         if not rows:
             raise UserError(f"epochs={stage.epochs}: not one of {len(documents):,} dialogues is read; give more")
         return math.ceil(rows / stage.batch_size)

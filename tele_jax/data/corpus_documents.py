@@ -11,6 +11,7 @@ from tele_jax.data.dialogue_formats import DIALOGUES
 from tele_jax.data.documents import WHOLE, Document, nothing_fits, too_long_notes
 from tele_jax.data.encode import Kind
 from tele_jax.data.vocabulary_base import Vocabulary
+from tele_jax.errors import UserError
 from tele_jax.settings import DEFAULT_DIALOGUES
 
 
@@ -34,6 +35,8 @@ class CorpusDocuments:
         self.split = self.shortened = self.dropped = 0
         self._kind: Kind = kind
         self._vocabulary, self._seq_len = vocabulary, seq_len
+        if kind == "sft" and corpus.format in DIALOGUES and (least := dialogue.shortest(vocabulary)) > seq_len + 1:
+            raise UserError(f"seq_len={seq_len}: a row of dialogues needs at least {least - 1} tokens")
         self.samples = self._samples() if kind == "sft" and corpus.format in DIALOGUES else None
         if self.samples is not None:
             self.cut = seq_len

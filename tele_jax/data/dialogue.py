@@ -3,7 +3,7 @@
 
     <_system> system text <_user> question <_bot> answer <_end> <_user> question <_bot> answer <_end> ...
 
-`<_system>` is there only if the dialogue has a system message. There is no BOS but TeleChat2's `<_start>`: the first
+`<_system>` is there only if the dialogue has a system message. Only TeleChat2 has a BOS, `<_start>`: the first
 marker is where a dialogue begins, in training as in chat.
 
 The ids are those of the released code, of which there are two kinds. Where markers are ids, every text is encoded

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tele_jax.data.messages import Message, check, says_nothing
+from tele_jax.data.messages import Message, check, is_blank
 from tele_jax.errors import UserError
 from tele_jax.files import Table
 from tele_jax.settings import DEFAULT_DIALOGUES, DialogueConfig
@@ -102,7 +102,7 @@ def from_record(record: object, format: str = "dialogues", how: DialogueConfig =
         raise UserError("the field 'messages' of the record is not understood; take it out, or the record")
     read = READERS[found[0]][1](dict(record))
     for field, value in read.items():
-        if field not in _UNDERSTOOD and not says_nothing(value):
+        if field not in _UNDERSTOOD and not is_blank(value):
             raise UserError(f"the field {field!r} of the record is not understood; take it out, or the record")
     messages = _messages(_list(read["messages"], "messages"))
     messages = _with_system(messages, read.get("system"), _tools(read.get("tools")), how.system)
@@ -134,7 +134,7 @@ def _messages(said: Sequence[Any]) -> list[Message]:
     for i, entry in enumerate(said):
         if not isinstance(entry, Mapping):
             raise UserError(f'messages[{i}] is not a table of the strings "role" and "content"')
-        message = {key: value for key, value in entry.items() if not says_nothing(value)}
+        message = {key: value for key, value in entry.items() if not is_blank(value)}
         message["content"] = _content(message.get("content"), f"messages[{i}].content")
         role = message.get("role")
         if role == "developer":

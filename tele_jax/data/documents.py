@@ -311,7 +311,7 @@ def too_long_notes(where: str, *, split: int, shortened: int, dropped: int) -> l
     """Says in lines what became of dialogues that are longer than a row."""
     said = {
         "were split at turns": split,
-        "lost turns or text": shortened,
+        "were cut to fit": shortened,
         "were left out": dropped,
     }
     return [f"{where}: {n:,} dialogues were longer than a row and {what}" for what, n in said.items() if n]

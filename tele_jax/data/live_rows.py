@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from tele_jax.data import feed, pool
+from tele_jax.data import feed
 from tele_jax.data.documents import Documents
 from tele_jax.data.domains import OpenData
+from tele_jax.data.shuffled_domains import ShuffledDomains
 from tele_jax.errors import UserError
 
 
@@ -57,7 +58,8 @@ def read(
     domains: dict[str, Any] = {name: _Noted(name, each, notes) for name, each in opened.train.items()}
     rates = {name: opened.data.sources[name].rate for name in domains}
     if copies is not None:
-        domains, rates = {pool.NAME: pool.Pool(domains, copies)}, {pool.NAME: 1.0}
+        together = ShuffledDomains(domains, copies)
+        domains, rates = {together.name: together}, {together.name: 1.0}
     batches = feed.open_feed(opened, batch_size=1, seed=seed, domains=domains, rates=rates, packed=packed)
     try:
         for number in range(first + count):

@@ -24,17 +24,17 @@ def weight_of(message: Message) -> int | float:
     return 1 if weight is None or weight == 1 else float(weight)
 
 
-def says_nothing(value: object) -> bool:
+def is_blank(value: object) -> bool:
     """Tells whether a field may be overlooked: it is null or an empty list."""
     return value is None or (isinstance(value, list) and not value)
 
 
 def _check_fields(i: int, message: Mapping[str, object]) -> None:
-    """Raises UserError for marks that cannot be obeyed, and for what is not understood."""
+    """Raises UserError for invalid marks, and for what is not understood."""
     answers = message["role"] in ("assistant", "bot")
     marks = set()
     for field, value in message.items():
-        if field in ("role", "content") or says_nothing(value):
+        if field in ("role", "content") or is_blank(value):
             continue
         if field not in MARKS:
             raise UserError(f"messages[{i}]: the field {field!r} is not understood; take it out, or the record")

@@ -24,8 +24,8 @@ class SftStage(TrainStage):
     """Fine-tuning has the fields of all training stages, and these; its optimizer starts anew, on other goals."""
 
     kind: Literal["sft"]
-    # A row holds several dialogues, none of which sees another. False: one, so that a batch counts dialogues, and ends
-    # where its longest does, rounded up to an eighth of seq_len: a program is compiled for each of these lengths.
+    # A row holds several dialogues, with no attention between them. False: one dialogue a row. The batch is trimmed to
+    # its longest row, rounded up to an eighth of seq_len, so that at most eight programs are compiled.
     packed: bool = True
     # The loss is the mean over all learned tokens of a batch, or over its dialogues, of each of which it is the mean.
     # (Of a dialogue that is split over rows, each part counts as one.)

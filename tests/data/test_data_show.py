@@ -44,6 +44,14 @@ def show(page, capsys, *flags):
     return json.loads(out.read_text()), capsys.readouterr().out
 
 
+def test_lines_that_cannot_be_used_are_told_in_a_note(page, capsys, recwarn):
+    with (page.parent / "chat.jsonl").open("a") as file:
+        file.write('{"messages": 3}\n')
+    figures, text = show(page, capsys)
+    assert figures["notes"][0].startswith("sources.chat.files: 1 of 4 documents cannot be used; the first is ")
+    assert figures["notes"][0] in text and not recwarn.list
+
+
 def test_the_rows_of_a_stage_are_shown_as_it_reads_them(page, capsys):
     figures, text = show(page, capsys, "--count", "6")
     stage = run_config(load_page(str(page))).stages["tune"]
@@ -59,7 +67,7 @@ def test_the_rows_of_a_stage_are_shown_as_it_reads_them(page, capsys):
     assert any(re.fullmatch(rf"{file}, byte 0", note) for note in notes)
     assert any(re.fullmatch(rf"{file}, byte \d+, split: turns 1 to \d of 5", note) for note in notes)
     assert any(re.fullmatch(rf"{file}, byte \d+, cut to 40 positions", note) for note in notes)
-    assert "were split at turns" in text and "lost turns or text" in text
+    assert "were split at turns" in text and "were cut to fit" in text
     assert re.search(r"^\+0\.42 Yes\.⟦<_end>⟧$", text, re.MULTILINE) and re.search(
         r"^\+ .*⟦<_end>⟧⟦<_user>⟧", text, re.M
     )

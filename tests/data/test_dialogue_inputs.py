@@ -65,8 +65,8 @@ def long_talk(turns, words=3):
 @pytest.mark.parametrize(
     ("too_long", "counts", "said"),
     [
-        ("split", {"split": 1, "shortened": 1}, ["1 .* were split at turns", "1 .* lost turns or text"]),
-        ("cut", {"shortened": 2}, ["2 .* lost turns or text"]),
+        ("split", {"split": 1, "shortened": 1}, ["1 .* were split at turns", "1 .* were cut to fit"]),
+        ("cut", {"shortened": 2}, ["2 .* were cut to fit"]),
         ("drop", {"dropped": 2}, ["2 .* were left out"]),
     ],
 )
@@ -108,7 +108,7 @@ def test_a_state_of_split_dialogues_is_not_one_of_cut_dialogues(model_file, tmp_
 
 def test_a_row_that_is_too_short_for_any_dialogue_is_named(model_file, tmp_path):
     path = caches.write_lines(tmp_path / "a.jsonl", [long_talk(5)])
-    refused(page(model_file, path), "max_tokens=3: a dialogue needs at least 4", seq_len=2)
+    refused(page(model_file, path), "seq_len=2: a row of dialogues needs at least 3 tokens", seq_len=2)
     dropped = page(model_file, path, DialogueConfig(too_long="drop"))
     message = r"not one dialogue is left, all are longer than a row of seq_len=48 tokens; give longer rows"
     refused(dropped, rf"sources\.chat\.files: {message}", seq_len=48)

@@ -136,6 +136,15 @@ def test_epochs_of_what_has_none_are_refused(files):
         sft.batches(made, sources.Indexes())
 
 
+def test_rows_too_short_for_a_dialogue_are_named_as_what_they_are(files):
+    with pytest.raises(UserError, match=r"^seq_len=2: a row of dialogues needs at least 3 tokens"):
+        sft.batches(stage(files, steps=1, seq_len=2), sources.Indexes())
+
+
+def test_a_feed_of_copies_is_named_by_its_domains(files):
+    assert sft.batches(stage(files, epochs=1), sources.Indexes()).domains == ["en + zh"]
+
+
 def test_the_mean_over_dialogues_gives_each_the_same_weight(files):
     made = stage(files, steps=3, mean_over="dialogues")
     _, _, plain = read(sft.batches(stage(files, steps=3), sources.Indexes()), 3)

@@ -8,14 +8,15 @@ import numpy as np
 from tele_jax.data import order, packing
 from tele_jax.data.documents import Documents, Reject
 
-NAME = "all dialogues"  # of the one domain that a feed sees
 
+class ShuffledDomains:
+    """Several domains as one: documents.Documents.
 
-class Pool:
-    """Domains as one domain: documents.Documents.
+    An epoch has every document of a domain floor(copies) times, and a fixed share of them, the fraction of copies, once
+    more. That share is chosen by a hash of the domain's name.
 
-    An epoch has floor(copies) times every document of a domain, and once more a share of them that is as large as the
-    fraction of copies: always the same ones, chosen by a hash of the domain's name.
+    Attributes:
+      name: the names of the domains, joined.
     """
 
     format = "dialogues"
@@ -24,6 +25,7 @@ class Pool:
 
     def __init__(self, domains: Mapping[str, Documents], copies: Mapping[str, float]):
         """copies: above 0, by name of the domain."""
+        self.name = " + ".join(domains)
         self.rejected: Sequence[Reject] = ()  # every domain tells of its own
         self.num_rejected = 0
         self._domains = list(domains.values())
