@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is missi
 
 from tests.convert import torch_models  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 torch.set_num_threads(1)  # the models are tiny
 
 

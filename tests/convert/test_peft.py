@@ -17,6 +17,7 @@ from tele_jax.convert.files import DTYPES, read_directory, read_header
 from tele_jax.errors import UserError
 from tests.checkpoint.trees import params as random_params
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 NTK = tele.Rope(ntk=tele.Ntk())
 CFG = tele.ModelConfig(
     num_layers=2, embed_dim=24, num_heads=4, num_kv_heads=2, head_dim=6, mlp_dim=40, vocab_size=50, max_seq_len=64,

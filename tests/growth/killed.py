@@ -1,15 +1,17 @@
 """Streams growths that are killed on the way; run by test_stream.py, never imported.
 
-python -m tests.growth.killed WORK: saves WORK/src, streams it undisturbed into WORK/all, counting what that does to the
-file system, and then, always from a fork,
+python -m tests.growth.killed WORK [SHARE]: saves WORK/src, streams it undisturbed into WORK/all, counting what that
+does to the file system, and then, always from a fork,
   into WORK/chain<i>    again and again, ended by SIGKILL at a random one of these events, until it is complete;
   into WORK/late<i>     once, ended at one of the last events, where it becomes the checkpoint; then undisturbed;
   into WORK/timed<i>    ended from outside after a random time; then undisturbed;
   into WORK/shards      from three processes at once, one of which is killed and started again.
-Prints, as JSON, how often each was killed and what is left in WORK.
+Prints, as JSON, how often each was killed and what is left in WORK. Without SHARE, all of the
+kills below are made, 25 and more; the test makes a quarter of them.
 """
 
 import json
+import math
 import os
 import random
 import signal
@@ -96,8 +98,9 @@ def fork(function, *args, **kwargs):
     return wait
 
 
-def main(work: Path) -> dict:
+def main(work: Path, share: float = 1.0) -> dict:
     chance = random.Random(0)
+    chained, late, timed = (math.ceil(share * n) for n in (CHAINED_KILLS, LATE_KILLS, TIMED_KILLS))
     fork(save, work / "src")()
     began = time.monotonic()
     total = fork(stream, work, "all")()
@@ -105,14 +108,14 @@ def main(work: Path) -> dict:
 
     kills = {"chain": 0, "late": 0, "timed": 0, "shards": 0}
     chain = 0
-    while kills["chain"] < CHAINED_KILLS or not (work / f"chain{chain}").exists():
+    while kills["chain"] < chained or not (work / f"chain{chain}").exists():
         chain += (work / f"chain{chain}").exists()
         kills["chain"] += fork(stream, work, f"chain{chain}", chance.randrange(1, total // 2))() is None
-    for i in range(LATE_KILLS):
+    for i in range(late):
         kills["late"] += fork(stream, work, f"late{i}", total - 3 * i)() is None
         if not (work / f"late{i}").exists() or (work / f"late{i}.partial/header.json").exists():
             assert fork(stream, work, f"late{i}")()
-    for i in range(TIMED_KILLS):
+    for i in range(timed):
         child = fork(stream, work, f"timed{i}")
         time.sleep(chance.uniform(0.0, seconds))
         os.kill(child.pid, signal.SIGKILL)
@@ -127,4 +130,4 @@ def main(work: Path) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]))))
+    print(json.dumps(main(Path(sys.argv[1]), *map(float, sys.argv[2:]))))

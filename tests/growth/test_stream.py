@@ -189,15 +189,13 @@ def test_progress_and_figures(src, finely_cut, exact, tmp_path):
 
 
 def test_a_kill_at_any_moment_changes_nothing(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.growth.killed", str(tmp_path)], capture_output=True, text=True, timeout=300
-    )
+    run = [sys.executable, "-m", "tests.growth.killed", str(tmp_path), "0.25"]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     kills = json.loads(done.stdout)["kills"]
-    assert kills["chain"] + kills["late"] + kills["timed"] >= 20
-    assert kills["shards"] == 1
+    assert kills["chain"] >= 4 and kills["late"] == 2 and kills["shards"] == 1
     finished = [path for path in tmp_path.iterdir() if path.suffix != ".partial" and path.name != "src"]
-    assert len(finished) > 10
+    assert len(finished) >= 5
     for path in finished:
         assert not list(checkpoint.verify(checkpoint.open_lazy(path)))
         same_files(path, tmp_path / "all")
