@@ -175,7 +175,9 @@ def test_sigterm_to_one_process_stops_all_with_the_state_saved(stopped):
     assert sorted(path.name for path in aside.parent.iterdir()) == [aside.name]
 
 
-def test_four_processes_go_on_from_two_and_one_from_four(place, one, stopped):
+@pytest.fixture(scope="module")
+def four(place, stopped):
+    """That of four processes, which went on from what the two had saved and lost one at the last step."""
     workdir = place / "four"
     shutil.copytree(stopped[0], workdir)
     with Processes(4, place / "small.py", workdir) as four:
@@ -184,18 +186,16 @@ def test_four_processes_go_on_from_two_and_one_from_four(place, one, stopped):
         # The heartbeat would end them after a minute; a launcher does not wait so long, and nor does this test.
     shutil.rmtree(workdir / "small" / "checkpoints" / "12", ignore_errors=True)
     (workdir / "small" / "summary.json").unlink(missing_ok=True)
+    return workdir
+
+
+def test_two_processes_go_on_from_four_and_train_grow_and_train_as_one_does(place, one, four):
+    workdir = four
     assert checkpoint.open_lazy(workdir).step == 8, "written by four processes"
-    with Processes(1, place / "small.py", workdir) as alone:
-        [(code, said)] = alone.wait()
-    assert code == 0 and "goes on at step 8 of 12" in said, said
-    assert_same_stage(workdir, one, "small")
-
-
-def test_two_processes_train_grow_and_train_as_one_does(place, one, stopped):
-    workdir = stopped[0]
     with Processes(2, place / "all.py", workdir) as two:
         outcomes = two.wait()
     assert [code for code, _ in outcomes] == [0, 0], outcomes
+    assert "goes on at step 8 of 12" in outcomes[0][1]
     for stage in ("small", "large"):
         assert_same_stage(workdir, one, stage)
     assert (workdir / "grow" / "plan.json").read_text() == (one / "grow" / "plan.json").read_text()
