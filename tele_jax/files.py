@@ -318,7 +318,7 @@ def _json_value(value: object) -> Json:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def expand(patterns: Sequence[str], where: str) -> tuple[str, ...]:
+def expand(patterns: Sequence[str], where: str, *, hint: str = "") -> tuple[str, ...]:
     """Returns the files that the glob patterns match (`**` crosses directories), each once, sorted.
 
     A path that exists is taken literally, whatever brackets or stars its name has. A file that two paths reach (`a.txt`
@@ -327,6 +327,7 @@ def expand(patterns: Sequence[str], where: str) -> tuple[str, ...]:
     Args:
       patterns: paths and glob patterns.
       where: names the patterns in messages.
+      hint: ends the message where no file matches.
 
     Raises:
       UserError: a pattern matches no file, or something else than a plain file.
@@ -343,7 +344,6 @@ def expand(patterns: Sequence[str], where: str) -> tuple[str, ...]:
         if not matches:
             if os.path.isdir(pattern):
                 raise UserError(f"{where}: {pattern} is a directory; give a pattern, e.g. {pattern.rstrip('/')}/*.txt")
-            hint = "; rate=0 leaves the domain out" if where.endswith(".files") else ""
             raise UserError(f"{where}: no file matches {pattern}{hint}")
         found.update(matches)
     first: dict[str, str] = {}

@@ -29,7 +29,7 @@ VERBS = {
     "export": "write a checkpoint for other programs to read",
     "tokenizer": "train or inspect a tokenizer",
     "data": "fetch and clean text, make training rows of it, look at them",
-    "sft": "prepare fine-tuning: select the few of many dialogues",
+    "sft": "select dialogues for fine-tuning",
     "generate": "continue a prompt",
     "chat": "talk to a fine-tuned model",
     "eval": "find out how good a model is",

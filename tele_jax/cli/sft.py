@@ -11,13 +11,17 @@ from tele_jax.files import Table
 from tele_jax.selection import pipeline
 from tele_jax.selection.settings import select_config
 
+DONE = {"read": "read", "features": "turned into features", "scores": "scored"}  # phases of a selection
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=type(parser))
-    text = "select the few of many dialogues to fine-tune on"
+    text = "select dialogues for fine-tuning"
     select = actions.add_parser("select", help=text, description=text)
     flag(select, "--config PAGE", "page, as configs/data/select_pool.py", required=True)
     flag(select, "--out DIR", "directory to write; an unfinished selection in it goes on", required=True)
+    help = "directory of results to keep, for selections with other bands, counts or methods; default: DIR/unfinished"
+    flag(select, "--results PATH", f"{help}, until the selection is complete")
     flag(select, "--workers N", "processes for what needs no model; default: 1", int, default=1)
     select.epilog = "example: tele sft select --config configs/data/select_pool.py --out few --config.count=1000"
 
@@ -31,11 +35,12 @@ def run(args: argparse.Namespace) -> Outcome:
 
     def progress(what: str, done: int, total: int) -> None:
         if what not in bars:
-            bars[what] = Progress(what, unit="chunks")
+            bars[what] = Progress(what, unit=f"chunks {DONE[what]}")
         bars[what](done, total)
 
     start = time.monotonic()
-    summary = pipeline.select(config, args.out, workers=args.workers, say=note, progress=progress)
+    how = {"results": args.results, "workers": args.workers}
+    summary = pipeline.select(config, args.out, **how, say=note, progress=progress)
     seconds = time.monotonic() - start
     text = f"{_fates(summary)}\n\n{_categories(summary)}\n"
     text += (

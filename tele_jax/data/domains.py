@@ -285,7 +285,7 @@ def require_other_files(data: DataConfig) -> None:
 
 def _paths(patterns: Sequence[str], where: str, *, missing_ok: bool) -> tuple[str, ...]:
     try:
-        return expand(patterns, where) if patterns else ()
+        return sources.expand_domain(patterns, where) if patterns else ()
     except UserError:
         if missing_ok:
             return ()

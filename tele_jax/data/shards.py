@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from tele_jax.config import as_written
-from tele_jax.data import documents, domains, encode, packing
+from tele_jax.data import documents, domains, encode, packing, sources
 from tele_jax.data.cache import LENGTH_BINS, Counts, Shard, file_crc32
 from tele_jax.data.dialogue_formats import DIALOGUES
 from tele_jax.data.documents import Document
@@ -27,7 +27,7 @@ from tele_jax.data.templates import separator
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import DamageError, FailedError, UserError
 from tele_jax.extras import need
-from tele_jax.files import Table, expand, parse_json, replacing, write_file
+from tele_jax.files import Table, parse_json, replacing, write_file
 from tele_jax.settings import DEFAULT_DIALOGUES, CacheConfig, DialogueConfig, SourceConfig
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def plan(config: CacheConfig) -> list[Unit]:
         domains.check_format(domain, source.format, config.kind)
         parts: dict[int, list[Part]] = {}
         before = 0
-        for path in expand(source.files, f"sources.{domain}.files"):
+        for path in sources.expand_domain(source.files, f"sources.{domain}.files"):
             with documents.open_text(path) as file:
                 size = os.fstat(file.fileno()).st_size
                 is_whole = source.format == "text" or documents.is_array(file, source.format)

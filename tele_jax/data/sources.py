@@ -150,6 +150,11 @@ def span_bytes_for(seq_len: int) -> int:
     return max(SPAN_BYTES, SPAN_BYTES_PER_TOKEN * seq_len)
 
 
+def expand_domain(patterns: Sequence[str], where: str) -> tuple[str, ...]:
+    """Returns the files of a domain, as files.expand, whose messages it ends with a hint."""
+    return expand(patterns, where, hint="; rate=0 leaves the domain out" if where.endswith(".files") else "")
+
+
 def index(
     where: str,
     name: str,
@@ -176,7 +181,7 @@ def index(
       UserError: a pattern that matches nothing; a file that is empty or compressed; not one document that can be used
         (with the place of the first, and why).
     """
-    return _index(where, name, expand(patterns, where), format, [span_bytes], how)[span_bytes]
+    return _index(where, name, expand_domain(patterns, where), format, [span_bytes], how)[span_bytes]
 
 
 def _index(
@@ -282,7 +287,7 @@ class Indexes:
         span_bytes: int = WHOLE,
         how: DialogueConfig = DEFAULT_DIALOGUES,
     ) -> Corpus:
-        files = expand(patterns, where)
+        files = expand_domain(patterns, where)
         span_bytes = WHOLE if format in DIALOGUES else span_bytes
         stamps, read = _stamps(files), (how.learned, how.system) if format in DIALOGUES else ()
         key = (stamps, format, span_bytes, read)

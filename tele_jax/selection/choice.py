@@ -178,7 +178,7 @@ def _by_clusters(config: SelectConfig, left: Candidates, rows: np.ndarray, order
             picked = k_centre(left.features[members], int(nearest_first[0]), number)
         elif config.clusters.within == "nearest":
             picked = nearest_first[:number]
-        elif config.clusters.within == "hardest":  # the question helps, but least
+        elif config.clusters.within == "hardest":  # highest difficulty among those left
             picked = np.lexsort((left.ids[members], -left.difficulty[members]))[:number]
         else:
             picked = np.argsort(order[members], kind="stable")[:number]

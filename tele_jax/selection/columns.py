@@ -1,4 +1,7 @@
-"""The fate of every sample, and what is known of it, as columns: some 100 bytes a sample."""
+"""Columns with the fate and the scores of every sample: some 100 bytes a sample.
+
+The fate of a sample tells whether it was selected, and if not, why.
+"""
 
 import dataclasses
 
@@ -16,7 +19,7 @@ class Columns:
     Attributes:
       fate: int32[N]: LEFT, SELECTED, or the place of (stage, reason) in `reasons`.
       category: int32[N], place in `categories`, which is sorted once all chunks are added.
-      copy_of: int64[N], number of the sample that a copy was dropped for; -1 for others.
+      copy_of: int64[N], number of the sample kept in the place of a copy; -1 for others.
       tokens, loss, alone: see scores.Scores; 0 and NaN without a score.
       cluster, distance: see choice.assign; -1 and NaN for samples that were dropped.
       place: float32[N, 2], in the picture of the report.
@@ -70,9 +73,9 @@ class Columns:
         """Returns how many samples a stage dropped for a reason."""
         return int((self.fate == self.reasons.index((stage, reason))).sum()) if (stage, reason) in self.reasons else 0
 
-    def dropped_by(self, stage: str) -> np.ndarray:
-        """Tells which samples a stage dropped, bool[N]."""
-        return np.isin(self.fate, [i for i, (name, _) in enumerate(self.reasons) if name == stage])
+    def dropped_by(self, *stages: str) -> np.ndarray:
+        """Tells which samples the stages dropped, bool[N]."""
+        return np.isin(self.fate, [i for i, (name, _) in enumerate(self.reasons) if name in stages])
 
     def name(self, row: int) -> str:
         """The category of a sample."""

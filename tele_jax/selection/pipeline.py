@@ -1,10 +1,11 @@
-"""A selection from beginning to end, into a directory. What is finished of each chunk is kept until the end.
+"""A selection from beginning to end, into a directory. Results of finished chunks are kept until the end, or for ever.
 
 DIR/selected.jsonl   {"messages", "category", "id"} a line, in the order of the pool
-DIR/manifest.jsonl   a line for each sample of the pool: where it is, its scores, its cluster, and its fate
-DIR/report.html      counts, clusters, lengths, and samples of what was taken and dropped
+DIR/manifest.jsonl   a line for each sample of the pool: where it is, its scores, its cluster, and its fate:
+                     whether it was selected, and if not, why
+DIR/report.html      counts, clusters, lengths, and samples that were taken and dropped
 DIR/summary.json     the counts and the page; written last: with it the selection is complete
-DIR/unfinished/      results of chunks, until the selection is complete
+DIR/unfinished/      until the selection is complete: results of chunks, if no other directory is named for them
 """
 
 import contextlib
@@ -38,6 +39,7 @@ def select(
     config: SelectConfig,
     out: str | Path,
     *,
+    results: str | Path | None = None,
     workers: int = 1,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda what, done, total: None,
@@ -47,7 +49,10 @@ def select(
     The files are the same on any number of workers, and after any number of interruptions.
 
     Args:
-      out: does not exist, or holds an unfinished selection of the same page and files, which goes on.
+      out: does not exist, or holds an unfinished selection of the same files and page, which goes on. The page may have
+        another count, method, quotas, balance, bands or choice among clusters, see SelectConfig.of_results.
+      results: directory of the results of chunks, which is kept, and serves other selections in the same way; None:
+        in `out`, until the selection is complete.
       workers: processes for what needs no model.
       say: gets lines about what takes long.
       progress: gets the name of a phase, and how many of how many chunks are done.
@@ -59,10 +64,15 @@ def select(
     out = Path(out)
     if (out / "summary.json").exists():
         raise UserError(f"{out}: holds a complete selection, and is not overwritten; choose another directory")
-    _check(config)
+    judges = _examine(config)
     pool = samples.index(config.sources)
-    say(f"{len(pool):,} samples in {len(pool.files):,} files")
-    with _unfinished(out, _identity(config, pool)) as directory, work.Workers(workers) as processes:
+    say(f"{len(pool):,} samples in {len(pool.files):,} {'file' if len(pool.files) == 1 else 'files'}")
+    identity = _identity(config, pool) | judges
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(_held(out / "unfinished", out, identity))
+        if results is not None:
+            directory = stack.enter_context(_held(Path(results), Path(results), identity))
+        processes = stack.enter_context(work.Workers(workers))
         table = Run(config, pool, directory, processes, progress).all()
         summary = output.write(out, directory, config, pool, table)
         write_json(out / "summary.json", summary)
@@ -70,37 +80,39 @@ def select(
     return summary
 
 
-def _check(config: SelectConfig) -> None:
-    """Raises UserError for packages, benchmarks and models that are missing: now, and not after the reading."""
-    for module in ("sklearn.cluster", "rensa", "pycld2"):
+def _examine(config: SelectConfig) -> Table:
+    """Returns the identities of the benchmarks and of the model.
+
+    Raises UserError where one of them or a package is missing: now, and not after the reading.
+    """
+    copies = "duplicates" in config.stages and "minhash" in config.duplicates.methods
+    packages = {"sklearn.cluster": True, "rensa": copies, "pycld2": "rules" in config.stages}
+    for module in (name for name, is_needed in packages.items() if is_needed):
         need(module, how="pip install tele_jax[select]")
+    benchmarks = None
     if "overlap" in config.stages and config.overlap is not None:
-        screening.load_benchmarks(config.overlap)
+        benchmarks = hashlib.sha256(screening.load_benchmarks(config.overlap).tobytes()).hexdigest()
+    return {"benchmarks": benchmarks, "model": None if config.model is None else scores.examine(config.model)}
 
 
 def _identity(config: SelectConfig, pool: Pool) -> Table:
-    """Returns all that results of chunks depend on: how many samples are chosen at the end, and how, is no part."""
-    model = None if config.model is None else scores.examine(config.model)
-    page = to_dict(config)
-    for name in ("count", "method", "quotas", "balance"):
-        del page[name]
-    for name in ("within", "balance"):
-        del page["clusters"][name]
-    digest = hashlib.sha256(json.dumps(page, sort_keys=True).encode()).hexdigest()
+    """Returns what results of chunks depend on in the page and the files of the pool."""
+    page = json.dumps(to_dict(config.of_results()), sort_keys=True)
     files = {path: list(file) for path, file in pool.files.items()}
-    return {"format": FORMAT, "page": digest, "files": files, "model": model}
+    return {"format": FORMAT, "page": hashlib.sha256(page.encode()).hexdigest(), "files": files}
 
 
 @contextlib.contextmanager
-def _unfinished(out: Path, identity: Table) -> Iterator[Path]:
-    directory = out / "unfinished"
-    known = directory / "selection.json"
-    if not known.exists() and out.exists() and (not out.is_dir() or set(os.listdir(out)) - {directory.name}):
-        raise UserError(f"{out}: is there already and holds something else; choose another directory")
-    with held_alone(directory / "lock", f"{out}: another process is selecting into it"):
+def _held(directory: Path, top: Path, identity: Table) -> Iterator[Path]:
+    """Holds a directory of results; top: it, or the directory above it, which holds nothing else."""
+    known, own = directory / "selection.json", "lock" if directory == top else directory.name
+    if not known.exists() and top.exists() and (not top.is_dir() or set(os.listdir(top)) - {own}):
+        raise UserError(f"{top}: is there already and holds something else; choose another directory")
+    with held_alone(directory / "lock", f"{top}: another process is selecting into it"):
         if known.exists() and read_json(known) != identity:
-            what = "another page, other files or another model"
-            raise UserError(f"{out}: holds an unfinished selection of {what}; remove it, or choose another directory")
+            what = "results" if directory == top else "an unfinished selection"
+            what += " of another page, other files or another model"
+            raise UserError(f"{top}: holds {what}; remove it, or choose another directory")
         write_json(known, identity)
         yield directory
 
@@ -116,15 +128,17 @@ class Run:
     progress: Progress
 
     def all(self) -> Columns:
-        """Runs all phases; returns the fate of every sample."""
+        """Runs all phases; returns the columns, with whether each sample was selected, and if not, why."""
         self.on_chunks("read")
         table = self.columns()
+        self.check_counts(table)
         if "duplicates" in self.config.stages:
             self.drop_copies(table)
+            self.check_counts(table)
         if self.config.model is not None:
             self.score(table)
         left = np.flatnonzero(table.fate == LEFT)
-        features = self.cluster(table, left)
+        rows = self.cluster(table, left)
         candidates = choice.Candidates(
             left,
             np.array(table.categories)[table.category[left]],
@@ -132,7 +146,7 @@ class Run:
             table.cluster[left],
             table.distance[left],
             table.difficulty[left],
-            features,
+            rows,
         )
         chosen = choice.choose(self.config, candidates, table.categories)
         table.fate[left[chosen]] = SELECTED
@@ -159,6 +173,12 @@ class Run:
                 f"{chunk.spans[first - chunk.first, 2]}: {why}"
             )
         return table
+
+    def check_counts(self, table: Columns) -> None:
+        """Raises UserError, before what takes long, for quotas and a count that what is left does not fulfil."""
+        left = np.bincount(table.category[table.fate == LEFT], minlength=len(table.categories))
+        sizes = {name: int(size) for name, size in zip(table.categories, left, strict=True) if size}
+        choice.allot(self.config, sizes, table.categories)
 
     def drop_copies(self, table: Columns) -> None:
         """Drops all but the first of the samples that are alike."""
@@ -206,10 +226,10 @@ class Run:
 
     def cluster(self, table: Columns, left: np.ndarray) -> "_Rows":
         """Fills in clusters, distances and places in the picture of the samples `left`, and returns their features."""
-        most = self.config.clusters.fit_samples
-        fitted = np.sort(left[np.argsort(choice.shuffled(left, self.config.seed), kind="stable")[:most]])
-        if self.config.clusters.features == "hashed":
-            self._hash(set(fitted.tolist()))
+        fitted = self._fitted(left)
+        if self.config.clusters.features == "hashed":  # of samples outside the bands too: other bands share the results
+            read = (table.fate == LEFT) | table.dropped_by("difficulty", "perplexity")
+            self._hash(set(self._fitted(np.flatnonzero(read)).tolist()))
         every = self._features()
         mean = every[fitted].mean(0, dtype=np.float64) if len(fitted) else np.zeros(every.shape[1])
         rows = _Rows(every, left, mean)
@@ -222,6 +242,11 @@ class Run:
                 table.place[places] = part @ axes
             table.centres = centres @ axes
         return rows
+
+    def _fitted(self, rows: np.ndarray) -> np.ndarray:
+        """The rows that features or centres are computed from, in order."""
+        order = np.argsort(choice.shuffled(rows, self.config.seed), kind="stable")
+        return np.sort(rows[order[: self.config.clusters.fit_samples]])
 
     def _hash(self, fitted: set[int]) -> None:
         """Makes the hashed features of all chunks."""

@@ -7,6 +7,8 @@ last norm, weighted by position (arXiv 2202.08904): later tokens have seen more.
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Sequence
 
 import jax
@@ -14,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tele_jax.axes import Params
-from tele_jax.checkpoint import chunk_files
+from tele_jax.checkpoint import adapted
 from tele_jax.config import ModelConfig as Decoder
-from tele_jax.config import require
+from tele_jax.config import require, to_dict
 from tele_jax.data.messages import weight_of
 from tele_jax.errors import FailedError
 from tele_jax.eval import model as models
@@ -31,17 +33,23 @@ SHORT = (32, 64)  # lengths of rows beside those of inference/score.py
 
 
 def examine(config: ModelConfig) -> str:
-    """Returns what names the parameters, reading no array; raises UserError for a model that cannot be used."""
+    """Returns the SHA-256 of all that decides the scores, reading no array: parameters, tokenizer and template.
+
+    Raises UserError for a model that cannot be used.
+    """
     lazy, vocabulary = models.examine(config.checkpoint, config.tokenizer)
-    path = config.checkpoint
-    _check_form(config, models.of_params(path, lazy.cfg, {}, vocabulary, lazy.provenance, template=config.template))
+    adapted.unfold(lazy)  # of adapters: their base is there, and is theirs
+    model = models.of_params(config.checkpoint, lazy.cfg, {}, vocabulary, lazy.provenance, template=config.template)
+    _check_form(config, model)
     layers = lazy.cfg.num_layers
     require(config.layer is None or config.layer <= layers, f"model.layer={config.layer}: the model has {layers}")
     most, limit = config.max_tokens or 0, lazy.cfg.max_seq_len
     require(
         most <= limit or lazy.cfg.rope.ntk is not None, f"model.max_tokens={most}: the model's max_seq_len is {limit}"
     )
-    return chunk_files.fingerprint(lazy.items["params"].values())
+    form = repr(model.template) if config.form == "template" else "plain"
+    parts = (adapted.fingerprint(lazy), to_dict(lazy.cfg), vocabulary.sha256, model.prefix, form)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _check_form(config: ModelConfig, model: models.EvalModel) -> None:

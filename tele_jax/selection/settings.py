@@ -42,7 +42,7 @@ class RulesConfig:
     truncated: bool = True  # drop answers that end inside a sentence or a bracket
     any_end: tuple[str, ...] = ()  # categories, such as quotations, whose answers may end anywhere
     repetition: bool = True  # drop answers that say the same again and again, by the limits of the cleaning room
-    echo: bool = True  # drop answers that are their question
+    echo: bool = True  # drop answers identical to the question
     # drop answers that begin with one of these, in any case
     refusals: tuple[str, ...] = (
         "as an ai", "i'm sorry, but", "i am sorry, but", "i cannot help", "i can't help", "抱歉，我无法",
@@ -61,7 +61,7 @@ class ModelConfig:
     """The model whose losses and states judge the samples."""
 
     checkpoint: str  # step, stage or work directory
-    tokenizer: str | None = None  # its file; None: in or above the checkpoint
+    tokenizer: str | None = None  # its file; None: searched in the checkpoint and the directories above it
     # how a dialogue is written: plain is one message a line, for a model that has not learned the markers of a template
     form: Literal["plain", "template"] = "plain"
     template: str | None = None  # name of the template; None: as the tokenizer and the checkpoint say
@@ -158,6 +158,24 @@ class SelectConfig:
                 (clusters and self.clusters.within == "hardest", "clusters.within='hardest'"),
             ):
                 require(not named, f"{what} needs a model; give model=dict(checkpoint=...)")
+
+    def of_results(self) -> "SelectConfig":
+        """Returns the page with one value for everything that only chooses among samples that were read and scored.
+
+        Pages for which this is equal share the results of chunks.
+        """
+        return dataclasses.replace(
+            self,
+            count=1,
+            method="random",
+            stages=tuple(name for name in self.stages if name not in ("difficulty", "perplexity")),
+            quotas={},
+            balance="equal",
+            difficulty=BandConfig(),
+            perplexity=BandConfig(),
+            clusters=ClustersConfig(count=1, dims=self.clusters.dims, fit_samples=self.clusters.fit_samples),
+            max_unreadable=0.0,
+        )
 
 
 def select_config(page: "Mapping[str, Any] | ConfigDict") -> SelectConfig:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 
 import pytest
 
@@ -156,6 +157,26 @@ def test_samples_of_benchmarks_are_dropped(pool, tmp_path):
     assert all(records[i]["messages"][0]["content"] == asked for i in gone)
 
 
+def test_other_benchmarks_under_the_same_path_are_another_selection(pool, tmp_path):
+    folder, records, _ = pool
+    overlap = {"files": (f"{tmp_path}/benchmark.jsonl",), "ngram": 13}
+    config = page(folder, stages=("overlap",), overlap=overlap, count=4000)
+    for i, message in ((0, "are to be selected"), (3, "unfinished selection of another page, other files")):
+        pools.write(tmp_path / "benchmark.jsonl", [{"question": records[i]["messages"][0]["content"]}])
+        with pytest.raises(UserError, match=message):
+            pipeline.select(config, tmp_path / "out")
+
+
+def test_only_the_packages_of_the_stages_are_asked_for(pool, tmp_path, monkeypatch):
+    for name in ("rensa", "pycld2"):
+        monkeypatch.setitem(sys.modules, name, None)
+    exact = {"methods": ("exact",)}
+    assert pipeline.select(page(pool[0], stages=("duplicates",), duplicates=exact), tmp_path / "out")["selected"] == 40
+    for stage, name in (("duplicates", "rensa"), ("rules", "pycld2")):
+        with pytest.raises(UserError, match=rf"'{name}', which is not installed: pip install tele_jax\[select\]"):
+            pipeline.select(page(pool[0], stages=(stage,)), tmp_path / "other")
+
+
 def test_lines_that_are_no_dialogues_are_counted_up_to_a_limit(pool, tmp_path):
     records = [*pool[1][:97], "{", {"messages": []}, {**pool[1][0], "category": 3}]
     pools.write(tmp_path / "x.jsonl", records)
@@ -176,7 +197,9 @@ def test_formats_of_others_are_read_from_lines_and_arrays(pool, tmp_path):
     (tmp_path / "array.jsonl").write_text(json.dumps(alpaca, ensure_ascii=False, indent=1), encoding="utf-8")
     talks = [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in asked]
     pools.write(tmp_path / "lines.jsonl", talks)
-    pipeline.select(page(tmp_path, stages=(), method="random", count=100), tmp_path / "out")
+    said = []
+    pipeline.select(page(tmp_path, stages=(), method="random", count=100), tmp_path / "out", say=said.append)
+    assert said == ["100 samples in 2 files"]
     selected = pools.read(tmp_path / "out" / "selected.jsonl")
     assert [[message["content"] for message in record["messages"]] for record in selected] == asked * 2
     lines = pools.read(tmp_path / "out" / "manifest.jsonl")
@@ -230,7 +253,7 @@ def test_what_is_wrong_is_one_line(values, message, pool, tmp_path, monkeypatch,
     (tmp_path / "page.py").write_text(PAGE.format(values.replace("FILES", f"('{pool[0]}/a.jsonl',)")))
     assert main(["sft", "select", "--config", "page.py", "--out", "out"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("tele: ") and message in error
+    assert error.startswith("tele: ") and message in error and "rate=0" not in error
 
 
 def test_the_command_prints_fates_and_categories(pool, tmp_path, capsys):
@@ -243,6 +266,7 @@ def test_the_command_prints_fates_and_categories(pool, tmp_path, capsys):
         == 0
     )
     printed = capsys.readouterr().out
+    assert "1 of 7 chunks read" in printed and "7 of 7 chunks turned into features" in printed
     assert "another language" in printed and "maths" in printed and f"{out}/selected.jsonl: 30 samples" in printed
     assert json.loads((tmp_path / "f.json").read_text())["selected"] == 30
     report = (out / "report.html").read_text()

@@ -1,19 +1,25 @@
 """A model's losses and states against the float64 reference, and the stages that stand on them."""
 
 import json
+import shutil
 
+import jax
 import numpy as np
 import pytest
 
+import tele_jax as tele
+from tele_jax import checkpoint
 from tele_jax.data import dialogue
+from tele_jax.data.templates import TEMPLATES
+from tele_jax.data.vocabulary_training import train_vocabulary
 from tele_jax.errors import UserError
 from tele_jax.eval import model as models
 from tele_jax.selection import pipeline, samples, scores
 from tele_jax.selection.samples import Sample
 from tele_jax.selection.settings import ModelConfig, select_config
 from tests import reference
+from tests.inference.test_chat import TEXTS, work_directory
 from tests.inference.test_chat import model as small_model
-from tests.inference.test_chat import work_directory
 from tests.selection import pools
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -68,7 +74,9 @@ def test_losses_with_and_without_the_question(form, work):
 
 
 @pytest.mark.parametrize("layer", [None, 1])
-def test_states_are_means_weighted_by_position(layer, work):
+def test_states_are_means_weighted_by_position(layer, work, monkeypatch):
+    monkeypatch.setattr(models.EvalModel, "score", lambda *args: iter(()))  # losses have a test of their own
+    monkeypatch.setattr(scores, "SHORT", (64,) if layer is None else (32, 64))  # rows of one length, and of two
     scorer = scores.Scorer(ModelConfig(checkpoint=str(work), layer=layer))
     model = models.load(work)
     made = [sample(*TURNS[: 2 * (1 + i % 2)], number=i) for i in range(4)] + [sample("a " * 15, "b", number=4)]
@@ -85,18 +93,54 @@ def test_states_are_means_weighted_by_position(layer, work):
     assert np.allclose(scorer.score(made[2:3]).states, found.states[2:3], atol=1e-6)
 
 
+def test_adapters_are_scored_as_the_model_that_they_make(work, tmp_path):
+    lora = tele.lora.LoraConfig(rank=2, alpha=3.0, targets=("mlp",))
+    cfg = checkpoint.open_lazy(work).cfg
+    adapters = jax.tree.map(lambda leaf: leaf + 0.1, tele.lora.init(cfg, lora, jax.random.key(0)))
+    adapter = checkpoint.adapter_for(work, lora)
+    checkpoint.save(tmp_path / "W/sft/checkpoints/5", cfg, adapters, step=5, adapter=adapter)
+    shutil.copy(work / "tokenizer.model", tmp_path / "W")
+    merged = work_directory(tmp_path / "merged", cfg, checkpoint.load(tmp_path / "W").params)
+    configs = [ModelConfig(checkpoint=str(place)) for place in (tmp_path / "W", merged, work)]
+    adapted, same, base = (scores.Scorer(config).score([sample(*TURNS)]) for config in configs)
+    assert np.allclose([adapted.loss, adapted.alone], [same.loss, same.alone], rtol=1e-6)
+    assert np.allclose(adapted.states, same.states) and abs(adapted.loss - base.loss) > 1e-3
+    assert len({scores.examine(config) for config in configs}) == 3
+    shutil.move(work, tmp_path / "away")
+    try:
+        with pytest.raises(UserError, match=r"holds adapters of the checkpoint .*, which is not there"):
+            scores.examine(configs[0])
+    finally:
+        shutil.move(tmp_path / "away", work)
+
+
+def test_scores_depend_on_the_tokenizer_and_on_the_template_that_a_checkpoint_names(work, tmp_path, monkeypatch):
+    shutil.copytree(work, tmp_path / "W")
+    config = ModelConfig(checkpoint=str(tmp_path / "W"), form="template")
+    before = scores.examine(config)
+    assert before == scores.examine(ModelConfig(checkpoint=str(work), form="template"))
+    other = train_vocabulary(TEXTS, preset="telechat_12b", vocab_size=430, character_coverage=1.0)
+    (tmp_path / "W/tokenizer.model").write_bytes(other.model)
+    after = scores.examine(config)
+    monkeypatch.setattr(models.templates, "choose", lambda *args: TEMPLATES["telechat_7b"])
+    assert len({before, after, scores.examine(config)}) == 3
+
+
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pool")
-    records = [pools.record(f"Cat {i * i % 97}?", f"mat {i * 7 % 31}", "en" if i % 3 else "zh") for i in range(60)]
+    records = [pools.record(f"Cat {i * i % 97}?", f"mat {i * 7 % 31}", "en" if i % 3 else "zh") for i in range(24)]
     records[5] = pools.record("long " * 20, "An answer.", "en")
+    records[10] = records[8]
     pools.write(folder / "a.jsonl", records)
     return folder
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(samples, "CHUNK", 30)
+    monkeypatch.setattr(samples, "CHUNK", 12)
+    monkeypatch.setattr(scores, "SHORT", (64,))  # one program, and little work
+    monkeypatch.setattr(scores, "BATCH_TOKENS", 256)
 
 
 def page(folder, work, **values):
@@ -122,7 +166,7 @@ def test_samples_outside_the_bands_are_dropped_and_a_kill_changes_nothing(pool, 
         assert line["difficulty"] == pytest.approx(line["loss"] / line["loss_alone"], rel=1e-4)
         assert line["perplexity"] == pytest.approx(np.exp(line["loss"]), rel=1e-4)
         assert (line.get("reason") == "difficulty above 1.1") == (line["difficulty"] > 1.1)
-    assert summary["dropped"][0]["samples"] == 1 and summary["left"] < 59
+    assert summary["dropped"][0]["samples"] == 1 and summary["left"] < 23
     by_cell = {}
     for line in lines:
         if line["fate"] != "dropped":
@@ -149,6 +193,40 @@ def test_samples_outside_the_bands_are_dropped_and_a_kill_changes_nothing(pool, 
         assert (tmp_path / "again" / name).read_bytes() == (once / name).read_bytes()
 
 
+@pytest.mark.parametrize("features", ["hashed", "states"])
+def test_other_bands_go_on_from_the_same_scores(features, pool, work, tmp_path, monkeypatch):
+    clusters = {"count": 4, "dims": 4, "features": features, "within": "hardest"}
+    bands = {"stages": ("difficulty",), "clusters": {**clusters, "count": 3}}
+    pipeline.select(page(pool, work, **bands), tmp_path / "once")
+    kept = tmp_path / "results"
+    first = pipeline.select(
+        page(pool, work, clusters=clusters, difficulty={"max": 5.0}), tmp_path / "first", results=kept
+    )
+    monkeypatch.setattr(scores.Scorer, "score", lambda *args: pytest.fail("scored again"))
+    second = pipeline.select(page(pool, work, **bands), tmp_path / "second", results=kept)
+    assert first["left"] != second["left"]
+    for name in ("selected.jsonl", "manifest.jsonl", "report.html", "summary.json"):
+        assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
+    with pytest.raises(UserError, match="results: holds results of another page, other files or another model"):
+        pipeline.select(page(pool, work, model={"checkpoint": str(work), "layer": 1}), tmp_path / "x", results=kept)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"quotas": {"fr": 1}}, "quotas.fr: the pool has no such category"),
+        ({"quotas": {"zh": 9}, "count": 9}, "quotas.zh=9: 8 samples are left of this category"),
+        ({"count": 25}, "count=25: 25 are to be selected, but 24 are left"),
+        ({"count": 24, "stages": ("duplicates",)}, "count=24: 24 are to be selected, but 23 are left"),
+    ],
+)
+def test_counts_that_cannot_be_are_named_before_anything_is_scored(values, message, pool, work, tmp_path, monkeypatch):
+    monkeypatch.setattr(scores, "Scorer", lambda *args: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError) as error:
+        pipeline.select(page(pool, work, **values), tmp_path / "out")
+    assert message in str(error.value)
+
+
 @pytest.mark.parametrize(
     "model, message",
     [
@@ -166,8 +244,8 @@ def test_a_model_that_does_not_fit_is_named_before_anything_is_read(model, messa
 
 def test_an_unfinished_selection_of_another_model_is_left_alone(pool, work, tmp_path):
     with pytest.raises(UserError, match="are to be selected"):
-        pipeline.select(page(pool, work, count=59), tmp_path / "out")
+        pipeline.select(page(pool, work, count=24), tmp_path / "out")
     known = tmp_path / "out" / "unfinished" / "selection.json"
     known.write_text(json.dumps(json.loads(known.read_text()) | {"model": "0"}))
     with pytest.raises(UserError, match="holds an unfinished selection of another page, other files or another model"):
-        pipeline.select(page(pool, work, count=59), tmp_path / "out")
+        pipeline.select(page(pool, work, count=24), tmp_path / "out")
