@@ -76,7 +76,7 @@ def table(summaries: Sequence[Table]) -> str:
         rows.append(
             [
                 summary["stage"],
-                f"{summary['parameters']:,}",
+                _parameters(summary),
                 f"{summary['tokens']:,}" if "tokens" in summary else "",
                 f"{summary['flops']:.2e}" if "flops" in summary else "",
                 *(_change(before.get(d), after.get(d)) for d in domains),
@@ -84,6 +84,12 @@ def table(summaries: Sequence[Table]) -> str:
             ]
         )
     return tables.text(rows, head)
+
+
+def _parameters(summary: Table) -> str:
+    """The size of the model, and how much of it was trained where that is less or adapters beside it (LoRA)."""
+    size, trained = summary["parameters"], summary.get("trained_parameters")
+    return f"{size:,}" if trained in (None, size) else f"{size:,} ({trained:,} trained)"
 
 
 def _moved(receipt: Table | None) -> str:

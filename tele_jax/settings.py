@@ -263,7 +263,7 @@ class TrainStage:
     mask_unit: Literal["steps", "tokens"] = "steps"  # a token is any position of a batch, whatever its weight
     mask_order: str | tuple[str, ...] = "together"  # or axes that grow one after another: ("embed", "mlp", ...)
     mask_shape: Literal["linear", "cosine"] = "linear"  # shape of the rise, see growth.MaskSchedule
-    lora: LoraConfig | None = None  # trains low-rank adapters of what the stage before left, and nothing else
+    lora: LoraConfig | None = None  # trains low-rank adapters on the model of the previous stage, and nothing else
     reset_optimizer: bool = False  # drops the moments of the stage before
     seed: int = 0  # seed of fresh parameters and of the order of the data
     log_every: int = 10  # steps between lines of figures
@@ -309,8 +309,8 @@ class TrainStage:
         )
         require(
             self.lora is None or not self.mask_ramp,
-            "lora and mask_ramp: adapters leave frozen what a growth added and masks would open, so that it would come "
-            "in untrained; open the masks in a stage without lora",
+            "lora and mask_ramp: lora freezes the parameters that mask_ramp would open, so new units would enter "
+            "untrained; open the masks in a stage without lora",
         )
         require(self.mask_start >= 0 and self.mask_ramp >= 0, "mask_start and mask_ramp must not be negative")
         together = isinstance(self.mask_order, str)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from tele_jax import axes
 from tele_jax.axes import Leaf, Leaves, Params, ParamSpec, PyTree
 from tele_jax.checkpoint import layout
-from tele_jax.checkpoint.adapted import open_base
+from tele_jax.checkpoint.adapted import unfold
 from tele_jax.checkpoint.lazy import Lazy, LazyArray, Read, finish, open_lazy
 from tele_jax.config import ModelConfig, differing_fields, require, require_config, require_known
 from tele_jax.errors import DamageError, UserError, abridged
@@ -75,11 +75,12 @@ def load(
     items: what to read; ("params",) needs a third of the memory. Of a checkpoint that holds adapters (adapted.py),
       "params" are those of its base with the adapters merged into them, and have no optimizer state; "adapters" are
       the adapters alone, whose moments "opt_state" then are.
-    base: where the checkpoint that was adapted lies, if it was moved.
+    base: where a checkpoint that was adapted lies, if it was moved: the base, or the lowest of a chain of adapters.
 
     Raises:
       UserError: no checkpoint there; another model, or other leaves, shapes or dtypes than expected, each named;
-        float64 or int64 leaves without jax_enable_x64; adapters whose base is not there or has another content.
+        float64 or int64 leaves without jax_enable_x64; adapters whose base is not there or has other parameters;
+        `base` where none is read.
       DamageError: something is missing or not what was written; names the leaf and the file.
     """
     for item in (items,) if isinstance(items, str) else items:
@@ -92,6 +93,7 @@ def load(
     if lazy.adapter is not None and "params" in items:
         how: Table = {"mesh": mesh, "shardings": shardings, "cfg": cfg}
         return _merged(lazy, items, base, opt_state_like, **how)
+    require(base is None, f"{lazy.path}: base={base}: only for a checkpoint of adapters (LoRA) whose params are loaded")
     own = "params" if lazy.adapter is None else "adapters"
     _check_x64(lazy, items)
     _check_expected(lazy, own, cfg, expect)
@@ -134,17 +136,21 @@ def _merged(
     shardings: Leaves | None,
     cfg: ModelConfig | None,
 ) -> Loaded:
-    """Loads a checkpoint of adapters, and its base with the adapters merged into it."""
-    assert lazy.adapter is not None  # the caller has looked
+    """Loads a checkpoint of adapters, and its base with the adapters merged into it, the lowest of a chain first."""
     wanted = {"adapters", *items} - {"params"} - (set() if "adapters" in items else {"opt_state"})
-    found = open_base(lazy, base)
-    whole = load(found.path, mesh, shardings=shardings, cfg=cfg, items=("params",))
+    bottom, upon = unfold(lazy, base)
+    params = load(bottom.path, mesh, shardings=shardings, cfg=cfg, items=("params",)).params
     mesh = mesh if shardings is None else jax.tree.leaves(shardings)[0].mesh
     like = opt_state_like if "opt_state" in wanted else None
-    own = load(lazy.path, mesh, opt_state_like=like, cfg=cfg, items=tuple(wanted))
-    where = jax.tree.map(lambda leaf: leaf.sharding, whole.params)
+    where = jax.tree.map(lambda leaf: leaf.sharding, params)
     merge = jax.jit(adapters.merge, static_argnums=(0, 3), donate_argnums=1, out_shardings=where)
-    params = merge(own.cfg, whole.params, own.adapters, lazy.adapter.lora)
+    for below in upon[:-1]:
+        more = load(below.path, mesh, cfg=cfg, items=("adapters",))
+        assert below.adapter is not None  # as unfold says
+        params = merge(more.cfg, params, more.adapters, below.adapter.lora)
+    assert lazy.adapter is not None
+    own = load(lazy.path, mesh, opt_state_like=like, cfg=cfg, items=tuple(wanted))
+    params = merge(own.cfg, params, own.adapters, lazy.adapter.lora)
     return dataclasses.replace(own, params=params, adapters=own.adapters if "adapters" in items else None)
 
 

@@ -59,13 +59,15 @@ def save(
 
     Raises:
       UserError: `path` exists; params are not what cfg describes (names the leaves that differ); a leaf or an entry of
-        the provenance cannot be stored.
+        the provenance cannot be stored; the base of `adapter` is another model than cfg.
       DamageError: the files could not be written, for instance because the disk is full.
     """
     path = locate.absolute(path)
     _require_new(path)
     state = {"opt_state": opt_state, "data_state": data_state, "adapter": adapter}
     meta, host = _prepare(path, cfg, params, spec, step=step, provenance=provenance, **state)
+    if adapter is not None:
+        adapted.require_fit(adapter, cfg)
     checkpointer = make_checkpointer(layout.ITEMS)
     try:
         with in_one_line(path):
@@ -205,6 +207,8 @@ def _prepare(
     """The meta document, and the arrays copied to the host."""
     own = "params" if adapter is None else "adapters"
     if adapter is not None:
+        made_by = f"adapter: expected what checkpoint.adapter_for(base, lora) returns, got {type(adapter).__name__}"
+        require(isinstance(adapter, layout.Adapter), made_by)
         spec = adapters.spec(cfg, adapter.lora)
         adapter = adapted.with_near_base(adapter, path)
     specs = flat_spec(cfg) if spec is None else axes.flatten(spec)

@@ -14,6 +14,8 @@ a and b carry axis names like every parameter, so that shardings, learning rates
 
 import math
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,10 +58,13 @@ def kernels(cfg: ModelConfig, lora: LoraConfig) -> dict[str, ParamSpec]:
 
 
 def spec(cfg: ModelConfig, lora: LoraConfig) -> Params:
-    """The tree of adapters as axes.ParamSpec leaves: float32 or better; raises UserError as `kernels`."""
+    """The tree of adapters as axes.ParamSpec leaves: float32, or float64 if the parameters are.
+
+    Raises UserError as `kernels`.
+    """
+    leaves, chosen = {}, kernels(cfg, lora)
     dtype = jnp.promote_types(cfg.param_dtype, jnp.float32)
-    leaves = {}
-    for name, leaf in kernels(cfg, lora).items():
+    for name, leaf in chosen.items():
         stacked, middle = len(leaf.stack), len(leaf.stack) + len(leaf.inputs)
         stack, inward, outward = leaf.shape[:stacked], leaf.shape[stacked:middle], leaf.shape[middle:]
         leaves[f"{name}.a"] = ParamSpec((*stack, *inward, lora.rank), dtype, leaf.stack, leaf.inputs, ("rank",))
@@ -104,20 +109,20 @@ def attach(cfg: ModelConfig, params: Params, adapters: Params, lora: LoraConfig)
 
 
 def merge(cfg: ModelConfig, params: Params, adapters: Params, lora: LoraConfig) -> Params:
-    """The parameters W + scale * a b, computed in float32 or better and cast to the dtype of W last.
+    """The parameters W + scale * a b, computed in float32 (float64 for float64 W), then cast to the dtype of W.
 
     Args:
       params: nested dict of arrays, as tele.spec(cfg) describes it, of any float dtype.
       adapters: nested dict of arrays, as `spec` describes it.
 
     Raises:
-      UserError: as `kernels`; names every leaf that is missing, is not expected or has another shape.
+      UserError: as `kernels`; names every leaf that is missing, is not expected, has another shape or is not of floats.
     """
     return _merged(cfg, params, adapters, lora, 1.0)
 
 
 def unmerge(cfg: ModelConfig, params: Params, adapters: Params, lora: LoraConfig) -> Params:
-    """The parameters before `merge`, but for rounding. Arguments and errors as there."""
+    """Undoes `merge`, up to rounding; arguments and errors as there."""
     return _merged(cfg, params, adapters, lora, -1.0)
 
 
@@ -129,16 +134,26 @@ def _merged(cfg: ModelConfig, params: Params, adapters: Params, lora: LoraConfig
 
 
 def check(cfg: ModelConfig, adapters: Params, lora: LoraConfig) -> None:
-    """Raises UserError as `kernels`, and where the names or shapes of adapters are not those of `spec`."""
+    """Raises UserError as `kernels`, and where names or shapes of adapters are not those of `spec`, or not floats."""
     expected = flatten(spec(cfg, lora))
     what = "lora: adapters are not those of the model and its LoraConfig"
-    check_tree(flatten(adapters), expected, what, dtypes=False)
+    check_tree(_floats(adapters, "adapters"), expected, what, dtypes=False)
+
+
+def _floats(tree: Params, name: str) -> dict[str, Any]:
+    """Flattens an argument. Raises UserError, naming it, where it is no nested dict, or has an array of no floats."""
+    require(isinstance(tree, Mapping), f"lora: {name}: expected a nested dict of arrays, got {type(tree).__name__}")
+    leaves = flatten(tree)
+    for leaf, array in leaves.items():
+        dtype = getattr(array, "dtype", jnp.float32)  # what is no array is named where shapes are compared
+        require(jnp.issubdtype(dtype, jnp.floating), f"lora: {name}: {leaf} is {dtype}, and has to be of floats")
+    return leaves
 
 
 def _checked(cfg: ModelConfig, params: Params, adapters: Params, lora: LoraConfig):
     """Returns the parameters by dotted name, and {name of a kernel: (a, b)}."""
     check(cfg, adapters, lora)
-    leaves, parts = flatten(params), flatten(adapters)
+    leaves, parts = _floats(params, "params"), flatten(adapters)
     check_tree(leaves, flat_spec(cfg), "lora: params are not those of cfg", dtypes=False)
     if twice := [name for name, leaf in leaves.items() if isinstance(leaf, Adapted)]:
         raise UserError(f"lora: params: {twice[0]} has an adapter already; merge it first")

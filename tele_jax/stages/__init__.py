@@ -116,12 +116,12 @@ def run_config(page: Mapping[str, Any] | ConfigDict) -> RunConfig:
         "config.run: no stage trains; `tele grow` grows a checkpoint",
     )
     require(
-        start is not None or first.model is not None,
-        f"config.{names[0]}.model: missing; the first stage has to say which model, or config.start where to start",
-    )
-    require(
         start is not None or not isinstance(first, TrainStage) or first.lora is None,
         f"config.{names[0]}.lora: there is nothing to adapt before the first stage; config.start names a checkpoint",
+    )
+    require(
+        start is not None or first.model is not None,
+        f"config.{names[0]}.model: missing; the first stage has to say which model, or config.start where to start",
     )
     for name in names if start is not None else names[1:]:
         require(

@@ -23,7 +23,7 @@ class Frozen:
     """
 
     def __init__(self, cfg: ModelConfig, lora: LoraConfig, previous: Path, mesh: Mesh):
-        """Loads what the stage before left, merged where it left adapters. Raises as adapter_for and load."""
+        """Loads the model of the previous stage, merged where that left adapters. Raises as adapter_for and load."""
         self.cfg, self.lora, self.spec = cfg, lora, adapters.spec(cfg, lora)
         self.adapter = checkpoint.adapter_for(previous, lora)
         loaded = checkpoint.load(previous, mesh, cfg=cfg, items=("params",))
@@ -53,7 +53,7 @@ class Frozen:
         return adapters.attach(self.cfg, self.params, trained, self.lora)
 
     def loss(self, loss: Loss) -> Loss:
-        """The loss of the whole model as one of the adapters; its `beside` is (the parameters, that of the kind)."""
+        """The whole model's loss in terms of the adapters; `beside` is (frozen parameters, the kind's own beside)."""
 
         def of_adapters(
             cfg: ModelConfig, trained: PyTree, batch: Mapping[str, jax.Array], masks: PyTree, beside: PyTree

@@ -221,7 +221,7 @@ def test_what_cannot_be_is_named_in_one_line(finished, place, tmp_path):
     with pytest.raises(UserError, match=r"config\.after\.optimizer\.new_warmup_steps .* config\.adapt trains adapters"):
         grow = {"adapt": page["adapt"], "grow": page["grow"]}
         run_config({"run": ["adapt", "grow", "after"], **grow, "after": after, "start": "somewhere"})
-    with pytest.raises(UserError, match=r"config\.adapt.*lora and mask_ramp: adapters leave frozen"):
+    with pytest.raises(UserError, match=r"config\.adapt.*lora and mask_ramp: lora freezes the parameters"):
         run_config(page | {"adapt": page["adapt"] | {"mask_ramp": 3}})
     with pytest.raises(
         UserError, match=r"config\.adapt\.lora\.targets: 'query' names none of the kernels layers.attn.k"
