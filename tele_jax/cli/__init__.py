@@ -4,9 +4,11 @@ import argparse
 import dataclasses
 import itertools
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tele_jax.config import require
 from tele_jax.errors import DamageError, FailedError, UserError, nearest
 from tele_jax.files import Table
 
@@ -56,6 +58,12 @@ def flag(parser: "argparse._ActionsContainer", names: str, help: str, type: Any 
 def switch(parser: "argparse._ActionsContainer", name: str, help: str) -> None:
     """Adds a flag without a value, which is False unless it is given."""
     parser.add_argument(name, help=help, action="store_true")
+
+
+def refuse_flags(args: argparse.Namespace, defaults: Mapping[str, object], why: str) -> None:
+    """Raises UserError, naming the flag, where one of these arguments is not its default."""
+    for name, default in defaults.items():
+        require(getattr(args, name) == default, f"--{name.replace('_', '-')}: {why}")
 
 
 def pick(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import argparse
 import os
 
 from tele_jax import checkpoint, convert, tables
-from tele_jax.cli import Outcome, Progress, flag, pick, switch
+from tele_jax.cli import Outcome, Progress, flag, pick, refuse_flags, switch
 from tele_jax.convert import FORMATS
 from tele_jax.convert.exporting import Exported, outline
 from tele_jax.data.templates import TEMPLATES
@@ -32,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     """Raises UserError and DamageError as convert.export_checkpoint."""
-    if args.list:
+    if args.list and not args.peft:
         return _list(args)
     if args.template is not None and args.format != "llama":
         raise UserError(f"--template {args.template}: only an export as llama gets a chat template")
@@ -45,9 +45,9 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def _adapters(args: argparse.Namespace) -> Outcome:
-    for name, default in (("dtype", None), ("max_seq_len", None), ("template", None)):
-        if getattr(args, name) != default:
-            raise UserError(f"--{name.replace('_', '-')}: adapters are written as they are; leave it out with --peft")
+    why = "adapters are written as they are, whole and in one file; leave it out with --peft"
+    defaults = {"shard_gb": 5, "memory_gb": 1, "list": False}
+    refuse_flags(args, defaults | dict.fromkeys(("dtype", "max_seq_len", "template", "workers")), why)
     return _outcome(args, convert.export_peft(args.src, args.dst, format=args.format))
 
 

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tele_jax import convert, count_params
-from tele_jax.cli import Outcome, Progress, flag, pick, switch
+from tele_jax.cli import Outcome, Progress, flag, pick, refuse_flags, switch
 from tele_jax.config import to_dict
 from tele_jax.convert import FORMATS
-from tele_jax.errors import UserError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +37,9 @@ def _drawing(generation: Mapping[str, Any]) -> str:
 
 
 def _adapters(args: argparse.Namespace) -> Outcome:
-    for name, default in (("dtype", None), ("vocab_size", None), ("rope_tables", "float32")):
-        if getattr(args, name) != default:
-            raise UserError(f"--{name.replace('_', '-')}: that of --base; leave it out")
+    refuse_flags(args, {"dtype": None, "vocab_size": None, "rope_tables": "float32"}, "that of --base; leave it out")
+    no_effect = "has no effect on an adapter, which is read at once; leave it out with --base"
+    refuse_flags(args, {"memory_gb": 1, "workers": None, "start_over": False}, no_effect)
     lora = convert.import_peft(args.src, args.dst, base=args.base, format=args.format)
     line = f"adapters of rank {lora.rank}, scale {lora.scale:g}, of {', '.join(lora.targets)}; base {args.base}"
     return Outcome({"lora": to_dict(lora), "base": args.base}, text=f"{line}\nwrote {args.dst}")

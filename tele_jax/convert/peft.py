@@ -3,7 +3,8 @@
 PEFT adapts modules, each with a matrix lora_A [rank, inputs] and a matrix lora_B [outputs, rank]; the tables of
 families.py say which module holds which kernel. A module of several kernels (TeleChat's key_value) reads the same input
 for all of them. What PEFT made is split exactly: the kernels share lora_A and have their own rows of lora_B. What is
-made here has one a for each, so that the module gets the sum of their ranks, and a lora_B with zeros in between.
+made here has one a for each, so that the module gets the sum of their ranks, and a lora_B with zeros in between; these
+blocks are split again on the way in.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tele_jax import checkpoint
 from tele_jax.axes import Params, ParamSpec, flatten, unflatten
 from tele_jax.config import ModelConfig, require
 from tele_jax.convert import beside, families
@@ -34,12 +36,14 @@ from tele_jax.settings import LoraConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _ENDS = "base_model.model.", {".lora_A.weight": "a", ".lora_B.weight": "b"}
-# Keys of adapter_config.json that are followed, or that change nothing about an adapter that is there; of some, the
-# values for which that is so. Any other key that is set is refused.
-_FOLLOWED = ("r", "lora_alpha", "use_rslora", "peft_type", "fan_in_fan_out")
-_IDLE = ("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
-_IDLE += ("target_modules", "exclude_modules", "lora_dropout", "layers_pattern", "megatron_core", "qalora_group_size")
-_IDLE += ("runtime_config", "loftq_config", "eva_config", "ensure_weight_tying")
+# Keys of adapter_config.json that are read; keys that do not affect a finished adapter; values of other keys that do
+# not. Any other key that is set is refused.
+_READ = {"r", "lora_alpha", "use_rslora", "peft_type", "fan_in_fan_out", "rank_pattern", "alpha_pattern"}
+_IDLE = {
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "lora_dropout", "layers_pattern", "megatron_core", "qalora_group_size",
+    "runtime_config", "loftq_config", "eva_config", "ensure_weight_tying",
+}  # fmt: skip
 _IDLE_VALUES = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}
 
 
@@ -105,7 +109,7 @@ def save_peft(
     leaves = {name: np.asarray(leaf) for name, leaf in flatten(adapters).items()}
     chosen = [m for m in modules(cfg, format).values() if any(f"{part.leaf}.a" in leaves for part in m.parts)]
     values: dict[str, np.ndarray] = {}
-    patterns: dict[str, dict[str, float]] = {"rank_pattern": {}, "alpha_pattern": {}}
+    counts: dict[Module, int] = {}
     for module in chosen:
         parts = [part for part in module.parts if f"{part.leaf}.a" in leaves]
         rank = lora.rank * len(parts)
@@ -114,10 +118,7 @@ def save_peft(
         for i, part in enumerate(parts):
             own = module.rows(b, part.turn)[..., i * lora.rank : (i + 1) * lora.rank]
             own[...] = np.moveaxis(leaves[f"{part.leaf}.b"][part.layer], 0, -1)
-        if len(parts) > 1:  # another rank with the same scale
-            patterns["rank_pattern"][_suffix(module)] = rank
-            factor = math.sqrt(len(parts)) if lora.rank_stabilized else len(parts)
-            patterns["alpha_pattern"][_suffix(module)] = lora.alpha * factor
+        counts[module] = len(parts)
         values |= {f"{_PREFIX}{module.name}{end}": m for end, m in zip(_ENDS, (np.concatenate(a), b), strict=True)}
     document = {
         "peft_type": "LORA",
@@ -131,7 +132,7 @@ def save_peft(
         "bias": "none",
         "lora_dropout": 0.0,
         "inference_mode": True,
-        **patterns,
+        **_patterns(lora, counts),
     }
     tensors = [Tensor(name, array.shape, array.dtype, ()) for name, array in values.items()]
     with new_directory(Path(os.fspath(path)), "export") as directory:
@@ -145,6 +146,16 @@ def save_peft(
     return Exported(cfg, time.monotonic() - began, len(tensors), nbytes, [WEIGHTS], [])
 
 
+def _patterns(lora: LoraConfig, kernels: Mapping[Module, int]) -> dict[str, dict[str, float]]:
+    """The ranks of modules with several adapted kernels, and alphas that keep their scale; kernels: number of these."""
+    several = {_suffix(module): count for module, count in kernels.items() if count > 1}
+    factor = math.sqrt if lora.rank_stabilized else float
+    return {
+        "rank_pattern": {name: lora.rank * count for name, count in several.items()},
+        "alpha_pattern": {name: lora.alpha * factor(count) for name, count in several.items()},
+    }
+
+
 def _suffix(module: Module) -> str:
     """The name of a module without its layer: self_attn.q_proj."""
     return module.name.split(f".{module.parts[0].layer}.", 1)[1]
@@ -152,15 +163,13 @@ def _suffix(module: Module) -> str:
 
 def export_peft(src: PathLike, dst: PathLike, *, format: str) -> Exported:
     """Writes the adapters of a checkpoint of ours as `save_peft` does. Raises UserError where it holds none."""
-    from tele_jax import checkpoint
-
     lazy = checkpoint.open_lazy(src)
     if lazy.adapter is None:
         raise UserError(f"{lazy.path}: holds parameters and no adapters, and PEFT's layout is for adapters alone")
     loaded = checkpoint.load(lazy.path, items=("adapters",))
     assert loaded.adapters is not None  # as lazy says
     done = save_peft(dst, lazy.cfg, loaded.adapters, lazy.adapter.lora, format=format)
-    note = f"adapters of {lazy.adapter.base[-1]}: PEFT loads them on what `tele export` makes of that"
+    note = f"adapters of {lazy.adapter.base[-1]}: export the base as well; PEFT loads the adapters on top of it"
     return dataclasses.replace(done, notes=[note])
 
 
@@ -176,14 +185,17 @@ def load_peft(path: PathLike, cfg: ModelConfig, format: str | None = None) -> tu
       format: one of convert.FORMATS, whose names the modules have; by default the first that fits.
 
     Raises:
-      UserError: a file is missing or damaged; the adapter does what ours cannot (DoRA, biases, other ranks for some
-        modules, whole modules: the key is named); a module that the model does not have, or not in all layers; another
-        shape; numbers that are not finite.
+      UserError: a file is missing or damaged; the adapter has what is not supported (DoRA, biases, other ranks for
+        some modules, whole modules: the key is named); a module that the model does not have, or not in all layers;
+        another shape; numbers that are not finite.
     """
     directory = Path(os.fspath(path))
-    lora = _read_config(directory)
+    lora, patterns = _read_config(directory)
     stored = _by_module(directory)
     found = _find(directory, cfg, stored, format)
+    expected = _patterns(lora, {module: len(module.parts) for module in found.values()})
+    for key, value in patterns.items() if any(patterns.values()) else ():
+        require(value == expected[key], f"{directory / CONFIG}: {key} is {value!r}, which is not supported")
     spec, dtype = kernels(cfg, LoraConfig(targets=("layers",))), jnp.promote_types(cfg.param_dtype, jnp.float32)
     leaves: dict[str, np.ndarray] = {}
     layers: dict[str, set[int | None]] = {}
@@ -192,19 +204,25 @@ def load_peft(path: PathLike, cfg: ModelConfig, format: str | None = None) -> tu
             a, b = (_read(files, stored[name][part], dtype) for part in ("a", "b"))
             own = spec[module.parts[0].leaf]
             inputs = own.shape[1 : 1 + len(own.inputs)]
+            blocks = len(module.parts) if _suffix(module) in patterns["rank_pattern"] else 1
+            rank = lora.rank * blocks
             for which, values, shape in (
-                ("A", a, (lora.rank, math.prod(inputs))),
-                ("B", b, (math.prod(module.sizes), lora.rank)),
+                ("A", a, (rank, math.prod(inputs))),
+                ("B", b, (math.prod(module.sizes), rank)),
             ):
                 where = f"{directory / WEIGHTS}: {name}.lora_{which}.weight"
                 require(values.shape == shape, f"{where}: has shape {list(values.shape)}, expected {list(shape)}")
                 require(bool(np.isfinite(values).all()), f"{where}: has numbers that are not finite")
-            for part in module.parts:
+            for i, part in enumerate(module.parts):
                 layers.setdefault(part.leaf, set()).add(part.layer)
-                for end, layer in (
-                    ("a", a.T.reshape(*inputs, -1)),
-                    ("b", np.moveaxis(module.rows(b, part.turn), -1, 0)),
-                ):
+                block = slice(i * lora.rank, (i + 1) * lora.rank) if blocks > 1 else slice(None)
+                rows = np.moveaxis(module.rows(b, part.turn), -1, 0)
+                require(
+                    not np.delete(rows, block, axis=0).any(),
+                    f"{directory / WEIGHTS}: {name}.lora_B.weight: is not made of blocks as `tele export --peft` "
+                    "writes them; other ranks for some modules are not supported",
+                )
+                for end, layer in (("a", a[block].T.reshape(*inputs, -1)), ("b", rows[block])):
                     leaf = leaves.setdefault(f"{part.leaf}.{end}", np.zeros((cfg.num_layers, *layer.shape), dtype))
                     leaf[part.layer] = layer
     for leaf, there in sorted(layers.items()):
@@ -216,17 +234,20 @@ def load_peft(path: PathLike, cfg: ModelConfig, format: str | None = None) -> tu
     return lora, jax.tree.map(jnp.asarray, unflatten(leaves))
 
 
-def _read_config(directory: Path) -> LoraConfig:
+def _read_config(directory: Path) -> tuple[LoraConfig, dict[str, Mapping[str, Any]]]:
+    """(The LoraConfig, {"rank_pattern": ..., "alpha_pattern": ...})."""
     file = directory / CONFIG
-    keys = Keys(read_table(file, missing="an adapter of PEFT has it"), str(file))
+    keys = Keys(read_table(file, missing="missing; is this a directory that PEFT wrote?"), str(file))
     kind = keys.get("peft_type", str)
     require(kind == "LORA", f"{file}: peft_type is {kind!r}, and only LORA is read")
     for name, value in keys.values.items():
-        idle = name in (*_FOLLOWED, *_IDLE) or not value or value in _IDLE_VALUES.get(name, ())
-        require(idle, f"{file}: {name} is {value!r}, which adapters of tele_jax cannot be")
+        known = name in _READ | _IDLE or not value or value in _IDLE_VALUES.get(name, ())
+        require(known, f"{file}: {name} is {value!r}, which is not supported")
+    patterns: dict[str, Mapping[str, Any]]
+    patterns = {name: keys.get(name, dict, {}) for name in ("rank_pattern", "alpha_pattern")}
     alpha, stabilized = keys.get("lora_alpha", float), keys.get("use_rslora", bool, False)
     try:
-        return LoraConfig(rank=keys.get("r", int), alpha=alpha, rank_stabilized=stabilized)
+        return LoraConfig(rank=keys.get("r", int), alpha=alpha, rank_stabilized=stabilized), patterns
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
@@ -235,7 +256,7 @@ def _by_module(directory: Path) -> dict[str, dict[str, Stored]]:
     """{module: {"a": tensor, "b": tensor}} of the file of weights."""
     file = directory / WEIGHTS
     modules: dict[str, dict[str, Stored]] = {}
-    for name, stored in read_header(file, missing="an adapter of PEFT has it; a pickle (*.bin) is not read").items():
+    for name, stored in read_header(file, missing="missing; PEFT writes it, and a pickle (*.bin) is not read").items():
         end = next((end for end in _ENDS if name.startswith(_PREFIX) and name.endswith(end)), None)
         known = end is not None and stored.dtype in DTYPES
         require(known, f"{file}: {name} ({stored.dtype}) is no matrix of an adapter of a linear module")
@@ -275,8 +296,6 @@ def import_peft(src: PathLike, dst: PathLike, *, base: PathLike, format: str | N
     Raises:
       UserError: as load_peft; `dst` exists; no checkpoint at `base`.
     """
-    from tele_jax import checkpoint
-
     lazy = checkpoint.open_lazy(base)
     lora, adapters = load_peft(src, lazy.cfg, format)
     name = Path(os.fspath(src)).resolve().name

@@ -202,7 +202,7 @@ def changed(directory, **keys):
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
-        ({"use_dora": True}, "use_dora is True, which adapters of tele_jax cannot be"),
+        ({"use_dora": True}, "use_dora is True, which is not supported"),
         ({"bias": "lora_only"}, "bias is 'lora_only', which"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\], which"),
         ({"rank_pattern": {"q_proj": 2}}, r"rank_pattern is \{'q_proj': 2\}, which"),
@@ -251,7 +251,7 @@ def test_files_that_do_not_fit_are_named_in_one_line(tmp_path, capsys):
         "export adapter x --format llama --peft --dtype float32": "--dtype: adapters are written as they are",
         "export adapter x --format telechat_52b --peft": "has no biases",
         "import peft x --base nowhere": "nowhere: no such directory",
-        "import base x --base base": "adapter_config.json: an adapter of PEFT has it",
+        "import base x --base base": "adapter_config.json: missing; is this a directory that PEFT wrote?",
         "import peft x --base base --dtype float32": "--dtype: that of --base; leave it out",
         "import peft adapter --base base": "exists already",
     }
@@ -265,3 +265,50 @@ def test_files_that_do_not_fit_are_named_in_one_line(tmp_path, capsys):
     shutil.rmtree(tmp_path / "base")
     assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "x"), "--format", "llama"]) == 2
     assert "base, which is not there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_an_export_of_fused_modules_comes_back_to_the_bit(stabilized, tmp_path):
+    cfg, lora = FORMATS["telechat"], lora_of(rank_stabilized=stabilized)
+    _, adapters, _ = saved(tmp_path, cfg, lora)
+    convert.export_peft(tmp_path / "adapter", tmp_path / "peft", format="telechat")
+    assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["rank_pattern"]
+    convert.import_peft(tmp_path / "peft", tmp_path / "back", base=tmp_path / "base")
+    back = checkpoint.load(tmp_path / "back", items=("adapters",))
+    assert back.adapter is not None and back.adapter.lora.scale == lora.scale
+    assert {name: x.tobytes() for name, x in flatten(jax.tree.map(np.asarray, back.adapters)).items()} == {
+        name: x.tobytes() for name, x in flatten(jax.tree.map(np.asarray, adapters)).items()
+    }
+    # Any other pattern, or values outside of the blocks, cannot be split.
+    changed(tmp_path / "peft", alpha_pattern={"self_attention.key_value": 5.0})
+    with pytest.raises(
+        UserError, match=r"alpha_pattern is \{'self_attention.key_value': 5.0\}, which is not supported"
+    ):
+        convert.load_peft(tmp_path / "peft", cfg)
+    convert.save_peft(tmp_path / "full", cfg, adapters, lora, format="telechat")
+    file = tmp_path / "full/adapter_model.safetensors"
+    stored = next(s for name, s in read_header(file).items() if "key_value.lora_B" in name)
+    data = bytearray(file.read_bytes())
+    data[stored.offset : stored.offset + stored.nbytes] = np.ones(stored.nbytes // 4, np.float32).tobytes()
+    file.write_bytes(data)
+    with pytest.raises(
+        UserError, match=r"key_value.lora_B.weight: is not made of blocks as `tele export --peft` writes"
+    ):
+        convert.load_peft(tmp_path / "full", cfg)
+
+
+def test_flags_that_would_have_no_effect_on_adapters_are_refused(tmp_path, capsys):
+    for command, flags in {
+        "export a b --format llama --peft": (
+            "--shard-gb 1",
+            "--memory-gb 2",
+            "--workers 3",
+            "--list",
+            "--dtype float32",
+        ),
+        "import a b --base c": ("--memory-gb 2", "--workers 3", "--start-over", "--vocab-size 5"),
+    }.items():
+        for flag in flags:
+            assert main([*command.split(), *flag.split()]) == 2
+            said = capsys.readouterr().err
+            assert f"{flag.split()[0]}: " in said and "leave it out" in said and said.count("\n") == 1, said
