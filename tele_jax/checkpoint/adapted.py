@@ -50,7 +50,12 @@ def adapter_for(base: PathLike, lora: LoraConfig) -> layout.Adapter:
 
 
 def with_near_base(adapter: layout.Adapter, path: epath.Path) -> layout.Adapter:
-    """The description for a checkpoint at `path`, with the relative path to the base: both may be moved together."""
+    """The description for a checkpoint at `path`, with the relative path to the base: both may be moved together.
+
+    Raises UserError for what is no description.
+    """
+    made_by = f"adapter: expected what checkpoint.adapter_for(base, lora) returns, got {type(adapter).__name__}"
+    require(isinstance(adapter, layout.Adapter), made_by)
     if "://" in f"{path}{adapter.base[0]}":
         return adapter
     return dataclasses.replace(adapter, base=(os.path.relpath(adapter.base[0], path), *adapter.base))

@@ -207,10 +207,8 @@ def _prepare(
     """The meta document, and the arrays copied to the host."""
     own = "params" if adapter is None else "adapters"
     if adapter is not None:
-        made_by = f"adapter: expected what checkpoint.adapter_for(base, lora) returns, got {type(adapter).__name__}"
-        require(isinstance(adapter, layout.Adapter), made_by)
-        spec = adapters.spec(cfg, adapter.lora)
         adapter = adapted.with_near_base(adapter, path)
+        spec = adapters.spec(cfg, adapter.lora)
     specs = flat_spec(cfg) if spec is None else axes.flatten(spec)
     axes.require_arrays(axes.flatten(params), "params")
     require(isinstance(data_state, (bytes, type(None))), f"data_state: expected bytes, got {type(data_state).__name__}")
