@@ -8,8 +8,8 @@ by norm 1, rate 1e-3 falling linearly. Every library has a process of its own on
 turns. TRL gets the ids and labels of our feed, pads each batch to its longest dialogue, and runs the same optimizer.
 
 Printed as JSON: losses and gradient norms of 20 steps of both and their differences; learned and given tokens per
-second (medians over the turns, without the first three steps, in which programs are compiled), and the ratios in every
-turn. Needs `[hf]`, trl 1.16 and datasets.
+second (medians over the turns, without the first three steps and those that compile the program of another length), and
+the ratios in every turn. Needs `[hf]`, trl 1.16 and datasets.
 """
 
 import argparse
@@ -149,22 +149,26 @@ def ours(packed: bool, directory: Path, steps: int) -> dict[str, Any]:
     tx = optimizer(cfg, stage.optimizer, schedule(stage.schedule, steps, 1))
     step = make_step(cfg, tx, mesh, batch_size=ROWS, loss=functools.partial(sft.loss, stage))
     opt_state, batches = jax.jit(tx.init)(params), feed(packed, steps)
-    figures, seconds, tokens, filled = [], [], [], []
-    for _ in range(steps):
+    figures, seconds, tokens, filled, lengths = [], [], [], [], set()
+    for number in range(steps):
         batch = next(batches)
         begin = time.perf_counter()
         placed = put_batch(batch, mesh, ROWS)
         params, opt_state, found = step(params, opt_state, placed)
         figures.append(jax.device_get(found))  # waits
-        seconds.append(time.perf_counter() - begin)
+        compiles = batch["tokens"].shape[1] not in lengths
+        lengths.add(batch["tokens"].shape[1])
+        if number >= SKIPPED and not compiles:
+            seconds.append(time.perf_counter() - begin)
         used = batch["segment_ids"] > 0  # [ROWS, S], S as long as the batch needs where it is not packed
-        tokens.append(int(used.sum()))
+        if number >= SKIPPED and not compiles:
+            tokens.append(int(used.sum()))
         filled.append(float(used.mean()))
     batches.close()
     return {
         "loss": [float(f["loss"]) for f in figures],
         "grad_norm": [float(f["grad_norm"]) for f in figures],
-        "tokens_per_second": sum(tokens[SKIPPED:]) / sum(seconds[SKIPPED:]),
+        "tokens_per_second": sum(tokens) / sum(seconds),
         "fill": statistics.mean(filled),
     }
 

@@ -70,7 +70,8 @@ def read_stage(table: Mapping[str, Any], where: str) -> Stage:
     settings = find_kind(kind).Settings
     if issubclass(settings, TrainStage):
         given = [length for length in ("steps", "epochs") if table.get(length) is not None]
-        require(bool(given), f"{where}.steps: missing; give it, or in fine-tuning epochs")
+        are_known = set(table) <= {field.name for field in dataclasses.fields(settings)}
+        require(bool(given) or not are_known, f"{where}.steps: missing; give it, or in fine-tuning epochs")
         require(len(given) < 2, f"{where}.steps and {where}.epochs: both say how long the stage is; leave one out")
     return from_dict(settings, table, where)
 

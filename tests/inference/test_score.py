@@ -39,7 +39,7 @@ CASES = {
     "grouped_queries": {},
     "tied_mup": {"tie_embeddings": True, "mup_base_width": 16, "input_mult": 0.1, "output_mult": 3.0},
     # Every length above trained_length has angles, and a program, of its own.
-    "ntk": {"rope": Rope(ntk=Ntk(original_length=4, trained_length=28)), "output_biases": True},
+    "ntk": {"rope": Rope(ntk=Ntk(original_length=4, trained_length=24)), "output_biases": True},
 }
 
 
