@@ -81,7 +81,12 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     defects = plant(args.pool, args.work / "pool.jsonl", args.samples)
-    result = {"machine": machine(), "samples": args.samples, "model": args.model, **study(args, defects)}
+    result = {
+        "machine": machine(),
+        "samples": args.samples,
+        "model": args.model and Path(args.model).name,
+        **study(args, defects),
+    }
     result["planted"] = dict(collections.Counter(filter(None, defects)))
     print(table(result))
     if args.json:
