@@ -11,6 +11,7 @@ tele.run(config, workdir)                    what `tele train` does       tele_j
 tele.growth                                  grow parameter trees         tele_jax/growth/
 tele.surgery                                 take, drop, cut, pad, rename tele_jax/growth/surgery.py
 tele.lora                                    low-rank adapters            tele_jax/model/adapters.py
+tele.losses                                  of DPO, PPO, GRPO            tele_jax/losses.py
 tele.checkpoint                              save and load                tele_jax/checkpoint/
 tele.plots                                   losses, plans, receipts      tele_jax/plots.py
 tele.convert                                 released checkpoints         tele_jax/convert/
@@ -30,7 +31,7 @@ from tele_jax.model.spec import count_params, spec
 from tele_jax.published import get_model
 
 if TYPE_CHECKING:
-    from tele_jax import checkpoint, convert, growth, plots
+    from tele_jax import checkpoint, convert, growth, losses, plots
     from tele_jax.growth import surgery
     from tele_jax.inference.score import score
     from tele_jax.report import run
@@ -51,6 +52,7 @@ __all__ = [
     "growth",
     "init",
     "lora",
+    "losses",
     "plots",
     "run",
     "score",
@@ -67,7 +69,7 @@ def __getattr__(name: str):
         return importlib.import_module("tele_jax.inference.score").score
     if name == "run":
         return importlib.import_module("tele_jax.report").run
-    if name in ("growth", "checkpoint", "convert", "plots"):
+    if name in ("growth", "checkpoint", "convert", "losses", "plots"):
         return importlib.import_module(f"tele_jax.{name}")
     raise AttributeError(f"module 'tele_jax' has no attribute {name!r}")
 

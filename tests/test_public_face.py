@@ -30,7 +30,7 @@ def params():
 
 
 @pytest.mark.parametrize(
-    "module", [tele, tele.growth, tele.surgery, tele.lora, tele.checkpoint, tele.convert, tele.plots]
+    "module", [tele, tele.growth, tele.surgery, tele.lora, tele.losses, tele.checkpoint, tele.convert, tele.plots]
 )
 def test_dir_shows_what_can_be_used_and_nothing_else(module):
     assert dir(module) == sorted(module.__all__)
