@@ -74,6 +74,7 @@ EXTRAS = {
         "pytest>=9,<10",
         "pytest-xdist>=3.8,<4",
         "hypothesis>=6.140,<7",
+        "rlax>=0.1.9,<0.2",  # advantages and returns are compared with it
         # Pinned to one minor release: the next one may format or check differently, and fail a clean checkout.
         "ruff>=0.17,<0.18",
         "basedpyright>=1.40,<1.41",

@@ -182,7 +182,7 @@ def group_advantages(rewards: ArrayLike, group: ArrayLike, *, kind: str = "grpo"
 
 
 def rewards_differ(rewards: ArrayLike, group: ArrayLike) -> jax.Array:
-    """Where the rewards of a reply's group are not all equal, bool[B]: what DAPO's dynamic sampling keeps.
+    """Marks the replies whose group has rewards that differ, bool[B]: DAPO's dynamic sampling keeps them alone.
 
     Arguments and errors as for `group_advantages`. Source: arXiv 2503.14476, equation 11.
     """
@@ -354,7 +354,7 @@ def _real(value: object) -> bool:
 
 
 def _known(value: object) -> bool:
-    """Whether this process can look at the values: not inside jit, nor where other processes hold a part."""
+    """Returns whether this process can read the values: not inside jit, nor where other processes hold a part."""
     return not isinstance(value, Tracer) and getattr(value, "is_fully_addressable", True)
 
 
