@@ -184,8 +184,9 @@ class Study:
         import jax
 
         from tele_jax.data import sources
+        from tele_jax.sharding import put_batch
         from tele_jax.stages import sft
-        from tele_jax.train.step import put_batch, state_shardings
+        from tele_jax.train.step import state_shardings
 
         file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         feed = sft.batches(self.stage([str(file)], seed), sources.Indexes()).feed()

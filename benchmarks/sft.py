@@ -137,10 +137,10 @@ def ours(packed: bool, directory: Path, steps: int) -> dict[str, Any]:
 
     from tele_jax import convert
     from tele_jax.settings import MeshConfig
-    from tele_jax.sharding import make_mesh
+    from tele_jax.sharding import make_mesh, put_batch
     from tele_jax.stages import sft
     from tele_jax.train.optimizer import optimizer, schedule
-    from tele_jax.train.step import make_step, put_batch
+    from tele_jax.train.step import make_step
 
     stage = settings(packed, steps)
     cfg, params = convert.load_hf(directory / "model")

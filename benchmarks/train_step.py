@@ -182,9 +182,9 @@ def ours(weights: Path) -> tuple[str, Variants]:
     import tele_jax as tele
     from tele_jax import checkpoint, convert
     from tele_jax.settings import MeshConfig, OptimizerConfig
-    from tele_jax.sharding import make_mesh
+    from tele_jax.sharding import make_mesh, put_batch
     from tele_jax.train.optimizer import optimizer
-    from tele_jax.train.step import make_step, put_batch, state_shardings
+    from tele_jax.train.step import make_step, state_shardings
 
     cfg = tele.ModelConfig(**SHAPE, dtype="float32", remat="none")
     checkpoint.save(weights.with_name("checkpoint"), cfg, tele.init(cfg, jax.random.key(0)))

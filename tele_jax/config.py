@@ -289,6 +289,7 @@ class ModelConfig:
     output_mult: float = 1.0  # factor on the logits; with mup_base_width also times base width / embed_dim
     mup_base_width: int | None = None  # width at which muP rates and initial values were found; None: no muP
     tie_embeddings: bool = False  # the head is the transposed embedding table
+    scalar_head: bool = False  # a head with one output beside that of the vocabulary: a score, or a value
     output_biases: bool = False  # on the attention output and the mlp's down projection, nowhere else
     embed_norm: bool = False  # an RMSNorm after the embedding
     init_std: float = 0.02  # vector-like parameters, and matrix-like ones at the base width
@@ -349,7 +350,7 @@ class ModelConfig:
             "head_dim": self.head_dim,
             "mlp": self.mlp_dim,
             "vocab": self.padded_vocab_size,
-        }
+        } | ({"score": 1} if self.scalar_head else {})
 
     @property
     def width_ratio(self) -> float:

@@ -252,6 +252,7 @@ class TrainStage:
     # Instead of steps, in fine-tuning: how often each dialogue is seen. The steps follow when the data is opened.
     epochs: float | None = None
     model: ModelConfig | None = None  # config of the model; None: as the stage before left it
+    after: str | None = None  # earlier stage of the run whose model this one continues; None: the one right before
     # What the backward pass recomputes, from this stage on; None: as `model` says.
     remat: Literal["none", "full", "attention", "products", "offload"] | None = None
     # Form of attention, from this stage on; None: as `model` says.
@@ -334,6 +335,11 @@ class TrainStage:
         how = {"remat": self.remat, "attention": self.attention}
         how = {name: value for name, value in how.items() if value is not None}
         return cfg.replace(**how) if cfg is not None and how else cfg
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The other models that a stage reads, by field: an earlier stage of the run, or the path of a checkpoint."""
+        return {}
 
     @property
     def fresh_optimizer(self) -> bool:

@@ -42,6 +42,7 @@ RULES: Rules = {
     "head_dim": None,
     "mlp": "tensor",
     "rank": None,
+    "score": None,
 }
 LARGE_BYTES = 64 * 2**20  # a leaf above this must not lie whole on every device
 BLOCK_BYTES = 64 * 2**20  # part of an array that `fetch` moves at once
@@ -217,6 +218,27 @@ def batch_sharding(mesh: AnyMesh, batch_size: int) -> NamedSharding:
         f"batch_size={batch_size} (per microbatch) does not divide over mesh data x fsdp = {ways}; change one of them",
     )
     return NamedSharding(mesh, P(BATCH))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Numbers of the rows of a batch that lie on this process's devices, int64, ascending. With one process: all."""
+    slices = batch_sharding(mesh, batch_size).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in slices]))
+
+
+def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
+    """A host batch on the mesh, rows over data and fsdp. It holds all rows, or local_rows of them."""
+    sharding = batch_sharding(mesh, batch_size)
+
+    def put(rows: np.ndarray) -> jax.Array:
+        if len(rows) == batch_size:
+            if sharding.is_fully_addressable:
+                return jax.device_put(rows, sharding)
+            # device_put would first compare all rows between the processes, over the network.
+            return jax.make_array_from_callback(rows.shape, sharding, lambda part: rows[part])
+        return jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
+
+    return {name: put(rows) for name, rows in batch.items()}
 
 
 def platform() -> str:

@@ -12,11 +12,11 @@ from tele_jax.eval import model as models
 from tele_jax.files import Table
 from tele_jax.processes import from_first
 from tele_jax.settings import TasksConfig, TrainStage
-from tele_jax.train.trainer import Tasks
+from tele_jax.train.evaluation import Tasks
 
 
 def open_tasks(stage: TrainStage, vocabulary: Vocabulary, where: str) -> Tasks:
-    """Opens the tasks that a stage names, and returns the function that evaluates them, see train.trainer.Tasks.
+    """Opens the tasks that a stage names, and returns the function that evaluates them, see train.evaluation.Tasks.
 
     Of every task the first items are taken, as large a share as the stage says: the same at every evaluation.
 

@@ -25,7 +25,7 @@ from tele_jax.config import ModelConfig, check_seed, require, require_config, wh
 from tele_jax.errors import FailedError, UserError
 from tele_jax.files import Table
 from tele_jax.inference.sampling import Sampling, draw, sampling
-from tele_jax.model import decoder
+from tele_jax.model import decoder, heads
 from tele_jax.model.attention import SLOT_BLOCK
 from tele_jax.model.spec import check_prepared, flat_spec
 from tele_jax.sharding import BATCH, MESH_AXES, RULES, on_host
@@ -333,7 +333,7 @@ def decode_step(cfg, rope_length, params, state: State, cache: decoder.Cache, ho
 def _append(cfg, params, x, state: State, how: Sampling, stop_ids) -> State:
     """Draws a token for every row from its final hidden state [B, D], and appends it unless the row is done."""
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.step)
-    logits = decoder.logits_of(cfg, params, x)
+    logits = heads.logits_of(cfg, params, x)
     token = draw(logits, state.seen, keys, how)
     broken = ~state.done & ~jnp.isfinite(jnp.max(logits, axis=-1))  # the largest of numbers and NaN is NaN
     done = state.done | broken | jnp.isin(token, stop_ids)

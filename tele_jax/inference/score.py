@@ -24,11 +24,11 @@ from tele_jax.data.vocabulary import Vocabulary
 from tele_jax.errors import FailedError, UserError
 from tele_jax.inference.generate import checked_ids, mesh_of, rope_length_of
 from tele_jax.model import decoder
+from tele_jax.model.heads import head_kernel
 from tele_jax.model.inputs import check_params
 from tele_jax.model.loss import score_targets
 from tele_jax.model.spec import spec
-from tele_jax.sharding import BATCH, mesh_of_step, platform, whole_rows
-from tele_jax.train.step import put_batch
+from tele_jax.sharding import BATCH, mesh_of_step, platform, put_batch, whole_rows
 
 # Lengths of rows, in tokens; a longer request gets a row of its own, in whole blocks of LENGTHS[-1].
 LENGTHS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -298,7 +298,7 @@ def _scores(
         visible_until=batch["visible_until"],
     )
     x = jnp.take_along_axis(x, batch["at"][:, :, None], axis=1)
-    kernel = decoder.head_kernel(cfg, params)
+    kernel = head_kernel(cfg, params)
     found = score_targets(whole_rows(x), kernel, batch["targets"], cfg.logit_mult, cfg.vocab_size)
     if mesh_of_step() is None:
         return found

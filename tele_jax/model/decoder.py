@@ -17,6 +17,7 @@ from tele_jax.axes import Params, declare
 from tele_jax.config import ModelConfig, require_config
 from tele_jax.model import attention, inputs
 from tele_jax.model.attention import SAVED, attend, cached, indices
+from tele_jax.model.heads import declare_heads, logits_of
 from tele_jax.model.inputs import MASKED_AXES as MASKED_AXES
 from tele_jax.model.inputs import Mask
 from tele_jax.model.inputs import Masks as Masks
@@ -199,14 +200,6 @@ class Embed(nn.Module):
         return (x if noise is None else x + noise.astype(x.dtype)) * self.cfg.input_mult
 
 
-class Head(nn.Module):
-    cfg: ModelConfig
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        return declare(self, "kernel", inputs=("embed",), outputs=("vocab",))
-
-
 class Decoder(nn.Module):
     """The model up to the head: tokens -> (final hidden state [B, S, D], cache)."""
 
@@ -230,8 +223,8 @@ class Decoder(nn.Module):
         numbers = None if cache is None else jnp.arange(cfg.num_layers)
         (x, cache), _ = layers((constrain(x), cache), (layers_mask, numbers), ctx)
         x = Norm(cfg, name="final_norm")(x, ctx.embed_mask)
-        if not cfg.tie_embeddings and self.is_initializing():
-            Head(cfg, name="lm_head")()  # declared here; head_kernel reads it from the tree
+        if self.is_initializing():
+            declare_heads(cfg)
         return x, cache
 
 
@@ -354,19 +347,6 @@ def layer_states(cfg: ModelConfig, params: Params, tokens: jax.Array) -> jax.Arr
         return y, y
 
     return jnp.concatenate([x[None], jax.lax.scan(step, x, params["layers"])[1]])
-
-
-def head_kernel(cfg: ModelConfig, params: Params) -> jax.Array:
-    """The head's kernel [D, V], V = padded_vocab_size; the transposed table where the two are tied."""
-    return params["embed"]["table"].T if cfg.tie_embeddings else params["lm_head"]["kernel"]
-
-
-def logits_of(cfg: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
-    """Logits [..., vocab_size] of a final hidden state [..., D]; float32 or better."""
-    accumulate = jnp.promote_types(cfg.dtype, jnp.float32)
-    kernel = head_kernel(cfg, params).astype(cfg.dtype)
-    logits = jnp.einsum("...D,DV->...V", x, kernel, preferred_element_type=accumulate) * cfg.logit_mult
-    return logits[..., : cfg.vocab_size]
 
 
 def forward(

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from tele_jax.axes import Params
 from tele_jax.config import ModelConfig
 from tele_jax.model import decoder
+from tele_jax.model.heads import head_kernel
 from tele_jax.sharding import BATCH, mesh_of_step, platform, whole_rows
 
 # The largest chunk of logits on one device: in bytes, but always so many tokens; fewer would not feed a matrix unit.
@@ -57,7 +58,7 @@ def _head(
 ):
     rows = (batch["tokens"], batch.get("positions"), batch.get("segment_ids"))
     x = decoder.hidden(cfg, params, *rows, masks, noise=noise)
-    return whole_rows(x), decoder.head_kernel(cfg, params)
+    return whole_rows(x), head_kernel(cfg, params)
 
 
 def cross_entropy(x: jax.Array, kernel: jax.Array, targets: jax.Array, mult: float, vocab_size: int) -> jax.Array:

@@ -14,6 +14,14 @@ that trains derives it from settings.TrainStage, and has
                                          name, which are divided by the weights and logged
     beside(stage, cfg, previous, mesh)   optional: arrays that the loss reads and no step changes, such as a reference
                                          model; `previous` holds the checkpoints of the stage before, or is None
+    model(stage, cfg) -> cfg             optional: the config that it trains, such as one with a scalar head; leaves
+                                         that the model before lacks are drawn from the stage's seed
+    feed(stage, batches, around)         optional: what gives the batches, in the place of batches.feed; `around` says
+                                         what it may know (data/surroundings.py). It has the methods of data/feed.py;
+                                         stepped(figures), if it has that, is called after every step, and figures()
+                                         with every line of figures, which it adds its own to
+    evaluate(stage, cfg, params, held_out, mesh) -> {name: figure}
+                                         optional: evaluates batches.held_out, in the place of bits per byte
 
 A kind that makes another model out of what the stage before left has
 
@@ -32,7 +40,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tele_jax.config import checked, convert, from_dict, nearest, require
+from tele_jax.config import ModelConfig, checked, convert, from_dict, nearest, require
 from tele_jax.errors import UserError
 from tele_jax.settings import GrowStage, MeshConfig, TrainStage
 
@@ -60,6 +68,12 @@ def known_kinds() -> list[str]:
 def find_kind(name: str) -> ModuleType:
     """The module of a kind; raises ModuleNotFoundError for an unknown one."""
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def model_of(stage: TrainStage, cfg: ModelConfig) -> ModelConfig:
+    """The config of the model that a stage trains, which begins with the model of cfg."""
+    kind = find_kind(stage.kind)
+    return kind.model(stage, cfg) if hasattr(kind, "model") else cfg
 
 
 def read_stage(table: Mapping[str, Any], where: str) -> Stage:
@@ -135,8 +149,9 @@ def run_config(page: Mapping[str, Any] | ConfigDict) -> RunConfig:
         if before is not None or start is None or not isinstance(stages[name], TrainStage):
             _check_masks(before, stages.get(before), name, stages[name])
     adapters = ""  # the stage, if one has left adapters alone, which the next to train merges
-    for name, stage in stages.items():
+    for place, (name, stage) in enumerate(stages.items()):
         if isinstance(stage, TrainStage):
+            _check_names(name, stage, names[:place], names[place:])
             require(
                 not adapters or not stage.optimizer.new_warmup_steps,
                 f"config.{name}.optimizer.new_warmup_steps needs the moments of the stage before, and "
@@ -144,6 +159,17 @@ def run_config(page: Mapping[str, Any] | ConfigDict) -> RunConfig:
             )
             adapters = name if stage.lora is not None else ""
     return RunConfig(run=names, stages=stages, mesh=mesh, num_slices=num_slices, start=start)
+
+
+def _check_names(name: str, stage: TrainStage, earlier: tuple[str, ...], others: tuple[str, ...]) -> None:
+    """Raises UserError where a stage continues, or reads the model of, a stage that does not come before it."""
+    before = f"the stages before {name} are {', '.join(earlier)}" if earlier else f"no stage comes before {name}"
+    require(
+        stage.after is None or stage.after in earlier,
+        f"config.{name}.after={stage.after!r}: {before}; name one of them",
+    )
+    for field, model in stage.models.items():
+        require(model not in others, f"config.{name}.{field}={model!r}: {before}; name one of them, or a checkpoint")
 
 
 def _check_masks(before: str | None, growth: Stage | None, name: str, stage: Stage) -> None:

@@ -48,9 +48,10 @@ from tele_jax.settings import TrainStage
 from tele_jax.sharding import batch_sharding, make_mesh, param_shardings
 from tele_jax.stages import RunConfig, Stage
 from tele_jax.train import workdir as own
+from tele_jax.train.evaluation import Tasks
 from tele_jax.train.optimizer import schedule
 from tele_jax.train.step import trained_as
-from tele_jax.train.trainer import Stopped, Tasks, Trainer, mask_schedule
+from tele_jax.train.trainer import Stopped, Trainer, mask_schedule
 
 __all__ = ["OpenedRun", "OpenedStage", "Stopped", "open_run", "run"]
 
@@ -128,7 +129,7 @@ def run(
         from_first(lambda: _claim(config, opened.tokenizer, workdir, from_step))
         index.keep_in(workdir / own.INDEXES)
         previous: Path | None = None if config.start is None else Path(config.start)
-        masks = opened.masks
+        masks, after = opened.masks, {name: workdir / name / "checkpoints" for name in opened.stages}
         for name, stage in opened.stages.items():
             directory = workdir / name
             if not from_first((directory / own.SUMMARY).exists):
@@ -140,13 +141,16 @@ def run(
                         stage.settings,
                         directory,
                         batches=stage.batches,
-                        previous=previous,
+                        previous=previous if stage.settings.after is None else after[stage.settings.after],
                         plan=masks,
                         mesh=opened.mesh,
                         model=stage.model,
                         tokenizer=opened.tokenizer["sha256"],
                         say=_say,
                         tasks=stage.tasks,
+                        checkpoints={
+                            field: after.get(model, Path(model)) for field, model in stage.settings.models.items()
+                        },
                     )
                     summary = trainer.run(stop)
                     del trainer  # its state must not lie beside that of the next stage
@@ -155,7 +159,7 @@ def run(
                     summary = stage.kind.carry_out(stage.settings, directory, **where, text=stage.batches, say=_say)
                 summary = {"stage": name, "kind": stage.settings.kind, **summary}
                 from_first(lambda: files.write_json(directory / own.SUMMARY, summary))  # noqa: B023 (called at once)
-            previous = directory / "checkpoints"
+            previous = after[name]
             masks = None if isinstance(stage.settings, TrainStage) else stage.kind.read_plan(directory)
     return from_first(lambda: [own.read_summary(workdir / name) for name in config.run])
 
@@ -205,9 +209,9 @@ def open_run(config: RunConfig, index: sources.Indexes, open_tasks: "OpenTasks |
     for name, stage in config.stages.items():
         where, kind = f"config.{name}", stages.find_kind(stage.kind)
         if isinstance(stage, TrainStage):
-            model = stage.model_after(cfg)
+            model = stage.model_after(cfg if stage.after is None else models[stage.after][0])
             assert model is not None  # the first stage has one, or config.start
-            cfg = trained_as(model) if stage.lora is None else model
+            cfg = stages.model_of(stage, trained_as(model) if stage.lora is None else model)
             if stage.steps is not None:  # before any text is read
                 _check_training(stage, cfg, masks, where)
             batch_sharding(mesh, stage.batch_size // stage.microbatches)
@@ -227,6 +231,9 @@ def open_run(config: RunConfig, index: sources.Indexes, open_tasks: "OpenTasks |
                 )
                 tasks[name] = opener(stage, batches[name].vocabulary, where)
             tokenizers[path] = {"path": path, "size": size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            for field, other in stage.models.items():
+                if other not in config.run:
+                    _check_model(other, tokenizers[path], f"{where}.{field}")
         else:
             cfg, masks = kind.outline(stage, cfg, where)
         param_shardings(spec(cfg), mesh)
@@ -288,6 +295,23 @@ def _open_start(config: RunConfig) -> tuple[ModelConfig | None, Plan | None]:
     if plan is None and isinstance(stage, TrainStage) and stage.mask_fields:
         raise UserError(f"config.{name}.{stage.mask_fields[0]}: {where} is behind no masks")
     return start.cfg, plan
+
+
+def _check_model(path: str, tokenizer: Table, where: str) -> None:
+    """Raises UserError where another model that a stage reads is not there, or was trained with another tokenizer."""
+    try:
+        lazy = checkpoint.open_lazy(path)
+    except UserError as error:
+        raise UserError(f"{where}: no earlier stage of the run, and no checkpoint: {error}") from None
+    require_unmasked(lazy.provenance, f"{where}={path}")
+    used = [entry["data"]["tokenizer"] for entry in lazy.provenance if "tokenizer" in (entry.get("data") or {})]
+    if used and used[-1] != tokenizer["sha256"]:
+        raise UserError(f"{where}: {path} was trained with another tokenizer than {tokenizer['path']}")
+    if tokenizer["size"] > lazy.cfg.vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer {tokenizer['path']} has {tokenizer['size']} ids, but {path} has a vocab_size of "
+            f"{lazy.cfg.vocab_size}"
+        )
 
 
 def _check_training(stage: TrainStage, cfg: ModelConfig, masks: Plan | None, where: str) -> None:

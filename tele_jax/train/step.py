@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -17,7 +16,7 @@ from tele_jax.axes import Params, PyTree, map_param_subtrees
 from tele_jax.config import ModelConfig
 from tele_jax.model.loss import next_token_loss
 from tele_jax.model.spec import abstract, abstract_params, spec
-from tele_jax.sharding import BATCH, batch_sharding, param_shardings, replicated
+from tele_jax.sharding import BATCH, batch_sharding, param_shardings, put_batch, replicated
 
 Step = Callable[..., tuple[PyTree, PyTree, dict[str, jax.Array]]]
 # loss(cfg, params, batch, masks, beside) -> (sum, weight, {name: sum}): that of a kind, given its stage
@@ -176,27 +175,6 @@ def _jitted(
         out_shardings=(params_sharding, opt_sharding, replicated(mesh)),
         donate_argnums=(0, 1),
     )
-
-
-def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Numbers of the rows of a batch that lie on this process's devices, int64, ascending. With one process: all."""
-    slices = batch_sharding(mesh, batch_size).addressable_devices_indices_map((batch_size,)).values()
-    return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in slices]))
-
-
-def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
-    """A host batch on the mesh, rows over data and fsdp. It holds all rows, or local_rows of them."""
-    sharding = batch_sharding(mesh, batch_size)
-
-    def put(rows: np.ndarray) -> jax.Array:
-        if len(rows) == batch_size:
-            if sharding.is_fully_addressable:
-                return jax.device_put(rows, sharding)
-            # device_put would first compare all rows between the processes, over the network.
-            return jax.make_array_from_callback(rows.shape, sharding, lambda part: rows[part])
-        return jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
-
-    return {name: put(rows) for name, rows in batch.items()}
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int, trained: Params | None = None) -> float:

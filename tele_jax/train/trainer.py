@@ -18,7 +18,8 @@ from tele_jax.config import ModelConfig, written_table
 from tele_jax.data import documents, order
 from tele_jax.data.batches import Batches
 from tele_jax.data.domains import Documents
-from tele_jax.errors import FailedError, UserError
+from tele_jax.data.surroundings import Surroundings
+from tele_jax.errors import FailedError
 from tele_jax.files import Table
 from tele_jax.growth import MaskSchedule, Plan
 from tele_jax.model import platforms
@@ -26,23 +27,18 @@ from tele_jax.model.decoder import init
 from tele_jax.model.spec import abstract, count_params, spec
 from tele_jax.processes import StopSignal, from_first, is_first
 from tele_jax.settings import TrainStage
-from tele_jax.stages import find_kind
+from tele_jax.stages import find_kind, model_of
 from tele_jax.train import metrics, workdir
+from tele_jax.train.evaluation import Evaluation, Tasks
 from tele_jax.train.frozen import Frozen
 from tele_jax.train.optimizer import delay_births, optimizer, restart_schedule, schedule
 from tele_jax.train.step import (
-    bits_per_byte,
     flops_per_token,
-    local_rows,
     make_step,
-    put_batch,
     state_shardings,
     trained_as,
     widened,
 )
-
-# tasks(cfg, params, masks, provenance) -> {"TASK/METRIC": value}; made above, for this room knows no harness
-Tasks = Callable[[ModelConfig, PyTree, PyTree, Sequence[Table]], dict[str, float]]
 
 
 class Stopped(Exception):
@@ -75,6 +71,7 @@ class Trainer:
         tokenizer: str,
         say: Callable[[str], None],
         tasks: "Tasks | None" = None,
+        checkpoints: Mapping[str, Path] | None = None,
     ):
         """Restores or initialises everything; the step is compiled when it first runs.
 
@@ -87,6 +84,7 @@ class Trainer:
           tokenizer: SHA-256 of the tokenizer, for the provenance.
           say: prints a line.
           tasks: evaluates the tasks of the stage, if it has some.
+          checkpoints: of the other models that the stage reads, by the names of its fields (TrainStage.models).
         """
         self.stage, self.directory, self.mesh, self.batches, self.say = stage, directory, mesh, batches, say
         before = None if previous is None else checkpoint.open_lazy(previous)
@@ -94,6 +92,7 @@ class Trainer:
         if before is not None:
             self.cfg = before.cfg.replace(remat=model.remat, attention=model.attention)
             self.cfg = trained_as(self.cfg) if stage.lora is None else self.cfg
+            self.cfg = model_of(stage, self.cfg)
         found = before.cfg if before is not None else stage.model or model
         if self.cfg.param_dtype != found.param_dtype:
             say(f"  parameters are {found.param_dtype}, and are trained and saved in {self.cfg.param_dtype}")
@@ -111,14 +110,24 @@ class Trainer:
         self.data = {"tokenizer": tokenizer, "domains": batches.domains}
         self.changes = from_first(lambda: workdir.read_changes(directory))
         self.known = [] if before is None or stage.data.restart else order.positions_in(before.provenance)
-        place = functools.partial(put_batch, mesh=mesh, batch_size=stage.batch_size)
-        self.feed = batches.feed(rows=local_rows(mesh, stage.batch_size), place=place, known=self.known)
-        self.held_out = batches.held_out
+        around = Surroundings(
+            self.cfg,
+            mesh,
+            directory,
+            previous,
+            checkpoints or {},
+            self.known,
+            base=None if self.frozen is None else self.frozen.params,
+            model=self._model,
+            say=say,
+        )
+        opens = getattr(self.kind, "feed", None)
+        self.feed = around.feed(batches, stage.batch_size) if opens is None else opens(stage, batches, around)
         for line in batches.shared():
             say(f"  {line}")
         self.checkpoints = checkpoint.Manager(directory / "checkpoints", keep=stage.keep_checkpoints)
         self.best = None if stage.keep_best is None else checkpoint.Manager(directory / workdir.BEST, keep=1)
-        self.tasks = tasks
+        self.evaluation = Evaluation(stage, self.kind, self.cfg, mesh, batches.held_out, tasks, directory, say)
         self.tokens = 0
         self._restore(previous, before)
         for corpus in batches.corpora.values():  # not before: what was set aside stays where this start is refused
@@ -164,7 +173,8 @@ class Trainer:
     ) -> None:
         """Takes what the stage before left, else fresh parameters; says which. params, opt_state: their shardings."""
         if before is not None:
-            fits = fits | {"cfg": self.cfg.replace(param_dtype=before.cfg.param_dtype)}
+            left = {"param_dtype": before.cfg.param_dtype, "scalar_head": before.cfg.scalar_head}
+            fits = fits | {"cfg": self.cfg.replace(**left)}
         has_state = before is not None and before.opt_state is not None
         if self.frozen is not None:
             self.params, self.history = self.frozen.fresh(self.stage.seed, params), self.frozen.provenance
@@ -177,17 +187,25 @@ class Trainer:
             self.say(f"  takes over parameters and optimizer state from {previous}; begins at step 0, as its schedule")
             return
         elif previous is not None:
-            loaded = checkpoint.load(previous, cfg=fits["cfg"], shardings=params, items=("params",))
-            self.params, self.history = widened(self.cfg, loaded.params, params), loaded.provenance
+            there = {name: params[name] for name in spec(fits["cfg"])}
+            loaded = checkpoint.load(previous, cfg=fits["cfg"], shardings=there, items=("params",))
+            self.params, self.history = widened(self.cfg, loaded.params, there), loaded.provenance
+            self.params |= self._fresh({name: params[name] for name in params if name not in there})
             self.say(f"  takes over parameters from {previous}; the optimizer is new; begins at step 0")
         else:
-            on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-            options = platforms.COMPILED_ONCE if on_cpu else None
-            fresh = jax.jit(lambda key: init(self.cfg, key), out_shardings=params, compiler_options=options)
-            self.params = fresh(jax.random.key(self.stage.seed))
+            self.params = self._fresh(params)
             self.say("  parameters and optimizer are new; begins at step 0")
         start = lambda params: delay_births(self.tx.init(params), self.closed_steps)  # noqa: E731
         self.opt_state = jax.jit(start, out_shardings=opt_state)(self.params)
+
+    def _fresh(self, shardings: Mapping[str, PyTree]) -> dict[str, PyTree]:
+        """Fresh parameters, drawn from the seed of the stage, of those branches of the tree that have shardings."""
+        if not shardings:
+            return {}
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        options = platforms.COMPILED_ONCE if on_cpu else None
+        draw = lambda key: {name: branch for name, branch in init(self.cfg, key).items() if name in shardings}  # noqa: E731
+        return jax.jit(draw, out_shardings=shardings, compiler_options=options)(jax.random.key(self.stage.seed))
 
     def _say_data(self, positions: Mapping[str, order.Position]) -> None:
         """Says where the data goes on: a domain that is not there is read from its beginning."""
@@ -208,10 +226,10 @@ class Trainer:
           FailedError: the loss is not finite.
         """
         try:
-            if self.first_step == 0 and not self._evaluated(0) and not stop():
+            if self.first_step == 0 and not self.evaluation.done(0) and not stop():
                 self._evaluate(0)
             self._train(stop)
-            if not self._evaluated(self.stage.steps):
+            if not self.evaluation.done(self.stage.steps):
                 self._evaluate(self.stage.steps)
         finally:
             self.feed.close()
@@ -239,6 +257,7 @@ class Trainer:
         step_function = make_step(self.cfg, self.tx, self.mesh, **how)
         quiet = not (is_first() and sys.stderr.isatty())
         bar = tqdm(total=stage.steps, initial=self.first_step, desc=self.directory.name, disable=quiet)
+        stepped = getattr(self.feed, "stepped", None)
         since, since_step, window = time.perf_counter(), self.first_step, []
         for step in range(self.first_step, stage.steps):
             # A step is dispatched and not waited for, except where a figure is read.
@@ -247,6 +266,8 @@ class Trainer:
                 self.params, self.opt_state, batch, self.masks(step), beside
             )
             window.append(figures)
+            if stepped is not None:
+                stepped(figures)
             done = step + 1
             bar.update()
             stopped, last = stop(), done == stage.steps
@@ -283,6 +304,7 @@ class Trainer:
         line = {
             # The loss, and what else its kind gives: means over the weights since the last line, 0 without a weight.
             **{n: float((c * weight).sum() / weight.sum()) if weight.sum() else 0.0 for n, c in columns.items()},
+            **getattr(self.feed, "figures", dict)(),
             "grad_norm": float(grad_norm[-1]),
             "learning_rate": peaks.learning_rate * factor,  # of vector-like parameters
             "matrix_learning_rate": matrix / self.cfg.width_ratio * factor,
@@ -331,66 +353,22 @@ class Trainer:
 
     def _evaluate(self, step: int) -> None:
         """Evaluates what is due at a step, writes the figures, and keeps the checkpoint where it is the best so far."""
-        stage, ends = self.stage, step in (0, self.stage.steps)
-        every = stage.eval_every if stage.tasks is None or stage.tasks.every is None else stage.tasks.every
-        figures: dict[str, float] = {}
-        if self.held_out and (ends or (stage.eval_every and step % stage.eval_every == 0)):
-            found = bits_per_byte(self.cfg, self._model(), self.held_out, self.mesh, self.masks(step))
-            figures |= {metrics.EVALUATION + domain: value for domain, value in found.items()}
-            self.say(f"  step {step}: bits per byte " + ", ".join(f"{d} {v:.4f}" for d, v in found.items()))
-        if self.tasks is not None and (ends or (every and step % every == 0)):
-            found = self.tasks(self.cfg, self._model(), self.masks(step), [*self.history, {"kind": stage.kind}])
-            figures |= {metrics.TASKS + name: value for name, value in found.items()}
-            self.say(f"  step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
-        if figures:
-            self._keep_best(step, figures)
-            self.writer.write(step, figures)
-            self.writer.flush()  # nor is this made again
-
-    def _keep_best(self, step: int, figures: Mapping[str, float]) -> None:
-        """Saves the state to best/ where `keep_best` is better than at every evaluation after the first step before."""
-        if self.best is None:
+        provenance = [*self.history, {"kind": self.stage.kind}]
+        figures = self.evaluation.figures(step, self._model, self.masks(step), provenance)
+        if not figures:
             return
-        name = f"{metrics.EVALUATIONS}{self.stage.keep_best}"
-        if name not in figures:
-            known = ", ".join(figure.removeprefix(metrics.EVALUATIONS) for figure in figures)
-            same = name.startswith(metrics.TASKS) == any(figure.startswith(metrics.TASKS) for figure in figures)
-            if step == 0 or same:
-                raise UserError(f"keep_best={self.stage.keep_best!r}: the evaluations have {known}")
-            return
-        before = from_first(lambda: [line[name] for line in self._lines() if name in line and line["step"]])
-        sign = -1 if name.startswith(metrics.TASKS) else 1  # the least bits, the largest share of right answers
-        if step and all(sign * figures[name] < sign * value for value in before):
+        if self.best is not None and self.evaluation.is_best(step, figures):
             self._save(step, self.best)
             self.best.wait()
             self.say(f"  step {step}: the best {self.stage.keep_best} so far, kept in {self.best.directory}")
-
-    def _lines(self) -> list[dict[str, float]]:
-        return metrics.read(self.directory / "metrics" / "metrics.jsonl")
-
-    def _evaluations(self, prefix: str = metrics.EVALUATION) -> dict[int, dict[str, float]]:
-        """Figures of evaluations by name after the prefix, such as bits per byte by domain; by step."""
-        found = {}
-        for line in self._lines():
-            figures = {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
-            if figures:
-                found[int(line["step"])] = figures
-        return found
-
-    def _evaluated(self, step: int) -> bool:
-        """True where an earlier start came as far: a kill may fall between an evaluation and what follows it."""
-        return from_first(lambda: step in self._evaluations(metrics.EVALUATIONS))
+        self.writer.write(step, figures)
+        self.writer.flush()  # nor is this made again
 
     def _summary(self) -> Table:
-        evaluations, tasks = self._evaluations(), self._evaluations(metrics.TASKS)
-        ends = {"tasks_before": 0, "tasks_after": self.stage.steps}
-        known = {} if self.tasks is None else {name: tasks.get(step, {}) for name, step in ends.items()}
-        return known | {
+        return self.evaluation.summary() | {
             "parameters": count_params(self.cfg),
             "trained_parameters": sum(leaf.size for leaf in jax.tree.leaves(self.trained)),
             "steps": self.stage.steps,
             "tokens": self.tokens,
             "flops": self.flops * self.stage.steps * self.stage.tokens_per_step,
-            "bits_per_byte_before": evaluations.get(0, {}),
-            "bits_per_byte_after": evaluations.get(self.stage.steps, {}),
         }

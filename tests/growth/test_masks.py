@@ -16,9 +16,9 @@ from tele_jax.axes import flatten
 from tele_jax.growth.masks import require_unmasked, vectors
 from tele_jax.model.loss import next_token_loss
 from tele_jax.settings import MeshConfig, OptimizerConfig
-from tele_jax.sharding import make_mesh
+from tele_jax.sharding import make_mesh, put_batch
 from tele_jax.train.optimizer import optimizer
-from tele_jax.train.step import make_step, put_batch, state_shardings
+from tele_jax.train.step import make_step, state_shardings
 from tests import reference
 from tests.growth.strategies import without_compiling
 

@@ -12,7 +12,7 @@ import pytest
 
 import tele_jax as tele
 from tele_jax.errors import UserError
-from tele_jax.model import attention, decoder
+from tele_jax.model import attention, decoder, heads
 from tests import reference
 
 
@@ -48,7 +48,7 @@ def test_prefill_and_cached_decoding_agree_beyond_the_trained_length():
     (found,) = tele.generate(cfg, params, [prompt], max_new_tokens=40)
     text = np.array([prompt + found], np.int32)
     x = decoder.hidden(cfg, params, text, rope_length=50)
-    drawn = np.asarray(decoder.logits_of(cfg, params, x)).argmax(-1)[0]
+    drawn = np.asarray(heads.logits_of(cfg, params, x)).argmax(-1)[0]
     assert drawn[len(prompt) - 1 : -1].tolist() == found
     assert len(set(found)) > 3
     short = decoder.hidden(cfg, params, text, rope_length=16)

@@ -12,8 +12,7 @@ import pytest
 
 from tele_jax.data import caching, vocabulary_training
 from tele_jax.settings import CacheConfig, DataConfig, MeshConfig, SourceConfig
-from tele_jax.sharding import make_mesh
-from tele_jax.train.step import local_rows, put_batch
+from tele_jax.sharding import local_rows, make_mesh, put_batch
 from tests.data import caches
 from tests.ports import free_port
 
@@ -30,7 +29,7 @@ from jax.experimental import multihost_utils
 from tests.data import caches
 from tele_jax.settings import DataConfig, MeshConfig
 from tele_jax.sharding import make_mesh
-from tele_jax.train.step import local_rows, put_batch
+from tele_jax.sharding import local_rows, put_batch
 mesh = make_mesh(MeshConfig(**mesh), jax.devices())
 rows = local_rows(mesh, 8)
 place = functools.partial(put_batch, mesh=mesh, batch_size=8)

@@ -102,8 +102,9 @@ def test_fifty_steps_leave_the_frozen_arrays_as_they_are_and_move_every_adapter(
         assert np.abs(leaf - flatten(adapters[0])[name]).max() > 0, name
     base, cfg = checkpoint.load(workdir / "first").params, checkpoint.open_lazy(workdir / "first").cfg
     before = {name: np.asarray(leaf).tobytes() for name, leaf in flatten(base).items()}
+    from tele_jax.sharding import put_batch
     from tele_jax.train.frozen import Frozen
-    from tele_jax.train.step import _next_token, make_step, put_batch
+    from tele_jax.train.step import _next_token, make_step
 
     mesh, lora = make_mesh(MeshConfig(), jax.devices()[:1]), tele.lora.LoraConfig(**LORA)
     frozen = Frozen(cfg, lora, workdir / "first", mesh)

@@ -100,3 +100,24 @@ def test_an_unknown_kind_names_those_that_there_are(tmp_path):
 def test_a_run_from_python_needs_a_page(tmp_path):
     with pytest.raises(UserError, match=r"config: expected a ConfigDict, a dict or a RunConfig, got 'page\.py'"):
         tele.run("page.py", tmp_path / "w")
+
+
+def test_a_stage_goes_on_from_the_earlier_stage_that_it_names(tmp_path):
+    """The third stage begins with the parameters of the first, not of the second, and both are saved."""
+    config = page(tmp_path)
+    more = {key: value for key, value in config["first"].items() if key != "model"}
+    config |= {"run": ["first", "second", "third"], "second": more, "third": more | {"after": "first"}}
+    config["third"]["optimizer"] = {"learning_rate": 1e-30}
+    tele.run(config, tmp_path / "W")
+    ends = {name: checkpoint.load(tmp_path / "W" / name).params for name in config["run"]}
+    for name, same in (("second", False), ("first", True)):
+        equal = np.array_equal(ends[name]["lm_head"]["kernel"], ends["third"]["lm_head"]["kernel"])
+        assert equal is same, name
+
+
+@pytest.mark.parametrize("after", ["second", "third", "nowhere"])
+def test_a_stage_that_names_no_earlier_one_is_refused(tmp_path, after):
+    config = page(tmp_path)
+    config["second"] = {key: value for key, value in config["first"].items() if key != "model"} | {"after": after}
+    with pytest.raises(UserError, match=rf"config.second.after='{after}': the stages before second are first; name"):
+        run_config(config)

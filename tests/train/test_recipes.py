@@ -13,10 +13,10 @@ from tele_jax.cli.pages import load_page
 from tele_jax.data import sources
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.settings import MeshConfig
-from tele_jax.sharding import make_mesh
+from tele_jax.sharding import make_mesh, put_batch
 from tele_jax.stages import run_config, sft
 from tele_jax.train.optimizer import optimizer
-from tele_jax.train.step import make_step, put_batch, state_shardings
+from tele_jax.train.step import make_step, state_shardings
 from tests.convert import releases
 from tests.inference.test_chat import tokenizer_bytes
 

@@ -12,11 +12,11 @@ import tele_jax as tele
 from tele_jax.data import domains, sources
 from tele_jax.errors import UserError
 from tele_jax.settings import MeshConfig, OptimizerConfig
-from tele_jax.sharding import make_mesh
+from tele_jax.sharding import make_mesh, put_batch
 from tele_jax.stages import read_stage, run_config, sft
 from tele_jax.train import metrics
 from tele_jax.train.optimizer import optimizer, schedule
-from tele_jax.train.step import make_step, put_batch, state_shardings
+from tele_jax.train.step import make_step, state_shardings
 from tests import reference
 from tests.data import caches
 from tests.data.conftest import Counting

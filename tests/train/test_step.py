@@ -7,9 +7,9 @@ import pytest
 import tele_jax as tele
 from tele_jax.errors import UserError
 from tele_jax.settings import MeshConfig, OptimizerConfig
-from tele_jax.sharding import make_mesh
+from tele_jax.sharding import make_mesh, put_batch
 from tele_jax.train.optimizer import optimizer
-from tele_jax.train.step import flops_per_token, make_step, put_batch, state_shardings
+from tele_jax.train.step import flops_per_token, make_step, state_shardings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from tele_jax import tables
-from tele_jax.axes import PyTree, check_tree, flatten
+from tele_jax.axes import Params, PyTree, check_tree, flatten
 from tele_jax.config import ModelConfig, differing_fields, require
 from tele_jax.errors import DamageError, UserError, abridged
 from tele_jax.files import Table
@@ -30,7 +30,7 @@ from tele_jax.growth.masks import vectors
 from tele_jax.growth.plan import Plan, require_plan
 from tele_jax.growth.verify import entries, liveness
 from tele_jax.growth.verify import parts as model_parts
-from tele_jax.model import decoder
+from tele_jax.model import decoder, heads
 from tele_jax.sharding import to_host
 
 if TYPE_CHECKING:  # it imports TensorStore
@@ -156,11 +156,12 @@ def verify(
     masks = vectors(plan, 0.0) if plan.masked else None
     # On TPUs the default precision multiplies in bfloat16, whose rounding would hide differences.
     with jax.default_matmul_precision("highest"):
-        before = jax.jit(decoder.forward, static_argnums=0)(plan.src_cfg, params, old_tokens)
-        after = jax.jit(decoder.forward, static_argnums=0)(plan.dst_cfg, big, new_tokens, masks=masks)
+        before, scalars = jax.jit(_outputs, static_argnums=0)(plan.src_cfg, params, old_tokens)
+        after, new_scalars = jax.jit(_outputs, static_argnums=0)(plan.dst_cfg, big, new_tokens, masks)
         before, after = jnp.asarray(to_host(before))[..., before_ids], jnp.asarray(to_host(after))[..., after_ids]
         dead, locked = liveness.liveness(plan, big, new_tokens)
-    max_abs = float(jnp.max(jnp.abs(after - before)))
+    moved = np.max(np.abs(to_host(new_scalars) - to_host(scalars)), initial=0.0)
+    max_abs = max(float(jnp.max(jnp.abs(after - before))), float(moved))
     old, new = jax.nn.log_softmax(before), jax.nn.log_softmax(after)
     return dataclasses.replace(
         report,
@@ -173,6 +174,13 @@ def verify(
         locked=locked,
         tokens=hashlib.sha256(np.asarray(tokens, np.int32).tobytes()).hexdigest(),
     )
+
+
+def _outputs(cfg: ModelConfig, params: Params, tokens: jax.Array, masks: decoder.Masks | None = None):
+    """Logits [B, S, V], and [B, S] of the scalar head, or [0] where the model has none."""
+    x = decoder.hidden(cfg, params, tokens, masks=masks)
+    scalars = heads.scalar_of(cfg, params, x) if cfg.scalar_head else jnp.zeros(0)
+    return heads.logits_of(cfg, params, x), scalars
 
 
 def _tokens(plan: Plan, tokens: object) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

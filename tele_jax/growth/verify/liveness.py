@@ -14,7 +14,7 @@ import optax
 from tele_jax.axes import Params, PyTree, flatten, map_param_subtrees, unflatten
 from tele_jax.growth.masks import vectors
 from tele_jax.growth.plan import Plan
-from tele_jax.model import decoder
+from tele_jax.model import decoder, heads
 from tele_jax.model.loss import next_token_loss
 from tele_jax.sharding import replicated, to_host
 
@@ -42,6 +42,9 @@ def liveness(plan: Plan, big: Params, tokens: np.ndarray) -> tuple[tuple[str, ..
 
     def mean_loss(params):
         total, weight = next_token_loss(plan.dst_cfg, params, batch, masks)
+        if plan.dst_cfg.scalar_head:
+            x = decoder.hidden(plan.dst_cfg, params, batch["tokens"], masks=masks)
+            total += jnp.sum((heads.scalar_of(plan.dst_cfg, params, x) - 1) ** 2)
         return total / weight
 
     def update(params, gradients, state):
