@@ -109,10 +109,13 @@ def generate_scored(
     """Does what `generate` does, and returns with the tokens of each row their log-probabilities, float32[n] in nats.
 
     These are the model's own, log softmax(logits), whatever the temperature and the penalty with which they were drawn.
+    Drawn at temperature 1 from cfg.replace(output_mult=cfg.output_mult / T), they are those of the distribution at T.
     numbers: one a prompt, which random keys depend on in the place of its index: those of rows of a larger batch.
+    options: as `sampling`. With keep_stop=True the stop id that ended a row is its last token, and on_token is refused.
     """
     require_config(cfg, "generate: cfg")
     how = sampling(**options)
+    require(on_token is None or not how.keep_stop, "on_token and keep_stop: a stop id is given to no on_token")
     require(isinstance(prompts, Iterable), f"prompts is {prompts!r}, not a list of lists of token ids")
     prompts = [checked_ids(cfg, prompt, f"prompts[{row}]") for row, prompt in enumerate(prompts)]
     stop_ids = checked_ids(cfg, stop_ids, "stop_ids")
@@ -242,9 +245,8 @@ def _draw_all(cfg, rope_length, params, cache, state, how, stop_ids, max_new_tok
     lengths = np.subtract(*on_host((state.lengths, ~state.done)))  # before the first draw
     ended = np.zeros(len(lengths), bool)
     for step in range(1, max_new_tokens + 1):
-        following, cache = _decode(
-            cfg, rope_length, params, cache, state, how, stop_ids, np.int32(min(step + 1, max_new_tokens))
-        )
+        until = np.int32(min(step + 1, max_new_tokens))
+        following, cache = _decode(cfg, rope_length, params, cache, state, how, stop_ids, until)
         token, done = on_host((state.token, state.done))
         for row in np.flatnonzero(~done & ~ended):
             ended[row] = emit(int(row), int(token[row])) is True
@@ -314,11 +316,7 @@ def _begin(cfg, params, last, tokens, lengths, done, keys, how, stop_ids):
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _decode(cfg, rope_length, params, cache, state, how, stop_ids, until):
     """Runs the model on the last tokens and draws the next, until `until` are drawn or every row is done."""
-
-    def going(carry):
-        state, _ = carry
-        return (state.step < until) & ~state.done.all()
-
+    going = lambda carry: (carry[0].step < until) & ~carry[0].done.all()  # noqa: E731
     step = lambda carry: decode_step(cfg, rope_length, params, carry[0], carry[1], how, stop_ids)  # noqa: E731
     return jax.lax.while_loop(going, step, (state, cache))
 
@@ -338,12 +336,13 @@ def _append(cfg, params, x, state: State, how: Sampling, stop_ids) -> State:
     broken = ~state.done & ~jnp.isfinite(jnp.max(logits, axis=-1))  # the largest of numbers and NaN is NaN
     done = state.done | broken | jnp.isin(token, stop_ids)
     rows = jnp.arange(token.shape[0])
-    end = jnp.where(done, state.tokens.shape[1], state.lengths)  # beyond the end: dropped
+    drawn = ~(state.done | broken) if how.keep_stop else ~done
+    end = jnp.where(drawn, state.lengths, state.tokens.shape[1])  # beyond the end: dropped
     logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
     return State(
         tokens=state.tokens.at[rows, end].set(token),
         logprobs=state.logprobs.at[rows, end].set(logprob),
-        lengths=state.lengths + ~done,
+        lengths=state.lengths + drawn,
         token=token,
         done=done,
         broken=state.broken | broken,

@@ -19,6 +19,7 @@ class Sampling(struct.PyTreeNode):
     top_p: jax.Array | np.float32 | None = None
     repetition_penalty: jax.Array | np.float32 | None = None
     top_k: int | None = struct.field(pytree_node=False, default=None)
+    keep_stop: bool = struct.field(pytree_node=False, default=False)
 
 
 def sampling(
@@ -27,6 +28,7 @@ def sampling(
     top_k: int | None = None,
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
+    keep_stop: bool = False,
 ) -> Sampling:
     """Checks settings, which `draw` applies to the logits of a row in this order:
 
@@ -35,6 +37,8 @@ def sampling(
     temperature: at least 0; divides the logits; 0, or what float32 flushes to it, takes the largest.
     top_k: at least 1; only the k largest stay.
     top_p: in (0, 1]; only the largest of those stay, up to and with the one that brings their probability to p.
+
+    keep_stop: a stop id that was drawn stays at the end of its row; `draw` does not read it.
     """
     for name, value in (("temperature", temperature), ("top_p", top_p), ("repetition_penalty", repetition_penalty)):
         is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
@@ -53,6 +57,7 @@ def sampling(
         top_p=None if greedy or top_p is None or top_p == 1 else np.float32(top_p),
         repetition_penalty=None if repetition_penalty == 1 else np.float32(repetition_penalty),
         top_k=None if greedy else top_k,
+        keep_stop=keep_stop,
     )
 
 

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 import tele_jax as tele
 from tele_jax.axes import flatten
 from tele_jax.config import Ntk, Rope
-from tele_jax.inference.generate import draw, generate, prepare, sampling
+from tele_jax.errors import UserError
+from tele_jax.inference.generate import draw, generate, generate_scored, prepare, sampling
 from tele_jax.model import attention
+from tele_jax.model.loss import token_losses
 from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh, param_shardings
 from tests import reference
@@ -403,3 +405,32 @@ def test_what_is_refused(options, message):
     cfg, params = model()
     with pytest.raises(tele.UserError, match=message):
         generate(cfg, params, **dict(prompts=[[1]], max_new_tokens=3) | options)
+
+
+def test_the_log_probabilities_of_draws_are_those_of_the_trainer():
+    """Pad id = eos id = stop id, prompts of several lengths, a temperature: what was drawn, and how probable it was."""
+    temperature, stop, count = 1.7, 9, 12
+    cfg, params = model("biases_tied_mup")
+    cfg = cfg.replace(output_mult=cfg.output_mult / temperature)
+    prompts = [[5, stop, 3, stop], [stop], [33, 2, 48, 7, 7, 11]] * 8
+    options = dict(max_new_tokens=count, temperature=1.0, seed=3)
+    kept = generate_scored(cfg, params, prompts, stop_ids=[stop], keep_stop=True, **options)
+    dropped = generate_scored(cfg, params, prompts, stop_ids=[stop], **options)
+    stopped = [row for row, (drawn, _) in enumerate(kept) if drawn[-1] == stop]
+    assert 4 < len(stopped) < len(prompts), "some rows end by the stop id, and some at the limit"
+    for row, ((drawn, _), (without, _)) in enumerate(zip(kept, dropped, strict=True)):
+        assert drawn == without + [stop] * (row in stopped) and stop not in without
+    rows = np.full((len(prompts), 18), stop, np.int32)
+    lengths = [len(prompt) + len(drawn) for prompt, (drawn, _) in zip(prompts, kept, strict=True)]
+    for row, prompt, (drawn, _), length in zip(rows, prompts, kept, lengths, strict=True):
+        row[:length] = prompt + drawn
+    segments = np.arange(18) < np.array(lengths)[:, None]
+    losses = token_losses(cfg, params, {"tokens": rows, "targets": np.roll(rows, -1, 1), "segment_ids": segments})
+    logits = reference.forward(cfg, params, rows)
+    for row, (prompt, (drawn, logprobs)) in enumerate(zip(prompts, kept, strict=True)):
+        at = range(len(prompt) - 1, lengths[row] - 1)
+        np.testing.assert_allclose(logprobs, -np.asarray(losses)[row, at], atol=1e-5)
+        scores = logits[row, at] - np.logaddexp.reduce(logits[row, at], axis=-1, keepdims=True)
+        np.testing.assert_allclose(logprobs, scores[range(len(drawn)), drawn], atol=1e-5)
+    with pytest.raises(UserError, match=r"on_token and keep_stop: a stop id is given to no on_token"):
+        generate_scored(cfg, params, prompts, stop_ids=[stop], keep_stop=True, on_token=print, **options)
