@@ -2,7 +2,7 @@
 
     JAX_PLATFORMS=cpu python benchmarks/read_rows.py [--text DIR] [--tokenizer FILE] [--seconds 5]
 
-On one core. `feed` is CachedFeed.read: which rows, reading, decompressing, checking, and the five arrays of a batch of
+On one core. `feed` is RowFeed.read: which rows, reading, decompressing, checking, and the five arrays of a batch of
 16. `grain` is Grain's own pipeline over the same ArrayRecord files, with the same decoding of a row: source, shuffle,
 repeat, mix, map, batch. They take turns; figures are tokens per second of processor time, the median of the turns.
 Then the time to go to a step and read its batch, from step 10 to 10**9, and what the index alone costs. DIR and FILE
@@ -44,7 +44,7 @@ def measure(directory: Path, text: Path, tokenizer: Path, seconds: float) -> dic
     import grain
 
     from tele_jax.data import cache, caching, order
-    from tele_jax.data.feed import CachedFeed
+    from tele_jax.data.feed import RowFeed
     from tele_jax.settings import CacheConfig, DataConfig, SourceConfig
 
     sources = {
@@ -62,7 +62,7 @@ def measure(directory: Path, text: Path, tokenizer: Path, seconds: float) -> dic
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     lengths = {}
     for seq_len, rows in opened.items():
-        feed = CachedFeed(rows, rates, batch_size=BATCH, seed=0)
+        feed = RowFeed(rows, rates, batch_size=BATCH, seed=0)
         theirs = iter(grains(grain, rows, rates))
         tasks = {"feed": lambda step, feed=feed: feed.read(step), "grain": lambda step, theirs=theirs: next(theirs)}
         lengths[seq_len] = {
@@ -70,11 +70,11 @@ def measure(directory: Path, text: Path, tokenizer: Path, seconds: float) -> dic
             for name, (cpu, wall) in in_turns(tasks, seconds).items()
         }
         print(f"seq_len {seq_len}: {lengths[seq_len]}", file=sys.stderr)
-    feed = CachedFeed(opened[4096], rates, batch_size=BATCH, seed=0)
+    feed = RowFeed(opened[4096], rates, batch_size=BATCH, seed=0)
     seeks = {}
     for step in (10, 1_000_000, 1_000_000_000) * 30:
         began = time.perf_counter()
-        fresh = CachedFeed(opened[4096], rates, batch_size=BATCH, seed=0)
+        fresh = RowFeed(opened[4096], rates, batch_size=BATCH, seed=0)
         fresh.restore(feed.state().replace(b'"batches": 0', b'"batches": %d' % step))
         fresh.read(step)
         seeks.setdefault(step, []).append(time.perf_counter() - began)

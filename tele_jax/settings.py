@@ -21,7 +21,10 @@ class SourceConfig:
     # format of the files. text: a file is one document; jsonl: a line is {"text": ...}; dialogues: a line, or an
     # element of a file that is one JSON array, is a dialogue in one of the formats that follow, as its keys say; see
     # docs/fine_tuning.md
-    format: Literal["text", "jsonl", "dialogues", "messages", "sharegpt", "alpaca", "telechat", "telechat2"] = "text"
+    # docs/alignment.md has pairs (chosen and rejected answers, rankings) and prompts
+    format: Literal[
+        "text", "jsonl", "dialogues", "messages", "sharegpt", "alpaca", "telechat", "telechat2", "pairs", "prompts"
+    ] = "text"
     rate: float = 1.0  # relative rate; the mixture divides by the sum. 0: the domain is left out
     # Fine-tuning, instead of rates: how often an epoch has each dialogue. The integer part is copies, the fraction the
     # share of the dialogues that has one more (TeleChat's weights of files). Such domains are shuffled together.

@@ -136,16 +136,19 @@ class Batches:
           UserError, DamageError: as domains.check; copies or epochs of what is no fine-tuning, or has rates.
         """
         self._stage, self._prepare, self._packed = stage, prepare, packed
-        self._opened = domains.check(stage.data, kind=kind, seq_len=stage.seq_len, index=index)
+        self._opened = self._open(stage, kind, index)
         self.vocabulary = self._opened.vocabulary
         opened = (*self._opened.train.values(), *self._opened.held_out.values())
         self.corpora = {documents.where: documents for documents in opened}
         self._copies = _copies(stage, self._opened)
         self._require_live("packed=False", packed)
-        self.domains = sorted(self._fed) if self._opened.cache is None else sorted(self._opened.data.sources)
+        self.domains = sorted(self._fed) if self._opened.store is None else sorted(self._opened.data.sources)
+
+    def _open(self, stage: TrainStage, kind: Kind, index: sources.Indexes) -> OpenData:
+        return domains.check(stage.data, kind=kind, seq_len=stage.seq_len, index=index)
 
     def _require_live(self, what: str, fine: bool) -> None:
-        if not fine and self._opened.cache is not None:
+        if not fine and self._opened.store is not None:
             raise UserError(f"{what}: the rows of the cache {self._stage.data.cache} are packed; read the files live")
 
     @functools.cached_property
@@ -159,18 +162,18 @@ class Batches:
 
     @functools.cached_property
     def _rates(self) -> dict[str, float]:
-        """Relative rates of the domains that are fed; of a cache with copies, the rows that an epoch has of each."""
-        sources, cache = self._opened.data.sources, self._opened.cache
+        """Relative rates of the domains that are fed; of rows with copies, how many an epoch has of each."""
+        sources, store = self._opened.data.sources, self._opened.store
         if self._copies is None:
             return {name: source.rate for name, source in sources.items()}
-        if cache is None:
+        if store is None:
             return dict.fromkeys(self._fed, 1.0)
-        return {name: copies * cache.rows[name] for name, copies in self._copies.items()}
+        return {name: copies * store.rows[name] for name, copies in self._copies.items()}
 
     @functools.cached_property
     def _last(self) -> dict[str, int]:
         """Number of the first document that is not read any more, where the stage has a number of epochs."""
-        if self._stage.epochs is None or self._opened.cache is not None:
+        if self._stage.epochs is None or self._opened.store is not None:
             return {}
         return {name: round(self._stage.epochs * len(documents)) for name, documents in self._fed.items()}
 
@@ -182,9 +185,9 @@ class Batches:
         Raises:
           UserError: the epochs hold no dialogue.
         """
-        stage, cache = self._stage, self._opened.cache
+        stage = self._stage
         assert stage.epochs is not None
-        if cache is not None:  # of every domain to within the rows of a batch
+        if self._opened.store is not None:  # of every domain to within the rows of a batch
             return math.ceil(stage.epochs * sum(self._rates.values()) / stage.batch_size)
         ((name, documents),) = self._fed.items()
         assert isinstance(documents, ShuffledDomains)
@@ -201,12 +204,12 @@ class Batches:
         rows: Sequence[int] | np.ndarray | None = None,
         place: Callable[[feeds.Batch], Any] = lambda batch: batch,
         known: Sequence[Position] = (),
-    ) -> feeds.LiveFeed | feeds.CachedFeed:
+    ) -> feeds.LiveFeed | feeds.RowFeed:
         """Opens the batches to train on; arguments as feed.open_feed."""
         if self._stage.epochs is not None:  # of this stage: its data begins anew
             known = ()
         how: dict[str, Any] = {"batch_size": self._stage.batch_size, "seed": self._stage.seed, "rates": self._rates}
-        if self._opened.cache is None:
+        if self._opened.store is None:
             how |= {"domains": self._fed, "last": self._last, "packed": self._packed}
         return feeds.open_feed(self._opened, **how, prepare=self._prepare, rows=rows, place=place, known=known)
 

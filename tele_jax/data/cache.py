@@ -181,6 +181,8 @@ def _problem(manifest: Manifest) -> str | None:
 class RowCache:
     """An open cache. Reading is thread-safe; nothing is read ahead, nothing is kept but open files."""
 
+    reads_alone = True
+
     def __init__(self, path: str | Path):
         """Reads the manifest and looks whether every shard has its size.
 
@@ -212,6 +214,21 @@ class RowCache:
     def rows(self) -> dict[str, int]:
         """Number of rows by domain."""
         return {name: domain.counts.rows for name, domain in self.manifest.domains.items()}
+
+    @property
+    def where(self) -> str:
+        """The directory, for messages."""
+        return str(self.path)
+
+    @property
+    def identity(self) -> Table:
+        """Names what the rows depend on, as a saved place in the data has it (feed.RowStore)."""
+        kind, seq_len, tokenizer = self.manifest.kind, self.manifest.seq_len, self.manifest.tokenizer_sha256
+        return {"feed": "cache", "kind": kind, "seq_len": seq_len, "tokenizer": tokenizer}
+
+    def checksum(self, domain: str) -> str:
+        """Names the rows of a domain, see Manifest.checksum."""
+        return self.manifest.checksum(domain)
 
     def tokenizer(self) -> Path:
         """Returns the copy of the tokenizer that made the cache.

@@ -30,6 +30,7 @@ class CorpusDocuments:
         """Encodes the dialogues that may be longer than a row. UserError where none is left."""
         self.corpus = corpus
         self.where, self.checksum, self.account = corpus.where, corpus.checksum, corpus.account
+        self.line_digests = corpus.line_digests
         self.rejected, self.num_rejected = corpus.rejected, corpus.num_rejected
         self.cut = 0 if corpus.spans["last"].all() else sources.span_bytes_for(seq_len)
         self.split = self.shortened = self.dropped = 0

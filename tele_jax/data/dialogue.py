@@ -213,6 +213,22 @@ def fit_prompt(
     )
 
 
+def render_answers(
+    prompt: Sequence[Message], answers: Sequence[str], vocabulary: Vocabulary, template: Template | None = None
+) -> tuple[list[int], list[list[int]]]:
+    """Encodes a prompt once, as `render_prompt` does, and answers to it, as the model would draw them.
+
+        prompt, (answer,) = render_answers([{"role": "user", "content": "Hi"}], ["Hello"], v)
+        prompt + answer      # [v.user_id, *v.encode("Hi"), v.bot_id, *v.encode("Hello"), v.end_id]
+
+    Raises:
+      UserError: as `render`; the last message of the prompt is no question.
+    """
+    check(prompt, complete=False)
+    encoder = Encoder(vocabulary, template)
+    return encoder.prompt(*encoder.open(prompt))[0], [encoder.reply(answer) for answer in answers]
+
+
 def shortest(vocabulary: Vocabulary, template: Template | None = None, *, next_user: bool = False) -> int:
     """Returns the least max_tokens of `render` and `render_prompt`: markers, end, and one token of an answer.
 

@@ -120,6 +120,13 @@ class Encoder:
             weights += [self._given] * len(asked) + [turn.weight] * said + [self._given] * (len(answer) - said)
         return tokens + end, weights + [turns[-1].weight] * len(end)
 
+    def reply(self, answer: str) -> list[int]:
+        """Encodes an answer apart from its prompt, with what ends it."""
+        parts = [Said(answer)]
+        encode = self._vocabulary.encode
+        ids = templates.encode_parts(self._template, self._vocabulary, parts) if self._is_text else encode(answer)
+        return ids + self._markers.end
+
     def _opening(self, system: Spoken | None) -> list[str | Said | list[int]]:
         return [] if system is None else [self._template.system or "", _said(system)]
 

@@ -79,7 +79,9 @@ READERS: Mapping[str, tuple[tuple[str, ...], Callable[[Table], Table]]] = {
 DIALOGUES = frozenset({"dialogues", *READERS})  # formats whose records are dialogues
 
 
-def from_record(record: object, format: str = "dialogues", how: DialogueConfig = DEFAULT_DIALOGUES) -> list[Message]:
+def from_record(
+    record: object, format: str = "dialogues", how: DialogueConfig = DEFAULT_DIALOGUES, *, complete: bool = True
+) -> list[Message]:
     r"""Returns the messages of a record, the system message among them, with the weights that `how` asks for.
 
     >>> from_record({"instruction": "Add.", "input": "1 + 1", "output": "2"})
@@ -89,6 +91,7 @@ def from_record(record: object, format: str = "dialogues", how: DialogueConfig =
       record: a JSON value.
       format: a key of READERS, or "dialogues" for the first of them whose keys the record has.
       how: `system` and `learned` of it count here.
+      complete: whether the last message has to be an answer; otherwise a question, and nothing is learned.
 
     Raises:
       UserError: it is no record of a dialogue, or has a field that is not understood.
@@ -106,8 +109,8 @@ def from_record(record: object, format: str = "dialogues", how: DialogueConfig =
             raise UserError(f"the field {field!r} of the record is not understood; take it out, or the record")
     messages = _messages(_list(read["messages"], "messages"))
     messages = _with_system(messages, read.get("system"), _tools(read.get("tools")), how.system)
-    check(messages)
-    if how.learned == "last":
+    check(messages, complete=complete)
+    if how.learned == "last" and complete:
         given = [
             message if message["role"] in ("system", "user") else {**_said(message), "weight": 0}
             for message in messages[:-1]

@@ -26,7 +26,9 @@ from tele_jax.errors import UserError
 from tele_jax.files import Table, require_regular, write_file
 from tele_jax.settings import DEFAULT_DIALOGUES, DialogueConfig
 
-Format = Literal["text", "jsonl", "dialogues", "messages", "sharegpt", "alpaca", "telechat", "telechat2"]
+Format = Literal[
+    "text", "jsonl", "dialogues", "messages", "sharegpt", "alpaca", "telechat", "telechat2", "pairs", "prompts"
+]
 AnyFormat = Format | Literal["task"]
 WHOLE = 1 << 62  # larger than any document: no cutting
 BLOCK_BYTES = 1 << 20  # of a text file that are read at a time
@@ -185,9 +187,10 @@ _JSON = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]', re.DOTALL)
 
 
 def is_array(file: BinaryIO, format: AnyFormat) -> bool:
-    """Tells whether a file of dialogues, open where its text begins, is one JSON array; reads its first bytes."""
+    """Tells whether a file of records, open where its text begins, is one JSON array; reads its first bytes."""
     begin = file.tell()
-    first = next((c for c in iter(lambda: file.read(1), b"") if not c.isspace()), b"") if format in DIALOGUES else b""
+    may_be = format not in ("text", "jsonl")
+    first = next((c for c in iter(lambda: file.read(1), b"") if not c.isspace()), b"") if may_be else b""
     file.seek(begin)
     return first == b"["
 
@@ -235,7 +238,7 @@ def read_document(
     path: str,
     offset: int,
     data: bytes,
-    format: AnyFormat,
+    format: AnyFormat | Callable[[str], Any],
     reject: Callable[[Reject], None],
     at: Mapping[str, int] = MappingProxyType({}),
     keys: Sequence[str] = ("text",),
@@ -246,7 +249,7 @@ def read_document(
     Args:
       path, offset: file and byte where the document begins.
       data: a line; for the format text a stretch of the file that ends with a character.
-      format: format of the file.
+      format: format of the file, or what reads a text and raises UserError where it cannot be used.
       reject: is given the entry of a document that cannot be used.
       at: {"line": number} or {"element": number}, where it is known.
       keys: names that the text of a JSON line may have.
@@ -254,6 +257,8 @@ def read_document(
     """
     try:
         text = data.decode("utf-8")
+        if callable(format):
+            return format(text)
         return text if format == "text" else check_record(text, format, keys, how)
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x})"
@@ -324,6 +329,14 @@ def check_rejected(where: str, used: int, count: int, first: str | None, most: f
         raise UserError(f"{told}; data.dialogues.max_rejected={most:g} is the largest share that is taken")
 
 
+def parse_record(record: str) -> Any:
+    """Returns the value of a JSON record; UserError where it is not JSON."""
+    try:
+        return json.loads(record)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON: {error}") from None
+
+
 def check_record(
     record: str, format: AnyFormat, keys: Sequence[str] = ("text",), how: DialogueConfig = DEFAULT_DIALOGUES
 ) -> Any:
@@ -332,10 +345,7 @@ def check_record(
     Raises:
       UserError: the record is not of the format; the message says why, and the caller adds where.
     """
-    try:
-        value = json.loads(record)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not JSON: {error}") from None
+    value = parse_record(record)
     if format in DIALOGUES:
         value = from_record(value, format, how)
     elif not isinstance(value, dict) or not (found := [key for key in keys if key in value]):

@@ -5,9 +5,9 @@ import filecmp
 import functools
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from tele_jax.data.encode import Kind
 from tele_jax.data.vocabulary import TokenizersVocabulary, load_vocabulary
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import UserError
-from tele_jax.files import expand
+from tele_jax.files import Table, expand
 from tele_jax.settings import DEFAULT_DIALOGUES, DataConfig, SourceConfig
 
 OnRejects = Callable[[Documents], None]  # is given every domain, to report the documents that cannot be used
@@ -30,6 +30,38 @@ def warn(domain: Documents) -> None:
     """Warns of the documents of a domain that cannot be used, if there are some; the default."""
     if domain.num_rejected:
         warnings.warn(domain.account(), stacklevel=2)
+
+
+class RowStore(Protocol):
+    """Rows by domain, any of which can be read without the others. Reading is thread-safe.
+
+    Attributes:
+      where: names the store in messages.
+      rows: number of rows by domain.
+      identity: what the rows depend on beside their content, such as the tokenizer; a saved place has to agree with it.
+      reads_alone: whether a process can read a part of a batch: the shape of its rows does not depend on the others.
+    """
+
+    @property
+    def where(self) -> str: ...
+    @property
+    def rows(self) -> Mapping[str, int]: ...
+    @property
+    def identity(self) -> Table: ...
+    @property
+    def reads_alone(self) -> bool: ...
+
+    def checksum(self, domain: str) -> str:
+        """Names the rows of a domain, wherever they lie."""
+        ...
+
+    def read(self, domains: Sequence[str], rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """Reads the rows `rows[i]` of `domains[i]` as one batch."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of what reading took; the next read takes it again."""
+        ...
 
 
 class OpenData:
@@ -78,6 +110,11 @@ class OpenData:
         cache.check_fits(opened.manifest, self.data.cache, kind=self.kind, seq_len=self.seq_len, **asked)
         return opened
 
+    @property
+    def store(self) -> RowStore | None:
+        """The rows that are read at random; None where data is read live. Errors as `cache`."""
+        return self.cache
+
     @functools.cached_property
     def train(self) -> Mapping[str, Documents]:
         """The documents of every domain that is read live, by name in order; none where there is a cache.
@@ -88,48 +125,50 @@ class OpenData:
         """
         if self.data.cache is not None:
             return {}
-        found = {**self._tasks("split"), **self.files("files")}
-        return dict(sorted(found.items()))
+        return dict(sorted([*self._tasks("split"), *self.files("files")]))
 
     @functools.cached_property
     def held_out(self) -> Mapping[str, Documents]:
         """The held-out documents of every domain that has some, by name. Errors as `train`."""
-        found = {**self._tasks("validation_split"), **self.files("validation_files")}
+        found = dict([*self._tasks("validation_split"), *self.files("validation_files")])
         return {name: found[name] for name in self.data.sources if name in found}
 
-    def files(self, field: Literal["files", "validation_files"]) -> "dict[str, CorpusDocuments]":
+    def files(self, field: Literal["files", "validation_files"]) -> Iterator[tuple[str, Documents]]:
         """Opens the files of every domain that has some in `field`. Errors as `train`."""
-        found = {}
         for name, source in self.data.sources.items():
-            if patterns := getattr(source, field):
-                check_format(name, source.format, self.kind)
-                where, how = f"sources.{name}.{field}", self.data.dialogues
-                if field == "validation_files":  # bits per byte are of text alone
-                    how = dataclasses.replace(how, next_user=False)
-                span_bytes = sources.span_bytes_for(self.seq_len)
-                corpus = self.index(where, name, patterns, source.format, span_bytes=span_bytes, how=how)
-                if source.format in DIALOGUES:
-                    corpus.check_rejected()
-                check_systems(corpus, self.vocabulary)
-                key = ("samples", where, corpus.checksum, corpus.format, how, self.kind, self.seq_len)
-                key += (self.vocabulary.sha256, self.data.template)
-                make = functools.partial(CorpusDocuments, corpus, self.vocabulary, self.kind, self.seq_len)
-                found[name] = self.index.once(key, make)
-                self._on_rejects(found[name])
-        return found
+            if getattr(source, field):
+                opened = self._open_files(name, source, field)
+                self._on_rejects(opened)
+                yield name, opened
 
-    def _tasks(self, field: Literal["split", "validation_split"]) -> dict[str, Documents]:
-        found: dict[str, Documents] = {}
+    def _open_files(self, name: str, source: SourceConfig, field: str) -> Documents:
+        check_format(name, source.format, self.kind)
+        where, how, patterns = f"sources.{name}.{field}", self.data.dialogues, getattr(source, field)
+        if field == "validation_files":  # bits per byte are of text alone
+            how = dataclasses.replace(how, next_user=False)
+        span_bytes = sources.span_bytes_for(self.seq_len)
+        corpus = self.index(where, name, patterns, source.format, span_bytes=span_bytes, how=how)
+        if source.format in DIALOGUES:
+            corpus.check_rejected()
+        check_systems(corpus, self.vocabulary)
+        key = ("samples", where, corpus.checksum, corpus.format, how, self.kind, self.seq_len)
+        key += (self.vocabulary.sha256, self.data.template)
+        return self.index.once(key, lambda: CorpusDocuments(corpus, self.vocabulary, self.kind, self.seq_len))
+
+    def _tasks(self, field: Literal["split", "validation_split"]) -> Iterator[tuple[str, Documents]]:
         for name, source in self.data.sources.items():
             if source.task and (split := getattr(source, field)):
-                from tele_jax.data import task_documents
-
                 where = f"sources.{name}.{'task' if field == 'split' else field}"
-                how = (where, self.vocabulary, self.kind, self.seq_len if self.kind == "sft" else None)
-                make = functools.partial(task_documents.open_task, source, *how, split=split)
-                found[name] = self.index.once(("task", source.task, split, *how), make)
-                self._on_rejects(found[name])
-        return found
+                opened = self._open_task(source, where, split)
+                self._on_rejects(opened)
+                yield name, opened
+
+    def _open_task(self, source: SourceConfig, where: str, split: str) -> Documents:
+        from tele_jax.data import task_documents
+
+        how = (where, self.vocabulary, self.kind, self.seq_len if self.kind == "sft" else None)
+        make = functools.partial(task_documents.open_task, source, *how, split=split)
+        return self.index.once(("task", source.task, split, *how), make)
 
     def shared(self) -> list[str]:
         """Returns a line for every domain with documents that are trained on and held out, in any domain.
@@ -143,7 +182,9 @@ class OpenData:
         else:
             lines = {
                 part: {
-                    one.where: one.corpus.line_digests() for one in found.values() if isinstance(one, CorpusDocuments)
+                    one.where: one.line_digests()  # pyright: ignore[reportAttributeAccessIssue]
+                    for one in found.values()
+                    if hasattr(one, "line_digests")  # what a Task reads is not known
                 }
                 for part, found in (("train", self.train), ("held out", self.held_out))
             }
@@ -226,6 +267,8 @@ def has_dialogues(data: DataConfig, kind: Kind) -> bool:
 
 def check_format(domain: str, format: documents.Format, kind: Kind) -> None:
     """Raises UserError where fine-tuning is to be fed with files that have no answers."""
+    if format in ("pairs", "prompts"):
+        raise UserError(f"sources.{domain}: stages of the kinds reward, dpo, ppo and grpo read {format}, not this one")
     if kind == "sft" and format not in DIALOGUES:
         raise UserError(
             f"sources.{domain}: fine-tuning learns answers, so its files have to be dialogues, not {format}"
@@ -246,7 +289,14 @@ def check(data: DataConfig, *, kind: Kind, seq_len: int, index: sources.Indexes 
       UserError: as OpenData; text that is both trained on and held out.
       DamageError: a cache is damaged, as far as can be seen without reading the rows.
     """
-    opened = OpenData(data, kind=kind, seq_len=seq_len, index=index, on_rejects=lambda domain: None)
+    return checked(OpenData(data, kind=kind, seq_len=seq_len, index=index, on_rejects=lambda domain: None))
+
+
+_Opened = TypeVar("_Opened", bound=OpenData)
+
+
+def checked(opened: _Opened) -> _Opened:
+    """Opens all that is opened on use, and returns what it was given. Raises as `check`."""
     require_other_files(opened.data)
     _ = opened.cache, opened.train, opened.held_out
     return opened

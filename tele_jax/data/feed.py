@@ -1,7 +1,7 @@
 """Batches for training, from opened data (domains.py).
 
-`open_feed` returns a LiveFeed, which reads files and seqio Tasks while training goes on, or a CachedFeed, which reads
-rows from a cache.
+`open_feed` returns a LiveFeed, which reads files and seqio Tasks while training goes on, or a RowFeed, which reads rows
+from a store: a cache on disk, or records in memory (record_rows.py).
 """
 
 import dataclasses
@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from tele_jax.data import cache, order, packing
+from tele_jax.data import order, packing
 from tele_jax.data.documents import Documents
-from tele_jax.data.domains import OpenData
+from tele_jax.data.domains import OpenData, RowStore
 from tele_jax.data.order import Position
 from tele_jax.data.templates import separator
 from tele_jax.errors import DamageError, UserError
@@ -41,7 +41,7 @@ def open_feed(
     rates: Mapping[str, float] | None = None,
     last: Mapping[str, int] | None = None,
     packed: bool = True,
-) -> "LiveFeed | CachedFeed":
+) -> "LiveFeed | RowFeed":
     """Opens the feed of a stage.
 
     Args:
@@ -64,9 +64,9 @@ def open_feed(
     domains = opened.train if domains is None else domains
     if rates is None:
         rates = {name: source.rate for name, source in opened.data.sources.items()}
-    if opened.cache is None:
+    if opened.store is None:
         return LiveFeed(opened, domains, rates, last=last or {}, packed=packed, **how)
-    return CachedFeed(opened.cache, rates, rows=rows, **how)
+    return RowFeed(opened.store, rates, rows=rows if opened.store.reads_alone else None, **how)
 
 
 def starts(
@@ -260,19 +260,19 @@ class LiveFeed(_Feed):
         return {name: positions[name] for name in self._documents}
 
 
-class CachedFeed(_Feed):
-    """A feed that reads rows from a cache: each batch is a pure function of seed, step and earlier stages.
+class RowFeed(_Feed):
+    """A feed that reads rows from a store: each batch is a pure function of seed, step and earlier stages.
 
     The rows of step t are those at the places t * batch_size ... (t + 1) * batch_size - 1 of one order (order.py). So
     going to a step takes no time, and the batches do not depend on how many processes read them. The state is the step
-    and what the order depends on: the checksums of the rows, not the path of the cache.
+    and what the order depends on: the checksums of the rows, not the path of a cache.
     """
 
     _saved_elsewhere = "a feed without a cache"
 
     def __init__(
         self,
-        cache: cache.RowCache,
+        store: RowStore,
         rates: Mapping[str, float],
         *,
         batch_size: int,
@@ -282,37 +282,33 @@ class CachedFeed(_Feed):
         prepare: Prepare = lambda batch, places: batch,
         known: Sequence[Position] = (),
     ):
-        """Reads only the manifest; rows are read from the first batch on.
+        """Reads no row yet; rows are read from the first batch on.
 
         Args:
-          cache: the cache.
+          store: the rows.
           rates: relative rates of the domains to draw from.
           batch_size, seed, place, prepare, known: as `open_feed`.
           rows: numbers of the rows of every batch that this process reads; None: all. Process h of H that share a batch
             evenly: range(h * batch_size // H, (h + 1) * batch_size // H).
 
         Raises:
-          UserError: a rate of a domain that the cache does not have.
+          UserError: a rate of a domain that the store does not have.
           ValueError: rows that are not in a batch.
         """
         super().__init__(place, prepare)
         for name in rates:
-            if name not in cache.rows:
-                raise UserError(f"{cache.path}: has no domain {name!r}; it has {', '.join(cache.rows)}")
-        self._cache = cache
+            if name not in store.rows:
+                raise UserError(f"{store.where}: has no domain {name!r}; it has {', '.join(store.rows)}")
+        self._store = store
         self._rows = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
         if not ((self._rows >= 0) & (self._rows < batch_size)).all():
             raise ValueError(f"rows {self._rows.tolist()} are not all in a batch of {batch_size}")
         self._batch_size, self._rates, self._seed = batch_size, rates, seed
-        manifest = cache.manifest
-        self._checksums = {name: manifest.checksum(name) for name in rates}
+        self._checksums = {name: store.checksum(name) for name in rates}
         self._identity = {
-            "feed": "cache",
-            "kind": manifest.kind,
-            "seq_len": manifest.seq_len,
+            **store.identity,
             "batch_size": batch_size,
             "seed": seed,
-            "tokenizer": manifest.tokenizer_sha256,
             "order": order.VERSION,
             "sources": {name: {"checksum": self._checksums[name], "rate": rates[name]} for name in rates},
         }
@@ -321,7 +317,7 @@ class CachedFeed(_Feed):
 
     def _complete(self, positions: dict[str, Position]) -> dict[str, Position]:
         """Adds the beginning of every domain that has no position."""
-        total, checksums = self._cache.rows, self._checksums
+        total, checksums = self._store.rows, self._checksums
         return {
             name: positions.get(name)
             or Position(checksum=checksums[name], name=name, seed=self._seed, total=total[name])
@@ -331,17 +327,17 @@ class CachedFeed(_Feed):
     def _begin(self, starts: dict[str, Position], batches: int) -> None:
         super()._begin(starts, batches)
         begins = {name: (start.next, start.name, start.seed) for name, start in starts.items()}
-        rows = tuple(self._cache.rows[name] for name in self._rates)
+        rows = tuple(self._store.rows[name] for name in self._rates)
         self.order = order.Order(tuple(self._rates), rows, tuple(self._rates.values()), self._seed, begins)
 
     def read(self, step: int) -> Batch:
-        """Reads the rows of a step's batch that this process needs, as arrays [len(rows), S].
+        """Reads the rows of a step's batch that this process needs, as arrays [len(rows), ...].
 
         Raises:
           DamageError: a shard of the cache is damaged.
         """
         domain, _, row = self.order.locate(step * self._batch_size + self._rows)
-        return self._cache.read([self.order.domains[i] for i in domain.tolist()], row.tolist())
+        return self._store.read([self.order.domains[i] for i in domain.tolist()], row.tolist())
 
     def _make(self, step: int) -> tuple[Any, dict[str, Position]]:
         places = (step * self._batch_size + self._rows).astype(np.uint64)
@@ -350,7 +346,7 @@ class CachedFeed(_Feed):
     def close(self) -> None:
         """Stops reading ahead and closes the files; the feed cannot be used after."""
         super().close()
-        self._cache.close()
+        self._store.close()
 
     def positions(self) -> dict[str, Position]:
         """Returns the position of every domain after the last batch that was returned, for a later stage."""
@@ -361,6 +357,6 @@ class CachedFeed(_Feed):
 
     def _restored(self, positions: dict[str, Position]) -> dict[str, Position]:
         for name, start in positions.items():
-            if name not in self._rates or start.total != self._cache.rows[name]:
-                raise DamageError(f"the saved position in the data is damaged: positions.{name} is not of this cache")
+            if name not in self._rates or start.total != self._store.rows[name]:
+                raise DamageError(f"the saved position in the data is damaged: positions.{name} is not of these rows")
         return self._complete(positions)

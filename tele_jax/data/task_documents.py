@@ -25,6 +25,7 @@ import numpy as np
 
 from tele_jax.data import documents, encode
 from tele_jax.data.encode import Kind
+from tele_jax.data.task_features import check_features, check_vocabularies, check_vocabulary, reason
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import FailedError, UserError
 from tele_jax.extras import keep_off_accelerators, need
@@ -35,9 +36,7 @@ seqio = need("seqio")
 Task = Mixture = Dataset = Tensor = Any  # of seqio and TensorFlow, which are imported when they are used
 keep_off_accelerators()  # a page may have loaded it
 
-FEATURES = (("targets",), ("inputs", "targets"), ("inputs", "loss_weights", "targets"))  # that are understood, sorted
 SAY_EVERY = 30  # seconds between lines about a task that takes long
-COMPARED = 512  # ids that are compared of a vocabulary of an unknown class
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,7 +260,7 @@ def shares(mixture: Task) -> dict[str, float]:
     try:
         rates = {task.name: float(mixture.get_rate(task)) for task in mixture.tasks}
     except Exception as error:  # a rate may be a function of the user's
-        raise UserError(f"the rates of the mixture {mixture.name} fail: {_reason(error)}") from None
+        raise UserError(f"the rates of the mixture {mixture.name} fail: {reason(error)}") from None
     total = sum(rates.values())
     if not (min(rates.values()) >= 0 and 0 < total < float("inf")):
         raise UserError(f"the rates of the mixture {mixture.name} are {rates}, not 0 or above, and one above 0")
@@ -288,14 +287,38 @@ def list_shards(task_name: str, split: str) -> list[TaskShard]:
     try:
         names = [] if task.requires_caching else [str(name) for name in task.source.list_shards(split)]
     except Exception as error:
-        raise UserError(f"task {task_name}: its source fails: {_reason(error)}") from None
+        raise UserError(f"task {task_name}: its source fails: {reason(error)}") from None
     count = max(1, len(names))
     files = [name if os.path.isfile(name) else "" for name in names] or [""]
     return [TaskShard(task=task_name, split=split, index=i, count=count, file=files[i]) for i in range(count)]
 
 
-def _features(task: Task, shard: TaskShard) -> Iterator[dict[str, np.ndarray]]:
-    """Reads the features of all examples in the Task's own order, not cut, int [n] each."""
+def prompts(name: str, split: str, vocabulary: Vocabulary) -> Iterator[dict[str, Any]]:
+    """Reads a split of a Task of prompts: `inputs`, int [n], and all else that its examples have; bytes as text.
+
+    Raises:
+      UserError: there is no such Task or split; it has no `inputs` of token ids of this vocabulary; reading it fails.
+    """
+    task = find(name)
+    _check_split(task, name, split)
+    inputs = task.output_features.get("inputs")
+    if inputs is None or not inputs.dtype.is_integer or inputs.rank != 1:
+        raise UserError(f"task {name}: prompts are its feature inputs, token ids in a row, and it has none")
+    check_vocabulary(name, "inputs", inputs.vocabulary, vocabulary)
+    for features in _features(task, TaskShard(task=name, split=split), outputs_alone=False):
+        yield {key: _plain(value) for key, value in features.items()} | {"inputs": features["inputs"]}
+
+
+def _plain(value: Any) -> Any:
+    value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _features(task: Task, shard: TaskShard, *, outputs_alone: bool = True) -> Iterator[dict[str, Any]]:
+    """Reads the features of all examples in the Task's own order, not cut, int [n] each.
+
+    outputs_alone: whether only the features that the Task declares are read.
+    """
     names = list(task.output_features)
     info = seqio.ShardInfo(index=shard.index, num_shards=shard.count) if shard.count > 1 else None
     try:
@@ -309,87 +332,16 @@ def _features(task: Task, shard: TaskShard) -> Iterator[dict[str, np.ndarray]]:
             use_cached=task.requires_caching,
             try_in_mem_cache=False,
         )
-        dataset = dataset.map(lambda example: {name: example[name] for name in names})
+        if outputs_alone:
+            dataset = dataset.map(lambda example: {name: example[name] for name in names})
         options = tf.data.Options()
         options.deterministic = True
         yield from dataset.with_options(options).as_numpy_iterator()
     except Exception as error:  # the preprocessors are the user's, and TensorFlow wraps what they raise
-        raise UserError(f"task {shard.task}, split {shard.split}: reading it fails: {_reason(error)}") from None
+        raise UserError(f"task {shard.task}, split {shard.split}: reading it fails: {reason(error)}") from None
 
 
 def _seed(task: Task) -> int | None:
     """Returns a seed that fixes random preprocessors; None for a source whose function takes none."""
     function = getattr(task.source, "_dataset_fn", None)
     return 0 if function is None or "seed" in inspect.signature(function).parameters else None
-
-
-def _reason(error: Exception) -> str:
-    """Returns the first line of an error's message, without what TensorFlow puts before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = lines[0].split("}} ")[-1] if lines else ""
-    return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
-
-
-def check_features(task: Task, kind: Kind) -> None:
-    """Raises UserError unless the encoder takes the features of a Task."""
-    features = task.output_features
-    if tuple(sorted(features)) not in FEATURES:
-        raise UserError(
-            f"task {task.name}: its features are {', '.join(sorted(features)) or 'none'}; they have to be targets, or "
-            "inputs and targets"
-        )
-    for name, feature in features.items():
-        if not feature.dtype.is_integer or feature.rank != 1:
-            raise UserError(
-                f"task {task.name}: its feature {name} is {feature.dtype.name} of rank {feature.rank}, not token ids "
-                "in a row"
-            )
-    if kind == "sft" and "inputs" not in features:
-        raise UserError(
-            f"task {task.name}: fine-tuning learns answers, so it needs the features inputs and targets, not targets "
-            "alone"
-        )
-
-
-def check_vocabularies(task: Task, vocabulary: Vocabulary) -> None:
-    """Raises UserError where the ids of a Task are not those of the run's tokenizer, as far as can be told."""
-    for name, feature in task.output_features.items():
-        if name != "loss_weights" and (reason := _differs(feature.vocabulary, vocabulary)):
-            raise UserError(
-                f"task {task.name}: the vocabulary of {name} is not the tokenizer {vocabulary.path}: {reason}"
-            )
-
-
-def _differs(theirs: Any, ours: Vocabulary) -> str:
-    """Describes how a vocabulary differs from ours; empty where it does not."""
-    if isinstance(theirs, Vocabulary):
-        return "" if theirs.sha256 == ours.sha256 else f"it is that of {theirs.path}"
-    if isinstance(theirs, seqio.SentencePieceVocabulary):
-        path = theirs.sentencepiece_model_file
-        try:
-            with tf.io.gfile.GFile(path, "rb") as file:
-                same = hashlib.sha256(file.read()).hexdigest() == ours.sha256
-        except Exception as error:
-            return f"{path} cannot be read ({_reason(error)})"
-        return "" if same else f"it is that of {path}"
-    if theirs.vocab_size > ours.vocab_size:
-        return f"it has {theirs.vocab_size:,} ids, and the tokenizer {ours.vocab_size:,}"
-    if isinstance(theirs, seqio.PassThroughVocabulary):
-        return ""
-    spelled = [i for i in range(theirs.vocab_size) if _text(ours.piece_bytes[i])]
-    for i in spelled[:: max(1, len(spelled) // COMPARED)]:
-        try:
-            text = theirs.decode([i])
-        except Exception as error:
-            return f"it cannot decode the id {i} ({_reason(error)})"
-        if not isinstance(text, str) or text.strip() != _text(ours.piece_bytes[i]):
-            return f"the id {i} is {text!r}, and in the tokenizer {ours.piece_bytes[i].decode()!r}"
-    return ""
-
-
-def _text(spelled: bytes) -> str:
-    """Returns the text of a piece without spaces around it, which vocabularies treat differently; "" for no text."""
-    try:
-        return spelled.decode().strip()
-    except UnicodeDecodeError:
-        return ""

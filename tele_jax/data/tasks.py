@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tele_jax.data import domains, packing, task_documents
+from tele_jax.data.corpus_documents import CorpusDocuments
 from tele_jax.data.documents import Document
 from tele_jax.data.encode import COLUMNS, Kind, encode
 from tele_jax.data.sources import Corpus
@@ -272,7 +273,8 @@ def register(name: str, config: CacheConfig) -> Mixture:
     opened = domains.OpenData(config.data, kind=config.kind, seq_len=config.seq_len)
     data, vocabulary = opened.data, opened.vocabulary
     train, validation = (
-        {name: found.corpus for name, found in opened.files(field).items()} for field in ("files", "validation_files")
+        {name: found.corpus for name, found in opened.files(field) if isinstance(found, CorpusDocuments)}
+        for field in ("files", "validation_files")
     )
     rates: dict[str, float] = {}
     for domain, source in data.sources.items():

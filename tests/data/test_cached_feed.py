@@ -171,7 +171,7 @@ def test_to_go_to_a_step_reads_that_batch_and_nothing_else(place, step):
     benchmarks/read_rows.py has the times.
     """
     opened = Counted(place / "rows")
-    made = feed.CachedFeed(opened, {"en": 3.0, "zhonghua": 1.0}, batch_size=8, seed=3)
+    made = feed.RowFeed(opened, {"en": 3.0, "zhonghua": 1.0}, batch_size=8, seed=3)
     state = made.state().replace(b'"batches": 0', b'"batches": %d' % step)
     made.restore(state)
     assert sum(opened.seen) == 0, "nothing is read to get there"

@@ -1,0 +1,231 @@
+"""Pairs of answers and prompts as rows in memory, read at random.
+
+All rows of a batch are read together, for their width is that of the longest, rounded up to an eighth of the longest
+that is allowed: at most eight programs are compiled.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tele_jax.data import domains, sources
+from tele_jax.data.batches import Batches, HeldOut
+from tele_jax.data.domains import OpenData
+from tele_jax.data.encode import Kind
+from tele_jax.data.feed import Batch, Prepare
+from tele_jax.data.preferences import RecordKind
+from tele_jax.data.records import Limits, Records
+from tele_jax.data.vocabulary_base import Vocabulary
+from tele_jax.errors import UserError
+from tele_jax.files import Table
+from tele_jax.settings import SourceConfig, TrainStage
+
+
+class RecordRows:
+    """The rows of all domains in memory, a domains.RowStore.
+
+    The batch of pairs, B rows, has tokens, targets int32, loss_weights float32 (1 where the target is a token of an
+    answer, its end included), segment_ids, positions int32, [B, 2, S] each; lengths int32 [B, 2]; margin and
+    pair_weights float32 [B]; sequences int32 [B, 2], the numbers of the answers among all of the store. Of the two, the
+    chosen answer is the first. A row holds a whole sequence, so that the last token is found by its length.
+
+    The batch of prompts has tokens int32 [B, P], padded on the right; lengths int32 [B]; record int32 [B], the number
+    of the record, for `fields`.
+    """
+
+    reads_alone = False
+
+    def __init__(self, found: Mapping[str, Records], kind: RecordKind, vocabulary: Vocabulary, limits: Limits):
+        self._found, self._limits = dict(found), limits
+        self._longest = limits.sequence if kind == "pairs" else limits.prompt
+        self._kind, self._pad_id = kind, max(vocabulary.pad_id, 0)
+        self.where = ", ".join(records.where for records in found.values())
+        self.rows = {name: len(records.rows) for name, records in found.items()}
+        template = getattr(vocabulary, "template", None)
+        self.identity = {"feed": "records", "kind": kind, "tokenizer": vocabulary.sha256, "template": template}
+        self.identity |= dataclasses.asdict(limits)
+        counts = [len(records.answers) for records in found.values()], [len(records) for records in found.values()]
+        answers, records = (dict(zip(found, np.cumsum([0, *count]).tolist())) for count in counts)
+        self._first_answer, self._first_record = answers, records
+        self.num_answers = sum(counts[0])
+
+    def checksum(self, domain: str) -> str:
+        """Names the rows of a domain, see Records.checksum."""
+        return self._found[domain].checksum
+
+    def close(self) -> None:
+        """Does nothing: the rows stay in memory."""
+
+    def fields(self, number: int) -> Table:
+        """Returns the record of a prompt, by its number in a batch."""
+        name = next(name for name, first in reversed(self._first_record.items()) if first <= number)
+        return self._found[name].fields[number - self._first_record[name]]
+
+    def read(self, domains: Sequence[str], rows: Sequence[int]) -> Batch:
+        """Reads the rows `rows[i]` of `domains[i]` as one batch."""
+        places = list(zip(domains, rows, strict=True))
+        if self._kind == "prompts":
+            found = [self._found[name].prompts[row] for name, row in places]
+            numbers = [self._first_record[name] + row for name, row in places]
+            tokens, lengths = self._padded(found)
+            return {"tokens": tokens, "lengths": lengths, "record": np.array(numbers, np.int32)}
+        numbers = np.array([self._found[name].rows[row] + self._first_answer[name] for name, row in places])
+        batch = self.read_answers(numbers.ravel())
+        batch = {name: array.reshape(-1, 2, *array.shape[1:]) for name, array in batch.items()}
+        margins = np.array([self._found[name].margins[row] for name, row in places], np.float32)
+        weights = np.array([self._found[name].weights[row] for name, row in places], np.float32)
+        return {**batch, "margin": margins, "pair_weights": weights, "sequences": numbers.astype(np.int32)}
+
+    def read_answers(self, numbers: np.ndarray) -> Batch:
+        """Reads answers with their prompts, by their numbers among all: tokens, ..., lengths as in a batch of pairs."""
+        sequences, prompts = [], []
+        for number in numbers.tolist():
+            name = next(name for name, first in reversed(self._first_answer.items()) if first <= number)
+            records, own = self._found[name], number - self._first_answer[name]
+            prompt = records.prompts[int(records.of_answer[own])]
+            sequences.append(np.concatenate([prompt, records.answers[own]]))
+            prompts.append(len(prompt))
+        tokens, lengths = self._padded(sequences)
+        places, ends, begins = np.arange(tokens.shape[1]), lengths[:, None], np.array(prompts)[:, None]
+        targets = np.where(places < ends - 1, np.roll(tokens, -1, axis=1), self._pad_id)
+        learned = (places >= begins - 1) & (places < ends - 1)
+        inside = places < ends
+        return {
+            "tokens": tokens,
+            "targets": targets.astype(np.int32),
+            "loss_weights": learned.astype(np.float32),
+            "segment_ids": inside.astype(np.int32),
+            "positions": np.where(inside, places, 0).astype(np.int32),
+            "lengths": lengths,
+        }
+
+    def _padded(self, lists: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (tokens int32 [n, S], lengths int32 [n])."""
+        lengths = np.array([len(each) for each in lists], np.int32)
+        unit = max(1, self._longest // 8)
+        tokens = np.full(
+            (len(lists), min(-(-int(lengths.max()) // unit) * unit, self._longest)), self._pad_id, np.int32
+        )
+        for row, ids in zip(tokens, lists):
+            row[: len(ids)] = ids
+        return tokens, lengths
+
+
+class OpenRecords(OpenData):
+    """A DataConfig whose domains are pairs or prompts, read into memory."""
+
+    train: Mapping[str, Records]
+    held_out: Mapping[str, Records]
+
+    def __init__(self, stage: TrainStage, records: RecordKind, limits: Limits, **how: Any):
+        """Reads the tokenizer. UserError for a cache, which holds no pairs and no prompts; how: as OpenData."""
+        if stage.data.cache is not None:
+            raise UserError(f"data.cache: {records} are read from files; name them in data.sources")
+        self.records: RecordKind = records
+        self.limits = limits
+        super().__init__(stage.data, kind="sft", seq_len=stage.seq_len, **how)  # learns answers to dialogues
+
+    @functools.cached_property
+    def store(self) -> RecordRows:
+        """All rows to train on."""
+        return self.rows_of(self.train)
+
+    def rows_of(self, found: Mapping[str, Any]) -> RecordRows:
+        """Makes a store of domains of `train` or `held_out`."""
+        return RecordRows(found, self.records, self.vocabulary, self.limits)
+
+    def _open_files(self, name: str, source: SourceConfig, field: str) -> Any:
+        if source.format != self.records:
+            what = f"sources.{name}.format: the stage reads {self.records}, so it has to be {self.records!r}"
+            raise UserError(f"{what}, not {source.format!r}")
+        return self._opened(
+            f"sources.{name}.{field}", lambda made: made.read(getattr(source, field), self.data.dialogues)
+        )
+
+    def _open_task(self, source: SourceConfig, where: str, split: str) -> Any:
+        if self.records == "pairs":
+            raise UserError(f"{where}: pairs are read from files, not from a seqio Task")
+        return self._opened(where, lambda made: made.read_task(source.task, split))
+
+    def _opened(self, where: str, read: Callable[[Records], None]) -> Records:
+        def make() -> Records:
+            made = Records(where, self.records, self.vocabulary, self.limits)
+            read(made)
+            return made.close(self.data.dialogues.max_rejected)
+
+        key = ("records", where, self.records, self.limits, repr(self.data), self.vocabulary.sha256)
+        return self.index.once(key, make)
+
+
+class RecordBatches(Batches):
+    """The pairs or prompts of a training stage; used as Batches is.
+
+    Attributes:
+      store: the rows to train on.
+    """
+
+    def __init__(
+        self,
+        stage: TrainStage,
+        records: RecordKind,
+        index: sources.Indexes,
+        *,
+        prepare: Prepare = lambda batch, places: batch,
+        room: int = 0,
+    ):
+        """Opens and checks all that `stage.data` names.
+
+        Args:
+          records: "pairs" or "prompts".
+          prepare: as in feed.open_feed.
+          room: tokens that an answer may take behind a prompt alone.
+
+        Raises:
+          UserError: as Batches; not one record of a domain can be used; a cache.
+        """
+        self._records: RecordKind = records
+        self._limits = Limits(sequence=stage.seq_len, prompt=stage.seq_len - room)
+        super().__init__(stage, "sft", index, prepare=prepare)
+
+    def _open(self, stage: TrainStage, kind: Kind, index: sources.Indexes) -> OpenData:
+        how = {"index": index, "on_rejects": lambda domain: None}
+        self._own = domains.checked(OpenRecords(stage, self._records, self._limits, **how))
+        return self._own
+
+    @property
+    def store(self) -> RecordRows:
+        """The rows to train on, with what rewards and references look up in them."""
+        return self._own.store
+
+    @functools.cached_property
+    def held_out(self) -> dict[str, HeldOut]:
+        """The first records of every domain that is held out, until their lines have data.eval_bytes, in batches.
+
+        The last batch is filled with copies of the last row, whose pair_weights are 0, or whose record is -1.
+        """
+        size = self._stage.batch_size // self._stage.microbatches
+        return {name: _held_out(self._own, name, records, size) for name, records in self._own.held_out.items()}
+
+    def held_out_store(self, domain: str) -> RecordRows:
+        """The rows of a domain that is held out, with what rewards and references look up in them."""
+        return self._own.rows_of({domain: self._own.held_out[domain]})
+
+
+def _held_out(opened: OpenRecords, name: str, records: Records, size: int) -> HeldOut:
+    begins = np.cumsum(records.sizes) - records.sizes
+    count = max(1, int((begins < opened.data.eval_bytes).sum()))
+    store, batches, tokens = opened.rows_of({name: records}), [], 0
+    for first in range(0, count, size):
+        rows = np.minimum(np.arange(first, first + size), count - 1)
+        batch, filled = store.read([name] * size, rows.tolist()), np.arange(first, first + size) >= count
+        if opened.records == "pairs":
+            batch["pair_weights"][filled] = 0
+            tokens += int(batch["loss_weights"][~filled].sum())
+        else:
+            batch["record"][filled] = -1
+            tokens += int(batch["lengths"][~filled].sum())
+        batches.append(batch)
+    return HeldOut(batches, int(records.sizes[:count].sum()), tokens)
