@@ -20,8 +20,7 @@ class SourceConfig:
     files: tuple[str, ...] = ()  # glob patterns; needed unless a task or a cache gives the text
     # format of the files. text: a file is one document; jsonl: a line is {"text": ...}; dialogues: a line, or an
     # element of a file that is one JSON array, is a dialogue in one of the formats that follow, as its keys say; see
-    # docs/fine_tuning.md
-    # docs/alignment.md has pairs (chosen and rejected answers, rankings) and prompts
+    # docs/fine_tuning.md. pairs (chosen and rejected answers, rankings) and prompts: see docs/alignment.md
     format: Literal[
         "text", "jsonl", "dialogues", "messages", "sharegpt", "alpaca", "telechat", "telechat2", "pairs", "prompts"
     ] = "text"
