@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from tele_jax.axes import Params
 from tele_jax.config import ModelConfig
 from tele_jax.data.batches import Batches
-from tele_jax.data.feed import CachedFeed, LiveFeed
+from tele_jax.data.feed import RowFeed, LiveFeed
 from tele_jax.data.order import Position
 from tele_jax.sharding import local_rows, put_batch
 
@@ -46,7 +46,7 @@ class Surroundings:
         """Puts a host batch on the mesh; see sharding.put_batch."""
         return put_batch(batch, self.mesh, batch_size)
 
-    def feed(self, batches: Batches, batch_size: int) -> LiveFeed | CachedFeed:
+    def feed(self, batches: Batches, batch_size: int) -> LiveFeed | RowFeed:
         """The feed of most kinds: batches on the mesh, of which each process reads its own rows."""
         place = functools.partial(self.place, batch_size=batch_size)
         return batches.feed(rows=local_rows(self.mesh, batch_size), place=place, known=self.known)
