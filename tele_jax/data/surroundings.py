@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from tele_jax.axes import Params
 from tele_jax.config import ModelConfig
 from tele_jax.data.batches import Batches
-from tele_jax.data.feed import RowFeed, LiveFeed
+from tele_jax.data.feed import LiveFeed, RowFeed
 from tele_jax.data.order import Position
 from tele_jax.sharding import local_rows, put_batch
 
