@@ -218,7 +218,7 @@ def ratios(logp: ArrayLike, old_logp: ArrayLike, mask: ArrayLike, *, level: str 
     difference = logp - old_logp
     if level == "sequence":
         difference = jnp.mean(difference, 1, where=kept | ~kept.any(1, keepdims=True), keepdims=True) * kept
-    return jnp.exp(difference)
+    return jnp.exp(jnp.minimum(difference, 80))  # finite in float32
 
 
 def ppo_policy(
@@ -382,7 +382,7 @@ def _kept(what: str, mask: ArrayLike, **given: ArrayLike) -> tuple[jax.Array, ..
 
 
 def _clip(what: str, clip: float | tuple[float, float]) -> tuple[float, float]:
-    low, high = clip if isinstance(clip, tuple) and len(clip) == 2 else (clip, clip)
+    low, high = clip if isinstance(clip, tuple | list) and len(clip) == 2 else (clip, clip)
     fits = _real(low) and _real(high) and 0 < low <= 1 and high > 0  # pyright: ignore[reportOperatorIssue]
     require(fits, f"{what}: clip={clip!r} must be in (0, 1], or (low, high) with 0 < low <= 1 and 0 < high")
     return low, high  # pyright: ignore[reportReturnType]
@@ -390,7 +390,7 @@ def _clip(what: str, clip: float | tuple[float, float]) -> tuple[float, float]:
 
 def _groups(what: str, rewards: ArrayLike, group: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """The rewards, and the number of each one's group among the groups: [B] each."""
-    (rewards,) = _arrays(what, rewards=rewards)
+    (rewards,), _ = _arrays(what, rewards=rewards), _arrays(what, group=group)
     group = jnp.asarray(group)
     integers = jnp.issubdtype(group.dtype, jnp.integer)
     fits = integers and rewards.ndim == 1 and rewards.size and group.shape == rewards.shape

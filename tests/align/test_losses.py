@@ -163,6 +163,13 @@ def test_advantages_and_returns_are_those_of_rlax():
         np.testing.assert_allclose(returns[b], theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_a_token_that_was_all_but_impossible_gives_no_nan():
+    for advantage in (1.0, 0.0):
+        loss = lambda x, a=advantage: losses.ppo_policy(x, x - 200, jnp.full((1, 2), a), np.ones((1, 2)), clip=0.2)[0]  # noqa: E731
+        value, slope = jax.value_and_grad(loss)(jnp.zeros((1, 2)))
+        assert value == pytest.approx(-2.4 * advantage) and not np.any(slope)
+
+
 @pytest.mark.parametrize("kind", ["grpo", "rloo", "dr_grpo"])
 @given(data=st.data())
 @settings(max_examples=15)
@@ -244,6 +251,7 @@ WRONG = [
     ),
     (lambda: losses.group_advantages([1.0, 2.0], [0.0, 0.0]), r"group int\[B\].* float32\[2\] and float32\[2\]"),
     (lambda: losses.group_advantages([1.0, 2.0, 3.0], [0, 4, 0]), r"group \[4\] has one reward; kind 'grpo' needs"),
+    (lambda: losses.group_advantages([1.0, 2.0], ["a", "b"]), "group: expected an array of numbers, got list"),
     (lambda: losses.group_advantages([1.0], [0], kind="rloo"), r"group \[0\] has one reward; kind 'rloo' needs"),
     (lambda: losses.kl([1.0], [1.0], kind="k4"), "kl: kind='k4' is unknown; known: k1, k2, k3"),
     (lambda: losses.kl_loss([1.0], [1.0], kind="k1"), "kind='k1': known are 'k2' and 'k3'; k1 has no gradient"),
