@@ -5,6 +5,9 @@ slot of the cache. Nothing is allocated, and the devices need not be there.
 """
 
 import abc
+import dataclasses
+import functools
+import itertools
 import math
 from typing import ClassVar
 
@@ -22,8 +25,9 @@ from tele_jax.files import Table
 from tele_jax.inference.generate import State, cache_shardings, cache_slots, decode_step, rope_length_of, sampling
 from tele_jax.model import decoder
 from tele_jax.model.spec import abstract_params, spec
-from tele_jax.settings import MeshConfig, OptimizerConfig
+from tele_jax.settings import MeshConfig, OptimizerConfig, TrainStage
 from tele_jax.sharding import MESH_AXES, batch_sharding, param_shardings
+from tele_jax.stages import find_kind
 from tele_jax.train.optimizer import optimizer
 from tele_jax.train.step import flops_per_token, lower_step, state_shardings
 
@@ -122,6 +126,7 @@ class TrainJob(ModelJob):
 
     microbatches: int = 1
     optimizer: OptimizerConfig = _OPTIMIZER
+    stage: TrainStage | None = None  # whose loss and batches the step has; None: those of pretraining
 
     kind = "train"
     shown = ("batch_size", "seq_len", "microbatches", "remat")
@@ -142,8 +147,11 @@ class TrainJob(ModelJob):
         return _state(self.cfg, self.optimizer, mesh)
 
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:
-        sizes = {name: getattr(self, name) for name in ("batch_size", "seq_len", "microbatches")}
-        return lower_step(self.cfg, _transformation(self.cfg, self.optimizer), mesh, **sizes)
+        how: Table = {name: getattr(self, name) for name in ("batch_size", "seq_len", "microbatches")}
+        if self.stage is not None and hasattr(kind := find_kind(self.stage.kind), "shapes"):
+            stage = dataclasses.replace(self.stage, **how)
+            how |= {"loss": functools.partial(kind.loss, stage), "batch": kind.shapes(stage)}
+        return lower_step(self.cfg, _transformation(self.cfg, self.optimizer), mesh, **how)
 
 
 @checked
@@ -213,7 +221,7 @@ class DecodeJob(ModelJob):
         }
 
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:
-        params, cache = self.arrays(mesh).values()
+        params, cache = itertools.islice(self.arrays(mesh).values(), 2)
         slots, by_rows = cache.k.shape[3], batch_sharding(mesh, self.batch_size)
 
         def rows(dtype: DTypeLike, *more: int) -> jax.ShapeDtypeStruct:
@@ -238,6 +246,22 @@ class DecodeJob(ModelJob):
 
         with jax.set_mesh(mesh):
             return jax.jit(step, donate_argnums=2).lower(params, state, cache)
+
+
+@checked
+class RolloutJob(DecodeJob):
+    """A step of decoding in a rollout, while the state of training stays in memory."""
+
+    optimizer: OptimizerConfig = _OPTIMIZER
+
+    kind = "rollout"
+
+    def arrays(self, mesh: Mesh) -> Arrays:
+        """The arrays of decoding and the state of training; parameters that serve both as they are count once."""
+        state = _state(self.cfg, self.optimizer, mesh)
+        if self.cfg.dtype == self.cfg.param_dtype:
+            del state["parameters"]
+        return super().arrays(mesh) | {f"training {name}": tree for name, tree in state.items()}
 
 
 def _transformation(cfg: ModelConfig, config: OptimizerConfig) -> PyTree:

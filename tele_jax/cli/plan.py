@@ -1,6 +1,7 @@
 """`tele plan`: compiles a step for a TPU slice that is not there, and says whether it fits and what it costs.
 
-The step is one of training or of growth, as `tele train` runs it, or one turn of the loop of `tele generate`.
+The step is one of training or of growth, as `tele train` runs it, or one turn of the loop of `tele generate`. A stage
+that generates while it trains (ppo, grpo) is planned as both.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import jax
 from tele_jax import checkpoint, growth
 from tele_jax.aot import compile as compiling
 from tele_jax.aot import cost, topology
-from tele_jax.aot.jobs import DecodeJob, GrowJob, Job, TrainJob
+from tele_jax.aot.jobs import DecodeJob, GrowJob, Job, RolloutJob, TrainJob
 from tele_jax.aot.topology import find_slice
 from tele_jax.cli import Outcome, flag, switch
 from tele_jax.cli.generate import parse_mesh
@@ -23,7 +24,7 @@ from tele_jax.errors import UserError
 from tele_jax.files import Table
 from tele_jax.published import STAGE_TOKENS, get_model
 from tele_jax.settings import MeshConfig, TrainStage
-from tele_jax.stages import find_kind, run_config
+from tele_jax.stages import find_kind, model_of, run_config
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +59,10 @@ def run(args: argparse.Namespace) -> Outcome:
         job.check()
         topology.require_libtpu()
     found = _search(args, job, tokens) if args.search and isinstance(job, TrainJob) else _plan(args, job, tokens)
+    if isinstance(job, TrainJob) and not args.search and found["fits"] and (rollout := _rollout(job)) is not None:
+        print("\nand its rollout, one step of decoding:")
+        found = {**found, "rollout": (drawn := _plan(args, rollout, None)), "fits": drawn["fits"]}
+        found |= {"advice": drawn["advice"]} if "advice" in drawn else {}
     return Outcome(found) if found["fits"] else Outcome(found, error=found["advice"], code=2)
 
 
@@ -72,6 +77,17 @@ def _plan(args: argparse.Namespace, job: Job, tokens: float | None) -> Table:
         needed = f"{program.needed_bytes / 2**30:,.1f} GiB a device, {over:,.1f} GiB more than there is"
         figures["advice"] = f"does not fit {job.slice.name}: {needed}; {hint}"
     return figures
+
+
+def _rollout(job: TrainJob) -> RolloutJob | None:
+    """The job of the rollouts of a stage; None where it has none."""
+    draws = None if job.stage is None else getattr(find_kind(job.stage.kind), "rollout", None)
+    if draws is None:
+        return None
+    rows, tokens = draws(job.stage)
+    return RolloutJob(
+        slice=job.slice, mesh=job.mesh, cfg=job.cfg, batch_size=rows, seq_len=tokens, optimizer=job.optimizer
+    )
 
 
 def _search(args: argparse.Namespace, job: TrainJob, tokens: float | None) -> Table:
@@ -183,12 +199,16 @@ def _from_page(args: argparse.Namespace) -> tuple[ModelConfig, Table, float | No
     name = args.stage or trained[-1]
     if name not in config.run:
         raise UserError(f"--stage {name}: no stage of {args.config}; it has {', '.join(config.run)}")
+    models: dict[str, ModelConfig] = {}
     for before in config.run[: config.run.index(name) + 1]:
         stage = config.stages[before]
         if isinstance(stage, TrainStage):
-            cfg, optimizer = stage.model_after(cfg), stage.optimizer
+            model = stage.model_after(models.get(stage.after) if stage.after else cfg)
+            assert model is not None  # the first stage has one, or config.start
+            cfg, optimizer = model_of(stage, model), stage.optimizer
         else:
             cfg, plan = find_kind(stage.kind).outline(stage, cfg, f"config.{before}")
+        models[before] = cfg
     assert cfg is not None
     where: Table = {"mesh": config.mesh, "num_slices": config.num_slices}
     if not isinstance(stage, TrainStage):
@@ -197,6 +217,7 @@ def _from_page(args: argparse.Namespace) -> tuple[ModelConfig, Table, float | No
     if stage.lora is not None:
         raise UserError(f"config.{name}.lora: tele plan compiles training of all parameters; name another --stage")
     values = {key: getattr(stage, key) for key in ("batch_size", "seq_len", "microbatches", "optimizer")} | where
+    values |= {} if args.decode else {"stage": stage}
     tokens = None if args.decode else float(stage.steps * stage.batch_size * stage.seq_len)
     return cfg, values, tokens
 

@@ -23,6 +23,11 @@ that trains derives it from settings.TrainStage, and has
     evaluate(stage, cfg, params, held_out, mesh) -> {name: figure}
                                          optional: evaluates batches.held_out, in the place of bits per byte
 
+    shapes(stage) -> {name: jax.ShapeDtypeStruct}
+                                         optional: the arrays of a batch, where they are not those of data/feed.py
+    rollout(stage) -> (rows, tokens)     optional: how many rows it generates together, and the most tokens of a row;
+                                         these two are for `tele plan`, which allocates nothing
+
 A kind that makes another model out of what the stage before left has
 
     outline(stage, cfg, where) -> (config of the model it leaves, Plan | None)         checked before the first step

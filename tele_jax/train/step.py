@@ -102,17 +102,20 @@ def lower_step(
     batch_size: int,
     seq_len: int,
     microbatches: int = 1,
+    loss: Loss = _next_token,
+    batch: Mapping[str, jax.ShapeDtypeStruct] | None = None,
 ) -> jax.stages.Lowered:
-    """The step of pretraining for batches [batch_size, seq_len], ready to be compiled.
+    """The step of a stage for batches [batch_size, seq_len], by default that of pretraining, ready to be compiled.
 
-    Nothing is allocated, and the devices of the mesh need not be there.
+    Nothing is allocated, and the devices of the mesh need not be there. batch: its arrays, where they are others.
     """
     params = abstract_params(cfg)
-    whole = {"tokens": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32}
-    rows = (batch_size, seq_len)
-    batch = {name: jax.ShapeDtypeStruct(rows, dtype) for name, dtype in {**whole, "loss_weights": jnp.float32}.items()}
+    if batch is None:
+        whole = {"tokens": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32}
+        dtypes, rows = {**whole, "loss_weights": jnp.float32}, (batch_size, seq_len)
+        batch = {name: jax.ShapeDtypeStruct(rows, dtype) for name, dtype in dtypes.items()}
     with jax.set_mesh(mesh):
-        step = _jitted(cfg, tx, mesh, batch_size, microbatches, _next_token)
+        step = _jitted(cfg, tx, mesh, batch_size, microbatches, loss)
         return step.lower(params, jax.eval_shape(tx.init, params), batch, None, None)
 
 
