@@ -294,7 +294,7 @@ class TrainStage:
         if self.keep_best is not None:
             what, _, of = self.keep_best.partition("/")
             task, _, metric = of.partition("/")
-            known = what == "bits_per_byte" or (what == "tasks" and self.tasks and task in self.tasks.names)
+            known = what in self.measures or (what == "tasks" and self.tasks and task in self.tasks.names)
             grows = metric.startswith(("acc", "exact_match", "f1", "last_number"))
             require(
                 what != "tasks" or not metric or grows,
@@ -303,7 +303,8 @@ class TrainStage:
             )
             require(
                 bool(known and of),
-                f"keep_best={self.keep_best!r}: expected bits_per_byte/DOMAIN, or tasks/TASK/METRIC of one of `tasks`",
+                f"keep_best={self.keep_best!r}: expected {self.measures[0]}/DOMAIN, or tasks/TASK/METRIC of one of "
+                "`tasks`",
             )
         check_seed(self.seed)
         require(
@@ -337,6 +338,11 @@ class TrainStage:
         how = {"remat": self.remat, "attention": self.attention}
         how = {name: value for name, value in how.items() if value is not None}
         return cfg.replace(**how) if cfg is not None and how else cfg
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Figures of the held-out data of a domain by which keep_best may choose."""
+        return ("bits_per_byte",)
 
     @property
     def models(self) -> dict[str, str]:

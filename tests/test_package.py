@@ -12,7 +12,7 @@ import pytest
 from tele_jax.cli.main import VERBS, main
 
 HEAVY = {"tensorflow", "tensorflow_text", "torch", "libtpu", "seqio", "sentencepiece", "matplotlib"}
-WRITTEN = [verb for verb in VERBS if importlib.util.find_spec(f"tele_jax.cli.{verb}")]
+WRITTEN = [verb for verb in VERBS if importlib.util.find_spec(f"tele_jax.cli.{verb.replace(chr(45), chr(95))}")]
 
 
 def python(*args: str) -> subprocess.CompletedProcess[str]:

@@ -16,17 +16,20 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tele_jax.checkpoint.adapted import adapter_for
+    from tele_jax.checkpoint.adapted import adapter_for, fingerprint
     from tele_jax.checkpoint.lazy import Lazy, LazyArray, open_lazy
     from tele_jax.checkpoint.read import Damage, Loaded, load, verify
     from tele_jax.checkpoint.saving import Manager, save
 
 _HOMES = {name: "lazy" for name in ("Lazy", "LazyArray", "open_lazy")}
 _HOMES |= {name: "read" for name in ("Damage", "Loaded", "load", "verify")}
-_HOMES |= {"adapter_for": "adapted"}
+_HOMES |= {name: "adapted" for name in ("adapter_for", "fingerprint")}
 _HOMES |= {name: "saving" for name in ("Manager", "save")}
 
-__all__ = ["Damage", "Lazy", "LazyArray", "Loaded", "Manager", "adapter_for", "load", "open_lazy", "save", "verify"]
+__all__ = [
+    "Damage", "Lazy", "LazyArray", "Loaded", "Manager", "adapter_for", "fingerprint", "load", "open_lazy", "save",
+    "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str):

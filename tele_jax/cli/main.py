@@ -33,6 +33,7 @@ VERBS = {
     "generate": "continue a prompt",
     "chat": "talk to a fine-tuned model",
     "eval": "find out how good a model is",
+    "score-reward": "score answers with a reward model",
     "preflight": "check a command before it is started on other machines (launch/)",
 }
 
@@ -73,7 +74,7 @@ def parse(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
     parser, verbs = _parser()
     module = None
     if argv and argv[0] in VERBS:
-        module = importlib.import_module(f"tele_jax.cli.{argv[0]}")
+        module = importlib.import_module(f"tele_jax.cli.{argv[0].replace('-', '_')}")
         module.arguments(verbs.choices[argv[0]])
     end = list(argv).index("--") if "--" in argv else len(argv)
     words = [f"--override={word}" if word.startswith("--config.") else word for word in argv[:end]]

@@ -79,6 +79,12 @@ class RecordRows:
         weights = np.array([self._found[name].weights[row] for name, row in places], np.float32)
         return {**batch, "margin": margins, "pair_weights": weights, "sequences": numbers.astype(np.int32)}
 
+    def lengths(self) -> np.ndarray:
+        """Returns the tokens of every answer with its prompt, int64 [num_answers]."""
+        found = self._found.values()
+        own = [np.diff(r.prompts.starts)[r.of_answer] + np.diff(r.answers.starts) for r in found]
+        return np.concatenate(own)
+
     def read_answers(self, numbers: np.ndarray) -> Batch:
         """Reads answers with their prompts, by their numbers among all: tokens, ..., lengths as in a batch of pairs."""
         sequences, prompts = [], []
@@ -187,8 +193,10 @@ class RecordBatches(Batches):
           UserError: as Batches; not one record of a domain can be used; a cache.
         """
         self._records: RecordKind = records
+        self._tables: dict[str, tuple[np.ndarray, Mapping[str, np.ndarray]]] = {}
+        self._prepare_rows = prepare
         self._limits = Limits(sequence=stage.seq_len, prompt=stage.seq_len - room)
-        super().__init__(stage, "sft", index, prepare=prepare)
+        super().__init__(stage, "sft", index, prepare=self._tabulated)
 
     def _open(self, stage: TrainStage, kind: Kind, index: sources.Indexes) -> OpenData:
         how = {"index": index, "on_rejects": lambda domain: None}
@@ -200,12 +208,37 @@ class RecordBatches(Batches):
         """The rows to train on, with what rewards and references look up in them."""
         return self._own.store
 
-    @functools.cached_property
+    def tabulate(self, name: str, train: np.ndarray, held_out: Mapping[str, np.ndarray]) -> None:
+        """Adds an array of this name to all batches of pairs that are made from now on: the values of both answers.
+
+        Args:
+          train: [num_answers], a value of every answer of `store`.
+          held_out: by domain, values of the answers of held_out_store that are evaluated.
+        """
+        self._tables[name] = (train, held_out)
+
+    def _tabulated(self, batch: Batch, places: np.ndarray) -> Batch:
+        more = {name: train[batch["sequences"]] for name, (train, _) in self._tables.items()}
+        return self._prepare_rows({**batch, **more}, places)
+
+    @property
     def held_out(self) -> dict[str, HeldOut]:
         """The first records of every domain that is held out, until their lines have data.eval_bytes, in batches.
 
         The last batch is filled with copies of the last row, whose pair_weights are 0, or whose record is -1.
         """
+        found = {}
+        for domain, held in self._held_rows.items():
+            more = {name: values[domain] for name, (_, values) in self._tables.items()}
+            batches = [
+                {**batch, **{name: values[batch["sequences"]] for name, values in more.items()}}
+                for batch in held.batches
+            ]
+            found[domain] = dataclasses.replace(held, batches=batches)
+        return found
+
+    @functools.cached_property
+    def _held_rows(self) -> dict[str, HeldOut]:
         size = self._stage.batch_size // self._stage.microbatches
         return {name: _held_out(self._own, name, records, size) for name, records in self._own.held_out.items()}
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": ["generate", "ckpt", "--prompt", "x"],
     "chat": ["chat", "ckpt"],
     "eval": ["eval", "table", "results.json"],
+    "score-reward": ["score-reward", "ckpt", "pairs.jsonl", "--out", "scores.jsonl"],
     "preflight": ["preflight", "--installed"],
 }
 

@@ -1,0 +1,1 @@
+"""Alignment below its stages: rewards of replies (rewards.py), and rollouts that stages train on (rollouts.py)."""
