@@ -8,7 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tele_jax import plots, tables
+from tele_jax import files, plots, tables
+from tele_jax.config import written_table
 from tele_jax.errors import DamageError, UserError, require, whole
 from tele_jax.eval import in_training
 from tele_jax.files import Table
@@ -16,6 +17,17 @@ from tele_jax.growth import receipt as receipts
 from tele_jax.processes import is_first
 from tele_jax.stages import RunConfig, run_config
 from tele_jax.train import loop, metrics
+from tele_jax.train import workdir as owned
+
+SAMPLES = "samples"  # directory of a stage: replies that its rollouts drew, by step
+_SAMPLE = {"prompt": str, "reply": str, "reward": float}
+ROLLOUTS: dict[str, tuple[str, ...]] = {  # figures of rollouts, by the label of their panel
+    "reward": ("reward",),
+    "KL, nats": ("kl", "kl_reverse", "kl_forward"),
+    "entropy, nats": ("entropy",),
+    "tokens of a reply": ("length",),
+    "share": ("cut", "clipped"),
+}
 
 
 def run(
@@ -61,18 +73,79 @@ def write(workdir: Path, summaries: Sequence[Table]) -> str:
         if receipt.get("layer_scores") is not None:
             picture = workdir / summary["stage"] / "layer_scores.png"
             pictures.append((f"layers copied by {summary['stage']}", picture, plots.layer_scores(receipt)))
+    pictures += _rollouts(workdir, summaries)
     for _, path, figure in pictures:
         figure.savefig(path, dpi=120)
     return "\n".join([text, "", *(f"{what}: {path}" for what, path, _ in pictures)])
 
 
+def show(workdir: Path, samples: int = 3) -> str:
+    """The report of a run that may still be under way: what `write` says, how far each stage is, and sampled replies.
+
+    Raises:
+      UserError: the directory holds no run.
+      DamageError: a document of the run is damaged.
+    """
+    if not (workdir / owned.CONFIG).exists():
+        raise UserError(f"{workdir}: holds no run (no {owned.CONFIG}); name the work directory of `tele train`")
+    owned.require_own(workdir)
+    names = files.read_json(workdir / owned.CONFIG)["run"]
+    complete = [name for name in names if (workdir / name / owned.SUMMARY).exists()]
+    parts = [write(workdir, [owned.read_summary(workdir / name) for name in complete])] if complete else []
+    for name in names:
+        lines = metrics.read(workdir / name / "metrics" / "metrics.jsonl")
+        if name not in complete:
+            where = f"at step {int(lines[-1]['step'])}" if lines else "not begun"
+            parts.append(f"stage {name}: {where}")
+        parts += sampled(workdir / name, samples)
+    return "\n".join(parts)
+
+
+def sampled(directory: Path, most: int) -> list[str]:
+    """Lines with the first replies of the latest rollout that a stage has written down; none where it draws none."""
+    found = sorted((directory / SAMPLES).glob("*.jsonl"), key=lambda path: int(path.stem))
+    if not found or not most:
+        return []
+    lines = [f"replies of stage {directory.name} at step {found[-1].stem} ({found[-1]}):"]
+    for text in found[-1].read_text(encoding="utf-8").splitlines()[:most]:
+        reply = written_table(files.parse_json(text, str(found[-1])), str(found[-1]), _SAMPLE, required=tuple(_SAMPLE))
+        lines += [f"  reward {reply['reward']:.4g}  prompt  {reply['prompt']!r}", f"{'':16}reply   {reply['reply']!r}"]
+    return lines
+
+
+def _rollouts(workdir: Path, summaries: Sequence[Table]) -> list[tuple[str, Path, Any]]:
+    """A picture for every stage that draws replies: rewards, distance from the reference, lengths."""
+    pictures = []
+    for summary in summaries:
+        directory = workdir / summary["stage"]
+        lines = metrics.read(directory / "metrics" / "metrics.jsonl")
+        panels = {}
+        for label, figures in ROLLOUTS.items():
+            curves = {
+                name: (
+                    [int(line["step"]) for line in lines if name in line],
+                    [line[name] for line in lines if name in line],
+                )
+                for name in figures
+            }
+            panels[label] = {name: curve for name, curve in curves.items() if curve[0]}
+        panels = {label: panel for label, panel in panels.items() if panel}
+        if "reward" in {name for panel in panels.values() for name in panel}:
+            picture = plots.loss(panels, title=f"Rollouts of stage {summary['stage']}")
+            pictures.append((f"rollouts of {summary['stage']}", directory / "rollouts.png", picture))
+    return pictures
+
+
 def table(summaries: Sequence[Table]) -> str:
     """A table with a row per stage: parameters, tokens, FLOPs, bits per byte by domain before -> after, growth."""
     domains = sorted({d for s in summaries for d in s.get("bits_per_byte_after", {})})
-    head = ["stage", "parameters", "tokens", "FLOPs", *(f"bits/byte {d}" for d in domains), "max logit difference"]
+    others = sorted({name for s in summaries for name in s.get("figures_after", {})})
+    head = ["stage", "parameters", "tokens", "FLOPs", *(f"bits/byte {d}" for d in domains), *others]
+    head += ["max logit difference"]
     rows = []
     for summary in summaries:
         before, after = (summary.get(f"bits_per_byte_{when}", {}) for when in ("before", "after"))
+        first, last = (summary.get(f"figures_{when}", {}) for when in ("before", "after"))
         rows.append(
             [
                 summary["stage"],
@@ -80,6 +153,7 @@ def table(summaries: Sequence[Table]) -> str:
                 f"{summary['tokens']:,}" if "tokens" in summary else "",
                 f"{summary['flops']:.2e}" if "flops" in summary else "",
                 *(_change(before.get(d), after.get(d)) for d in domains),
+                *(_change(first.get(name), last.get(name)) for name in others),
                 _moved(summary.get("receipt")),
             ]
         )

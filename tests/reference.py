@@ -137,6 +137,8 @@ def shapes(cfg):
     }
     if not cfg.tie_embeddings:
         out["lm_head.kernel"] = (D, P)
+    if cfg.scalar_head:
+        out["scalar_head.kernel"] = (D, 1)
     if cfg.output_biases:
         out["layers.attn.o_bias"] = (L, D)
         out["layers.mlp.down_bias"] = (L, D)

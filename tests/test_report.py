@@ -1,10 +1,12 @@
 """The report of a finished run: what its pictures are made from, and what is wrong with what it reads."""
 
+import importlib.util
 import json
 
 import pytest
 
 from tele_jax import report
+from tele_jax.cli.main import main
 from tele_jax.errors import DamageError
 
 SUMMARIES = [
@@ -68,3 +70,52 @@ def test_a_damaged_receipt_is_named_after_the_table_is_written(workdir, content)
     with pytest.raises(DamageError, match=r"growth_receipt.json: (missing|damaged).*no picture of its layers"):
         report.write(workdir, SUMMARIES)
     assert "4,000,000" in (workdir / "summary.txt").read_text()
+
+
+ROLLOUTS = [{"step": step, "loss": 0.1, "tokens": step * 100, "reward": step / 10, "kl": 0.01} for step in (5, 10)]
+
+
+@pytest.fixture
+def aligned(tmp_path):
+    """A complete stage with evaluations of its own, and one under way that has written down sampled replies."""
+    (tmp_path / "config.json").write_text(
+        json.dumps({"run": ["dpo", "grpo", "later"], "dpo": {}, "grpo": {}, "later": {}})
+    )
+    summary = {"stage": "dpo", "kind": "dpo", "parameters": 1_000_000, "tokens": 500, "flops": 1e9}
+    summary |= {"figures_before": {"accuracy/pairs": 0.5}, "figures_after": {"accuracy/pairs": 0.75}}
+    for stage, lines in (("dpo", ROLLOUTS), ("grpo", ROLLOUTS)):
+        (tmp_path / stage / "metrics").mkdir(parents=True)
+        (tmp_path / stage / "metrics" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "dpo" / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "grpo" / "samples").mkdir()
+    for step, reward in ((5, 0.0), (10, 1.0)):
+        reply = {"prompt": "1 + 1 =", "reply": f"{step}", "reward": reward}
+        (tmp_path / "grpo" / "samples" / f"{step}.jsonl").write_text(json.dumps(reply) + "\n")
+    return tmp_path
+
+
+def test_a_run_under_way_is_shown_with_its_evaluations_and_its_latest_replies(aligned, capsys):
+    assert main(["report", str(aligned)]) == 0
+    said = capsys.readouterr().out
+    assert "accuracy/pairs" in said and "0.500 -> 0.750" in said
+    assert "stage grpo: at step 10" in said and "stage later: not begun" in said
+    assert "reward 1  prompt  '1 + 1 ='" in said and "reply   '10'" in said and "reply   '5'" not in said
+    if importlib.util.find_spec("matplotlib"):
+        assert (aligned / "dpo" / "rollouts.png").read_bytes()[:4] == b"\x89PNG"
+    assert main(["report", str(aligned), "--samples", "0"]) == 0
+    assert "reply" not in capsys.readouterr().out
+
+
+def test_what_is_no_run_or_damaged_is_named(aligned, tmp_path_factory, capsys):
+    empty = tmp_path_factory.mktemp("empty")
+    assert main(["report", str(empty)]) == 2
+    assert capsys.readouterr().err == (
+        f"tele: {empty}: holds no run (no config.json); name the work directory of `tele train`\n"
+    )
+    assert main(["report", str(aligned), "--samples", "-1"]) == 2
+    samples = aligned / "grpo" / "samples" / "10.jsonl"
+    for text in ("{", '{"prompt": "x", "reply": "y"}', '{"prompt": "x", "reply": "y", "reward": "z"}', "[]"):
+        samples.write_text(text + "\n")
+        capsys.readouterr()
+        assert main(["report", str(aligned)]) == 1
+        assert str(samples) in capsys.readouterr().err

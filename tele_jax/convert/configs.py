@@ -246,6 +246,7 @@ def _write_llama(cfg: ModelConfig) -> Table:
         "mlp_bias": cfg.output_biases,
         "hidden_act": "silu",
         "use_cache": True,
+        **({"num_labels": 1} if cfg.scalar_head else {}),
     }
 
 

@@ -22,6 +22,8 @@ from tele_jax.config import ModelConfig, Ntk, require
 from tele_jax.errors import UserError, abridged
 from tele_jax.model.spec import flat_spec
 
+# The scalar head of a reward model or of PPO, under the name that transformers has for it in a classifier of sequences.
+SCALAR_HEAD = "score.weight"
 FORMATS = ("tele_flm", "telechat", "telechat_52b", "llama")
 
 
@@ -61,6 +63,7 @@ TELE_FLM = (
     _row("model.layers.{}.self_attn.o_proj.weight", "embed, heads head_dim", "layers.attn.o"),
     _row("model.norm.weight", "embed", "final_norm.scale"),
     _row("lm_head.weight", "vocab, embed", "lm_head.kernel"),
+    _row(SCALAR_HEAD, "score, embed", "scalar_head.kernel"),
 )
 # Llama's attention_bias and mlp_bias put a bias on every projection; ours are on the last of each block only.
 LLAMA = (
@@ -87,6 +90,7 @@ TELECHAT = (
     _row("h.{}.mlp.down_proj.bias", "embed", "layers.mlp.down_bias"),
     _row("ln_f.weight", "embed", "final_norm.scale"),
     _row("lm_head.weight", "vocab, embed", "lm_head.kernel"),
+    _row(SCALAR_HEAD, "score, embed", "scalar_head.kernel"),
 )
 TELECHAT_52B = (
     _row("transformer.wte.weight", "vocab, embed", "embed.table"),
@@ -106,6 +110,7 @@ TELECHAT_52B = (
     _row("transformer.h.{}.mlp.c_proj.weight", "mlp, embed", "layers.mlp.down"),
     _row("transformer.ln_f.weight", "embed", "final_norm.scale"),
     _row("lm_head.weight", "vocab, embed", "lm_head.kernel"),
+    _row(SCALAR_HEAD, "score, embed", "scalar_head.kernel"),
 )
 TABLES = {"tele_flm": TELE_FLM, "telechat": TELECHAT, "telechat_52b": TELECHAT_52B, "llama": LLAMA}
 # Buffers that some copies have and that say nothing: rotary frequencies and tables, computed from the config; the
@@ -180,7 +185,8 @@ def fold(cfg: ModelConfig, format: str) -> Folded:
     """The model without what the format has no place for. The same function, written otherwise:
 
     multipliers   the embedding table takes input_mult, the final norm's scale the multiplier of the logits; divided by
-                  input_mult where the embedding is tied, because there the table multiplies the logits as well
+                  input_mult where the embedding is tied, because there the table multiplies the logits as well. The
+                  scalar head, which has no multiplier, takes the inverse of the last norm's
     padding       rows of the vocabulary from vocab_size on are left out (llama only; the others have them as released)
 
     Raises:
@@ -191,8 +197,8 @@ def fold(cfg: ModelConfig, format: str) -> Folded:
     if format not in WITH_MULTIPLIERS:
         factors = {
             "embed.table": cfg.input_mult,
-            "final_norm.scale": cfg.logit_mult / (cfg.input_mult if cfg.tie_embeddings else 1.0),
-        }
+            "final_norm.scale": (norm := cfg.logit_mult / (cfg.input_mult if cfg.tie_embeddings else 1.0)),
+        } | ({"scalar_head.kernel": 1 / norm} if cfg.scalar_head else {})
         cfg = cfg.replace(input_mult=1.0, output_mult=1.0, mup_base_width=None)
     if format == "llama":
         cfg = cfg.replace(padded_vocab_size=cfg.vocab_size)
@@ -317,7 +323,8 @@ def _tensor(row: Row, layer: int | None, spec, sizes: dict[str, int], dtype, pre
         for turn, leaf in enumerate(row.leaves)
     )
     name = row.name.format(layer)
-    return Tensor(name if name.startswith("lm_head") else prefix + name, shape, dtype, parts, row.constant)
+    is_head = name.startswith("lm_head") or name == SCALAR_HEAD
+    return Tensor(name if is_head else prefix + name, shape, dtype, parts, row.constant)
 
 
 def _own_axes(axes: tuple[str, ...], leaf: ParamSpec) -> tuple[str, ...]:

@@ -345,5 +345,5 @@ _SUMMARY_FIELDS = {
         "flops": float,
         "receipt": Table,
     },
-    **{"bits_per_byte_before": dict[str, float], "bits_per_byte_after": dict[str, float]},
+    **{f"{what}_{when}": dict[str, float] for what in ("bits_per_byte", "figures") for when in ("before", "after")},
 }

@@ -6,6 +6,7 @@ from tele_jax.cli.main import VERBS, main
 
 COMMANDS = {
     "train": ["train", "--config", "page.py", "--workdir", "w"],
+    "report": ["report", "w"],
     "grow": ["grow", "src", "dst", "--config", "page.py"],
     "plan": ["plan", "--config", "page.py", "--topology", "v5p:2x2x1"],
     "inspect": ["inspect", "ckpt"],

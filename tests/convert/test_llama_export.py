@@ -12,6 +12,7 @@ import tele_jax as tele
 from tele_jax import convert
 from tele_jax.axes import flatten, unflatten
 from tele_jax.errors import UserError
+from tele_jax.model import decoder, heads
 from tests import reference
 
 SMALL = dict(
@@ -55,6 +56,29 @@ def test_transformers_loads_it_without_missing_or_unexpected_keys_and_gives_the_
     assert found.shape == expected.shape == (2, 31, 50)
     assert np.abs(expected).max() > 0.05
     assert np.abs(found - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["plain", "factors_that_round", "tied_mup"])
+def test_transformers_reads_a_reward_model_as_a_classifier_and_gives_the_same_scores(name, tmp_path):
+    """Its pad id is the last token of the text: transformers reads the score at the last token that is no padding."""
+    torch = pytest.importorskip("torch", reason="torch is missing: pip install 'tele_jax[hf]'")
+    transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install 'tele_jax[hf]'")
+    cfg = tele.ModelConfig(**{**SMALL, **CASES[name]}, scalar_head=True)
+    params = random_params(cfg)
+    convert.save_hf(tmp_path / "out", cfg, params, format="llama")
+    model, info = transformers.LlamaForSequenceClassification.from_pretrained(
+        tmp_path / "out", output_loading_info=True, pad_token_id=0
+    )
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    tokens = np.random.default_rng(6).integers(1, 50, (2, 11), np.int32)
+    with torch.no_grad():
+        found = model(torch.from_numpy(tokens).long()).logits.numpy()[:, 0]
+    scores = np.asarray(heads.scalar_of(cfg, params, decoder.hidden(cfg, params, tokens)))[:, -1]
+    assert np.abs(scores).max() > 0.05 and np.abs(found - scores).max() < 1e-5
+    again, read = convert.load_hf(tmp_path / "out")
+    assert again.scalar_head
+    same = np.asarray(heads.scalar_of(again, read, decoder.hidden(again, read, tokens)))[:, -1]
+    assert np.abs(same - scores).max() < 1e-5
 
 
 @pytest.mark.parametrize("name", CASES)
