@@ -47,6 +47,15 @@ class PairStage(TrainStage):
         return batch["pair_weights"] if self.rankings == "whole" else jnp.ones_like(batch["pair_weights"])
 
 
+def shapes(stage: PairStage) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a batch of pairs whose longest sequence fills a row; see stages.__init__."""
+    dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32}
+    rows = {name: ((2, stage.seq_len), dtype) for name, dtype in {**dtypes, "loss_weights": jnp.float32}.items()}
+    rows |= {"lengths": ((2,), jnp.int32), "sequences": ((2,), jnp.int32)}
+    rows |= {"margin": ((), jnp.float32), "pair_weights": ((), jnp.float32)}
+    return {name: jax.ShapeDtypeStruct((stage.batch_size, *more), dtype) for name, (more, dtype) in rows.items()}
+
+
 def rows_of(batch: Rows) -> dict[str, jax.Array]:
     """The 2B sequences of B pairs as rows: [B, 2, ...] becomes [2B, ...], the chosen answer of a pair first."""
     names = ("tokens", "targets", "loss_weights", "segment_ids", "positions", "lengths")

@@ -64,6 +64,11 @@ def batches(stage: DpoStage, index: sources.Indexes) -> RecordBatches:
     return RecordBatches(stage, "pairs", index)
 
 
+def shapes(stage: DpoStage) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a batch, for `tele plan`."""
+    return pairs.shapes(stage) | {"reference": jax.ShapeDtypeStruct((stage.batch_size, 2), jnp.float32)}
+
+
 def feed(stage: DpoStage, batches: RecordBatches, around: Surroundings) -> LiveFeed | RowFeed:
     """Batches with the log-probabilities of the reference.
 

@@ -32,6 +32,7 @@ class RewardStage(pairs.PairStage):
 
 
 Settings = RewardStage
+shapes = pairs.shapes
 
 
 def batches(stage: RewardStage, index: sources.Indexes) -> RecordBatches:

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 import tele_jax as tele
-from tele_jax import checkpoint
+from tele_jax import checkpoint, stages
 from tele_jax.align import pairs, reference
+from tele_jax.aot.jobs import TrainJob
+from tele_jax.aot.topology import find_slice
 from tele_jax.axes import flatten
 from tele_jax.cli.main import main
 from tele_jax.data import sources
@@ -23,7 +25,7 @@ from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import DamageError
 from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh
-from tele_jax.stages import read_stage
+from tele_jax.stages import find_kind, read_stage
 from tele_jax.train import metrics
 from tests.data.caches import write_lines
 from tests.inference.test_chat import tokenizer_bytes
@@ -343,6 +345,21 @@ def test_a_bad_page_is_one_line(place, tmp_path, capsys, fields, message):
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error
     assert not (tmp_path / "w").exists() or not list((tmp_path / "w").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["reward", "dpo"])
+def test_a_plan_has_the_arrays_of_a_batch_and_lowers_the_step_of_the_stage(place, kind):
+    made = read_stage(stage(place, kind), "config.own")
+    module = find_kind(kind)
+    known = {"reference": np.zeros((8, 2), np.float32)} if kind == "dpo" else {}
+    batch = {name: (array.shape, array.dtype) for name, array in (first_batch(place, kind) | known).items()}
+    short = dataclasses.replace(made, seq_len=batch["tokens"][0][-1])  # a batch is cut to its longest sequence
+    assert {name: (leaf.shape, leaf.dtype) for name, leaf in module.shapes(short).items()} == batch
+    cfg = stages.model_of(made, tele.ModelConfig(**MODEL))
+    job = TrainJob(slice=find_slice("v5e:2x2"), mesh=MeshConfig(fsdp=4), cfg=cfg, batch_size=8, seq_len=64, stage=made)
+    mesh = make_mesh(MeshConfig(fsdp=4), jax.devices()[:4])
+    lowered = job.lower(mesh).as_text()
+    assert "tensor<16x64" in lowered  # of 8 pairs, 16 sequences
 
 
 def test_dpo_before_any_model_is_refused(place, tmp_path):
