@@ -18,9 +18,11 @@ import types
 from pathlib import Path
 
 from tele_jax import config, settings, stages
+from tele_jax.align import rewards, rollouts
 from tele_jax.clean import settings as clean_settings
 from tele_jax.eval.text import BpbConfig
 from tele_jax.selection import settings as selection_settings
+from tele_jax.stages import grpo, ppo
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Every key of a config page
@@ -43,6 +45,8 @@ SECTIONS = (
     ("A run: `tele train`", (stages.RunConfig, settings.MeshConfig)),
     ("A training stage: `kind=\"pretrain\"` or `kind=\"sft\"`", (settings.TrainStage, settings.OptimizerConfig,
                                                              settings.ScheduleConfig, settings.LoraConfig)),
+    ("Replies that are drawn and rewarded: `kind=\"grpo\"` and `kind=\"ppo\"`", (
+        rollouts.RolloutStage, rewards.RewardConfig, grpo.GrpoStage, ppo.PpoStage)),
     ("A growth stage: `kind=\"grow\"`, also `tele grow`", (settings.GrowStage,)),
     ("Data", (settings.DataConfig, settings.SourceConfig)),
     ("A model", (config.ModelConfig, config.Rope, config.Ntk)),

@@ -23,10 +23,10 @@ SAMPLES = "samples"  # directory of a stage: replies that its rollouts drew, by 
 _SAMPLE = {"prompt": str, "reply": str, "reward": float}
 ROLLOUTS: dict[str, tuple[str, ...]] = {  # figures of rollouts, by the label of their panel
     "reward": ("reward",),
-    "KL, nats": ("kl", "kl_reverse", "kl_forward"),
+    "KL, nats a token": ("kl", "kl_forward"),
     "entropy, nats": ("entropy",),
-    "tokens of a reply": ("length",),
-    "share": ("cut", "clipped"),
+    "tokens of a reply": ("reply_tokens",),
+    "share": ("cut_share", "clip_fraction"),
 }
 
 

@@ -19,7 +19,8 @@ that trains derives it from settings.TrainStage, and has
     feed(stage, batches, around)         optional: what gives the batches, in the place of batches.feed; `around` says
                                          what it may know (data/surroundings.py). It has the methods of data/feed.py;
                                          stepped(figures), if it has that, is called after every step, and figures()
-                                         with every line of figures, which it adds its own to
+                                         with every line of figures, which it adds its own to; with
+                                         fails_everywhere, a UserError of it comes in all processes, which save first
     evaluate(stage, cfg, params, held_out, mesh) -> {name: figure}
                                          optional: evaluates batches.held_out, in the place of bits per byte
 

@@ -117,7 +117,8 @@ def described(line: Mapping[str, float | None]) -> str:
     used = f"{line['model_flops_per_second']:.3g} model FLOP/s"
     if line["mfu"] is not None:
         used = f"{line['mfu']:.1%} MFU"
+    learned = "".join(f"{name} {line[name]:.4f}, " for name in ("reward", "kl") if name in line)
     return (
-        f"loss {line['loss']:.4f}, gradient norm {line['grad_norm']:.3g}, {rate}, "
+        f"{learned}loss {line['loss']:.4f}, gradient norm {line['grad_norm']:.3g}, {rate}, "
         f"{line['tokens_per_second']:,.0f} tokens/s, {used}"
     )

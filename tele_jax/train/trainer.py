@@ -19,7 +19,7 @@ from tele_jax.data import documents, order
 from tele_jax.data.batches import Batches
 from tele_jax.data.domains import Documents
 from tele_jax.data.surroundings import Surroundings
-from tele_jax.errors import FailedError
+from tele_jax.errors import FailedError, UserError
 from tele_jax.files import Table
 from tele_jax.growth import MaskSchedule, Plan
 from tele_jax.model import platforms
@@ -261,7 +261,14 @@ class Trainer:
         since, since_step, window = time.perf_counter(), self.first_step, []
         for step in range(self.first_step, stage.steps):
             # A step is dispatched and not waited for, except where a figure is read.
-            batch = next(self.feed)  # on the mesh; it was read and put there while the last steps ran
+            try:
+                batch = next(self.feed)  # on the mesh; it was read and put there while the last steps ran
+            except UserError:
+                if step > self.first_step and getattr(self.feed, "fails_everywhere", False):  # all processes save
+                    if window:
+                        self._log(step, jax.device_get(window), (time.perf_counter() - since) / len(window), bar)
+                    self._save(step, self.checkpoints)
+                raise
             self.params, self.opt_state, figures = step_function(
                 self.params, self.opt_state, batch, self.masks(step), beside
             )

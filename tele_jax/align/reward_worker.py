@@ -1,0 +1,66 @@
+"""A process that computes rewards for rewards.py; it runs as a script and imports nothing of tele_jax.
+
+The first line of its input says what computes them, {"path": sys.path, "function": "module:name"} or {"path": ...,
+"verifier": name}; it answers {}, or {"error": text}. Each further line is a list of positional arguments of one call,
+and the seed of the module `random` for it; the answer is {"reward": what the call returned} or {"error": text}.
+"""
+
+import importlib
+import json
+import os
+import random
+import sys
+import traceback
+
+
+def opened(request):
+    """The function (prompt, reply, record) that a request names."""
+    sys.path[:] = request["path"]
+    if "verifier" in request:
+        verify = importlib.import_module("reasoning_gym").get_score_answer_fn(request["verifier"])
+        return lambda prompt, reply, record: verify(reply.strip(), record)
+    module, _, name = request["function"].partition(":")
+    found = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def described(error):
+    """Names an exception, and the line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    said = (str(error).splitlines() or [""])[0][:300]
+    return f"{type(error).__name__}: {said}{place}" if said else f"{type(error).__name__}{place}"
+
+
+def plain(value):
+    """Numbers of numpy and the like as those of Python."""
+    return plain(value.tolist()) if hasattr(value, "tolist") else value
+
+
+def answer(make):
+    """Writes what make() returns, or the error, as a line."""
+    try:
+        line = json.dumps(make(), default=plain)
+    except Exception as error:
+        line = json.dumps({"error": described(error)})
+    answers.write(line + "\n")
+    answers.flush()
+
+
+def serve():
+    """Answers every line of the input until its end."""
+    functions = []
+    answer(lambda: functions.append(opened(json.loads(sys.stdin.readline()))) or {})
+    for line in sys.stdin:
+        arguments, seed = json.loads(line)
+        random.seed(seed)
+        answer(lambda arguments=arguments: {"reward": functions[0](*arguments)})
+
+
+if __name__ == "__main__":
+    # What a function prints goes to standard error, and not between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    serve()
