@@ -18,11 +18,11 @@ import types
 from pathlib import Path
 
 from tele_jax import config, settings, stages
-from tele_jax.align import rewards, rollouts
+from tele_jax.align import pairs, rewards, rollouts
 from tele_jax.clean import settings as clean_settings
 from tele_jax.eval.text import BpbConfig
 from tele_jax.selection import settings as selection_settings
-from tele_jax.stages import grpo, ppo
+from tele_jax.stages import dpo, grpo, ppo, reward
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Every key of a config page
@@ -45,6 +45,7 @@ SECTIONS = (
     ("A run: `tele train`", (stages.RunConfig, settings.MeshConfig)),
     ("A training stage: `kind=\"pretrain\"` or `kind=\"sft\"`", (settings.TrainStage, settings.OptimizerConfig,
                                                              settings.ScheduleConfig, settings.LoraConfig)),
+    ("Pairs of answers: `kind=\"reward\"` and `kind=\"dpo\"`", (pairs.PairStage, reward.RewardStage, dpo.DpoStage)),
     ("Replies that are drawn and rewarded: `kind=\"grpo\"` and `kind=\"ppo\"`", (
         rollouts.RolloutStage, rewards.RewardConfig, grpo.GrpoStage, ppo.PpoStage)),
     ("A growth stage: `kind=\"grow\"`, also `tele grow`", (settings.GrowStage,)),

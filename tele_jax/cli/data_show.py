@@ -15,10 +15,11 @@ from tele_jax.data import describe, live_rows, order
 from tele_jax.data.cache import RowCache
 from tele_jax.data.documents import too_long_notes
 from tele_jax.data.domains import OpenData
+from tele_jax.data.sources import Indexes
 from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import UserError
 from tele_jax.settings import CacheConfig, TrainStage, cache_config
-from tele_jax.stages import run_config
+from tele_jax.stages import find_kind, run_config
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +47,8 @@ def run(args: argparse.Namespace) -> Outcome:
     if args.config is None and args.stage is not None:
         raise UserError("--stage: is of a page; give --config PAGE")
     stage = None if args.config is None else _stage(args)
+    if isinstance(stage, TrainStage) and stage.kind not in ("sft", "pretrain"):
+        return _records(args, stage)
     if stage is not None and stage.data.cache is None:
         return _live(args, stage)
     return _cached(args, args.dir if stage is None else Path(stage.data.cache or ""), stage)
@@ -56,7 +59,7 @@ def _stage(args: argparse.Namespace) -> TrainStage | CacheConfig:
     page = load_page(args.config, args.overrides)
     if "run" not in page:
         return cache_config(page)
-    stages = {name: stage for name, stage in run_config(page).stages.items() if stage.kind in ("sft", "pretrain")}
+    stages = {name: stage for name, stage in run_config(page).stages.items() if isinstance(stage, TrainStage)}
     if args.stage is not None and args.stage not in stages:
         raise UserError(
             f"--stage {args.stage}: no stage that trains on rows; {nearest(args.stage, stages, 'they are')}"
@@ -114,6 +117,31 @@ def _live(args: argparse.Namespace, stage: TrainStage | CacheConfig) -> Outcome:
         title = f"row {number}" + (f" of {', '.join(domains)}" if domains else "")
         found.append((title, {"domains": domains, "row": number}, segments, stage.seq_len))
     return _outcome(args, found, unusable + [line for each in opened.train.values() for line in each.notes()])
+
+
+def _records(args: argparse.Namespace, stage: TrainStage) -> Outcome:
+    """Pairs, with both answers, or prompts, with their records; in the order of the run, or of a domain."""
+    batches = find_kind(stage.kind).batches(stage, Indexes())
+    first = (args.row or 0) + (args.step or 0) * _number(args.batch_size, stage, "batch_size", 1)
+    rates = {name: stage.data.sources[name].rate for name in batches.store.rows}
+    if args.domain is not None and args.domain not in rates:
+        raise UserError(f"--domain {args.domain}: the stage has {', '.join(rates)}")
+    if first < 0:
+        raise UserError("--row and --step must not be below 0")
+    names, numbers = [args.domain] * args.count, list(range(first, first + args.count))
+    if args.domain is None:
+        located = order.Order(tuple(rates), tuple(batches.store.rows.values()), tuple(rates.values()), stage.seed)
+        domain, _, rows = located.locate(first + np.arange(args.count))
+        names, numbers = [list(rates)[i] for i in domain.tolist()], rows.tolist()
+    elif first + args.count > batches.store.rows[args.domain]:
+        raise UserError(f"--row {first} --count {args.count}: {args.domain} has {batches.store.rows[args.domain]} rows")
+    found = []
+    for name, number in zip(names, numbers):
+        for what, row, note in batches.store.shown(name, number):
+            segments = describe.segments(row, batches.vocabulary, [note], tokens=args.tokens)
+            title = f"{name}, row {number}, {what}"
+            found.append((title, {"domain": name, "row": number, "what": what}, segments, stage.seq_len))
+    return _outcome(args, found, [each.account() for each in batches.corpora.values() if each.num_rejected])
 
 
 def _cached(args: argparse.Namespace, path: Path, stage: TrainStage | CacheConfig | None) -> Outcome:

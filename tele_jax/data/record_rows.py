@@ -79,6 +79,22 @@ class RecordRows:
         weights = np.array([self._found[name].weights[row] for name, row in places], np.float32)
         return {**batch, "margin": margins, "pair_weights": weights, "sequences": numbers.astype(np.int32)}
 
+    def shown(self, domain: str, row: int) -> list[tuple[str, Batch, str]]:
+        """Returns what people look at of a row: (its name, arrays [S] as a row of fine-tuning has them, a note)."""
+        batch = self.read([domain], [row])
+        if self._kind == "prompts":
+            tokens = batch["tokens"][0, : batch["lengths"][0]]
+            targets = np.append(tokens[1:], [self._pad_id])
+            blank = np.zeros(len(tokens), np.int32)
+            made = {"tokens": tokens, "targets": targets, "loss_weights": blank, "segment_ids": blank + 1}
+            return [("prompt", _cut(made, len(tokens)), str(self.fields(int(batch["record"][0]))))]
+        names = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
+        margin, weight = float(batch["margin"][0]), float(batch["pair_weights"][0])
+        note = f"margin {margin:g}, weight {weight:.3g}"
+        sides = [{name: batch[name][0, side] for name in names} for side in (0, 1)]
+        ends = batch["lengths"][0]
+        return [(what, _cut(side, end), note) for what, side, end in zip(("chosen", "rejected"), sides, ends)]
+
     def lengths(self) -> np.ndarray:
         """Returns the tokens of every answer with its prompt, int64 [num_answers]."""
         found = self._found.values()
@@ -118,6 +134,11 @@ class RecordRows:
         for row, ids in zip(tokens, lists):
             row[: len(ids)] = ids
         return tokens, lengths
+
+
+def _cut(row: Batch, length: int) -> Batch:
+    """The inputs of a sequence that have a target in it."""
+    return {name: array[: length - 1] for name, array in row.items()}
 
 
 class OpenRecords(OpenData):

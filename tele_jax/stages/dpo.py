@@ -29,7 +29,7 @@ from tele_jax.data.surroundings import Surroundings
 class DpoStage(pairs.PairStage):
     """Direct preference optimisation (arXiv 2305.18290); see losses.dpo for the equations."""
 
-    kind: Literal["dpo"]
+    kind: Literal["dpo"]  # direct preference optimisation, stages/dpo.py
     # Reference: an earlier stage of the run, or the path of a checkpoint. None: the model with which the stage begins;
     # with lora, the model without the adapters that are trained.
     reference: str | None = None

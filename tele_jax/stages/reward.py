@@ -20,7 +20,7 @@ from tele_jax.data.record_rows import RecordBatches
 class RewardStage(pairs.PairStage):
     """Training of a reward model, which begins as the model before it, with a scalar head drawn from `seed`."""
 
-    kind: Literal["reward"]
+    kind: Literal["reward"]  # trains a reward model, stages/reward.py
     # Coefficient of the mean of (score of chosen + score of rejected)^2, which keeps scores centred at 0: with
     # differences alone, any constant could be added (arXiv 2312.09244, appendix A).
     centre: float = 0.0

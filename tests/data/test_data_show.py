@@ -99,3 +99,26 @@ def test_what_is_not_there_is_named(page, capsys, arguments, message):
     assert main(["data", "show", *(str(page) if word == "PAGE" else word for word in arguments)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_pairs_and_prompts_are_shown_with_what_is_learned(page, capsys):
+    """Both answers of a pair, the end among what is learned; bad lines in a note."""
+    pairs = [{"prompt": "Hi?", "chosen": "Yes.", "rejected": "No no.", "margin": 2}, {"prompt": "Hi?", "chosen": ""}]
+    file = caches.write_lines(page.parent / "pairs.jsonl", pairs)
+    source = f"dict(files=({file!r},), format='pairs')"
+    text = page.read_text().replace("tune", "prefer").replace('kind="sft"', 'kind="dpo"')
+    text = text.replace("dict(data, dialogues=dict(next_user=True))", f"dict(data, sources=dict(pairs={source}))")
+    page.write_text(text)
+    figures, text = show(page, capsys, "--stage", "prefer")
+    assert [row["what"] for row in figures["rows"]] == ["chosen", "rejected"] and "margin 2, weight 1" in text
+    said = {
+        learned: [
+            "".join(p["text"] for p in row["segments"][0]["parts"] if p["learned"] == learned)
+            for row in figures["rows"]
+        ]
+        for learned in (True, False)
+    }
+    assert [text.strip() for text in said[True]] == ["Yes.⟦<_end>⟧", "No no.⟦<_end>⟧"]
+    assert said[False][0] == said[False][1] and "Hi?" in said[False][0]
+    assert "1 of 2 documents cannot be used" in figures["notes"][0]
+    assert main(["data", "show", "--config", str(page), "--stage", "prefer", "--domain", "no"]) == 2
