@@ -49,7 +49,7 @@ class Reference:
         self._around, self._rows = around, rows
         self._is_base = path is None and around.base is not None
         self._model: tuple[ModelConfig, Params] | None = None
-        self._fingerprint: str = from_first(lambda: checkpoint.fingerprint(self._lazy))
+        self._fingerprint: str = from_first(lambda: _named(self._lazy))
 
     def log_probabilities(self, store: RecordRows, count: int, name: str) -> np.ndarray:
         """Log-probabilities of the first `count` answers of a store, float32 [count], read or computed.
@@ -118,6 +118,13 @@ def compute(cfg: ModelConfig, params: Params, store: RecordRows, count: int, mes
             placed = put_batch(store.read_answers(numbers), mesh, rows)
             found[numbers] = to_host(compiled_log_probabilities(cfg, params, placed))
     return found
+
+
+def _named(model: checkpoint.Lazy) -> str:
+    """Names the content of a checkpoint; of one in a bucket, whose files are not opened, its address and history."""
+    if "://" in str(model.path):
+        return json.dumps([str(model.path), model.step, list(model.provenance)], sort_keys=True)
+    return checkpoint.fingerprint(model)
 
 
 def _read(file: Path, key: Table) -> np.ndarray:

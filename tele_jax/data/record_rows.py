@@ -21,7 +21,7 @@ from tele_jax.data.records import Limits, Records
 from tele_jax.data.vocabulary_base import Vocabulary
 from tele_jax.errors import UserError
 from tele_jax.files import Table
-from tele_jax.settings import SourceConfig, TrainStage
+from tele_jax.settings import DEFAULT_DIALOGUES, SourceConfig, TrainStage
 
 
 class RecordRows:
@@ -148,9 +148,18 @@ class OpenRecords(OpenData):
     held_out: Mapping[str, Records]
 
     def __init__(self, stage: TrainStage, records: RecordKind, limits: Limits, **how: Any):
-        """Reads the tokenizer. UserError for a cache, which holds no pairs and no prompts; how: as OpenData."""
+        """Reads the tokenizer; how: as OpenData.
+
+        Raises:
+          UserError: a cache, which holds no pairs and no prompts; settings of dialogues that have no sense here.
+        """
         if stage.data.cache is not None:
             raise UserError(f"data.cache: {records} are read from files; name them in data.sources")
+        for name in ("learned", "next_user", "too_long"):
+            if getattr(stage.data.dialogues, name) != getattr(DEFAULT_DIALOGUES, name):
+                raise UserError(
+                    f"data.dialogues.{name}: is of fine-tuning, and {records} have no use for it; leave it out"
+                )
         self.records: RecordKind = records
         self.limits = limits
         super().__init__(stage.data, kind="sft", seq_len=stage.seq_len, **how)  # learns answers to dialogues
@@ -262,6 +271,13 @@ class RecordBatches(Batches):
     def _held_rows(self) -> dict[str, HeldOut]:
         size = self._stage.batch_size // self._stage.microbatches
         return {name: _held_out(self._own, name, records, size) for name, records in self._own.held_out.items()}
+
+    def sample(self, num_rows: int, num_tokens: int) -> np.ndarray:
+        """Returns at most int32[num_rows, num_tokens] of the first rows to train on, both answers of each pair."""
+        name, count = next(iter(self.store.rows.items()))
+        count = min(num_rows, count)
+        tokens = self.store.read([name] * count, list(range(count)))["tokens"]
+        return tokens.reshape(-1, tokens.shape[-1])[:num_rows, :num_tokens]
 
     def held_out_store(self, domain: str) -> RecordRows:
         """The rows of a domain that is held out, with what rewards and references look up in them."""

@@ -54,7 +54,7 @@ def place(tmp_path_factory):
     """Pairs, a ranking among them, dialogues, a tokenizer, and two models that nobody trained."""
     directory = tmp_path_factory.mktemp("pairs")
     ranking = {"prompt": "Which is best?", "answers": ["this", "that", "nothing at all"]}
-    write_lines(directory / "pairs.jsonl", [*map(record, range(21)), ranking])
+    write_lines(directory / "pairs.jsonl", [*map(record, range(21)), {**record(0), "rejected": "zero"}, ranking])
     write_lines(directory / "held_out.jsonl", [{**record(i), "prompt": f"And {i}?"} for i in range(6)])
     write_lines(directory / "talk.jsonl", [{"instruction": f"Say {n}.", "output": n} for n in NUMBERS])
     (directory / "tokenizer.model").write_bytes(tokenizer_bytes())
@@ -190,6 +190,8 @@ def test_the_first_step_of_dpo_is_that_of_torch(place, finished, torch_models):
 def test_the_evaluation_scores_held_out_pairs(place, finished):
     """Scores of the saved model, pair by pair, against the figures of the last evaluation."""
     for kind, workdir in finished.items():
+        (rejected,) = (workdir / "own" / "rejected" / "numbers.files.jsonl").read_text().splitlines()
+        assert json.loads(rejected)["line"] == 22 and "same tokens" in json.loads(rejected)["reason"]
         last = metrics.read(workdir / "own" / "metrics" / "metrics.jsonl")[-1]
         found = {name: value for name, value in last.items() if name.endswith("/numbers")}
         assert sorted(found) == ["eval/accuracy/numbers", "eval/margin/numbers"], last

@@ -119,6 +119,7 @@ def test_a_row_is_the_prompt_and_the_answer_with_its_end(model_file, vocabulary,
     alone = own.store.read(["a"], [1])
     n = alone["tokens"].shape[2]
     assert (alone["tokens"] == found["tokens"][1:, :, :n]).all()
+    assert (own.sample(3, 5) == found["tokens"].reshape(4, -1)[:3, :5]).all(), "a growth is verified on these"
 
 
 @pytest.mark.parametrize("template", ["telechat", "telechat_52b"])
@@ -230,6 +231,8 @@ def test_what_no_stage_of_pairs_can_read(model_file, tmp_path):
     made = stage(model_file, {"a": path})
     with pytest.raises(UserError, match=r"data.cache: pairs are read from files"):
         opened(dataclasses.replace(made, data=dataclasses.replace(made.data, cache="cache")))
+    with pytest.raises(UserError, match=r"data.dialogues.too_long: is of fine-tuning"):
+        opened(stage(model_file, {"a": path}, dialogues=DialogueConfig(too_long="cut")))
     with pytest.raises(UserError, match="is trained on as well"):
         opened(stage(model_file, {"a": path}, held_out=[path]))
     from tele_jax.data.batches import Batches

@@ -10,7 +10,12 @@ from tests.multiprocess.test_run import Processes
 
 PAGE = Path(__file__).parents[2] / "configs" / "telechat2_align.py"
 SMALLER = ["--config.sft.steps=3", "--config.dpo.steps=4", "--config.sft.log_every=1", "--config.dpo.log_every=1"]
-SMALLER += ["--config.dpo.schedule.warmup=1", "--config.sft.schedule.warmup=1", "--config.mesh.data=8"]
+SMALLER += [
+    "--config.dpo.schedule.warmup=1",
+    "--config.sft.schedule.warmup=1",
+    "--config.mesh.data=8",
+    "--config.dpo.reference=sft",
+]
 
 
 def test_two_processes_fine_tune_and_align_as_one_does(tmp_path, monkeypatch):
