@@ -12,6 +12,7 @@ DIR/align_chain_sum.json and .png the figures; a second call goes on with what i
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -22,16 +23,10 @@ from machine import machine
 
 import tele_jax as tele
 from tele_jax import tables
-from tele_jax.data.vocabulary_training import train_vocabulary
 from tele_jax.train import metrics
 
-MODEL = dict(
-    num_layers=2, embed_dim=128, num_heads=4, head_dim=32, mlp_dim=384, max_seq_len=64, dtype="float32", remat="none",
-)  # fmt: skip
-VOCAB, SUMS = 480, dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)
-SFT_STEPS, ROLLOUTS, PROMPTS, ANSWERS, BATCH = 55, 100, 64, 16, 256
-RATES = {"grpo": 3e-4, "ppo": 3e-4, "random": 3e-4}
-BAND = 2.0  # nats a reply
+ROLLOUTS, RATE, KL_COEF = 200, 4e-4, 0.01
+ARMS, BAND = ("grpo", "ppo", "random"), 3.0  # BAND: nats a reply
 REWARDS = '''"""Rewards of benchmarks/align_chain_sum.py."""
 import random
 import reasoning_gym
@@ -46,50 +41,34 @@ def chance(prompt, reply, record):
 '''
 
 
-def write_files(work: Path) -> None:
-    """Questions and answers of the generator, the rewards, and a tokenizer trained on the questions."""
-    import reasoning_gym
-
-    def entries(size: int, seed: int) -> list[dict[str, Any]]:
-        made = reasoning_gym.create_dataset("chain_sum", size=size, seed=seed, **SUMS)
-        return [{"prompt": entry["question"], **entry} for entry in made]
-
-    train = entries(4_000, 1)
-    every = list({entry["prompt"]: entry for entry in entries(8_000, 2_000_000)}.values())
-    assert len(every) == 200
-    talks = [
-        {"messages": [dict(role="user", content=e["question"]), dict(role="assistant", content=e["answer"])]}
-        for e in train
-    ]
-    for name, lines in {"prompts": train, "every": every, "talks": talks}.items():
-        (work / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    texts = [f"{entry['question']} {entry['answer']}" for entry in train]
-    model = train_vocabulary(texts, preset="telechat_12b", vocab_size=VOCAB, character_coverage=1.0).model
-    (work / "tokenizer.model").write_bytes(model)
-    (work / "chain_sum_rewards.py").write_text(REWARDS)
+def recipe(work: Path) -> Any:
+    """The page configs/reasoning_grpo.py, whose toy has its files in a directory."""
+    path = Path(__file__).parents[1] / "configs" / "reasoning_grpo.py"
+    found = importlib.util.spec_from_file_location("reasoning_grpo", path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    module.TOY = work
+    return module
 
 
 def page(work: Path, arm: str, seed: int) -> dict[str, Any]:
-    """The run of an arm: fine-tuning, and then replies that are rewarded."""
-    shared = {"tokenizer": str(work / "tokenizer.model")}
-    talks = {"talks": {"files": (str(work / "talks.jsonl"),), "format": "dialogues"}}
-    sums = {"files": (str(work / "prompts.jsonl"),), "validation_files": (str(work / "every.jsonl"),)}
-    fine_tuning = dict(
-        kind="sft", model=MODEL | {"vocab_size": VOCAB}, data={**shared, "sources": talks}, steps=SFT_STEPS,
-        batch_size=128, seq_len=48, packed=False, seed=seed, optimizer=dict(learning_rate=2e-3),
-        schedule=dict(kind="constant", warmup=10),
-    )  # fmt: skip
-    learned = dict(
-        kind="ppo" if arm == "ppo" else "grpo", data={**shared, "sources": {"sums": {**sums, "format": "prompts"}}},
-        reward=dict(function=f"chain_sum_rewards:{'chance' if arm == 'random' else 'exact'}"),
-        steps=ROLLOUTS * PROMPTS * ANSWERS // BATCH, batch_size=BATCH, seq_len=48, rollout_prompts=PROMPTS,
-        answers=ANSWERS, max_new_tokens=5, seed=seed, kl_coef=0.02, samples_every=25, log_every=4, eval_every=40,
-        checkpoint_every=100, optimizer=dict(learning_rate=RATES[arm]),
-        schedule=dict(kind="linear", warmup=4, final=0.05),
-    )  # fmt: skip
-    if arm == "random":  # its replies are judged by the rewards of the others
-        learned["evaluation_reward"] = dict(function="chain_sum_rewards:exact")
-    return {"run": ("sft", arm), "sft": fine_tuning, arm: learned}
+    """The run of an arm: the toy of the page, for longer, with a reward of 0 or 1."""
+    config = recipe(work).get_config("toy").to_dict()
+    learned = config.pop("grpo")
+    rows = learned["rollout_prompts"] * learned["answers"]
+    learned |= {
+        "kind": "ppo" if arm == "ppo" else "grpo",
+        "reward": {"function": f"chain_sum_rewards:{'chance' if arm == 'random' else 'exact'}"},
+        "evaluation_reward": {"function": "chain_sum_rewards:exact"},
+        "steps": ROLLOUTS * rows // learned["batch_size"],
+        "seed": seed,
+        "kl_coef": KL_COEF,
+        "optimizer": {"learning_rate": RATE},
+        "eval_every": 40,
+        "samples_every": 50,
+    }
+    return {"run": ("sft", arm), "sft": config["sft"] | {"seed": seed}, arm: learned}
 
 
 def figures(work: Path, arm: str, seed: int) -> dict[str, Any]:
@@ -97,9 +76,10 @@ def figures(work: Path, arm: str, seed: int) -> dict[str, Any]:
     run, began = work / f"{arm}_{seed}", time.perf_counter()
     finished = (run / arm / "summary.json").exists()
     tele.run(page(work, arm, seed), run)
+    rows = page(work, arm, seed)[arm]["batch_size"]
     lines = metrics.read(run / arm / "metrics" / "metrics.jsonl")
-    scores = {line["step"] * BATCH: line["eval/reward/sums"] for line in lines if "eval/reward/sums" in line}
-    curves = {name: {line["step"] * BATCH: line[name] for line in lines if name in line} for name in CURVES}
+    scores = {line["step"] * rows: line["eval/reward/sums"] for line in lines if "eval/reward/sums" in line}
+    curves = {name: {line["step"] * rows: line[name] for line in lines if name in line} for name in CURVES}
     seconds = json.loads((run / "seconds.json").read_text()) if finished else round(time.perf_counter() - began)
     (run / "seconds.json").write_text(json.dumps(seconds))
     reached = [samples for samples, score in scores.items() if score >= 0.9]
@@ -144,12 +124,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="directory of this study")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds; default: 3")
-    parser.add_argument("--arms", nargs="+", choices=RATES, default=list(RATES), help="default: all")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
     args = parser.parse_args()
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "tokenizer.model").exists():
-        write_files(work)
+        recipe(work).write(work)
+        (work / "chain_sum_rewards.py").write_text(REWARDS)
     sys.path.insert(0, str(work))
     out, found = work / "align_chain_sum.json", {}
     for arm in args.arms:

@@ -17,6 +17,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 PAGES = ["tele_flm_52b.py", "tele_flm_series.py", "tele_flm_proxy.py"]
 PAGES += [f"sft.py:{recipe}" for recipe in ("tele_flm", "telechat", "telechat2")]
 PAGES += ["telechat2_align.py:telechat2"]
+PAGES += ["reasoning_grpo.py:telechat", "telechat_align.py:telechat"]
 PAGES += [f"telechat.py:{size}" for size in ("1b", "3b", "7b", "12b")]
 
 

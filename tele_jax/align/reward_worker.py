@@ -5,6 +5,7 @@ The first line of its input says what computes them, {"path": sys.path, "functio
 and the seed of the module `random` for it; the answer is {"reward": what the call returned} or {"error": text}.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -17,13 +18,27 @@ def opened(request):
     """The function (prompt, reply, record) that a request names."""
     sys.path[:] = request["path"]
     if "verifier" in request:
-        verify = importlib.import_module("reasoning_gym").get_score_answer_fn(request["verifier"])
-        return lambda prompt, reply, record: verify(reply.strip(), record)
+        return verifier(request["verifier"])
     module, _, name = request["function"].partition(":")
     found = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
     return found
+
+
+def verifier(name):
+    """The verifier of a generator of reasoning_gym, or of that which a record's metadata names (of_record)."""
+    find = functools.cache(importlib.import_module("reasoning_gym").get_score_answer_fn)
+    if name != "of_record":
+        find(name)  # raises where there is none
+
+    def verify(prompt, reply, record):
+        if isinstance(record.get("metadata"), str):  # of a seqio Task, see gym.py
+            record = {**record, "metadata": json.loads(record["metadata"])}
+        generator = record["metadata"]["source_dataset"] if name == "of_record" else name
+        return find(generator)(reply.strip(), record)
+
+    return verify
 
 
 def described(error):

@@ -36,7 +36,9 @@ class RewardConfig:
     # with fields such as its answer; it returns a number.
     function: str | None = None
     batched: bool = False  # the function is given lists of all prompts, replies and records of a draw, once
-    verifier: str | None = None  # generator of reasoning_gym whose score_answer grades replies, such as chain_sum
+    # Generator of reasoning_gym whose score_answer grades replies, such as chain_sum; of_record: the one that the
+    # metadata of each prompt names.
+    verifier: str | None = None
     model: str | None = None  # reward model: an earlier stage of the run, or a checkpoint
     processes: int = 1  # that functions and verifiers run in
     time_limit: float = 10.0  # seconds of wall time for a reply
