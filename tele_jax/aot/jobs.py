@@ -137,7 +137,15 @@ class TrainJob(ModelJob):
 
     @property
     def tokens(self) -> int:
-        return self.batch_size * self.seq_len
+        shapes = self._own_shapes()
+        return self.batch_size * self.seq_len if shapes is None else math.prod(shapes["loss_weights"].shape)
+
+    def _own_shapes(self) -> dict[str, jax.ShapeDtypeStruct] | None:
+        """The arrays of a batch of the stage; None where they are those of pretraining."""
+        if self.stage is None or not hasattr(kind := find_kind(self.stage.kind), "shapes"):
+            return None
+        sizes = {name: getattr(self, name) for name in ("batch_size", "seq_len", "microbatches")}
+        return kind.shapes(dataclasses.replace(self.stage, **sizes))
 
     @property
     def model_flops(self) -> float:
@@ -148,9 +156,9 @@ class TrainJob(ModelJob):
 
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:
         how: Table = {name: getattr(self, name) for name in ("batch_size", "seq_len", "microbatches")}
-        if self.stage is not None and hasattr(kind := find_kind(self.stage.kind), "shapes"):
-            stage = dataclasses.replace(self.stage, **how)
-            how |= {"loss": functools.partial(kind.loss, stage), "batch": kind.shapes(stage)}
+        if (shapes := self._own_shapes()) is not None:
+            assert self.stage is not None
+            how |= {"loss": functools.partial(find_kind(self.stage.kind).loss, self.stage), "batch": shapes}
         return lower_step(self.cfg, _transformation(self.cfg, self.optimizer), mesh, **how)
 
 

@@ -218,7 +218,8 @@ def _from_page(args: argparse.Namespace) -> tuple[ModelConfig, Table, float | No
         raise UserError(f"config.{name}.lora: tele plan compiles training of all parameters; name another --stage")
     values = {key: getattr(stage, key) for key in ("batch_size", "seq_len", "microbatches", "optimizer")} | where
     values |= {} if args.decode else {"stage": stage}
-    tokens = None if args.decode else float(stage.steps * stage.batch_size * stage.seq_len)
+    known = stage.steps is not None and not args.decode  # epochs become steps when the data is opened
+    tokens = float(stage.steps * stage.tokens_per_step) if known else None
     return cfg, values, tokens
 
 

@@ -361,7 +361,7 @@ def test_a_plan_has_the_arrays_of_a_batch_and_lowers_the_step_of_the_stage(place
     job = TrainJob(slice=find_slice("v5e:2x2"), mesh=MeshConfig(fsdp=4), cfg=cfg, batch_size=8, seq_len=64, stage=made)
     mesh = make_mesh(MeshConfig(fsdp=4), jax.devices()[:4])
     lowered = job.lower(mesh).as_text()
-    assert "tensor<16x64" in lowered  # of 8 pairs, 16 sequences
+    assert "tensor<16x64" in lowered and job.tokens == 16 * 64  # of 8 pairs, 16 sequences
 
 
 def test_dpo_before_any_model_is_refused(place, tmp_path):
