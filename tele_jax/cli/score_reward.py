@@ -16,7 +16,7 @@ from tele_jax.inference.chat import find_tokenizer
 def arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "ckpt CKPT", "checkpoint of a reward model, its stage directory or work directory")
     flag(parser, "file FILE", "JSON lines or a JSON array: pairs, rankings, dialogues, or texts {'text': ...}")
-    flag(parser, "--out SCORES", "file to write: the scores of each record, a line for each", Path, required=True)
+    flag(parser, "--out SCORES", "new file: the scores of each record, a line for each", Path, required=True)
     flag(parser, "--tokenizer FILE", "default: tokenizer.model or tokenizer.json in or above the checkpoint")
     form = f"format of dialogues: {', '.join(TEMPLATES)}; default: as the tokenizer and the checkpoint say"
     flag(parser, "--template NAME", form, choices=TEMPLATES)
@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> Outcome:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
+    if args.out.exists():
+        raise UserError(f"--out {args.out}: is there already; name a new file")
     model = checkpoint.open_lazy(args.ckpt)
     vocabulary = load_vocabulary(find_tokenizer(args.ckpt, args.tokenizer))
     vocabulary = vocabulary.with_template(choose(vocabulary, args.template, model.provenance).name)

@@ -267,6 +267,10 @@ def test_adapters_are_compared_with_the_model_without_them(place):
     first, *_, last = lines(place / "adapted", "dpo")
     assert first["loss"] == pytest.approx(math.log(2), abs=2e-6) and first["margin"] == pytest.approx(0, abs=1e-5)
     assert last["loss"] < math.log(2) - 1e-4 and first["grad_norm"] > 0
+    # Fault 7, planted: the model below the adapters of fine-tuning as the reference is seen in the first loss.
+    wrong = aligned | {"reference": str(place / "base"), "steps": 1}
+    tele.run({"run": ["dpo"], "start": str(place / "adapted" / "sft"), "dpo": wrong}, place / "adapted_wrong")
+    assert abs(lines(place / "adapted_wrong", "dpo")[0]["loss"] - math.log(2)) > 1e-3
     merged = checkpoint.load(place / "adapted" / "sft").params
     found = checkpoint.load(place / "adapted" / "dpo").params
     moved = [name for name, leaf in flatten(found).items() if (leaf != flatten(merged)[name]).any()]
@@ -466,9 +470,10 @@ def test_what_score_reward_cannot_use_is_one_line(place, finished, tmp_path, cap
         ([reward, good, "--max-tokens", "5"], "tokens, more than 5"),
         ([reward, str(tmp_path / "none.jsonl")], "No such file"),
         ([str(tmp_path / "nowhere"), good], "nowhere"),
+        ([reward, good, "--out", bad], "bad.jsonl: is there already; name a new file"),
     ]
     for arguments, message in cases:
-        assert main([*SCORE, *arguments, *out]) == 2
+        assert main([*SCORE, *out, *arguments]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
     assert not (tmp_path / "s.jsonl").exists()

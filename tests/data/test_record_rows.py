@@ -3,11 +3,12 @@
 import dataclasses
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from tele_jax.data import dialogue, preferences, sources
+from tele_jax.data import dialogue, preferences, records, sources
 from tele_jax.data.record_rows import RecordBatches
 from tele_jax.data.templates import TEMPLATES
 from tele_jax.errors import UserError
@@ -120,6 +121,26 @@ def test_a_row_is_the_prompt_and_the_answer_with_its_end(model_file, vocabulary,
     n = alone["tokens"].shape[2]
     assert (alone["tokens"] == found["tokens"][1:, :, :n]).all()
     assert (own.sample(3, 5) == found["tokens"].reshape(4, -1)[:3, :5]).all(), "a growth is verified on these"
+
+
+def by_common_prefix(prompt, answers, vocabulary):
+    """Fault 7: the prompt is what the ids of the two whole dialogues have in common."""
+    (own, ids) = dialogue.render_answers(prompt, answers, vocabulary)
+    whole = [own + each for each in ids]
+    n = next(i for i, both in enumerate(zip(*whole, strict=False)) if len({*both}) > 1)
+    return whole[0][:n], [each[n:] for each in whole]
+
+
+@pytest.mark.parametrize("render", [dialogue.render_answers, by_common_prefix])
+def test_answers_that_begin_alike_are_learned_from_their_first_token(
+    model_file, vocabulary, tmp_path, monkeypatch, render
+):
+    path = write_lines(tmp_path / "pairs.jsonl", [pair(0, "five it is", "five it was")])
+    monkeypatch.setattr(records, "dialogue", SimpleNamespace(render_answers=render))
+    found = opened(stage(model_file, {"a": path})).store.read(["a"], [0])
+    learned = [found["loss_weights"][0, side].sum() for side in (0, 1)]
+    wanted = [len(vocabulary.encode(text)) + 1 for text in ("five it is", "five it was")]
+    assert (learned == wanted) is (render is dialogue.render_answers)
 
 
 @pytest.mark.parametrize("template", ["telechat", "telechat_52b"])
