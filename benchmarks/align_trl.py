@@ -10,7 +10,8 @@ log-probabilities before the steps. Every library has a process of its own on th
 benchmarks/sft.py.)
 
 Printed as JSON, for each kind: losses and gradient norms of both, their differences with mean and slope over the steps;
-seconds a step at equal tokens (medians, without the first three steps and those that compile) and the ratio in every
+seconds a step at equal tokens (medians over the turns, without the first three steps and those that compile), by the
+clock and of processor time, which others on the machine change less where there is one thread, and the ratios of every
 turn. Needs `[hf]`, trl 1.16 and datasets.
 """
 
@@ -18,7 +19,6 @@ import argparse
 import functools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -75,17 +75,26 @@ def measure(args: argparse.Namespace, kind: str, directory: str) -> dict[str, An
     # Steps that compile in ours count in neither, so that the tokens are the same.
     counted = [i for i in range(SKIPPED, args.steps) if not both["ours"]["compiles"][i]]
     seconds = {
-        name: [sum(run["seconds"][i] for i in counted) / len(counted) for run in found] for name, found in runs.items()
+        name: [np.mean([run["seconds"][i] for i in counted], 0) for run in found] for name, found in runs.items()
     }
+    ratios = np.divide(seconds["trl"], seconds["ours"])
     return {
         **{key: {name: run[key] for name, run in both.items()} for key in ("loss", "grad_norm")},
         "largest_difference": {key: float(np.abs(values).max()) for key, values in away.items()},
         "mean_difference": {key: float(values.mean()) for key, values in away.items()},
         "slope_per_step": {key: float(np.polyfit(steps, values, 1)[0]) for key, values in away.items()},
         "steps_counted": len(counted),
-        "seconds_per_step": {name: statistics.median(values) for name, values in seconds.items()},
-        "speed_to_trl": [t / o for t, o in zip(seconds["trl"], seconds["ours"], strict=True)],
+        "seconds_per_step": {name: named(np.median(values, 0)) for name, values in seconds.items()},
+        "speed_to_trl": [named(ratio) for ratio in ratios],
     }
+
+
+def clock() -> np.ndarray:
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def named(times: np.ndarray) -> dict[str, float]:
+    return dict(zip(("wall", "processor"), times.tolist(), strict=True))
 
 
 def settings(kind: str, pairs: Path, steps: int) -> Any:
@@ -173,10 +182,10 @@ def ours(kind: str, directory: Path, steps: int) -> dict[str, Any]:
         data.tabulate("reference", known, {})
     opt_state, figures, seconds, compiles, lengths = jax.jit(tx.init)(params), [], [], [], set()
     for batch in batches(data, steps):
-        begin = time.perf_counter()
+        begin = clock()
         params, opt_state, found = step(params, opt_state, put_batch(batch, mesh, ROWS))
         figures.append(jax.device_get(found))  # waits
-        seconds.append(time.perf_counter() - begin)
+        seconds.append((clock() - begin).tolist())
         compiles.append(batch["tokens"].shape[-1] not in lengths)
         lengths.add(batch["tokens"].shape[-1])
     found = {key: [float(f[key]) for f in figures] for key in ("loss", "grad_norm")}
@@ -197,24 +206,24 @@ def trl(kind: str, directory: Path, steps: int) -> dict[str, Any]:
     ids = {"<unk>": 0, "<eos>": 1, "<pad>": max(set(range(SHAPE["vocab_size"])) - used)}
     nothing = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=nothing, pad_token="<pad>", eos_token="<eos>")
-    seconds: list[float] = []
+    seconds: list[list[float]] = []
     norms: list[float] = []  # in float64: torch's own sum in float32 is off by up to 7e-5 of the norm
-    apart: list[float] = []  # seconds that they took, which do not count
+    apart: list[np.ndarray] = []  # seconds that they took, which do not count
 
     class Timed(transformers.TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.begin = time.perf_counter()
+            self.begin = clock()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            seconds.append(time.perf_counter() - self.begin - apart[-1])
+            seconds.append((clock() - self.begin - apart[-1]).tolist())
 
     class InOrder(DPOTrainer if kind == "dpo" else RewardTrainer):
         def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(model, *args, **kwargs)
-            begin = time.perf_counter()
+            begin = clock()
             squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
             norms.append(float(sum(squares).sqrt()))
-            apart.append(time.perf_counter() - begin)
+            apart.append(clock() - begin)
             return loss
 
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
