@@ -73,17 +73,24 @@ def page(work: Path, arm: str, seed: int) -> dict[str, Any]:
 
 def figures(work: Path, arm: str, seed: int) -> dict[str, Any]:
     """Runs an arm where it is not complete, and returns its figures."""
-    run, began = work / f"{arm}_{seed}", time.perf_counter()
+    run, began = work / f"{arm}_{seed}", (time.perf_counter(), time.process_time())
     finished = (run / arm / "summary.json").exists()
     tele.run(page(work, arm, seed), run)
     rows = page(work, arm, seed)[arm]["batch_size"]
     lines = metrics.read(run / arm / "metrics" / "metrics.jsonl")
     scores = {line["step"] * rows: line["eval/reward/sums"] for line in lines if "eval/reward/sums" in line}
     curves = {name: {line["step"] * rows: line[name] for line in lines if name in line} for name in CURVES}
-    seconds = json.loads((run / "seconds.json").read_text()) if finished else round(time.perf_counter() - began)
-    (run / "seconds.json").write_text(json.dumps(seconds))
+    spent = [round(now - before) for now, before in zip((time.perf_counter(), time.process_time()), began, strict=True)]
+    seconds, cpu = json.loads((run / "seconds.json").read_text()) if finished else spent
+    (run / "seconds.json").write_text(json.dumps([seconds, cpu]))
     reached = [samples for samples, score in scores.items() if score >= 0.9]
-    return {"exact_match": scores, **curves, "seconds": seconds, "samples_to_90": min(reached, default=None)}
+    return {
+        "exact_match": scores,
+        **curves,
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "samples_to_90": min(reached, default=None),
+    }
 
 
 CURVES = ("reward", "kl_sequence", "entropy", "clip_fraction", "reply_tokens", "cut_share")
@@ -97,8 +104,8 @@ def table(found: dict[str, Any]) -> str:
         kl, tail = list(one["kl_sequence"].values()), list(one["reward"].values())[-5:]
         at = one["samples_to_90"]
         cells = [name, f"{first:.1%}", f"{last:.1%}", f"{sum(tail) / len(tail):.2f}", f"{max(kl):.2f}"]
-        rows.append([*cells, f"{at:,}" if at else "never", f"{one['seconds']}"])
-    head = ["arm / seed", "before", "after", "reward of draws", "largest KL", "draws to 90%", "seconds"]
+        rows.append([*cells, f"{at:,}" if at else "never", f"{one['seconds']}", f"{one['cpu_seconds']}"])
+    head = ["arm / seed", "before", "after", "reward of draws", "largest KL", "draws to 90%", "seconds", "of processor"]
     return tables.text(head, rows)
 
 
