@@ -47,7 +47,7 @@ def pairs(sets: Path, train: int, held_out: int, seed: int) -> tuple[list[Table]
     """Pairs to train on, and pairs of other questions that are held out."""
     rng, found = random.Random(seed), {}
     for name in SETS:
-        for line in (sets / name / "test.jsonl").read_text(encoding="utf-8").splitlines():
+        for line in (sets / name / "test.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n"):
             asked = json.loads(line)
             wrong = [choice for i, choice in enumerate(asked["choices"]) if i != asked["answer"]]
             chosen = asked["choices"][asked["answer"]]
@@ -142,7 +142,8 @@ def main() -> None:
     vocabulary = load_vocabulary(find_tokenizer(args.work / "reward"))
     scores = args.work / "scores.jsonl"
     score_file(str(args.work / "held_out.jsonl"), scores, model, vocabulary, max_tokens=LENGTH, batch_size=BATCH)
-    margins = np.array([line["chosen"] - line["rejected"] for line in map(json.loads, scores.read_text().splitlines())])
+    with scores.open(encoding="utf-8") as file:
+        margins = np.array([line["chosen"] - line["rejected"] for line in map(json.loads, file)])
     result["reward model"] = share(right(margins)) | {"calibration error": round(calibration_error(margins), 4)}
     before, _ = evaluations(args.work / "reward", "reward")
     result["untrained head"] = {"accuracy": round(before["accuracy"], 4)}

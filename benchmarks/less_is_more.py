@@ -82,7 +82,7 @@ def main() -> None:
     out, selection = args.runs / "arms.json", args.runs / "selection"
     done: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"arms": {}}
     study = Study(args.runs / "base", args.pool)
-    rows = (selection / "pool.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = (selection / "pool.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
     chosen = json.loads((selection / "chosen.json").read_text())
     if "base" not in done["arms"]:
         done["arms"]["base"] = study.judge(study.params)
@@ -157,7 +157,7 @@ class Study:
         paths = [path for path in sorted(pool.glob("*/validation.jsonl")) if path.parent.name != "reading"]
         for path in paths:
             count = 0
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n"):
                 record = json.loads(line)
                 tokens, weights = dialogue.render(record["messages"], vocabulary)
                 if len(tokens) - 1 > LENGTH or count >= HELD_OUT // len(paths):

@@ -102,7 +102,7 @@ def plant(folder: Path, out: Path, count: int) -> list[str]:
     clean = []
     for path in sorted(folder.glob("*/train.jsonl")):
         if path.parent.name != "reading":
-            clean += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            clean += [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
     rng.shuffle(clean)
     rows = [(record, "") for record in clean[: round(count * (1 - SHARES["copy"]))]]
     for kind, change in (("shuffled", shuffled), ("truncated", truncated), ("language", translated)):

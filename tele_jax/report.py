@@ -19,7 +19,6 @@ from tele_jax.stages import RunConfig, run_config
 from tele_jax.train import loop, metrics
 from tele_jax.train import workdir as owned
 
-SAMPLES = "samples"  # directory of a stage: replies that its rollouts drew, by step
 _SAMPLE = {"prompt": str, "reply": str, "reward": float}
 ROLLOUTS: dict[str, tuple[str, ...]] = {  # figures of rollouts, by the label of their panel
     "reward": ("reward",),
@@ -103,12 +102,13 @@ def show(workdir: Path, samples: int = 3) -> str:
 
 def sampled(directory: Path, most: int) -> list[str]:
     """Lines with the first replies of the latest rollout that a stage has written down; none where it draws none."""
-    found = sorted((directory / SAMPLES).glob("*.jsonl"), key=lambda path: int(path.stem))
+    found = owned.samples(directory)
     if not found or not most:
         return []
-    lines = [f"replies of stage {directory.name} at step {found[-1].stem} ({found[-1]}):"]
-    for text in found[-1].read_text(encoding="utf-8").splitlines()[:most]:
-        reply = written_table(files.parse_json(text, str(found[-1])), str(found[-1]), _SAMPLE, required=tuple(_SAMPLE))
+    step, path = max(found.items())
+    lines = [f"replies of stage {directory.name} at step {step} ({path}):"]
+    for text in path.read_bytes().removesuffix(b"\n").split(b"\n")[:most]:  # a text may hold other ends of lines
+        reply = written_table(files.parse_json(text, str(path)), str(path), _SAMPLE, required=tuple(_SAMPLE))
         lines += [f"  reward {reply['reward']:.4g}  prompt  {reply['prompt']!r}", f"{'':16}reply   {reply['reply']!r}"]
     return lines
 

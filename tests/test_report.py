@@ -106,6 +106,21 @@ def test_a_run_under_way_is_shown_with_its_evaluations_and_its_latest_replies(al
     assert "reply" not in capsys.readouterr().out
 
 
+def test_replies_are_lines_whatever_their_text_holds(aligned, capsys):
+    """U+2028, U+0085 and others end a line for str.splitlines, and are no ends of a JSON line."""
+    text = "a\u2028b\x85c\u2029d"
+    replies = [{"prompt": text, "reply": text + str(i), "reward": i} for i in range(2)]
+    samples = "".join(json.dumps(reply, ensure_ascii=False) + "\n" for reply in replies)
+    (aligned / "grpo" / "samples" / "11.jsonl").write_text(samples, encoding="utf-8")
+    (aligned / "grpo" / "samples" / "notes.jsonl").write_text("of the user")
+    assert main(["report", str(aligned)]) == 0
+    said = capsys.readouterr().out
+    assert f"prompt  {text!r}" in said and f"reply   {text + '1'!r}" in said
+    (aligned / "grpo" / "samples" / "11.jsonl").write_bytes(b"\xff\n")
+    assert main(["report", str(aligned)]) == 1
+    assert "not UTF-8" in capsys.readouterr().err
+
+
 def test_what_is_no_run_or_damaged_is_named(aligned, tmp_path_factory, capsys):
     empty = tmp_path_factory.mktemp("empty")
     assert main(["report", str(empty)]) == 2

@@ -23,6 +23,8 @@ def opened(request):
     found = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
+    if not callable(found):
+        raise TypeError(f"{name} is no function")
     return found
 
 
@@ -42,23 +44,30 @@ def verifier(name):
 
 
 def described(error):
-    """Names an exception, and the line that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
+    """Names an exception, and the line of a user's module or a library that raised it."""
+    ours = (__file__, importlib.__file__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in ours and f.filename[0] != "<"]
     place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
     said = (str(error).splitlines() or [""])[0][:300]
     return f"{type(error).__name__}: {said}{place}" if said else f"{type(error).__name__}{place}"
 
 
 def plain(value):
-    """Numbers of numpy and the like as those of Python."""
-    return plain(value.tolist()) if hasattr(value, "tolist") else value
+    """A number, text or list as JSON has it, also those of numpy and the like; the text of anything else."""
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return value if value is None or isinstance(value, int | float | str) else repr(value)
 
 
 def answer(make):
     """Writes what make() returns, or the error, as a line."""
     try:
-        line = json.dumps(make(), default=plain)
-    except Exception as error:
+        line = json.dumps(make())
+    except SystemExit:  # ends the process, as the caller is told
+        raise
+    except BaseException as error:
         line = json.dumps({"error": described(error)})
     answers.write(line + "\n")
     answers.flush()
@@ -67,15 +76,16 @@ def answer(make):
 def serve():
     """Answers every line of the input until its end."""
     functions = []
-    answer(lambda: functions.append(opened(json.loads(sys.stdin.readline()))) or {})
-    for line in sys.stdin:
+    answer(lambda: functions.append(opened(json.loads(requests.readline()))) or {})
+    for line in requests:
         arguments, seed = json.loads(line)
         random.seed(seed)
-        answer(lambda arguments=arguments: {"reward": functions[0](*arguments)})
+        answer(lambda arguments=arguments: {"reward": plain(functions[0](*arguments))})
 
 
 if __name__ == "__main__":
-    # What a function prints goes to standard error, and not between the answers.
-    answers = os.fdopen(os.dup(1), "w")
+    # What a function prints goes to standard error, and not between the answers; what it reads is no request.
+    requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     serve()

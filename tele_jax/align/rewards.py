@@ -12,6 +12,7 @@ import json
 import math
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from tele_jax.errors import UserError
 from tele_jax.files import Table
 
 START_SECONDS = 300.0  # a worker may take so long to import what it needs
+LARGEST = 1e15  # size of a reward at most; losses square sums of rewards in float32, which ends at 3.4e38
 
 
 @checked
@@ -57,6 +59,7 @@ class RewardConfig:
         require(not self.batched or self.function is not None, "batched is about `function`, which is not given")
         if self.on_failure is not None:
             require(math.isfinite(self.on_failure), f"on_failure={self.on_failure} is no finite number")
+            require(abs(self.on_failure) <= LARGEST, f"on_failure={self.on_failure} is beyond {LARGEST:g}")
             require(self.model is None, "on_failure is about functions and verifiers; a model gives numbers always")
 
     @property
@@ -106,8 +109,9 @@ class _Worker:
         return json.loads(line)
 
     def end(self) -> None:
-        """Kills the process."""
-        self.process.kill()
+        """Kills the process, and those that a function has started in its group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
@@ -171,13 +175,17 @@ class Rewards:
             if "error" in answer:
                 values = [None] * (len(asked) if config.batched else 1)
             for place, value in enumerate(values, start=number):
-                is_number = isinstance(value, int | float) and math.isfinite(value)
-                if not is_number and config.on_failure is None:
-                    why = answer.get("error", f"returned {_short(value)}, not a finite number")
-                    one = asked[place]
-                    raise UserError(f"reward {config.name}: {why}, for the reply {_short(one.reply)} to {one.where}")
-                rewards[place] = float(value) if is_number else config.on_failure
-                failures += not is_number
+                wrong = answer.get("error") or _wrong(value)
+                if wrong and config.on_failure is None:
+                    whole = config.batched and "error" in answer
+                    one = f"the reply {_short(asked[place].reply)} to {asked[place].where}"
+                    raise UserError(
+                        f"reward {config.name}: {wrong}, for {f'a draw of {len(asked)} replies' if whole else one}; "
+                        f"{'a larger time_limit gives it longer, and ' if 'took more' in wrong else ''}on_failure is "
+                        "the reward to go on with instead"
+                    )
+                rewards[place] = config.on_failure if wrong else value
+                failures += bool(wrong)
         return rewards, failures
 
     def _answers(self, calls: Sequence[tuple[Any, str]], seconds: float) -> Iterable[tuple[int, Table]]:
@@ -192,7 +200,8 @@ class Rewards:
                     worker.ask(call, number, seconds)
                     busy.add(worker)
                     selector.register(worker.process.stdout, selectors.EVENT_READ, worker)  # pyright: ignore
-                selector.select(max(0.0, min(worker.due for worker in busy) - time.monotonic()))
+                left = min(worker.due for worker in busy) - time.monotonic()
+                selector.select(max(0.0, min(left, 3600.0)))  # longer waits than 24 days are refused there
                 now = time.monotonic()
                 for worker in [w for w in busy if w.due <= now or _ready(w, 0.0)]:
                     selector.unregister(worker.process.stdout)  # pyright: ignore
@@ -200,6 +209,8 @@ class Rewards:
                     answer = worker.answer()
                     if worker.process.poll() is None:
                         self._idle.append(worker)
+                    else:
+                        worker.end()
                     yield worker.number, answer
         finally:
             selector.close()
@@ -214,6 +225,13 @@ class Rewards:
             hint = "; pip install tele_jax[align]" if "No module named 'reasoning_gym'" in error else ""
             raise UserError(f"reward {self.config.name}: {error}{hint}")
         return worker
+
+
+def _wrong(value: object) -> str:
+    """Says what is wrong with a reward; nothing is."""
+    if not isinstance(value, int | float) or value != value or value in (math.inf, -math.inf):
+        return f"returned {_short(value)}, not a finite number"
+    return "" if abs(value) <= LARGEST else f"returned {_short(value)}, which is beyond {LARGEST:g}"
 
 
 def _short(value: object) -> str:

@@ -1,12 +1,15 @@
 """The messages of a dialogue: what they may say, and by which weight an answer is learned (dialogue.py)."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from tele_jax.errors import UserError
 
 Message = Mapping[str, Any]  # strings, and the marks
+
+LARGEST = float(np.finfo(np.float32).max)  # batches have weights and margins in float32
 
 MARKS = ("weight", "train", "loss")  # of an answer: by which weight it is learned, or whether
 
@@ -39,8 +42,8 @@ def _check_fields(i: int, message: Mapping[str, object]) -> None:
         if field not in MARKS:
             raise UserError(f"messages[{i}]: the field {field!r} is not understood; take it out, or the record")
         number = isinstance(value, bool | int | float)
-        if field == "weight" and not (number and math.isfinite(value) and value >= 0):
-            raise UserError(f"messages[{i}].weight is {value!r}; a weight is a finite number of at least 0")
+        if field == "weight" and not (number and 0 <= value <= LARGEST):
+            raise UserError(f"messages[{i}].weight is {value!r}; a weight is a finite number of at least 0, in float32")
         if field != "weight" and not (number and value in (0, 1)):
             raise UserError(f"messages[{i}].{field} is {value!r}; an answer is learned (1) or not (0)")
         if value and not answers:

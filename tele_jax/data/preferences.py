@@ -12,12 +12,11 @@ answer should be worth. "system" and "tools" are as in dialogues (dialogue_forma
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from tele_jax.data.dialogue_formats import LABELS, from_record
-from tele_jax.data.messages import MARKS, Message
+from tele_jax.data.messages import LARGEST, MARKS, Message
 from tele_jax.errors import UserError
 from tele_jax.files import Table
 from tele_jax.settings import DialogueConfig
@@ -99,8 +98,8 @@ def _preference(record: Mapping[str, Any], names: Mapping[str, Any], how: Dialog
             i = next((i for i, (a, b) in enumerate(zip(shared, prompt)) if a != b), min(len(shared), len(prompt)))
             raise UserError(f"{first} and {other} have no common prompt: they differ in messages[{i}] already")
     margin = 0.0 if record.get("margin") is None else record["margin"]
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-        raise UserError(f'"margin" is {margin!r}, not a finite number')
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) <= LARGEST:
+        raise UserError(f'"margin" is {margin!r}, not a finite number, in float32')
     prompt = next(iter(dialogues.values()))[:-1]
     return Preference(prompt, tuple(messages[-1]["content"] for messages in dialogues.values()), float(margin))
 

@@ -2,12 +2,13 @@
 
 What may change while a run is under way:
 
-    freely      mesh, slices, microbatches, remat, attention, cadence, evaluation, and where data and tokenizer lie:
-                none of these changes what is computed, but for the order in which sums are added up and for what is
-                held out; what is read is known by its checksum
+    freely      mesh, slices, microbatches, remat, attention, cadence, evaluation, how many processes reward replies and
+                for how long, and where data and tokenizer lie: none of these changes what is computed, but for the
+                order in which sums are added up and for what is held out; what is read is known by its checksum
     freely      everything of a stage that has not begun
     by itself   `steps` of the last stage, where its schedule stays the same: a schedule without `total` follows them
-    --from STEP optimizer, schedule and steps of the last stage, from its checkpoint of that step on
+    --from STEP optimizer, schedule, steps, and rewards and limits of the policy's steps, of the last stage, from its
+                checkpoint of that step on
 
 All else would make the record of the run untrue, and is refused. What was changed is in W/<stage>/changes.json and in
 the provenance of every later checkpoint.
@@ -38,15 +39,17 @@ from tele_jax.stages import RunConfig, run_config
 CONFIG, CHANGES, SUMMARY, LOCK, INDEXES = "config.json", "changes.json", "summary.json", ".lock", "indexes"
 Changed = dict[str, tuple[object, object]]  # {path of a key: (before, now)}
 BEST = "best"  # directory in a stage: the checkpoint of its best evaluation, by `keep_best`
-SET_ASIDE = "set_aside"  # directory in a stage: the checkpoints that came after the one that --from went back to
+SET_ASIDE = "set_aside"  # directory in a stage: what came after the checkpoint that --from went back to
 
 # Paths inside a stage, as patterns, of settings that say how, where and how often, but not what is computed.
 _FREE = re.compile(
     r"log_every|eval_every|tasks(\..*)?|keep_best|checkpoint_every|keep_checkpoints|microbatches|tolerance|(model\.)?(remat|attention)"
+    r"|reward\.(processes|time_limit)|evaluation_reward(\..*)?|rows_at_once|samples_every"
     r"|data\.(cache|tokenizer|eval_bytes|sources\.[^.]+\.(files|validation_files|task|split|validation_split))(\..*)?"
 )
 _ON_REQUEST = re.compile(
     r"steps|epochs|schedule\..*|optimizer\.(learning_rate|matrix_learning_rate|beta1|beta2|eps|weight_decay|clip_norm)"
+    r"|reward\.(function|batched|verifier|model|on_failure)|kl_target|max_kl|clip(_low|_high)?|value_(clip|coef)"
 )
 
 
@@ -248,7 +251,7 @@ def _change_last(
     assert isinstance(stage, TrainStage)  # a growth has nothing that may change while it is under way
     if stage.steps < start:
         raise UserError(f"{where}.steps={stage.steps}: the stage goes on from step {start}, which is beyond")
-    _set_aside(directory, [step for step in steps if step > start], say)
+    _set_aside(directory, start, steps, say)
     entry = {"from": start, "config": {path: list(pair) for path, pair in changed.items()}}
     if known[-1:] != [entry]:
         files.write_json(directory / CHANGES, {"changes": [*known, entry]})
@@ -271,21 +274,31 @@ def _require_steps_alone(changed: Changed, where: str, workdir: Path, steps: Seq
     raise UserError(f"{workdir}: was started with another config: {listed(changed, where)}; {how}")
 
 
-def _set_aside(directory: Path, later: Sequence[int], say: Callable[[str], None]) -> None:
-    """Moves checkpoints, and keeps a copy of the figures, so that the stage goes on from the latest that is left."""
-    if later:
+def samples(directory: Path) -> dict[int, Path]:
+    """The files of replies that the rollouts of a stage have written down, by the step before which they were drawn."""
+    return {int(path.stem): path for path in (directory / "samples").glob("*.jsonl") if path.stem.isdecimal()}
+
+
+def _set_aside(directory: Path, start: int, steps: Sequence[int], say: Callable[[str], None]) -> None:
+    """Moves later checkpoints and samples, and keeps a copy of the figures, so that the stage goes on from `start`."""
+    later = [step for step in steps if step > start]
+    drawn = {step: path for step, path in samples(directory).items() if step > start}
+    if later or drawn:
         number = 1 + max((int(p.name) for p in directory.glob(f"{SET_ASIDE}/*") if p.name.isdecimal()), default=0)
         aside = directory / SET_ASIDE / str(number)
         aside.mkdir(parents=True)
         metrics = directory / "metrics" / "metrics.jsonl"
         if metrics.exists():
             shutil.copyfile(metrics, aside / metrics.name)
+        for step, path in drawn.items():
+            files.move(path, aside / f"samples_{step}.jsonl")
         for step in sorted(later, reverse=True):  # a kill leaves the steps before
             files.move(directory / "checkpoints" / str(step), aside / str(step))
         for best in (directory / BEST).glob("*"):
-            if best.name.isdecimal() and int(best.name) >= min(later):
+            if best.name.isdecimal() and int(best.name) > start:
                 files.move(best, aside / f"{BEST}_{best.name}")
-        say(f"checkpoints of later steps ({', '.join(map(str, later))}) are set aside in {aside}")
+        what = f"checkpoints of later steps ({', '.join(map(str, later))})" if later else "samples of later steps"
+        say(f"{what} are set aside in {aside}")
     (directory / SUMMARY).unlink(missing_ok=True)
 
 

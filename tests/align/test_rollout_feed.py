@@ -22,8 +22,9 @@ from tele_jax.data.surroundings import Surroundings
 from tele_jax.errors import DamageError, UserError
 from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh
-from tele_jax.stages import find_kind, read_stage
+from tele_jax.stages import find_kind, read_stage, run_config
 from tele_jax.train import metrics
+from tele_jax.train import workdir as owned
 from tests import reference
 from tests.inference.test_chat import tokenizer_bytes
 
@@ -237,11 +238,40 @@ def test_a_reward_that_fails_loses_no_step(place, rewards, tmp_path):
         tele.run(page, tmp_path / "w")
     assert checkpoint.open_lazy(tmp_path / "w").provenance[-1]["step"] == 4
     (place / "after").unlink()
-    summary = tele.run(page, tmp_path / "w")[-1]
     (place / "calls").unlink()
     tele.run(page, tmp_path / "whole")
+    page["rl"]["reward"] |= {"time_limit": 60.0, "processes": 2}
+    summary = tele.run(page, tmp_path / "w")[-1]
     assert lines(tmp_path / "w") == lines(tmp_path / "whole")
     assert 0 <= summary["figures_after"]["reward/prompts"] <= 1
+    go_on_with_other_rewards(page, tmp_path / "w")
+
+
+def go_on_with_other_rewards(page, workdir):
+    """What judges and how often it is written changes freely, what is learned by --from; its samples are set aside."""
+    free = {"rows_at_once": 4, "samples_every": 1, "evaluation_reward": None}
+    page = page | {"rl": page["rl"] | free}
+    owned.claim(run_config(page), workdir, None, print)
+    assert owned.read_changes(workdir / "rl") == []
+    changed = {"max_kl": 9.0, "clip_low": 0.1, "clip_high": 0.3}
+    changed["reward"] = page["rl"]["reward"] | {"function": "rollout_rewards:first_word", "on_failure": 0.5}
+    page = page | {"rl": page["rl"] | changed}
+    with pytest.raises(
+        UserError, match=r"reward.on_failure was None, is 0.5; .*--from STEP .* changes it from a check"
+    ):
+        owned.claim(run_config(page), workdir, None, print)
+    abandoned = workdir / "rl" / "samples" / "5.jsonl"
+    abandoned.write_text('{"prompt": "q", "reply": "a", "reward": 0.0}\n')
+    tele.run(page, workdir, from_step=4)
+    assert sorted(path.name for path in (workdir / "rl" / "set_aside" / "1").iterdir()) == [
+        "5", "metrics.jsonl", "samples_5.jsonl",
+    ]  # fmt: skip
+    assert sorted(owned.samples(workdir / "rl")) == [0, 4], "the report shows no replies of what was given up"
+    assert set(owned.read_changes(workdir / "rl")[0]["config"]) == {
+        "clip_high", "clip_low", "max_kl", "reward.function", "reward.on_failure",
+    }  # fmt: skip
+    before, now = (lines(where)[-2] for where in (workdir.with_name("whole"), workdir))
+    assert before["step"] == now["step"] == 5 and now["reward"] > before["reward"], "first_word gives 1 to odd numbers"
 
 
 def test_a_reward_model_is_read_at_the_last_token_by_index(place):

@@ -189,6 +189,8 @@ def test_a_record_may_carry_its_system_message_and_labels_and_be_of_telechat2():
         ({}, {"weight": "0"}, r"messages\[1\]\.weight is '0'; a weight is a finite number of at least 0"),
         ({}, {"weight": -0.5}, r"messages\[1\]\.weight is -0.5; a weight is a finite number of at least 0"),
         ({}, {"weight": float("nan")}, r"messages\[1\]\.weight is nan; a weight is a finite"),
+        ({}, {"weight": 10**400}, r"a weight is a finite number of at least 0, in float32"),
+        ({}, {"weight": 1e39}, r"messages\[1\]\.weight is 1e\+39; a weight is a finite"),
         ({}, {"weight": 0}, "none of the answers is to be learned"),
         ({}, {"weight": 0.5, "train": False}, "its marks .* contradict each other"),
         ({}, {"tool_calls": [{"id": 1}]}, r"messages\[1\]\.tool_calls\[0\] is not a call of a function with a name"),

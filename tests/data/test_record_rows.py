@@ -212,6 +212,8 @@ BAD = [
     ("two answers are the same tokens", pair(1, "five", "five")),
     ("'margin' is nan", '{"prompt": "q", "chosen": "a", "rejected": "b", "margin": NaN}'),
     ("'margin' is '1'", pair(1, margin="1")),
+    ("'margin' is 1e+39, not a finite number, in float32", pair(1, margin=1e39)),
+    ("'margin' is 1000", pair(1, margin=10**400)),
     ("tokens with the prompt, more than a row of 64", pair(1, "many words " * 40)),
     ("'score' of the record is not understood", pair(1, score=1)),
     ('not a table with the keys "chosen" and "rejected"', {"prompt": "q"}),
@@ -234,7 +236,7 @@ def test_bad_records_are_rejected_with_their_line(model_file, tmp_path):
     for i, ((reason, _), entry) in enumerate(zip(BAD, found.rejected, strict=True)):
         assert reason.replace("'margin'", '"margin"') in entry["reason"], entry
         assert (entry["file"], entry["line"]) == (str(path), i + 2)
-    assert "15 of 16 documents cannot be used; the first is" in found.account()
+    assert "17 of 18 documents cannot be used; the first is" in found.account()
     with pytest.raises(UserError, match=r"max_rejected=0.5 is the largest share"):
         opened(stage(model_file, {"a": path}, dialogues=DialogueConfig(max_rejected=0.5)))
     only = tmp_path / "only.jsonl"
