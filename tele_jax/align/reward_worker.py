@@ -10,7 +10,10 @@ import importlib
 import json
 import os
 import random
+import select
+import signal
 import sys
+import threading
 import traceback
 
 
@@ -73,6 +76,14 @@ def answer(make):
     answers.flush()
 
 
+def end_with_run():
+    """Waits until nobody can hand over requests, as after a kill of the run; kills this process and what it started."""
+    closed = select.poll()
+    closed.register(requests, 0)  # no event but that the other end is closed
+    closed.poll()
+    os.killpg(0, signal.SIGKILL)
+
+
 def serve():
     """Answers every line of the input until its end."""
     functions = []
@@ -88,4 +99,5 @@ if __name__ == "__main__":
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
+    threading.Thread(target=end_with_run, daemon=True).start()
     serve()

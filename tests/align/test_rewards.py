@@ -2,6 +2,8 @@
 
 import importlib.util
 import math
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -43,6 +45,9 @@ def with_child(prompt, reply, record):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     with open(prompt, "w") as file:
         file.write(str(child.pid))
+    while reply == "loop":
+        print("at work", flush=True) if not record.setdefault("said", False) else None
+        record["said"] = True
     time.sleep(600) if reply == "late" else os._exit(3) if reply == "exit" else None
     return 0.0
 
@@ -152,6 +157,21 @@ def test_what_a_reward_starts_ends_with_it(module, tmp_path, reply):
         if time.monotonic() > latest:
             break
     assert not alive
+
+
+def test_no_process_of_a_reward_is_left_by_a_run_that_is_killed(module, tmp_path):
+    """All of them hold the standard error of the run, which has an end once the last is gone."""
+    script = f"""from tele_jax.align.rewards import Asked, RewardConfig, Rewards
+rewards = Rewards(RewardConfig(function="{module}:with_child", time_limit=1000.0))
+rewards.score([Asked({str(tmp_path / "child")!r}, "loop", {{}}, "")], 0)
+"""
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    run = subprocess.Popen(
+        [sys.executable, "-c", script], stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert run.stderr is not None and b"at work\n" in iter(run.stderr.readline, b"")
+    run.kill()
+    run.communicate(timeout=60)
 
 
 @pytest.mark.parametrize(
