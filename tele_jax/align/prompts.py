@@ -94,6 +94,27 @@ class Scorer:
         return in_parts(self._around, stage, batch, lambda part: compiled_scores(self._cfg, self._params, part))
 
 
+def check(stage: RolloutStage, models: Mapping[str, ModelConfig]) -> None:
+    """Raises UserError where a reward cannot be opened, or its model has no scalar head; see stages.__init__."""
+    for field in ("reward", "evaluation_reward"):
+        config: RewardConfig | None = getattr(stage, field)
+        if config is not None and config.model is not None:
+            is_one = models[f"{field}.model"].scalar_head
+            require(is_one, f"{field}.model={config.model!r} has no scalar head: it is no reward model")
+        elif config is not None:
+            failed = from_first(lambda config=config: _failure(config))
+            require(not failed, f"{field}: {failed}")
+
+
+def _failure(config: RewardConfig) -> str:
+    """Why the process of a reward cannot be started; "" where it can."""
+    try:
+        Rewards(config).close()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def load(path: Path, around: Surroundings) -> tuple[ModelConfig, Params]:
     """Another model on the mesh, computed as the one that is trained."""
     cfg = checkpoint.open_lazy(path).cfg

@@ -262,8 +262,6 @@ class RolloutJob(DecodeJob):
 
     optimizer: OptimizerConfig = _OPTIMIZER
 
-    kind = "rollout"
-
     def arrays(self, mesh: Mesh) -> Arrays:
         """The arrays of decoding and the state of training; parameters that serve both as they are count once."""
         state = _state(self.cfg, self.optimizer, mesh)

@@ -16,6 +16,8 @@ that trains derives it from settings.TrainStage, and has
                                          model; `previous` holds the checkpoints of the stage before, or is None
     model(stage, cfg) -> cfg             optional: the config that it trains, such as one with a scalar head; leaves
                                          that the model before lacks are drawn from the stage's seed
+    check(stage, models)                 optional: raises UserError, beginning with a field, for what would be found out
+                                         when the stage begins; models: configs of those of stage.models, by field
     feed(stage, batches, around)         optional: what gives the batches, in the place of batches.feed; `around` says
                                          what it may know (data/surroundings.py). It has the methods of data/feed.py;
                                          stepped(figures), if it has that, is called after every step, and figures()

@@ -21,6 +21,7 @@ from tele_jax.align import policy
 from tele_jax.align.experience import Arrays
 from tele_jax.align.feed import RolloutFeed
 from tele_jax.align.prompts import Prompts
+from tele_jax.align.prompts import check as check
 from tele_jax.align.prompts import evaluate as evaluate
 from tele_jax.align.rollouts import RolloutStage
 from tele_jax.axes import Params

@@ -24,7 +24,7 @@ import contextlib
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -231,9 +231,13 @@ def open_run(config: RunConfig, index: sources.Indexes, open_tasks: "OpenTasks |
                 )
                 tasks[name] = opener(stage, batches[name].vocabulary, where)
             tokenizers[path] = {"path": path, "size": size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-            for field, other in stage.models.items():
-                if other not in config.run:
-                    _check_model(other, tokenizers[path], f"{where}.{field}")
+            read = {
+                field: models[other][0] if other in models else _open_model(other, tokenizers[path], f"{where}.{field}")
+                for field, other in stage.models.items()
+            }
+            if hasattr(kind, "check"):
+                with _prefixed(where):
+                    kind.check(stage, read)
         else:
             cfg, masks = kind.outline(stage, cfg, where)
         param_shardings(spec(cfg), mesh)
@@ -252,10 +256,8 @@ def open_run(config: RunConfig, index: sources.Indexes, open_tasks: "OpenTasks |
 
 def _counted(stage: TrainStage, batches: Batches, where: str) -> TrainStage:
     """The stage with the steps that its epochs take."""
-    try:
+    with _prefixed(where):
         counted = dataclasses.replace(stage, steps=batches.count_steps())
-    except UserError as error:
-        raise UserError(f"{where}.{error}") from None
     _say(f"{where}: {stage.epochs:g} epochs are {counted.steps:,} steps")
     return counted
 
@@ -297,8 +299,17 @@ def _open_start(config: RunConfig) -> tuple[ModelConfig | None, Plan | None]:
     return start.cfg, plan
 
 
-def _check_model(path: str, tokenizer: Table, where: str) -> None:
-    """Raises UserError where another model that a stage reads is not there, or was trained with another tokenizer."""
+@contextlib.contextmanager
+def _prefixed(where: str) -> Iterator[None]:
+    """Puts the path of a table before the message of a UserError, which begins with a field."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}.{error}") from None
+
+
+def _open_model(path: str, tokenizer: Table, where: str) -> ModelConfig:
+    """The config of another model that a stage reads; UserError where it is missing, or of another tokenizer."""
     try:
         lazy = checkpoint.open_lazy(path)
     except UserError as error:
@@ -312,6 +323,7 @@ def _check_model(path: str, tokenizer: Table, where: str) -> None:
             f"{where}: the tokenizer {tokenizer['path']} has {tokenizer['size']} ids, but {path} has a vocab_size of "
             f"{lazy.cfg.vocab_size}"
         )
+    return lazy.cfg
 
 
 def _check_training(stage: TrainStage, cfg: ModelConfig, masks: Plan | None, where: str) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,11 @@ import tele_jax as tele
 from tele_jax import checkpoint
 from tele_jax.align import experience
 from tele_jax.align.pairs import compiled_scores
+from tele_jax.aot import cost
+from tele_jax.aot.jobs import TrainJob
+from tele_jax.aot.topology import find_slice
 from tele_jax.axes import flatten
+from tele_jax.cli.plan import _rollout as planned_rollout
 from tele_jax.data import sources
 from tele_jax.data.surroundings import Surroundings
 from tele_jax.errors import DamageError, UserError
@@ -329,3 +334,45 @@ def test_a_reference_needs_a_model_to_begin_with(place, rewards):
     with pytest.raises(UserError, match="kl_coef: a model that begins at random has no reference"):
         kind.feed(stage, kind.batches(stage, sources.Indexes()), around)
     assert dataclasses.replace(stage, reference="first").models == {"reference": "first"}
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ({"function": "no_module_of_that_name:f"}, "No module named 'no_module_of_that_name'"),
+        ({"function": "rollout_rewards:misspelt"}, "has no attribute 'misspelt'"),
+        ({"model": "sft"}, "config.rl.reward.model='sft' has no scalar head: it is no reward model"),
+        ({"model": "START"}, "has no scalar head: it is no reward model"),
+    ],
+)
+def test_a_reward_that_cannot_be_is_found_before_the_first_step(place, rewards, tmp_path, reward, message):
+    """Not when its stage begins, after hours of the stage before."""
+    reward = {name: value.replace("START", str(place / "start")) for name, value in reward.items()}
+    sft = {**table(place), "kind": "pretrain", "data": {**table(place)["data"]}}
+    sft = {key: sft[key] for key in ("kind", "data", "steps", "optimizer", "seq_len", "batch_size")}
+    sft["data"] = {**sft["data"], "sources": {"text": {"files": [str(place / "prompts.jsonl")]}}}
+    page = {"run": ["sft", "rl"], "start": str(place / "start"), "sft": sft, "rl": {**table(place), "reward": reward}}
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        tele.run(page, tmp_path / "W")
+    assert str(caught.value).startswith("config.rl.reward") and not (tmp_path / "W" / "sft").exists()
+
+
+@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+def test_a_plan_has_the_arrays_of_a_minibatch_and_the_state_of_training_beside_a_rollout(place, rewards, kind):
+    feed, stage = opened(place, kind, kl_coef=0.1)
+    batch = {name: (array.shape, array.dtype) for name, array in next(feed).items()}
+    feed.close()
+    short = dataclasses.replace(stage, seq_len=batch["tokens"][0][-1])  # a batch is cut to its longest row
+    module = find_kind(kind)
+    assert {name: (leaf.shape, leaf.dtype) for name, leaf in module.shapes(short).items()} == batch
+    cfg = module.model(stage, CFG) if hasattr(module, "model") else CFG
+    mesh = make_mesh(MeshConfig(fsdp=4), jax.devices()[:4])
+    where = {"slice": find_slice("v5e:2x2"), "mesh": MeshConfig(fsdp=4), "cfg": cfg}
+    job = TrainJob(**where, batch_size=8, seq_len=32, stage=stage)
+    assert "tensor<8x32" in job.lower(mesh).as_text()
+    drawn = planned_rollout(job)
+    assert (drawn.batch_size, drawn.seq_len) == (16, 32) and drawn.kind in cost.__dict__["_WORK"]
+    held = drawn.held(mesh)
+    moments = job.held(mesh)["optimizer"]
+    assert held["training optimizer"] == moments and "training parameters" not in held  # float32 both: they serve both
+    assert drawn.lower(mesh).as_text()
