@@ -106,7 +106,7 @@ def table(found: dict[str, Any]) -> str:
         cells = [name, f"{first:.1%}", f"{last:.1%}", f"{sum(tail) / len(tail):.2f}", f"{max(kl):.2f}"]
         rows.append([*cells, f"{at:,}" if at else "never", f"{one['seconds']}", f"{one['cpu_seconds']}"])
     head = ["arm / seed", "before", "after", "reward of draws", "largest KL", "draws to 90%", "seconds", "of processor"]
-    return tables.text(head, rows)
+    return tables.text(rows, head)
 
 
 def picture(found: dict[str, Any], path: Path) -> None:

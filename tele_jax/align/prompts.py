@@ -15,6 +15,7 @@ from tele_jax.align.experience import Arrays, Drawn, drawn, rows
 from tele_jax.align.pairs import compiled_scores
 from tele_jax.align.rewards import Asked, RewardConfig, Rewards
 from tele_jax.align.rollouts import RolloutStage
+from tele_jax.align.scoring import require_reward_model
 from tele_jax.axes import Params
 from tele_jax.config import ModelConfig, require
 from tele_jax.data import sources, templates
@@ -41,9 +42,10 @@ class Scorer:
         self._config: RewardConfig = getattr(stage, field)
         self._stage, self._prompts, self._around = stage, prompts, around
         self._workers: Rewards | None = None
-        if (model := self._config.model) is not None:
-            self._cfg, self._params = load(around.checkpoints[f"{field}.model"], around)
-            require(self._cfg.scalar_head, f"{field}.model={model!r} has no scalar head: it is no reward model")
+        if self._config.model is not None:
+            path = around.checkpoints[f"{field}.model"]
+            require_reward_model(checkpoint.open_lazy(path))
+            self._cfg, self._params = load(path, around)
             return
         failed = from_first(self._open)
         require(not failed, failed)

@@ -16,7 +16,7 @@ from tele_jax import checkpoint
 from tele_jax.align.pairs import compiled_scores
 from tele_jax.config import require
 from tele_jax.data import dialogue, documents
-from tele_jax.data.dialogue_formats import from_record
+from tele_jax.data.dialogue_formats import READERS, from_record
 from tele_jax.data.preferences import read_record
 from tele_jax.data.vocabulary import Vocabulary
 from tele_jax.errors import UserError
@@ -62,37 +62,52 @@ def score_file(
       progress: progress(sequences done, all).
 
     Returns {"records", "sequences", "mean", "std"} of all scores, and where there are pairs "pairs", "accuracy" (equal
-    scores count half) and its 95% "interval" of Wilson's.
+    scores count half) and its 95% "interval" of Wilson's, for as many trials as there are pairs and rankings.
 
     Raises:
       UserError: no reward model; another tokenizer than the model was trained with; a record that cannot be scored, by
         its place; batch_size that does not divide over the mesh.
       DamageError: the checkpoint is damaged.
     """
-    require(model.cfg.scalar_head, f"{model.path}: has no scalar head, so it is no reward model")
+    require_reward_model(model)
+    model.cfg.require_positions(max_tokens)
     _check_tokenizer(model, vocabulary)
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-    batch_sharding(mesh, batch_size)
+    try:
+        batch_sharding(mesh, batch_size)
+    except UserError:
+        raise UserError(f"batch_size={batch_size} does not divide over the {mesh.size} devices of the mesh") from None
     found = list(_records(path, vocabulary, max_tokens))
     require(bool(found), f"{path}: holds nothing but blank lines")
     sequences = [ids for record in found for ids in record.sequences]
     params = checkpoint.load(model.path, mesh, items=("params",)).params
     scores = _scores(model, params, sequences, batch_size, mesh, progress)
-    lines, margins, first = [], [], 0
+    lines, rights, first = [], [], 0
     for record in found:
         own = scores[first : first + len(record.sequences)].tolist()
         first += len(own)
         named = {record.names[0]: own} if record.names == ("answers",) else dict(zip(record.names, own))
         lines.append(json.dumps({**record.at, **named}) + "\n")
         if len(own) > 1:
-            margins += [better - worse for better, worse in itertools.combinations(own, 2)]
+            signs = [np.sign(better - worse) for better, worse in itertools.combinations(own, 2)]
+            rights.append((len(signs), float(np.sum((1 + np.array(signs)) / 2))))
     write_file(out, "".join(lines))
     figures: Table = {"records": len(found), "sequences": len(sequences)}
     figures |= {"mean": float(scores.mean()), "std": float(scores.std())}
-    if margins:
-        accuracy = float(np.mean((1 + np.sign(margins)) / 2))
-        figures |= {"pairs": len(margins), "accuracy": accuracy, "interval": list(wilson(accuracy, len(margins)))}
+    if rights:
+        pairs, right = (sum(column) for column in zip(*rights))
+        # Pairs of one ranking are not independent: as many trials are counted as there are records.
+        interval = list(wilson(right / pairs, len(rights)))
+        figures |= {"pairs": int(pairs), "accuracy": right / pairs, "interval": interval}
     return figures
+
+
+def require_reward_model(model: checkpoint.Lazy) -> None:
+    """Raises UserError for a checkpoint without a scalar head, or whose scalar head gives the values of PPO."""
+    require(model.cfg.scalar_head, f"{model.path}: has no scalar head, so it is no reward model")
+    kinds = [entry["kind"] for entry in model.provenance if entry.get("kind") in ("reward", "ppo")]
+    what = "its scalar head gives values of PPO, not scores; name the checkpoint of a stage of kind reward"
+    require(kinds[-1:] != ["ppo"], f"{model.path}: {what}")
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
@@ -136,6 +151,9 @@ def _sequences(value: Any, vocabulary: Vocabulary) -> tuple[tuple[str, ...], lis
         found = read_record(value, "pairs", DEFAULT_DIALOGUES)
         prompt, answers = dialogue.render_answers(found.prompt, found.answers, vocabulary)
         return ("answers",) if "answers" in value else ("chosen", "rejected"), [prompt + answer for answer in answers]
+    if not isinstance(value, dict) or not any(set(keys) <= value.keys() for keys, _ in READERS.values()):
+        known = 'a pair ("chosen", "rejected"), a ranking ("answers"), a dialogue, or {"text": TEXT}'
+        raise UserError(f"is neither {known}")
     messages = from_record(value)
     prompt, answers = dialogue.render_answers(messages[:-1], [messages[-1]["content"]], vocabulary)
     return ("score",), [prompt + answers[0]]

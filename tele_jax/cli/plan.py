@@ -44,7 +44,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     switch(parser, "--search", "try meshes, remat policies and microbatches")
     flag(parser, "--tries N", "number of candidates to compile; default: 4", int, default=4)
     flag(parser, "--cache DIR", "directory of earlier results; default: $TELE_PLAN_CACHE", Path)
-    parser.epilog = "needs the extra [tpu]; compiles on the CPU, about a minute of a core for each program"
+    parser.epilog = (
+        "needs the extra [tpu]; compiles on the CPU, about a minute of a core for each program. A stage that draws "
+        "replies (ppo, grpo) is compiled twice, as a step and as decoding beside it; --search leaves decoding out"
+    )
 
 
 def run(args: argparse.Namespace) -> Outcome:

@@ -24,6 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "--batch-size N", "sequences at once; default: 16", int, default=16)
     flag(parser, "--mesh AXIS=N,...", "devices to spread the work over, as in tele generate; default: one device")
     parser.epilog = (
+        "the interval of the accuracy counts as many trials as there are pairs and rankings; "
         "examples: tele score-reward runs/W/reward pairs.jsonl --out scores.jsonl --json figures.json; "
         "tele score-reward runs/W/reward dialogues.jsonl --out scores.jsonl --batch-size 64 --mesh data=8"
     )

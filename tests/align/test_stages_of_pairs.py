@@ -13,7 +13,7 @@ import pytest
 
 import tele_jax as tele
 from tele_jax import checkpoint, stages
-from tele_jax.align import pairs, reference
+from tele_jax.align import pairs, reference, scoring
 from tele_jax.aot.jobs import TrainJob
 from tele_jax.aot.topology import find_slice
 from tele_jax.axes import flatten
@@ -455,12 +455,17 @@ def test_score_reward_writes_the_scores_of_every_record(place, finished, tmp_pat
     figures = json.loads((tmp_path / "f.json").read_text())
     assert figures["pairs"] == 6 and figures["accuracy"] == np.mean(np.array(margins) > 0)
     low, high = figures["interval"]
+    # Four records with answers to compare: the three pairs of the ranking are not three independent trials.
+    assert figures["interval"] == list(scoring.wilson(figures["accuracy"], 4))
     assert 0 <= low <= figures["accuracy"] <= high <= 1 and "95% interval" in capsys.readouterr().out
 
 
 def test_what_score_reward_cannot_use_is_one_line(place, finished, tmp_path, capsys):
     good = write_lines(tmp_path / "good.jsonl", [record(0)])
     bad = write_lines(tmp_path / "bad.jsonl", [record(0), {**record(1), "rejected": ""}])
+    odd, values = write_lines(tmp_path / "odd.jsonl", [{"text": 5}]), str(tmp_path / "ppo")
+    model = checkpoint.load(finished["reward"])
+    checkpoint.save(values, model.cfg, model.params, provenance=[{"kind": "reward"}, {"kind": "ppo"}, {"kind": "sft"}])
     (tmp_path / "other.model").write_bytes(tokenizer_bytes("tele_flm"))
     reward, out = str(finished["reward"]), ["--out", str(tmp_path / "s.jsonl")]
     cases = [
@@ -470,6 +475,10 @@ def test_what_score_reward_cannot_use_is_one_line(place, finished, tmp_path, cap
         ([reward, good, "--max-tokens", "5"], "tokens, more than 5"),
         ([reward, str(tmp_path / "none.jsonl")], "No such file"),
         ([str(tmp_path / "nowhere"), good], "nowhere"),
+        ([reward, good, "--max-tokens", "65"], "max_seq_len"),
+        ([reward, good, "--batch-size", "3", "--mesh", "data=2"], "batch_size=3 does not divide over the 2 devices"),
+        ([reward, odd], "is neither a pair"),
+        ([values, good, "--tokenizer", str(place / "tokenizer.model")], "gives values of PPO, not scores"),
         ([reward, good, "--out", bad], "bad.jsonl: is there already; name a new file"),
     ]
     for arguments, message in cases:
