@@ -109,7 +109,7 @@ def check(stage: RolloutStage, models: Mapping[str, ModelConfig]) -> None:
 
 
 def _failure(config: RewardConfig) -> str:
-    """Why the process of a reward cannot be started; "" where it can."""
+    """The reason why the process of a reward cannot be started; "" where it can."""
     try:
         Rewards(config).close()
     except UserError as error:
