@@ -361,8 +361,8 @@ class TrainStage:
 
     @property
     def mask_fields(self) -> list[str]:
-        """The mask fields that the page sets."""
-        fields = [f for f in dataclasses.fields(self) if f.name.startswith("mask_")]
+        """The mask fields that the page sets; a kind may have fields of its own whose names begin so, too."""
+        fields = [f for f in dataclasses.fields(TrainStage) if f.name.startswith("mask_")]
         return [f.name for f in fields if getattr(self, f.name) != f.default]
 
 

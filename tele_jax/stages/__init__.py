@@ -21,8 +21,11 @@ that trains derives it from settings.TrainStage, and has
     feed(stage, batches, around)         optional: what gives the batches, in the place of batches.feed; `around` says
                                          what it may know (data/surroundings.py). It has the methods of data/feed.py;
                                          stepped(figures), if it has that, is called after every step, and figures()
-                                         with every line of figures, which it adds its own to; with
-                                         fails_everywhere, a UserError of it comes in all processes, which save first
+                                         once for every line of figures, which it adds its own to.
+                                         fails_everywhere=True: all processes raise its UserErrors, and those of
+                                         `evaluate`, so that they can save together before they end
+    SCORES = True                        optional: it leaves a model that scores text; a stage right behind it that
+                                         trains a language model has to say which stage it continues (`after`)
     evaluate(stage, cfg, params, held_out, mesh) -> {name: figure}
                                          optional: evaluates batches.held_out, in the place of bits per byte
 
@@ -156,6 +159,7 @@ def run_config(page: Mapping[str, Any] | ConfigDict) -> RunConfig:
         # Whether the masks of config.start are closed is known when it is opened.
         if before is not None or start is None or not isinstance(stages[name], TrainStage):
             _check_masks(before, stages.get(before), name, stages[name])
+    _check_continued(stages)
     adapters = ""  # the stage, if one has left adapters alone, which the next to train merges
     for place, (name, stage) in enumerate(stages.items()):
         if isinstance(stage, TrainStage):
@@ -171,13 +175,30 @@ def run_config(page: Mapping[str, Any] | ConfigDict) -> RunConfig:
 
 def _check_names(name: str, stage: TrainStage, earlier: tuple[str, ...], others: tuple[str, ...]) -> None:
     """Raises UserError where a stage continues, or reads the model of, a stage that does not come before it."""
-    before = f"the stages before {name} are {', '.join(earlier)}" if earlier else f"no stage comes before {name}"
-    require(
-        stage.after is None or stage.after in earlier,
-        f"config.{name}.after={stage.after!r}: {before}; name one of them",
-    )
+    before, do = f"the stages before {name} are {', '.join(earlier)}", "name one of them"
+    if not earlier:
+        before, do = f"no stage comes before {name}", "leave it out"
+    require(stage.after is None or stage.after in earlier, f"config.{name}.after={stage.after!r}: {before}; {do}")
     for field, model in stage.models.items():
-        require(model not in others, f"config.{name}.{field}={model!r}: {before}; name one of them, or a checkpoint")
+        require(model not in others, f"config.{name}.{field}={model!r}: {before}; {do}, or name a checkpoint")
+
+
+def _check_continued(stages: Mapping[str, Stage]) -> None:
+    """Raises UserError where a stage would go on training a model that scores (SCORES) as a language model."""
+    scorer, others = "", list[str]()  # the stage that left such a model, and those that left a language model
+    for name, stage in stages.items():
+        if not isinstance(stage, TrainStage):
+            continue
+        if getattr(find_kind(stage.kind), "SCORES", False):
+            scorer = name
+            continue
+        do = f"name the stage that it continues, such as after={others[-1]!r}" if others else "put it before that stage"
+        require(
+            stage.after is not None or not scorer,
+            f"config.{name} would continue the model of config.{scorer}, which scores text; {do}",
+        )
+        scorer = ""
+        others.append(name)
 
 
 def _check_masks(before: str | None, growth: Stage | None, name: str, stage: Stage) -> None:

@@ -34,9 +34,9 @@ NORMALISATIONS = {"sequences": "grpo", "tokens": "dapo", "limit": "dr_grpo"}
 
 @checked
 class GrpoStage(RolloutStage):
-    """GRPO has the fields of all kinds that draw replies, and these; its optimizer starts anew, on another goal."""
+    """Settings of GRPO, beside those of RolloutStage. It begins with a new optimizer state."""
 
-    kind: Literal["grpo"]  # the file in stages/ that trains
+    kind: Literal["grpo"]  # group relative policy optimisation, stages/grpo.py
     answers: int = 8  # replies that are drawn to a prompt
     # Reward minus the mean of its group: divided by the standard deviation (grpo), or not (dr_grpo), or minus the mean
     # of the other replies alone (rloo).
@@ -54,8 +54,8 @@ class GrpoStage(RolloutStage):
     kl_kind: Literal["k2", "k3"] = "k3"
 
     def __post_init__(self):
-        super().__post_init__()
         require(self.answers >= 2, f"answers={self.answers}: replies are compared with each other, so at least 2")
+        super().__post_init__()
         require(0 < self.clip_low <= 1, f"clip_low={self.clip_low} must be in (0, 1]")
         require(self.clip_high > 0, f"clip_high={self.clip_high} must be above 0")
 

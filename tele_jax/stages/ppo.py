@@ -27,13 +27,14 @@ CONTROL, CONTROL_LIMIT = 0.1, 0.2  # arXiv 1909.08593: gain of the controller, a
 
 @checked
 class PpoStage(RolloutStage):
-    """PPO has the fields of all kinds that draw replies, and these; its optimizer starts anew, on another goal."""
+    """Settings of PPO, beside those of RolloutStage. It begins with a new optimizer state."""
 
-    kind: Literal["ppo"]  # the file in stages/ that trains
+    kind: Literal["ppo"]  # proximal policy optimisation, stages/ppo.py
     gamma: float = 1.0  # discount of later rewards
     lam: float = 0.95  # of the generalised advantage estimate (arXiv 1506.02438)
     clip: float = 0.2  # the ratio counts in [1 - clip, 1 + clip]
-    value_clip: float | None = 0.2  # values count up to so far from those at the start of the rollout; None: always
+    # Largest change of a value since the start of the rollout that lowers the loss; None: no limit.
+    value_clip: float | None = 0.2
     value_coef: float = 0.1  # weight of the loss of the value head
     value_in_trunk: bool = True  # False: the gradient of the value's loss reaches the value head alone
     whiten_advantages: bool = True  # to mean 0 and variance 1 over the drawn tokens of a rollout
@@ -53,7 +54,8 @@ class PpoStage(RolloutStage):
         require(self.dynamic_draws == 0, "dynamic_draws compares replies to one prompt, as grpo does; ppo has values")
         require(
             self.kl_target is None or (self.kl_target > 0 and self.kl_coef > 0),
-            "kl_target must be above 0, and kl_coef, where the controller begins, too",
+            f"kl_target={self.kl_target} and kl_coef={self.kl_coef}: both must be above 0; the controller starts from "
+            "kl_coef",
         )
 
 

@@ -32,6 +32,7 @@ class RewardStage(pairs.PairStage):
 
 
 Settings = RewardStage
+SCORES = True  # see stages/__init__.py
 shapes = pairs.shapes
 
 

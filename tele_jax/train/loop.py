@@ -216,6 +216,8 @@ def open_run(config: RunConfig, index: sources.Indexes, open_tasks: "OpenTasks |
                 _check_training(stage, cfg, masks, where)
             batch_sharding(mesh, stage.batch_size // stage.microbatches)
             batches[name] = kind.batches(stage, index)
+            if stage.keep_best is not None and stage.tasks is None and not batches[name].held_out:
+                raise UserError(f"{where}.keep_best={stage.keep_best!r}: no domain has held-out data to evaluate")
             path, size = Path(stage.data.tokenizer), batches[name].vocabulary.vocab_size
             if size > cfg.vocab_size:
                 raise UserError(
@@ -235,8 +237,11 @@ def open_run(config: RunConfig, index: sources.Indexes, open_tasks: "OpenTasks |
                 field: models[other][0] if other in models else _open_model(other, tokenizers[path], f"{where}.{field}")
                 for field, other in stage.models.items()
             }
+            for field, own in read.items():  # they read the rows of the stage
+                with _prefixed(f"{where}.{field}={stage.models[field]}: "):
+                    own.require_positions(stage.seq_len)
             if hasattr(kind, "check"):
-                with _prefixed(where):
+                with _prefixed(f"{where}."):
                     kind.check(stage, read)
         else:
             cfg, masks = kind.outline(stage, cfg, where)
@@ -256,7 +261,7 @@ def open_run(config: RunConfig, index: sources.Indexes, open_tasks: "OpenTasks |
 
 def _counted(stage: TrainStage, batches: Batches, where: str) -> TrainStage:
     """The stage with the steps that its epochs take."""
-    with _prefixed(where):
+    with _prefixed(f"{where}."):
         counted = dataclasses.replace(stage, steps=batches.count_steps())
     _say(f"{where}: {stage.epochs:g} epochs are {counted.steps:,} steps")
     return counted
@@ -300,12 +305,12 @@ def _open_start(config: RunConfig) -> tuple[ModelConfig | None, Plan | None]:
 
 
 @contextlib.contextmanager
-def _prefixed(where: str) -> Iterator[None]:
-    """Puts the path of a table before the message of a UserError, which begins with a field."""
+def _prefixed(prefix: str) -> Iterator[None]:
+    """Puts a prefix before the message of a UserError."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{where}.{error}") from None
+        raise UserError(f"{prefix}{error}") from None
 
 
 def _open_model(path: str, tokenizer: Table, where: str) -> ModelConfig:

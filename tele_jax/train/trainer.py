@@ -211,7 +211,7 @@ class Trainer:
         """Says where the data goes on: a domain that is not there is read from its beginning."""
         unit = "document" if self.stage.data.cache is None else "row"
         known = {at.name for at in self.known}
-        other = " (its content is another than an earlier stage has read)"
+        other = " (an earlier stage read other content under this name)"
         new = [name + (other if name in known else "") for name in self.data["domains"] if name not in positions]
         parts = [f"{name} at {unit} {at.next:,} ({at.epochs:.2f} epochs)" for name, at in positions.items()]
         goes_on = f"goes on with {', '.join(parts)}" if parts else ""
@@ -226,8 +226,9 @@ class Trainer:
           FailedError: the loss is not finite.
         """
         try:
-            if self.first_step == 0 and not self.evaluation.done(0) and not stop():
-                self._evaluate(0)
+            # Before the first step; or what a start that failed in an evaluation has left out.
+            if not self.evaluation.done(self.first_step) and not stop():
+                self._evaluate(self.first_step)
             self._train(stop)
             if not self.evaluation.done(self.stage.steps):
                 self._evaluate(self.stage.steps)
@@ -264,10 +265,7 @@ class Trainer:
             try:
                 batch = next(self.feed)  # on the mesh; it was read and put there while the last steps ran
             except UserError:
-                if step > self.first_step and getattr(self.feed, "fails_everywhere", False):  # all processes save
-                    if window:
-                        self._log(step, jax.device_get(window), (time.perf_counter() - since) / len(window), bar)
-                    self._save(step, self.checkpoints)
+                self._keep(step, window, since, bar)
                 raise
             self.params, self.opt_state, figures = step_function(
                 self.params, self.opt_state, batch, self.masks(step), beside
@@ -284,8 +282,13 @@ class Trainer:
                 self._log(done, window, (time.perf_counter() - since) / (done - since_step), bar)
                 window, since_step, since = [], done, time.perf_counter()
             paused = time.perf_counter()
-            if not last:
-                self._evaluate(done)
+            try:
+                if not last:
+                    self._evaluate(done)
+            except UserError:
+                if stage.tasks is None or jax.process_count() == 1:  # the harness fails in process 0 alone
+                    self._keep(done, window, since, bar)
+                raise
             if saves:
                 self._save(done, self.checkpoints)
             since += time.perf_counter() - paused  # saving and evaluating are not training time
@@ -335,6 +338,13 @@ class Trainer:
                 f"{self.directory.name}: loss {loss[first]:g}, gradient norm {grad_norm[first]:g} at step {at}; "
                 f"{self._last_checkpoint()}; lower the learning rate or look at the data"
             )
+
+    def _keep(self, step: int, window: Sequence[Mapping[str, object]], since: float, bar: tqdm) -> None:
+        """Saves the state before the run ends by a UserError, if all processes raise it and there is a new step."""
+        if step > self.first_step and getattr(self.feed, "fails_everywhere", False):
+            if window:
+                self._log(step, jax.device_get(window), (time.perf_counter() - since) / len(window), bar)
+            self._save(step, self.checkpoints)
 
     def _last_checkpoint(self) -> str:
         """Names the checkpoint that there is to go on from, for a message."""

@@ -279,6 +279,34 @@ def go_on_with_other_rewards(page, workdir):
     assert before["step"] == now["step"] == 5 and now["reward"] > before["reward"], "first_word gives 1 to odd numbers"
 
 
+def test_a_judge_that_fails_in_an_evaluation_loses_no_step(place, rewards, tmp_path):
+    """The next start makes up the evaluation that failed, also where no line of figures was due at that step."""
+    page = {"run": ("rl",), "start": str(place / "start"), "rl": table(place, steps=5, eval_every=3, log_every=2)}
+    page["rl"]["data"]["sources"]["prompts"]["validation_files"] = [str(place / "held.jsonl")]
+    page["rl"]["evaluation_reward"] = {"function": "rollout_rewards:counted"}
+    (place / "after").write_text("raise 4")  # 3 held-out prompts before the first step, one at step 3
+    with pytest.raises(UserError, match=r"counted: RuntimeError: no reward today"):
+        tele.run(page, tmp_path / "w")
+    assert checkpoint.open_lazy(tmp_path / "w").provenance[-1]["step"] == 3
+    (place / "after").unlink()
+    tele.run(page, tmp_path / "w")
+    (place / "calls").unlink()
+    tele.run(page, tmp_path / "whole")
+    judged = [[line for line in lines(tmp_path / w) if "eval/reward/prompts" in line] for w in ("w", "whole")]
+    assert judged[0] == judged[1] and [line["step"] for line in judged[0]] == [0, 3, 5]
+    same(*(flatten(checkpoint.load(tmp_path / w / "rl" / "checkpoints").params) for w in ("w", "whole")))
+
+
+def test_replies_that_are_all_cut_can_be_left_out_of_the_loss(place, rewards, tmp_path):
+    page = {"run": ("rl",), "start": str(place / "start"), "rl": table(place, mask_cut=True, steps=1)}
+    tele.run(page, tmp_path / "w")
+    (line,) = lines(tmp_path / "w")
+    assert line["cut_share"] == 1 and line["reward_std"] > 0, "the case that this test is about"
+    assert line["loss"] == line["grad_norm"] == 0
+    found = [checkpoint.load(path).params for path in (place / "start", tmp_path / "w")]
+    same(*map(flatten, found))
+
+
 def test_a_reward_model_is_read_at_the_last_token_by_index(place):
     """The stop id is the padding, and a score depends neither on the other rows nor on the padding."""
     cfg = CFG.replace(scalar_head=True)
@@ -312,12 +340,12 @@ def test_a_reward_model_is_read_at_the_last_token_by_index(place):
         ({"max_new_tokens": 32}, r"max_new_tokens=32 leaves no room for a prompt in seq_len=32"),
         ({"stale": 1}, r"stale=1: replies of an older policy need importance weights; give sampler_cap"),
         ({"stale": 2, "sampler_cap": 2.0}, r"stale=2: 0, or 1"),
-        ({"answers": 1, "batch_size": 4}, r"answers=1: replies are compared with each other"),
+        ({"answers": 1}, r"answers=1: replies are compared with each other"),  # not that batch_size does not divide
         ({"overlong_tokens": 5}, r"overlong_tokens=5 must be below max_new_tokens=5"),
         ({"temperature": 0.0}, r"temperature=0\.0 must be above 0"),
         ({"top_p": 0.9}, r"top_p: unknown key"),
         ({"reward": {}}, r"config\.stage\.reward: give one of function, verifier and model, not none"),
-        ({"kind": "ppo", "kl_target": 1.0}, r"kl_target must be above 0, and kl_coef"),
+        ({"kind": "ppo", "kl_target": 1.0}, r"kl_target=1\.0 and kl_coef=0\.0: both must be above 0"),
         ({"kind": "ppo", "dynamic_draws": 1}, r"dynamic_draws compares replies to one prompt"),
         ({"epochs": 2.0, "steps": None}, r"epochs: a stage that draws its replies has steps"),
     ],

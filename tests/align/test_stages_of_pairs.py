@@ -22,7 +22,7 @@ from tele_jax.data import sources
 from tele_jax.data.record_rows import RecordBatches
 from tele_jax.data.surroundings import Surroundings
 from tele_jax.data.vocabulary import load_vocabulary
-from tele_jax.errors import DamageError
+from tele_jax.errors import DamageError, UserError
 from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh
 from tele_jax.stages import find_kind, read_stage
@@ -338,6 +338,7 @@ BAD = [
     ({"kind": "reward", "mask_ramp": 2}, "config.own: mask_ramp: "),
     ({"kind": "reward", "keep_best": "bits_per_byte/numbers"}, "expected accuracy/DOMAIN"),
     ({"kind": "dpo", "rankings": "best"}, "config.own.rankings"),
+    ({"kind": "dpo", "after": "zz"}, "config.own.after='zz': no stage comes before own; leave it out"),
 ]
 
 
@@ -372,6 +373,42 @@ def test_dpo_before_any_model_is_refused(place, tmp_path):
     own = page(place, "dpo", model=MODEL)
     del own["start"]
     with pytest.raises(tele.errors.UserError, match=r"no model to align before the first stage; config.start names"):
+        tele.run(own, tmp_path / "w")
+
+
+def test_a_language_model_is_not_trained_on_from_a_reward_model_by_oversight(place):
+    """With config.start as the model of `reward`, and with an earlier stage; a growth in between changes nothing."""
+    base, reward, own = page(place, "dpo"), stage(place, "reward"), stage(place, "dpo")
+    with pytest.raises(UserError, match=r"config\.own would continue the model of config\.reward.*before that stage"):
+        stages.run_config(base | {"run": ["reward", "own"], "reward": reward})
+    grown = {"kind": "grow", "model": {"mlp_dim": 32}}
+    for between in ([], ["larger"]):
+        names = ["first", "reward", *between, "own"]
+        chain = base | {"run": names, "reward": reward, "first": own} | {name: grown for name in between}
+        with pytest.raises(UserError, match=r"config\.reward, which scores text; .* such as after='first'"):
+            stages.run_config(chain)
+        stages.run_config(chain | {"own": own | {"after": "first"}})
+        stages.run_config(chain | {"own": reward})
+
+
+def test_a_reference_has_to_have_the_positions_of_the_rows(place, tmp_path):
+    """A checkpoint, and an earlier stage of the run."""
+    cfg = tele.ModelConfig(**MODEL | {"max_seq_len": 32})
+    checkpoint.save(tmp_path / "small", cfg, tele.init(cfg, jax.random.key(0)))
+    match = r"config\.own\.reference=.*: seq_len=64 is above the model's max_seq_len=32"
+    with pytest.raises(UserError, match=match):
+        tele.run(page(place, "dpo", reference=str(tmp_path / "small")), tmp_path / "w")
+    first = stage(place, "dpo", seq_len=32)
+    run = {"run": ["first", "grow", "own"], "start": str(tmp_path / "small"), "first": first}
+    run |= {"grow": {"kind": "grow", "model": {"max_seq_len": 64}}, "own": stage(place, "dpo", reference="first")}
+    with pytest.raises(UserError, match=match):
+        tele.run(run, tmp_path / "w")
+
+
+def test_keep_best_without_held_out_data_is_refused(place, tmp_path):
+    own = page(place, "reward", keep_best="accuracy/numbers")
+    del own["own"]["data"]["sources"]["numbers"]["validation_files"]
+    with pytest.raises(UserError, match=r"config\.own\.keep_best='accuracy/numbers': no domain has held-out data"):
         tele.run(own, tmp_path / "w")
 
 

@@ -225,7 +225,7 @@ def test_a_run_from_a_checkpoint_goes_on_in_its_data(place, finished, tmp_path, 
     (tmp_path / "text.jsonl").write_text((place / "text.jsonl").read_text() * 2)
     longer = f"--config.only.data.sources.text.files=({str(tmp_path / 'text.jsonl')!r},)"
     assert train(place, tmp_path / "c", start, longer, page="from.py") == 0
-    assert "data: begins text (its content is another than an earlier stage has read)" in capsys.readouterr().out
+    assert "data: begins text (an earlier stage read other content under this name)" in capsys.readouterr().out
     assert train(place, tmp_path / "b", start, "--config.only.data.restart=True", page="from.py") == 0
     assert "data: begins text" in capsys.readouterr().out
     again = checkpoint.open_lazy(tmp_path / "b").provenance[-1]["data"]["positions"]["text"]
