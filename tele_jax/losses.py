@@ -338,9 +338,9 @@ def kl_loss(logp: ArrayLike, ref_logp: ArrayLike, *, kind: str = "k3") -> jax.Ar
     """Terms of a loss whose mean over draws of the policy has the gradient of KL(policy || reference), [B, T].
 
     Both kinds have the gradient of k2, (logp - ref_logp) d logp. kind="k3" has the value of k3, whose mean is right and
-    which is never negative. From log-probabilities of tokens, it is the gradient of the mean divergence after a prefix,
-    the prefixes being given; from those of whole sequences, that of the divergence of sequences. On draws of an older
-    policy, multiply by `ratios` without their gradient.
+    which is never negative. With log-probabilities of tokens, the gradient is that of the divergence of the next token,
+    averaged over the drawn prefixes, which get no gradient. With log-probabilities of whole sequences, it is that of
+    the divergence between sequences. On draws of an older policy, multiply by `ratios` without their gradient.
 
     Raises UserError for another kind (the gradients of k1 and k3 themselves are other ones), and where shapes differ.
     """

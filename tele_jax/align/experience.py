@@ -78,8 +78,9 @@ def joined(parts: Sequence[Drawn]) -> Drawn:
 
 
 def rows(found: Drawn, *, unit: int, pad_id: int) -> Arrays:
-    """The rows to train on, trimmed to the longest, rounded up to a multiple of unit: at most so many programs.
+    """The rows to train on.
 
+    Their width is that of the longest row, rounded up to a multiple of `unit`, so that few widths are compiled.
     tokens, targets int32 (the token after), segment_ids, positions int32, sampler_logp float32, and loss_weights
     float32: 1 where the target was drawn, the stop id among them. Ends are found by lengths, never by values of tokens.
     """

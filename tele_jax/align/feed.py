@@ -1,8 +1,8 @@
 """The feed of a stage that learns from its own replies: draws them, has them rewarded, and gives minibatches of them.
 
-What a rollout gives depends on the stage's seed, the number of the draw, the place of a row in it, and the parameters:
-not on how many rows are drawn at once, nor on devices, but for rounding. The state holds the rows that are being
-trained on, so that a stage which was killed in the middle of a rollout goes on to the bit.
+A rollout depends on the stage's seed, the number of the draw, the place of a row in it, and the parameters. It does not
+depend on rows_at_once or on devices, except for rounding. The state holds the rows that are being trained on, so that a
+stage which was killed in the middle of a rollout goes on to the bit.
 """
 
 import json
@@ -72,7 +72,9 @@ class RolloutFeed:
         self._rows: Arrays = {}
         self._ahead: Drawn | None = None
         self._ahead_figures: dict[str, float] = {}
-        self._figures: dict[str, float] = {}
+        self._figures: dict[str, float] = {}  # of the rollout that is trained on
+        self._untold: list[dict[str, float]] = []  # of the rollouts that began since `figures` was called
+        self._counts = {"reward_failures": 0.0} | ({} if stage.max_kl is None else {"steps_left_out": 0.0})
         named = ("batch_size", "answers", "max_new_tokens", "rollout_epochs", "temperature", "stale", "seed")
         self._identity = {name: getattr(stage, name) for name in named}
 
@@ -109,12 +111,17 @@ class RolloutFeed:
     def stepped(self, figures: Mapping[str, jax.Array]) -> None:
         """Ends the rollout after a step that has moved the policy by more than stage.max_kl."""
         if self._stage.max_kl is not None and float(figures["kl_old"]) > self._stage.max_kl:
-            self._figures["steps_left_out"] = self._end - self._at
+            self._counts["steps_left_out"] += self._end - self._at
             self._at = self._end
 
     def figures(self) -> dict[str, float]:
-        """Returns the figures of the rollout that is trained on."""
-        return self._figures
+        """Returns the means over the rollouts that began since the last call, and what was counted since.
+
+        Where none began, the means are those of the rollout that is trained on.
+        """
+        rollouts, counts = self._untold or [self._figures], self._counts
+        self._untold, self._counts = [], dict.fromkeys(counts, 0.0)
+        return {name: float(np.mean([each[name] for each in rollouts])) for name in rollouts[-1]} | counts
 
     def positions(self) -> dict[str, order.Position]:
         """Returns the position of every domain of prompts, for a later stage."""
@@ -130,6 +137,7 @@ class RolloutFeed:
         meta: Table = {"prompts": self._prompts.state(), "identity": self._identity, "figures": self._figures}
         counts = {"draws": self._draws, "rollout": self._rollout, "given": self._given, "at": self._at}
         meta |= counts | {"end": self._end, "kl_coef": self.kl_coef, "ahead_figures": self._ahead_figures}
+        meta |= {"untold": self._untold, "counts": self._counts}
         rows = self._rows if self._at < self._end else {}  # what is trained on no more is not kept
         return pack(meta, {"rows": rows, "ahead": {} if self._ahead is None else vars(self._ahead)})
 
@@ -147,6 +155,7 @@ class RolloutFeed:
         self._at, self._end, self.kl_coef, self._figures = meta["at"], meta["end"], meta["kl_coef"], meta["figures"]
         self._rows, ahead, self._ahead_figures = groups.get("rows", {}), groups.get("ahead"), meta["ahead_figures"]
         self._ahead = None if ahead is None else Drawn(**ahead)
+        self._untold, self._counts = meta["untold"], meta["counts"]
 
     # ---- a rollout ---------------------------------------------------------------------------------------------------
 
@@ -176,12 +185,16 @@ class RolloutFeed:
             more, failed = self._draw_once(params)
             found, failures, draws = joined([found, more]), failures + failed, draws + 1
             differ = np.asarray(rewards_differ(found.rewards, found.group))
-        # Those that differ come first; where they are too few, others fill up, whose advantages are 0.
+        # Groups whose rewards differ come first; where they are too few, others fill up the rollout.
         chosen = np.argsort(~differ, kind="stable")[: stage.rows] if stage.dynamic_draws else np.arange(stage.rows)
         told = {"draws": float(draws), "reward_failures": float(failures)}
         if stage.answers > 1:
             told["equal_groups"] = 1 - float(differ.mean())
-        return found.take(chosen), told
+        found = found.take(chosen)
+        if stage.overlong_tokens:  # rewards are compared above as they came
+            over = found.lengths - found.prompts - (stage.max_new_tokens - stage.overlong_tokens)
+            found.rewards[:] -= np.clip(over / stage.overlong_tokens, 0, 1)
+        return found, told
 
     def _draw_once(self, params: Params) -> tuple[Drawn, int]:
         """Draws and rewards `answers` replies to each prompt of the next batch."""
@@ -189,11 +202,7 @@ class RolloutFeed:
         seed = int(np.random.SeedSequence((stage.seed, self._draws)).generate_state(1)[0])
         self._draws += 1
         found = self._opened.draw(self._policy, params, batch, stage.answers, seed, greedy=False)
-        rewards, failures = self._scorer.score(found, seed, self._opened.store)
-        if stage.overlong_tokens:
-            over = found.lengths - found.prompts - (stage.max_new_tokens - stage.overlong_tokens)
-            rewards = rewards - np.clip(over / stage.overlong_tokens, 0, 1)
-        found.rewards[:] = rewards
+        found.rewards[:], failures = self._scorer.score(found, seed, self._opened.store)
         return found, failures
 
     def _finish(self, params: Params, found: Drawn, told: dict[str, float]) -> None:
@@ -217,14 +226,21 @@ class RolloutFeed:
         if stage.mask_cut:
             made["loss_weights"] = made["loss_weights"] * found.stopped[:, None]
         self._rows, self._figures = made, figures(found, made, mask) | told | {"kl_coef": self.kl_coef}
+        self._counts["reward_failures"] += self._figures.pop("reward_failures")
+        self._untold.append(self._figures)
         if self._reference is not None:
             self.kl_coef = self._adapt(stage, self.kl_coef, self._figures["kl_sequence"])
         if stage.samples_every and self._rollout % stage.samples_every == 0 and is_first():
             self._write_samples(found)
 
     def _write_samples(self, found: Drawn) -> None:
-        """Writes prompts, replies and rewards of the first rows to samples/STEP.jsonl, the steps that were made."""
-        chosen = found.take(np.arange(min(SAMPLES, len(found.tokens))))
+        """Writes prompts, replies and rewards of SAMPLES rows to samples/STEP.jsonl; STEP: the steps that were made.
+
+        The first reply to every prompt comes before the second to any.
+        """
+        _, firsts, group = np.unique(found.group, return_index=True, return_inverse=True)
+        place = np.arange(len(group)) - firsts[group]  # in its group, whose rows are adjacent
+        chosen = found.take(np.argsort(place, kind="stable")[:SAMPLES])
         lines = [
             {"prompt": one.prompt, "reply": one.reply, "reward": reward, "tokens": int(size), "stopped": bool(stopped)}
             for one, reward, size, stopped in zip(

@@ -108,7 +108,7 @@ def attach(batches: RecordBatches, around: Surroundings, path: Path | None, rows
 def compute(cfg: ModelConfig, params: Params, store: RecordRows, count: int, mesh: Mesh, rows: int) -> np.ndarray:
     """Computes the log-probabilities of the first `count` answers of a store on a mesh: float32 [count].
 
-    rows: sequences at once, which divide over the mesh. Answers of like lengths go together.
+    rows: sequences at once, which divide over the mesh. Answers of similar length share a batch.
     """
     order = np.argsort(store.lengths()[:count], kind="stable")
     found = np.zeros(count, np.float32)

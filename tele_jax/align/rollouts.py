@@ -38,15 +38,21 @@ class RolloutStage(TrainStage):
     # Limit of the importance weights exp(log-probability at the start of training - that of the sampler) that multiply
     # the losses of the policy (truncated, arXiv 1802.01561). None: no such weights.
     sampler_cap: float | None = None
-    stale: int = 0  # 1: a rollout is drawn before the one ahead of it is trained on, by the policy as it is then
+    stale: int = (
+        0  # 1: the next rollout is drawn before the current one is trained on, so its policy is one rollout old
+    )
     # The rest of a rollout is left out once the policy has moved so far from the one at its start: the mean of k3, nats
     # a token, of a step. None: never. Every step is then waited for.
     max_kl: float | None = None
-    dynamic_draws: int = 0  # draws, beyond the first, that replace prompts whose replies have equal rewards (DAPO)
+    # Most draws, beyond the first, that replace prompts whose replies have equal rewards (DAPO). The rewards are
+    # compared as they came, before overlong_tokens and kl_in="reward". Where too few prompts are left, the rest of the
+    # rollout is filled with those whose rewards are equal.
+    dynamic_draws: int = 0
     mask_cut: bool = (
         False  # replies that are cut at max_new_tokens count in the rewards of their group, not in the loss
     )
-    # The last tokens below max_new_tokens over which the reward falls by up to 1 (arXiv 2503.14476, equation 13).
+    # Number of tokens before max_new_tokens over which a penalty, taken off the reward, grows from 0 to 1
+    # (arXiv 2503.14476, equation 13).
     overlong_tokens: int = 0
     samples_every: int = 10  # rollouts between files of samples, samples/STEP.jsonl; 0: none
 

@@ -16,7 +16,8 @@ from tele_jax.settings import TrainStage
 from tele_jax.train import metrics
 from tele_jax.train.step import bits_per_byte
 
-# tasks(cfg, params, masks, provenance) -> {"TASK/METRIC": value}; made above, for this room knows no harness
+# tasks(cfg, params, masks, provenance) -> {"TASK/METRIC": value}; made by the caller, for this module does not import
+# the harness
 Tasks = Callable[[ModelConfig, PyTree, PyTree, Sequence[Table]], dict[str, float]]
 
 

@@ -91,7 +91,8 @@ def table(place, kind="grpo", reward="graded", **fields):
     made = {"kind": kind, "data": {"tokenizer": str(place / "tokenizer.model"), "sources": data}, "steps": 6}
     made |= {"optimizer": {"learning_rate": 3e-3}, "seq_len": 32, "batch_size": 8, "log_every": 1}
     made |= {"rollout_prompts": 4, "answers": 4, "max_new_tokens": 5, "rollout_epochs": 2, "seed": 3}
-    return made | {"reward": {"function": f"rollout_rewards:{reward}"}, "checkpoint_every": 100} | fields
+    reward = reward if isinstance(reward, dict) else {"function": f"rollout_rewards:{reward}"}
+    return made | {"reward": reward, "checkpoint_every": 100} | fields
 
 
 def opened(place, kind="grpo", mesh=None, **fields):
@@ -171,6 +172,8 @@ def test_the_replies_that_are_trained_on_are_the_ids_that_were_drawn(place, rewa
     batch, figures = jax.device_get(next(feed)), feed.figures()
     samples = [json.loads(line) for line in (place / "stage" / "samples" / "0.jsonl").read_text().splitlines()]
     assert len(samples) == 8 and {"prompt", "reply", "reward", "tokens", "stopped"} == samples[0].keys()
+    prompts = [sample["prompt"] for sample in samples]
+    assert len(set(prompts[:4])) == 4 and prompts[4:] == prompts[:4], "two replies to each of four prompts"
     drawn = batch["loss_weights"].sum(axis=1)
     assert figures["reply_tokens"] == pytest.approx(drawn.mean()) and drawn.max() <= 5
     mask = batch["loss_weights"] > 0
@@ -196,6 +199,44 @@ def test_prompts_whose_replies_have_equal_rewards_are_drawn_anew(place, rewards)
     limited.close()
 
 
+def test_the_penalty_of_long_replies_does_not_make_the_rewards_of_a_prompt_differ(place, rewards):
+    feed, _ = opened(place, reward="first_word", overlong_tokens=4)
+    draw = feed._draw_once
+
+    def uneven(params):
+        found, failures = draw(params)
+        assert (found.lengths - found.prompts == 5).all(), "all are cut"
+        found.lengths[::2] -= 2
+        return found, failures
+
+    feed._draw_once = uneven
+    found, figures = feed._draw(feed._around.model())
+    feed.close()
+    assert figures["equal_groups"] > 0
+    right = np.repeat((found.record.reshape(4, 4)[:, 0] % 2).astype(bool), 4)  # first_word gives them 1
+    np.testing.assert_allclose(found.rewards[right].reshape(-1, 2), [[0.5, 0.0]] * (right.sum() // 2))
+
+
+def test_figures_leave_out_no_rollout_between_two_calls(place, rewards):
+    """Means over the rollouts that began, sums of what was counted; the state keeps what was not told yet."""
+    (place / "after").write_text("raise 10")  # of 16 rewards of the first rollout, 6 fail, and all of the second
+    reward = {"function": "rollout_rewards:counted", "on_failure": 0.25}
+    feed, _ = opened(place, reward=reward, rollout_epochs=1, max_kl=0.1)
+    rewards_of = []
+    for _ in range(2):
+        next(feed)
+        rewards_of.append(feed._figures["reward"])
+        feed.stepped({"kl_old": 0.2})  # leaves out the second of two minibatches
+    state = feed.state()
+    told = feed.figures()
+    assert told["reward_failures"] == 6 + 16 and told["steps_left_out"] == 2 and rewards_of[0] != rewards_of[1] == 0.25
+    assert told["reward"] == pytest.approx(np.mean(rewards_of))
+    assert feed.figures() == feed._figures | {"reward_failures": 0, "steps_left_out": 0}
+    feed.restore(state)
+    assert feed.figures() == told
+    feed.close()
+
+
 def test_a_policy_that_has_moved_too_far_ends_the_rollout(place, rewards):
     feed, _ = opened(place, max_kl=0.1)
     first = next(feed)
@@ -204,7 +245,8 @@ def test_a_policy_that_has_moved_too_far_ends_the_rollout(place, rewards):
     feed.stepped({"kl_old": 0.2})
     state = feed.state()
     second = next(feed)
-    assert feed._rollout == 2 and feed.figures().get("steps_left_out") is None
+    assert feed._rollout == 2
+    assert [feed.figures()["steps_left_out"] for _ in range(2)] == [3, 0], "told once"
     feed.restore(state)
     same(next(feed), second)
     assert first["tokens"].shape[0] == second["tokens"].shape[0]
