@@ -75,6 +75,7 @@ class RolloutFeed:
         self._figures: dict[str, float] = {}  # of the rollout that is trained on
         self._untold: list[dict[str, float]] = []  # of the rollouts that began since `figures` was called
         self._counts = {"reward_failures": 0.0} | ({} if stage.max_kl is None else {"steps_left_out": 0.0})
+        self._check: Callable[[], None] = lambda: None
         named = ("batch_size", "answers", "max_new_tokens", "rollout_epochs", "temperature", "stale", "seed")
         self._identity = {name: getattr(stage, name) for name in named}
 
@@ -107,6 +108,13 @@ class RolloutFeed:
         self._at += 1
         self._given += 1
         return self._around.place({name: array[chosen] for name, array in self._rows.items()}, stage.batch_size)
+
+    def watch(self, check: Callable[[], None]) -> None:
+        """Takes a function that raises where the run was asked to stop; it is called on the way to a rollout.
+
+        The feed is then where it was before that rollout, and its state can be saved.
+        """
+        self._check = check
 
     def stepped(self, figures: Mapping[str, jax.Array]) -> None:
         """Ends the rollout after a step that has moved the policy by more than stage.max_kl."""
@@ -167,7 +175,7 @@ class RolloutFeed:
         try:
             found, told = self._draw(params) if self._ahead is None else (self._ahead, self._ahead_figures)
             ahead, ahead_told = self._draw(params) if stage.stale else (None, {})
-        except UserError:
+        except Exception:  # a UserError, or what `watch` was given
             self._draws = before[0]
             self._prompts.restore(before[1])
             raise
@@ -202,6 +210,7 @@ class RolloutFeed:
         seed = int(np.random.SeedSequence((stage.seed, self._draws)).generate_state(1)[0])
         self._draws += 1
         found = self._opened.draw(self._policy, params, batch, stage.answers, seed, greedy=False)
+        self._check()
         found.rewards[:], failures = self._scorer.score(found, seed, self._opened.store)
         return found, failures
 

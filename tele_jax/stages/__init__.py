@@ -21,7 +21,8 @@ that trains derives it from settings.TrainStage, and has
     feed(stage, batches, around)         optional: what gives the batches, in the place of batches.feed; `around` says
                                          what it may know (data/surroundings.py). It has the methods of data/feed.py;
                                          stepped(figures), if it has that, is called after every step, and figures()
-                                         once for every line of figures, which it adds its own to.
+                                         once for every line of figures, which it adds its own to;
+                                         watch(check) gets a function that raises where the run was asked to stop.
                                          fails_everywhere=True: all processes raise its UserErrors, and those of
                                          `evaluate`, so that they can save together before they end
     SCORES = True                        optional: it leaves a model that scores text; a stage right behind it that

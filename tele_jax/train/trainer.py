@@ -259,12 +259,13 @@ class Trainer:
         quiet = not (is_first() and sys.stderr.isatty())
         bar = tqdm(total=stage.steps, initial=self.first_step, desc=self.directory.name, disable=quiet)
         stepped = getattr(self.feed, "stepped", None)
+        getattr(self.feed, "watch", lambda check: None)(functools.partial(self._check, stop))
         since, since_step, window = time.perf_counter(), self.first_step, []
         for step in range(self.first_step, stage.steps):
             # A step is dispatched and not waited for, except where a figure is read.
             try:
                 batch = next(self.feed)  # on the mesh; it was read and put there while the last steps ran
-            except UserError:
+            except (UserError, Stopped):
                 self._keep(step, window, since, bar)
                 raise
             self.params, self.opt_state, figures = step_function(
@@ -339,8 +340,14 @@ class Trainer:
                 f"{self._last_checkpoint()}; lower the learning rate or look at the data"
             )
 
+    def _check(self, stop: StopSignal) -> None:
+        """Raises Stopped where the run was asked to stop; feeds call it whose batches take long."""
+        if stop():
+            said = f"stopped before the next batch of stage {self.directory.name}; its steps are saved"
+            raise Stopped(f"{said}; start again to go on", stop.interrupted())
+
     def _keep(self, step: int, window: Sequence[Mapping[str, object]], since: float, bar: tqdm) -> None:
-        """Saves the state before the run ends by a UserError, if all processes raise it and there is a new step."""
+        """Saves the state before the run ends, if all processes do it in the same way and there is a new step."""
         if step > self.first_step and getattr(self.feed, "fails_everywhere", False):
             if window:
                 self._log(step, jax.device_get(window), (time.perf_counter() - since) / len(window), bar)

@@ -17,6 +17,7 @@ import tele_jax as tele
 from tele_jax import checkpoint
 from tele_jax.align import experience
 from tele_jax.align.pairs import compiled_scores
+from tele_jax.align.prompts import Prompts
 from tele_jax.aot import cost
 from tele_jax.aot.jobs import TrainJob
 from tele_jax.aot.topology import find_slice
@@ -25,11 +26,13 @@ from tele_jax.cli.plan import _rollout as planned_rollout
 from tele_jax.data import sources
 from tele_jax.data.surroundings import Surroundings
 from tele_jax.errors import DamageError, UserError
+from tele_jax.processes import StopSignal
 from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh
 from tele_jax.stages import find_kind, read_stage, run_config
 from tele_jax.train import metrics
 from tele_jax.train import workdir as owned
+from tele_jax.train.trainer import Stopped
 from tests import reference
 from tests.inference.test_chat import tokenizer_bytes
 
@@ -319,6 +322,22 @@ def go_on_with_other_rewards(page, workdir):
     }  # fmt: skip
     before, now = (lines(where)[-2] for where in (workdir.with_name("whole"), workdir))
     assert before["step"] == now["step"] == 5 and now["reward"] > before["reward"], "first_word gives 1 to odd numbers"
+
+
+def test_a_stop_does_not_wait_for_the_rewards_of_a_rollout(place, rewards, tmp_path, monkeypatch):
+    page = {"run": ("rl",), "start": str(place / "start"), "rl": table(place, steps=5, reward="counted")}
+    drawn, draw = [], Prompts.draw
+    with monkeypatch.context() as patched:
+        patched.setattr(Prompts, "draw", lambda self, *given, **how: drawn.append(1) or draw(self, *given, **how))
+        patched.setattr(StopSignal, "__call__", lambda self: len(drawn) == 2)  # while rollout 2 is drawn
+        with pytest.raises(Stopped, match="stopped before the next batch of stage rl; its steps are saved"):
+            tele.run(page, tmp_path / "w")
+    assert checkpoint.open_lazy(tmp_path / "w").provenance[-1]["step"] == 4
+    assert (place / "calls").stat().st_size == 16, "rewards of rollout 1 alone"
+    tele.run(page, tmp_path / "w")
+    assert (place / "calls").stat().st_size == 32
+    tele.run(page, tmp_path / "whole")
+    assert lines(tmp_path / "w") == lines(tmp_path / "whole")
 
 
 def test_a_judge_that_fails_in_an_evaluation_loses_no_step(place, rewards, tmp_path):
