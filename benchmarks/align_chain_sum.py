@@ -25,8 +25,7 @@ import tele_jax as tele
 from tele_jax import tables
 from tele_jax.train import metrics
 
-STEPS, RATE, KL_COEF = 60, 4e-4, 0.01  # STEPS: of fine-tuning
-ROLLOUTS = {"grpo": 100, "ppo": 200, "random": 50}
+ROLLOUTS, RATE, KL_COEF = 200, 4e-4, 0.01
 ARMS, BAND = ("grpo", "ppo", "random"), 3.0  # BAND: nats a reply
 REWARDS = '''"""Rewards of benchmarks/align_chain_sum.py."""
 import random
@@ -62,15 +61,14 @@ def page(work: Path, arm: str, seed: int) -> dict[str, Any]:
         "kind": "ppo" if arm == "ppo" else "grpo",
         "reward": {"function": f"chain_sum_rewards:{'chance' if arm == 'random' else 'exact'}"},
         "evaluation_reward": {"function": "chain_sum_rewards:exact"},
-        "steps": ROLLOUTS[arm] * rows // learned["batch_size"],
+        "steps": ROLLOUTS * rows // learned["batch_size"],
         "seed": seed,
-        "kl_coef": KL_COEF,  # in the reward: for PPO always
-        **({} if arm == "ppo" else {"kl_in": "reward"}),
+        "kl_coef": KL_COEF,
         "optimizer": {"learning_rate": RATE},
         "eval_every": 40,
         "samples_every": 50,
     }
-    return {"run": ("sft", arm), "sft": config["sft"] | {"seed": seed, "steps": STEPS}, arm: learned}
+    return {"run": ("sft", arm), "sft": config["sft"] | {"seed": seed}, arm: learned}
 
 
 def figures(work: Path, arm: str, seed: int) -> dict[str, Any]:
