@@ -205,9 +205,8 @@ def test_no_key_of_the_release_outlives_what_it_said(format, stated, change, key
     assert {name: getattr(again, name) for name in described} == {name: getattr(cfg, name) for name in described}
 
 
-SPEC = flat_spec(
-    tele.ModelConfig(num_layers=1, embed_dim=2, num_heads=1, head_dim=2, mlp_dim=1, vocab_size=1, output_biases=True)
-)
+SIZES = dict(num_layers=1, embed_dim=2, num_heads=1, head_dim=2, mlp_dim=1, vocab_size=1)
+SPEC = flat_spec(tele.ModelConfig(**SIZES, output_biases=True, scalar_head=True))
 
 
 @settings(max_examples=100)
@@ -215,7 +214,8 @@ SPEC = flat_spec(
 def test_any_rectangle_of_any_leaf_goes_out_and_comes_back(data, tmp_path_factory):
     """Whatever the sizes, against numpy's own indexing of the whole leaf."""
     draw = data.draw
-    sizes = {axis: draw(st.integers(1, 6)) for axis in ("embed", "heads", "head_dim", "mlp", "vocab")} | {"layers": 1}
+    sizes = {axis: draw(st.integers(1, 6)) for axis in ("embed", "heads", "head_dim", "mlp", "vocab")}
+    sizes |= {"layers": 1, "score": 1}
     sizes["kv_heads"] = sizes["heads"]
     dtype = np.dtype(draw(st.sampled_from([ml_dtypes.bfloat16, np.float32])))
     specs = {
