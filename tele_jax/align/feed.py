@@ -5,6 +5,7 @@ depend on rows_at_once or on devices, except for rounding. The state holds the r
 stage which was killed in the middle of a rollout goes on to the bit.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -51,16 +52,19 @@ class RolloutFeed:
         complete: Complete,
         *,
         adapt: Callable[[Any, float, float], float] = lambda stage, kl_coef, kl: kl_coef,
+        values: bool = False,
     ):
         """Opens the prompts, the rewards and the reference; draws nothing yet.
 
         complete: see Complete.
         adapt: adapt(stage, kl_coef, mean KL of a sequence in nats) is the kl_coef of the next rollout.
+        values: whether the rows have old_values, read off the scalar head.
 
         Raises:
           UserError: a reward that cannot be opened; a reference without a model to begin with.
         """
         self._stage, self._around, self._complete, self._adapt = stage, around, complete, adapt
+        self._has_values = values
         self._opened, self._pad_id = prompts, prompts.pad_id
         self._policy = policy.tempered(around.cfg, stage.temperature)
         self._reference = self._open_reference()
@@ -171,14 +175,12 @@ class RolloutFeed:
         """Draws what is trained on next, and with stale=1 what comes after that, and completes its rows."""
         stage = self._stage
         params = self._around.model()
-        before = (self._draws, self._prompts.state())
-        try:
+        with contextlib.ExitStack() as undo:  # where a reward fails or the run is stopped
+            undo.callback(self._prompts.restore, self._prompts.state())
+            undo.callback(setattr, self, "_draws", self._draws)
             found, told = self._draw(params) if self._ahead is None else (self._ahead, self._ahead_figures)
             ahead, ahead_told = self._draw(params) if stage.stale else (None, {})
-        except Exception:  # a UserError, or what `watch` was given
-            self._draws = before[0]
-            self._prompts.restore(before[1])
-            raise
+            undo.pop_all()
         self._ahead, self._ahead_figures = ahead, ahead_told
         self._finish(params, found, told)
         self._rollout += 1
@@ -218,13 +220,12 @@ class RolloutFeed:
         """Makes the rows of a rollout, what the policy and the reference say of them, and the figures."""
         stage, around = self._stage, self._around
         made = rows(found, unit=max(1, stage.seq_len // 8), pad_id=self._pad_id)
-        has_values = around.cfg.scalar_head
         logp, values = in_parts(
-            around, stage, made, lambda part: policy.evaluate(self._policy, params, part, has_values)
+            around, stage, made, lambda part: policy.evaluate(self._policy, params, part, self._has_values)
         )
         mask = made["loss_weights"] > 0
         made["old_logp"] = np.where(mask, logp, 0).astype(np.float32)
-        if has_values:
+        if self._has_values:
             made["old_values"] = np.where(mask, values, 0).astype(np.float32)
         if self._reference is not None:
             cfg, reference = self._reference

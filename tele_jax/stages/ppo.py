@@ -76,7 +76,7 @@ def model(stage: PpoStage, cfg: ModelConfig) -> ModelConfig:
 
 def feed(stage: PpoStage, batches: Prompts, around: Surroundings) -> RolloutFeed:
     """Minibatches of replies that the policy draws to the prompts."""
-    return RolloutFeed(stage, batches, around, complete, adapt=adapt)
+    return RolloutFeed(stage, batches, around, complete, adapt=adapt, values=True)
 
 
 def adapt(stage: PpoStage, kl_coef: float, kl: float) -> float:

@@ -98,12 +98,13 @@ def table(place, kind="grpo", reward="graded", **fields):
     return made | {"reward": reward, "checkpoint_every": 100} | fields
 
 
-def opened(place, kind="grpo", mesh=None, **fields):
+def opened(place, kind="grpo", mesh=None, head=False, **fields):
     """The feed of a stage, and the stage, with the parameters of `start`."""
     stage = read_stage(table(place, kind, **fields), "config.stage")
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     module = find_kind(kind)
     cfg = module.model(stage, CFG) if hasattr(module, "model") else CFG
+    cfg = cfg.replace(scalar_head=cfg.scalar_head or head)
     params = checkpoint.load(place / "start", mesh).params
     if cfg.scalar_head:
         params = params | {"scalar_head": {"kernel": jnp.ones((CFG.embed_dim, 1)) / 8}}
@@ -444,6 +445,13 @@ def test_a_reward_that_cannot_be_is_found_before_the_first_step(place, rewards, 
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         tele.run(page, tmp_path / "W")
     assert str(caught.value).startswith("config.rl.reward") and not (tmp_path / "W" / "sft").exists()
+
+
+def test_a_policy_with_a_scalar_head_has_values_where_they_are_read_alone(place, rewards):
+    """GRPO may follow PPO, whose checkpoint has the head."""
+    feed, stage = opened(place, head=True)
+    assert "old_values" not in next(feed) and find_kind("grpo").shapes(stage).keys() == next(feed).keys()
+    feed.close()
 
 
 @pytest.mark.parametrize("kind", ["grpo", "ppo"])
