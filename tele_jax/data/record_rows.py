@@ -1,7 +1,7 @@
 """Pairs of answers and prompts as rows in memory, read at random.
 
-All rows of a batch are read together, for their width is that of the longest, rounded up to an eighth of the longest
-that is allowed: at most eight programs are compiled.
+All rows of a batch are read together, for their width is that of the longest, rounded up to one of a few, so that few
+programs are compiled: see `_widths`.
 """
 
 import dataclasses
@@ -38,7 +38,10 @@ class RecordRows:
 
     reads_alone = False
 
-    def __init__(self, found: Mapping[str, Records], kind: RecordKind, vocabulary: Vocabulary, limits: Limits):
+    def __init__(
+        self, found: Mapping[str, Records], kind: RecordKind, vocabulary: Vocabulary, limits: Limits, batch_size: int
+    ):
+        """Reads nothing more; batch_size is the usual number of rows of a batch."""
         self._found, self._limits = dict(found), limits
         self._longest = limits.sequence if kind == "pairs" else limits.prompt
         self._kind, self._pad_id = kind, max(vocabulary.pad_id, 0)
@@ -51,6 +54,12 @@ class RecordRows:
         answers, records = (dict(zip(found, np.cumsum([0, *count]).tolist())) for count in counts)
         self._first_answer, self._first_record = answers, records
         self.num_answers = sum(counts[0])
+        alone = (
+            self.lengths() if kind == "pairs" else np.concatenate([np.diff(r.prompts.starts) for r in found.values()])
+        )
+        rows = [self._first_answer[name] + records.rows for name, records in found.items()]
+        together = alone[np.concatenate(rows)].max(axis=1) if kind == "pairs" else alone
+        self._widths = _widths(together, batch_size, self._longest)
 
     def checksum(self, domain: str) -> str:
         """Names the rows of a domain, see Records.checksum."""
@@ -127,13 +136,35 @@ class RecordRows:
     def _padded(self, lists: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Returns (tokens int32 [n, S], lengths int32 [n])."""
         lengths = np.array([len(each) for each in lists], np.int32)
-        unit = max(1, self._longest // 8)
-        tokens = np.full(
-            (len(lists), min(-(-int(lengths.max()) // unit) * unit, self._longest)), self._pad_id, np.int32
-        )
+        width = self._widths[np.searchsorted(self._widths, lengths.max())]
+        tokens = np.full((len(lists), int(width)), self._pad_id, np.int32)
         for row, ids in zip(tokens, lists):
             row[: len(ids)] = ids
         return tokens, lengths
+
+
+def _widths(lengths: np.ndarray, batch_size: int, longest: int, most: int = 8) -> np.ndarray:
+    """Returns the widths that batches of rows as long as `lengths` may have, ascending; the last is `longest`.
+
+    `most` of them make the expected width of a batch of batch_size drawn rows least: with F the share of rows up to a
+    length, the distribution of the longest is F^batch_size. Below are eighths of `longest`, for batches of short rows
+    that are read in order. All are multiples of a 64th of `longest`.
+    """
+    grid = max(1, longest // 64)
+    counts = np.bincount(-(-lengths // grid))  # by cells of the grid: cell i holds lengths up to i * grid
+    ends, reached = np.flatnonzero(counts), np.cumsum(counts) / len(lengths)
+    below = np.concatenate([[0], reached[ends] ** batch_size])
+    # best[i]: least expected width of the batches whose longest row is in the first i cells, and its widths.
+    best: list[tuple[float, list[int]]] = [(0.0, []), *[(np.inf, [])] * len(ends)]
+    for _ in range(min(most, len(ends))):
+        last = [((below[i + 1] - below[: i + 1]) * end, end) for i, end in enumerate(ends.tolist())]
+        best = [
+            (0.0, []),
+            *(min((best[j][0] + cost, [*best[j][1], end]) for j, cost in enumerate(costs)) for costs, end in last),
+        ]
+    widths = np.minimum(np.array(best[-1][1]) * grid, longest)
+    eighths = np.arange(1, 9) * max(1, longest // 8)
+    return np.unique([*eighths[eighths < widths[0]], *widths, longest])
 
 
 def _cut(row: Batch, length: int) -> Batch:
@@ -161,7 +192,7 @@ class OpenRecords(OpenData):
                     f"data.dialogues.{name}: is of fine-tuning, and {records} have no use for it; leave it out"
                 )
         self.records: RecordKind = records
-        self.limits = limits
+        self.limits, self._batch_size = limits, stage.batch_size
         super().__init__(stage.data, kind="sft", seq_len=stage.seq_len, **how)  # learns answers to dialogues
 
     @functools.cached_property
@@ -171,7 +202,7 @@ class OpenRecords(OpenData):
 
     def rows_of(self, found: Mapping[str, Any]) -> RecordRows:
         """Makes a store of domains of `train` or `held_out`."""
-        return RecordRows(found, self.records, self.vocabulary, self.limits)
+        return RecordRows(found, self.records, self.vocabulary, self.limits, self._batch_size)
 
     def _open_files(self, name: str, source: SourceConfig, field: str) -> Any:
         if source.format != self.records:

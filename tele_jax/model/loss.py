@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
@@ -65,7 +66,7 @@ def cross_entropy(x: jax.Array, kernel: jax.Array, targets: jax.Array, mult: flo
     """Cross entropy -log softmax(mult * x @ kernel)[targets] over the first vocab_size columns: [B, S].
 
     x [B, S, D], kernel [D, V] of any dtype, targets int32[B, S]. The product is computed in x's dtype, the rest in
-    float32 or better. Gradients compute the logits again.
+    float32 or better. Gradients compute the logits again, but where all of a device take no more than CHUNK_BYTES.
     """
     local = functools.partial(_losses, mult=mult, vocab_size=vocab_size)
     return _on_each_device(local, x, kernel, (targets,), out=(P(BATCH),))[0]
@@ -167,7 +168,7 @@ def _softmax(x, kernel, targets, mult, vocab_size, axes: _Axes):
     """Returns losses [T] of tokens [T], and for gradients logits [T, V/t], log normalizer [T, 1], hits bool[T, V/t]."""
     columns = axes.columns(kernel.shape[1])
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
-    logits = jnp.einsum("TD,DV->TV", x, kernel, preferred_element_type=accumulate) * mult
+    logits = checkpoint_name(jnp.einsum("TD,DV->TV", x, kernel, preferred_element_type=accumulate), "logits") * mult
     logits = jnp.where(columns < vocab_size, logits, -jnp.inf)
     # A device may hold padding alone, but all of them together do not.
     top = axes.max(jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
@@ -180,8 +181,11 @@ def _softmax(x, kernel, targets, mult, vocab_size, axes: _Axes):
 def _losses(x, kernel, targets, *, mult, vocab_size, axes, compare=False):
     """Returns (losses [B, S],), and with `compare` also where the target is the likeliest token, bool[B, S]."""
     kernel = axes.gathered(kernel.astype(x.dtype))
+    accumulate = jnp.promote_types(x.dtype, jnp.float32)
+    fits = accumulate.itemsize * targets.size * kernel.shape[1] <= CHUNK_BYTES
+    kept = jax.checkpoint_policies.save_only_these_names(*["logits"] * fits)
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, policy=kept)
     def step(_, part):
         losses, logits, *_ = _softmax(part[0], kernel, part[1], mult, vocab_size, axes)
         if not compare:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tele_jax.data import dialogue, preferences, records, sources
+from tele_jax.data import dialogue, preferences, record_rows, records, sources
 from tele_jax.data.record_rows import RecordBatches
 from tele_jax.data.templates import TEMPLATES
 from tele_jax.errors import UserError
@@ -116,7 +116,6 @@ def test_a_row_is_the_prompt_and_the_answer_with_its_end(model_file, vocabulary,
         assert of["targets"][learned].tolist() == want[first:]
         assert of["segment_ids"].tolist() == [1] * n + [0] * (len(of["tokens"]) - n)
         assert of["positions"][:n].tolist() == list(range(n))
-    assert found["tokens"].shape[2] % 8 == 0  # seq_len 64 in eighths
     alone = own.store.read(["a"], [1])
     n = alone["tokens"].shape[2]
     assert (alone["tokens"] == found["tokens"][1:, :, :n]).all()
@@ -318,3 +317,17 @@ def test_prompts_of_a_seqio_task(model_file, vocabulary):
     batch = own.store.read(["a"], [2])
     assert batch["tokens"][0, : batch["lengths"][0]].tolist() == ids[2]
     assert own.store.fields(2) == {"answer": "3"}
+
+
+def test_batches_are_little_wider_than_their_longest_row_in_few_widths():
+    rng = np.random.default_rng(0)
+    for lengths, limit in ((rng.lognormal(4, 0.6, 5000).clip(5, 512), 512), (np.full(9, 7), 64), (np.arange(1, 4), 3)):
+        lengths = lengths.astype(np.int64)
+        for size in (1, 8, 256):
+            widths = record_rows._widths(lengths, size, limit)
+            assert len(widths) <= 16 and (np.diff(widths) > 0).all() and widths[-1] == limit and widths[0] > 0
+            longest = rng.choice(lengths, (1000, size)).max(axis=1)
+            made = widths[np.searchsorted(widths, longest)]
+            assert (made >= longest).all()
+            eighths = -(-longest // (limit // 8)) * (limit // 8) if limit > 8 else longest
+            assert (made - longest).mean() <= 0.5 * (eighths - longest).mean()
