@@ -24,6 +24,7 @@ VERBS = {
     "train": "run the stages of a config: pretrain, grow, fine-tune",
     "report": "show the table, pictures and sampled replies of a run",
     "grow": "grow a checkpoint into a larger one",
+    "merge": "merge checkpoints of one architecture into one",
     "plan": "compile a step of training, growth or decoding for a TPU slice: does it fit, what does it cost",
     "inspect": "show what a checkpoint holds",
     "import": "read a released checkpoint",

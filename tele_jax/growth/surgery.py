@@ -5,6 +5,8 @@
     print(plan)
     small = growth.apply(plan, params)                or apply_opt, stream, verify: they are plans of growth
 
+    one = surgery.merge(cfg, [a, b], "slerp", t=0.5)  several models into one: merging.py
+
 A plan says whether the function is preserved, and if not, why (plan.notes). Growth that keeps the function and lets
 what is new learn is `growth.plan`.
 """
@@ -25,13 +27,14 @@ from tele_jax.files import Table
 from tele_jax.growth import axis_map
 from tele_jax.growth.axis_map import AxisMap
 from tele_jax.growth.leaf import LeafPlan
+from tele_jax.growth.merging import merge
 from tele_jax.growth.plan import Plan, Step, compose
 from tele_jax.model.spec import flat_spec
 
 Model = ModelConfig | Plan
 
-__all__ = ["Diff", "Difference", "cut", "diff", "drop", "duplicate", "find", "pad", "rename", "rescale", "select"]
-__all__ += ["submodel", "take"]
+__all__ = ["Diff", "Difference", "cut", "diff", "drop", "duplicate", "find", "merge", "pad", "rename", "rescale"]
+__all__ += ["select", "submodel", "take"]
 
 # {axis that surgery can change: the config's field for its size}
 FIELDS = {"layers": "num_layers", "embed": "embed_dim", "heads": "num_heads", "kv_heads": "num_kv_heads"}

@@ -8,6 +8,7 @@ COMMANDS = {
     "train": ["train", "--config", "page.py", "--workdir", "w"],
     "report": ["report", "w"],
     "grow": ["grow", "src", "dst", "--config", "page.py"],
+    "merge": ["merge", "a", "b", "dst"],
     "plan": ["plan", "--config", "page.py", "--topology", "v5p:2x2x1"],
     "inspect": ["inspect", "ckpt"],
     "import": ["import", "src", "dst"],
