@@ -150,6 +150,9 @@ class OptimizerConfig:
     weight_decay: float = 0.0  # decay of kernels and tables; nothing else decays
     clip_norm: float = 1.0  # largest global norm of the gradient
     new_warmup_steps: int = 0  # steps over which parameters that growth added warm up
+    # What learns. new: only what the growth right before the stage added (as LLaMA-Pro trains its new blocks); all else
+    # stays as it is, and neither decays nor counts in clip_norm.
+    trained: Literal["all", "new"] = "all"
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  # stored dtype; computed in float32 or better
 
     def __post_init__(self):
@@ -315,6 +318,10 @@ class TrainStage:
             self.lora is None or not self.mask_ramp,
             "lora and mask_ramp: lora freezes the parameters that mask_ramp would open, so new units would enter "
             "untrained; open the masks in a stage without lora",
+        )
+        require(
+            self.lora is None or self.optimizer.trained == "all",
+            "lora and optimizer.trained='new': lora trains adapters, and nothing that growth added; leave one out",
         )
         require(self.mask_start >= 0 and self.mask_ramp >= 0, "mask_start and mask_ramp must not be negative")
         together = isinstance(self.mask_order, str)

@@ -31,6 +31,7 @@ from tele_jax.growth.opt_state import apply_opt
 from tele_jax.growth.plan import Plan, Step, compose
 from tele_jax.growth.policies import (
     change_multipliers,
+    expand_blocks,
     grow_vocab,
     insert_layers,
     pad_vocab,
@@ -59,6 +60,7 @@ __all__ = [
     "change_multipliers",
     "check",
     "compose",
+    "expand_blocks",
     "grow_vocab",
     "insert_layers",
     "layers",

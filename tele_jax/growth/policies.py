@@ -278,6 +278,26 @@ def insert_layers(cfg: ModelConfig, layers: int | Sequence[int], **how: object) 
     return _changed(cfg, {"layers": ids} | how, num_layers=len(ids))
 
 
+def expand_blocks(cfg: ModelConfig, blocks: int) -> Plan:
+    """Adds `blocks` layers, each after one of so many equal groups, as copy of its last (LLaMA-Pro, arXiv 2401.02415).
+
+    What a copy writes to the residual stream is 0, so that the function stays, to the bit. A stage that trains the new
+    layers alone: config.STAGE.optimizer.trained = "new".
+
+    >>> cfg = ModelConfig(num_layers=4, embed_dim=8, num_heads=2, mlp_dim=12, vocab_size=10)
+    >>> expand_blocks(cfg, 2).maps["layers"].index.tolist()
+    [0, 1, 1, 2, 3, 3]
+
+    Raises:
+      UserError: the layers do not make so many groups of one size.
+    """
+    require_config(cfg, "expand_blocks: cfg")
+    fits = 0 < whole(blocks, "blocks") <= cfg.num_layers and cfg.num_layers % blocks == 0
+    require(fits, f"expand_blocks: {cfg.num_layers} layers do not make {blocks} groups of one size")
+    group = cfg.num_layers // blocks
+    return insert_layers(cfg, [i for i in range(cfg.num_layers) for _ in range(1 + (i % group == group - 1))])
+
+
 def grow_vocab(cfg: ModelConfig, vocab_size: int, padded_vocab_size: int | None = None, **how: object) -> Plan:
     """Adds tokens up to vocab_size after the old ones, whose logits stay.
 

@@ -201,8 +201,25 @@ def masked_plan(start: "checkpoint.Lazy", where: str) -> growth.Plan | None:
     if entry.get("mask") != 0 or entry.get("kind") != "grow":
         require_unmasked(start.provenance, where)
         return None
-    places = [Path(start.path), Path(start.path).parent.parent]
-    missing = f"{where}: its masks are closed, and {PLAN_FILE}, which says which units are new, is not there"
+    return _plan_beside(start, f"{where}: its masks are closed")
+
+
+def new_units(start: "checkpoint.Lazy | None", where: str) -> dict[str, np.ndarray]:
+    """Marks what the growth that made a checkpoint has added: bool[size] by axis name.
+
+    Raises:
+      UserError: the checkpoint is not from a growth, or its plan is not there.
+      DamageError: the plan is damaged.
+    """
+    if start is None or not start.provenance or start.provenance[-1].get("kind") != "grow":
+        raise UserError(f"{where}: optimizer.trained='new' has to follow a growth, and the stage before is none")
+    return {axis: axis_map.fresh for axis, axis_map in _plan_beside(start, where).maps.items()}
+
+
+def _plan_beside(start: "checkpoint.Lazy", where: str) -> growth.Plan:
+    """The plan of the growth that made a checkpoint: in it, or in the directory of the stage."""
+    entry, places = start.provenance[-1], [Path(start.path), Path(start.path).parent.parent]
+    missing = f"{where}, and {PLAN_FILE}, which says which units are new, is not there"
     place = given(next((place for place in places if (place / PLAN_FILE).exists()), None), missing)
     plan = read_plan(place)
     require(plan.digest == entry.get("plan"), f"{where}: was made by another plan than that of {place / PLAN_FILE}")

@@ -19,25 +19,51 @@ from tele_jax.settings import OptimizerConfig, ScheduleConfig
 
 
 def optimizer(
-    cfg: ModelConfig, config: OptimizerConfig, factor: Callable[[Any], jax.Array], trained: Params | None = None
+    cfg: ModelConfig,
+    config: OptimizerConfig,
+    factor: Callable[[Any], jax.Array],
+    trained: Params | None = None,
+    new: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformation:
     """Clipping by global norm, Adam, decoupled weight decay, muP groups, and the schedule `factor(step)`.
 
     Matrix-like parameters learn with matrix_learning_rate / r, r = width / muP base width; all others with
     learning_rate (arXiv 2304.06875). Kernels and tables decay; norm scales and biases do not.
     trained: tree of ParamSpec of what is trained, where that is not all of the model (model/adapters.py).
+    new: bool[size] by axis name; entries without a unit that is True there stay as they are. None: all learn.
     """
     spec = spec_of(cfg) if trained is None else trained
     matrix = config.learning_rate if config.matrix_learning_rate is None else config.matrix_learning_rate
     peaks = jax.tree.map(lambda s: matrix / cfg.width_ratio if s.is_matrix_like else config.learning_rate, spec)
     decays = jax.tree.map(lambda s: s.role in ("kernel", "table"), spec)
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         scale_by_adam(spec, config),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, peak: u * peak, updates, peaks)),
         optax.scale_by_schedule(lambda step: -factor(step)),
     )
+    return chain if new is None else _only(new, flatten(spec), chain)
+
+
+def _only(new: Mapping[str, Any], leaves: Mapping[str, ParamSpec], inner: Any) -> optax.GradientTransformation:
+    """The optimizer `inner`, with its state, for entries with a new unit alone: others have no gradient and no step."""
+
+    def kept(tree: PyTree) -> dict[str, Any]:
+        flat = flatten(tree)
+        for name, leaf in leaves.items():
+            mask = jnp.zeros((1,) * len(leaf.shape), bool)
+            for dimension, axis in enumerate(leaf.axes):
+                if axis in new:
+                    mask |= jnp.asarray(new[axis]).reshape([-1 if d == dimension else 1 for d in range(mask.ndim)])
+            flat[name] = jnp.where(mask, flat[name], jnp.zeros((), flat[name].dtype))
+        return unflatten(flat)
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[Any, Any]:
+        steps, state = inner.update(kept(updates), state, params)
+        return kept(steps), state
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def scale_by_adam(spec: Params, config: OptimizerConfig) -> optax.GradientTransformation:

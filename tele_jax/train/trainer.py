@@ -22,6 +22,7 @@ from tele_jax.data.surroundings import Surroundings
 from tele_jax.errors import FailedError, UserError
 from tele_jax.files import Table
 from tele_jax.growth import MaskSchedule, Plan
+from tele_jax.growth.receipt import new_units
 from tele_jax.model import platforms
 from tele_jax.model.decoder import init
 from tele_jax.model.spec import abstract, count_params, spec
@@ -103,7 +104,8 @@ class Trainer:
         self.frozen = Frozen(self.cfg, stage.lora, previous, mesh) if stage.lora and previous else None
         self.trained = spec(self.cfg) if self.frozen is None else self.frozen.spec
         self.flops = flops_per_token(self.cfg, stage.seq_len, self.frozen and self.frozen.spec)  # of a token
-        self.tx = optimizer(self.cfg, stage.optimizer, self.factor, self.trained)
+        new = new_units(before, f"config.{directory.name}") if stage.optimizer.trained == "new" else None
+        self.tx = optimizer(self.cfg, stage.optimizer, self.factor, self.trained, new)
         masks = None if plan is None else mask_schedule(stage, plan)
         self.masks = masks or (lambda step: None)
         self.closed_steps = {} if masks is None else masks.closed_steps()
