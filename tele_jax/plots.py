@@ -5,6 +5,7 @@ plots.plan(plan)                       copied, scaled, zero and fresh parts of e
 plots.receipts({"exact": receipt})     findings of verify: report.to_json(), or a growth_receipt.json
 plots.layer_scores(receipt)            change of the stream by each layer, and the layers that were copied
 plots.mask_ramp(schedule, 300)         the masks of policy msg, step by step
+plots.dots({"exact": {"embed": [1e-3]}}, ...)      values of rows on a logarithmic axis, one dot per seed
 plots.bits_per_byte(results)           results.json of `tele eval bpb`: bars by domain, with intervals
 
 A function returns a new figure and touches no state of pyplot: a notebook shows the figure, a script saves it with
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from tele_jax.growth import MaskSchedule, Plan
 
-__all__ = ["bits_per_byte", "layer_scores", "loss", "mask_ramp", "plan", "receipts"]
+__all__ = ["bits_per_byte", "dots", "layer_scores", "loss", "mask_ramp", "plan", "receipts"]
 
 # Colours that people with any colour vision tell apart (Okabe and Ito, 2008).
 BLUE, ORANGE, GREEN, PINK, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
@@ -245,6 +246,47 @@ def receipts(receipts: Mapping[str, Table]) -> "Figure":
         _grid(axes, "x")
     figure.legend(**LEGEND_BELOW, fontsize="small")
     figure.suptitle("Did the function stay the same, and can everything new learn?", fontsize="medium")
+    return figure
+
+
+def dots(
+    groups: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    x_label: str,
+    title: str,
+    threshold: tuple[float, str],
+    log: bool = True,
+) -> "Figure":
+    """Dots of the values of every row, coloured by group, with a vertical line at a threshold.
+
+    Args:
+      groups: {group: {row: its values, such as one per seed}}.
+      x_label: label of the horizontal axis, with its unit.
+      threshold: (value, label) of the line.
+      log: a logarithmic axis, on which values below the smallest positive double are drawn at its left end.
+    """
+    count = sum(map(len, groups.values()))
+    require(count > 0, "plots.dots: no row to draw; give {group: {row: values}}")
+    figure, axes = _single(1.8 + 0.24 * count)
+    floor = min((v for rows in groups.values() for vs in rows.values() for v in vs if v > 0), default=1.0) / 3
+    names: list[str] = []
+    for i, (group, rows) in enumerate(groups.items()):
+        points = [
+            (max(v, floor) if log else v, len(names) + at) for at, vs in enumerate(rows.values()) for v in vs if v == v
+        ]
+        names += rows
+        marker, color = "os^D"[i % 4], CYCLE[i % len(CYCLE)]
+        axes.plot(*zip(*points, strict=True), marker, color=color, label=group, markersize=5, alpha=0.8)
+    value, label = threshold
+    axes.axvline(value, color=INK, linestyle="--", linewidth=1, label=label)
+    axes.set_yticks(range(count), names, fontsize=8)
+    axes.set_ylim(count - 0.5, -0.5)
+    if log:
+        axes.set_xscale("log")
+    axes.set_xlabel(x_label)
+    axes.set_title(title)
+    _grid(axes, "x")
+    figure.legend(**LEGEND_BELOW)
     return figure
 
 

@@ -36,6 +36,7 @@ VERBS = {
     "chat": "talk to a fine-tuned model",
     "eval": "find out how good a model is",
     "score-reward": "score answers with a reward model",
+    "lab": "carry out studies that measure what growth is worth",
     "preflight": "check a command before it is started on other machines (launch/)",
 }
 

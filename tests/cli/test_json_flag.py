@@ -20,6 +20,7 @@ COMMANDS = {
     "chat": ["chat", "ckpt"],
     "eval": ["eval", "table", "results.json"],
     "score-reward": ["score-reward", "ckpt", "pairs.jsonl", "--out", "scores.jsonl"],
+    "lab": ["lab", "list"],
     "preflight": ["preflight", "--installed"],
 }
 

@@ -1,0 +1,88 @@
+"""Verdicts by rule, from 95% intervals over seeds."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from tele_jax.files import Table
+from tele_jax.lab.study import Criterion
+
+CONFIRMED, NOT_CONFIRMED, CONTRADICTED = "confirmed", "not confirmed", "contradicted"
+RULE = (
+    "A criterion is confirmed where the whole 95% t interval of the mean over seeds lies on the claimed side of its "
+    "threshold, contradicted where the whole interval lies on the other side, and not confirmed otherwise, also where "
+    "one seed alone gives no interval. The study is confirmed where all criteria are, contradicted where one is, and "
+    "not confirmed otherwise."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A figure with one value per seed; differences and ratios of arms are taken within a seed.
+
+    Attributes:
+      values: one per seed.
+      unit: the unit, in words.
+      at_least: True where a value is only known to be at least as large, one per seed.
+    """
+
+    values: Sequence[float]
+    unit: str
+    at_least: Sequence[bool] = ()
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95% interval of the mean by Student's t; None for a single value.
+
+    >>> [round(end, 3) for end in interval([1.0, 2.0, 3.0])]
+    [-0.484, 4.484]
+    """
+    if len(values) < 2:
+        return None
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
+    return mean - half, mean + half
+
+
+def judge(criterion: Criterion, estimate: Estimate) -> Table:
+    """The verdict on one criterion, with mean and interval.
+
+    A value that is only known from below cannot confirm that the figure is small; it may contradict it.
+    """
+    ends = interval(estimate.values)
+    verdict, bounded = NOT_CONFIRMED, any(estimate.at_least)
+    if ends is not None and all(map(math.isfinite, ends)):
+        low, high = ends
+        below, above = high < criterion.threshold and not bounded, low > criterion.threshold
+        holds, fails = (below, above) if criterion.side == "below" else (above, below)
+        verdict = CONFIRMED if holds else CONTRADICTED if fails else NOT_CONFIRMED
+    return {
+        "says": criterion.says,
+        "estimate": criterion.estimate,
+        "unit": estimate.unit,
+        "side": criterion.side,
+        "threshold": criterion.threshold,
+        "values": list(estimate.values),
+        "at_least": bounded,
+        "mean": float(np.mean(estimate.values)),
+        "interval": None if ends is None else list(ends),
+        "verdict": verdict,
+    }
+
+
+def together(verdicts: Sequence[str]) -> str:
+    """The verdict on a study, from those on its criteria."""
+    if CONTRADICTED in verdicts:
+        return CONTRADICTED
+    return CONFIRMED if all(verdict == CONFIRMED for verdict in verdicts) else NOT_CONFIRMED
+
+
+def shown(judged: dict[str, Any]) -> str:
+    """Mean and interval of a judged criterion for people."""
+    mean = f"{'at least ' if judged['at_least'] else ''}{judged['mean']:.4g}"
+    ends = judged["interval"]
+    return f"{mean}, one seed" if ends is None else f"{mean} [{ends[0]:.4g}, {ends[1]:.4g}]"

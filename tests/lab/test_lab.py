@@ -1,0 +1,106 @@
+"""`tele lab`: jobs that are done once, reports from their JSON alone, verdicts by rule, and pages that are refused."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tele_jax.cli.main import main
+from tele_jax.cli.pages import load_page
+from tele_jax.errors import UserError
+from tele_jax.lab import read_study, run
+from tele_jax.lab.study import Criterion
+from tele_jax.lab.verdict import Estimate, interval, judge, together
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_e0_is_confirmed_resumed_and_reported_from_its_results_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "e0"
+    assert main(["lab", "run", "E0", "--budget", "smoke", "--out", str(out)]) == 0
+    found = json.loads((out / "report.json").read_text())
+    assert found["verdict"] == "confirmed"
+    page, results = (out / "page.md").read_text(), sorted(out.glob("*/*/result.json"))
+    assert "**Verdict at the budget `smoke`: confirmed.**" in page and (out / "figure.png").stat().st_size > 5_000
+    times = [path.stat().st_mtime_ns for path in results]
+    assert len(times) == 4
+    results[0].unlink()
+    capsys.readouterr()
+    assert main(["lab", "report", str(out)]) == 2
+    assert "1 of 4 jobs are not done" in capsys.readouterr().err
+    assert main(["lab", "run", "E0", "--budget", "smoke", "--out", str(out)]) == 0  # one job is left
+    assert [path.stat().st_mtime_ns for path in results[1:]] == times[1:]
+    copy = tmp_path / "page.md"
+    monkeypatch.chdir(tmp_path)  # without any page of a study
+    assert main(["lab", "report", str(out), "--page", str(copy)]) == 0
+    assert copy.read_text() == (out / "page.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--config.seeds=()", "seeds is empty"),
+        ("--config.seeds=(1, 1)", "one is named twice"),
+        ("--config.kind=exact", "'exact' is no kind of study; did you mean 'exactness'?"),
+        ("--config.criteria=()", "without one there is no verdict"),
+        ("--config.arms={'a': {'policy': 'stack', 'growth': {'num_layers': 3}}}", "policy stack changes the function"),
+        ("--config.arms={'a': {'mistake': 'luck'}}", "config.arms.a.mistake='luck' is no known mistake"),
+        ("--config.arms={'a': {'dtyp': 'float32'}}", "config.arms.a.dtyp: unknown key; did you mean 'dtype'?"),
+    ],
+)
+def test_a_page_that_cannot_be_is_refused_in_one_line(change, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert main(["lab", "run", "E0", "--out", str(tmp_path / "out"), change]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_arms_of_unequal_compute_and_unknown_studies_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("tele_jax.lab.exactness.compute", lambda study: {"long": 2e9, "short": 1e9})
+    out = str(tmp_path / "out")
+    assert main(["lab", "run", "E0", "--out", out, "--config.equal_compute=0.01"]) == 2
+    assert "long takes 2e+09 FLOPs and short 1e+09" in capsys.readouterr().err
+    assert main(["lab", "run", "E00", "--out", out]) == 2
+    assert "did you mean 'E0'?" in capsys.readouterr().err
+
+
+def test_results_of_another_study_are_not_mixed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("tele_jax.lab.exactness.work", lambda *job: {})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    assert main(["lab", "run", "E0", "--out", str(tmp_path / "other")]) == 2
+    assert "holds something else than a study" in capsys.readouterr().err
+    out = tmp_path / "out"
+    study = read_study(load_page("configs/lab/E0.py:smoke"))
+    assert run(study, out) == 0
+    assert run(dataclasses.replace(study, seeds=(0, 1, 2), title="Other words"), out) == 0  # results stay as they are
+    assert len(list(out.glob("*/*/result.json"))) == 6
+    with pytest.raises(UserError, match=r"another version of the study \(config.settings differ\)"):
+        run(dataclasses.replace(study, settings={}), out)
+
+
+def test_intervals_and_verdicts_follow_the_rule():
+    low, high = interval([1.0, 2.0, 3.0])
+    quantile = 4.302652729911275  # of Student's t with 2 degrees of freedom at 0.975, from printed tables
+    assert math.isclose(low, 2 - quantile / math.sqrt(3)) and math.isclose(high, 2 + quantile / math.sqrt(3))
+    assert interval([1.0]) is None
+
+    def verdict(values, side, at_least=()):
+        criterion = Criterion(estimate="x", side=side, threshold=1.0, says="it holds")
+        return judge(criterion, Estimate(values, "units", at_least))["verdict"]
+
+    assert verdict([0.5, 0.51, 0.52], "below") == "confirmed"
+    assert verdict([0.5, 0.51, 0.52], "above") == "contradicted"
+    assert verdict([0.5, 1.0, 1.2], "below") == verdict([0.5], "below") == "not confirmed"
+    # A value known from below alone cannot show that it is small.
+    assert verdict([0.5, 0.51, 0.52], "below", [False, False, True]) == "not confirmed"
+    assert verdict([1.5, 1.51, 1.52], "below", [False, False, True]) == "contradicted"
+    assert together(["confirmed", "confirmed"]) == "confirmed"
+    assert together(["confirmed", "not confirmed"]) == "not confirmed"
+    assert together(["not confirmed", "contradicted"]) == "contradicted"
