@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tele_jax.cli.main import main
@@ -67,6 +68,34 @@ def test_arms_of_unequal_compute_and_unknown_studies_are_refused(tmp_path, monke
     assert "long takes 2e+09 FLOPs and short 1e+09" in capsys.readouterr().err
     assert main(["lab", "run", "E00", "--out", out]) == 2
     assert "did you mean 'E0'?" in capsys.readouterr().err
+
+
+def test_e5_goes_through_three_stages_and_counts_the_same_flops(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "e5"
+    # Three steps more of one arm are no equal compute.
+    page = load_page("configs/lab/E5.py:smoke")
+    page.arms["from scratch"].config.train.steps += 3
+    with pytest.raises(UserError, match=r"more than equal_compute=0\.1 allows"):
+        read_study(page)
+    assert main(["lab", "run", "E5", "--out", str(out), "--config.seeds=(0,)"]) == 0
+    found = {p.parent.parent.name: json.loads(p.read_text())["found"] for p in out.glob("*/*/result.json")}
+    grown, scratch = found["even split"], found["from scratch"]
+    assert [stage["stage"] for stage in grown["stages"]] == ["small", "medium", "large"]
+    assert grown["stages"][-1]["parameters"] == scratch["stages"][0]["parameters"]
+    assert 0.9 < grown["flops"] / scratch["flops"] < 1.1 and len(grown["growths"]) == 2
+    # Exact growth: the loss before the first step of a stage is that after the last step of the stage before.
+    for at in grown["growths"]:
+        before, after = [loss for flops, loss in grown["curve"] if math.isclose(flops, at)]
+        assert math.isclose(before, after, rel_tol=1e-5)
+    goal = scratch["curve"][-1][1]
+    share = json.loads((out / "report.json").read_text())["criteria"][0]["values"][0]
+    flops, losses = zip(*grown["curve"])
+    first = next(i for i, loss in enumerate(losses) if loss <= goal)
+    needed = np.interp(-goal, [-losses[first - 1], -losses[first]], [flops[first - 1], flops[first]])
+    assert math.isclose(share, needed / scratch["flops"], rel_tol=1e-9)
+    assert "one seed" in (out / "page.md").read_text()  # which gives no interval, and confirms nothing
+    assert "ConfigDict(" in (out / "even split" / "0" / "page.py").read_text()
 
 
 def test_results_of_another_study_are_not_mixed(tmp_path, monkeypatch, capsys):
