@@ -250,41 +250,25 @@ def receipts(receipts: Mapping[str, Table]) -> "Figure":
 
 
 def dots(
-    groups: Mapping[str, Mapping[str, Sequence[float]]],
-    *,
-    x_label: str,
-    title: str,
-    threshold: tuple[float, str],
-    log: bool = True,
+    groups: Mapping[str, Mapping[str, Sequence[float]]], *, x_label: str, title: str, threshold: tuple[float, str]
 ) -> "Figure":
-    """Dots of the values of every row, coloured by group, with a vertical line at a threshold.
+    """Dots of the values of rows on a logarithmic axis, coloured by group, and a line at threshold, (value, label).
 
-    Args:
-      groups: {group: {row: its values, such as one per seed}}.
-      x_label: label of the horizontal axis, with its unit.
-      threshold: (value, label) of the line.
-      log: a logarithmic axis, on which values below the smallest positive double are drawn at its left end.
+    groups: {group: {row: its values, such as one per seed}}; what is not above 0 is drawn at the left end.
     """
-    count = sum(map(len, groups.values()))
-    require(count > 0, "plots.dots: no row to draw; give {group: {row: values}}")
-    figure, axes = _single(1.8 + 0.24 * count)
+    names = [name for rows in groups.values() for name in rows]
+    require(len(names) > 0, "plots.dots: no row to draw; give {group: {row: values}}")
+    figure, axes = _single(1.8 + 0.24 * len(names))
     floor = min((v for rows in groups.values() for vs in rows.values() for v in vs if v > 0), default=1.0) / 3
-    names: list[str] = []
+    place = 0
     for i, (group, rows) in enumerate(groups.items()):
-        points = [
-            (max(v, floor) if log else v, len(names) + at) for at, vs in enumerate(rows.values()) for v in vs if v == v
-        ]
-        names += rows
-        marker, color = "os^D"[i % 4], CYCLE[i % len(CYCLE)]
-        axes.plot(*zip(*points, strict=True), marker, color=color, label=group, markersize=5, alpha=0.8)
-    value, label = threshold
-    axes.axvline(value, color=INK, linestyle="--", linewidth=1, label=label)
-    axes.set_yticks(range(count), names, fontsize=8)
-    axes.set_ylim(count - 0.5, -0.5)
-    if log:
-        axes.set_xscale("log")
-    axes.set_xlabel(x_label)
-    axes.set_title(title)
+        points = [(max(v, floor), place + at) for at, values in enumerate(rows.values()) for v in values]
+        axes.plot(*zip(*points), "os^D"[i % 4], color=CYCLE[i % len(CYCLE)], label=group, markersize=5)
+        place += len(rows)
+    axes.axvline(threshold[0], color=INK, linestyle="--", linewidth=1, label=threshold[1])
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set(xscale="log", xlabel=x_label, title=title)
     _grid(axes, "x")
     figure.legend(**LEGEND_BELOW)
     return figure
