@@ -65,6 +65,7 @@ EXTRAS = {
         "accelerate>=1.15,<2",
         "gguf>=0.19,<0.20",
     ],
+    "gguf": ["gguf>=0.19,<0.20"],  # models of llama.cpp, in and out
     "align": ["reasoning-gym>=0.1.25,<0.2"],  # tasks with verifiers, for rewards and `tele eval harness`
     "eval": ["lm-eval>=0.4.13,<0.5"],
     # Not in the core: hosts of a pod draw nothing.

@@ -7,6 +7,7 @@ from tele_jax import checkpoint, convert, tables
 from tele_jax.cli import Outcome, Progress, flag, pick, refuse_flags, switch
 from tele_jax.convert import FORMATS
 from tele_jax.convert.exporting import Exported, outline
+from tele_jax.convert.families import LLAMA_LIKE
 from tele_jax.data.templates import TEMPLATES
 from tele_jax.errors import UserError
 from tele_jax.published import PUBLISHED, get_model
@@ -15,13 +16,13 @@ from tele_jax.published import PUBLISHED, get_model
 def arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "src SRC", "checkpoint, stage directory or work directory")
     flag(parser, "dst DST", "directory to write; must not exist", nargs="?")
-    form = "format; llama runs in transformers with nothing of ours installed (vLLM and llama.cpp were not tried)"
+    form = "format; llama is for transformers, gguf (DST/model.gguf) for llama.cpp, which was not tried"
     flag(parser, "--format", form, required=True, choices=FORMATS)
     dtypes = ("bfloat16", "float16", "float32", "float64")
     flag(parser, "--dtype", "dtype to round the values to; default: that of the parameters", choices=dtypes)
     flag(parser, "--max-seq-len N", "context to promise; default: the model's", int)
     known = ", ".join(TEMPLATES)
-    chat = f"chat template of a llama export: {known}; default: as the tokenizer and the checkpoint say"
+    chat = f"chat template of a llama or gguf export: {known}; default: as the tokenizer and the checkpoint say"
     flag(parser, "--template NAME", chat, choices=TEMPLATES)
     flag(parser, "--shard-gb G", "most 10^9 bytes of a file; default: 5", float, default=5.0)
     flag(parser, "--memory-gb G", "memory to work in, in 10^9 bytes; default: 1", float, default=1.0)
@@ -34,8 +35,8 @@ def run(args: argparse.Namespace) -> Outcome:
     """Raises UserError and DamageError as convert.export_checkpoint."""
     if args.list and not args.peft:
         return _list(args)
-    if args.template is not None and args.format != "llama":
-        raise UserError(f"--template {args.template}: only an export as llama gets a chat template")
+    if args.template is not None and args.format not in LLAMA_LIKE:
+        raise UserError(f"--template {args.template}: only an export as llama or gguf gets a chat template")
     if args.dst is None:
         raise UserError("tele export: DST is missing; see tele export --help")
     if args.peft:

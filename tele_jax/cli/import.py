@@ -11,7 +11,7 @@ from tele_jax.convert import FORMATS
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    flag(parser, "src SRC", "directory with config.json and *.safetensors, as released")
+    flag(parser, "src SRC", "directory with config.json and *.safetensors, as released, or a GGUF file")
     flag(parser, "dst DST", "where the checkpoint goes; must not exist")
     flag(parser, "--base CKPT", "SRC is an adapter (LoRA) that PEFT wrote, for this checkpoint")
     flag(parser, "--format", "format that SRC must have; default: what its config.json says", choices=FORMATS)
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> Outcome:
     progress = Progress("import")
     done = convert.import_checkpoint(args.src, args.dst, **how, resume=not args.start_over, progress=progress)
     release, cfg = done.release, done.release.cfg
-    names = [file.name for file in release.files]
+    names = [*(file.name for file in release.files), *release.documents]
     lines = [
         f"{release.format}: {cfg.num_layers} layers, embed {cfg.embed_dim:,}, {cfg.num_heads} heads of {cfg.head_dim} "
         f"({cfg.num_kv_heads} of keys), mlp {cfg.mlp_dim:,}, vocabulary {cfg.vocab_size:,}; "

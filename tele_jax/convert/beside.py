@@ -13,7 +13,7 @@ import operator
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,13 @@ def find_beside(step_dir: Path, programs: bool) -> list[Path]:
 def copy(files: Iterable[Path], directory: Path) -> None:
     for file in files:
         shutil.copyfile(file, directory / file.name)
+
+
+def write(documents: Mapping[str, Table | bytes], directory: Path) -> None:
+    """Writes files by name: tables as JSON, bytes as they are."""
+    for name, document in documents.items():
+        text = "" if isinstance(document, bytes) else json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+        (directory / name).write_bytes(document if isinstance(document, bytes) else text.encode())
 
 
 def count_ids(files: Iterable[Path]) -> tuple[int, str] | None:

@@ -25,10 +25,11 @@ import numpy as np
 from tele_jax.axes import Params, flatten, require_arrays
 from tele_jax.checkpoint import chunk_files, layout, locate
 from tele_jax.config import ModelConfig, require
-from tele_jax.convert import beside, configs, families, region
-from tele_jax.convert.families import FORMATS, Part, Tensor
+from tele_jax.convert import beside, configs, families, gguf, gguf_tokenizer, region
+from tele_jax.convert.families import FORMATS, LLAMA_LIKE, Part, Tensor
 from tele_jax.convert.files import DTYPES, Files, Stored, create, split
-from tele_jax.data.templates import release_of
+from tele_jax.data.templates import document_start, release_of
+from tele_jax.data.vocabulary import load_vocabulary
 from tele_jax.errors import DamageError, UserError, abridged
 from tele_jax.files import PathLike, Table, new_directory
 from tele_jax.model.adapters import merge_tile
@@ -67,8 +68,9 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """A description of what an export will write. document: the content of config.json."""
+    """A description of what an export will write. document: config.json, or metadata of GGUF in its words."""
 
+    format: str
     folded: families.Folded
     tensors: list[Tensor]
     document: Table
@@ -107,6 +109,8 @@ def outline(
         cfg = cfg.replace(max_seq_len=max_seq_len)
     folded = families.fold(cfg, format)
     target = jnp.dtype(cfg.param_dtype if dtype is None else dtype)
+    if format == "gguf" and target.name == "float64":
+        raise UserError("format gguf: llama.cpp runs float32, float16 and bfloat16; choose one with --dtype")
     if not folded.is_exact and dtype is None and target.itemsize < 4:
         factors = ", ".join(f"{leaf} by {factor:g}" for leaf, factor in folded.factors.items())
         raise UserError(
@@ -116,13 +120,15 @@ def outline(
     release = release_of(provenance)
     if release is not None and not {"format", "config"} <= release.keys():
         raise DamageError("provenance: damaged, the import has no format or no config")
-    known = release if release is not None and release["format"] == format else {}
+    family = "llama" if format == "gguf" else format
+    known = release if release is not None and release["format"] == family else {}
     constants = known.get("constants", {})
     tensors = [
         dataclasses.replace(tensor, constant=constants.get(tensor.name, tensor.constant))
         for tensor in families.expected(folded.cfg, format, target, _prefix(known, folded.cfg))
     ]
-    return Outline(folded, tensors, configs.write(folded.cfg, format, target, release), _notes(cfg, folded, format))
+    document = configs.write(folded.cfg, family, target, release)
+    return Outline(format, folded, tensors, document, _notes(cfg, folded, format))
 
 
 def _prefix(known: Mapping[str, Any], cfg: ModelConfig) -> str | None:
@@ -138,7 +144,7 @@ def _notes(cfg: ModelConfig, folded: families.Folded, format: str) -> list[str]:
     notes = [f"folded: {leaf} is multiplied by {factor:g}" for leaf, factor in folded.factors.items()]
     if folded.cfg.padded_vocab_size < cfg.padded_vocab_size:
         notes.append(f"left out: rows {cfg.vocab_size:,} to {cfg.padded_vocab_size - 1:,} of the vocabulary, padding")
-    if cfg.rope.ntk is not None and format in ("llama", "tele_flm"):
+    if cfg.rope.ntk is not None and format in (*LLAMA_LIKE, "tele_flm"):
         notes.append(
             f"rotary base {cfg.rope_length_factors(1)[0]:,.1f}, exact up to {cfg.max_seq_len:,} tokens; beyond "
             f"{cfg.rope.ntk.trained_length:,} this model changes it, which {format} cannot"
@@ -163,10 +169,10 @@ def export_checkpoint(
 
     Args:
       src: a checkpoint, as checkpoint.open_lazy takes it; adapters are merged into their base on the way.
-      dst: the directory to write; must not exist.
+      dst: the directory to write; must not exist. Format gguf writes one file, model.gguf, in it.
       format, dtype, max_seq_len: as `outline` takes them.
-      template: name of the dialogue template that a llama export gets (beside.py); by default that of the tokenizer
-        or of the release.
+      template: name of the dialogue template that a llama or gguf export gets (beside.py); by default that of the
+        tokenizer or of the release.
       shard_gb: 10^9 bytes of numbers in a file, at most, unless a tensor has more.
       memory_gb: 10^9 bytes that may be used above what the process has already.
       workers: threads, by default as many as cores; fewer where memory is short.
@@ -197,11 +203,35 @@ def export_checkpoint(
     pieces = [piece for array in arrays.values() for piece in _chunks_of(array, buffers, upon)]
     files_beside = beside.find_beside(Path(os.fspath(lazy.path)), programs=beside.comes_from(lazy.provenance, format))
     documents: Table = {}
-    if format == "llama" and (template is not None or not beside.is_a_release_of(lazy.provenance, format)):
+    if format == "gguf":
+        plan, documents = _tokenizer_of_gguf(plan, files_beside, lazy.provenance, template)
+        files_beside = []
+    elif format == "llama" and (template is not None or not beside.is_a_release_of(lazy.provenance, format)):
         made = beside.ready_to_chat(files_beside, lazy.provenance, plan.folded.cfg.max_seq_len, template)
         files_beside, documents, ids, notes = made
         plan = dataclasses.replace(plan, document=plan.document | ids, notes=plan.notes + notes)
     return write(dst, plan, pieces, files_beside, documents, shard_gb=shard_gb, workers=threads, progress=progress)
+
+
+def _tokenizer_of_gguf(
+    plan: Outline, files_beside: Sequence[Path], provenance: Sequence[Table], template: str | None
+) -> tuple[Outline, Table]:
+    """The outline with special ids and notes of the tokenizer beside a checkpoint, and the metadata that hold it."""
+    tokenizer = next((file for name in beside.TOKENIZERS for file in files_beside if file.name == name), None)
+    if tokenizer is None:
+        note = "no tokenizer beside the checkpoint: the file has none, and llama.cpp runs it on ids alone"
+        return dataclasses.replace(plan, notes=[*plan.notes, note]), {}
+    try:
+        vocabulary = load_vocabulary(tokenizer)
+    except UserError as error:
+        if template is not None:
+            raise
+        return dataclasses.replace(plan, notes=[*plan.notes, f"no tokenizer in the file: {error}"]), {}
+    documents, ids, notes = beside.make(vocabulary, provenance, plan.folded.cfg.max_seq_len, template)
+    chat = documents["tokenizer_config.json"].get("chat_template")
+    start, rows = document_start(vocabulary, provenance), plan.folded.cfg.vocab_size
+    metadata, more = gguf_tokenizer.write(vocabulary, rows, start, chat)
+    return dataclasses.replace(plan, document=plan.document | ids, notes=[*plan.notes, *notes, *more]), metadata
 
 
 def _threads(largest: int, memory_gb: float, workers: int | None) -> int:
@@ -252,14 +282,21 @@ def write(
     workers: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Exported:
-    """Writes weights, config.json, the files beside, and documents by name. Raises as export_checkpoint."""
+    """Writes weights, config.json, the files beside, and documents by name. Raises as export_checkpoint.
+
+    documents: tables of JSON by file name; for format gguf the metadata of the tokenizer.
+    """
     began = time.monotonic()
     require(0 < shard_gb < math.inf, f"shard_gb={shard_gb:g} must be above 0, and finite")
     target = locate.local_path(dst, "an export")
-    shards = split(plan.tensors, int(shard_gb * 1e9))
+    as_gguf = plan.format == "gguf"
+    shards = {gguf.SINGLE: plan.tensors} if as_gguf else split(plan.tensors, int(shard_gb * 1e9))
     report = progress or (lambda done, total: None)
     with _making(target, plan.nbytes) as directory:
-        stored = create(directory, shards)
+        if as_gguf:
+            stored = gguf.create(directory / gguf.SINGLE, plan.tensors, plan.document, documents or {})
+        else:
+            stored = create(directory, shards)
         with Files(os.O_RDWR) as files, ThreadPoolExecutor(workers, "tele_export") as pool:
             _write_constants(files, stored, plan.tensors)
             places = {(part.leaf, part.layer): (part, stored[t.name]) for t in plan.tensors for part in t.parts}
@@ -274,10 +311,10 @@ def write(
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        (directory / "config.json").write_text(json.dumps(plan.document, indent=2) + "\n")
-        beside.copy(files_beside, directory)
-        for name, document in (documents or {}).items():
-            (directory / name).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if not as_gguf:
+            (directory / "config.json").write_text(json.dumps(plan.document, indent=2) + "\n")
+            beside.copy(files_beside, directory)
+            beside.write(documents or {}, directory)
     return Exported(
         cfg=plan.folded.cfg,
         seconds=time.monotonic() - began,

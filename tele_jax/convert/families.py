@@ -20,11 +20,14 @@ from jax.typing import DTypeLike
 from tele_jax.axes import ParamSpec
 from tele_jax.config import ModelConfig, Ntk, require
 from tele_jax.errors import UserError, abridged
+from tele_jax.extras import need
 from tele_jax.model.spec import flat_spec
 
 # The scalar head of a reward model or of PPO, under the name that transformers has for it in a classifier of sequences.
 SCALAR_HEAD = "score.weight"
-FORMATS = ("tele_flm", "telechat", "telechat_52b", "llama")
+FORMATS = ("tele_flm", "telechat", "telechat_52b", "llama", "gguf")
+# A GGUF file holds the tensors of a Llama release, under the names and in the order of rows of llama.cpp.
+LLAMA_LIKE = ("llama", "gguf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +115,7 @@ TELECHAT_52B = (
     _row("lm_head.weight", "vocab, embed", "lm_head.kernel"),
     _row(SCALAR_HEAD, "score, embed", "scalar_head.kernel"),
 )
-TABLES = {"tele_flm": TELE_FLM, "telechat": TELECHAT, "telechat_52b": TELECHAT_52B, "llama": LLAMA}
+TABLES = {"tele_flm": TELE_FLM, "telechat": TELECHAT, "telechat_52b": TELECHAT_52B, **dict.fromkeys(LLAMA_LIKE, LLAMA)}
 # Buffers that some copies have and that say nothing: rotary frequencies and tables, computed from the config; the
 # causal mask; positions 0, 1, 2, ... By the end of the name, the dtypes that such a buffer has.
 _FLOATS, _INTEGERS = ("F64", "F32", "F16", "BF16"), ("I64", "I32")
@@ -137,7 +140,8 @@ class Part:
     """A leaf, or one layer of it, as it lies in a tensor.
 
     axes: the axes of the tensor, one name per axis, with * where its parts take turns. sizes: of these. turn: the place
-    of this part along *. layer: None where the leaf is not stacked.
+    of this part along *. layer: None where the leaf is not stacked. pairs: whether the numbers of head_dim that rotate
+    together are neighbours in the tensor (GGUF), where the leaf has them half a head apart.
     """
 
     leaf: str
@@ -145,6 +149,7 @@ class Part:
     axes: tuple[str, ...]
     sizes: tuple[int, ...]
     turn: int
+    pairs: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +169,7 @@ class Tensor:
 
 # How the formats differ: which code reads them decides what they can express.
 WITH_MULTIPLIERS = ("tele_flm", "telechat_52b")
-WITH_OUTPUT_BIASES = ("telechat", "llama")
+WITH_OUTPUT_BIASES = ("telechat", *LLAMA_LIKE)
 _OTHER = "; llama can hold it"
 
 
@@ -187,7 +192,7 @@ def fold(cfg: ModelConfig, format: str) -> Folded:
     multipliers   the embedding table takes input_mult, the final norm's scale the multiplier of the logits; divided by
                   input_mult where the embedding is tied, because there the table multiplies the logits as well. The
                   scalar head, which has no multiplier, takes the inverse of the last norm's
-    padding       rows of the vocabulary from vocab_size on are left out (llama only; the others have them as released)
+    padding       rows of the vocabulary from vocab_size on are left out (llama, gguf; the others have them as released)
 
     Raises:
       UserError: something else that the format cannot express; says what, and what to do.
@@ -200,7 +205,7 @@ def fold(cfg: ModelConfig, format: str) -> Folded:
             "final_norm.scale": (norm := cfg.logit_mult / (cfg.input_mult if cfg.tie_embeddings else 1.0)),
         } | ({"scalar_head.kernel": 1 / norm} if cfg.scalar_head else {})
         cfg = cfg.replace(input_mult=1.0, output_mult=1.0, mup_base_width=None)
-    if format == "llama":
+    if format in LLAMA_LIKE:
         cfg = cfg.replace(padded_vocab_size=cfg.vocab_size)
     return Folded(cfg, {leaf: factor for leaf, factor in factors.items() if factor != 1.0})
 
@@ -216,7 +221,7 @@ def require_expressible(cfg: ModelConfig, format: str) -> None:
     )
     width = cfg.num_heads * cfg.head_dim
     require(
-        width == cfg.embed_dim or format == "llama",
+        width == cfg.embed_dim or format in LLAMA_LIKE,
         f"{where}: takes head_dim = embed_dim / num_heads, but here {cfg.num_heads} heads of {cfg.head_dim} are not "
         f"embed_dim={cfg.embed_dim}{_OTHER}",
     )
@@ -305,7 +310,28 @@ def expected(cfg: ModelConfig, format: str, dtype: DTypeLike | None = None, pref
     order = [(row, None) for row in first]
     order += [(row, layer) for layer in range(cfg.num_layers) for row in layered]
     order += [(row, None) for row in rest]
-    return [_tensor(row, layer, spec, cfg.axis_sizes, dtype, prefix) for row, layer in order]
+    tensors = [_tensor(row, layer, spec, cfg.axis_sizes, dtype, prefix) for row, layer in order]
+    return _as_gguf(tensors, cfg.num_layers) if format == "gguf" else tensors
+
+
+def _as_gguf(tensors: list[Tensor], num_layers: int) -> list[Tensor]:
+    """Tensors of a Llama release as llama.cpp has them: other names, vectors in float32, rows of q and k in pairs.
+
+    The names come from the table of the package `gguf`. For the pairs see `permute` in llama.cpp's conversion of Llama.
+    """
+    gguf = need("gguf", how="pip install tele_jax[gguf]")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, num_layers)
+    renamed = []
+    for tensor in tensors:
+        name = names.get_name(tensor.name, (".weight", ".bias"))
+        if name is None:
+            raise UserError(f"format gguf: has no place for {tensor.name}; --format llama has one")
+        parts = tuple(
+            dataclasses.replace(part, pairs=part.leaf in ("layers.attn.q", "layers.attn.k")) for part in tensor.parts
+        )
+        dtype = jnp.dtype("float32") if len(tensor.shape) == 1 else tensor.dtype
+        renamed.append(dataclasses.replace(tensor, name=name, parts=parts, dtype=dtype))
+    return renamed
 
 
 def _is_there(row: Row, spec: dict[str, ParamSpec]) -> bool:

@@ -56,6 +56,10 @@ class Stored:
     def nbytes(self) -> int:
         return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
+    def read(self, files: "Files", places: np.ndarray, rows: np.ndarray) -> None:
+        """Fills rows, unsigned integers [n, m] of the dtype's size, with the numbers from places int64[n] on."""
+        files.read(self.file, self.offset + places * rows.itemsize, rows.view(np.uint8))
+
     def __str__(self) -> str:
         return f"{self.file.name}: {self.name}"
 

@@ -58,7 +58,7 @@ def import_checkpoint(
     refused before that, such as another release than the call began with, leaves what an earlier call wrote.
 
     Args:
-      src: directory with config.json and *.safetensors.
+      src: directory with config.json and *.safetensors, or a GGUF file.
       dst: the step directory to write; must not exist.
       format, dtype, vocab_size, rope_tables: as `open_release` takes them.
       memory_gb: 10^9 bytes that may be used above what the process has already.
@@ -92,6 +92,7 @@ def import_checkpoint(
     def finish(directory: Path) -> None:
         require(release.fingerprint == source, f"{src}: its files changed while they were read; import it again")
         beside.copy(release.files, directory)
+        beside.write(release.documents, directory)
 
     with Files() as files:
         written = chunked.write_leaves(

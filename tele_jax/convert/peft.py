@@ -35,6 +35,7 @@ from tele_jax.model.adapters import kernels
 from tele_jax.settings import LoraConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_FORMATS = tuple(name for name in FORMATS if name != "gguf")  # those that PEFT has adapters for
 _PREFIX, _ENDS = "base_model.model.", {".lora_A.weight": "a", ".lora_B.weight": "b"}
 # Keys of adapter_config.json that are read; keys that do not affect a finished adapter; values of other keys that do
 # not. Any other key that is set is refused.
@@ -97,14 +98,14 @@ def save_peft(
     Args:
       path: the directory to write; must not exist.
       adapters: nested dict of arrays, as tele.lora.init makes it for cfg and lora.
-      format: one of convert.FORMATS.
+      format: one of convert.FORMATS but gguf.
       base_model: the name or directory of that model, for adapter_config.json.
 
     Raises:
       UserError: `path` exists; adapters are not those of cfg and lora; the format cannot express the model.
     """
     began = time.monotonic()
-    require(format in FORMATS, f"format {format!r}: not one of {', '.join(FORMATS)}")
+    require(format in _FORMATS, f"format {format!r}: not one of {', '.join(_FORMATS)}")
     lora_of.check(cfg, adapters, lora)
     leaves = {name: np.asarray(leaf) for name, leaf in flatten(adapters).items()}
     chosen = [m for m in modules(cfg, format).values() if any(f"{part.leaf}.a" in leaves for part in m.parts)]
@@ -182,7 +183,7 @@ def load_peft(path: PathLike, cfg: ModelConfig, format: str | None = None) -> tu
     Args:
       path: directory with adapter_config.json and adapter_model.safetensors.
       cfg: the model that they are for.
-      format: one of convert.FORMATS, whose names the modules have; by default the first that fits.
+      format: one of convert.FORMATS but gguf, whose names the modules have; by default the first that fits.
 
     Raises:
       UserError: a file is missing or damaged; the adapter has what is not supported (DoRA, biases, other ranks for
@@ -271,7 +272,7 @@ def _by_module(directory: Path) -> dict[str, dict[str, Stored]]:
 def _find(directory: Path, cfg: ModelConfig, stored: Mapping[str, object], format: str | None) -> dict[str, Module]:
     """The modules in a file of weights, by the first format that has all of them."""
     problem = ""
-    for choice in FORMATS if format is None else (format,):
+    for choice in _FORMATS if format is None else (format,):
         try:
             known = modules(cfg, choice)
         except UserError as error:

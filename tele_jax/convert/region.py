@@ -57,7 +57,7 @@ def read(files: Files, stored: Stored, part: Part, axes: Sequence[str], start: S
         view = _view(_bits(out), block, axes, start)
         inside = _as_rows(view, block) if out.dtype == dtype else None
         rows = _scratch(len(block.offsets), block.width, dtype) if inside is None else inside
-        files.read(stored.file, stored.offset + block.offsets * dtype.itemsize, rows.view(np.uint8))
+        stored.read(files, block.offsets, rows)
         _require_finite(rows, dtype, f"{stored.file}: {stored.name}", UserError)
         if out.dtype != dtype:
             rows = _convert(rows, dtype, out.dtype, f"{stored.file}: {stored.name}")
@@ -132,13 +132,22 @@ def _blocks(
     down = _SEGMENT_BYTES // itemsize if order != sorted(order) else max(1, _BLOCK_BYTES // row_bytes)
     for outer in _pieces(ranges[:first], down):
         offsets = np.zeros(1, np.int64)
-        for (begin, end), stride in zip(outer, strides, strict=False):
-            offsets = np.add.outer(offsets, np.arange(begin, end, dtype=np.int64) * stride).ravel()
+        for i, (begin, end) in enumerate(outer):
+            offsets = np.add.outer(offsets, _places(part, i, begin, end) * strides[i]).ravel()
         for begin in range(*ranges[first], across):
             end = min(begin + across, ranges[first][1])
             kept = [*outer, (begin, end), *ranges[first + 1 :]]
             named = {axis: r for axis, r in zip(part.axes, kept, strict=True) if axis != "*"}
             yield _Block(named, offsets + begin * strides[first], (end - begin) * strides[first])
+
+
+def _places(part: Part, i: int, begin: int, end: int) -> np.ndarray:
+    """Returns where the entries begin to end of the leaf's axis i lie along it in the tensor: int64[end - begin]."""
+    places = np.arange(begin, end, dtype=np.int64)
+    if part.pairs and part.axes[i] == "head_dim":
+        half = part.sizes[i] // 2
+        places = places % half * 2 + places // half
+    return places
 
 
 def _are_neighbours(part: Part, axes: Sequence[str], i: int) -> bool:

@@ -14,6 +14,7 @@ the checkpoint's provenance, through training and growth:
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tele_jax.config import ModelConfig
-from tele_jax.convert import beside, configs, families, files
+from tele_jax.convert import beside, configs, families, files, gguf, gguf_tokenizer
 from tele_jax.convert.configs import Keys
 from tele_jax.convert.families import FORMATS, Part, Tensor
 from tele_jax.convert.files import Stored
@@ -35,8 +36,9 @@ class Release:
     """A release, opened and compared with its config.json by `open_release`.
 
     cfg: with the dtype that the parameters will have. keys: its config.json. parts: by leaf and layer, the part and the
-    tensor in which it lies. files: that travel along. notes: one line each, for the user. constants: by name, buffers
-    that carry nothing and are not what such buffers usually are; kept to be written again. generation: how its code
+    tensor in which it lies. files: that travel along. documents: files that are made from the metadata of a GGUF file,
+    by name. notes: one line each, for the user. constants: by name, buffers that carry nothing and are not what such
+    buffers usually are; kept to be written again. generation: how its code
     generates.
     """
 
@@ -46,6 +48,7 @@ class Release:
     keys: configs.Keys
     parts: Mapping[tuple[str, int | None], tuple[Part, Stored]]
     files: list[Path]
+    documents: Mapping[str, Table | bytes]
     notes: list[str]
     prefix: str
     constants: dict[str, float]
@@ -74,11 +77,11 @@ def open_release(
     vocab_size: int | None = None,
     rope_tables: str = "float32",
 ) -> Release:
-    """Opens a directory and compares everything in it with its config.json; reads no weights.
+    """Opens a directory or a GGUF file and compares all in it with its config.json or metadata; reads no weights.
 
     Args:
       format: what it has to be; by default what its config.json says.
-      dtype: of the parameters: "bfloat16", "float32" or "float64"; by default that of the file.
+      dtype: of the parameters: "bfloat16", "float32" or "float64"; by default that of the files, and float32 for GGUF.
       vocab_size: tokens; rows of the embedding from there on are padding. By default what the tokenizer beside the
         weights has, or for llama, and where there is none, all rows.
       rope_tables: see config.Rope; "float16" for telechat alone.
@@ -90,6 +93,8 @@ def open_release(
     path = Path(path)
     if format is not None and format not in FORMATS:
         raise UserError(f"format {format!r}: not one of {', '.join(FORMATS)}")
+    if (file := gguf.find(path, format)) is not None:
+        return _open_gguf(file, dtype, vocab_size, rope_tables)
     if not path.is_dir():
         problem = "is a file; name the directory that holds it" if path.is_file() else "no such directory"
         raise UserError(f"{path}: {problem}; expected a released checkpoint")
@@ -102,11 +107,10 @@ def open_release(
     cfg = cfg.replace(scalar_head=families.SCALAR_HEAD in stored)
     prefix = "transformer." if found == "telechat" and any(n.startswith("transformer.") for n in stored) else ""
     expected = families.expected(cfg, found, prefix=prefix)
-    weights = _compare(path, cfg, expected, stored)
+    weights = _compare(keys.where, cfg, expected, stored)
     cfg = cfg.replace(**_dtypes(weights, dtype))
     if rope_tables != "float32":
-        if found != "telechat":
-            raise UserError(f"rope tables in {rope_tables}: only the code of telechat rounds them, not that of {found}")
+        _require_tables(found)
         cfg = cfg.replace(rope=dataclasses.replace(cfg.rope, tables=rope_tables))
     travelling = beside.find(path)
     cfg, notes = _cut_vocabulary(path, cfg, found, travelling, vocab_size)
@@ -120,11 +124,50 @@ def open_release(
         keys=keys,
         parts={(part.leaf, part.layer): (part, stored[t.name]) for t in expected for part in t.parts},
         files=travelling,
+        documents={},
         notes=[*notes, *unfollowed],
         prefix=prefix,
         generation=generation,
         constants=_read_constants(expected, stored),
     )
+
+
+def _open_gguf(file: Path, dtype: str | None, vocab_size: int | None, rope_tables: str) -> Release:
+    opened = gguf.open_file(file)
+    if rope_tables != "float32":
+        _require_tables("gguf")
+    cfg = configs.read(opened.keys, "llama")
+    expected = families.expected(cfg, "gguf")
+    weights = _compare(opened.keys.where, cfg, expected, opened.stored)
+    cfg = cfg.replace(**_dtypes(weights, dtype or "float32"))
+    cfg, notes = _cut_vocabulary(file, cfg, "llama", [], vocab_size)
+    documents, unread = gguf_tokenizer.read(opened.fields)
+    kinds = sorted({getattr(stored, "kind", stored.dtype) for stored in weights})
+    return Release(
+        path=file,
+        format="llama",
+        cfg=cfg,
+        keys=opened.keys,
+        parts={(part.leaf, part.layer): (part, opened.stored[t.name]) for t in expected for part in t.parts},
+        files=[],
+        documents=documents,
+        notes=[f"GGUF: weights in {', '.join(kinds)}, read as {cfg.param_dtype}", *notes, *unread],
+        prefix="",
+        constants=_read_constants(expected, opened.stored),
+        generation={
+            "eos_token_ids": _ids(opened.keys, "eos_token_id"),
+            "do_sample": False,
+            "sampling": {},
+            "document_start": next(iter(_ids(opened.keys, "bos_token_id")), None)
+            if gguf_tokenizer.adds_start(opened.fields)
+            else None,
+        },
+    )
+
+
+def _require_tables(format: str) -> None:
+    if format != "telechat":
+        raise UserError(f"rope tables in float16: only the code of telechat rounds them, not that of {format}")
 
 
 def _left_alone(path: Path, stored: Mapping[str, Stored]) -> list[str]:
@@ -133,16 +176,19 @@ def _left_alone(path: Path, stored: Mapping[str, Stored]) -> list[str]:
     return sorted(file.name for file in path.glob("*.safetensors") if file.name not in read)
 
 
-def _compare(path: Path, cfg: ModelConfig, expected: list[Tensor], stored: dict[str, Stored]) -> list[Stored]:
-    """The tensors that hold leaves. Raises UserError naming what is missing, unknown, or of another shape."""
+def _compare(where: str, cfg: ModelConfig, expected: list[Tensor], stored: dict[str, Stored]) -> list[Stored]:
+    """The tensors that hold leaves. Raises UserError naming what is missing, unknown, or of another shape.
+
+    where: path of what describes the model.
+    """
     rows = [t for t in expected if t.parts and t.parts[0].leaf == "embed.table"]
     for tensor in rows:
         if tensor.name in stored and stored[tensor.name].shape[1:] == tensor.shape[1:] != ():
             have = stored[tensor.name].shape[0]
             if have != tensor.shape[0]:
                 raise UserError(
-                    f"{stored[tensor.name].file}: {tensor.name} has {have:,} rows, but vocab_size in config.json is "
-                    f"{tensor.shape[0]:,}: config and weights are of different vocabularies"
+                    f"{stored[tensor.name].file}: {tensor.name} has {have:,} rows, but vocab_size in "
+                    f"{Path(where).name} is {tensor.shape[0]:,}: config and weights are of different vocabularies"
                 )
     for have in stored.values():
         if have.dtype not in files.DTYPES and not families.is_buffer(have.name, have.dtype):
@@ -164,7 +210,7 @@ def _compare(path: Path, cfg: ModelConfig, expected: list[Tensor], stored: dict[
         elif not families.is_buffer(name, stored[name].dtype):
             lines.append(f"{stored[name].file.name}: {name} {list(stored[name].shape)}: unknown")
     if lines:
-        raise UserError(f"{path}: not what its config.json describes: " + abridged(lines, "; "))
+        raise UserError(f"{Path(where).parent}: not what its {Path(where).name} describes: " + abridged(lines, "; "))
     return [stored[tensor.name] for tensor in expected if tensor.parts]
 
 
@@ -241,8 +287,8 @@ def _read_constants(expected: Iterable[Tensor], stored: Mapping[str, Stored]) ->
                 continue
             have = stored[tensor.name]
             dtype = files.DTYPES[have.dtype]
-            raw = np.empty((1, have.nbytes), np.uint8)
-            opened.read(have.file, np.array([have.offset]), raw)
+            raw = np.empty((1, math.prod(have.shape)), f"u{dtype.itemsize}")
+            have.read(opened, np.zeros(1, np.int64), raw)
             values = raw.view(dtype).astype(np.float64)
             if tensor.constant == 0.0 and values.any():
                 raise UserError(f"{have.file}: {have.name} is not zero; tele_jax has no bias there")

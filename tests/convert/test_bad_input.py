@@ -343,7 +343,7 @@ def test_another_format_than_asked_for(release, tmp_path):
 
 def test_an_unknown_format_and_tables_of_another_family(release, tmp_path):
     src = release()
-    refused(src, tmp_path, UserError, "'gguf': not one of tele_flm, telechat, telechat_52b, llama", format="gguf")
+    refused(src, tmp_path, UserError, "'onnx': not one of tele_flm, telechat, telechat_52b, llama, gguf", format="onnx")
     refused(src, tmp_path, UserError, "rope tables in float16: only the code of telechat", rope_tables="float16")
 
 

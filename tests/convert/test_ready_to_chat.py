@@ -118,7 +118,7 @@ def test_a_model_of_plain_text_gets_no_chat_template_unless_one_is_named(tmp_pat
     convert.export_checkpoint(step, tmp_path / "named", format="llama", template="telechat_12b")
     assert "<_user>" in json.loads((tmp_path / "named" / "tokenizer_config.json").read_text())["chat_template"]
     assert main(["export", str(step), str(tmp_path / "x"), "--format", "tele_flm", "--template", "telechat"]) == 2
-    assert "only an export as llama gets a chat template" in capsys.readouterr().err
+    assert "only an export as llama or gguf gets a chat template" in capsys.readouterr().err
     # Read again, the export says itself what stands before a text.
     convert.import_checkpoint(tmp_path / "plain", tmp_path / "again")
     (entry,) = checkpoint.open_lazy(tmp_path / "again").provenance
