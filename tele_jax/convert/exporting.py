@@ -28,8 +28,7 @@ from tele_jax.config import ModelConfig, require
 from tele_jax.convert import beside, configs, families, gguf, gguf_tokenizer, region
 from tele_jax.convert.families import FORMATS, LLAMA_LIKE, Part, Tensor
 from tele_jax.convert.files import DTYPES, Files, Stored, create, split
-from tele_jax.data.templates import document_start, release_of
-from tele_jax.data.vocabulary import load_vocabulary
+from tele_jax.data.templates import release_of
 from tele_jax.errors import DamageError, UserError, abridged
 from tele_jax.files import PathLike, Table, new_directory
 from tele_jax.model.adapters import merge_tile
@@ -204,34 +203,14 @@ def export_checkpoint(
     files_beside = beside.find_beside(Path(os.fspath(lazy.path)), programs=beside.comes_from(lazy.provenance, format))
     documents: Table = {}
     if format == "gguf":
-        plan, documents = _tokenizer_of_gguf(plan, files_beside, lazy.provenance, template)
-        files_beside = []
+        cfg = plan.folded.cfg
+        documents, ids, notes = gguf_tokenizer.of_checkpoint(files_beside, lazy.provenance, cfg, template)
+        files_beside, plan = [], dataclasses.replace(plan, document=plan.document | ids, notes=plan.notes + notes)
     elif format == "llama" and (template is not None or not beside.is_a_release_of(lazy.provenance, format)):
         made = beside.ready_to_chat(files_beside, lazy.provenance, plan.folded.cfg.max_seq_len, template)
         files_beside, documents, ids, notes = made
         plan = dataclasses.replace(plan, document=plan.document | ids, notes=plan.notes + notes)
     return write(dst, plan, pieces, files_beside, documents, shard_gb=shard_gb, workers=threads, progress=progress)
-
-
-def _tokenizer_of_gguf(
-    plan: Outline, files_beside: Sequence[Path], provenance: Sequence[Table], template: str | None
-) -> tuple[Outline, Table]:
-    """The outline with special ids and notes of the tokenizer beside a checkpoint, and the metadata that hold it."""
-    tokenizer = next((file for name in beside.TOKENIZERS for file in files_beside if file.name == name), None)
-    if tokenizer is None:
-        note = "no tokenizer beside the checkpoint: the file has none, and llama.cpp runs it on ids alone"
-        return dataclasses.replace(plan, notes=[*plan.notes, note]), {}
-    try:
-        vocabulary = load_vocabulary(tokenizer)
-    except UserError as error:
-        if template is not None:
-            raise
-        return dataclasses.replace(plan, notes=[*plan.notes, f"no tokenizer in the file: {error}"]), {}
-    documents, ids, notes = beside.make(vocabulary, provenance, plan.folded.cfg.max_seq_len, template)
-    chat = documents["tokenizer_config.json"].get("chat_template")
-    start, rows = document_start(vocabulary, provenance), plan.folded.cfg.vocab_size
-    metadata, more = gguf_tokenizer.write(vocabulary, rows, start, chat)
-    return dataclasses.replace(plan, document=plan.document | ids, notes=[*plan.notes, *notes, *more]), metadata
 
 
 def _threads(largest: int, memory_gb: float, workers: int | None) -> int:

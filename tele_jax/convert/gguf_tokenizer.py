@@ -1,9 +1,14 @@
 """The tokenizer in the metadata of a GGUF file: to the files that load_vocabulary reads, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from tele_jax.data.vocabulary import SentencePieceVocabulary, Vocabulary
+from tele_jax.config import ModelConfig
+from tele_jax.convert import beside
+from tele_jax.data.templates import document_start
+from tele_jax.data.vocabulary import SentencePieceVocabulary, Vocabulary, load_vocabulary
+from tele_jax.errors import UserError
 from tele_jax.extras import need
 from tele_jax.files import Table, read_table
 
@@ -97,6 +102,25 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], kinds: list[int
     normal.name, normal.remove_extra_whitespaces, normal.escape_whitespaces = "identity", False, True
     normal.add_dummy_prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
     return model.SerializeToString()
+
+
+def of_checkpoint(
+    files: Sequence[Path], provenance: Sequence[Table], cfg: ModelConfig, template: str | None
+) -> tuple[Table, Table, list[str]]:
+    """(metadata, special ids for the model's config, notes) of the tokenizer among the files beside a checkpoint."""
+    tokenizer = next((file for name in beside.TOKENIZERS for file in files if file.name == name), None)
+    if tokenizer is None:
+        return {}, {}, ["no tokenizer beside the checkpoint: the file has none, and llama.cpp runs it on ids alone"]
+    try:
+        vocabulary = load_vocabulary(tokenizer)
+    except UserError as error:
+        if template is not None:
+            raise
+        return {}, {}, [f"no tokenizer in the file: {error}"]
+    documents, ids, notes = beside.make(vocabulary, provenance, cfg.max_seq_len, template)
+    chat = documents["tokenizer_config.json"].get("chat_template")
+    metadata, more = write(vocabulary, cfg.vocab_size, document_start(vocabulary, provenance), chat)
+    return metadata, ids, notes + more
 
 
 def write(vocabulary: Vocabulary, rows: int, start: int | None, template: str | None) -> tuple[Table, list[str]]:

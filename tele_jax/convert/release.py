@@ -22,7 +22,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from tele_jax.config import ModelConfig
+from tele_jax.config import ModelConfig, require
 from tele_jax.convert import beside, configs, families, files, gguf, gguf_tokenizer
 from tele_jax.convert.configs import Keys
 from tele_jax.convert.families import FORMATS, Part, Tensor
@@ -38,8 +38,7 @@ class Release:
     cfg: with the dtype that the parameters will have. keys: its config.json. parts: by leaf and layer, the part and the
     tensor in which it lies. files: that travel along. documents: files that are made from the metadata of a GGUF file,
     by name. notes: one line each, for the user. constants: by name, buffers that carry nothing and are not what such
-    buffers usually are; kept to be written again. generation: how its code
-    generates.
+    buffers usually are; kept to be written again. generation: how its code generates.
     """
 
     path: Path
@@ -133,15 +132,16 @@ def open_release(
 
 
 def _open_gguf(file: Path, dtype: str | None, vocab_size: int | None, rope_tables: str) -> Release:
+    require(rope_tables == "float32", "rope tables in float16: only the code of telechat rounds them, not that of gguf")
     opened = gguf.open_file(file)
-    if rope_tables != "float32":
-        _require_tables("gguf")
     cfg = configs.read(opened.keys, "llama")
     expected = families.expected(cfg, "gguf")
     weights = _compare(opened.keys.where, cfg, expected, opened.stored)
     cfg = cfg.replace(**_dtypes(weights, dtype or "float32"))
     cfg, notes = _cut_vocabulary(file, cfg, "llama", [], vocab_size)
     documents, unread = gguf_tokenizer.read(opened.fields)
+    ends, start = _ids(opened.keys, "eos_token_id"), _ids(opened.keys, "bos_token_id")
+    start = start if gguf_tokenizer.adds_start(opened.fields) else []
     kinds = sorted({getattr(stored, "kind", stored.dtype) for stored in weights})
     return Release(
         path=file,
@@ -155,19 +155,18 @@ def _open_gguf(file: Path, dtype: str | None, vocab_size: int | None, rope_table
         prefix="",
         constants=_read_constants(expected, opened.stored),
         generation={
-            "eos_token_ids": _ids(opened.keys, "eos_token_id"),
+            "eos_token_ids": ends,
             "do_sample": False,
             "sampling": {},
-            "document_start": next(iter(_ids(opened.keys, "bos_token_id")), None)
-            if gguf_tokenizer.adds_start(opened.fields)
-            else None,
+            "document_start": next(iter(start), None),
         },
     )
 
 
 def _require_tables(format: str) -> None:
-    if format != "telechat":
-        raise UserError(f"rope tables in float16: only the code of telechat rounds them, not that of {format}")
+    require(
+        format == "telechat", f"rope tables in float16: only the code of telechat rounds them, not that of {format}"
+    )
 
 
 def _left_alone(path: Path, stored: Mapping[str, Stored]) -> list[str]:
@@ -177,10 +176,7 @@ def _left_alone(path: Path, stored: Mapping[str, Stored]) -> list[str]:
 
 
 def _compare(where: str, cfg: ModelConfig, expected: list[Tensor], stored: dict[str, Stored]) -> list[Stored]:
-    """The tensors that hold leaves. Raises UserError naming what is missing, unknown, or of another shape.
-
-    where: path of what describes the model.
-    """
+    """The tensors that hold leaves. Raises UserError naming what differs from `where`, the file with the config."""
     rows = [t for t in expected if t.parts and t.parts[0].leaf == "embed.table"]
     for tensor in rows:
         if tensor.name in stored and stored[tensor.name].shape[1:] == tensor.shape[1:] != ():
