@@ -1,7 +1,7 @@
 # make test         the tests
 # make check        lint, format, types, import layers
 # make docs         the site of docs/ and of the docstrings, in site/
-# make quickstart   text -> pretrain -> grow -> pretrain -> grow -> fine-tune -> chat, on one CPU
+# make quickstart   text -> pretrain -> grow -> pretrain -> grow -> fine-tune -> chat, then a real model grows, on one CPU
 #
 # The first run makes $(VENV) and installs into it; it needs python3 (3.11 to 3.13) and a package index, nothing else.
 # An existing $(VENV) is used as it is and completed. Another Python: make test PYTHON=python3.13 VENV=.venv313
@@ -41,6 +41,7 @@ quickstart: install
 	$(TELE) tokenizer train --preset tele_flm --vocab-size 4096 --out $(TOKENIZER) '$(TEXT)/*/train.jsonl'
 	$(TELE) train --config configs/quickstart.py --workdir $(QUICKSTART_DIR) $(QUICKSTART_FLAGS)
 	$(TELE) chat $(QUICKSTART_DIR) --tokenizer $(TOKENIZER) --prompt "画蛇添足是什么意思？"
+	JAX_PLATFORMS=cpu $(PY) benchmarks/grow_a_real_model.py --dir runs/quickstart/real
 
 # ---- installation ----------------------------------------------------------------------------------------------------
 
