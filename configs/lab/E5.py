@@ -102,6 +102,7 @@ def get_config(budget: str = "cpu") -> ConfigDict:
         "The proportions of the sizes are the published ones as far as whole heads and layers allow; the even split of "
         "tokens is ours.",
         "The final loss of the path from scratch has seen the decay of the learning rate, and so has the end of each "
-        "path: most of what a path gains at its end is that decay.",
+        "path: most of what a path gains at its end is that decay. A path cannot be seen to reach that loss before its "
+        "decay begins, so its share of FLOPs is bounded from below; a finished branch per share is not there yet.",
     )
     return config

@@ -148,9 +148,10 @@ def _widths(lengths: np.ndarray, batch_size: int, longest: int, most: int = 8) -
 
     `most` of them make the expected width of a batch of batch_size drawn rows least: with F the share of rows up to a
     length, the distribution of the longest is F^batch_size. Below are eighths of `longest`, for batches of short rows
-    that are read in order. All are multiples of a 64th of `longest`.
+    that are read in order. All but the last are multiples of 128, which TPU kernels of attention ask for, where
+    `longest` is at least 1,024, and of a 64th of it, rounded down, where it is less.
     """
-    grid = max(1, longest // 64)
+    grid = 128 if longest >= 1024 else max(1, longest // 64)
     counts = np.bincount(-(-lengths // grid))  # by cells of the grid: cell i holds lengths up to i * grid
     ends, reached = np.flatnonzero(counts), np.cumsum(counts) / len(lengths)
     below = np.concatenate([[0], reached[ends] ** batch_size])
@@ -163,7 +164,7 @@ def _widths(lengths: np.ndarray, batch_size: int, longest: int, most: int = 8) -
             *(min((best[j][0] + cost, [*best[j][1], end]) for j, cost in enumerate(costs)) for costs, end in last),
         ]
     widths = np.minimum(np.array(best[-1][1]) * grid, longest)
-    eighths = np.arange(1, 9) * max(1, longest // 8)
+    eighths = np.arange(1, 9) * -(-longest // 8 // grid) * grid
     return np.unique([*eighths[eighths < widths[0]], *widths, longest])
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tele_jax.axes import Leaf, Params, ParamSpec, check_tree, flatten, require_arrays, unflatten
-from tele_jax.config import ModelConfig, checked, finite, require, require_config, whole
+from tele_jax.config import ModelConfig, checked, differing_fields, finite, require, require_config, whole
 from tele_jax.model.spec import flat_spec
 from tele_jax.sharding import tiles
 
@@ -31,7 +31,7 @@ Method = Literal["linear", "slerp", "task_arithmetic", "ties", "passthrough"]
 _USES = {"linear": ("weights",), "slerp": ("t", "scope"), "task_arithmetic": ("weights", "scale")}
 _USES |= {"ties": ("weights", "density", "scale", "scope"), "passthrough": ("slices",)}
 
-_STRAIGHT = 0.9995  # cosine from which slerp is linear: the arc is then a line, to 1e-8; as mergekit does
+_STRAIGHT = 1 - 1e-12  # cosine from which slerp is linear: factors of the arc differ from those of the line by 1e-12
 _BLOCK, _COUNTED = 2**20, 2**22  # bytes in float64 that are computed, or summed, at once
 SCRATCH_BYTES = 12 * _COUNTED
 
@@ -41,7 +41,7 @@ Tensor = tuple[str, tuple[int, ...]]  # a leaf, and the index along its stacked 
 
 @checked
 class Recipe:
-    """The rule by which models become one; fields that the method does not use keep their defaults."""
+    """The rule by which models become one; fields that the method does not use must keep their defaults."""
 
     method: Method = "linear"
     weights: tuple[float, ...] | None = None  # one per model; linear divides them by their sum; None: 1 each
@@ -61,8 +61,14 @@ class Recipe:
             require(getattr(self, name) is None or math.isfinite(getattr(self, name)), f"{name} must be finite")
         require(0 < self.density <= 1, f"density={self.density} is a share, above 0 and at most 1")
         require(self.method != "slerp" or self.t is not None, "slerp needs t: 0 is the first model, 1 the second")
+        require(self.t is None or 0 <= self.t <= 1, f"t={self.t} must be in [0, 1]: 0 is the first model, 1 the second")
         for weight in self.weights or ():
             finite(weight, "weights")
+            require(self.method != "ties" or weight > 0, f"weights: {weight:g}; those of ties must be above 0")
+        size = sum(map(abs, self.weights or (1.0,)))
+        require(math.isfinite(size), "weights: their sum is not finite")
+        about_zero = self.method == "linear" and abs(sum(self.weights or (1.0,))) <= 1e-6 * size
+        require(not about_zero, "weights: their sum is 0, or next to it; linear divides by it")
         require(self.method != "passthrough" or len(self.slices) > 0, "passthrough needs slices: which layers of which")
         for part in self.slices:
             fits = len(part) == 3 and min(part) >= 0 and part[1] < part[2]
@@ -83,7 +89,6 @@ class Recipe:
         require(self.method != "slerp" or models == 2, f"slerp merges two models, not {models}")
         weights = self.weights
         require(weights is None or len(weights) == models, f"weights: {len(weights or ())} for {models} models")
-        require(self.method != "linear" or weights is None or sum(weights) != 0, "weights: their sum is 0")
         require(self.method == "passthrough" or len({*layers}) == 1, f"models have {layers} layers; see passthrough")
         for model, first, end in self.slices:
             require(model < models, f"slices: no model {model}; there are {models}, from 0")
@@ -124,8 +129,11 @@ def merge(
     require_base(recipe, base is not None)
     cfgs = [cfg] * len(given) if isinstance(cfg, ModelConfig) else [*cfg]
     require(len(cfgs) == len(given), f"merge: {len(cfgs)} configs for {len(given)} trees")
-    for one in cfgs:
+    for number, one in enumerate(cfgs):
         require_config(one, "merge: cfg")
+        same = one.replace(num_layers=cfgs[0].num_layers) if recipe.slices else one
+        other = differing_fields(same, cfgs[0])
+        require(not other, f"merge: cfg[{number}] differs from cfg[0] in {', '.join(other)}; such models do not fit")
     sources = recipe.sources([one.num_layers for one in cfgs])
     flat = [flatten(tree) for tree in (*given, *([] if base is None else [base]))]
     for number, leaves in enumerate(flat):
@@ -250,8 +258,12 @@ class Merger:
             dot, first, second = dot + float((a * b).sum()), first + float((a * a).sum()), second + float((b * b).sum())
         norm = math.sqrt(first) * math.sqrt(second)
         cosine = dot / norm if norm else 1.0
-        if not abs(cosine) < _STRAIGHT:
+        if cosine > _STRAIGHT or t in (0, 1):
             return 1 - t, t
+        opposite = (
+            f"slerp: {group[0][0]} points in opposite directions in both models, and no arc leads from one to the"
+        )
+        require(cosine > -_STRAIGHT, f"{opposite} other; merge them with linear")
         angle = math.acos(cosine)
         return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 

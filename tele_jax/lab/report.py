@@ -46,6 +46,10 @@ def report(out: Path, page: Path | None = None) -> Table:
     }
     files.write_json(out / "report.json", found)
     page = page or out / "page.md"
+    title = f"# {study.name}: "
+    own = page.suffix == ".md" and (not page.exists() or page.read_text("utf-8", "replace").startswith(title))
+    if not own:
+        raise UserError(f"{page}: is no page of {study.name} (a .md file), and would be overwritten; choose another")
     figure = page.with_name("figure.png" if page.name == "page.md" else f"{page.stem}.png")
     with files.writing(figure):
         figure.parent.mkdir(parents=True, exist_ok=True)

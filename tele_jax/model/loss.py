@@ -66,7 +66,7 @@ def cross_entropy(x: jax.Array, kernel: jax.Array, targets: jax.Array, mult: flo
     """Cross entropy -log softmax(mult * x @ kernel)[targets] over the first vocab_size columns: [B, S].
 
     x [B, S, D], kernel [D, V] of any dtype, targets int32[B, S]. The product is computed in x's dtype, the rest in
-    float32 or better. Gradients compute the logits again, but where all of a device take no more than CHUNK_BYTES.
+    float32 or better. Gradients compute the logits again, unless the logits of one device fit in CHUNK_BYTES.
     """
     local = functools.partial(_losses, mult=mult, vocab_size=vocab_size)
     return _on_each_device(local, x, kernel, (targets,), out=(P(BATCH),))[0]

@@ -1,5 +1,6 @@
 """Merging against float64 numpy written from the published formulas, on random trees."""
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -141,6 +142,13 @@ REFUSED = {
     "slerp needs t": dict(method="slerp"),
     "weights: 3 for 2": dict(weights=(1, 2, 3)),
     "their sum is 0": dict(weights=(1, -1)),
+    "next to it": dict(weights=(0.1 + 0.2, -0.3)),
+    "sum is not finite": dict(weights=(1e308, 1e308)),
+    "must be in \\[0, 1\\]": dict(method="slerp", t=5.0),
+    "opposite directions": dict(
+        method="slerp", t=0.5, trees=[random_tree(0), jax.tree.map(np.negative, random_tree(0))]
+    ),
+    "must be above 0": dict(method="ties", base=random_tree(0), weights=(1, -0.999)),
     "needs a base": dict(method="ties"),
     "base: method linear does not use it": dict(base=random_tree(0)),
     "density: method linear does not use it": dict(density=0.5),
@@ -160,3 +168,21 @@ def test_what_does_not_fit_is_refused_by_name(message):
     how = dict(REFUSED[message])
     with pytest.raises(UserError, match=message):
         surgery.merge(CFG, how.pop("trees", [random_tree(0), random_tree(1)]), how.pop("method", "linear"), **how)
+
+
+def test_slerp_of_models_that_are_close_is_the_arc_all_the_same():
+    a = random_tree(0, np.float64)
+    b = jax.tree.map(lambda x, noise: x + 1e-3 * noise, a, random_tree(1, np.float64))
+    merged = surgery.merge(CFG, [a, b], "slerp", t=0.3)
+    for x, y, found in zip(tensors(a), tensors(b), tensors(merged), strict=True):
+        np.testing.assert_allclose(found, slerp(0.3, x, y), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "other", [dict(embed_dim=16), dict(mlp_dim=1), dict(rope={"theta": 5e5}), dict(tie_embeddings=True)]
+)
+@pytest.mark.parametrize("method, how", [("linear", {}), ("passthrough", {"slices": [(0, 0, 1), (1, 0, 1)]})])
+def test_models_of_other_configs_are_refused_by_field(other, method, how):
+    wrong = CFG.replace(**other)
+    with pytest.raises(UserError, match=f"cfg\\[1\\] differs from cfg\\[0\\] in {next(iter(other))}"):
+        surgery.merge([CFG, wrong], [random_tree(0), random_tree(1, cfg=wrong)], method, **how)
