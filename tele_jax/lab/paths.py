@@ -53,7 +53,7 @@ def split_steps(
 
     >>> small = ModelConfig(num_layers=1, embed_dim=8, num_heads=2, mlp_dim=16, vocab_size=32)
     >>> split_steps([small, small.replace(num_layers=2)], [3, 1], 1e8, batch_size=2, seq_len=16)
-    [222, 74]
+    [321, 107]
     """
     step = [flops_per_token(cfg, seq_len) * batch_size * seq_len for cfg in models]
     scale = flops / sum(share * cost for share, cost in zip(shares, step, strict=True))

@@ -98,7 +98,8 @@ def test_a_trained_checkpoint_finds_its_tokenizer_in_the_work_directory(src, cap
     "words, match",
     [
         (["import", "--format", "telechat", "{src}", "{tmp}/ck"], "config.json: is of format tele_flm, not telechat"),
-        (["import", "--format", "gguf", "{src}", "{tmp}/ck"], "invalid choice: 'gguf'"),
+        (["import", "--format", "onnx", "{src}", "{tmp}/ck"], "invalid choice: 'onnx'"),
+        (["import", "--format", "gguf", "{src}", "{tmp}/ck"], "0 GGUF files (*.gguf) there; name one"),
         (["import", "{tmp}/none", "{tmp}/ck"], "none: no such directory; expected a released checkpoint"),
         (["import", "{src}", "{src}"], "exists already, and checkpoints are never overwritten"),
         (["export", "--format", "llama", "{src}", "{tmp}/out"], "no complete checkpoint here"),
