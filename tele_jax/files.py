@@ -169,12 +169,15 @@ def read_table(path: str | os.PathLike, what: str = "", *, missing: str = "") ->
 
 
 @contextlib.contextmanager
-def locked(file: Path) -> Iterator[bool]:
-    """Locks a file, which is made where needed with its directory; yields False where another process has the lock."""
+def locked(file: Path, wait: bool = False) -> Iterator[bool]:
+    """Locks a file, which is made where needed with its directory; yields False where another process has the lock.
+
+    wait: stays until the lock is free, and yields True.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             free = True
         except OSError:
             free = False

@@ -1,8 +1,10 @@
 """`tele merge`: merges checkpoints of one architecture into one, and writes a receipt beside it."""
 
 import argparse
+import contextlib
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from tele_jax.cli import Outcome, Progress, flag, pick
@@ -39,14 +41,26 @@ def run(args: argparse.Namespace) -> Outcome:
         given["weights"] = _weights(args.weights)
     if args.slices is not None:
         given["slices"] = tuple(map(_slice, args.slices.split(",")))
-    try:
-        files = (Path(find_tokenizer(args.srcs[0])),)
-    except UserError:
-        files = ()  # a checkpoint from elsewhere may come without; chat and generate then ask for one
+    embedding = given["slices"][0][0] if "slices" in given else 0  # the SRC whose embedding the result has
+    files = _tokenizer([*args.srcs[embedding:], *args.srcs[:embedding]])
     how = pick(args, "base", "memory_gb", "workers") | {"copies": files, "progress": Progress("merge")}
     figures, receipt = merge_stored(Recipe(method=args.method, **given), args.srcs, args.dst, **how)
     speed = f"{figures.bytes_written:,} bytes in {figures.seconds:.1f} s with {figures.workers} threads"
     return Outcome(receipt | {"figures": dataclasses.asdict(figures)}, text=f"wrote {args.dst}: {speed}")
+
+
+def _tokenizer(srcs: Sequence[str]) -> tuple[Path, ...]:
+    """The tokenizer of the first SRC that has one; raises UserError where two differ."""
+    found = []
+    for src in srcs:
+        with contextlib.suppress(UserError):  # a checkpoint from elsewhere may come without
+            found.append(Path(find_tokenizer(src)))
+    for other in found[1:]:
+        same = other.name != found[0].name or other.read_bytes() == found[0].read_bytes()
+        require(
+            same, f"{other}: is another tokenizer than {found[0]}, so that ids mean other tokens; merge models of one"
+        )
+    return (*found[:1],)
 
 
 def _weights(text: str) -> tuple[float, ...]:

@@ -208,12 +208,14 @@ def new_units(start: "checkpoint.Lazy | None", where: str) -> dict[str, np.ndarr
     """Marks what the growth that made a checkpoint has added: bool[size] by axis name.
 
     Raises:
-      UserError: the checkpoint is not from a growth, or its plan is not there.
-      DamageError: the plan is damaged.
+      UserError: the checkpoint is not from a growth, its plan is not there, or nothing is new. DamageError: damage.
     """
     if start is None or not start.provenance or start.provenance[-1].get("kind") != "grow":
-        raise UserError(f"{where}: optimizer.trained='new' has to follow a growth, and the stage before is none")
-    return {axis: axis_map.fresh for axis, axis_map in _plan_beside(start, where).maps.items()}
+        raise UserError(f"{where}: optimizer.trained='new' has to follow a growth, and the stage before is not one")
+    new = {axis: axis_map.fresh for axis, axis_map in _plan_beside(start, where).maps.items()}
+    nothing = f"{where}: optimizer.trained='new', and the growth added no unit that is not a copy"
+    require(any(fresh.any() for fresh in new.values()), nothing)
+    return new
 
 
 def _plan_beside(start: "checkpoint.Lazy", where: str) -> growth.Plan:

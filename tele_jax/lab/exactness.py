@@ -134,8 +134,12 @@ def _random(cfg: ModelConfig, seed: int) -> PyTree:
 
 
 def _excess(found: Mapping[str, Any]) -> float:
-    """The larger of the two differences in multiples of what rounding explains, at most 1 where the growth is exact."""
-    return max(found["max_rel"] / found["tolerance"], found["part_difference"] / found["part_tolerance"])
+    """The larger of the two differences in multiples of what rounding explains, at most 1 where the growth is exact.
+
+    A difference that is not finite, which JSON holds as null, counts as 1e20.
+    """
+    pairs = (("max_rel", "tolerance"), ("part_difference", "part_tolerance"))
+    return max(1e20 if found[name] is None else found[name] / found[allowed] for name, allowed in pairs)
 
 
 def _orders(found: Mapping[str, Any]) -> float:

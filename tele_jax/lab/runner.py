@@ -21,7 +21,7 @@ from tele_jax import files
 from tele_jax.config import require, to_dict
 from tele_jax.lab.study import Study, job_directory
 
-STUDY, RESULT = "study.json", "result.json"
+STUDY, RESULT, LOCK = "study.json", "result.json", ".lock"
 RESULTS_OF = ("name", "kind", "budget", "arms", "settings")  # fields that results depend on
 
 
@@ -35,7 +35,7 @@ def run(study: Study, out: Path, say: Callable[[str], None] = print) -> int:
     elsewhere = 0
     for number, (arm, seed) in enumerate(study.jobs, start=1):
         directory = job_directory(out, arm, seed)
-        with files.locked(directory / ".lock") as free:
+        with files.locked(directory / LOCK) as free:
             if (directory / RESULT).exists():
                 continue
             if not free:
@@ -58,6 +58,15 @@ def run(study: Study, out: Path, say: Callable[[str], None] = print) -> int:
 def _claim(study: Study, out: Path) -> None:
     """Writes the study down, of which words, criteria and seeds may change; UserError for another's directory."""
     described = json.loads(json.dumps(to_dict(study)))  # as it is read back
+    ours = {LOCK, files.temporary_of(out / STUDY).name}
+    there = {path.name for path in out.iterdir()} if out.is_dir() else {*([out.name] if out.exists() else [])}
+    free = not there - ours or (out / STUDY).exists()  # asked last: jobs begin after it is there
+    require(free, f"{out}: holds something else than a study; choose another --out")
+    with files.locked(out / LOCK, wait=True):  # others may start at the same time
+        _write_down(described, out)
+
+
+def _write_down(described: files.Table, out: Path) -> None:
     if (out / STUDY).exists():
         before = files.read_json(out / STUDY)
         changed = [key for key in RESULTS_OF if before.get(key) != described[key]]
@@ -66,7 +75,4 @@ def _claim(study: Study, out: Path) -> None:
             f"{out}: holds results of another version of the study (config.{', config.'.join(changed)} differ); "
             "choose another --out",
         )
-    else:
-        free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-        require(free, f"{out}: holds something else than a study; choose another --out")
     files.write_json(out / STUDY, described)

@@ -216,5 +216,9 @@ def _check_masks(before: str | None, growth: Stage | None, name: str, stage: Sta
     if not masked and stage.mask_fields:
         why = "no growth comes right before" if growth is None else f"config.{before} grows by policy {growth.policy!r}"
         raise UserError(f"config.{name}.{stage.mask_fields[0]}: {why}, and only growth by policy 'msg' has masks")
+    if growth is None and stage.after is None and stage.optimizer.trained == "new":
+        raise UserError(
+            f"config.{name}.optimizer.trained='new' has to follow a growth, and the stage before is not one"
+        )
     if growth is not None and not growth.optimizer_state and stage.optimizer.new_warmup_steps:
         raise UserError(f"config.{name}.optimizer.new_warmup_steps: config.{before} grows without optimizer_state")

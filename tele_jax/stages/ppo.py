@@ -51,6 +51,8 @@ class PpoStage(RolloutStage):
             self.value_clip is None or self.value_clip > 0, f"value_clip={self.value_clip} must be above 0, or None"
         )
         require(self.lora is None, "lora: the value head is no adapter, and has to be trained; leave lora out")
+        trained = "optimizer.trained='new': growth did not add the value head, which has to be trained; leave it out"
+        require(self.optimizer.trained == "all", trained)
         require(self.dynamic_draws == 0, "dynamic_draws compares replies to one prompt, as grpo does; ppo has values")
         require(
             self.kl_target is None or (self.kl_target > 0 and self.kl_coef > 0),

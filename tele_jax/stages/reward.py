@@ -29,6 +29,8 @@ class RewardStage(pairs.PairStage):
         super().__post_init__()
         require(self.centre >= 0, f"centre={self.centre} must not be negative")
         require(self.lora is None, "lora: the scalar head is no adapter, and has to be trained; leave lora out")
+        trained = "optimizer.trained='new': growth did not add the scalar head, which has to be trained; leave it out"
+        require(self.optimizer.trained == "all", trained)
 
 
 Settings = RewardStage

@@ -147,3 +147,15 @@ def test_a_damaged_source_is_named(stored, tmp_path):
     with pytest.raises(tele.DamageError, match=r"layers\.mlp\.up"):
         merge_stored(Recipe(), [source, stored["float32", 1]], tmp_path / "dst")
     assert not (tmp_path / "dst").exists()
+
+
+def test_the_tokenizer_is_that_of_the_embedding_and_all_have_one(tmp_path, capsys):
+    for number, text in enumerate(("a", "b")):
+        checkpoint.save(tmp_path / str(number), CFG, random_tree(number))
+        (tmp_path / str(number) / "tokenizer.json").write_text(text)
+    srcs = [str(tmp_path / "0"), str(tmp_path / "1")]
+    assert main(["merge", *srcs, str(tmp_path / "dst")]) == 2
+    assert "is another tokenizer than" in capsys.readouterr().err and not (tmp_path / "dst").exists()
+    (tmp_path / "0" / "tokenizer.json").unlink()
+    assert main(["merge", *srcs, str(tmp_path / "dst")]) == 0
+    assert (tmp_path / "dst" / "tokenizer.json").read_text() == "b"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from tele_jax.cli.main import main
 from tele_jax.cli.pages import load_page
 from tele_jax.errors import UserError
-from tele_jax.lab import read_study, run
+from tele_jax.lab import exactness, read_study, run, runner
 from tele_jax.lab.study import Criterion
 from tele_jax.lab.verdict import Estimate, interval, judge, together
 
@@ -133,3 +134,19 @@ def test_intervals_and_verdicts_follow_the_rule():
     assert together(["confirmed", "confirmed"]) == "confirmed"
     assert together(["confirmed", "not confirmed"]) == "not confirmed"
     assert together(["not confirmed", "contradicted"]) == "contradicted"
+
+
+def test_processes_that_start_at_once_share_a_new_directory(tmp_path):
+    study = read_study(load_page("configs/lab/E0.py:smoke"))
+    for number in range(20):
+        out = tmp_path / str(number)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _, out=out: runner._claim(study, out), range(4)))
+        assert {path.name for path in out.iterdir()} == {"study.json", ".lock"}
+
+
+def test_a_difference_that_is_not_finite_is_no_exact_growth():
+    found = {"max_rel": 1e-7, "tolerance": 1e-6, "part_difference": 1e-9, "part_tolerance": 1e-6}
+    assert exactness._excess(found) == pytest.approx(0.1)
+    for name in ("max_rel", "part_difference"):
+        assert exactness._orders(found | {name: None}) == 20

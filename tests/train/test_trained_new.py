@@ -13,7 +13,9 @@ from tele_jax import checkpoint, growth
 from tele_jax.axes import flatten, unflatten
 from tele_jax.cli.main import main
 from tele_jax.errors import UserError
+from tele_jax.growth import receipt
 from tele_jax.settings import OptimizerConfig
+from tele_jax.stages import read_stage, run_config
 from tele_jax.train.optimizer import optimizer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -99,3 +101,36 @@ def test_adapters_and_new_units_are_one_or_the_other():
     new = OptimizerConfig(learning_rate=1e-3, trained="new")
     with pytest.raises(UserError, match="leave one out"):
         TrainStage(kind="pretrain", data=data, optimizer=new, batch_size=1, seq_len=4, steps=1, lora=LoraConfig())
+
+
+@pytest.mark.parametrize("kind", ["reward", "ppo"])
+def test_heads_that_growth_did_not_add_are_trained(kind):
+    data = {"tokenizer": "t", "sources": {"a": {"files": ["a"], "format": "pairs" if kind == "reward" else "prompts"}}}
+    table = {"kind": kind, "data": data, "batch_size": 4, "seq_len": 16, "steps": 1}
+    table |= {"optimizer": {"learning_rate": 1e-3, "trained": "new"}}
+    if kind == "ppo":
+        table |= {"reward": {"function": "a:b"}, "rollout_prompts": 2, "answers": 2, "max_new_tokens": 4}
+    with pytest.raises(UserError, match=r"growth did not add the .* head"):
+        read_stage(table, "config.align")
+
+
+def test_a_stage_that_no_growth_precedes_is_refused_before_anything_runs():
+    stage = {"kind": "pretrain", "steps": 1, "batch_size": 4, "seq_len": 16, "optimizer": {"learning_rate": 1e-3}}
+    stage |= {"data": {"tokenizer": "t", "sources": {"a": {"files": ["a"]}}}}
+    new = stage | {"optimizer": {"learning_rate": 1e-3, "trained": "new"}}
+    first = {"model": {"num_layers": 1, "embed_dim": 8, "num_heads": 2, "mlp_dim": 8, "vocab_size": 16}}
+    message = r"config\.more\.optimizer\.trained='new' has to follow a growth, and the stage before is not one"
+    with pytest.raises(UserError, match=message):
+        run_config({"run": ["base", "more"], "base": stage | first, "more": new})
+    with pytest.raises(UserError, match=message):
+        run_config({"run": ["more"], "more": new | first})
+
+
+def test_a_growth_of_copies_leaves_nothing_to_train(tmp_path):
+    checkpoint.save(tmp_path / "small", CFG, tele.init(CFG, jax.random.key(0)))
+    table = dict(policy="copy", model=dict(mlp_dim=36))
+    page = f"from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({table!r})\n"
+    (tmp_path / "page.py").write_text(page)
+    assert main(["grow", str(tmp_path / "small"), str(tmp_path / "big"), "--config", str(tmp_path / "page.py")]) == 0
+    with pytest.raises(UserError, match=r"config\.more: optimizer\.trained='new', and the growth added no unit"):
+        receipt.new_units(checkpoint.open_lazy(tmp_path / "big"), "config.more")
