@@ -59,8 +59,9 @@ def _claim(study: Study, out: Path) -> None:
     """Writes the study down, of which words, criteria and seeds may change; UserError for another's directory."""
     described = json.loads(json.dumps(to_dict(study)))  # as it is read back
     ours = {LOCK, files.temporary_of(out / STUDY).name}
-    there = {path.name for path in out.iterdir()} if out.is_dir() else {*([out.name] if out.exists() else [])}
-    free = not there - ours or (out / STUDY).exists()  # asked last: jobs begin after it is there
+    usable = not out.exists() or out.is_dir()  # in this order: another process may make the directory meanwhile
+    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    free = usable and (not there - ours or (out / STUDY).exists())  # asked last: jobs begin after it is there
     require(free, f"{out}: holds something else than a study; choose another --out")
     with files.locked(out / LOCK, wait=True):  # others may start at the same time
         _write_down(described, out)

@@ -138,11 +138,15 @@ def test_intervals_and_verdicts_follow_the_rule():
 
 def test_processes_that_start_at_once_share_a_new_directory(tmp_path):
     study = read_study(load_page("configs/lab/E0.py:smoke"))
-    for number in range(20):
+    for number in range(40):
         out = tmp_path / str(number)
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda _, out=out: runner._claim(study, out), range(4)))
         assert {path.name for path in out.iterdir()} == {"study.json", ".lock"}
+    (tmp_path / "file").write_text("good")
+    with pytest.raises(UserError, match="holds something else than a study"):
+        runner._claim(study, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "good"
 
 
 def test_a_difference_that_is_not_finite_is_no_exact_growth():
