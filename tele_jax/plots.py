@@ -79,7 +79,7 @@ def loss(
       UserError: no panel; a curve whose xs and ys differ in length.
     """
     require(len(panels) > 0, "plots.loss: no panel to draw; give {label of the vertical axis: {name: (xs, ys)}}")
-    figure = _figure(1.5 + 3.2 * len(panels))
+    figure = new_figure(1.5 + 3.2 * len(panels))
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (label, curves) in zip(rows, panels.items(), strict=True):
         for i, (name, (xs, ys)) in enumerate(curves.items()):
@@ -92,7 +92,7 @@ def loss(
         if x_range is not None:
             _zoom(axes, curves.values(), x_range)
         axes.set_ylabel(label)
-        _grid(axes)
+        add_grid(axes)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize="small")
     rows[-1].set_xlabel(x_label)
@@ -168,7 +168,7 @@ def layer_scores(receipt: Table) -> "Figure":
     axes.set_xlabel("source layer")
     axes.set_ylabel(f"change of the stream by a layer ({metric})\n{METRICS.get(metric, '')}".rstrip())
     axes.set_title(f"Which layers were copied: {len(scores)} -> {len(layers)}, those that change least")
-    _grid(axes, "y")
+    add_grid(axes, "y")
     figure.legend(**LEGEND_BELOW)
     return figure
 
@@ -208,7 +208,7 @@ def mask_ramp(
     axes.set_xlabel(x_label)
     axes.set_ylabel("mask (0: as if it were not there)")
     axes.set_title("What is new enters gradually")
-    _grid(axes)
+    add_grid(axes)
     figure.legend(**LEGEND_BELOW)
     return figure
 
@@ -228,7 +228,7 @@ def receipts(receipts: Mapping[str, Table]) -> "Figure":
         require(not missing, f"plots.receipts: {name!r} is no receipt of a growth: {listed} missing")
     rows = list(receipts.values())
     places = np.arange(len(rows))
-    figure = _figure(1.9 + 0.55 * len(rows))
+    figure = new_figure(1.9 + 0.55 * len(rows))
     moved, divergence, units = figure.subplots(1, 3, sharey=True, width_ratios=(1, 0.9, 0.9))
     _log_dots(moved, [row["max_rel"] for row in rows], rows)
     _log_dots(divergence, [None if row["kl"] is None else abs(row["kl"]) for row in rows], rows)
@@ -243,7 +243,7 @@ def receipts(receipts: Mapping[str, Table]) -> "Figure":
     moved.set_yticks(places, [f"{name}\n{_verdict(row)[0]}" for name, row in receipts.items()])
     moved.set_ylim(len(rows) - 0.5, -0.5)
     for axes in (moved, divergence, units):
-        _grid(axes, "x")
+        add_grid(axes, "x")
     figure.legend(**LEGEND_BELOW, fontsize="small")
     figure.suptitle("Did the function stay the same, and can everything new learn?", fontsize="medium")
     return figure
@@ -269,7 +269,7 @@ def dots(
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set(xscale="log", xlabel=x_label, title=title)
-    _grid(axes, "x")
+    add_grid(axes, "x")
     figure.legend(**LEGEND_BELOW)
     return figure
 
@@ -300,7 +300,7 @@ def bits_per_byte(results: Table) -> "Figure":
     axes.set_xticks(places, names)
     axes.set_ylabel("bits per byte")
     axes.set_title("Bits per byte by domain, with 95% intervals over documents")
-    _grid(axes, "y")
+    add_grid(axes, "y")
     figure.legend(**LEGEND_BELOW)
     return figure
 
@@ -348,18 +348,18 @@ def _unit_bars(axes: "Axes", rows: Sequence[Table]) -> None:
     axes.locator_params(axis="x", integer=True, nbins=4)
 
 
-def _grid(axes: "Axes", which: Literal["both", "x", "y"] = "both") -> None:
+def add_grid(axes: "Axes", which: Literal["both", "x", "y"] = "both") -> None:
     axes.grid(axis=which, alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _single(height: float) -> tuple["Figure", "Axes"]:
-    figure = _figure(height)
+    figure = new_figure(height)
     return figure, figure.add_subplot()
 
 
-def _figure(height: float) -> "Figure":
+def new_figure(height: float) -> "Figure":
     """An empty figure of WIDTH x height inches."""
     return _figure_class()(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
 

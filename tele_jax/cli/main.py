@@ -37,6 +37,7 @@ VERBS = {
     "eval": "find out how good a model is",
     "score-reward": "score answers with a reward model",
     "lab": "carry out studies that measure what growth is worth",
+    "mup": "check muP, and find settings on small models for large ones",
     "preflight": "check a command before it is started on other machines (launch/)",
 }
 

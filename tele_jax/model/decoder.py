@@ -213,7 +213,7 @@ class Decoder(nn.Module):
             x = Norm(cfg, writes=("embed",), name="embed_norm")(x, ctx.embed_mask)
         layers = nn.scan(
             rematerialised(cfg) if cache is None else Block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},  # the latter for `activations`
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType] - one for each argument, as its docs say
             length=cfg.num_layers,
@@ -347,6 +347,20 @@ def layer_states(cfg: ModelConfig, params: Params, tokens: jax.Array) -> jax.Arr
         return y, y
 
     return jnp.concatenate([x[None], jax.lax.scan(step, x, params["layers"])[1]])
+
+
+def activations(cfg: ModelConfig, params: Params, tokens: jax.Array) -> dict[str, jax.Array]:
+    """Outputs by part: "attn" and "mlp" [L, B, S, D], and [B, S, D] "embed", which enters the first layer, "hidden"."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    start = "embed_norm" if cfg.embed_norm else "embed"
+    ctx = _context(cfg, positions, tokens.shape[1])
+    (x, _), kept = Decoder(cfg.replace(remat="none")).apply(
+        {"params": params}, tokens, ctx, None, None,
+        capture_intermediates=lambda module, _: module.name in (start, "attn", "mlp"), mutable=["intermediates"],
+    )  # fmt: skip
+    found: Any = kept["intermediates"]
+    attn, mlp = (found["layers"][name]["__call__"][0] for name in ("attn", "mlp"))
+    return {"embed": found[start]["__call__"][0], "attn": attn[0], "mlp": mlp, "hidden": x}
 
 
 def forward(

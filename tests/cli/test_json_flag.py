@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": ["eval", "table", "results.json"],
     "score-reward": ["score-reward", "ckpt", "pairs.jsonl", "--out", "scores.jsonl"],
     "lab": ["lab", "list"],
+    "mup": ["mup", "coords"],
     "preflight": ["preflight", "--installed"],
 }
 

@@ -1,0 +1,102 @@
+"""`tele mup ACTION`: checks muP."""
+
+import argparse
+from pathlib import Path
+
+from tele_jax import files, tables
+from tele_jax.cli import Outcome, flag, pick
+from tele_jax.cli.pages import load_page
+from tele_jax.cli.train import set_up  # noqa: F401 - as `tele train`
+from tele_jax.config import require
+from tele_jax.errors import UserError
+from tele_jax.lab.mup import coords, pictures
+from tele_jax.settings import TrainStage
+from tele_jax.stages import RunConfig, run_config
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=type(parser))
+    for name, (text, action, add, epilog) in ACTIONS.items():
+        added = actions.add_parser(name, help=text, description=text, epilog=epilog)
+        added.set_defaults(run=action)
+        add(added)
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    """Raises what the action raises."""
+    return args.run(args)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 64,128,256")
+    return tuple(map(int, parts))
+
+
+# ---- coords ----------------------------------------------------------------------------------------------------------
+
+
+def _coords_arguments(parser: argparse.ArgumentParser) -> None:
+    page = "page of a run: model and rates of its first stage; default: two layers, rate 2^-6"
+    flag(parser, "--config FILE", page)
+    widths = ",".join(map(str, coords.WIDTHS))
+    flag(parser, "--widths N,N,...", f"widths, at least four; default: {widths}", _numbers, default=coords.WIDTHS)
+    flag(parser, "--seeds N,N,...", "seeds; default: 0,1,2,3,4", _numbers, default=(0, 1, 2, 3, 4))
+    flag(parser, "--steps N", "steps of training, at most 10; default: 5", int, default=5)
+    rate = "learning rate at the base width; default: that of the page"
+    flag(parser, "--learning-rate X", rate, float)
+    flag(parser, "--out FILE", "picture to write; default: mup_coords.png", Path, default=Path("mup_coords.png"))
+
+
+def _coords(args: argparse.Namespace) -> Outcome:
+    require(args.out.suffix == ".png", f"--out {args.out}: the picture is a .png file")
+    cfg, rate, matrix_rate = coords.MODEL, 2**-6, None
+    require(
+        args.config is not None or not args.overrides, "--config.KEY=VALUE changes a page, and no --config names one"
+    )
+    if args.config is not None:
+        stage = first_stage(run_config(load_page(args.config, args.overrides)))
+        assert stage.model is not None  # first_stage has seen to it
+        cfg, rate, matrix_rate = stage.model, stage.optimizer.learning_rate, stage.optimizer.matrix_learning_rate
+    if args.learning_rate is not None:
+        rate, matrix_rate = args.learning_rate, None
+    found = coords.check(
+        cfg,
+        learning_rate=rate,
+        matrix_learning_rate=matrix_rate,
+        **pick(args, "widths", "seeds", "steps"),
+        say=lambda line: print(line, flush=True),
+    )
+    with files.writing(args.out):
+        pictures.coordinates(found).savefig(args.out, dpi=120)
+    rows = [
+        (kind, f"{slope:.3f}", f"{coords.LIMITS[kind]}", f"{found['slopes']['standard'][kind]:.3f}")
+        for kind, slope in found["slopes"]["muP"].items()
+    ]
+    text = tables.text(rows, ("slope of log size over log width", "with muP", "at most", "without muP"))
+    print(f"{text}\n\npicture: {args.out}")
+    if found["problems"]:
+        return Outcome(found, error=f"coordinate check failed: {'; '.join(found['problems'])}", code=1)
+    return Outcome(found, "coordinate check passed")
+
+
+def first_stage(config: RunConfig) -> TrainStage:
+    """The stage of a page that begins with a new model; raises UserError where there is none."""
+    name = config.run[0]
+    stage = config.stages[name]
+    if not isinstance(stage, TrainStage) or stage.model is None:
+        raise UserError(f"config.{name}: muP needs a page whose first stage trains a new model (model=...)")
+    return stage
+
+
+ACTIONS = {
+    "coords": (
+        "check that activations keep their size when the width grows",
+        _coords,
+        _coords_arguments,
+        "Trains a model at several widths for a few steps, with muP and without, on made-up text. Exit codes: 0 "
+        "passed, 1 failed. example: tele mup coords --out coords.png",
+    ),
+}

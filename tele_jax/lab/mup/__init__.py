@@ -1,0 +1,5 @@
+"""muP (arXiv 2203.03466, 2304.06875): is it right, which settings are best on a small model, and what will they give?
+
+coords.check(cfg)       do activations keep their size when the width grows? With muP, and without
+widths.at_width         a model at another width
+"""

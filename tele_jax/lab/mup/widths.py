@@ -1,0 +1,26 @@
+"""A model at other widths: the muP family that it belongs to."""
+
+from tele_jax.config import ModelConfig, require
+
+
+def at_width(cfg: ModelConfig, width: int) -> ModelConfig:
+    """The config at another width: heads and mlp grow with embed, and channels of a head, layers and all else stay.
+
+    >>> cfg = ModelConfig(num_layers=2, embed_dim=64, num_heads=4, mlp_dim=160, vocab_size=256)
+    >>> larger = at_width(cfg, 256)
+    >>> larger.num_heads, larger.head_dim, larger.mlp_dim
+    (16, 16, 640)
+
+    Raises:
+      UserError: a width at which heads or mlp would be no whole numbers.
+    """
+    require(width > 0, f"width={width} must be above 0")
+    sizes = {"embed_dim": width}
+    for name in ("num_heads", "num_kv_heads", "mlp_dim"):
+        size, rest = divmod(getattr(cfg, name) * width, cfg.embed_dim)
+        require(
+            not rest,
+            f"width={width}: {name}={getattr(cfg, name)} at width {cfg.embed_dim} would be no whole number there",
+        )
+        sizes[name] = size
+    return cfg.replace(**sizes)

@@ -1,0 +1,111 @@
+"""`tele mup`: the coordinate check."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import tele_jax as tele
+from tele_jax.cli.main import main
+from tele_jax.lab.mup import coords
+from tele_jax.lab.mup.widths import at_width
+from tele_jax.model.decoder import activations, hidden, layer_states
+from tele_jax.settings import OptimizerConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# ------------------------------------------------------------------------------------------------------------- coords
+
+
+@pytest.mark.parametrize("embed_norm", [False, True])
+def test_activations_add_up_to_the_residual_stream(embed_norm):
+    cfg = tele.ModelConfig(
+        **dict(num_layers=3, embed_dim=8, num_heads=2, mlp_dim=12, vocab_size=16),
+        **dict(dtype="float32", embed_norm=embed_norm, output_biases=True),
+    )
+    params = tele.init(cfg, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 5), 0, 16)
+    found = activations(cfg, params, tokens)
+    states = layer_states(cfg, params, tokens)
+    np.testing.assert_array_equal(found["embed"], states[0])
+    np.testing.assert_allclose(found["attn"] + found["mlp"], np.diff(states, axis=0), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(found["hidden"], hidden(cfg, params, tokens), rtol=1e-5)
+
+
+def test_activations_of_trained_models_keep_their_size_with_mup_alone():
+    cfg = coords.MODEL.replace(num_layers=1)
+    rates = OptimizerConfig(learning_rate=2**-6)
+    growth = {}
+    for name, base in (("base", 64), ("muP", 64), ("standard", None)):
+        model = cfg if name == "base" else at_width(cfg, 256)
+        growth[name] = coords._sizes(model.replace(mup_base_width=base), rates, 2, 0)[1]  # [kind, step]
+    assert growth["base"].shape == (len(coords.KINDS), 2) and (growth["base"] > 0).all()
+    assert (growth["muP"] < 4**0.1 * growth["base"]).all()
+    assert (growth["standard"] > 4**0.4 * growth["base"])[1:].all()  # all but the embedding
+
+
+@pytest.fixture
+def power_laws(monkeypatch):
+    """Makes sizes of the powers of the width that it returns, in the place of training."""
+    powers = {"muP": dict.fromkeys(coords.KINDS, -0.5), "standard": dict.fromkeys(coords.KINDS, 0.5)}
+
+    def sizes(cfg, rates, steps, seed):
+        power = powers["muP" if cfg.mup_base_width else "standard"]
+        values = [[(cfg.embed_dim / 16) ** power[kind]] * steps for kind in coords.KINDS]
+        return np.array([values, values]) * (1 + seed)
+
+    monkeypatch.setattr(coords, "_sizes", sizes)
+    return powers
+
+
+PAGE = """from ml_collections import ConfigDict
+
+def get_config():
+    config = ConfigDict(dict(run=("small",)))
+    config.small = dict(
+        kind="pretrain", batch_size=4, seq_len=8, steps=2, optimizer=dict(learning_rate=3e-3),
+        model=dict(num_layers=1, embed_dim=16, num_heads=2, mlp_dim=40, vocab_size=4096, matrix_init_std=0.2),
+        data=dict(tokenizer="none", sources=dict(a=dict(files=("none",)))),
+    )
+    return config
+"""
+
+
+def test_slopes_are_those_of_power_laws_and_decide_the_verdict(power_laws, capsys, tmp_path):
+    picture, figures, page = tmp_path / "coords.png", tmp_path / "coords.json", tmp_path / "page.py"
+    page.write_text(PAGE)
+    command = ["mup", "coords", "--config", str(page), "--widths", "16,32,64,128", "--out", str(picture)]
+    assert main([*command, "--json", str(figures)]) == 0
+    assert "coordinate check passed" in capsys.readouterr().out and picture.stat().st_size > 5_000
+    found = json.loads(figures.read_text())
+    assert found["passed"] and found["base_width"] == 16 and found["learning_rate"] == 3e-3
+    assert found["slopes"]["muP"]["mlp"] == pytest.approx(-0.5)
+    power_laws["muP"]["attention"] = 0.3
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "with muP, attention grows with slope 0.300, above 0.1" in error and error.count("\n") == 1
+    power_laws["muP"] |= {"attention": 0.0, "logits": 0.14}
+    assert main(command) == 0
+    power_laws["standard"] = dict.fromkeys(coords.KINDS, 0.3)
+    assert main(command) == 1
+    assert "without muP, no slope reaches 0.4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--widths", "64,128,256"], "needs at least four"),
+        (["--widths", "64,100,128,256"], "width=100: num_heads=4 at width 64 would be no whole number there"),
+        (["--widths", "64,"], "is no list of whole numbers"),
+        (["--steps", "11"], "steps=11 must be 1 to 10"),
+        (["--learning-rate", "0"], "learning_rate=0.0 must be above 0"),
+        (["--out", "a.pdf"], "the picture is a .png file"),
+        (["--config.pretrain.steps=3"], "no --config names one"),
+        (["--config", "configs/lab/E5.py"], "config.run: missing"),
+    ],
+)
+def test_a_coordinate_check_that_cannot_be_is_refused_in_one_line(words, message, capsys):
+    assert main(["mup", "coords", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
