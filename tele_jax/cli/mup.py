@@ -1,17 +1,16 @@
-"""`tele mup ACTION`: checks muP."""
+"""`tele mup ACTION`: checks muP, and predicts losses of large widths."""
 
 import argparse
 from pathlib import Path
 
 from tele_jax import files, tables
-from tele_jax.cli import Outcome, flag, pick
+from tele_jax.cli import Outcome, flag, pick, refuse_flags
 from tele_jax.cli.pages import load_page
 from tele_jax.cli.train import set_up  # noqa: F401 - as `tele train`
 from tele_jax.config import require
-from tele_jax.errors import UserError
-from tele_jax.lab.mup import coords, pictures
-from tele_jax.settings import TrainStage
-from tele_jax.stages import RunConfig, run_config
+from tele_jax.lab.mup import coords, pictures, predict
+from tele_jax.lab.mup.widths import first_stage
+from tele_jax.stages import run_config
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,9 +56,8 @@ def _coords(args: argparse.Namespace) -> Outcome:
         args.config is not None or not args.overrides, "--config.KEY=VALUE changes a page, and no --config names one"
     )
     if args.config is not None:
-        stage = first_stage(run_config(load_page(args.config, args.overrides)))
-        assert stage.model is not None  # first_stage has seen to it
-        cfg, rate, matrix_rate = stage.model, stage.optimizer.learning_rate, stage.optimizer.matrix_learning_rate
+        stage, cfg = first_stage(run_config(load_page(args.config, args.overrides)))
+        rate, matrix_rate = stage.optimizer.learning_rate, stage.optimizer.matrix_learning_rate
     if args.learning_rate is not None:
         rate, matrix_rate = args.learning_rate, None
     found = coords.check(
@@ -82,13 +80,55 @@ def _coords(args: argparse.Namespace) -> Outcome:
     return Outcome(found, "coordinate check passed")
 
 
-def first_stage(config: RunConfig) -> TrainStage:
-    """The stage of a page that begins with a new model; raises UserError where there is none."""
-    name = config.run[0]
-    stage = config.stages[name]
-    if not isinstance(stage, TrainStage) or stage.model is None:
-        raise UserError(f"config.{name}: muP needs a page whose first stage trains a new model (model=...)")
-    return stage
+# ---- predict ---------------------------------------------------------------------------------------------------------
+
+
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "workdirs", metavar="W", nargs="*", type=Path, help="work directories of runs at three widths or more"
+    )
+    flag(parser, "--points FILE", "instead of W: JSON file with [[size, loss], ...]", Path)
+    flag(
+        parser, "--at C,C,...", "sizes to predict; of work directories in millions of parameters", _sizes, required=True
+    )
+    flag(parser, "--figure NAME", "figure of metrics.jsonl to predict; default: loss", default="loss")
+    flag(parser, "--step N", "step at which the runs are compared; default: the last that all have", int)
+
+
+def _sizes(text: str) -> tuple[float, ...]:
+    """Numbers with commas between them."""
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 194.24,676.48") from None
+
+
+def _predict(args: argparse.Namespace) -> Outcome:
+    if args.points is not None:
+        require(not args.workdirs, "mup predict: name work directories or --points, not both")
+        refuse_flags(args, {"figure": "loss", "step": None}, "is of work directories, not of --points")
+        points = predict.read_points(args.points)
+    else:
+        require(bool(args.workdirs), "mup predict: name work directories, or --points FILE")
+        points = predict.of_runs(args.workdirs, args.figure, args.step)
+    fit = predict.fit(points)
+    rows, figures = [], []
+    for size, loss in points:
+        rows.append((f"{size:g}", f"{loss:.4f}", f"{fit.at(size)[0]:.4f}", ""))
+    for size in args.at:
+        loss, ends = fit.at(size)
+        figures.append({"size": size, "loss": loss, "interval": ends})
+        rows.append(
+            (
+                f"{size:g}",
+                "",
+                f"{loss:.4f}",
+                "no point is left for one" if ends is None else "{:.4f} to {:.4f}".format(*ends),
+            )
+        )
+    text = tables.text(rows, ("size", "loss", "a*C^b + c", "95% interval"))
+    found = {"a": fit.a, "b": fit.b, "c": fit.c, "points": points, "predicted": figures}
+    return Outcome(found, f"{text}\n\na = {fit.a:.4g}, b = {fit.b:.4g}, c = {fit.c:.4g}")
 
 
 ACTIONS = {
@@ -98,5 +138,11 @@ ACTIONS = {
         _coords_arguments,
         "Trains a model at several widths for a few steps, with muP and without, on made-up text. Exit codes: 0 "
         "passed, 1 failed. example: tele mup coords --out coords.png",
+    ),
+    "predict": (
+        "predict the loss of a large width from those of small ones",
+        _predict,
+        _predict_arguments,
+        "Fits L = a*C^b + c over widths at one step. example: tele mup predict runs/w64 runs/w128 runs/w256 --at 30.5",
     ),
 }

@@ -1,4 +1,4 @@
-"""`tele mup`: the coordinate check."""
+"""`tele mup`: the coordinate check, and predictions."""
 
 import json
 
@@ -8,10 +8,13 @@ import pytest
 
 import tele_jax as tele
 from tele_jax.cli.main import main
-from tele_jax.lab.mup import coords
+from tele_jax.cli.pages import load_page
+from tele_jax.lab.mup import coords, predict
 from tele_jax.lab.mup.widths import at_width
 from tele_jax.model.decoder import activations, hidden, layer_states
 from tele_jax.settings import OptimizerConfig
+from tele_jax.stages import run_config
+from tele_jax.train import workdir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -109,3 +112,71 @@ def test_a_coordinate_check_that_cannot_be_is_refused_in_one_line(words, message
     assert main(["mup", "coords", *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ predict
+
+# nanoLM's ten published pairs (docs/facts.md): losses at 20,000 steps; sizes 72 w^2 k + V w in millions, of which the
+# smallest and the largest are given.
+WIDTHS = (128, 256, 384, 512, 640, 768, 896, 1024, 2048, 3072)
+LOSSES = (3.9181, 3.6054, 3.4431, 3.3542, 3.2902, 3.2478, 3.224, 3.1797, 3.0854, 3.0425)
+SIZES = np.array([[72 * w * w, w] for w in WIDTHS]) @ np.linalg.solve(
+    [[72 * 128**2, 128], [72 * 3072**2, 3072]], [8.53, 1446.72]
+)
+
+
+def test_the_published_losses_of_large_widths_are_predicted_within_0_3_percent(tmp_path, capsys):
+    points, figures = tmp_path / "points.json", tmp_path / "figures.json"
+    points.write_text(json.dumps(list(zip(SIZES, LOSSES))[:7]))
+    at = ",".join(map(str, SIZES[7:]))
+    assert main(["mup", "predict", "--points", str(points), "--at", at, "--json", str(figures)]) == 0
+    assert "95% interval" in capsys.readouterr().out
+    found = json.loads(figures.read_text())["predicted"]
+    for truth, point in zip(LOSSES[7:], found, strict=True):
+        assert abs(point["loss"] / truth - 1) < 0.003
+        assert point["interval"][0] < truth < point["interval"][1]
+
+
+def test_the_interval_covers_the_truth_in_19_of_20_cases():
+    drawn, sizes, law = np.random.default_rng(0), SIZES[:7], lambda size: 2.5 * size**-0.4 + 2.9
+    covered = 0
+    for _ in range(300):
+        fit = predict.fit(list(zip(sizes, law(sizes) + 0.003 * drawn.standard_normal(7))))
+        low, high = fit.at(SIZES[7])[1]
+        covered += low < law(SIZES[7]) + 0.003 * drawn.standard_normal() < high
+    assert 0.92 < covered / 300 < 0.98
+    assert predict.fit([(1.0, 3.0), (2.0, 2.5), (4.0, 2.25)]).at(8.0) == (pytest.approx(2.125), None)  # 2 + 1 / size
+
+
+def fake_run(directory, width, losses, tokens=32):
+    """A work directory of a run of PAGE at a width, with its figures and nothing else."""
+    page = directory.with_suffix(".py")
+    page.write_text(PAGE)
+    config = run_config(load_page(str(page), [f"--config.small.model.embed_dim={width}"]))
+    (directory / "small" / "metrics").mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(workdir.as_json(config)))
+    lines = [json.dumps({"step": s, "loss": loss, "tokens": s * tokens}) + "\n" for s, loss in losses.items()]
+    (directory / "small" / "metrics" / "metrics.jsonl").write_text("".join(lines))
+    return directory, tele.count_params(config.stages["small"].model) / 1e6
+
+
+def test_points_are_read_from_work_directories_at_a_common_step(tmp_path, capsys):
+    runs, sizes = zip(*(fake_run(tmp_path / f"w{w}", w, {1: 5.0, 2: 3 + 1 / w, w: 1.0}) for w in (16, 32, 64)))
+    assert predict.of_runs(runs) == list(zip(sizes, (3 + 1 / 16, 3 + 1 / 32, 3 + 1 / 64)))
+    assert predict.of_runs(runs, step=1)[0][1] == 5.0
+    other, _ = fake_run(tmp_path / "other", 128, {2: 3.0}, tokens=64)
+    for words, message in (
+        ([*runs, other, "--at", "1"], "step 2: the runs have seen 64, 128 tokens there"),
+        ([*runs, "--at", "1", "--step", "3"], "--step 3: not all runs have loss there; the last that all have is 2"),
+        ([*runs, "--at", "1", "--figure", "los"], "has no figure 'los'; did you mean 'loss'?"),
+        ([*runs[:2], "--at", "1"], "2 sizes: a*C^b + c needs at least three"),
+        ([tmp_path, "--at", "1"], "holds no run"),
+        (["--at", "1"], "name work directories, or --points FILE"),
+        ([*runs, "--at", "1,x"], "'1,x' is no list of numbers"),
+        ([*runs, "--at", "0"], "size=0.0 must be above 0"),
+        (["--points", tmp_path / "w16" / "config.json", "--at", "1"], "is no list of pairs"),
+    ):
+        capsys.readouterr()
+        assert main(["mup", "predict", *map(str, words)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1

@@ -1,6 +1,9 @@
 """A model at other widths: the muP family that it belongs to."""
 
 from tele_jax.config import ModelConfig, require
+from tele_jax.errors import UserError
+from tele_jax.settings import TrainStage
+from tele_jax.stages import RunConfig
 
 
 def at_width(cfg: ModelConfig, width: int) -> ModelConfig:
@@ -24,3 +27,11 @@ def at_width(cfg: ModelConfig, width: int) -> ModelConfig:
         )
         sizes[name] = size
     return cfg.replace(**sizes)
+
+
+def first_stage(config: RunConfig) -> tuple[TrainStage, ModelConfig]:
+    """The stage of a run that begins with a new model, and that model; raises UserError where there is none."""
+    stage = config.stages[config.run[0]]
+    if not isinstance(stage, TrainStage) or stage.model is None:
+        raise UserError(f"config.{config.run[0]}: muP needs a page whose first stage trains a new model (model=...)")
+    return stage, stage.model

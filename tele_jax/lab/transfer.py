@@ -1,0 +1,288 @@
+"""Learning rates across widths, with muP and without (study E8).
+
+An arm is a table with `family`, the name of the arms that differ in width alone, `width`, `mup` (False: the standard
+parametrisation), `rates`, and where they are not those of settings: `model`, fields of ModelConfig that change;
+`matrix_rate`, the rate of matrix-like parameters in multiples of the rate; `weight_decay`. A job trains the model with
+every rate, on rows of bytes cut from the text at random places, and finds its loss on held-out text, in nats per byte.
+
+settings: `model` (fields at settings.base_width), `base_width`, `steps`, `batch_size`, `seq_len`; `text` and
+`held_out`, files of JSON lines with `text`, or "synthetic"; `reference`, the family that others are compared with. A
+family whose arms have one rate each is there for prediction: L = a*C^b + c, fitted on arms of at most a quarter of the
+largest width, predicts the loss there.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tele_jax import plots
+from tele_jax.config import ModelConfig, checked, from_dict, require, require_positive
+from tele_jax.errors import require_known
+from tele_jax.files import Table
+from tele_jax.lab.mup import predict
+from tele_jax.lab.mup.widths import at_width
+from tele_jax.lab.study import Study
+from tele_jax.lab.verdict import Estimate
+from tele_jax.model.decoder import init
+from tele_jax.model.loss import next_token_loss
+from tele_jax.model.spec import count_params
+from tele_jax.settings import OptimizerConfig, ScheduleConfig
+from tele_jax.train.optimizer import optimizer, schedule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from tele_jax.lab.report import Results
+
+BYTES = 256  # token ids: the text is not tokenized
+TEXT_BYTES, HELD_OUT_ROWS = 4_000_000, 128  # text to train on, at most; rows of held-out text
+
+
+@checked
+class Arm:
+    """One width of one family."""
+
+    family: str  # arms that differ in width alone
+    width: int  # embed_dim
+    mup: bool = True  # False: the standard parametrisation, in which no rate and no multiplier follows the width
+    rates: tuple[float, ...]  # learning rates, in rising order
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)  # fields of ModelConfig at the base width
+    matrix_rate: float = 1.0  # rate of matrix-like parameters at the base width, in multiples of the rate
+    weight_decay: float = 0.0  # decay of kernels and tables
+
+
+@checked
+class Settings:
+    """Settings that all arms share."""
+
+    model: dict[str, Any]  # fields of ModelConfig at the base width
+    base_width: int  # width at which muP and the standard parametrisation are one model
+    steps: int  # length of a run
+    batch_size: int  # rows per step
+    seq_len: int  # bytes in a row
+    text: tuple[str, ...] | str = "synthetic"  # files to train on
+    held_out: tuple[str, ...] | str = "synthetic"  # files to evaluate on
+    reference: str  # family that others are compared with
+
+    def __post_init__(self):
+        require_positive(self, "base_width", "steps", "batch_size", "seq_len")
+
+
+def _read(study: Study) -> tuple[Settings, dict[str, Arm]]:
+    settings = from_dict(Settings, study.settings, "config.settings")
+    arms = {name: from_dict(Arm, table, f"config.arms.{name}") for name, table in study.arms.items()}
+    families = {arm.family for arm in arms.values()}
+    require_known(settings.reference, families, f"config.settings.reference={settings.reference!r} is no family")
+    for name, arm in arms.items():
+        require(len(arm.rates) > 0, f"config.arms.{name}.rates is empty")
+        require(list(arm.rates) == sorted(arm.rates), f"config.arms.{name}.rates: give them in rising order")
+    return settings, arms
+
+
+def compute(study: Study) -> dict[str, float]:
+    """Nothing: widths differ in compute. Raises UserError for an arm that cannot be."""
+    settings, arms = _read(study)
+    for arm in arms.values():
+        _model(settings, arm)
+    return {}
+
+
+def _model(settings: Settings, arm: Arm) -> ModelConfig:
+    shared = dict(vocab_size=BYTES, max_seq_len=settings.seq_len, dtype="float32", remat="none")
+    base = from_dict(ModelConfig, {**settings.model, **shared, **arm.model, "embed_dim": settings.base_width}, "model")
+    return at_width(base, arm.width).replace(mup_base_width=settings.base_width if arm.mup else None)
+
+
+def work(study: Study, arm: str, seed: int, directory: Path) -> Table:
+    """Trains one width with every rate."""
+    del directory
+    settings, arms = _read(study)
+    chosen = arms[arm]
+    cfg = _model(settings, chosen)
+    train, held_out = (_text(source, settings, n) for n, source in enumerate((settings.text, settings.held_out)))
+    rows = np.lib.stride_tricks.sliding_window_view(held_out, settings.seq_len + 1)
+    rows = rows[np.linspace(0, len(rows) - 1, HELD_OUT_ROWS).astype(int)]
+    # Peaks of 1 (and of the ratio), times a schedule that begins with the rate: one program for all rates and seeds.
+    optimizer_config = OptimizerConfig(
+        learning_rate=1.0, matrix_learning_rate=chosen.matrix_rate, weight_decay=chosen.weight_decay
+    )
+    found = [
+        float(
+            _trained(
+                cfg, optimizer_config, settings.steps, settings.batch_size, rate, jax.random.key(seed), train, rows
+            )
+        )
+        for rate in chosen.rates
+    ]
+    return {"rates": list(chosen.rates), "losses": found, "parameters": count_params(cfg)}
+
+
+def _text(source: Sequence[str] | str, settings: Settings, number: int) -> np.ndarray:
+    """Bytes of text, uint8[n]; synthetic text is made of words in which each leads to few others."""
+    if source == "synthetic":
+        drawn = random.Random(0)
+        words = ["".join(drawn.choices("aeioulnrst", k=drawn.randint(2, 6))) for _ in range(60)]
+        after, drawn = {word: drawn.sample(words, 3) for word in words}, random.Random(number)
+        said = [words[0]]
+        for _ in range(20_000):
+            said.append(drawn.choice(after[said[-1]]))
+        text = " ".join(said).encode()
+    else:
+        parts, length = [], 0
+        for path in source:
+            with open(path, encoding="utf-8") as lines:
+                for line in lines:
+                    parts.append(json.loads(line)["text"].encode())
+                    length += len(parts[-1])
+                    if length > TEXT_BYTES:
+                        break
+        text = b"\n".join(parts)
+    require(len(text) > settings.seq_len + 1, f"config.settings: the text of {source} is shorter than a row")
+    return np.frombuffer(text, np.uint8)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _trained(
+    cfg: ModelConfig, config: OptimizerConfig, steps: int, batch_size: int, rate, key: jax.Array, text, held_out
+) -> jax.Array:
+    """The loss on the rows held_out, uint8[N, S + 1], in nats per byte, after training with a rate."""
+    length, keys = held_out.shape[1] - 1, jax.random.split(key)
+    factor = schedule(ScheduleConfig(warmup=max(1, steps // 10)), steps, 1)
+    tx = optimizer(cfg, config, lambda step: rate * factor(step))
+
+    def batch(rows):
+        rows = rows.astype(jnp.int32)
+        return {"tokens": rows[:, :-1], "targets": rows[:, 1:], "loss_weights": jnp.ones(rows[:, 1:].shape)}
+
+    def loss(params, rows):
+        total, weight = next_token_loss(cfg, params, batch(rows))
+        return total / weight
+
+    def step(carry, places):
+        params, state = carry
+        rows = jax.vmap(lambda place: jax.lax.dynamic_slice(text, (place,), (length + 1,)))(places)
+        updates, state = tx.update(jax.grad(loss)(params, rows), state, params)
+        return (jax.tree.map(jnp.add, params, updates), state), None
+
+    params = init(cfg, keys[0])
+    places = jax.random.randint(keys[1], (steps, batch_size), 0, len(text) - length - 1)
+    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), places)
+    return loss(params, held_out)
+
+
+def _best(rates: Sequence[float], losses: Sequence[float | None]) -> tuple[float, float]:
+    """(log2 of the best rate, the least loss); between the points of the grid by a parabola through the least three.
+
+    >>> _best([0.25, 0.5, 1.0], [3.0, 1.0, 3.0])
+    (-1.0, 1.0)
+    """
+    known = [math.inf if loss is None else loss for loss in losses]  # None: not finite, in JSON
+    at = int(np.argmin(known))
+    around = known[at - 1 : at + 2] if 0 < at < len(known) - 1 else []
+    if not around or not all(map(math.isfinite, around)):
+        return math.log2(rates[at]), known[at]
+    left, least, right = around
+    bend = left - 2 * least + right
+    shift = 0.5 * (left - right) / bend if bend > 0 else 0.0
+    return math.log2(rates[at]) + shift * math.log2(rates[at + 1] / rates[at]), known[at]
+
+
+def _families(study: Study) -> dict[str, dict[int, str]]:
+    """{family: {width: arm}}, widths in rising order."""
+    found: dict[str, dict[int, str]] = {}
+    for name, arm in sorted(_read(study)[1].items(), key=lambda item: item[1].width):
+        found.setdefault(arm.family, {})[arm.width] = name
+    return found
+
+
+def estimates(study: Study, results: "Results") -> dict[str, Estimate]:
+    """Per family "shift", "excess" and "difference", and "prediction" of a family with one rate, within each seed.
+
+    The shift is that of the best rate from the smallest width to the largest, in factors of 2 and without its sign. The
+    excess is the loss of the largest width at the point of the grid that is best for the smallest, over its best.
+    The difference is the best loss of the largest width minus that of the reference.
+    """
+    found, families = {}, _families(study)
+    reference = study.settings["reference"]
+    for family, arms in families.items():
+        runs = {width: [results[arm][seed] for seed in study.seeds] for width, arm in arms.items()}
+        small, large = runs[min(runs)], runs[max(runs)]
+        if len(small[0]["rates"]) == 1:
+            errors = [100 * _prediction({width: run[i] for width, run in runs.items()})[1] for i in range(len(small))]
+            found[family] = Estimate(errors, "percent of the loss")
+            continue
+        ends = [[_best(run["rates"], run["losses"]) for run in both] for both in zip(small, large)]
+        found[f"shift: {family}"] = Estimate([abs(b[0] - a[0]) for a, b in ends], "factors of 2")
+        excess = [
+            100 * (run["losses"][run["rates"].index(_grid_best(first))] / best[1] - 1)
+            for first, run, (_, best) in zip(small, large, ends)
+        ]
+        found[f"excess: {family}"] = Estimate(excess, "percent of the best loss")
+        other = results[families[reference][max(runs)]]
+        least = [_best(other[seed]["rates"], other[seed]["losses"])[1] for seed in study.seeds]
+        found[f"difference: {family}"] = Estimate([b[1] - at for (_, b), at in zip(ends, least)], "nats per byte")
+    return found
+
+
+def _grid_best(run: Table) -> float:
+    losses = [math.inf if loss is None else loss for loss in run["losses"]]
+    return run["rates"][int(np.argmin(losses))]
+
+
+def _prediction(runs: dict[int, Table]) -> tuple[predict.Fit, float]:
+    """The fit over the small widths of one seed, and the relative error of what it says of the largest."""
+    largest = max(runs)
+    points = [(run["parameters"] / 1e6, run["losses"][0]) for width, run in runs.items() if 4 * width <= largest]
+    fit = predict.fit(points)
+    truth = runs[largest]["losses"][0]
+    return fit, abs(fit.at(runs[largest]["parameters"] / 1e6)[0] / truth - 1)
+
+
+def rows(study: Study, results: "Results") -> tuple[list[str], list[list[str]]]:
+    """A row per arm: its best rate, and its losses there and at the best rate of the family's smallest width."""
+    lines = []
+    for family, arms in _families(study).items():
+        first: Any = results[next(iter(arms.values()))]
+        for width, arm in arms.items():
+            runs = [results[arm][seed] for seed in study.seeds]
+            best = [_best(run["rates"], run["losses"]) for run in runs]
+            kept = [run["losses"][run["rates"].index(_grid_best(first[s]))] for s, run in zip(study.seeds, runs)]
+            log_rates = ", ".join(f"{rate:.2f}" for rate, _ in best)
+            lines.append(
+                [
+                    family,
+                    str(width),
+                    f"{runs[0]['parameters']:,}",
+                    log_rates if len(runs[0]["rates"]) > 1 else f"{math.log2(runs[0]['rates'][0]):g}, given",
+                    f"{np.mean([loss for _, loss in best]):.4f}",
+                    f"{np.mean(kept):.4f}",
+                ]
+            )
+    header = ["family", "width", "parameters", "log2 of the best rate, by seed", "best loss, nats per byte"]
+    return [*header, "loss at the best rate of the smallest width"], lines
+
+
+def picture(study: Study, results: "Results") -> "Figure":
+    """Held-out loss over the learning rate, a panel per family and a curve per width: means over seeds."""
+    panels = {}
+    for family, arms in _families(study).items():
+        if len(results[next(iter(arms.values()))][study.seeds[0]]["rates"]) > 1:
+            panels[f"{family}\nnats per byte"] = {
+                f"width {width}": (
+                    [math.log2(rate) for rate in results[arm][study.seeds[0]]["rates"]],
+                    np.mean(
+                        [[math.nan if x is None else x for x in run["losses"]] for run in results[arm].values()], 0
+                    ),
+                )
+                for width, arm in arms.items()
+            }
+    return plots.loss(panels, x_label="log2 of the learning rate at the base width", title=study.title)
