@@ -69,7 +69,7 @@ EXTRAS = {
     "align": ["reasoning-gym>=0.1.25,<0.2"],  # tasks with verifiers, for rewards and `tele eval harness`
     "eval": ["lm-eval>=0.4.13,<0.5"],
     # Not in the core: hosts of a pod draw nothing.
-    "plots": ["matplotlib>=3.9,<4"],
+    "plots": ["matplotlib>=3.9,<4", "jinja2>=3.1,<4"],
     "notebooks": ["nbclient>=0.10.2,<1", "nbformat>=5.10,<6", "ipykernel>=6.29,<8", "matplotlib>=3.9,<4"],
     "benchmarks": ["grain>=0.2.18,<0.3"],  # the peer of benchmarks/read_rows.py
     "dev": [
@@ -107,7 +107,7 @@ setup(
     ],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["tele_jax", "tele_jax.*"]),
-    package_data={"tele_jax": ["py.typed"]},
+    package_data={"tele_jax": ["py.typed"], "tele_jax.report": ["page.html"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["tele = tele_jax.cli.main:main"]},

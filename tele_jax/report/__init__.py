@@ -1,4 +1,7 @@
-"""A whole run and its report: one table, and pictures of the loss across growths and of the layers copied there."""
+"""A whole run and its report: one table, and pictures of the loss across growths and of the layers copied there.
+
+report.page makes one HTML file about one run or several.
+"""
 
 import importlib.util
 import math
@@ -102,15 +105,30 @@ def show(workdir: Path, samples: int = 3) -> str:
 
 def sampled(directory: Path, most: int) -> list[str]:
     """Lines with the first replies of the latest rollout that a stage has written down; none where it draws none."""
-    found = owned.samples(directory)
-    if not found or not most:
+    if (found := read_samples(directory, most)) is None:
         return []
-    step, path = max(found.items())
+    step, path, replies = found
     lines = [f"replies of stage {directory.name} at step {step} ({path}):"]
-    for text in path.read_bytes().removesuffix(b"\n").split(b"\n")[:most]:  # a text may hold other ends of lines
-        reply = written_table(files.parse_json(text, str(path)), str(path), _SAMPLE, required=tuple(_SAMPLE))
+    for reply in replies:
         lines += [f"  reward {reply['reward']:.4g}  prompt  {reply['prompt']!r}", f"{'':16}reply   {reply['reply']!r}"]
     return lines
+
+
+def read_samples(directory: Path, most: int) -> tuple[int, Path, list[Table]] | None:
+    """(step, file, its first replies) of the latest rollout that a stage has written down; None where it draws none."""
+    found = owned.samples(directory)
+    if not found or not most:
+        return None
+    step, path = max(found.items())
+    texts = path.read_bytes().removesuffix(b"\n").split(b"\n")[:most]  # a text may hold other ends of lines
+    return (
+        step,
+        path,
+        [
+            written_table(files.parse_json(text, str(path)), str(path), _SAMPLE, required=tuple(_SAMPLE))
+            for text in texts
+        ],
+    )
 
 
 def _rollouts(workdir: Path, summaries: Sequence[Table]) -> list[tuple[str, Path, Any]]:
