@@ -7,7 +7,7 @@ logits = tele.forward(cfg, params, tokens)
 spec = tele.spec(cfg)                        shapes and axis names        tele_jax/model/spec.py
 tokens = tele.generate(cfg, params, prompts, max_new_tokens=64)           tele_jax/inference/generate.py
 scores = tele.score(cfg, params, prompts, continuations)                  tele_jax/inference/score.py
-tele.run(config, workdir)                    what `tele train` does       tele_jax/report.py
+tele.run(config, workdir)                    what `tele train` does       tele_jax/report/
 tele.growth                                  grow parameter trees         tele_jax/growth/
 tele.surgery                                 take, drop, cut, pad, rename tele_jax/growth/surgery.py
 tele.lora                                    low-rank adapters            tele_jax/model/adapters.py

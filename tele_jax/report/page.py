@@ -184,7 +184,7 @@ def _flat(value: Any, path: str = "") -> Table:
 
 
 def growth_of(run: Run, stage: Stage) -> Table:
-    """What the page shows of a growth: sizes of the axes that grew, findings, pictures of layers and masks."""
+    """The part of the page on a growth: sizes of the axes that grew, findings, pictures of layers and masks."""
     receipt, plan_file = stage.receipt, stage.directory / receipts.PLAN_FILE
     src, dst = receipt.get("src_cfg", {}), receipt.get("dst_cfg", {})
     grown = [(key, src.get(key), value) for key, value in dst.items() if value != src.get(key)]
