@@ -102,7 +102,7 @@ def read(path: Path, name: str) -> Run:
 
 
 def _before(page: Table) -> list[Table]:
-    """How the checkpoint that a run starts from was made; one entry with its path alone where it is no longer there."""
+    """The history of the checkpoint that a run starts from; its path alone where it is no longer there."""
     if page.get("start") is None:
         return []
     origin = [{"stage": str(page["start"]), "kind": "checkpoint"}]
