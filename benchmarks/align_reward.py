@@ -96,7 +96,7 @@ def base_margins(model: Path, stage: Table) -> dict[str, np.ndarray]:
     cfg, mesh = loaded.cfg.replace(dtype="float32"), make_mesh(MeshConfig(), jax.devices()[:1])
     logp = reference.compute(cfg, loaded.params, store, store.num_answers, mesh, BATCH).reshape(-1, 2)
     count = store.rows["options"]
-    lengths = store.read(["options"] * count, list(range(count)))["loss_weights"].sum(axis=-1)
+    lengths = store.read(["options"] * count, list(range(count)))["answer_lengths"]
     return {"whole": -np.diff(logp)[:, 0], "token": -np.diff(logp / lengths)[:, 0]}
 
 

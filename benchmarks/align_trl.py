@@ -5,14 +5,15 @@
 The Llama of benchmarks/sft.py, 8 million parameters in float32, learns pairs: questions and answers of the quickstart's
 dialogues (`tele data fetch quickstart`), each against the answer to another question; batches of 8 pairs, rows of at
 most 256 tokens, AdamW 0.9/0.95, weight decay 0.1, clipping by norm 1, rate 1e-4 falling linearly. TRL gets the ids of
-our feed, the same weights and the same scalar head, pads each batch to its longest row, and both compute the reference
-log-probabilities before the steps. Every library has a process of its own on the same cores, in turns. (SFT:
-benchmarks/sft.py.)
+our feed, the same weights and the same scalar head, and pads each batch to its longest row. We run twice: `unpacked`,
+each answer in a row of its own (rows=16), and `packed`, four answers to a row on average (rows=4); TRL does not pack
+pairs. All compute the reference log-probabilities before the steps. Each has a process of its own on the same cores, in
+turns. (SFT: benchmarks/sft.py.)
 
-Printed as JSON, for each kind: losses and gradient norms of both, their differences with mean and slope over the steps;
-seconds a step at equal tokens (medians over the turns, without the first three steps and those that compile), by the
-clock and of processor time, which others on the machine change less where there is one thread, and the ratios of every
-turn. Needs `[hf]`, trl 1.16 and datasets.
+Printed as JSON, for each kind: losses and gradient norms, their differences from TRL's with mean and slope over the
+steps; the share of the positions that are tokens; seconds a step at equal tokens (medians over the turns, without the
+first three steps; what is compiled was compiled before), by the clock and of processor time, which others on the
+machine change less where there is one thread, and the ratios of every turn. Needs `[hf]`, trl 1.16 and datasets.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from sft import SHAPE, SKIPPED, TEXT, TOKENIZER
 
 ROWS, LENGTH, RATE, BETA, CENTRE = 8, 256, 1e-4, 0.1, 0.01
 KINDS = ("dpo", "reward")
+PACKED = {"unpacked": 2 * ROWS, "packed": ROWS // 2}  # rows of a batch
 
 
 def main() -> None:
@@ -41,13 +43,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps of a run")
     parser.add_argument("--threads", type=int, default=2, help="cores for each")
     parser.add_argument("--out", help="file for the JSON")
-    parser.add_argument("--child", choices=("ours", "trl"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("trl", *PACKED), help=argparse.SUPPRESS)
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     if args.child:
-        print(json.dumps({"ours": ours, "trl": trl}[args.child](args.kind, args.directory, args.steps)))
+        run = trl if args.child == "trl" else functools.partial(ours, rows=PACKED[args.child])
+        print(json.dumps(run(args.kind, args.directory, args.steps)))
         return
     result: dict[str, Any] = {"machine": machine()}
     for kind in KINDS:
@@ -61,7 +64,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, kind: str, directory: str) -> dict[str, Any]:
-    runs: dict[str, list[dict[str, Any]]] = {"trl": [], "ours": []}
+    runs: dict[str, list[dict[str, Any]]] = {"trl": [], **{name: [] for name in PACKED}}
     for _ in range(args.turns):
         for name, found in runs.items():
             command = [sys.executable, __file__, "--child", name, "--kind", kind, "--directory", directory]
@@ -69,23 +72,21 @@ def measure(args: argparse.Namespace, kind: str, directory: str) -> dict[str, An
             if done.returncode:
                 sys.exit(done.stderr)
             found.append(json.loads(done.stdout.splitlines()[-1]))
-    both = {name: found[0] for name, found in runs.items()}
-    away = {key: np.subtract(both["ours"][key], both["trl"][key]) for key in ("loss", "grad_norm")}
-    steps = np.arange(args.steps)
-    # Steps that compile in ours count in neither, so that the tokens are the same.
-    counted = [i for i in range(SKIPPED, args.steps) if not both["ours"]["compiles"][i]]
-    seconds = {
-        name: [np.mean([run["seconds"][i] for i in counted], 0) for run in found] for name, found in runs.items()
+    first, steps = {name: found[0] for name, found in runs.items()}, np.arange(args.steps)
+    away = {
+        name: {key: np.subtract(first[name][key], first["trl"][key]) for key in ("loss", "grad_norm")}
+        for name in PACKED
     }
-    ratios = np.divide(seconds["trl"], seconds["ours"])
+    each = lambda of: {name: {key: float(of(x)) for key, x in found.items()} for name, found in away.items()}  # noqa: E731
+    seconds = {name: [np.mean(run["seconds"][SKIPPED:], 0) for run in found] for name, found in runs.items()}
     return {
-        **{key: {name: run[key] for name, run in both.items()} for key in ("loss", "grad_norm")},
-        "largest_difference": {key: float(np.abs(values).max()) for key, values in away.items()},
-        "mean_difference": {key: float(values.mean()) for key, values in away.items()},
-        "slope_per_step": {key: float(np.polyfit(steps, values, 1)[0]) for key, values in away.items()},
-        "steps_counted": len(counted),
+        **{key: {name: run[key] for name, run in first.items()} for key in ("loss", "grad_norm")},
+        "largest_difference": each(lambda values: np.abs(values).max()),
+        "mean_difference": each(np.mean),
+        "slope_per_step": each(lambda values: np.polyfit(steps, values, 1)[0]),
+        "tokens_of_positions": {name: first[name]["tokens"] for name in PACKED},
         "seconds_per_step": {name: named(np.median(values, 0)) for name, values in seconds.items()},
-        "speed_to_trl": [named(ratio) for ratio in ratios],
+        "speed_to_trl": {name: [named(ratio) for ratio in np.divide(seconds["trl"], seconds[name])] for name in PACKED},
     }
 
 
@@ -97,13 +98,13 @@ def named(times: np.ndarray) -> dict[str, float]:
     return dict(zip(("wall", "processor"), times.tolist(), strict=True))
 
 
-def settings(kind: str, pairs: Path, steps: int) -> Any:
+def settings(kind: str, pairs: Path, steps: int, rows: int | None = None) -> Any:
     from tele_jax.stages import read_stage
 
     optimizer = {"learning_rate": RATE, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0}
     data = {"tokenizer": TOKENIZER, "sources": {"pairs": {"files": [str(pairs)], "format": "pairs"}}}
     table = {"kind": kind, "data": data, "optimizer": optimizer, "batch_size": ROWS, "seq_len": LENGTH, "steps": steps}
-    table |= {"beta": BETA} if kind == "dpo" else {"centre": CENTRE}
+    table |= {"rows": rows} | ({"beta": BETA} if kind == "dpo" else {"centre": CENTRE})
     return read_stage({**table, "schedule": {"kind": "linear", "final": 0.0}}, f"config.{kind}")
 
 
@@ -125,11 +126,11 @@ def prepare(kind: str, directory: Path, steps: int) -> None:
     params = jax.tree.map(np.asarray, tele.init(config(kind), jax.random.key(0)))
     convert.save_hf(directory / "model", config(kind), params, format="llama")
     lines = []
-    for batch in batches(opened(kind, directory, steps), steps):
-        for tokens, weights, lengths in zip(batch["tokens"], batch["loss_weights"], batch["lengths"]):
-            begin = int(np.argmax(weights[0] > 0)) + 1  # of the answer
-            chosen, rejected = (row[:length].tolist() for row, length in zip(tokens, lengths))
-            lines.append({"chosen": chosen, "rejected": rejected, "begin": begin})
+    for batch in batches(opened(settings(kind, directory / "pairs.jsonl", steps)), steps):
+        for pair, lengths in enumerate(batch["answer_lengths"].astype(int).tolist()):
+            chosen, rejected = (batch["tokens"][batch["segment_ids"] == 1 + 2 * pair + side] for side in (0, 1))
+            begin = len(chosen) - lengths[0]  # of the answer
+            lines.append({"chosen": chosen.tolist(), "rejected": rejected.tolist(), "begin": begin})
     (directory / "ids.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -145,12 +146,12 @@ def write_pairs(path: Path, count: int) -> None:
     path.write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in pairs if p["chosen"] != p["rejected"]))
 
 
-def opened(kind: str, directory: Path, steps: int) -> Any:
+def opened(stage: Any) -> Any:
     """The data that the stage reads."""
     from tele_jax.data import sources
     from tele_jax.stages import find_kind
 
-    return find_kind(kind).batches(settings(kind, directory / "pairs.jsonl", steps), sources.Indexes())
+    return find_kind(stage.kind).batches(stage, sources.Indexes())
 
 
 def batches(data: Any, steps: int) -> Iterator[dict[str, np.ndarray]]:
@@ -160,8 +161,9 @@ def batches(data: Any, steps: int) -> Iterator[dict[str, np.ndarray]]:
     feed.close()
 
 
-def ours(kind: str, directory: Path, steps: int) -> dict[str, Any]:
+def ours(kind: str, directory: Path, steps: int, rows: int) -> dict[str, Any]:
     import jax
+    import jax.numpy as jnp
 
     from tele_jax import convert
     from tele_jax.align import reference
@@ -171,25 +173,28 @@ def ours(kind: str, directory: Path, steps: int) -> dict[str, Any]:
     from tele_jax.train.optimizer import optimizer, schedule
     from tele_jax.train.step import make_step
 
-    stage, cfg = settings(kind, directory / "pairs.jsonl", steps), config(kind)
+    jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))  # for the turns after the first
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    stage, cfg = settings(kind, directory / "pairs.jsonl", steps, rows), config(kind)
     _, params = convert.load_hf(directory / "model")
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     tx = optimizer(cfg, stage.optimizer, schedule(stage.schedule, steps, 1))
     step = make_step(cfg, tx, mesh, batch_size=ROWS, loss=functools.partial(find_kind(kind).loss, stage))
-    data = opened(kind, directory, steps)
+    data = opened(stage)
     if kind == "dpo":
-        known = reference.compute(cfg, params, data.store, data.store.num_answers, mesh, 2 * ROWS)
+        known = reference.compute(cfg, params, data.store, data.store.num_answers, mesh, ROWS)
         data.tabulate("reference", known, {})
-    opt_state, figures, seconds, compiles, lengths = jax.jit(tx.init)(params), [], [], [], set()
-    for batch in batches(data, steps):
+    opt_state, figures, seconds, made = jax.jit(tx.init)(params), [], [], list(batches(data, steps))
+    for batch in {batch["tokens"].shape: batch for batch in made}.values():  # compiles
+        step(*jax.tree.map(jnp.copy, (params, opt_state)), put_batch(batch, mesh, ROWS))
+    for batch in made:
         begin = clock()
         params, opt_state, found = step(params, opt_state, put_batch(batch, mesh, ROWS))
         figures.append(jax.device_get(found))  # waits
         seconds.append((clock() - begin).tolist())
-        compiles.append(batch["tokens"].shape[-1] not in lengths)
-        lengths.add(batch["tokens"].shape[-1])
     found = {key: [float(f[key]) for f in figures] for key in ("loss", "grad_norm")}
-    return found | {"seconds": seconds, "compiles": compiles}
+    tokens = sum((batch["segment_ids"] > 0).sum() for batch in made) / sum(batch["tokens"].size for batch in made)
+    return found | {"seconds": seconds, "tokens": float(tokens)}
 
 
 def trl(kind: str, directory: Path, steps: int) -> dict[str, Any]:

@@ -285,14 +285,10 @@ class TrainStage:
         require_positive(self, "keep_checkpoints")
         require(self.steps is not None or self.epochs is not None, "steps is missing (or, in fine-tuning, epochs)")
         require(self.steps is None or self.steps > 0, f"steps={self.steps} must be above 0")
-        require(
-            self.epochs is None or (math.isfinite(self.epochs) and self.epochs > 0),
-            f"epochs={self.epochs} must be above 0, and finite",
-        )
-        require(
-            self.batch_size % self.microbatches == 0,
-            f"batch_size={self.batch_size} does not divide into microbatches={self.microbatches}",
-        )
+        finite = self.epochs is None or 0 < self.epochs < math.inf
+        require(finite, f"epochs={self.epochs} must be above 0, and finite")
+        undivided = f"batch_size={self.batch_size} does not divide into microbatches={self.microbatches}"
+        require(self.batch_size % self.microbatches == 0, undivided)
         require(self.eval_every >= 0, f"eval_every={self.eval_every} must not be negative")
         if self.keep_best is not None:
             what, _, of = self.keep_best.partition("/")
@@ -360,6 +356,11 @@ class TrainStage:
     def fresh_optimizer(self) -> bool:
         """True where the moments of the stage before are dropped; a kind may always say so."""
         return self.reset_optimizer or self.lora is not None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a batch."""
+        return self.batch_size
 
     @property
     def tokens_per_step(self) -> int:

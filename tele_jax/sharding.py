@@ -227,11 +227,15 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
-    """A host batch on the mesh, rows over data and fsdp. It holds all rows, or local_rows of them."""
+    """A host batch on the mesh, rows over data and fsdp. It holds all rows, or local_rows of them.
+
+    An array may have another number of rows where the batch holds all of them.
+    """
     sharding = batch_sharding(mesh, batch_size)
+    whole = any(len(rows) == batch_size for rows in batch.values())
 
     def put(rows: np.ndarray) -> jax.Array:
-        if len(rows) == batch_size:
+        if whole:
             if sharding.is_fully_addressable:
                 return jax.device_put(rows, sharding)
             # device_put would first compare all rows between the processes, over the network.

@@ -28,15 +28,26 @@ class PairStage(TrainStage):
     # Weight of the K (K - 1) / 2 pairs of a ranking of K answers. whole: they weigh as much as one pair together
     # (InstructGPT, arXiv 2203.02155, section 3.5); pairs: each weighs as much as a pair that stands alone.
     rankings: Literal["whole", "pairs"] = "whole"
+    # Rows into which the answers of a batch are packed; None: batch_size, two answers a row on average. Fewer have less
+    # padding, above all where the longest answers are much longer than most; they divide over the mesh as a batch does.
+    rows: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
+        rows, parts = self.num_rows, self.microbatches
+        most = f"rows={rows} of {2 * self.batch_size} answers: give from 1 to that many"
+        require(0 < rows <= 2 * self.batch_size, most)
+        require(rows % parts == 0, f"rows={rows} does not divide into microbatches={parts}")
         why = "the other answers, or the reference, would be scored without masks; open them in a stage before"
         require(not self.mask_ramp, f"mask_ramp: {why}")
 
     @property
     def fresh_optimizer(self) -> bool:
         return True
+
+    @property
+    def num_rows(self) -> int:
+        return self.batch_size if self.rows is None else self.rows
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -48,37 +59,45 @@ class PairStage(TrainStage):
 
 
 def shapes(stage: PairStage) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays of a batch of pairs whose longest sequence fills a row; see stages.__init__."""
-    dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32}
-    rows = {name: ((2, stage.seq_len), dtype) for name, dtype in {**dtypes, "loss_weights": jnp.float32}.items()}
-    rows |= {"lengths": ((2,), jnp.int32), "sequences": ((2,), jnp.int32)}
-    rows |= {"margin": ((), jnp.float32), "pair_weights": ((), jnp.float32)}
-    return {name: jax.ShapeDtypeStruct((stage.batch_size, *more), dtype) for name, (more, dtype) in rows.items()}
+    """The arrays of a batch of pairs whose answers are all of the greatest length; see stages.__init__."""
+    integers, floats, pairs = jnp.int32, jnp.float32, (stage.batch_size,)
+    rows = (stage.num_rows, -(-2 * stage.batch_size // stage.num_rows) * stage.seq_len)
+    found = {name: (rows, integers) for name in ("tokens", "targets", "segment_ids", "positions")}
+    found |= {"loss_weights": (rows, floats), "margin": (pairs, floats), "pair_weights": (pairs, floats)}
+    found |= {name: ((*pairs, 2), integers) for name in ("ends", "sequences")} | {
+        "answer_lengths": ((*pairs, 2), floats)
+    }
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in found.items()}
 
 
-def rows_of(batch: Rows) -> dict[str, jax.Array]:
-    """The 2B sequences of B pairs as rows: [B, 2, ...] becomes [2B, ...], the chosen answer of a pair first."""
-    names = ("tokens", "targets", "loss_weights", "segment_ids", "positions", "lengths")
-    return {name: batch[name].reshape(-1, *batch[name].shape[2:]) for name in names}
+def scores(
+    cfg: ModelConfig, params: Params, rows: Rows, masks: decoder.Masks | None = None, rope_length: int | None = None
+) -> jax.Array:
+    """Scores of a reward model for the answers in rows [R, S], each read at its last token by its index.
 
-
-def scores(cfg: ModelConfig, params: Params, rows: Rows, masks: decoder.Masks | None = None) -> jax.Array:
-    """Scores of a reward model, [n], of sequences [n, S], read at the last token by its index, lengths - 1.
-
-    Neither the padding nor the other rows change a score. Raises UserError where cfg has no scalar head.
+    rows["ends"]: the index of every answer's last token in the R * S of the rows, of the shape of the result. Neither
+    the padding nor other answers change a score. rope_length: as decoder.hidden. Raises UserError where cfg has no
+    scalar head.
     """
-    x = whole_rows(decoder.hidden(cfg, params, rows["tokens"], rows["positions"], rows["segment_ids"], masks))
-    last = jnp.take_along_axis(x, rows["lengths"][:, None, None] - 1, axis=1)[:, 0]
-    return scalar_of(cfg, params, last)
+    how = (rows["tokens"], rows["positions"], rows["segment_ids"], masks, rope_length)
+    return scalar_of(cfg, params, whole_rows(decoder.hidden(cfg, params, *how))).reshape(-1)[rows["ends"]]
 
 
-def log_probabilities(cfg: ModelConfig, params: Params, rows: Rows, masks: decoder.Masks | None = None) -> jax.Array:
-    """Log-probabilities in nats of the answers of sequences [n, S], each the sum over its tokens and its end: [n]."""
-    return -jnp.sum(token_losses(cfg, params, rows, masks) * rows["loss_weights"], axis=-1)
+def log_probabilities(
+    cfg: ModelConfig, params: Params, rows: Rows, masks: decoder.Masks | None = None, rope_length: int | None = None
+) -> jax.Array:
+    """Log-probabilities in nats of the answers in rows [R, S], each the sum over its tokens and its end: [n, 2].
+
+    The answers have the segment ids 1, 2, ..., 2n; rows["ends"] is of the shape of the result. rope_length: as
+    decoder.hidden.
+    """
+    logp = -token_losses(cfg, params, rows, masks, rope_length) * rows["loss_weights"]
+    own = rows["segment_ids"] == 1 + jnp.arange(rows["ends"].size)[:, None, None]
+    return jnp.sum(jnp.where(own, logp, 0), axis=(1, 2)).reshape(rows["ends"].shape)
 
 
-compiled_scores = functools.partial(jax.jit, static_argnums=0)(scores)
-compiled_log_probabilities = functools.partial(jax.jit, static_argnums=0)(log_probabilities)
+compiled_scores = functools.partial(jax.jit, static_argnums=(0, 4))(scores)
+compiled_log_probabilities = functools.partial(jax.jit, static_argnums=(0, 4))(log_probabilities)
 
 
 def figures(margin: jax.Array, rewards: tuple[jax.Array, jax.Array], weights: jax.Array) -> dict[str, jax.Array]:
@@ -96,7 +115,8 @@ def right(margin: jax.Array) -> jax.Array:
 
 
 def evaluate(
-    of_rows: Callable[[ModelConfig, Params, Rows], jax.Array],
+    stage: PairStage,
+    of_rows: Callable[..., jax.Array],
     margins: Callable[[np.ndarray, Mapping[str, np.ndarray]], np.ndarray],
     cfg: ModelConfig,
     params: Params,
@@ -106,7 +126,7 @@ def evaluate(
     """The accuracy and the mean margin of the held-out pairs of every domain; every pair of a ranking counts.
 
     Args:
-      of_rows: compiled, a value of every sequence, [n].
+      of_rows: compiled_scores or compiled_log_probabilities.
       margins: margins(values [B, 2], batch) -> [B].
     """
     found = {}
@@ -114,8 +134,8 @@ def evaluate(
         for domain, held in held_out.items():
             known = []
             for batch in held.batches:
-                rows = put_batch(rows_of(batch), mesh, 2 * len(batch["lengths"]))  # pyright: ignore[reportArgumentType]
-                values = to_host(of_rows(cfg, params, rows)).astype(np.float64).reshape(-1, 2)
+                placed = put_batch(batch, mesh, len(batch["margin"]))
+                values = to_host(of_rows(cfg, params, placed, None, stage.seq_len)).astype(np.float64)
                 known.append(margins(values, batch)[batch["pair_weights"] > 0])
             margin = np.concatenate(known)
             found[f"accuracy/{domain}"] = float(np.mean((1 + np.sign(margin)) / 2))

@@ -93,7 +93,12 @@ class Scorer:
     def _by_model(self, found: Drawn) -> np.ndarray:
         stage, pad = self._stage, max(self._prompts.vocabulary.pad_id, 0)
         batch = rows(found, unit=max(1, stage.seq_len // 8), pad_id=pad) | {"lengths": found.lengths}
-        return in_parts(self._around, stage, batch, lambda part: compiled_scores(self._cfg, self._params, part))
+
+        def run(part: Arrays) -> Any:
+            firsts = np.arange(len(part["tokens"]), dtype=np.int32) * part["tokens"].shape[1]
+            return compiled_scores(self._cfg, self._params, part | {"ends": firsts + part["lengths"] - 1})
+
+        return in_parts(self._around, stage, batch, run)
 
 
 def check(stage: RolloutStage, models: Mapping[str, ModelConfig]) -> None:

@@ -38,7 +38,7 @@ class Reference:
 
         Args:
           path: the checkpoint; None: the model that the stage begins with, without the adapters that it trains.
-          rows: sequences that go through the model at once.
+          rows: pairs of answers that go through the model at once.
 
         Raises:
           UserError: there is no model before the stage.
@@ -67,6 +67,8 @@ class Reference:
             "reference": self._fingerprint,
             "dtype": self._around.cfg.dtype,
         }
+        if self._lazy.cfg.rope_length_factors(store.longest) != self._lazy.cfg.rope_length_factors(1):
+            key["rope_length"] = store.longest
         key = json.loads(json.dumps(key))
         named = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         file = self._around.directory / "reference" / f"{named[:16]}.npz"
@@ -108,15 +110,15 @@ def attach(batches: RecordBatches, around: Surroundings, path: Path | None, rows
 def compute(cfg: ModelConfig, params: Params, store: RecordRows, count: int, mesh: Mesh, rows: int) -> np.ndarray:
     """Computes the log-probabilities of the first `count` answers of a store on a mesh: float32 [count].
 
-    rows: sequences at once, which divide over the mesh. Answers of similar length share a batch.
+    rows: pairs of answers at once, which divide over the mesh. They are drawn at random, so that batches have the few
+    widths of training.
     """
-    order = np.argsort(store.lengths()[:count], kind="stable")
-    found = np.zeros(count, np.float32)
+    order, found = np.random.default_rng(0).permutation(count), np.zeros(count, np.float32)
     with jax.set_mesh(mesh):
-        for first in range(0, count, rows):
-            numbers = np.resize(order[first : first + rows], rows)  # the last are repeated to fill the batch
+        for first in range(0, count, 2 * rows):
+            numbers = np.resize(order[first : first + 2 * rows], (rows, 2))  # the last are repeated to fill the batch
             placed = put_batch(store.read_answers(numbers), mesh, rows)
-            found[numbers] = to_host(compiled_log_probabilities(cfg, params, placed))
+            found[numbers] = to_host(compiled_log_probabilities(cfg, params, placed, None, store.longest))
     return found
 
 

@@ -179,7 +179,8 @@ def _scores(
             tokens = np.zeros(inside.shape, np.int32)
             tokens[inside] = np.concatenate([sequences[i] for i in numbers.tolist()])
             positions = np.where(inside, np.arange(inside.shape[1]), 0).astype(np.int32)
-            rows = {"tokens": tokens, "segment_ids": inside.astype(np.int32), "positions": positions, "lengths": ends}
+            last = (np.arange(batch_size) * inside.shape[1] + ends - 1).astype(np.int32)
+            rows = {"tokens": tokens, "segment_ids": inside.astype(np.int32), "positions": positions, "ends": last}
             scores[numbers] = to_host(compiled_scores(model.cfg, params, put_batch(rows, mesh, batch_size)))
             progress(min(first + batch_size, len(order)), len(order))
     return scores

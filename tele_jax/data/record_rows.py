@@ -1,11 +1,13 @@
 """Pairs of answers and prompts as rows in memory, read at random.
 
-All rows of a batch are read together, for their width is that of the longest, rounded up to one of a few, so that few
-programs are compiled: see `_widths`.
+Answers are packed: a batch of pairs has a fixed number of rows, and each of its answers, with the prompt before it,
+lies whole in one of them, as a segment of its own: see `places`. All rows of a batch are read together, for their width
+is that of the fullest, rounded up to one of a few, so that few programs are compiled: see `_widths`.
 """
 
 import dataclasses
 import functools
+import heapq
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,24 +29,42 @@ from tele_jax.settings import DEFAULT_DIALOGUES, SourceConfig, TrainStage
 class RecordRows:
     """The rows of all domains in memory, a domains.RowStore.
 
-    The batch of pairs, B rows, has tokens, targets int32, loss_weights float32 (1 where the target is a token of an
-    answer, its end included), segment_ids, positions int32, [B, 2, S] each; lengths int32 [B, 2]; margin and
-    pair_weights float32 [B]; sequences int32 [B, 2], the numbers of the answers among all of the store. Of the two, the
-    chosen answer is the first. A row holds a whole sequence, so that the last token is found by its length.
+    The batch of B pairs has tokens, targets int32, loss_weights float32 (1 where the target is a token of an answer,
+    its end included), segment_ids, positions int32, [R, S] each, in whose R rows the answers lie. Of each pair, the
+    chosen answer first, it has ends int32 [B, 2], the index of the last token of an answer in the R * S of the rows;
+    answer_lengths float32 [B, 2], tokens of an answer without its prompt; sequences int32 [B, 2], the numbers of the
+    answers among all of the store; and margin, pair_weights float32 [B]. The segment id of answer j of pair i is
+    1 + 2 i + j. Of M microbatches, number m has the pairs and the rows m, m + M, ...: answers lie in rows of their own
+    microbatch, and ends and segment ids count through it alone.
 
     The batch of prompts has tokens int32 [B, P], padded on the right; lengths int32 [B]; record int32 [B], the number
     of the record, for `fields`.
+
+    Attributes:
+      longest: tokens that an answer may have with its prompt.
     """
 
     reads_alone = False
 
     def __init__(
-        self, found: Mapping[str, Records], kind: RecordKind, vocabulary: Vocabulary, limits: Limits, batch_size: int
+        self,
+        found: Mapping[str, Records],
+        kind: RecordKind,
+        vocabulary: Vocabulary,
+        limits: Limits,
+        batch_size: int,
+        rows: int,
+        microbatches: int,
     ):
-        """Reads nothing more; batch_size is the usual number of rows of a batch."""
-        self._found, self._limits = dict(found), limits
-        self._longest = limits.sequence if kind == "pairs" else limits.prompt
-        self._kind, self._pad_id = kind, max(vocabulary.pad_id, 0)
+        """Reads nothing more.
+
+        Args:
+          batch_size: pairs or prompts in a batch of training.
+          rows: rows that hold the answers of such a batch; other batches have as many in proportion.
+          microbatches: parts that such a batch is cut into.
+        """
+        self._found, self._shape = dict(found), (batch_size, rows, microbatches)
+        self._kind, self._pad_id, self.longest = kind, max(vocabulary.pad_id, 0), limits.sequence
         self.where = ", ".join(records.where for records in found.values())
         self.rows = {name: len(records.rows) for name, records in found.items()}
         template = getattr(vocabulary, "template", None)
@@ -54,12 +74,16 @@ class RecordRows:
         answers, records = (dict(zip(found, np.cumsum([0, *count]).tolist())) for count in counts)
         self._first_answer, self._first_record = answers, records
         self.num_answers = sum(counts[0])
-        alone = (
-            self.lengths() if kind == "pairs" else np.concatenate([np.diff(r.prompts.starts) for r in found.values()])
-        )
-        rows = [self._first_answer[name] + records.rows for name, records in found.items()]
-        together = alone[np.concatenate(rows)].max(axis=1) if kind == "pairs" else alone
-        self._widths = _widths(together, batch_size, self._longest)
+        rng, draws = np.random.default_rng(0), max(64, 4096 // batch_size)
+        if kind == "pairs":
+            pairs = self.lengths[np.concatenate([answers[name] + records.rows for name, records in found.items()])]
+            batches = (rng.choice(pairs, batch_size) for _ in range(draws))
+            widths = np.array([places(batch, rows, microbatches)[2] for batch in batches])
+            self._widths = _widths(widths, limits.sequence, -(-2 * batch_size // rows) * limits.sequence)
+        else:
+            alone = np.concatenate([np.diff(records.prompts.starts) for records in found.values()])
+            widths = rng.choice(alone, (draws, batch_size)).max(axis=1)
+            self._widths = _widths(widths, limits.prompt, limits.prompt)
 
     def checksum(self, domain: str) -> str:
         """Names the rows of a domain, see Records.checksum."""
@@ -79,11 +103,14 @@ class RecordRows:
         if self._kind == "prompts":
             found = [self._found[name].prompts[row] for name, row in places]
             numbers = [self._first_record[name] + row for name, row in places]
-            tokens, lengths = self._padded(found)
+            lengths = np.array([len(each) for each in found], np.int32)
+            tokens = np.full((len(found), self._width(int(lengths.max()))), self._pad_id, np.int32)
+            for row, ids in zip(tokens, found):
+                row[: len(ids)] = ids
             return {"tokens": tokens, "lengths": lengths, "record": np.array(numbers, np.int32)}
         numbers = np.array([self._found[name].rows[row] + self._first_answer[name] for name, row in places])
-        batch = self.read_answers(numbers.ravel())
-        batch = {name: array.reshape(-1, 2, *array.shape[1:]) for name, array in batch.items()}
+        batch_size, _, microbatches = self._shape
+        batch = self.read_answers(numbers, microbatches if len(numbers) == batch_size else 1)
         margins = np.array([self._found[name].margins[row] for name, row in places], np.float32)
         weights = np.array([self._found[name].weights[row] for name, row in places], np.float32)
         return {**batch, "margin": margins, "pair_weights": weights, "sequences": numbers.astype(np.int32)}
@@ -97,65 +124,96 @@ class RecordRows:
             blank = np.zeros(len(tokens), np.int32)
             made = {"tokens": tokens, "targets": targets, "loss_weights": blank, "segment_ids": blank + 1}
             return [("prompt", _cut(made, len(tokens)), str(self.fields(int(batch["record"][0]))))]
-        names = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
         margin, weight = float(batch["margin"][0]), float(batch["pair_weights"][0])
         note = f"margin {margin:g}, weight {weight:.3g}"
-        sides = [{name: batch[name][0, side] for name in names} for side in (0, 1)]
-        ends = batch["lengths"][0]
-        return [(what, _cut(side, end), note) for what, side, end in zip(("chosen", "rejected"), sides, ends)]
+        rows = {name: array[0] for name, array in batch.items() if array.shape == batch["tokens"].shape}
+        found = []
+        for segment, what in enumerate(("chosen", "rejected"), 1):
+            own = rows["segment_ids"] == segment
+            side = {name: array[own] for name, array in rows.items()}
+            found.append((what, _cut(side | {"segment_ids": side["segment_ids"] * 0 + 1}, int(own.sum())), note))
+        return found
 
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """Returns the tokens of every answer with its prompt, int64 [num_answers]."""
+        """The tokens of every answer with its prompt, int64 [num_answers]."""
         found = self._found.values()
         own = [np.diff(r.prompts.starts)[r.of_answer] + np.diff(r.answers.starts) for r in found]
         return np.concatenate(own)
 
-    def read_answers(self, numbers: np.ndarray) -> Batch:
-        """Reads answers with their prompts, by their numbers among all: tokens, ..., lengths as in a batch of pairs."""
-        sequences, prompts = [], []
-        for number in numbers.tolist():
-            name = next(name for name, first in reversed(self._first_answer.items()) if first <= number)
-            records, own = self._found[name], number - self._first_answer[name]
-            prompt = records.prompts[int(records.of_answer[own])]
-            sequences.append(np.concatenate([prompt, records.answers[own]]))
-            prompts.append(len(prompt))
-        tokens, lengths = self._padded(sequences)
-        places, ends, begins = np.arange(tokens.shape[1]), lengths[:, None], np.array(prompts)[:, None]
-        targets = np.where(places < ends - 1, np.roll(tokens, -1, axis=1), self._pad_id)
-        learned = (places >= begins - 1) & (places < ends - 1)
-        inside = places < ends
-        return {
-            "tokens": tokens,
-            "targets": targets.astype(np.int32),
-            "loss_weights": learned.astype(np.float32),
-            "segment_ids": inside.astype(np.int32),
-            "positions": np.where(inside, places, 0).astype(np.int32),
-            "lengths": lengths,
-        }
+    def read_answers(self, numbers: np.ndarray, microbatches: int = 1) -> Batch:
+        """Reads answers with their prompts, by their numbers among all, [n, 2].
 
-    def _padded(self, lists: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (tokens int32 [n, S], lengths int32 [n])."""
-        lengths = np.array([len(each) for each in lists], np.int32)
-        width = self._widths[np.searchsorted(self._widths, lengths.max())]
-        tokens = np.full((len(lists), int(width)), self._pad_id, np.int32)
-        for row, ids in zip(tokens, lists):
-            row[: len(ids)] = ids
-        return tokens, lengths
+        Returns tokens, targets, loss_weights, segment_ids, positions, ends, answer_lengths as in a batch of pairs.
+        """
+        lengths = self.lengths[numbers]
+        batch_size, of_batch, _ = self._shape
+        count = max(microbatches, -(-len(numbers) * of_batch // batch_size))
+        rows, begins, width = places(lengths, count, microbatches)
+        shape = (count, self._width(width))
+        found = {name: np.zeros(shape, np.int32) for name in ("segment_ids", "positions")}
+        found |= {name: np.full(shape, self._pad_id, np.int32) for name in ("tokens", "targets")}
+        weights, answer_lengths = np.zeros(shape, np.float32), np.zeros(numbers.shape, np.float32)
+        for pair, side in np.ndindex(*numbers.shape):
+            ids, prompt = self._sequence(int(numbers[pair, side]))
+            row, begin, length = rows[pair, side], begins[pair, side], len(ids)
+            found["tokens"][row, begin : begin + length] = ids
+            found["targets"][row, begin : begin + length - 1] = ids[1:]
+            found["segment_ids"][row, begin : begin + length] = 1 + 2 * (pair // microbatches) + side
+            found["positions"][row, begin : begin + length] = np.arange(length)
+            weights[row, begin + prompt - 1 : begin + length - 1] = 1
+            answer_lengths[pair, side] = length - prompt
+        ends = (rows // microbatches * shape[1] + begins + lengths - 1).astype(np.int32)
+        return {**found, "loss_weights": weights, "ends": ends, "answer_lengths": answer_lengths}
+
+    def _sequence(self, number: int) -> tuple[np.ndarray, int]:
+        """The ids of an answer with its prompt, and how many of them are the prompt."""
+        name = next(name for name, first in reversed(self._first_answer.items()) if first <= number)
+        records, own = self._found[name], number - self._first_answer[name]
+        prompt = records.prompts[int(records.of_answer[own])]
+        return np.concatenate([prompt, records.answers[own]]), len(prompt)
+
+    def _width(self, needed: int) -> int:
+        return int(self._widths[np.searchsorted(self._widths, needed)])
 
 
-def _widths(lengths: np.ndarray, batch_size: int, longest: int, most: int = 8) -> np.ndarray:
-    """Returns the widths that batches of rows as long as `lengths` may have, ascending; the last is `longest`.
+def places(lengths: np.ndarray, count: int, microbatches: int = 1) -> tuple[np.ndarray, np.ndarray, int]:
+    """Places the answers of n pairs into `count` rows.
 
-    `most` of them make the expected width of a batch of batch_size drawn rows least: with F the share of rows up to a
-    length, the distribution of the longest is F^batch_size. Below are eighths of `longest`, for batches of short rows
-    that are read in order. All but the last are multiples of 128, which TPU kernels of attention ask for, where
-    `longest` is at least 1,024, and of a 64th of it, rounded down, where it is less.
+    Of each microbatch, the longest answer comes first, and each goes into the row that has the fewest tokens so far
+    (Graham's rule for jobs on machines, 1969). Where there are q answers a row on average, no row gets more tokens than
+    q of the longest have: whenever one is placed, some row has fewer than q.
+
+    Args:
+      lengths: int64 [n, 2], tokens of the answers. Microbatches divide n and `count`.
+
+    Returns (rows, begins, int64 [n, 2] each, and the width that the rows need).
     """
-    grid = 128 if longest >= 1024 else max(1, longest // 64)
-    counts = np.bincount(-(-lengths // grid))  # by cells of the grid: cell i holds lengths up to i * grid
-    ends, reached = np.flatnonzero(counts), np.cumsum(counts) / len(lengths)
-    below = np.concatenate([[0], reached[ends] ** batch_size])
-    # best[i]: least expected width of the batches whose longest row is in the first i cells, and its widths.
+    rows, begins = (np.zeros(lengths.shape, np.int64) for _ in range(2))
+    for first in range(microbatches):
+        own, own_rows, own_begins = (array[first::microbatches] for array in (lengths, rows, begins))
+        filled = [(0, row) for row in range(count // microbatches)]
+        for answer in np.argsort(-own, axis=None, kind="stable").tolist():
+            at = divmod(answer, 2)
+            tokens, row = filled[0]
+            own_rows[at], own_begins[at] = first + row * microbatches, tokens
+            heapq.heapreplace(filled, (tokens + int(own[at]), row))
+    return rows, begins, int((begins + lengths).max())
+
+
+def _widths(needed: np.ndarray, sequence: int, longest: int, most: int = 8) -> np.ndarray:
+    """Returns the widths that batches may have, ascending, where batches that were drawn at random need `needed`.
+
+    `most` of them make the expected width least. Below and above are eighths of `longest`, for batches of short rows
+    that are read in order, and for what chance did not show; the last is `longest`. All but the last are multiples of
+    128, which TPU kernels of attention ask for, where a text may have `sequence` >= 1,024 tokens, and of a 64th of
+    that, rounded down, where fewer.
+    """
+    grid = 128 if sequence >= 1024 else max(1, sequence // 64)
+    counts = np.bincount(-(-needed // grid))  # by cells of the grid: cell i holds widths up to i * grid
+    ends = np.flatnonzero(counts)
+    below = np.concatenate([[0], np.cumsum(counts)[ends] / len(needed)])
+    # best[i]: least expected width of the batches whose width is in the first i cells, and the widths they get.
     best: list[tuple[float, list[int]]] = [(0.0, []), *[(np.inf, [])] * len(ends)]
     for _ in range(min(most, len(ends))):
         last = [((below[i + 1] - below[: i + 1]) * end, end) for i, end in enumerate(ends.tolist())]
@@ -164,8 +222,8 @@ def _widths(lengths: np.ndarray, batch_size: int, longest: int, most: int = 8) -
             *(min((best[j][0] + cost, [*best[j][1], end]) for j, cost in enumerate(costs)) for costs, end in last),
         ]
     widths = np.minimum(np.array(best[-1][1]) * grid, longest)
-    eighths = np.arange(1, 9) * -(-longest // 8 // grid) * grid
-    return np.unique([*eighths[eighths < widths[0]], *widths, longest])
+    eighths = np.minimum(np.arange(1, 8) * -(-longest // 8 // grid) * grid, longest)
+    return np.unique([*eighths[(eighths < widths[0]) | (eighths > widths[-1])], *widths, longest])
 
 
 def _cut(row: Batch, length: int) -> Batch:
@@ -193,17 +251,19 @@ class OpenRecords(OpenData):
                     f"data.dialogues.{name}: is of fine-tuning, and {records} have no use for it; leave it out"
                 )
         self.records: RecordKind = records
-        self.limits, self._batch_size = limits, stage.batch_size
+        self.limits, self._batch_size, self._microbatches = limits, stage.batch_size, stage.microbatches
+        self._rows = stage.num_rows
         super().__init__(stage.data, kind="sft", seq_len=stage.seq_len, **how)  # learns answers to dialogues
 
     @functools.cached_property
     def store(self) -> RecordRows:
         """All rows to train on."""
-        return self.rows_of(self.train)
+        return self.rows_of(self.train, self._microbatches)
 
-    def rows_of(self, found: Mapping[str, Any]) -> RecordRows:
+    def rows_of(self, found: Mapping[str, Any], microbatches: int = 1) -> RecordRows:
         """Makes a store of domains of `train` or `held_out`."""
-        return RecordRows(found, self.records, self.vocabulary, self.limits, self._batch_size)
+        shape = (self._batch_size, self._rows, microbatches)
+        return RecordRows(found, self.records, self.vocabulary, self.limits, *shape)
 
     def _open_files(self, name: str, source: SourceConfig, field: str) -> Any:
         if source.format != self.records:
@@ -305,11 +365,10 @@ class RecordBatches(Batches):
         return {name: _held_out(self._own, name, records, size) for name, records in self._own.held_out.items()}
 
     def sample(self, num_rows: int, num_tokens: int) -> np.ndarray:
-        """Returns at most int32[num_rows, num_tokens] of the first rows to train on, both answers of each pair."""
+        """Returns at most int32[num_rows, num_tokens] of rows of the first pairs to train on."""
         name, count = next(iter(self.store.rows.items()))
         count = min(num_rows, count)
-        tokens = self.store.read([name] * count, list(range(count)))["tokens"]
-        return tokens.reshape(-1, tokens.shape[-1])[:num_rows, :num_tokens]
+        return self.store.read([name] * count, list(range(count)))["tokens"][:, :num_tokens]
 
     def held_out_store(self, domain: str) -> RecordRows:
         """The rows of a domain that is held out, with what rewards and references look up in them."""
@@ -325,7 +384,7 @@ def _held_out(opened: OpenRecords, name: str, records: Records, size: int) -> He
         batch, filled = store.read([name] * size, rows.tolist()), np.arange(first, first + size) >= count
         if opened.records == "pairs":
             batch["pair_weights"][filled] = 0
-            tokens += int(batch["loss_weights"][~filled].sum())
+            tokens += int(batch["answer_lengths"][~filled].sum())
         else:
             batch["record"][filled] = -1
             tokens += int(batch["lengths"][~filled].sum())

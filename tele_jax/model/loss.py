@@ -43,10 +43,14 @@ def next_token_loss(
 
 
 def token_losses(
-    cfg: ModelConfig, params: Params, batch: Mapping[str, jax.Array], masks: decoder.Masks | None = None
+    cfg: ModelConfig,
+    params: Params,
+    batch: Mapping[str, jax.Array],
+    masks: decoder.Masks | None = None,
+    rope_length: int | None = None,
 ) -> jax.Array:
-    """The cross entropy of every target in nats, [B, S]."""
-    x, kernel = _head(cfg, params, batch, masks)
+    """The cross entropy of every target in nats, [B, S]; rope_length: as decoder.hidden."""
+    x, kernel = _head(cfg, params, batch, masks, rope_length=rope_length)
     return cross_entropy(x, kernel, batch["targets"], cfg.logit_mult, cfg.vocab_size)
 
 
@@ -56,9 +60,10 @@ def _head(
     batch: Mapping[str, jax.Array],
     masks: decoder.Masks | None,
     noise: jax.Array | None = None,
+    rope_length: int | None = None,
 ):
     rows = (batch["tokens"], batch.get("positions"), batch.get("segment_ids"))
-    x = decoder.hidden(cfg, params, *rows, masks, noise=noise)
+    x = decoder.hidden(cfg, params, *rows, masks, rope_length, noise=noise)
     return whole_rows(x), head_kernel(cfg, params)
 
 

@@ -76,7 +76,7 @@ def feed(stage: DpoStage, batches: RecordBatches, around: Surroundings) -> LiveF
       UserError: there is no model before the stage.
       DamageError: a file of log-probabilities is damaged.
     """
-    rows = 2 * (stage.batch_size // stage.microbatches)
+    rows = stage.batch_size // stage.microbatches
     reference.attach(batches, around, around.checkpoints.get("reference"), rows)
     return around.feed(batches, stage.batch_size)
 
@@ -90,8 +90,8 @@ def loss(
     beside: None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """The loss of losses.dpo; see stages.__init__. Rewards are beta (log p - log p of the reference)."""
-    logp = pairs.log_probabilities(cfg, params, pairs.rows_of(batch), masks).reshape(-1, 2)
-    lengths, weights = jnp.sum(batch["loss_weights"], axis=-1), stage.pair_weights(batch)
+    logp = pairs.log_probabilities(cfg, params, batch, masks, stage.seq_len)
+    lengths, weights = batch["answer_lengths"], stage.pair_weights(batch)
     known = batch["reference"]
     divided = {"chosen_len": lengths[:, 0], "rejected_len": lengths[:, 1]} if stage.length_normalised else {}
     how: dict[str, Any] = {"beta": stage.beta, "kind": stage.loss, "label_smoothing": stage.label_smoothing, **divided}
@@ -111,8 +111,7 @@ def evaluate(
 
     def margins(logp: np.ndarray, batch: Mapping[str, np.ndarray]) -> np.ndarray:
         rewards = stage.beta * (logp - batch["reference"])
-        rewards = rewards / batch["loss_weights"].sum(axis=-1) if stage.length_normalised else rewards
+        rewards = rewards / batch["answer_lengths"] if stage.length_normalised else rewards
         return rewards[:, 0] - rewards[:, 1]
 
-    of_rows = pairs.compiled_log_probabilities
-    return pairs.evaluate(of_rows, margins, cfg, params, held_out, mesh)
+    return pairs.evaluate(stage, pairs.compiled_log_probabilities, margins, cfg, params, held_out, mesh)

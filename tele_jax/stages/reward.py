@@ -57,7 +57,7 @@ def loss(
     beside: None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """The loss of losses.reward with the margins of the pairs, and with `centre`; see stages.__init__."""
-    chosen, rejected = pairs.scores(cfg, params, pairs.rows_of(batch), masks).reshape(-1, 2).T
+    chosen, rejected = pairs.scores(cfg, params, batch, masks, stage.seq_len).T
     weights = stage.pair_weights(batch)
     found = losses.reward(chosen, rejected, margin=batch["margin"]) + stage.centre * jnp.square(chosen + rejected)
     figures = pairs.figures(chosen - rejected, (chosen, rejected), weights)
@@ -69,4 +69,4 @@ def evaluate(
 ) -> dict[str, float]:
     """The accuracy and the mean margin of the held-out pairs of every domain."""
     margins = lambda scores, batch: scores[:, 0] - scores[:, 1]  # noqa: E731
-    return pairs.evaluate(pairs.compiled_scores, margins, cfg, params, held_out, mesh)
+    return pairs.evaluate(stage, pairs.compiled_scores, margins, cfg, params, held_out, mesh)

@@ -215,6 +215,7 @@ def open_run(config: RunConfig, index: sources.Indexes, open_tasks: "OpenTasks |
             if stage.steps is not None:  # before any text is read
                 _check_training(stage, cfg, masks, where)
             batch_sharding(mesh, stage.batch_size // stage.microbatches)
+            batch_sharding(mesh, stage.num_rows // stage.microbatches)
             batches[name] = kind.batches(stage, index)
             if stage.keep_best is not None and stage.tasks is None and not batches[name].held_out:
                 raise UserError(f"{where}.keep_best={stage.keep_best!r}: no domain has held-out data to evaluate")

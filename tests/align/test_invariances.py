@@ -73,8 +73,11 @@ def rows_of(texts, width, pad, left):
     return found | {"positions": positions, "lengths": lengths}
 
 
-def batch_of(name, seed, *, width=WIDTH, pad=PAD, left=False):
-    """Eight rows (or pairs) of random texts, which end with EOS or are cut; arrays of tokens are NaN where none is."""
+def batch_of(name, seed, *, take=range(ROWS), width=WIDTH, pad=PAD, left=False):
+    """Eight rows (or pairs) of random texts, which end with EOS or are cut; arrays of tokens are NaN where none is.
+
+    Each answer of a pair has a row of its own. take: the numbers of the rows or pairs that are in it.
+    """
     rng, paired = np.random.default_rng(seed), KINDS[name][0] in ("reward", "dpo")
     texts, floats = [], []
     for _ in range(ROWS):
@@ -83,19 +86,29 @@ def batch_of(name, seed, *, width=WIDTH, pad=PAD, left=False):
             reply = rng.integers(2, 60, rng.integers(1, 9)).tolist()
             texts.append((prompt, [*reply[:-1], EOS] if rng.random() < 0.7 else reply))
             floats.append(rng.normal(0, 1, (len(FLOATS), len(reply))))
-    batch = rows_of(texts, width, pad, left)
+    take = list(take)
     if paired:
-        batch = {key: array.reshape(ROWS, 2, *array.shape[1:]) for key, array in batch.items()}
-        batch |= {"margin": rng.uniform(0, 1, ROWS), "pair_weights": rng.choice([1.0, 0.5], ROWS)}
-        batch |= {"reference": rng.normal(-20, 3, (ROWS, 2)), "sequences": np.arange(2 * ROWS).reshape(ROWS, 2)}
-        types = {"margin": np.float32, "pair_weights": np.float32, "reference": np.float32, "sequences": np.int32}
-        return {key: array.astype(types.get(key, array.dtype)) for key, array in batch.items()}
+        batch = rows_of([texts[2 * pair + side] for pair in take for side in (0, 1)], width, pad, left)
+        firsts = np.arange(2 * len(take), dtype=np.int32)
+        batch["segment_ids"] *= 1 + firsts[:, None]
+        batch["ends"] = (firsts * width + batch.pop("lengths") - 1).reshape(-1, 2)
+        batch["answer_lengths"] = batch["loss_weights"].sum(axis=1).reshape(-1, 2)
+        of_pairs = {"margin": rng.uniform(0, 1, ROWS), "pair_weights": rng.choice([1.0, 0.5], ROWS)}
+        of_pairs |= {"reference": rng.normal(-20, 3, (ROWS, 2))}
+        return batch | {key: array[take].astype(np.float32) for key, array in of_pairs.items()}
+    batch = rows_of(texts, width, pad, left)
     for index, key in enumerate(FLOATS):
         batch[key] = np.full(batch["tokens"].shape, np.nan, np.float32)
         for row, values in enumerate(floats):
             of_model = -4.1 + 0.1 * values[index]  # near log(1/60), so that ratios are near 1
             batch[key][row, batch["loss_weights"][row] > 0] = of_model if "logp" in key else values[index]
-    return batch
+    return {key: array[take] for key, array in batch.items()}
+
+
+def packed(batch, answers=2):
+    """The pairs of a batch with several answers in a row, and padding between them and behind."""
+    rows = {key: array for key, array in batch.items() if array.shape == batch["tokens"].shape}
+    return batch | {key: array.reshape(len(array) // answers, -1) for key, array in rows.items()}
 
 
 def found(name, *parts):
@@ -117,15 +130,16 @@ def assert_same(ours, theirs, what):
 
 def variants(name, seed, order=range(ROWS)):
     """The same rows in other forms: lists of batches whose sums are added."""
-    batch = batch_of(name, seed)
 
     def cut(size):
-        return [{key: array[i : i + size] for key, array in batch.items()} for i in range(0, ROWS, size)]
+        return [batch_of(name, seed, take=range(i, i + size)) for i in range(0, ROWS, size)]
 
-    return {
+    whole = batch_of(name, seed)
+    more = {f"{n} answers in a row": [packed(whole, n)] for n in (2, 8)} if "ends" in whole else {}
+    return more | {
         "8 x 1": cut(1),
         "2 x 4": cut(4),
-        "another order": [{key: array[list(order)] for key, array in batch.items()}],
+        "another order": [batch_of(name, seed, take=order)],
         "padding with the id of EOS": [batch_of(name, seed, pad=EOS)],
         "more padding": [batch_of(name, seed, width=WIDTH + 8)],
         "padding in front": [batch_of(name, seed, left=True)],
@@ -156,13 +170,14 @@ def mean_of_the_microbatch(monkeypatch):
 
 def ends_at_the_first_padding_id(monkeypatch):
     """Fault 2: the end of a sequence is the first token with the id of padding, which EOS may have."""
-    real = pairs.rows_of
+    real = pairs.scores
 
-    def rows(batch):
-        found = real(batch)
-        return found | {"lengths": jnp.argmax(found["tokens"] == found["tokens"][:, -1:], axis=1)}
+    def scores(cfg, params, rows, *how):
+        tokens = rows["tokens"]
+        ends = jnp.argmax(tokens == tokens[:, -1:], axis=1) + tokens.shape[1] * jnp.arange(len(tokens)) - 1
+        return real(cfg, params, {**rows, "ends": ends.reshape(-1, 2)}, *how)
 
-    monkeypatch.setattr(pairs, "rows_of", rows)
+    monkeypatch.setattr(pairs, "scores", scores)
 
 
 PLANTED = [
@@ -186,6 +201,11 @@ def test_the_step_of_eight_devices_has_the_loss_and_gradient_of_one(name):
     stage, cfg, params, _ = made(name)
     batch = batch_of(name, 5)
     loss, gradients = found(name, batch)
+    if "ends" in batch:  # every second pair, and its rows, are of one microbatch, in which they are counted
+        parts = [packed(batch_of(name, 5, take=range(i, ROWS, 2))) for i in range(2)]
+        batch = {
+            key: np.stack([part[key] for part in parts], 1).reshape(ROWS, *parts[0][key].shape[1:]) for key in batch
+        }
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     tx = optimizer(cfg, OptimizerConfig(learning_rate=1e-2), lambda step: 1.0)
     of_stage = functools.partial(find_kind(stage.kind).loss, stage)

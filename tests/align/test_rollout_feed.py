@@ -382,8 +382,9 @@ def test_a_reward_model_is_read_at_the_last_token_by_index(place):
     found = []
     for width in (16, 32):
         made = experience.drawn(prompts, replies, stop_ids=[2], seq_len=width, pad_id=stop, record=none, group=none)
-        batch = experience.rows(made, unit=width, pad_id=stop) | {"lengths": made.lengths}
-        found.append(np.asarray(compiled_scores(cfg, single, batch)))
+        batch = experience.rows(made, unit=width, pad_id=stop) | {"ends": made.lengths - 1}
+        all_ends = {"ends": batch["ends"] + batch["tokens"].shape[1] * np.arange(3)}
+        found.append(np.asarray(compiled_scores(cfg, single, batch | all_ends)))
         found.append(
             np.concatenate(
                 [compiled_scores(cfg, single, {n: a[i : i + 1] for n, a in batch.items()}) for i in range(3)]

@@ -1,6 +1,5 @@
 """Reward models and DPO as stages: against torch, over devices, killed and resumed, with adapters, and bad pages."""
 
-import dataclasses
 import json
 import math
 import signal
@@ -28,6 +27,7 @@ from tele_jax.sharding import make_mesh
 from tele_jax.stages import find_kind, read_stage
 from tele_jax.train import metrics
 from tests.data.caches import write_lines
+from tests.data.test_record_rows import answer_of
 from tests.inference.test_chat import tokenizer_bytes
 from tests.reference import forward as forward_in_float64
 
@@ -123,9 +123,8 @@ def of_answers(batch, compute):
     rows = []
     for row in range(len(batch["margin"])):
         for side in (0, 1):
-            n = batch["lengths"][row, side]
-            ids = torch.from_numpy(batch["tokens"][row, side, :n]).long()
-            rows.append(compute(ids, 1 + np.flatnonzero(batch["loss_weights"][row, side])))
+            own = answer_of(batch, row, side)
+            rows.append(compute(torch.from_numpy(own["tokens"]).long(), 1 + np.flatnonzero(own["loss_weights"])))
     return torch.stack(rows).reshape(-1, 2)
 
 
@@ -170,7 +169,7 @@ def test_the_first_step_of_dpo_is_that_of_torch(place, finished, torch_models):
 
         return of_answers(batch, of)
 
-    model, beta, lengths = torch_models["base"], 0.7, torch.from_numpy(batch["loss_weights"].sum(axis=-1))
+    model, beta, lengths = torch_models["base"], 0.7, torch.from_numpy(batch["answer_lengths"])
     policy = logp(model)
     rewards = beta * (policy - logp(torch_models["other"]).detach()) / lengths
     z, weights = rewards[:, 0] - rewards[:, 1], torch.from_numpy(batch["pair_weights"])
@@ -201,9 +200,10 @@ def test_the_evaluation_scores_held_out_pairs(place, finished):
             loaded, margins = checkpoint.load(workdir), []
             for batch in held.batches:
                 for i in np.flatnonzero(batch["pair_weights"]):
-                    one = pairs.rows_of({name: array[i : i + 1] for name, array in batch.items()})
-                    chosen, rejected = pairs.compiled_scores(loaded.cfg, loaded.params, one)
-                    margins.append(float(chosen) - float(rejected))
+                    alone = [answer_of(batch, i, side)["tokens"] for side in (0, 1)]
+                    rows = [scores_of(ids, 0, len(ids)) for ids in alone]
+                    chosen, rejected = (pairs.compiled_scores(loaded.cfg, loaded.params, row) for row in rows)
+                    margins.append(float(chosen[0]) - float(rejected[0]))
             assert len(margins) == 6
             assert found["eval/margin/numbers"] == pytest.approx(np.mean(margins), abs=1e-5)
             assert found["eval/accuracy/numbers"] == np.mean(np.array(margins) > 0)
@@ -321,11 +321,11 @@ def test_what_the_reference_gives_is_the_sum_over_the_answer(place):
     mesh, count = make_mesh(MeshConfig(), jax.devices()[:1]), 5
     found = reference.compute(loaded.cfg, loaded.params, store, count, mesh, rows=3)
     for number in range(count):
-        rows = store.read_answers(np.array([number]))
-        logits = forward_in_float64(loaded.cfg, loaded.params, rows["tokens"][:, : rows["lengths"][0]])[0]
+        own = answer_of(store.read_answers(np.array([[number, 4]])), 0, 0)
+        logits = forward_in_float64(loaded.cfg, loaded.params, own["tokens"][None])[0]
         every = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        learned = np.flatnonzero(rows["loss_weights"][0])
-        assert found[number] == pytest.approx(every[learned, rows["targets"][0, learned]].sum(), abs=1e-4)
+        learned = np.flatnonzero(own["loss_weights"])
+        assert found[number] == pytest.approx(every[learned, own["targets"][learned]].sum(), abs=1e-4)
 
 
 BAD = [
@@ -338,6 +338,8 @@ BAD = [
     ({"kind": "reward", "mask_ramp": 2}, "config.own: mask_ramp: "),
     ({"kind": "reward", "keep_best": "bits_per_byte/numbers"}, "expected accuracy/DOMAIN"),
     ({"kind": "dpo", "rankings": "best"}, "config.own.rankings"),
+    ({"kind": "dpo", "rows": 17}, "config.own: rows=17 of 16 answers: give from 1 to that many"),
+    ({"kind": "reward", "rows": 3, "microbatches": 2}, "config.own: rows=3 does not divide into microbatches=2"),
     ({"kind": "dpo", "after": "zz"}, "config.own.after='zz': no stage comes before own; leave it out"),
 ]
 
@@ -360,13 +362,14 @@ def test_a_plan_has_the_arrays_of_a_batch_and_lowers_the_step_of_the_stage(place
     module = find_kind(kind)
     known = {"reference": np.zeros((8, 2), np.float32)} if kind == "dpo" else {}
     batch = {name: (array.shape, array.dtype) for name, array in (first_batch(place, kind) | known).items()}
-    short = dataclasses.replace(made, seq_len=batch["tokens"][0][-1])  # a batch is cut to its longest sequence
-    assert {name: (leaf.shape, leaf.dtype) for name, leaf in module.shapes(short).items()} == batch
+    drawn = batch["tokens"][0]  # a batch is as wide as its fullest row, which two longest answers would fill
+    full = {name: ((8, 2 * 64) if shape == drawn else shape, dtype) for name, (shape, dtype) in batch.items()}
+    assert {name: (leaf.shape, leaf.dtype) for name, leaf in module.shapes(made).items()} == full
     cfg = stages.model_of(made, tele.ModelConfig(**MODEL))
     job = TrainJob(slice=find_slice("v5e:2x2"), mesh=MeshConfig(fsdp=4), cfg=cfg, batch_size=8, seq_len=64, stage=made)
     mesh = make_mesh(MeshConfig(fsdp=4), jax.devices()[:4])
     lowered = job.lower(mesh).as_text()
-    assert "tensor<16x64" in lowered and job.tokens == 16 * 64  # of 8 pairs, 16 sequences
+    assert "tensor<8x128" in lowered and job.tokens == 16 * 64  # of 8 pairs, 16 sequences, two in a row
 
 
 def test_dpo_before_any_model_is_refused(place, tmp_path):
@@ -421,7 +424,7 @@ def test_the_best_checkpoint_is_kept_by_accuracy(place, tmp_path):
 def scores_of(ids, pad_id, width):
     """A row of a sequence, padded to a width."""
     n = len(ids)
-    rows = {"tokens": np.full((1, width), pad_id, np.int32), "lengths": np.array([n], np.int32)}
+    rows = {"tokens": np.full((1, width), pad_id, np.int32), "ends": np.array([n - 1], np.int32)}
     rows["tokens"][0, :n] = ids
     inside = np.arange(width) < n
     return rows | {
@@ -432,13 +435,13 @@ def scores_of(ids, pad_id, width):
 
 def at_the_first_padding(cfg, params, rows, masks=None):
     """Fault 2: the end is where the first token of padding stands, whatever the length says."""
-    ends = (rows["tokens"] == PAD).argmax(axis=1)
-    return pairs.scores(cfg, params, {**rows, "lengths": ends}, masks)
+    ends = (rows["tokens"] == PAD).argmax(axis=1) - 1
+    return pairs.scores(cfg, params, {**rows, "ends": ends}, masks)
 
 
 def one_too_early(cfg, params, rows, masks=None):
     """Fault 3: the head reads the token before the last."""
-    return pairs.scores(cfg, params, {**rows, "lengths": rows["lengths"] - 1}, masks)
+    return pairs.scores(cfg, params, {**rows, "ends": rows["ends"] - 1}, masks)
 
 
 PAD = 3
@@ -456,6 +459,7 @@ def test_a_score_is_read_at_the_last_token_by_its_index(compute):
     found = [float(compute(cfg, params, row)[0]) for row in rows]
     other = scores_of(list(range(100, 114)), PAD, 16)
     both = {name: np.concatenate([other[name], rows[1][name]]) for name in other}
+    both["ends"][1] += 16
     found.append(float(compute(cfg, params, both)[1]))
     fine = bool(np.abs(np.array(found) - wanted).max() < 1e-5)
     assert fine is (compute is pairs.scores), found

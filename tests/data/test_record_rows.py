@@ -13,6 +13,7 @@ from tele_jax.data.record_rows import RecordBatches
 from tele_jax.data.templates import TEMPLATES
 from tele_jax.errors import UserError
 from tele_jax.settings import DEFAULT_DIALOGUES, DataConfig, DialogueConfig, OptimizerConfig, SourceConfig, TrainStage
+from tele_jax.stages.dpo import DpoStage
 from tests.data.caches import write_lines
 
 QUESTION = {"role": "user", "content": "Which is larger, 3 or 5?"}
@@ -44,6 +45,12 @@ def stage(
         seq_len=seq_len,
         **how,
     )
+
+
+def answer_of(batch, pair, side):
+    """The arrays of one answer with its prompt, cut out of its row by its segment id."""
+    own = batch["segment_ids"] == 1 + 2 * pair + side
+    return {name: array[own] for name, array in batch.items() if array.shape == own.shape}
 
 
 def opened(made, kind="pairs", **how):
@@ -107,19 +114,22 @@ def test_a_row_is_the_prompt_and_the_answer_with_its_end(model_file, vocabulary,
     for row, side in itertools.product((0, 1), (0, 1)):
         want = [*prompts[row], *encode(answers[row][side]), v.end_id]
         n, first = len(want), len(prompts[row])
-        of = {
-            name: found[name][row, side] for name in ("tokens", "targets", "loss_weights", "segment_ids", "positions")
-        }
-        assert found["lengths"][row, side] == n and of["tokens"][:n].tolist() == want
+        of = answer_of(found, row, side)
+        assert of["tokens"].tolist() == want
         learned = np.flatnonzero(of["loss_weights"])
         assert learned.tolist() == list(range(first - 1, n - 1))
         assert of["targets"][learned].tolist() == want[first:]
-        assert of["segment_ids"].tolist() == [1] * n + [0] * (len(of["tokens"]) - n)
-        assert of["positions"][:n].tolist() == list(range(n))
+        assert of["positions"].tolist() == list(range(n))
+        assert found["answer_lengths"][row, side] == n - first
+        end = np.unravel_index(found["ends"][row, side], found["tokens"].shape)
+        assert found["segment_ids"][end] == 1 + 2 * row + side and found["positions"][end] == n - 1
+    empty = found["segment_ids"] == 0
+    assert not found["loss_weights"][empty].any() and not found["positions"][empty].any()
     alone = own.store.read(["a"], [1])
-    n = alone["tokens"].shape[2]
-    assert (alone["tokens"] == found["tokens"][1:, :, :n]).all()
-    assert (own.sample(3, 5) == found["tokens"].reshape(4, -1)[:3, :5]).all(), "a growth is verified on these"
+    assert len(alone["tokens"]) == 1, "both answers in a row"
+    for side in (0, 1):
+        assert (answer_of(alone, 0, side)["tokens"] == answer_of(found, 1, side)["tokens"]).all()
+    assert (own.sample(3, 5) == found["tokens"][:, :5]).all(), "a growth is verified on these"
 
 
 def by_common_prefix(prompt, answers, vocabulary):
@@ -137,7 +147,7 @@ def test_answers_that_begin_alike_are_learned_from_their_first_token(
     path = write_lines(tmp_path / "pairs.jsonl", [pair(0, "five it is", "five it was")])
     monkeypatch.setattr(records, "dialogue", SimpleNamespace(render_answers=render))
     found = opened(stage(model_file, {"a": path})).store.read(["a"], [0])
-    learned = [found["loss_weights"][0, side].sum() for side in (0, 1)]
+    learned = [answer_of(found, 0, side)["loss_weights"].sum() for side in (0, 1)]
     wanted = [len(vocabulary.encode(text)) + 1 for text in ("five it is", "five it was")]
     assert (learned == wanted) is (render is dialogue.render_answers)
 
@@ -159,16 +169,14 @@ def test_a_ranking_is_all_its_pairs_and_weighs_one(model_file, vocabulary, tmp_p
     store = opened(stage(model_file, {"a": path})).store
     assert store.rows == {"a": 7} and store.num_answers == 6
     found = store.read(["a"] * 7, list(range(7)))
-    ends = {
-        side: [row[n - 2] for row, n in zip(found["tokens"][:6, side], found["lengths"][:6, side])] for side in (0, 1)
-    }
+    ends = {side: [answer_of(found, pair, side)["tokens"][-2] for pair in range(6)] for side in (0, 1)}
     ids = {text: vocabulary.encode(text)[-1] for text in "abcd"}
     want = [(ids[better], ids[worse]) for better, worse in itertools.combinations("abcd", 2)]
     assert list(zip(ends[0], ends[1])) == want
     np.testing.assert_allclose(found["pair_weights"], [1 / 6] * 6 + [1])
     assert found["sequences"][:, 0].tolist() == [0, 0, 0, 1, 1, 2, 4]
-    again = store.read_answers(found["sequences"].ravel())
-    assert (again["tokens"].reshape(found["tokens"].shape) == found["tokens"]).all()
+    again = store.read_answers(found["sequences"])
+    assert (again["tokens"] == found["tokens"]).all()
 
 
 def test_every_pair_once_an_epoch_and_resuming_to_the_row(model_file, tmp_path):
@@ -272,7 +280,9 @@ def test_held_out_pairs_are_filled_up_without_weight(model_file, tmp_path):
     weights = np.concatenate([batch["pair_weights"] for batch in found.batches])
     assert weights.tolist() == [1] * 6 + [0] * 2
     assert found.num_tokens == sum(
-        int(b["loss_weights"].sum(axis=(1, 2)) @ (b["pair_weights"] > 0)) for b in found.batches
+        answer_of(batch, pair, side)["loss_weights"].sum()
+        for batch in found.batches
+        for pair, side in itertools.product(np.flatnonzero(batch["pair_weights"]), (0, 1))
     )
     assert own.shared() == ["sources.a.files: 1 documents are held out as well"]
 
@@ -329,11 +339,44 @@ def test_batches_are_little_wider_than_their_longest_row_in_few_widths():
     ):
         lengths = lengths.astype(np.int64)
         for size in (1, 8, 256):
-            widths = record_rows._widths(lengths, size, limit)
+            seen, longest = (rng.choice(lengths, (count, size)).max(axis=1) for count in (500, 1000))
+            widths = record_rows._widths(seen, limit, limit)
             assert len(widths) <= 16 and (np.diff(widths) > 0).all() and widths[-1] == limit and widths[0] > 0
-            longest = rng.choice(lengths, (1000, size)).max(axis=1)
             made = widths[np.searchsorted(widths, longest)]
             assert (made >= longest).all()
             assert limit < 1024 or (widths % 128 == 0).all(), "TPU kernels of attention"
             eighths = -(-longest // (limit // 8)) * (limit // 8) if limit > 8 else longest
             assert limit > 1024 or (made - longest).mean() <= 0.5 * (eighths - longest).mean()
+
+
+def test_answers_are_packed_whole_into_rows_of_like_lengths():
+    """No two share a place, microbatches keep to their own rows, no row has more than its share of longest answers."""
+    rng = np.random.default_rng(0)
+    for pairs, count, parts in ((8, 8, 1), (8, 4, 2), (8, 16, 4), (64, 16, 1), (3, 2, 1), (1, 1, 1)):
+        for lengths in (rng.integers(1, 100, (pairs, 2)), rng.lognormal(4, 1, (pairs, 2)).astype(int) + 1):
+            rows, begins, width = record_rows.places(lengths, count, parts)
+            filled = np.zeros((count, width), int)
+            for pair, side in np.ndindex(pairs, 2):
+                row, begin = rows[pair, side], begins[pair, side]
+                filled[row, begin : begin + lengths[pair, side]] += 1
+                assert row % parts == pair % parts
+            assert filled.max() == 1 and filled.sum() == lengths.sum()
+            assert (np.diff(filled, axis=1) <= 0).all(), "padding is at the end"
+            assert width <= -(-2 * pairs // count) * lengths.max()
+            # The longest row was the shortest before its last answer: it ends at most that answer above the mean.
+            assert width <= filled.sum() / count * parts + lengths.max()
+
+
+def test_few_positions_are_padding(model_file, tmp_path):
+    words = np.random.default_rng(0).lognormal(1.5, 0.8, (256, 2)).astype(int) + 1
+    records = [pair(i, "yes " * a, "no " * b) for i, (a, b) in enumerate(words.clip(max=60).tolist())]
+    path = write_lines(tmp_path / "pairs.jsonl", records)
+    shares, widths = {}, {}
+    for rows in (64, 32, 8):
+        made = DpoStage(**vars(stage(model_file, {"a": path}, batch_size=32, seq_len=256)) | {"rows": rows})
+        found = batches_of(made, 20)
+        assert all(len(batch["tokens"]) == rows and len(batch["ends"]) == 32 for batch in found)
+        shares[rows] = np.mean([(batch["segment_ids"] > 0).mean() for batch in found])
+        widths[rows] = len({batch["tokens"].shape for batch in found})
+    assert shares[64] < 0.5 < 0.65 < shares[32] and shares[8] > 0.9, shares
+    assert max(widths.values()) <= 9, widths
