@@ -178,7 +178,8 @@ def ours(kind: str, directory: Path, steps: int, rows: int) -> dict[str, Any]:
     stage, cfg = settings(kind, directory / "pairs.jsonl", steps, rows), config(kind)
     _, params = convert.load_hf(directory / "model")
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    tx = optimizer(cfg, stage.optimizer, schedule(stage.schedule, steps, 1))
+    unread = getattr(find_kind(kind), "UNREAD", ())
+    tx = optimizer(cfg, stage.optimizer, schedule(stage.schedule, steps, 1), unread=unread)
     step = make_step(cfg, tx, mesh, batch_size=ROWS, loss=functools.partial(find_kind(kind).loss, stage))
     data = opened(stage)
     if kind == "dpo":

@@ -35,6 +35,7 @@ class RewardStage(pairs.PairStage):
 
 Settings = RewardStage
 SCORES = True  # see stages/__init__.py
+UNREAD = ("lm_head.kernel",)
 shapes = pairs.shapes
 
 

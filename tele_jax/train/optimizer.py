@@ -4,7 +4,7 @@ Growth adds units to a model in mid-training. Adam's bias correction and a warm-
 unit has been there, so the state keeps, per axis, the step at which each unit was born: a few small vectors.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ def optimizer(
     factor: Callable[[Any], jax.Array],
     trained: Params | None = None,
     new: Mapping[str, Any] | None = None,
+    unread: Collection[str] = (),
 ) -> optax.GradientTransformation:
     """Clipping by global norm, Adam, decoupled weight decay, muP groups, and the schedule `factor(step)`.
 
@@ -31,14 +32,15 @@ def optimizer(
     learning_rate (arXiv 2304.06875). Kernels and tables decay; norm scales and biases do not.
     trained: tree of ParamSpec of what is trained, where that is not all of the model (model/adapters.py).
     new: bool[size] by axis name; entries without a unit that is True there stay as they are. None: all learn.
+    unread: names of leaves that the loss does not read; they and their moments stay as they are.
     """
     spec = spec_of(cfg) if trained is None else trained
     matrix = config.learning_rate if config.matrix_learning_rate is None else config.matrix_learning_rate
     peaks = jax.tree.map(lambda s: matrix / cfg.width_ratio if s.is_matrix_like else config.learning_rate, spec)
-    decays = jax.tree.map(lambda s: s.role in ("kernel", "table"), spec)
+    decays = unflatten({n: s.role in ("kernel", "table") and n not in unread for n, s in flatten(spec).items()})
     chain = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        scale_by_adam(spec, config),
+        scale_by_adam(spec, config, unread),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, peak: u * peak, updates, peaks)),
         optax.scale_by_schedule(lambda step: -factor(step)),
@@ -66,7 +68,7 @@ def _only(new: Mapping[str, Any], leaves: Mapping[str, ParamSpec], inner: Any) -
     return optax.GradientTransformation(inner.init, update)
 
 
-def scale_by_adam(spec: Params, config: OptimizerConfig) -> optax.GradientTransformation:
+def scale_by_adam(spec: Params, config: OptimizerConfig, unread: Collection[str] = ()) -> optax.GradientTransformation:
     """Adam (arXiv 1412.6980) whose bias correction counts the steps of each entry since it was born.
 
     An entry is as young as its youngest unit. 1 - beta^age and the warm-up both rise with age, so the smallest factor
@@ -100,12 +102,18 @@ def scale_by_adam(spec: Params, config: OptimizerConfig) -> optax.GradientTransf
         steps = {}
         flat_mu, flat_nu = flatten(mu), flatten(nu)
         for name, leaf in leaves.items():
+            if name in unread:
+                steps[name] = jnp.zeros_like(flat_mu[name])
+                continue
             m = flat_mu[name] / _least(first, leaf)
             v = flat_nu[name] / _least(second, leaf)
             step = m / (jnp.sqrt(v) + config.eps)
             steps[name] = (step * _least(warm, leaf) if config.new_warmup_steps else step).astype(flat_mu[name].dtype)
-        stored = lambda new, old: jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)  # noqa: E731
-        return unflatten(steps), AdamState(count, stored(mu, state.mu), stored(nu, state.nu), state.born)
+
+        def stored(new: Mapping[str, jax.Array], old: PyTree) -> PyTree:
+            return unflatten({n: o if n in unread else new[n].astype(o.dtype) for n, o in flatten(old).items()})
+
+        return unflatten(steps), AdamState(count, stored(flat_mu, state.mu), stored(flat_nu, state.nu), state.born)
 
     return optax.GradientTransformation(init, update)
 

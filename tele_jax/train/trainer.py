@@ -105,7 +105,7 @@ class Trainer:
         self.trained = spec(self.cfg) if self.frozen is None else self.frozen.spec
         self.flops = flops_per_token(self.cfg, stage.seq_len, self.frozen and self.frozen.spec)  # of a token
         new = new_units(before, f"config.{directory.name}") if stage.optimizer.trained == "new" else None
-        self.tx = optimizer(self.cfg, stage.optimizer, self.factor, self.trained, new)
+        self.tx = optimizer(self.cfg, stage.optimizer, self.factor, self.trained, new, getattr(self.kind, "UNREAD", ()))
         masks = None if plan is None else mask_schedule(stage, plan)
         self.masks = masks or (lambda step: None)
         self.closed_steps = {} if masks is None else masks.closed_steps()

@@ -81,7 +81,7 @@ def lines(workdir, stage="own"):
     return [line for line in metrics.read(workdir / stage / "metrics" / "metrics.jsonl") if "loss" in line]
 
 
-REWARD = {"centre": 0.3}
+REWARD = {"centre": 0.3, "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1}}
 DPO = {"sft_weight": 0.2, "loss": "conservative", "label_smoothing": 0.1, "length_normalised": True, "beta": 0.7}
 
 
@@ -474,6 +474,21 @@ def test_the_head_of_a_reward_model_is_drawn_from_the_seed(place, tmp_path):
     np.testing.assert_array_equal(found.params["scalar_head"]["kernel"], by_seed[0])
     assert (np.asarray(by_seed[0]) != by_seed[1]).any()
     np.testing.assert_array_equal(found.params["embed"]["table"], base.params["embed"]["table"])
+
+
+def test_a_reward_model_keeps_the_head_of_the_language_model(place, finished):
+    """Its loss does not read that head, which weight decay would shrink: bit for bit as it was, and without moments."""
+    found, base = checkpoint.load(finished["reward"]), checkpoint.load(place / "base")
+    same = {
+        name: (leaf == flatten(base.params)[name]).all()
+        for name, leaf in flatten(found.params).items()
+        if name in flatten(base.params)
+    }
+    assert [name for name, value in same.items() if value] == ["lm_head.kernel"]
+    moments = [
+        leaf for path, leaf in jax.tree.leaves_with_path(found.opt_state) if "lm_head" in jax.tree_util.keystr(path)
+    ]
+    assert len(moments) == 2 and not any(leaf.any() for leaf in moments)
 
 
 SCORE = ["score-reward", "--batch-size", "3"]
