@@ -13,7 +13,7 @@ PYTEST_FLAGS ?= -n 2 --dist worksteal
 QUICKSTART_DIR ?= runs/quickstart/run
 QUICKSTART_FLAGS ?=
 
-EXTRAS := data,beam,clean,eval,select,plots,notebooks,gguf,dev
+EXTRAS := data,beam,clean,eval,select,mup,plots,notebooks,gguf,dev
 PY := $(VENV)/bin/python
 TELE := JAX_PLATFORMS=cpu $(VENV)/bin/tele
 # Where configs/quickstart.py looks for them; QUICKSTART_DIR holds the run and nothing else.

@@ -68,6 +68,7 @@ EXTRAS = {
     "gguf": ["gguf>=0.19,<0.20"],  # models of llama.cpp, in and out
     "align": ["reasoning-gym>=0.1.25,<0.2"],  # tasks with verifiers, for rewards and `tele eval harness`
     "eval": ["lm-eval>=0.4.13,<0.5"],
+    "mup": ["optuna>=5,<6"],  # `tele mup search`
     # Not in the core: hosts of a pod draw nothing.
     "plots": ["matplotlib>=3.9,<4", "jinja2>=3.1,<4"],
     "notebooks": ["nbclient>=0.10.2,<1", "nbformat>=5.10,<6", "ipykernel>=6.29,<8", "matplotlib>=3.9,<4"],

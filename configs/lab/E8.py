@@ -7,21 +7,21 @@ Real text at the budgets cpu and accelerator: `make quickstart` (or its first co
 
 from ml_collections import ConfigDict
 
-BASE = 32  # width at which muP and the standard parametrisation are one model
-MODEL = dict(num_layers=2, num_heads=4, head_dim=8, mlp_dim=64, init_std=0.1, matrix_init_std=0.177)
+BASE = 16  # width at which muP and the standard parametrisation are one model
+MODEL = dict(num_layers=2, num_heads=2, head_dim=8, mlp_dim=32, init_std=0.1, matrix_init_std=0.25)
 FAMILIES = {
     "standard": dict(mup=False),
     "muP": {},
     "muP with weight decay": dict(weight_decay=0.1),
 }
-PREDICTION = (16, 24, 32, 48, 64, 256)  # fitted up to 64
+PREDICTION = (8, 16, 24, 32, 128)  # fitted up to 32
 RATES = tuple(2.0**k for k in range(-9, -2))
 TEXT = "runs/quickstart/text/en"
 
 
 def get_config(budget: str = "cpu") -> ConfigDict:
     smoke = budget == "smoke"
-    rates, widths = (RATES[2:5], (8, 32)) if smoke else (RATES, (BASE, 2 * BASE, 4 * BASE))
+    rates, widths = (RATES[2:5], (8, 16)) if smoke else (RATES, (BASE, 2 * BASE, 4 * BASE))
     families = ("standard", "muP") if smoke else FAMILIES
     arms = {
         f"{name} {width}": dict(family=name, width=width, rates=rates, **FAMILIES[name])
@@ -46,7 +46,7 @@ def get_config(budget: str = "cpu") -> ConfigDict:
     files = dict(text="synthetic", held_out="synthetic") if smoke else dict(
         text=[f"{TEXT}/train.jsonl"], held_out=[f"{TEXT}/validation.jsonl"]
     )  # fmt: skip
-    sizes = dict(steps=4, batch_size=2, seq_len=16) if smoke else dict(steps=200, batch_size=8, seq_len=64)
+    sizes = dict(steps=4, batch_size=2, seq_len=16) if smoke else dict(steps=150, batch_size=8, seq_len=64)
     with config.unlocked():
         model = MODEL | (dict(num_layers=1) if smoke else {})
         config.settings = dict(model=model, base_width=BASE, reference="standard", **sizes, **files)

@@ -1,6 +1,7 @@
-"""`tele mup ACTION`: checks muP, and predicts losses of large widths."""
+"""`tele mup ACTION`: checks muP, finds settings on small models, and predicts losses of large ones."""
 
 import argparse
+import math
 from pathlib import Path
 
 from tele_jax import files, tables
@@ -8,9 +9,10 @@ from tele_jax.cli import Outcome, flag, pick, refuse_flags
 from tele_jax.cli.pages import load_page
 from tele_jax.cli.train import set_up  # noqa: F401 - as `tele train`
 from tele_jax.config import require
-from tele_jax.lab.mup import coords, pictures, predict
+from tele_jax.lab.mup import coords, pictures, predict, search, transfer
 from tele_jax.lab.mup.widths import first_stage
 from tele_jax.stages import run_config
+from tele_jax.train.trainer import Stopped
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,6 +133,48 @@ def _predict(args: argparse.Namespace) -> Outcome:
     return Outcome(found, f"{text}\n\na = {fit.a:.4g}, b = {fit.b:.4g}, c = {fit.c:.4g}")
 
 
+# ---- search and transfer ---------------------------------------------------------------------------------------------
+
+
+def _search_arguments(parser: argparse.ArgumentParser) -> None:
+    flag(parser, "--config FILE", "page of a run with a table `search`, as configs/mup_search.py", required=True)
+    flag(parser, "--out DIR", "directory of the trials; started again, the search goes on", Path, required=True)
+
+
+def _search(args: argparse.Namespace) -> Outcome:
+    try:
+        found = search.search(load_page(args.config, args.overrides), args.out)
+    except Stopped as stopped:
+        return Outcome(error=f"{stopped}; finished trials are kept", code=130 if stopped.interrupted else 143)
+    names = list(found["trials"][0]["values"])
+    shown = sorted(found["trials"], key=lambda trial: math.inf if trial["value"] is None else trial["value"])
+    columns = ("value", "decrease", "trend", "gradient")
+    rows = [
+        (
+            t["number"],
+            *(f"{t['values'][n]:g}" for n in names),
+            *("" if t[c] is None else f"{t[c]:.4f}" for c in columns),
+        )
+        for t in shown
+    ]
+    text = tables.text(rows, ("trial", *names, found["figure"], *columns[1:]))
+    if found["best"] is None:
+        return Outcome(found, text, error=f"{args.out}: every trial diverged; lower the rates", code=1)
+    return Outcome(found, f"{text}\n\nbest: trial {found['best']}; picture: {args.out / 'parallel.png'}")
+
+
+def _transfer_arguments(parser: argparse.ArgumentParser) -> None:
+    flag(parser, "searched DIR", "directory of `tele mup search`", Path)
+    flag(parser, "--width N", "embed_dim of the larger model", int, required=True)
+    flag(parser, "--out FILE", "page to write, a .py file", Path, required=True)
+    flag(parser, "--trial N", "trial to take; default: the best", int)
+
+
+def _transfer(args: argparse.Namespace) -> Outcome:
+    found = transfer.write_page(args.searched, args.width, args.out, args.trial)
+    return Outcome(found, f"{args.out}: trial {found['number']} at width {args.width}")
+
+
 ACTIONS = {
     "coords": (
         "check that activations keep their size when the width grows",
@@ -138,6 +182,20 @@ ACTIONS = {
         _coords_arguments,
         "Trains a model at several widths for a few steps, with muP and without, on made-up text. Exit codes: 0 "
         "passed, 1 failed. example: tele mup coords --out coords.png",
+    ),
+    "search": (
+        "search rates, initial values and multipliers on a small model",
+        _search,
+        _search_arguments,
+        "Every trial is a run of the page. decrease, trend, gradient: how fast the loss falls, how far it lies around "
+        "that line, how much the gradient norm varies. example: tele mup search --config configs/mup_search.py --out "
+        "runs/search",
+    ),
+    "transfer": (
+        "write a found setting as the page of a larger width",
+        _transfer,
+        _transfer_arguments,
+        "example: tele mup transfer runs/search --width 256 --out w256.py",
     ),
     "predict": (
         "predict the loss of a large width from those of small ones",
