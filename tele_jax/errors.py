@@ -1,8 +1,9 @@
 """The kinds of failure that a user meets, which the command turns into exit codes 2 and 1; checks that raise them."""
 
+import contextlib
 import difflib
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,6 +38,15 @@ def require(condition: bool, message: str) -> None:
     """Raises UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+@contextlib.contextmanager
+def prefixed(prefix: str) -> Iterator[None]:
+    """Puts a prefix before the message of a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{prefix}{error}") from None
 
 
 def given(value: T | None, message: str) -> T:

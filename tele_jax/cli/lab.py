@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def _pages() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(PAGES.glob("*.py"))}
+    return {path.stem: path for path in sorted(PAGES.glob("[!_]*.py"))}
 
 
 def _list(args: argparse.Namespace) -> Outcome:
@@ -54,14 +54,17 @@ def _run(args: argparse.Namespace) -> Outcome:
     path = known.get(args.study, Path(args.study))
     if args.study not in known and not path.exists():
         raise UserError(f"{args.study}: no page of {PAGES} and no file; {nearest(args.study, known, 'studies')}")
-    study = lab.read_study(load_page(f"{path}:{args.budget}", args.overrides))
+    page = load_page(f"{path}:{args.budget}", args.overrides)
+    with page.unlocked():
+        page.overrides = tuple(args.overrides)
+    study = lab.read_study(page)
+    if study.budget != args.budget:
+        raise UserError(f"{path}: is a page of budget {study.budget!r}; --budget {args.budget} chooses another")
     out = args.out or Path("runs/lab") / study.name / study.budget
     try:
-        left = lab.run(study, out)
+        lab.run(study, out)
     except Stopped as stopped:
         return Outcome(error=f"{stopped}; finished jobs are kept", code=130 if stopped.interrupted else 143)
-    if left:
-        return Outcome(text=f"{left} jobs are under way in other processes; `tele lab report {out}` when they are done")
     return _shown(lab.report(out))
 
 

@@ -5,6 +5,7 @@ and the module of this folder that the page names as `kind`, which holds what is
 
     compute(study)           {arm: planned FLOPs}; empty where the arms train nothing; refuses arms that cannot be
     work(study, arm, seed, directory) -> table       carries out one job; interrupted and called again, it goes on
+    names(study) -> [name]                   what estimates will return, known before the jobs
     estimates(study, results) -> {name: Estimate}    figures for the criteria, one value per seed, paired by seed
     rows(study, results) -> (header, rows)           the table of the report
     picture(study, results) -> Figure                the figure of the report

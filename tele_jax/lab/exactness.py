@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tele_jax.lab.report import Results
 
 ROWS, TOKENS = 2, 24  # of random text to compare logits on
+IDLE, WORST, ALTERED, LEAST = "units that cannot learn", "worst exact growth", "altered leaves", "least mistake"
 
 
 def _forget_scale(plan: Plan) -> Plan:
@@ -147,20 +148,31 @@ def _orders(found: Mapping[str, Any]) -> float:
     return math.log10(max(_excess(found), 1e-20))
 
 
+def _arms(study: Study) -> tuple[list[str], list[str]]:
+    """The arms that are exact by design, and those made wrong on purpose."""
+    exact = [arm for arm in study.arms if study.arms[arm].get("mistake") is None]
+    return exact, [arm for arm in study.arms if arm not in exact]
+
+
+def names(study: Study) -> list[str]:
+    """The names of the estimates."""
+    exact, wrong = _arms(study)
+    return [IDLE, *([WORST, ALTERED] if exact else []), *([LEAST] if wrong else [])]
+
+
 def estimates(study: Study, results: "Results") -> dict[str, Estimate]:
     """The worst of the exact arms, and the least of the mistakes, of every seed, as orders of magnitude."""
-    exact = [arm for arm in study.arms if study.arms[arm].get("mistake") is None]
-    wrong = [arm for arm in study.arms if study.arms[arm].get("mistake") is not None]
+    exact, wrong = _arms(study)
     unit = "orders of magnitude above what rounding explains"
-    found = {"units that cannot learn": Estimate([_idle(results, exact, seed) for seed in study.seeds], "units")}
+    found = {IDLE: Estimate([_idle(results, exact, seed) for seed in study.seeds], "units")}
     if exact:
         values = [max(_orders(results[arm][seed]) for arm in exact) for seed in study.seeds]
-        found["worst exact growth"] = Estimate(values, unit)
+        found[WORST] = Estimate(values, unit)
         altered = [float(sum(results[arm][seed]["altered"] for arm in exact)) for seed in study.seeds]
-        found["altered leaves"] = Estimate(altered, "leaves")
+        found[ALTERED] = Estimate(altered, "leaves")
     if wrong:
         values = [min(_orders(results[arm][seed]) for arm in wrong) for seed in study.seeds]
-        found["least mistake"] = Estimate(values, unit)
+        found[LEAST] = Estimate(values, unit)
     return found
 
 

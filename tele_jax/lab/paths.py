@@ -1,9 +1,13 @@
-"""Training paths at equal compute: growth in stages against a baseline from scratch (study E5).
+"""Training paths with finished branches: growth in stages against a baseline from scratch (studies E2, E5, E6).
 
 An arm is a table with `config`, the page of an ordinary run, whose training stages read settings.data. Every job runs
 it as `tele train` does, with the seed of the job added to that of each stage, and leaves it as page.py, so that anybody
-can run it by hand. settings.baseline names the arm that others are compared with. Where settings.data is "synthetic",
-the text and its tokenizer are made in OUT/text.
+can run it by hand. A stage that no later one continues (`after`) is a finished branch: its loss is held against the
+FLOPs of all stages that lead to it. settings.baseline names the arm that others are compared with.
+
+learning_rates of an arm: each is tried at settings.tuning_seed on the path to the last branch, and the one with the
+least loss is taken for all seeds. settings.data is a table of data, with vocab_size in the place of the tokenizer where
+one is to be trained on the text, or "synthetic"; what is made lies in OUT/text.
 """
 
 import json
@@ -17,13 +21,14 @@ from ml_collections import ConfigDict
 
 from tele_jax import files, plots, stages
 from tele_jax import report as runs
-from tele_jax.config import ModelConfig, require
-from tele_jax.data.vocabulary_training import train_vocabulary, write_vocabulary
+from tele_jax.config import convert
+from tele_jax.data.vocabulary_training import sample_texts, train_vocabulary, write_vocabulary
+from tele_jax.errors import prefixed, require, require_known
 from tele_jax.files import Table
 from tele_jax.lab.study import Study
-from tele_jax.lab.verdict import Estimate
+from tele_jax.lab.verdict import Estimate, figures, shown
 from tele_jax.settings import TrainStage
-from tele_jax.stages import run_config
+from tele_jax.stages import RunConfig, run_config
 from tele_jax.train import metrics
 from tele_jax.train.step import flops_per_token, trained_as
 
@@ -32,7 +37,7 @@ if TYPE_CHECKING:
 
     from tele_jax.lab.report import Results
 
-PAGE = '''"""{name}: {arm}, seed {seed}, as a page of `tele train`."""
+PAGE = '''"""{title}, as a page of `tele train`."""
 
 from ml_collections import ConfigDict
 
@@ -41,102 +46,153 @@ def get_config():
     return ConfigDict({page!r})
 '''
 WORDS = 60  # of the synthetic language
+SHARE, DIFFERENCE = "share of FLOPs: ", "difference: "  # names of estimates, before the name of an arm
 SEEDS_APART = 1000  # between the seeds of two jobs, so that no stage of one has the seed of a stage of another
 
 
-def split_steps(
-    models: Sequence[ModelConfig], shares: Sequence[float], flops: float, *, batch_size: int, seq_len: int
-) -> list[int]:
-    """Steps of each stage that share the tokens of a path as given and take so many FLOPs together.
-
-    The steps of the first stage make up for what rounding leaves of the others.
-
-    >>> small = ModelConfig(num_layers=1, embed_dim=8, num_heads=2, mlp_dim=16, vocab_size=32)
-    >>> split_steps([small, small.replace(num_layers=2)], [3, 1], 1e8, batch_size=2, seq_len=16)
-    [321, 107]
-    """
-    step = [flops_per_token(cfg, seq_len) * batch_size * seq_len for cfg in models]
-    scale = flops / sum(share * cost for share, cost in zip(shares, step, strict=True))
-    later = [max(1, round(scale * share)) for share in shares[1:]]
-    rest = flops - sum(steps * cost for steps, cost in zip(later, step[1:]))
-    require(rest >= step[0], f"split_steps: {flops:.3g} FLOPs leave no step for the first stage; give more")
-    return [round(rest / step[0]), *later]
-
-
 def compute(study: Study) -> dict[str, float]:
-    """The planned FLOPs of every arm. Raises UserError for an arm that is no run."""
-    baseline = study.settings.get("baseline")
+    """The planned FLOPs of every arm up to its last branch. Raises UserError for an arm that is no run."""
+    baseline, data = study.settings.get("baseline"), study.settings.get("data")
+    for key in study.settings:
+        require_known(key, ("baseline", "data", "tuning_seed"), f"config.settings.{key}: unknown key")
     require(baseline in study.arms, f"config.settings.baseline={baseline!r} is no arm of the study")
-    return {arm: _planned(_page(study, arm, study.seeds[0], Path("text"))) for arm in study.arms}
+    known = data == "synthetic" or isinstance(data, dict)
+    require(known, f"config.settings.data={data!r}: expected a table of data, or 'synthetic'")
+    for arm, table in study.arms.items():
+        for key in table:
+            require_known(key, ("config", "learning_rates"), f"config.arms.{arm}.{key}: unknown key")
+    planned = {}
+    for arm in study.arms:
+        with prefixed(f"config.arms.{arm}: "):
+            _rates(study, arm)
+            config = run_config(_page(study, arm, study.seeds[0], Path("text")))
+            planned[arm] = sum(map(_costs(config).__getitem__, list(_branches(config).values())[-1]))
+    return planned
 
 
-def _planned(page: Table) -> float:
-    """Model FLOPs of all training stages of a run."""
-    cfg, total, config = None, 0.0, run_config(page)
+def _rates(study: Study, arm: str) -> tuple[float, ...]:
+    """The learning rates to choose from; none: the page of the arm has its own."""
+    rates = convert(tuple[float, ...], study.arms[arm].get("learning_rates", ()), "learning_rates")
+    seed = study.settings.get("tuning_seed")
+    apart = isinstance(seed, int) and seed not in study.seeds
+    require(not rates or apart, f"settings.tuning_seed={seed!r}: learning_rates are chosen at a seed apart; give one")
+    return rates
+
+
+def _costs(config: RunConfig) -> dict[str, float]:
+    """Model FLOPs of every stage of a run."""
+    cfg, models, costs = None, {}, {}
     for name, stage in config.stages.items():
         if isinstance(stage, TrainStage):
-            before = stage.model_after(cfg)
+            before = stage.model_after(models.get(stage.after, cfg))
             assert before is not None and stage.steps is not None  # run_config has seen to it
             cfg = stages.model_of(stage, trained_as(before))
-            total += flops_per_token(cfg, stage.seq_len) * stage.steps * stage.tokens_per_step
+            costs[name] = flops_per_token(cfg, stage.seq_len) * stage.steps * stage.tokens_per_step
         else:
             cfg, _ = stages.find_kind(stage.kind).outline(stage, cfg, f"config.{name}")
-    return total
+            costs[name] = 0.0
+        models[name] = cfg
+    return costs
 
 
-def _page(study: Study, arm: str, seed: int, text: Path) -> Table:
-    """The page of one job."""
+def _branches(config: RunConfig) -> dict[str, list[str]]:
+    """The stages that lead to every finished branch, by its last stage, which no other continues."""
+    chains, before = dict[str, list[str]](), ""
+    for name, stage in config.stages.items():
+        parent = (stage.after if isinstance(stage, TrainStage) else None) or before
+        chains[name], before = [*chains.get(parent, ()), name], name
+    continued = {name for chain in chains.values() for name in chain[:-1]}
+    return {name: chain for name, chain in chains.items() if name not in continued}
+
+
+def _page(study: Study, arm: str, seed: int, text: Path, rate: float | None = None, branches: bool = True) -> Table:
+    """The page of one job. rate: the learning rate of all stages, where it was tuned. branches: all, or the last."""
     page = study.arms[arm].get("config")
-    require(isinstance(page, dict), f"config.arms.{arm}.config: missing; it is the page of a run")
-    data = study.settings.get("data")
-    made = {"tokenizer": str(text / "tokenizer.model"), "eval_bytes": 4_000}
-    made["sources"] = {
-        "words": {
-            "files": [str(text / "train.jsonl")],
-            "validation_files": [str(text / "validation.jsonl")],
-            "format": "jsonl",
-        }
-    }
+    require(isinstance(page, dict), "config: missing; it is the page of a run")
     page = json.loads(json.dumps(page))  # a copy
-    for table in page.values():
+    for name, table in page.items():
         if isinstance(table, dict) and table.get("kind") not in (None, "grow"):
-            table["data"] = made if data == "synthetic" else data
-            table["seed"] = table.get("seed", 0) + SEEDS_APART * seed
+            table["data"], table["seed"] = _data(study, text), table.get("seed", 0) + SEEDS_APART * seed
+            if rate is not None:
+                require(isinstance(table.get("optimizer", {}), dict), f"config.{name}.optimizer is no table")
+                table["optimizer"] = table.get("optimizer", {}) | {"learning_rate": rate}
+    if not branches:
+        page["run"] = list(_branches(run_config(page)).values())[-1]
+        page = {key: page[key] for key in page if key in ("run", *page["run"]) or key in ("mesh", "num_slices")}
     return page
 
 
 def work(study: Study, arm: str, seed: int, directory: Path) -> Table:
-    """Runs the stages of one arm, or what an earlier start has left of them."""
+    """Runs the stages of one arm, or what an earlier start has left of them, at the rate that did best."""
     text = directory.parents[1] / "text"
-    if study.settings.get("data") == "synthetic":
-        _synthetic(text)
-    page = _page(study, arm, seed, text)
-    files.write_file(directory / "page.py", PAGE.format(name=study.name, arm=arm, seed=seed, page=page))
-    summaries = runs.run(ConfigDict(page), directory / "run")
+    _make_text(study, text)
+    tuned = {}
+    with files.locked(directory.parent / "tuning" / ".lock", wait=True):  # whoever comes first tunes for all seeds
+        for rate in _rates(study, arm):
+            where = directory.parent / "tuning" / f"{rate:g}"
+            if not (where / "result.json").exists():
+                page = _page(study, arm, study.settings["tuning_seed"], text, rate, branches=False)
+                files.write_json(
+                    where / "result.json", _carried_out(page, where, f"{study.name}: {arm}, rate {rate:g}")
+                )
+            tuned[f"{rate:g}"] = files.read_json(where / "result.json")["branches"][-1][1]
+    best = float(min(tuned, key=tuned.__getitem__)) if tuned else None
+    page = _page(study, arm, seed, text, best)
+    return _carried_out(page, directory, f"{study.name}: {arm}, seed {seed}") | {"learning_rate": best, "tuned": tuned}
+
+
+def _carried_out(page: Table, directory: Path, title: str) -> Table:
+    """Runs a page as `tele train` does, and reads the held-out losses of its branches and of the path to the last."""
+    files.write_file(directory / "page.py", PAGE.format(title=title, page=page))
+    summaries = {summary["stage"]: summary for summary in runs.run(ConfigDict(page), directory / "run")}
     rates = {name: source.get("rate", 1.0) for name, source in _sources(page).items()}
-    curve, growths, spent, told = [], [], 0.0, []
-    for summary in summaries:
-        if "flops" not in summary:
-            growths.append(spent)
-            continue
-        for line in metrics.read(directory / "run" / summary["stage"] / "metrics" / "metrics.jsonl"):
-            known = {domain: rate for domain, rate in rates.items() if metrics.EVALUATION + domain in line}
-            if known:
-                mean = sum(rate * line[metrics.EVALUATION + d] for d, rate in known.items()) / sum(known.values())
-                curve.append([spent + summary["flops"] * line["step"] / summary["steps"], mean])
-        spent += summary["flops"]
-        told.append({key: summary[key] for key in ("stage", "parameters", "tokens", "flops")})
-    return {"flops": spent, "curve": curve, "growths": growths, "stages": told}
+    branches, chains = [], _branches(run_config(page))
+    curve, growths, told = [], [], []
+    for chain in chains.values():
+        curve, growths, told, spent = [], [], [], 0.0
+        for summary in map(summaries.__getitem__, chain):
+            if "flops" not in summary:
+                growths.append(spent)
+                continue
+            for line in metrics.read(directory / "run" / summary["stage"] / "metrics" / "metrics.jsonl"):
+                known = {domain: rate for domain, rate in rates.items() if metrics.EVALUATION + domain in line}
+                if known:
+                    mean = sum(rate * line[metrics.EVALUATION + d] for d, rate in known.items()) / sum(known.values())
+                    curve.append([spent + summary["flops"] * line["step"] / summary["steps"], mean])
+            spent += summary["flops"]
+            told.append({key: summary[key] for key in ("stage", "parameters", "tokens", "flops")})
+        branches.append([spent, curve[-1][1]])
+    return {"flops": branches[-1][0], "branches": branches, "curve": curve, "growths": growths, "stages": told}
 
 
 def _sources(page: Table) -> Table:
     return next(table["data"]["sources"] for table in page.values() if isinstance(table, dict) and "data" in table)
 
 
-def _synthetic(text: Path) -> None:
-    """Writes sentences of a small language in which each word leads to few others, and a tokenizer for them."""
-    if (text / "tokenizer.model").exists():
+def _data(study: Study, text: Path) -> Any:
+    """The table of data that every training stage reads."""
+    data, tokenizer = study.settings["data"], {"tokenizer": str(text / "tokenizer.model")}
+    if data == "synthetic":
+        read = {"files": [str(text / "train.jsonl")], "validation_files": [str(text / "validation.jsonl")]}
+        return tokenizer | {"eval_bytes": 4_000, "sources": {"words": read | {"format": "jsonl"}}}
+    return {key: data[key] for key in data if key != "vocab_size"} | tokenizer if "vocab_size" in data else data
+
+
+def _make_text(study: Study, text: Path) -> None:
+    """Makes what settings.data leaves to the study: a tokenizer of the text with vocab_size ids, or all of the text."""
+    data, made = study.settings["data"], text / "tokenizer.model"
+    if made.exists() or (data != "synthetic" and "vocab_size" not in data):
         return
+    if data == "synthetic":
+        documents, size = _synthetic(text), 432
+    else:
+        patterns = [pattern for source in data["sources"].values() for pattern in source["files"]]
+        documents, size = list(sample_texts(patterns, max_bytes=3_000_000, seed=0)), data["vocab_size"]
+    write_vocabulary(train_vocabulary(documents, preset="tele_flm", vocab_size=size), made, preset="tele_flm")
+
+
+def _synthetic(text: Path) -> list[str]:
+    """Writes sentences of a small language in which each word leads to few others; returns those to train on."""
     drawn = random.Random(0)
     words = ["".join(drawn.choices("aeioulnrst", k=drawn.randint(2, 6))) for _ in range(WORDS)]
     after = {word: drawn.sample(words, 3) for word in words}
@@ -150,8 +206,7 @@ def _synthetic(text: Path) -> None:
     for name, part in (("train", documents[20:]), ("validation", documents[:20])):
         lines = "".join(json.dumps({"text": document}) + "\n" for document in part)
         files.write_file(text / f"{name}.jsonl", lines)
-    trained = train_vocabulary(documents[20:], preset="tele_flm", vocab_size=432)
-    write_vocabulary(trained, text / "tokenizer.model", preset="tele_flm")
+    return documents[20:]
 
 
 def _reached(curve: Sequence[Sequence[float]], goal: float) -> float | None:
@@ -172,43 +227,60 @@ def _reached(curve: Sequence[Sequence[float]], goal: float) -> float | None:
 def estimates(study: Study, results: "Results") -> dict[str, Estimate]:
     """For every arm but the baseline, "share of FLOPs: ARM" and "difference: ARM", within each seed.
 
-    The share is that of the baseline's FLOPs which the arm needs for the baseline's final held-out loss; an arm that
-    does not get there needs at least as much as it took. The difference is that of the final losses.
+    The share is that of the baseline's FLOPs at which the arm has the held-out loss of the finished baseline: between
+    finished branches by a straight line, and no less than the FLOPs of the first branch. An arm that does not get there
+    needs at least as much as it took. The difference is that of the losses of the last branches.
     """
     baseline, found = study.settings["baseline"], {}
     for arm in study.arms:
         if arm == baseline:
             continue
         pairs = [(results[baseline][seed], results[arm][seed]) for seed in study.seeds]
-        needed = [_reached(other["curve"], base["curve"][-1][1]) for base, other in pairs]
+        needed = [_reached(other["branches"], base["branches"][-1][1]) for base, other in pairs]
         shares = [(other["flops"] if at is None else at) / base["flops"] for at, (base, other) in zip(needed, pairs)]
         unit = "of the FLOPs from scratch"
-        found[f"share of FLOPs: {arm}"] = Estimate(shares, unit, [at is None for at in needed])
-        differences = [other["curve"][-1][1] - base["curve"][-1][1] for base, other in pairs]
-        found[f"difference: {arm}"] = Estimate(differences, "bits per byte")
+        found[SHARE + arm] = Estimate(shares, unit, [at is None for at in needed])
+        differences = [other["branches"][-1][1] - base["branches"][-1][1] for base, other in pairs]
+        found[DIFFERENCE + arm] = Estimate(differences, "bits per byte")
     return found
 
 
+def names(study: Study) -> list[str]:
+    """The names of the estimates."""
+    arms = [arm for arm in study.arms if arm != study.settings["baseline"]]
+    return [kind + arm for arm in arms for kind in (SHARE, DIFFERENCE)]
+
+
 def rows(study: Study, results: "Results") -> tuple[list[str], list[list[str]]]:
-    """A row per arm: its stages, its FLOPs, its final loss and the share of FLOPs that it needed, means over seeds."""
-    shares = estimates(study, results)
-    lines = []
+    """A row per arm: its longest path, its learning rates, its loss and the share of FLOPs that it needed."""
+    found, lines = estimates(study, results), []
     for arm, seeds in results.items():
         first = next(iter(seeds.values()))
-        path = " -> ".join(f"{s['parameters'] / 1e6:.2f}M: {s['tokens'] / 1e6:.3g}M tokens" for s in first["stages"])
-        final: Any = np.mean([result["curve"][-1][1] for result in seeds.values()])
-        share = shares.get(f"share of FLOPs: {arm}")
-        needed = "1" if share is None else f"{np.mean(share.values):.3f}"
-        if share is not None and any(share.at_least):
-            needed = f"at least {needed} ({sum(share.at_least)} of {len(share.at_least)} seeds do not get there)"
-        lines.append([arm, path, f"{first['flops']:.3e}", f"{final:.4f}", needed])
-    return ["arm", "stages", "FLOPs", "final held-out bits per byte", "share of FLOPs for the baseline's loss"], lines
+        path = " -> ".join(f"{s['parameters'] / 1e3:,.0f}k: {s['tokens'] / 1e6:.2f}M" for s in _joined(first["stages"]))
+        tuned = ", ".join(f"{rate}: {loss:.4f}" for rate, loss in first["tuned"].items())
+        tuned = f"{first['learning_rate']:g} of {tuned}" if tuned else "as the page says"
+        final: Any = np.mean([result["branches"][-1][1] for result in seeds.values()])
+        both = [shown(figures(found[kind + arm])) if kind + arm in found else "" for kind in (DIFFERENCE, SHARE)]
+        lines.append([arm, path, tuned, f"{first['flops']:.3e}", f"{final:.4f}", *both])
+    header = ["arm", "parameters: tokens of each stage", "learning rate of those tried (loss at the seed apart)"]
+    header += ["FLOPs", "finished loss, bits per byte", "difference to the baseline at the end"]
+    return [*header, "share of FLOPs for the baseline's loss"], lines
+
+
+def _joined(told: Sequence[Table]) -> list[Table]:
+    """Stages with the parts of one size put together."""
+    joined: list[Table] = []
+    for stage in told:
+        if joined and joined[-1]["parameters"] == stage["parameters"]:
+            joined[-1] = joined[-1] | {"tokens": joined[-1]["tokens"] + stage["tokens"]}
+        else:
+            joined.append(stage)
+    return joined
 
 
 def picture(study: Study, results: "Results") -> "Figure":
-    """Held-out loss over FLOPs, a curve per arm: the first seed."""
-    seed = study.seeds[0]
-    points = {arm: seeds[seed]["curve"] for arm, seeds in results.items()}
-    curves = {arm: ([at for at, _ in curve], [loss for _, loss in curve]) for arm, curve in points.items()}
-    label = f"held-out text, bits per byte (seed {seed})"
+    """Held-out loss of finished branches over FLOPs, a curve per arm: means over seeds."""
+    means = {arm: np.mean([r["branches"] for r in seeds.values()], axis=0) for arm, seeds in results.items()}
+    curves = {arm: (points[:, 0].tolist(), points[:, 1].tolist()) for arm, points in means.items()}
+    label = f"held-out text, bits per byte\n(finished; mean of {len(study.seeds)} seeds)"
     return plots.loss({label: curves}, x_label="training FLOPs (model FLOPs)", title=study.title)

@@ -1,5 +1,6 @@
 """The report of a study, made from the JSON of its jobs alone: verdict, table, figure, and a page in Markdown."""
 
+import shlex
 from pathlib import Path
 
 from tele_jax import files
@@ -30,9 +31,9 @@ def report(out: Path, page: Path | None = None) -> Table:
     made = _results(study, out)
     results = {arm: {seed: result["found"] for seed, result in seeds.items()} for arm, seeds in made.items()}
     estimates = study.module.estimates(study, results)
-    missing = [criterion.estimate for criterion in study.criteria if criterion.estimate not in estimates]
-    if missing:
-        raise UserError(f"{out}: config.criteria: no estimate {missing[0]!r}; there are {', '.join(estimates)}")
+    for criterion in study.criteria:
+        if criterion.estimate not in estimates:
+            raise DamageError(f"{out / STUDY}: damaged, there is no estimate {criterion.estimate!r}")
     judged = [judge(criterion, estimates[criterion.estimate]) for criterion in study.criteria]
     jobs = [result for seeds in made.values() for result in seeds.values()]
     found: Table = {
@@ -92,7 +93,7 @@ def _page(study: Study, found: Table, table: tuple[list[str], list[list[str]]], 
         f"After this page you know whether this holds, and how to find out yourself: {study.hypothesis}",
         f"**Verdict at the budget `{study.budget}`: {found['verdict']}.** Made by this command; "
         f"{found['date']}, {machine}, {found['seconds'] / 60:.1f} minutes of jobs, seeds {seeds}:",
-        f"    tele lab run {study.name} --budget {study.budget}",
+        "    " + shlex.join(["tele", "lab", "run", study.name, "--budget", study.budget, *study.overrides]),
         f"Claim: {study.claim} Source: {study.source}.",
         _table(["criterion", "claimed", "mean over seeds [95% interval]", "verdict"], criteria),
         f"![{study.title}]({figure})",

@@ -3,19 +3,23 @@
     OUT/study.json                  the study, as its page gave it
     OUT/<arm>/<seed>/result.json    written last: the job is done, and never done again
     OUT/<arm>/<seed>/run/           work directory of `tele train`, of arms that train
+    OUT/programs/                   what JAX has compiled, for the jobs that follow
     OUT/report.json, page.md, figure.png     see report.py
 
-Started several times at once, on one device each, the processes share the jobs: each is locked while it is under way.
+Started several times at once, on one device each, the processes share the jobs: each is locked while it is under way,
+and who finds nothing left to do waits for the others.
 """
 
+import contextlib
 import datetime
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from tele_jax import files
 from tele_jax.config import require, to_dict
@@ -25,21 +29,19 @@ STUDY, RESULT, LOCK = "study.json", "result.json", ".lock"
 RESULTS_OF = ("name", "kind", "budget", "arms", "settings")  # fields that results depend on
 
 
-def run(study: Study, out: Path, say: Callable[[str], None] = print) -> int:
-    """Carries out the jobs that are not done, and returns how many are left to other processes.
+def run(study: Study, out: Path, say: Callable[[str], None] = print) -> None:
+    """Carries out the jobs that are not done, and waits for those that other processes have begun.
 
     Raises:
       UserError: `out` holds another study, or something else. What a job raises ends the run, which then goes on.
     """
     _claim(study, out)
-    elsewhere = 0
-    for number, (arm, seed) in enumerate(study.jobs, start=1):
+    jobs = list(enumerate(study.jobs, start=1))
+    turns = [(job, wait) for wait in (False, True) for job in jobs]  # what others hold comes again, last
+    for (number, (arm, seed)), wait in turns:
         directory = job_directory(out, arm, seed)
-        with files.locked(directory / LOCK) as free:
-            if (directory / RESULT).exists():
-                continue
-            if not free:
-                elsewhere += 1
+        with files.locked(directory / LOCK, wait) as free, _programs_kept(out / "programs"):
+            if not free or (directory / RESULT).exists():
                 continue
             say(f"{study.name}: job {number} of {len(study.jobs)}: {arm}, seed {seed}")
             started = time.perf_counter()
@@ -52,7 +54,26 @@ def run(study: Study, out: Path, say: Callable[[str], None] = print) -> int:
                 "device": f"{jax.devices()[0].device_kind} ({platform.machine()}), jax {jax.__version__}",
             }
             files.write_json(directory / RESULT, made | {"found": found})
-    return elsewhere
+
+
+@contextlib.contextmanager
+def _programs_kept(directory: Path) -> Iterator[None]:
+    """Keeps what JAX compiles, unless the user does: jobs that differ in their seed alone have the same programs."""
+    ours = {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in ours}
+    try:
+        for name, value in ours.items() if before["jax_compilation_cache_dir"] is None else ():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # it looks at its directory once
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def _claim(study: Study, out: Path) -> None:

@@ -44,6 +44,7 @@ class Study:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # those that all arms share
     # Largest relative difference of the planned FLOPs of two arms; None: the study does not compare at equal compute.
     equal_compute: float | None = None
+    overrides: tuple[str, ...] = ()  # changes to the page, as the command had them
     notes: tuple[str, ...] = ()  # what a reader of the report has to know, such as what was not tuned
 
     def __post_init__(self):
@@ -74,10 +75,13 @@ def read_study(page: Mapping[str, Any] | ConfigDict) -> Study:
 
     Raises:
       UserError: an unknown or missing key; no seeds; an arm that its kind refuses; arms whose compute differs by more
-        than equal_compute.
+        than equal_compute; a criterion of an estimate that there is none of.
     """
     study = from_dict(Study, page.to_dict() if isinstance(page, ConfigDict) else page, "config")
     flops = study.module.compute(study)
+    for criterion in study.criteria:
+        name = criterion.estimate
+        require_known(name, study.module.names(study), f"config.criteria: there is no estimate {name!r}")
     if study.equal_compute is not None and flops:
         least, most = min(flops, key=flops.__getitem__), max(flops, key=flops.__getitem__)
         require(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ CONFIRMED, NOT_CONFIRMED, CONTRADICTED = "confirmed", "not confirmed", "contradi
 RULE = (
     "A criterion is confirmed where the whole 95% t interval of the mean over seeds lies on the claimed side of its "
     "threshold, contradicted where the whole interval lies on the other side, and not confirmed otherwise, also where "
-    "one seed alone gives no interval. The study is confirmed where all criteria are, contradicted where one is, and "
-    "not confirmed otherwise."
+    "there is no interval: with one seed alone, or where a seed gives only a bound. The study is confirmed where all "
+    "criteria are, contradicted where one is, and not confirmed otherwise."
 )
 
 
@@ -27,7 +27,7 @@ class Estimate:
     Attributes:
       values: one per seed.
       unit: the unit, in words.
-      at_least: True where a value is only known to be at least as large, one per seed.
+      at_least: True where a value is only a lower bound, one per seed.
     """
 
     values: Sequence[float]
@@ -48,28 +48,28 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
-def judge(criterion: Criterion, estimate: Estimate) -> Table:
-    """The verdict on one criterion, with mean and interval.
+def figures(estimate: Estimate) -> Table:
+    """The values of an estimate, how many are only lower bounds, mean and interval; bounds give no interval."""
+    ends, bounds = interval(estimate.values), sum(estimate.at_least)
+    known = ends is not None and all(map(math.isfinite, ends)) and not bounds
+    values, mean = list(estimate.values), float(np.mean(estimate.values))
+    return {"values": values, "at_least": bounds, "mean": mean, "interval": list(ends) if ends and known else None}
 
-    A value that is only known from below cannot confirm that the figure is small; it may contradict it.
-    """
-    ends = interval(estimate.values)
-    verdict, bounded = NOT_CONFIRMED, any(estimate.at_least)
-    if ends is not None and all(map(math.isfinite, ends)):
-        low, high = ends
-        below, above = high < criterion.threshold and not bounded, low > criterion.threshold
+
+def judge(criterion: Criterion, estimate: Estimate) -> Table:
+    """The verdict on one criterion, with mean and interval."""
+    found, verdict = figures(estimate), NOT_CONFIRMED
+    if found["interval"] is not None:
+        low, high = found["interval"]
+        below, above = high < criterion.threshold, low > criterion.threshold
         holds, fails = (below, above) if criterion.side == "below" else (above, below)
         verdict = CONFIRMED if holds else CONTRADICTED if fails else NOT_CONFIRMED
-    return {
+    return found | {
         "says": criterion.says,
         "estimate": criterion.estimate,
         "unit": estimate.unit,
         "side": criterion.side,
         "threshold": criterion.threshold,
-        "values": list(estimate.values),
-        "at_least": bounded,
-        "mean": float(np.mean(estimate.values)),
-        "interval": None if ends is None else list(ends),
         "verdict": verdict,
     }
 
@@ -81,8 +81,11 @@ def together(verdicts: Sequence[str]) -> str:
     return CONFIRMED if all(verdict == CONFIRMED for verdict in verdicts) else NOT_CONFIRMED
 
 
-def shown(judged: dict[str, Any]) -> str:
-    """Mean and interval of a judged criterion for people."""
-    mean = f"{'at least ' if judged['at_least'] else ''}{judged['mean']:.4g}"
-    ends = judged["interval"]
-    return f"{mean}, one seed" if ends is None else f"{mean} [{ends[0]:.4g}, {ends[1]:.4g}]"
+def shown(found: Mapping[str, Any]) -> str:
+    """Mean and interval for people, of `figures` or `judge`."""
+    mean, ends, count = f"{found['mean']:.4g}", found["interval"], len(found["values"])
+    if found["at_least"]:
+        return f"at least {mean} ({found['at_least']} of {count} seeds give only a bound)"
+    if ends is None:
+        return f"{mean}, {'one seed' if count == 1 else 'no interval'}"
+    return f"{mean} [{ends[0]:.4g}, {ends[1]:.4g}]"

@@ -24,7 +24,7 @@ import contextlib
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -36,7 +36,7 @@ from tele_jax.config import ModelConfig, given
 from tele_jax.data import sources
 from tele_jax.data.batches import Batches
 from tele_jax.data.vocabulary import Vocabulary
-from tele_jax.errors import UserError
+from tele_jax.errors import UserError, prefixed
 from tele_jax.files import Table
 from tele_jax.growth import Plan
 from tele_jax.growth import receipt as receipts
@@ -239,10 +239,10 @@ def open_run(config: RunConfig, index: sources.Indexes, open_tasks: "OpenTasks |
                 for field, other in stage.models.items()
             }
             for field, own in read.items():  # they read the rows of the stage
-                with _prefixed(f"{where}.{field}={stage.models[field]}: "):
+                with prefixed(f"{where}.{field}={stage.models[field]}: "):
                     own.require_positions(stage.seq_len)
             if hasattr(kind, "check"):
-                with _prefixed(f"{where}."):
+                with prefixed(f"{where}."):
                     kind.check(stage, read)
         else:
             cfg, masks = kind.outline(stage, cfg, where)
@@ -262,7 +262,7 @@ def open_run(config: RunConfig, index: sources.Indexes, open_tasks: "OpenTasks |
 
 def _counted(stage: TrainStage, batches: Batches, where: str) -> TrainStage:
     """The stage with the steps that its epochs take."""
-    with _prefixed(f"{where}."):
+    with prefixed(f"{where}."):
         counted = dataclasses.replace(stage, steps=batches.count_steps())
     _say(f"{where}: {stage.epochs:g} epochs are {counted.steps:,} steps")
     return counted
@@ -303,15 +303,6 @@ def _open_start(config: RunConfig) -> tuple[ModelConfig | None, Plan | None]:
     if plan is None and isinstance(stage, TrainStage) and stage.mask_fields:
         raise UserError(f"config.{name}.{stage.mask_fields[0]}: {where} is behind no masks")
     return start.cfg, plan
-
-
-@contextlib.contextmanager
-def _prefixed(prefix: str) -> Iterator[None]:
-    """Puts a prefix before the message of a UserError."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{prefix}{error}") from None
 
 
 def _open_model(path: str, tokenizer: Table, where: str) -> ModelConfig:
