@@ -11,11 +11,11 @@ from tele_jax.lab import arms
 from tele_jax.train.step import flops_per_token
 
 # Layers 64 -> 80 -> 140, heads 64 -> 80 -> 160, mlp 21,824 -> 27,264 -> 98,304 (arXiv 2404.16645, 2407.02783): x 1.25
-# and x 1.75, x 1.25 and x 2, x 1.25 and x 3.6. Here about 1/32 of the layers and 1/20 of the heads.
+# and x 1.75, x 1.25 and x 2, x 1.25 and x 3.6. Here about 1/32 of the layers and 1/20 to 1/27 of the heads.
 SIZES = (
     dict(num_layers=2, embed_dim=24, num_heads=3, mlp_dim=64),
     dict(num_layers=3, embed_dim=32, num_heads=4, mlp_dim=85),
-    dict(num_layers=4, embed_dim=64, num_heads=8, mlp_dim=307),
+    dict(num_layers=4, embed_dim=48, num_heads=6, mlp_dim=230),
 )
 SMOKE_SIZES = (
     dict(num_layers=1, embed_dim=8, num_heads=1, mlp_dim=12),
@@ -41,7 +41,7 @@ def get_config(budget: str = "cpu") -> ConfigDict:
         shares = shares[-len(sizes) :] if smoke else shares
         how = made | early if name == "our split" else made
         paths[name] = arms.path(shared, sizes, shares, decay=0.6, after_growth=after_growth, **how)
-    paths["smallest size alone"] = arms.path(shared, sizes[:1], (1,), decay=0.3, **made)
+    paths["smallest size alone"] = arms.path(shared, sizes[:1], (1,), decay=0.3, **made | dict(ends=[flops]))
     if smoke:
         del paths["published split"], paths["smallest size alone"]
 

@@ -75,6 +75,8 @@ MISTAKES = {
 
 def compute(study: Study) -> dict[str, float]:
     """No arm trains. Raises UserError for an arm that cannot be planned."""
+    for key in study.settings:
+        require_known(key, ("model",), f"config.settings.{key}: unknown key")
     for arm, table in study.arms.items():
         with jax.enable_x64(table.get("dtype") == "float64"):
             _plan(study, arm, 0)
@@ -110,6 +112,9 @@ def _plan(study: Study, arm: str, seed: int) -> Plan:
     known = ("model", "growth", "policy", "epsilon", "dtype", "mistake")
     for key in table:
         require_known(key, known, f"{where}.{key}: unknown key")
+    tables = {f"{where}.model": table.get("model"), f"{where}.growth": table.get("growth")}
+    for key, value in (tables | {"config.settings.model": study.settings.get("model")}).items():
+        require(value is None or isinstance(value, dict), f"{key}={value!r} is no table")
     dtype = table.get("dtype", "float32")
     base = {**study.settings.get("model", {}), **table.get("model", {}), "dtype": dtype, "param_dtype": dtype}
     cfg = from_dict(ModelConfig, base, f"{where}.model")
