@@ -59,6 +59,16 @@ def _append_heads(plan: Plan) -> Plan:
     return plan.replace(maps={**plan.maps, "heads": axis_map.widen("heads", before.src_size, before.dst_size)})
 
 
+def _zero_both_sides(plan: Plan) -> Plan:
+    """Zeros in all that is new but norm scales: the function stays, and nothing new ever has a gradient."""
+    leaves = plan.leaves.items()
+    zeroed = {
+        n: p if plan.dst_spec[n].role == "scale" else dataclasses.replace(p, zero=plan.dst_spec[n].axes)
+        for n, p in leaves
+    }
+    return plan.replace(leaves=zeroed)
+
+
 def _none(plan: Plan) -> Plan:
     """The plan as its policy makes it; policies such as stack change the function all the same."""
     return plan
@@ -69,6 +79,7 @@ MISTAKES = {
     "epsilon kept": _keep_epsilon,
     "circular copy": _copy_in_circles,
     "heads appended": _append_heads,
+    "both sides zero": _zero_both_sides,
     "policy": _none,
 }
 
@@ -79,7 +90,7 @@ def compute(study: Study) -> dict[str, float]:
         require_known(key, ("model",), f"config.settings.{key}: unknown key")
     for arm, table in study.arms.items():
         with jax.enable_x64(table.get("dtype") == "float64"):
-            _plan(study, arm, 0)
+            plan_of(study, arm, 0)
     return {}
 
 
@@ -87,7 +98,7 @@ def work(study: Study, arm: str, seed: int, directory: Path) -> Table:
     """Grows one random model and compares it with its source."""
     table = study.arms[arm]
     with jax.enable_x64(table.get("dtype") == "float64"):
-        plan = _plan(study, arm, seed)
+        plan = plan_of(study, arm, seed)
         params = _random(plan.src_cfg, seed)
         tokens = np.random.default_rng(seed).integers(0, plan.src_cfg.vocab_size, (ROWS, TOKENS), dtype=np.int32)
         found = growth.verify(plan, params, growth.apply(plan, params), tokens)
@@ -107,7 +118,8 @@ def work(study: Study, arm: str, seed: int, directory: Path) -> Table:
     }
 
 
-def _plan(study: Study, arm: str, seed: int) -> Plan:
+def plan_of(study: Study, arm: str, seed: int) -> Plan:
+    """The plan of an arm, with its mistake, if it has one."""
     table, where = study.arms[arm], f"config.arms.{arm}"
     known = ("model", "growth", "policy", "epsilon", "dtype", "mistake")
     for key in table:

@@ -238,7 +238,7 @@ def estimates(study: Study, results: "Results") -> dict[str, Estimate]:
         pairs = [(results[baseline][seed], results[arm][seed]) for seed in study.seeds]
         needed = [_reached(other["branches"], base["branches"][-1][1]) for base, other in pairs]
         shares = [(other["flops"] if at is None else at) / base["flops"] for at, (base, other) in zip(needed, pairs)]
-        unit = "of the FLOPs from scratch"
+        unit = "of the baseline's FLOPs"
         found[SHARE + arm] = Estimate(shares, unit, [at is None for at in needed])
         differences = [other["branches"][-1][1] - base["branches"][-1][1] for base, other in pairs]
         found[DIFFERENCE + arm] = Estimate(differences, "bits per byte")
@@ -279,8 +279,46 @@ def _joined(told: Sequence[Table]) -> list[Table]:
 
 
 def picture(study: Study, results: "Results") -> "Figure":
-    """Held-out loss of finished branches over FLOPs, a curve per arm: means over seeds."""
-    means = {arm: np.mean([r["branches"] for r in seeds.values()], axis=0) for arm, seeds in results.items()}
-    curves = {arm: (points[:, 0].tolist(), points[:, 1].tolist()) for arm, points in means.items()}
-    label = f"held-out text, bits per byte\n(finished; mean of {len(study.seeds)} seeds)"
-    return plots.loss({label: curves}, x_label="training FLOPs (model FLOPs)", title=study.title)
+    """Held-out loss over FLOPs on the left; on the right the share of FLOPs that each arm needs, with its interval.
+
+    The left has all finished branches, with their mean over seeds as a line; where no arm has more than one, the path
+    of the first seed.
+    """
+    figure, baseline, found = plots.new_figure(4.8), study.settings["baseline"], estimates(study, results)
+    losses, shares = figure.subplots(1, 2, width_ratios=(3, 2))
+    finished = any(len(result["branches"]) > 1 for seeds in results.values() for result in seeds.values())
+    colors = {arm: plots.CYCLE[i % len(plots.CYCLE)] for i, arm in enumerate(results)}
+    for i, (arm, seeds) in enumerate(results.items()):
+        told = list(seeds.values()) if finished else [seeds[study.seeds[0]]]
+        ends = np.array([result["branches" if finished else "curve"] for result in told])
+        style = dict(color=colors[arm], linestyle=plots.STYLES[i // len(plots.CYCLE)])
+        losses.plot(*ends.mean(0).T, label=arm, marker="o" if finished else None, **style)
+        if finished:
+            losses.plot(*ends.reshape(-1, 2).T, ".", color=colors[arm], markersize=4, alpha=0.5)
+    goal = np.mean([result["branches"][-1][1] for result in results[baseline].values()])
+    losses.axhline(goal, color=plots.INK, linestyle="--", linewidth=1, label=f"end of {baseline}")
+    kind = f"finished; line: mean of {len(study.seeds)} seeds" if finished else f"seed {study.seeds[0]}"
+    losses.set(xlabel="training FLOPs (model FLOPs)", ylabel=f"held-out text, bits per byte\n({kind})")
+    needed = {arm: figures(found[SHARE + arm]) for arm in results if arm != baseline}
+    for place, (arm, share) in enumerate(needed.items()):
+        low, high = share["interval"] or (share["mean"], share["mean"])
+        shares.barh(place, share["mean"], color=colors[arm], height=0.5)
+        shares.errorbar(
+            share["mean"], place, xerr=[[share["mean"] - low], [high - share["mean"]]], color=plots.INK, capsize=4
+        )
+        shares.annotate(shown(share), (0.01, place - 0.33), fontsize=8, va="bottom")
+    for criterion in study.criteria:
+        if criterion.estimate.startswith(SHARE):
+            label = f"{criterion.side} {criterion.threshold:.3g}: claimed"
+            shares.axvline(criterion.threshold, color=plots.INK, linestyle=":", linewidth=1.2, label=label)
+    shares.axvline(1, color=plots.INK, linestyle="--", linewidth=1)
+    shares.set_yticks(range(len(needed)), list(needed), fontsize=8)
+    shares.set(
+        ylim=(len(needed) - 0.4, -0.8),
+        xlabel=f"share of the FLOPs of {baseline}\nfor the loss of its end, 95% interval",
+    )
+    for axes in (losses, shares):
+        plots.add_grid(axes)
+    figure.suptitle(study.title, fontsize="medium")
+    figure.legend(**plots.LEGEND_BELOW)
+    return figure
