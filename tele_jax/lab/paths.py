@@ -5,7 +5,7 @@ it as `tele train` does, with the seed of the job added to that of each stage, a
 can run it by hand. A stage that no later one continues (`after`) is a finished branch: its loss is held against the
 FLOPs of all stages that lead to it. settings.baseline names the arm that others are compared with.
 
-learning_rates of an arm: each is tried at settings.tuning_seed on the path to the last branch, and the one with the
+learning_rates of an arm: each is tried at settings.tuning_seed on the path to the first branch, and the one with the
 least loss is taken for all seeds. settings.data is a table of data, with vocab_size in the place of the tokenizer where
 one is to be trained on the text, or "synthetic"; what is made lies in OUT/text.
 """
@@ -106,7 +106,7 @@ def _branches(config: RunConfig) -> dict[str, list[str]]:
 
 
 def _page(study: Study, arm: str, seed: int, text: Path, rate: float | None = None, branches: bool = True) -> Table:
-    """The page of one job. rate: the learning rate of all stages, where it was tuned. branches: all, or the last."""
+    """The page of one job. rate: the learning rate of all stages, where it was tuned. branches: all, or the first."""
     page = study.arms[arm].get("config")
     require(isinstance(page, dict), "config: missing; it is the page of a run")
     page = json.loads(json.dumps(page))  # a copy
@@ -117,7 +117,7 @@ def _page(study: Study, arm: str, seed: int, text: Path, rate: float | None = No
                 require(isinstance(table.get("optimizer", {}), dict), f"config.{name}.optimizer is no table")
                 table["optimizer"] = table.get("optimizer", {}) | {"learning_rate": rate}
     if not branches:
-        page["run"] = list(_branches(run_config(page)).values())[-1]
+        page["run"] = next(iter(_branches(run_config(page)).values()))
         page = {key: page[key] for key in page if key in ("run", *page["run"]) or key in ("mesh", "num_slices")}
     return page
 
