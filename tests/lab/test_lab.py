@@ -74,6 +74,31 @@ def test_a_page_that_cannot_be_is_refused_in_one_line(change, message, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("settings.baseline=none", "config.settings.baseline='none' is no arm"),
+        ("settings.data=3", "config.settings.data=3: expected a table of data"),
+        ("settings.data={'vocab_size': '9', 'sources': {}}", "config.settings.data.vocab_size"),
+        ("settings.tuning=3", "config.settings.tuning: unknown key; did you mean 'tuning_seed'?"),
+        ("arms.a={'config': 3}", "config.arms.a: config: missing"),
+        ("arms.a={'config': {}}", "config.arms.a: config.run: missing"),
+        ("arms.a={'confg': {}}", "config.arms.a.confg: unknown key; did you mean 'config'?"),
+        ("arms.a={'config': {}, 'learning_rates': 3}", "config.arms.a: learning_rates"),
+        ("settings.tuning_seed=0", "learning_rates are chosen at a seed apart"),
+        ("arms.a={'config': {'run': ['x'], 'x': {'kind': 'pretrain', 'optimizer': 3}}}", "config.arms.a: config.x"),
+    ],
+)
+def test_paths_that_cannot_be_are_refused_in_one_line(change, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = load_page("configs/lab/E5.py:smoke", ["--config.settings.tuning_seed=100", f"--config.{change}"])
+    with page.unlocked():
+        page.arms["from scratch"].learning_rates = (0.1,)
+    with pytest.raises(UserError) as raised:
+        read_study(page)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
 def test_arms_of_unequal_compute_and_unknown_studies_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("tele_jax.lab.exactness.compute", lambda study: {"long": 2e9, "short": 1e9})
