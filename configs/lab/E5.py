@@ -68,12 +68,12 @@ def get_config(budget: str = "cpu") -> ConfigDict:
     )  # fmt: skip
     tokens = BATCH * SEQ_LEN * STEPS[budget] / count_params(final)
     config.notes = (
-        f"From scratch sees {tokens:.1f} tokens per parameter. That is little for a model of its size; at the FLOPs of the "
-        "three published stages, 1083.7B parameters from scratch would see 0.13 (derived). With more tokens per "
+        f"From scratch sees {tokens:.1f} tokens per parameter. That is little for a model of its size; at the FLOPs of "
+        "the three published stages, 1083.7B parameters from scratch would see 0.13 (derived). With more tokens per "
         "parameter, growth from so small a model saves less.",
         "The smallest size alone, at the same FLOPs, says what the growth adds to a small model that is trained for "
         "longer.",
-        "The published split has the proportions 2000 : 300 : 15.7 of tokens; ours is 70 : 15 : 15. In the last size of "
-        "a grown path the rate falls to 0 over 60% of the steps, from scratch over 30%; new parameters warm up.",
+        "Tokens of the stages: 2000 : 300 : 15.7 in the published split, 70 : 15 : 15 in ours. In the last size of a "
+        "grown path the rate falls to 0 over 60% of the steps, from scratch over 30%; new parameters warm up.",
     )
     return config
