@@ -204,6 +204,15 @@ def _families(study: Study) -> dict[str, dict[int, str]]:
     return found
 
 
+def names(study: Study) -> list[str]:
+    """The names of the estimates."""
+    found = []
+    for family, arms in _families(study).items():
+        alone = len(_read(study)[1][next(iter(arms.values()))].rates) == 1
+        found += [family] if alone else [f"{what}: {family}" for what in ("shift", "excess", "difference")]
+    return found
+
+
 def estimates(study: Study, results: "Results") -> dict[str, Estimate]:
     """Per family "shift", "excess" and "difference", and "prediction" of a family with one rate, within each seed.
 
