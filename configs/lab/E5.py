@@ -11,39 +11,39 @@ from tele_jax.lab import arms
 from tele_jax.train.step import flops_per_token
 
 # Layers 64 -> 80 -> 140, heads 64 -> 80 -> 160, mlp 21,824 -> 27,264 -> 98,304 (arXiv 2404.16645, 2407.02783): x 1.25
-# and x 1.75, x 1.25 and x 2, x 1.25 and x 3.6. Here about 1/32 of the layers and 1/20 to 1/27 of the heads.
+# and x 1.75, x 1.25 and x 2, x 1.25 and x 3.6. Here 1/32 of the layers and of the heads, as whole numbers.
 SIZES = (
-    dict(num_layers=2, embed_dim=24, num_heads=3, mlp_dim=64),
-    dict(num_layers=3, embed_dim=32, num_heads=4, mlp_dim=85),
-    dict(num_layers=4, embed_dim=48, num_heads=6, mlp_dim=230),
+    dict(num_layers=2, embed_dim=16, num_heads=2, mlp_dim=43),
+    dict(num_layers=3, embed_dim=24, num_heads=3, mlp_dim=64),
+    dict(num_layers=4, embed_dim=40, num_heads=5, mlp_dim=192),
 )
 SMOKE_SIZES = (
     dict(num_layers=1, embed_dim=8, num_heads=1, mlp_dim=12),
     dict(num_layers=2, embed_dim=16, num_heads=2, mlp_dim=20),
 )
 # Tokens of the stages: 2.0T, 0.3T and 15.7B as published; the other split is ours, with most FLOPs at the final size.
-SPLITS = {"published split": (2000.0, 300.0, 15.7), "our split": (70.0, 15.0, 15.0)}
-STEPS = {"smoke": 12, "cpu": 700, "accelerator": 60_000}  # from scratch
+PUBLISHED, OURS = (2000.0, 300.0, 15.7), (70.0, 15.0, 15.0)
+STEPS = {"smoke": 12, "cpu": 1000, "accelerator": 60_000}  # from scratch
 
 
 def get_config(budget: str = "cpu") -> ConfigDict:
     smoke = budget == "smoke"
-    sizes, ends = (SMOKE_SIZES, (1.0,)) if smoke else (SIZES, (0.6, 1.0))
+    sizes = SMOKE_SIZES if smoke else SIZES
     warmup = 2 if smoke else 50
     shared = model(budget) | dict(head_dim=8)
     final = ModelConfig(**shared, **sizes[-1])
     flops = flops_per_token(final, SEQ_LEN) * BATCH * SEQ_LEN * STEPS[budget]
-    made = dict(stage=STAGE, warmup=warmup, ends=[share * flops for share in ends])
-    early = {} if smoke else dict(ends=[share * flops for share in (0.35, *ends)])
-    after_growth = dict(optimizer=STAGE["optimizer"] | dict(new_warmup_steps=warmup))
-    paths = {"from scratch": arms.path(shared, sizes[-1:], (1,), decay=0.3, **made)}
-    for name, shares in SPLITS.items():
-        shares = shares[-len(sizes) :] if smoke else shares
-        how = made | early if name == "our split" else made
-        paths[name] = arms.path(shared, sizes, shares, decay=0.6, after_growth=after_growth, **how)
-    paths["smallest size alone"] = arms.path(shared, sizes[:1], (1,), decay=0.3, **made)
-    if smoke:
-        del paths["published split"], paths["smallest size alone"]
+
+    def path(sizes: tuple, shares: tuple, ends: tuple, **how) -> dict:
+        ends = (1.0,) if smoke else ends
+        return arms.path(shared, sizes, shares, [end * flops for end in ends], stage=STAGE, warmup=warmup, **how)
+
+    how = dict(decay=0.6, after_growth=dict(optimizer=STAGE["optimizer"] | dict(new_warmup_steps=warmup)))
+    paths = {"from scratch": path(sizes[-1:], (1,), (0.6, 1.0), decay=0.3)}
+    paths["our split"] = path(sizes, OURS[-len(sizes) :], (0.35, 0.6), **how)
+    if not smoke:
+        paths["published split"] = path(sizes, PUBLISHED, (0.35, 0.6), **how)
+        paths["smallest size alone"] = path(sizes[:1], (1,), (0.35, 0.6), decay=0.3)
 
     config = ConfigDict()
     config.name, config.kind, config.budget = "E5", "paths", budget
@@ -59,7 +59,7 @@ def get_config(budget: str = "cpu") -> ConfigDict:
     with config.unlocked():
         config.settings = dict(baseline="from scratch", data=data(budget), tuning_seed=100)
         config.arms = {name: dict(config=page) | rates for name, page in paths.items()}
-    config.equal_compute = 0.1 if smoke else 0.02
+    config.equal_compute = 0.1 if smoke else None  # grown paths end at 0.6 of the FLOPs, which is less than 1/1.5
     config.criteria = (
         dict(
             estimate="share of FLOPs: our split", side="below", threshold=1 / 1.5,

@@ -31,7 +31,16 @@ def get_config(budget: str = "cpu") -> ConfigDict:
         adam = STAGE["optimizer"] | optimizer
         after_growth = dict(optimizer=adam | dict(new_warmup_steps=new_warmup))
         how = dict(grow=dict(optimizer_state=kept), after_growth=after_growth, warmup=warmup, decay=0.6)
-        return dict(config=arms.path(shared, sizes, (1, 1), [flops], stage=STAGE | dict(optimizer=adam), **how))
+        return dict(
+            config=arms.path(
+                shared,
+                sizes,
+                (1, 1),
+                [flops],
+                stage=STAGE | dict(optimizer=adam, eval_every=2 if smoke else 100),
+                **how,
+            )
+        )
 
     ways = {
         "kept, new parameters warm up": arm(new_warmup=warmup),

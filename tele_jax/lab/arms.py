@@ -57,11 +57,7 @@ def path(
     models, page, done = [ModelConfig(**model, **size) for size in sizes], {}, 0
     rows = {"batch_size": stage["batch_size"], "seq_len": stage["seq_len"]}
     grown = stage | (after_growth or {}) if sizes[1:] else stage
-    constant = lambda steps, rise=0: {  # noqa: E731
-        "steps": steps,
-        "schedule": {"kind": "constant", "warmup": rise},
-        "eval_every": max(1, steps // 10),
-    }
+    constant = lambda steps, rise=0: {"steps": steps, "schedule": {"kind": "constant", "warmup": rise}}  # noqa: E731
     for number, flops in enumerate(ends, start=1):
         first, *middle = split_steps(models, shares, flops, **rows)
         last = middle.pop() if middle else first
@@ -80,7 +76,6 @@ def path(
             page[f"grow_{number}_{place}"] = {"kind": "grow", "model": size} | (grow or {})
             if middle[place - 2 :]:
                 page[f"size_{number}_{place}"] = grown | constant(middle[place - 2])
-        end = {"steps": last, "schedule": falling | {"decay": fall}, "eval_every": max(1, last // 10)}
-        page[f"end_{number}"] = grown | end
+        page[f"end_{number}"] = grown | {"steps": last, "schedule": falling | {"decay": fall}}
         done = first
     return {"run": list(page)} | page

@@ -45,6 +45,7 @@ from ml_collections import ConfigDict
 def get_config():
     return ConfigDict({page!r})
 '''
+TRIAL = "trial.json"  # what a learning rate gives
 WORDS = 60  # of the synthetic language
 SHARE, DIFFERENCE = "share of FLOPs: ", "difference: "  # names of estimates, before the name of an arm
 SEEDS_APART = 1000  # between the seeds of two jobs, so that no stage of one has the seed of a stage of another
@@ -128,16 +129,16 @@ def work(study: Study, arm: str, seed: int, directory: Path) -> Table:
     """Runs the stages of one arm, or what an earlier start has left of them, at the rate that did best."""
     text = directory.parents[1] / "text"
     _make_text(study, text)
-    tuned = {}
-    with files.locked(directory.parent / "tuning" / ".lock", wait=True):  # whoever comes first tunes for all seeds
-        for rate in _rates(study, arm):
-            where = directory.parent / "tuning" / f"{rate:g}"
-            if not (where / "result.json").exists():
+    rates = _rates(study, arm)
+    trials = {rate: directory.parent / "tuning" / f"{rate:g}" for rate in rates}
+    for rate, wait in ((rate, wait) for wait in (False, True) for rate in rates):  # shared with jobs of other seeds
+        with files.locked(trials[rate] / ".lock", wait) as free:
+            if free and not (trials[rate] / TRIAL).exists():
                 page = _page(study, arm, study.settings["tuning_seed"], text, rate, branches=False)
                 files.write_json(
-                    where / "result.json", _carried_out(page, where, f"{study.name}: {arm}, rate {rate:g}")
+                    trials[rate] / TRIAL, _carried_out(page, trials[rate], f"{study.name}: {arm}, {rate:g}")
                 )
-            tuned[f"{rate:g}"] = files.read_json(where / "result.json")["branches"][-1][1]
+    tuned = {f"{rate:g}": files.read_json(where / TRIAL)["branches"][-1][1] for rate, where in trials.items()}
     best = float(min(tuned, key=tuned.__getitem__)) if tuned else None
     page = _page(study, arm, seed, text, best)
     return _carried_out(page, directory, f"{study.name}: {arm}, seed {seed}") | {"learning_rate": best, "tuned": tuned}

@@ -26,7 +26,7 @@ from tele_jax.config import require, to_dict
 from tele_jax.lab.study import Study, job_directory
 
 STUDY, RESULT, LOCK = "study.json", "result.json", ".lock"
-RESULTS_OF = ("name", "kind", "budget", "arms", "settings")  # fields that results depend on
+RESULTS_OF = ("name", "kind", "budget", "arms", "settings")  # fields that results depend on; arms one by one
 
 
 def run(study: Study, out: Path, say: Callable[[str], None] = print) -> None:
@@ -91,6 +91,8 @@ def _claim(study: Study, out: Path) -> None:
 def _write_down(described: files.Table, out: Path) -> None:
     if (out / STUDY).exists():
         before = files.read_json(out / STUDY)
+        known = {arm: table for arm, table in before.get("arms", {}).items() if arm in described["arms"]}
+        before["arms"] = described["arms"] | known  # arms may come and go
         changed = [key for key in RESULTS_OF if before.get(key) != described[key]]
         require(
             not changed,
