@@ -57,10 +57,10 @@ def compute(study: Study) -> dict[str, float]:
     for key in study.settings:
         require_known(key, ("baseline", "data", "tuning_seed"), f"config.settings.{key}: unknown key")
     require(baseline in study.arms, f"config.settings.baseline={baseline!r} is no arm of the study")
-    known = data == "synthetic" or isinstance(data, dict)
-    require(known, f"config.settings.data={data!r}: expected a table of data, or 'synthetic'")
-    if data != "synthetic" and "vocab_size" in data:
-        convert(int, data["vocab_size"], "config.settings.data.vocab_size")
+    if isinstance(data, dict):
+        convert(int, data.get("vocab_size", 1), "config.settings.data.vocab_size")
+    else:
+        require(data == "synthetic", f"config.settings.data={data!r}: expected a table of data, or 'synthetic'")
     for arm, table in study.arms.items():
         for key in table:
             require_known(key, ("config", "learning_rates"), f"config.arms.{arm}.{key}: unknown key")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tele_jax import growth, plots
@@ -82,7 +83,7 @@ def work(study: Study, arm: str, seed: int, directory: Path) -> Table:
 
 def _step(cfg: ModelConfig, config: OptimizerConfig, params: PyTree) -> tuple[Any, PyTree]:
     """The training step of a model, and a new optimizer state."""
-    tx = optimizer(cfg, config, lambda step: np.float32(1.0))
+    tx = optimizer(cfg, config, lambda step: jnp.ones([]))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     return make_step(cfg, tx, mesh, batch_size=ROWS), tx.init(params)
 
