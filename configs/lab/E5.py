@@ -73,7 +73,7 @@ def get_config(budget: str = "cpu") -> ConfigDict:
         "parameter, growth from so small a model saves less.",
         "Tokens of the three stages are 70 : 15 : 15, ours; published are 2000 : 300 : 15.7. In the last size the rate "
         "falls to 0 over 60% of the steps, from scratch over 30%; new parameters warm up over 50 steps.",
-        "The published split, and the smallest size alone at the same FLOPs, which says what growth adds to a small model "
-        "that is trained for long, are arms of the budget accelerator; here they were not run.",
+        "The published split, and the smallest size alone at the same FLOPs, which says what growth adds to a small "
+        "model that is trained for long, are arms of the budget accelerator; here they were not run.",
     )
     return config
