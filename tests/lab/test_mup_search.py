@@ -12,6 +12,7 @@ import numpy as np
 from tele_jax import files
 from tele_jax.cli.main import main
 from tele_jax.cli.pages import load_page
+from tele_jax.data.vocabulary_training import train_vocabulary, write_vocabulary
 from tele_jax.errors import FailedError
 from tele_jax.lab import paths
 from tele_jax.lab.mup import search
@@ -117,7 +118,8 @@ def test_tpe_draws_from_ranges_and_repeats_itself(page, tmp_path, fake_runs):
 
 
 def test_a_found_setting_becomes_a_page_of_a_larger_width(page, tmp_path, capsys):
-    paths._synthetic(tmp_path / "text")
+    trained = train_vocabulary(paths._synthetic(tmp_path / "text"), preset="tele_flm", vocab_size=432)
+    write_vocabulary(trained, tmp_path / "text" / "tokenizer.model", preset="tele_flm")
     out, larger = tmp_path / "out", tmp_path / "w32.py"
     one = "--config.search.space={'learning_rate': [4e-3], 'input_mult': [2.0]}"
     assert main(["mup", "search", "--config", str(page), "--out", str(out), one]) == 0
