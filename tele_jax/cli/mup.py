@@ -53,6 +53,7 @@ def _coords_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _coords(args: argparse.Namespace) -> Outcome:
     require(args.out.suffix == ".png", f"--out {args.out}: the picture is a .png file")
+    require(args.out.parent.is_dir(), f"--out {args.out}: there is no directory {args.out.parent}")
     cfg, rate, matrix_rate = coords.MODEL, 2**-6, None
     require(
         args.config is not None or not args.overrides, "--config.KEY=VALUE changes a page, and no --config names one"

@@ -126,7 +126,7 @@ class RecordRows:
             return [("prompt", _cut(made, len(tokens)), str(self.fields(int(batch["record"][0]))))]
         margin, weight = float(batch["margin"][0]), float(batch["pair_weights"][0])
         note = f"margin {margin:g}, weight {weight:.3g}"
-        rows = {name: array[0] for name, array in batch.items() if array.shape == batch["tokens"].shape}
+        rows = {name: array for name, array in batch.items() if array.shape == batch["tokens"].shape}
         found = []
         for segment, what in enumerate(("chosen", "rejected"), 1):
             own = rows["segment_ids"] == segment

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -227,7 +228,7 @@ def svg(figure: Any, label: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", text, count=2)
     # Ids are unique in a figure, and have to be in the page.
-    own = f"{sum(label.encode()):x}{len(label):x}-"
+    own = f"f{zlib.crc32(label.encode()):x}-"
     text = re.sub(r'id="', f'id="{own}', text)
     text = re.sub(r"(url\(|href=\")#", rf"\1#{own}", text)
     escaped = need("markupsafe", how=HOW).escape(label)

@@ -2,9 +2,10 @@
 
 What may change while a run is under way:
 
-    freely      mesh, slices, microbatches, remat, attention, cadence, evaluation, how many processes reward replies and
-                for how long, and where data and tokenizer lie: none of these changes what is computed, but for the
-                order in which sums are added up and for what is held out; what is read is known by its checksum
+    freely      mesh, slices, microbatches, rows of pairs, remat, attention, cadence, evaluation, how many processes
+                reward replies and for how long, and where data and tokenizer lie: none of these changes what is
+                computed, but for the order in which sums are added up and for what is held out; what is read is known
+                by its checksum
     freely      everything of a stage that has not begun
     by itself   `steps` of the last stage, where its schedule stays the same: a schedule without `total` follows them
     --from STEP optimizer, schedule, steps, and rewards and limits of the policy's steps, of the last stage, from its
@@ -44,7 +45,7 @@ SET_ASIDE = "set_aside"  # directory in a stage: what came after the checkpoint 
 # Paths inside a stage, as patterns, of settings that say how, where and how often, but not what is computed.
 _FREE = re.compile(
     r"log_every|eval_every|tasks(\..*)?|keep_best|checkpoint_every|keep_checkpoints|microbatches|tolerance|(model\.)?(remat|attention)"
-    r"|reward\.(processes|time_limit)|evaluation_reward(\..*)?|rows_at_once|samples_every"
+    r"|reward\.(processes|time_limit)|evaluation_reward(\..*)?|rows|rows_at_once|samples_every"
     r"|data\.(cache|tokenizer|eval_bytes|sources\.[^.]+\.(files|validation_files|task|split|validation_split))(\..*)?"
 )
 _ON_REQUEST = re.compile(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh
 from tele_jax.stages import find_kind, read_stage
 from tele_jax.train import metrics
+from tele_jax.train import workdir as owned
 from tests.data.caches import write_lines
 from tests.data.test_record_rows import answer_of
 from tests.inference.test_chat import tokenizer_bytes
@@ -254,6 +256,13 @@ def test_a_killed_stage_goes_on_to_the_same_bits(place, finished, kind, capsys):
         found, wanted = flatten(getattr(mine, name)), flatten(getattr(theirs, name))
         for leaf in wanted:
             assert np.asarray(found[leaf]).tobytes() == np.asarray(wanted[leaf]).tobytes(), leaf
+
+
+def test_the_rows_of_a_run_change_freely(place, finished, tmp_path):
+    workdir = shutil.copytree(finished["dpo"], tmp_path / "w")
+    fewer = page(place, "dpo", **DPO, reference=str(place / "other"), rows=2)
+    owned.claim(stages.run_config(fewer), workdir, None, print)
+    assert owned.read_changes(workdir / "own") == []
 
 
 def test_adapters_are_compared_with_the_model_without_them(place):

@@ -130,6 +130,13 @@ def test_a_row_is_the_prompt_and_the_answer_with_its_end(model_file, vocabulary,
     for side in (0, 1):
         assert (answer_of(alone, 0, side)["tokens"] == answer_of(found, 1, side)["tokens"]).all()
     assert (own.sample(3, 5) == found["tokens"][:, :5]).all(), "a growth is verified on these"
+    made = stage(model_file, {"a": path})
+    apart = opened(DpoStage(**{f.name: getattr(made, f.name) for f in dataclasses.fields(made)}, rows=8)).store
+    shown = [(what, row["tokens"].tolist(), note) for what, row, note in apart.shown("a", 1)]
+    assert shown == [(what, row["tokens"].tolist(), note) for what, row, note in own.store.shown("a", 1)]
+    assert [len(tokens) for _, tokens, _ in shown] == [
+        len(prompts[1]) + n for n in (len(encode("5")), len(encode("It is 3.")))
+    ]
 
 
 def by_common_prefix(prompt, answers, vocabulary):

@@ -9,6 +9,7 @@ import pytest
 import tele_jax as tele
 from tele_jax.cli.main import main
 from tele_jax.cli.pages import load_page
+from tele_jax.errors import UserError
 from tele_jax.lab.mup import coords, predict
 from tele_jax.lab.mup.widths import at_width
 from tele_jax.model.decoder import activations, hidden, layer_states
@@ -104,6 +105,7 @@ def test_slopes_are_those_of_power_laws_and_decide_the_verdict(power_laws, capsy
         (["--steps", "11"], "steps=11 must be 1 to 10"),
         (["--learning-rate", "0"], "learning_rate=0.0 must be above 0"),
         (["--out", "a.pdf"], "the picture is a .png file"),
+        (["--out", "nowhere/a.png"], "there is no directory nowhere"),
         (["--config.pretrain.steps=3"], "no --config names one"),
         (["--config", "configs/lab/E5.py"], "config.run: missing"),
     ],
@@ -146,6 +148,25 @@ def test_the_interval_covers_the_truth_in_19_of_20_cases():
         covered += low < law(SIZES[7]) + 0.003 * drawn.standard_normal() < high
     assert 0.92 < covered / 300 < 0.98
     assert predict.fit([(1.0, 3.0), (2.0, 2.5), (4.0, 2.25)]).at(8.0) == (pytest.approx(2.125), None)  # 2 + 1 / size
+    assert predict.fit([(1.0, 3.0), (2.0, 2.5), (4.0, 2.4)]).at(8.0)[0] == pytest.approx(2.38)  # 5 times less each
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e6, 1e10])
+@pytest.mark.parametrize(("a", "b", "c"), [(2.5, -0.4, 2.9), (0.1, 1.3, 3.0), (1.0, -3.0, 2.0)])
+def test_the_unit_of_the_sizes_changes_no_prediction(unit, a, b, c):
+    sizes, law = np.array([1.0, 2.0, 5.0, 9.0, 20.0]), lambda size: a * size**b + c
+    losses = law(sizes) + 1e-3 * np.array([1, -1, 0, 1, -1])
+    (loss, ends), (known, known_ends) = (predict.fit(list(zip(sizes * u, losses))).at(40 * u) for u in (unit, 1.0))
+    np.testing.assert_allclose([loss, *ends], [known, *known_ends], rtol=1e-4)
+    assert ends[0] < law(40.0) < ends[1]
+
+
+def test_losses_without_a_law_and_sizes_out_of_reach_are_refused():
+    with pytest.raises(UserError, match=r"follow no law a\*C\^b \+ c"):
+        predict.fit([(1.0, 3.0), (2.0, 3.0), (4.0, 3.0), (8.0, 3.0)])
+    fit = predict.fit([(1.0, 3.0), (2.0, 2.5), (4.0, 2.25), (8.0, 2.12)])
+    with pytest.raises(UserError, match="too far from the sizes of the fit"):
+        fit.at(1e-320)
 
 
 def fake_run(directory, width, losses, tokens=32):

@@ -121,6 +121,8 @@ def test_a_found_setting_becomes_a_page_of_a_larger_width(page, tmp_path, capsys
     trained = train_vocabulary(paths._synthetic(tmp_path / "text"), preset="tele_flm", vocab_size=432)
     write_vocabulary(trained, tmp_path / "text" / "tokenizer.model", preset="tele_flm")
     out, larger = tmp_path / "out", tmp_path / "w32.py"
+    text = page.read_text().replace("num_heads=2", "num_heads=2, num_kv_heads=2")  # no fewer than heads, and said
+    page.write_text(text)
     one = "--config.search.space={'learning_rate': [4e-3], 'input_mult': [2.0]}"
     assert main(["mup", "search", "--config", str(page), "--out", str(out), one]) == 0
     assert (out / "trials" / "0000" / "run" / "proxy" / "summary.json").exists()
@@ -129,7 +131,7 @@ def test_a_found_setting_becomes_a_page_of_a_larger_width(page, tmp_path, capsys
     before, after = (
         run_config(p).stages["proxy"] for p in (search.read_page(load_page(str(page)))[1], load_page(str(larger)))
     )
-    assert after.model == before.model.replace(embed_dim=32, num_heads=4, mlp_dim=48, input_mult=2.0)
+    assert after.model == before.model.replace(embed_dim=32, num_heads=4, num_kv_heads=4, mlp_dim=48, input_mult=2.0)
     assert after.model.head_dim == 8 and after.model.width_ratio == 2
     assert after.optimizer.learning_rate == 4e-3 and after.data == before.data
     for words, message in (

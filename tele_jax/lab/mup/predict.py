@@ -20,7 +20,8 @@ from tele_jax.model.spec import count_params
 from tele_jax.stages import run_config
 from tele_jax.train import metrics, workdir
 
-START = (1.0, -1.0, 3.0)  # where the fit begins, as in the published code
+EXPONENTS = tuple(b / 4 for b in range(-16, 17) if b)  # the fit begins at the best of these, with its best a and c
+_NO_LAW = "the losses follow no law a*C^b + c; were they taken at the same step?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +49,12 @@ class Fit:
         Student's t for the points that are left over.
         """
         require(finite(size, "size") > 0, f"size={size} must be above 0")
-        loss, free = self.a * size**self.b + self.c, len(self.points) - 3
+        with np.errstate(over="ignore"):
+            power, free = float(np.float64(size) ** self.b), len(self.points) - 3
+        require(math.isfinite(power), f"size={size}: too far from the sizes of the fit")
+        loss = self.a * power + self.c
         if free == 0:
             return loss, None
-        power = size**self.b
         gradient = np.array([power, self.a * power * math.log(size), 1.0])
         sizes, losses = np.array(self.points).T
         residual = float(np.sum((self.a * sizes**self.b + self.c - losses) ** 2)) / free
@@ -74,13 +77,25 @@ def fit(points: Sequence[tuple[float, float]]) -> Fit:
         finite(loss, "loss")
     sizes, losses = np.array(sorted(points), float).reshape(-1, 2).T
     require(len(set(sizes)) >= 3, f"{len(set(sizes))} sizes: a*C^b + c needs at least three; add smaller widths")
-    with warnings.catch_warnings():
+    unit = float(np.exp(np.log(sizes).mean()))  # the fit counts sizes in it, for they may be any large numbers
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore", optimize.OptimizeWarning)  # three points leave no variance
+        designs = [np.stack([(sizes / unit) ** b, np.ones_like(sizes)], axis=1) for b in EXPONENTS]
+        lines = [np.linalg.lstsq(design, losses)[0] for design in designs]
+        best = np.argmin([np.sum((design @ line - losses) ** 2) for design, line in zip(designs, lines)])
+        start = (lines[best][0], EXPONENTS[best], lines[best][1])
         try:
-            found, covariance = optimize.curve_fit(_law, sizes, losses, p0=START, maxfev=20_000)
+            found, covariance = optimize.curve_fit(_law, sizes / unit, losses, p0=start, maxfev=20_000)
         except RuntimeError:
-            raise UserError("the losses follow no law a*C^b + c; were they taken at the same step?") from None
-    a, b, c = map(float, found)
+            raise UserError(_NO_LAW) from None
+        factor, b, c = found
+        a = factor * unit**-b
+        if len(sizes) > 3:
+            slopes = np.array([[unit**-b, -a * math.log(unit), 0], [0, 1, 0], [0, 0, 1]])  # of (a, b, c) after `found`
+            covariance = slopes @ covariance @ slopes.T
+            require(np.isfinite(covariance).all(), _NO_LAW)
+    require(math.isfinite(a), _NO_LAW)
+    a, b, c = map(float, (a, b, c))
     return Fit(a, b, c, covariance, tuple(zip(sizes.tolist(), losses.tolist())))
 
 

@@ -38,7 +38,7 @@ def write_page(searched: Path, width: int, path: Path, trial: int | None = None)
     sizes = to_dict(cfg)
     # Only what the width changes, and what the page had left to be derived from it.
     page[first]["model"] = given | {key: sizes[key] for key in ("embed_dim", "num_heads", "head_dim", "mlp_dim")}
-    if cfg.num_kv_heads != cfg.num_heads:
+    if "num_kv_heads" in given or cfg.num_kv_heads != cfg.num_heads:
         page[first]["model"]["num_kv_heads"] = cfg.num_kv_heads
     run_config(page)
     values = ", ".join(f"{key} {value:g}" for key, value in found["values"].items())
