@@ -13,7 +13,7 @@ from tele_jax import files
 from tele_jax.cli.main import main
 from tele_jax.cli.pages import load_page
 from tele_jax.data.vocabulary_training import train_vocabulary, write_vocabulary
-from tele_jax.errors import FailedError
+from tele_jax.errors import DamageError, FailedError
 from tele_jax.lab import paths
 from tele_jax.lab.mup import search
 from tele_jax.stages import run_config
@@ -148,6 +148,9 @@ def test_a_found_setting_becomes_a_page_of_a_larger_width(page, tmp_path, capsys
         assert main(words) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+    files.write_json(out / "search.json", {"search": {}, "run": 3})
+    with pytest.raises(DamageError, match=r"search\.json: run: expected a table"):
+        search.found_page(out)
 
 
 @pytest.mark.parametrize(

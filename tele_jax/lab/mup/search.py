@@ -270,10 +270,11 @@ def found_page(out: Path, trial: int | None = None) -> tuple[Table, Table]:
     """(page of the run with the values of a trial, result of that trial); trial None is the best that is done.
 
     Raises:
-      UserError: OUT holds no search, no trial is done, or not that one.
+      UserError: OUT holds no search, no trial is done, or not that one. DamageError: a document of it is damaged.
     """
     require((out / SEARCH).exists(), f"{out}: holds no search (no {SEARCH}); name the directory of `tele mup search`")
-    run = files.read_json(out / SEARCH)["run"]
+    fields = {"search": dict[str, Any], "run": dict[str, Any]}
+    run = written_table(files.read_json(out / SEARCH), str(out / SEARCH), fields, required=fields)["run"]
     done = {r["number"]: r for r in map(read_result, sorted(out.glob(f"trials/*/{RESULT}"))) if r["value"] is not None}
     require(bool(done), f"{out}: no trial is done; `tele mup search` goes on")
     if trial is None:
