@@ -26,8 +26,14 @@ from tele_jax import tables
 from tele_jax.train import metrics
 
 RATE, BAND = 4e-4, 3.0  # BAND: nats a reply
-# Rollouts of 1,024 replies, and kl_coef. PPO needs more of both: with 0.01 its replies lose their variety too early.
-ARMS = {"grpo": (320, 0.01), "ppo": (480, 0.06), "random": (320, 0.01)}
+# Rollouts of 1,024 replies, and what an arm changes of the toy of the page. PPO needs a larger kl_coef, since with 0.01
+# its replies lose their variety too early; one reply to each of many prompts, since it does not compare those to one
+# prompt as GRPO does; and values that are learned as fast as the policy, which is what its advantages stand on.
+ARMS: dict[str, tuple[int, dict[str, Any]]] = {
+    "grpo": (320, {"kl_coef": 0.01}),
+    "ppo": (480, dict(kl_coef=0.06, rollout_prompts=1024, answers=1, value_coef=1.0, value_clip=None)),
+    "random": (320, {"kl_coef": 0.01}),
+}
 REWARDS = '''"""Rewards of benchmarks/align_chain_sum.py."""
 import random
 import reasoning_gym
@@ -57,14 +63,13 @@ def page(work: Path, arm: str, seed: int) -> dict[str, Any]:
     """The run of an arm: the toy of the page, for longer, with a reward of 0 or 1."""
     config = recipe(work).get_config("toy").to_dict()
     learned = config.pop("grpo")
-    rows, (rollouts, kl_coef) = learned["rollout_prompts"] * learned["answers"], ARMS[arm]
-    learned |= {
+    rows, (rollouts, changes) = learned["rollout_prompts"] * learned["answers"], ARMS[arm]
+    learned |= changes | {
         "kind": "ppo" if arm == "ppo" else "grpo",
         "reward": {"function": f"chain_sum_rewards:{'chance' if arm == 'random' else 'exact'}"},
         "evaluation_reward": {"function": "chain_sum_rewards:exact"},
         "steps": rollouts * rows // learned["batch_size"],
         "seed": seed,
-        "kl_coef": kl_coef,
         "optimizer": {"learning_rate": RATE},
         "eval_every": 40,
         "samples_every": 50,
