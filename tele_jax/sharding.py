@@ -210,12 +210,12 @@ def tiles(shape: Sequence[int], itemsize: int, nbytes: int) -> Iterator[tuple[sl
         yield tuple(slice(s, min(s + n, size)) for s, n, size in zip(corner, lengths, shape, strict=True))
 
 
-def batch_sharding(mesh: AnyMesh, batch_size: int) -> NamedSharding:
-    """The sharding of rows over data and fsdp; raises UserError where batch_size does not divide."""
+def batch_sharding(mesh: AnyMesh, batch_size: int, name: str = "batch_size") -> NamedSharding:
+    """The sharding of rows over data and fsdp; raises UserError where batch_size, called `name`, does not divide."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     require(
         batch_size % ways == 0,
-        f"batch_size={batch_size} (per microbatch) does not divide over mesh data x fsdp = {ways}; change one of them",
+        f"{name}={batch_size} (per microbatch) does not divide over mesh data x fsdp = {ways}; change one of them",
     )
     return NamedSharding(mesh, P(BATCH))
 
@@ -229,7 +229,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 def put_batch(batch: Mapping[str, Any], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
     """A host batch on the mesh, rows over data and fsdp. It holds all rows, or local_rows of them.
 
-    An array may have another number of rows where the batch holds all of them.
+    In a batch of all rows an array may have another number of rows than batch_size, such as one for each pair.
     """
     sharding = batch_sharding(mesh, batch_size)
     whole = any(len(rows) == batch_size for rows in batch.values())

@@ -68,7 +68,7 @@ def make_run(directory, rate=0.01, loss=3.0):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs")
-    return [make_run(directory / "one"), make_run(directory / "other <b>", rate=0.02, loss=2.5)]
+    return [make_run(directory / "one"), make_run(directory / "_other $\\frac$ <b>", rate=0.02, loss=2.5)]
 
 
 def test_curves_go_on_over_growths_in_tokens_and_in_flops(two):
@@ -81,7 +81,7 @@ def test_curves_go_on_over_growths_in_tokens_and_in_flops(two):
     assert growths == [320 * FLOPS]
     xs, _ = over_flops["training loss, nats per token"]["one"]
     assert xs == pytest.approx([160e3, 320e3, 320e3 + 160 * 3 * FLOPS, 320e3 + 320 * 3 * FLOPS])
-    xs, ys = over_flops["en: bits per byte"]["other <b>"]
+    xs, ys = over_flops["en: bits per byte"]["_other $\\frac$ <b>"]
     assert xs == pytest.approx([0, 320e3]) and ys == [4.0, 2.0]
 
 
@@ -110,7 +110,7 @@ def test_the_page_has_all_in_one_file_and_asks_nobody(two, tmp_path, capsys):
     assert {"svg", "table", "details"} <= tags.kinds and "script" not in tags.kinds
     assert all(at.startswith(("#", "data:")) for at in tags.fetched), tags.fetched
     assert not re.search(r"@import|url\((?!['\"]?#)", text)
-    assert "other &lt;b&gt;" in text and "other <b>" not in text, "names are text, not markup"
+    assert "other $\\frac$ &lt;b&gt;" in text and "other $\\frac$ <b>" not in text, "names are text, not markup"
     assert "num_layers 2 → 3" in text and "verified" in text and "small.optimizer.learning_rate" in text
     first = out.read_bytes()
     assert main(["report", *map(str, two), "--html", str(out)]) == 0

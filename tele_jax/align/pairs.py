@@ -29,7 +29,7 @@ class PairStage(TrainStage):
     # (InstructGPT, arXiv 2203.02155, section 3.5); pairs: each weighs as much as a pair that stands alone.
     rankings: Literal["whole", "pairs"] = "whole"
     # Rows into which the answers of a batch are packed; None: batch_size, two answers a row on average. Fewer have less
-    # padding, above all where the longest answers are much longer than most; they divide over the mesh as a batch does.
+    # padding, above all where the longest answers are much longer than most. A multiple of data x fsdp x microbatches.
     rows: int | None = None
 
     def __post_init__(self):

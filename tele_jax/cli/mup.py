@@ -126,7 +126,7 @@ def _predict(args: argparse.Namespace) -> Outcome:
                 f"{size:g}",
                 "",
                 f"{loss:.4f}",
-                "no point is left for one" if ends is None else "{:.4f} to {:.4f}".format(*ends),
+                "none: the points fix the law exactly" if ends is None else "{:.4f} to {:.4f}".format(*ends),
             )
         )
     text = tables.text(rows, ("size", "loss", "a*C^b + c", "95% interval"))
@@ -166,7 +166,7 @@ def _search(args: argparse.Namespace) -> Outcome:
 
 def _transfer_arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "searched DIR", "directory of `tele mup search`", Path)
-    flag(parser, "--width N", "embed_dim of the larger model", int, required=True)
+    flag(parser, "--width N", "embed_dim of the model to make a page for", int, required=True)
     flag(parser, "--out FILE", "page to write, a .py file", Path, required=True)
     flag(parser, "--trial N", "trial to take; default: the best", int)
 
@@ -181,16 +181,16 @@ ACTIONS = {
         "check that activations keep their size when the width grows",
         _coords,
         _coords_arguments,
-        "Trains a model at several widths for a few steps, with muP and without, on made-up text. Exit codes: 0 "
+        "Trains a model at several widths for a few steps, with muP and without, on random token ids. Exit codes: 0 "
         "passed, 1 failed. example: tele mup coords --out coords.png",
     ),
     "search": (
         "search rates, initial values and multipliers on a small model",
         _search,
         _search_arguments,
-        "Every trial is a run of the page. decrease, trend, gradient: how fast the loss falls, how far it lies around "
-        "that line, how much the gradient norm varies. example: tele mup search --config configs/mup_search.py --out "
-        "runs/search",
+        "Every trial is a run of the page. decrease, trend, gradient: how fast the loss falls, its standard deviation "
+        "around that line, how much the gradient norm varies. example: tele mup search --config "
+        "configs/mup_search.py --out runs/search",
     ),
     "transfer": (
         "write a found setting as the page of a larger width",

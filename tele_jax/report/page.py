@@ -217,6 +217,11 @@ def rollouts(stage: Stage, run: Run) -> str:
     return svg(plots.loss(panels, title=f"Rollouts of stage {stage.name}"), f"rollouts of {stage.name} of {run.name}")
 
 
+def _plain(name: str) -> str:
+    """A name as matplotlib shows it letter by letter: no mathematics, and in legends also where it begins with _."""
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def svg(figure: Any, label: str) -> str:
     """A figure as an SVG element: text stays text, and the same figure gives the same bytes."""
     import matplotlib
@@ -253,6 +258,9 @@ def write(paths: Sequence[Path], out: Path, *, samples: int = 3) -> None:
     for over, x_label in (("tokens", "tokens, millions"), ("flops", "FLOPs of training")):
         panels, growths = curves(runs, over)
         if panels:
+            panels = {
+                _plain(label): {_plain(name): xy for name, xy in found.items()} for label, found in panels.items()
+            }
             title = f"Loss over {'tokens' if over == 'tokens' else 'FLOPs'}"
             charts.append(svg(plots.loss(panels, growths=growths, x_label=x_label, title=title), title))
     growths = {run.name: [growth_of(run, s) for s in run.stages if s.receipt] for run in runs}

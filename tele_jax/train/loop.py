@@ -214,8 +214,8 @@ def open_run(config: RunConfig, index: sources.Indexes, open_tasks: "OpenTasks |
             cfg = stages.model_of(stage, trained_as(model) if stage.lora is None else model)
             if stage.steps is not None:  # before any text is read
                 _check_training(stage, cfg, masks, where)
-            batch_sharding(mesh, stage.batch_size // stage.microbatches)
-            batch_sharding(mesh, stage.num_rows // stage.microbatches)
+            batch_sharding(mesh, stage.batch_size // stage.microbatches, f"{where}.batch_size")
+            batch_sharding(mesh, stage.num_rows // stage.microbatches, f"{where}.rows")
             batches[name] = kind.batches(stage, index)
             if stage.keep_best is not None and stage.tasks is None and not batches[name].held_out:
                 raise UserError(f"{where}.keep_best={stage.keep_best!r}: no domain has held-out data to evaluate")

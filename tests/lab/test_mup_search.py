@@ -137,7 +137,7 @@ def test_a_found_setting_becomes_a_page_of_a_larger_width(page, tmp_path, capsys
     for words, message in (
         (command, "exists, and would be overwritten"),
         ([*command[:-1], "page.txt"], "a page is a .py file"),
-        ([*command[:-1], "new.py", "--trial", "7"], "--trial 7: is not done; there are 0"),
+        ([*command[:-1], "new.py", "--trial", "7"], "--trial 7: is not finished; finished trials: 0"),
         (
             ["mup", "transfer", str(out), "--width", "20", "--out", "new.py"],
             "num_heads=2 at width 16 would be no whole number",

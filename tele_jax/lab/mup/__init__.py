@@ -2,4 +2,6 @@
 
 coords.check(cfg)       do activations keep their size when the width grows? With muP, and without
 widths.at_width         a model at another width
+search.py, transfer.py  trials of settings on a small model, and the page of a larger width with those found
+predict.py              the loss of large widths from the losses of small ones
 """

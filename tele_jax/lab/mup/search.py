@@ -232,8 +232,8 @@ def _value(config: SearchConfig, stage: TrainStage, lines: list[dict[str, float]
 def criteria(lines: list[dict[str, float]]) -> dict[str, float | None]:
     """The criteria of the Tele-FLM report over the second half of a stage, from the lines of metrics.jsonl.
 
-    decrease: how fast the loss falls, in nats per factor e of steps; trend: how far it lies around that straight line,
-    the standard deviation in nats; gradient: the standard deviation of the logarithm of the gradient norm. The report
+    decrease: how fast the loss falls, in nats per factor e of steps; trend: the standard deviation of the loss around
+    that straight line, in nats; gradient: the standard deviation of the logarithm of the gradient norm. The report
     names them and gives no formula (arXiv 2404.16645); the formulas are ours. None: fewer than three lines.
     """
     known = [line for line in lines if "loss" in line and "grad_norm" in line]
@@ -280,5 +280,5 @@ def found_page(out: Path, trial: int | None = None) -> tuple[Table, Table]:
     if trial is None:
         trial = min(done, key=lambda number: done[number]["value"])
     if trial not in done:
-        raise UserError(f"--trial {trial}: is not done; there are {', '.join(map(str, sorted(done)))}")
+        raise UserError(f"--trial {trial}: is not finished; finished trials: {', '.join(map(str, sorted(done)))}")
     return with_values(run, done[trial]["values"]), done[trial]
