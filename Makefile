@@ -1,6 +1,7 @@
 # make test         the tests
 # make check        lint, format, types, import layers
 # make docs         the site of docs/ and of the docstrings, in site/
+# make notebooks    every notebook from its first cell to its last, at small sizes
 # make quickstart   text -> pretrain -> grow -> pretrain -> grow -> fine-tune -> chat, then a real model grows, on one CPU
 #
 # The first run makes $(VENV) and installs into it; it needs python3 (3.11 to 3.13) and a package index, nothing else.
@@ -20,7 +21,7 @@ TELE := JAX_PLATFORMS=cpu $(VENV)/bin/tele
 TEXT := runs/quickstart/text
 TOKENIZER := runs/quickstart/tokenizer.model
 
-.PHONY: test check docs quickstart install
+.PHONY: test check docs notebooks quickstart install
 
 test: install
 	$(PY) -m pytest $(PYTEST_FLAGS)
@@ -35,6 +36,9 @@ check: install
 docs: install
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS),docs]'
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --clean
+
+notebooks: install
+	$(PY) -m pytest -n 2 --durations=0 tests/test_notebooks.py
 
 quickstart: install
 	$(TELE) data fetch quickstart --out $(TEXT)
