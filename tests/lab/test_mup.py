@@ -152,7 +152,7 @@ def test_the_interval_covers_the_truth_in_19_of_20_cases():
 
 
 @pytest.mark.parametrize("unit", [1e-3, 1.0, 1e6, 1e10])
-@pytest.mark.parametrize(("a", "b", "c"), [(2.5, -0.4, 2.9), (0.1, 1.3, 3.0), (1.0, -3.0, 2.0)])
+@pytest.mark.parametrize(("a", "b", "c"), [(2.5, -0.4, 2.9), (3.0, -0.7, 1.0), (1.0, -3.0, 2.0)])
 def test_the_unit_of_the_sizes_changes_no_prediction(unit, a, b, c):
     sizes, law = np.array([1.0, 2.0, 5.0, 9.0, 20.0]), lambda size: a * size**b + c
     losses = law(sizes) + 1e-3 * np.array([1, -1, 0, 1, -1])
@@ -162,8 +162,11 @@ def test_the_unit_of_the_sizes_changes_no_prediction(unit, a, b, c):
 
 
 def test_losses_without_a_law_and_sizes_out_of_reach_are_refused():
-    with pytest.raises(UserError, match=r"follow no law a\*C\^b \+ c"):
-        predict.fit([(1.0, 3.0), (2.0, 3.0), (4.0, 3.0), (8.0, 3.0)])
+    for losses in ((3.0, 3.0, 3.0, 3.0), (3.0, 3.1, 3.4, 4.0)):
+        with pytest.raises(UserError, match=r"follow no law a\*C\^b \+ c that falls with C"):
+            predict.fit(list(zip((1.0, 2.0, 4.0, 8.0), losses)))
+    noisy = predict.fit([(5.4, 2.95), (13.4, 2.92), (23.9, 2.88), (37.0, 2.82)])  # they fall ever faster
+    assert noisy.b < 0 and 2.5 < noisy.at(394.0)[0] < 2.82
     fit = predict.fit([(1.0, 3.0), (2.0, 2.5), (4.0, 2.25), (8.0, 2.12)])
     with pytest.raises(UserError, match="too far from the sizes of the fit"):
         fit.at(1e-320)

@@ -20,8 +20,12 @@ from tele_jax.model.spec import count_params
 from tele_jax.stages import run_config
 from tele_jax.train import metrics, workdir
 
-EXPONENTS = tuple(b / 4 for b in range(-16, 17) if b)  # the fit begins at the best of these, with its best a and c
-_NO_LAW = "the losses follow no law a*C^b + c; were they taken at the same step?"
+# Bounds of b, which is negative: larger models of a family have a loss that levels off. Without them, four noisy losses
+# may be fitted best by one that falls ever faster, and predicts nonsense.
+STEEPEST, FLATTEST = -8.0, -0.01
+EXPONENTS = tuple(-b / 4 for b in range(1, 17))  # the fit begins at the best of these, with its best a and c
+BOUNDS = ((-np.inf, STEEPEST, -np.inf), (np.inf, FLATTEST, np.inf))
+_NO_LAW = "the losses follow no law a*C^b + c that falls with C; were they taken at the same step?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Fit:
 
     Attributes:
       a: the factor, in nats.
-      b: the exponent.
+      b: the exponent, below 0.
       c: the limit of large sizes, in nats.
       covariance: of (a, b, c), from the residuals; float64[3, 3].
       points: (C, L) that it was fitted on.
@@ -64,7 +68,7 @@ class Fit:
 
 
 def fit(points: Sequence[tuple[float, float]]) -> Fit:
-    """Fits the law by least squares.
+    """Fits the law by least squares, with an exponent below 0.
 
     points: (C, L) of at least three sizes.
 
@@ -85,7 +89,7 @@ def fit(points: Sequence[tuple[float, float]]) -> Fit:
         best = np.argmin([np.sum((design @ line - losses) ** 2) for design, line in zip(designs, lines)])
         start = (lines[best][0], EXPONENTS[best], lines[best][1])
         try:
-            found, covariance = optimize.curve_fit(_law, sizes / unit, losses, p0=start, maxfev=20_000)
+            found, covariance = optimize.curve_fit(_law, sizes / unit, losses, p0=start, bounds=BOUNDS, maxfev=20_000)
         except RuntimeError:
             raise UserError(_NO_LAW) from None
         factor, b, c = found
@@ -94,7 +98,7 @@ def fit(points: Sequence[tuple[float, float]]) -> Fit:
             slopes = np.array([[unit**-b, -a * math.log(unit), 0], [0, 1, 0], [0, 0, 1]])  # of (a, b, c) after `found`
             covariance = slopes @ covariance @ slopes.T
             require(np.isfinite(covariance).all(), _NO_LAW)
-    require(math.isfinite(a), _NO_LAW)
+    require(math.isfinite(a) and a > 0 and np.ptp(losses) > 0, _NO_LAW)
     a, b, c = map(float, (a, b, c))
     return Fit(a, b, c, covariance, tuple(zip(sizes.tolist(), losses.tolist())))
 
