@@ -75,7 +75,9 @@ def write(workdir: Path, summaries: Sequence[Table]) -> str:
         if receipt.get("layer_scores") is not None:
             picture = workdir / summary["stage"] / "layer_scores.png"
             pictures.append((f"layers copied by {summary['stage']}", picture, plots.layer_scores(receipt)))
-    pictures += _rollouts(workdir, summaries)
+    for stage in (summary["stage"] for summary in summaries):
+        drawn = rollouts(stage, metrics.read(workdir / stage / "metrics" / "metrics.jsonl"))
+        pictures += [] if drawn is None else [(f"rollouts of {stage}", workdir / stage / "rollouts.png", drawn)]
     for _, path, figure in pictures:
         figure.savefig(path, dpi=120)
     return "\n".join([text, "", *(f"{what}: {path}" for what, path, _ in pictures)])
@@ -88,10 +90,7 @@ def show(workdir: Path, samples: int = 3) -> str:
       UserError: the directory holds no run.
       DamageError: a document of the run is damaged.
     """
-    if not (workdir / owned.CONFIG).exists():
-        raise UserError(f"{workdir}: holds no run (no {owned.CONFIG}); name the work directory of `tele train`")
-    owned.require_own(workdir)
-    names = files.read_json(workdir / owned.CONFIG)["run"]
+    names = read_config(workdir)["run"]
     complete = [name for name in names if (workdir / name / owned.SUMMARY).exists()]
     parts = [write(workdir, [owned.read_summary(workdir / name) for name in complete])] if complete else []
     for name in names:
@@ -101,6 +100,14 @@ def show(workdir: Path, samples: int = 3) -> str:
             parts.append(f"stage {name}: {where}")
         parts += sampled(workdir / name, samples)
     return "\n".join(parts)
+
+
+def read_config(workdir: Path) -> Table:
+    """The config.json of a run; raises UserError where the directory holds none, DamageError where it is damaged."""
+    if not (workdir / owned.CONFIG).exists():
+        raise UserError(f"{workdir}: holds no run (no {owned.CONFIG}); name the work directory of `tele train`")
+    owned.require_own(workdir)
+    return files.read_json(workdir / owned.CONFIG)
 
 
 def sampled(directory: Path, most: int) -> list[str]:
@@ -131,27 +138,17 @@ def read_samples(directory: Path, most: int) -> tuple[int, Path, list[Table]] | 
     )
 
 
-def _rollouts(workdir: Path, summaries: Sequence[Table]) -> list[tuple[str, Path, Any]]:
-    """A picture for every stage that draws replies: rewards, distance from the reference, lengths."""
-    pictures = []
-    for summary in summaries:
-        directory = workdir / summary["stage"]
-        lines = metrics.read(directory / "metrics" / "metrics.jsonl")
-        panels = {}
-        for label, figures in ROLLOUTS.items():
-            curves = {
-                name: (
-                    [int(line["step"]) for line in lines if name in line],
-                    [line[name] for line in lines if name in line],
-                )
-                for name in figures
-            }
-            panels[label] = {name: curve for name, curve in curves.items() if curve[0]}
-        panels = {label: panel for label, panel in panels.items() if panel}
-        if "reward" in {name for panel in panels.values() for name in panel}:
-            picture = plots.loss(panels, title=f"Rollouts of stage {summary['stage']}")
-            pictures.append((f"rollouts of {summary['stage']}", directory / "rollouts.png", picture))
-    return pictures
+def rollouts(stage: str, lines: Sequence[Table]) -> Any:
+    """A figure of the rewards, distance from the reference and lengths of rollouts; None for a stage that draws none.
+
+    lines: of the metrics of the stage.
+    """
+    panels = {}
+    for label, figures in ROLLOUTS.items():
+        found = {name: [(line["step"], line[name]) for line in lines if name in line] for name in figures}
+        panels[label] = {name: tuple(zip(*points, strict=True)) for name, points in found.items() if points}
+    panels = {label: panel for label, panel in panels.items() if panel}
+    return plots.loss(panels, title=f"Rollouts of stage {stage}") if "reward" in panels else None
 
 
 def table(summaries: Sequence[Table]) -> str:

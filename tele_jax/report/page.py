@@ -19,7 +19,7 @@ from tele_jax.extras import need
 from tele_jax.files import Table
 from tele_jax.growth import Plan
 from tele_jax.growth import receipt as receipts
-from tele_jax.report import ROLLOUTS, read_samples
+from tele_jax.report import read_config, read_samples, rollouts
 from tele_jax.settings import TrainStage
 from tele_jax.stages import RunConfig, run_config
 from tele_jax.train import metrics, workdir
@@ -88,10 +88,7 @@ def read(path: Path, name: str) -> Run:
     Raises:
       UserError: it holds no run.  DamageError: a document of it is damaged.
     """
-    if not (path / workdir.CONFIG).exists():
-        raise UserError(f"{path}: holds no run (no {workdir.CONFIG}); name the work directory of `tele train`")
-    workdir.require_own(path)
-    page = files.read_json(path / workdir.CONFIG)
+    page = read_config(path)
     stages = []
     for stage in page["run"]:
         at = path / stage
@@ -205,18 +202,6 @@ def growth_of(run: Run, stage: Stage) -> Table:
     return {"stage": stage, "grown": grown, "pictures": pictures, "units": units}
 
 
-def rollouts(stage: Stage, run: Run) -> str:
-    """A picture of the figures of rollouts, or "" for a stage that draws none."""
-    panels = {}
-    for label, figures in ROLLOUTS.items():
-        found = {name: [(line["step"], line[name]) for line in stage.lines if name in line] for name in figures}
-        panels[label] = {name: tuple(zip(*points, strict=True)) for name, points in found.items() if points}
-    panels = {label: panel for label, panel in panels.items() if panel}
-    if "reward" not in panels:
-        return ""
-    return svg(plots.loss(panels, title=f"Rollouts of stage {stage.name}"), f"rollouts of {stage.name} of {run.name}")
-
-
 def _plain(name: str) -> str:
     """A name as matplotlib shows it letter by letter: no mathematics, and in legends also where it begins with _."""
     return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
@@ -264,7 +249,11 @@ def write(paths: Sequence[Path], out: Path, *, samples: int = 3) -> None:
             title = f"Loss over {'tokens' if over == 'tokens' else 'FLOPs'}"
             charts.append(svg(plots.loss(panels, growths=growths, x_label=x_label, title=title), title))
     growths = {run.name: [growth_of(run, s) for s in run.stages if s.receipt] for run in runs}
-    drawn = {run.name: [picture for s in run.stages if (picture := rollouts(s, run))] for run in runs}
+    drawn: dict[str, list[str]] = {run.name: [] for run in runs}
+    for run in runs:
+        for stage in run.stages:
+            if (figure := rollouts(stage.name, stage.lines)) is not None:
+                drawn[run.name].append(svg(figure, f"rollouts of {stage.name} of {run.name}"))
     replies = {
         run.name: [(s.name, *found) for s in run.stages if (found := read_samples(s.directory, samples))]
         for run in runs
