@@ -27,7 +27,8 @@ that trains derives it from settings.TrainStage, and has
                                          `evaluate`, so that they can save together before they end
     SCORES = True                        optional: it leaves a model that scores text; a stage right behind it that
                                          trains a language model has to say which stage it continues (`after`)
-    UNREAD = (name, ...)                 optional: leaves that the loss does not read; they stay as they are
+    UNREAD = (axis, ...)                 optional: leaves with these outputs, which its loss does not read, stay as
+                                         they are
     evaluate(stage, cfg, params, held_out, mesh) -> {name: figure}
                                          optional: evaluates batches.held_out, in the place of bits per byte
 

@@ -35,7 +35,7 @@ class RewardStage(pairs.PairStage):
 
 Settings = RewardStage
 SCORES = True  # see stages/__init__.py
-UNREAD = ("lm_head.kernel",)
+UNREAD = ("vocab",)  # its loss reads scalars, no logits
 shapes = pairs.shapes
 
 

@@ -32,15 +32,16 @@ def optimizer(
     learning_rate (arXiv 2304.06875). Kernels and tables decay; norm scales and biases do not.
     trained: tree of ParamSpec of what is trained, where that is not all of the model (model/adapters.py).
     new: bool[size] by axis name; entries without a unit that is True there stay as they are. None: all learn.
-    unread: names of leaves that the loss does not read; they and their moments stay as they are.
+    unread: axes; leaves with such an output, which the loss does not read, stay as they are, and so do their moments.
     """
     spec = spec_of(cfg) if trained is None else trained
     matrix = config.learning_rate if config.matrix_learning_rate is None else config.matrix_learning_rate
     peaks = jax.tree.map(lambda s: matrix / cfg.width_ratio if s.is_matrix_like else config.learning_rate, spec)
-    decays = unflatten({n: s.role in ("kernel", "table") and n not in unread for n, s in flatten(spec).items()})
+    alone = {name for name, leaf in flatten(spec).items() if not set(leaf.outputs).isdisjoint(unread)}
+    decays = unflatten({n: s.role in ("kernel", "table") and n not in alone for n, s in flatten(spec).items()})
     chain = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        scale_by_adam(spec, config, unread),
+        scale_by_adam(spec, config, alone),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, peak: u * peak, updates, peaks)),
         optax.scale_by_schedule(lambda step: -factor(step)),
@@ -73,6 +74,7 @@ def scale_by_adam(spec: Params, config: OptimizerConfig, unread: Collection[str]
 
     An entry is as young as its youngest unit. 1 - beta^age and the warm-up both rise with age, so the smallest factor
     over the axes of a leaf is the entry's: vectors, broadcast, and nothing of the size of the parameters.
+    unread: names of leaves that stay as they are, with their moments.
     """
     leaves = flatten(spec)
     sizes = {axis: size for leaf in leaves.values() for axis, size in zip(leaf.axes, leaf.shape, strict=True)}
