@@ -18,6 +18,11 @@ SOURCES = {
 }
 
 
+def stage_of(budget: str) -> dict:
+    """Settings of a stage, with larger batches at `accelerator`, so that tens of tokens per parameter are few steps."""
+    return STAGE | (dict(batch_size=64, seq_len=256) if budget == "accelerator" else {})
+
+
 def data(budget: str) -> dict | str:
     """English and code with a small tokenizer, so that the FLOPs lie in the layers; made-up text at `smoke`."""
     size = 16_384 if budget == "accelerator" else 512

@@ -47,7 +47,8 @@ def get_config():
 '''
 TRIAL = "trial.json"  # what a learning rate gives
 WORDS = 60  # of the synthetic language
-SHARE, DIFFERENCE = "share of FLOPs: ", "difference: "  # names of estimates, before the name of an arm
+# Names of estimates, before the name of an arm.
+SHARE, DIFFERENCE, PERCENT = "share of FLOPs: ", "difference: ", "relative difference: "
 SEEDS_APART = 1000  # between the seeds of two jobs, so that no stage of one has the seed of a stage of another
 
 
@@ -228,11 +229,11 @@ def _reached(curve: Sequence[Sequence[float]], goal: float) -> float | None:
 
 
 def estimates(study: Study, results: "Results") -> dict[str, Estimate]:
-    """For every arm but the baseline, "share of FLOPs: ARM" and "difference: ARM", within each seed.
+    """For every arm but the baseline, its share of FLOPs, difference and relative difference, within each seed.
 
     The share is that of the baseline's FLOPs at which the arm has the held-out loss of the finished baseline: between
     finished branches by a straight line, and no less than the FLOPs of the first branch. An arm that does not get there
-    needs at least as much as it took. The difference is that of the losses of the last branches.
+    needs at least as much as it took. The differences are those of the losses of the last branches.
     """
     baseline, found = study.settings["baseline"], {}
     for arm in study.arms:
@@ -243,30 +244,37 @@ def estimates(study: Study, results: "Results") -> dict[str, Estimate]:
         shares = [(other["flops"] if at is None else at) / base["flops"] for at, (base, other) in zip(needed, pairs)]
         unit = "of the baseline's FLOPs"
         found[SHARE + arm] = Estimate(shares, unit, [at is None for at in needed])
-        differences = [other["branches"][-1][1] - base["branches"][-1][1] for base, other in pairs]
-        found[DIFFERENCE + arm] = Estimate(differences, "bits per byte")
+        ends = [(base["branches"][-1][1], other["branches"][-1][1]) for base, other in pairs]
+        found[DIFFERENCE + arm] = Estimate([end - base for base, end in ends], "bits per byte")
+        found[PERCENT + arm] = Estimate(
+            [100 * (end / base - 1) for base, end in ends], "percent of the baseline's loss"
+        )
     return found
 
 
 def names(study: Study) -> list[str]:
     """The names of the estimates."""
     arms = [arm for arm in study.arms if arm != study.settings["baseline"]]
-    return [kind + arm for arm in arms for kind in (SHARE, DIFFERENCE)]
+    return [kind + arm for arm in arms for kind in (SHARE, DIFFERENCE, PERCENT)]
 
 
 def rows(study: Study, results: "Results") -> tuple[list[str], list[list[str]]]:
-    """A row per arm: its longest path, its learning rates, its loss and the share of FLOPs that it needed."""
+    """A row per arm: its longest path, its learning rates, FLOPs and loss, and how it compares with the baseline."""
     found, lines = estimates(study, results), []
+    whole = next(iter(results[study.settings["baseline"]].values()))["flops"]
     for arm, seeds in results.items():
         first = next(iter(seeds.values()))
         path = " -> ".join(f"{s['parameters'] / 1e3:,.0f}k: {s['tokens'] / 1e6:.2f}M" for s in _joined(first["stages"]))
         tuned = ", ".join(f"{rate}: {loss:.4f}" for rate, loss in first["tuned"].items())
         tuned = f"{first['learning_rate']:g} of {tuned}" if tuned else "as the page says"
         final: Any = np.mean([result["branches"][-1][1] for result in seeds.values()])
-        both = [shown(figures(found[kind + arm])) if kind + arm in found else "" for kind in (DIFFERENCE, SHARE)]
-        lines.append([arm, path, tuned, f"{first['flops']:.3e}", f"{final:.4f}", *both])
+        kinds = (DIFFERENCE, PERCENT, SHARE)
+        compared = [shown(figures(found[kind + arm])) if kind + arm in found else "" for kind in kinds]
+        flops = f"{first['flops']:.3e} ({first['flops'] / whole:.3g})"
+        lines.append([arm, path, tuned, flops, f"{final:.4f}", *compared])
     header = ["arm", "parameters: tokens of each stage", "learning rate of those tried (loss at the seed apart)"]
-    header += ["FLOPs", "finished loss, bits per byte", "difference to the baseline at the end"]
+    header += ["FLOPs (share of the baseline's)", "finished loss, bits per byte"]
+    header += ["difference to the baseline at the end", "in percent"]
     return [*header, "share of FLOPs for the baseline's loss"], lines
 
 
@@ -282,13 +290,13 @@ def _joined(told: Sequence[Table]) -> list[Table]:
 
 
 def picture(study: Study, results: "Results") -> "Figure":
-    """Held-out loss over FLOPs on the left; on the right the share of FLOPs that each arm needs, with its interval.
+    """Held-out loss over FLOPs on the left; on the right what the criteria are about, of each arm, with its interval.
 
     The left has all finished branches, with their mean over seeds as a line; where no arm has more than one, the path
-    of the first seed.
+    of the first seed. The right has shares of FLOPs, or relative differences where no criterion asks for a share.
     """
-    figure, baseline, found = plots.new_figure(4.8), study.settings["baseline"], estimates(study, results)
-    losses, shares = figure.subplots(1, 2, width_ratios=(3, 2))
+    figure, baseline = plots.new_figure(4.8), study.settings["baseline"]
+    losses, compared = figure.subplots(1, 2, width_ratios=(3, 2))
     finished = any(len(result["branches"]) > 1 for seeds in results.values() for result in seeds.values())
     colors = {arm: plots.CYCLE[i % len(plots.CYCLE)] for i, arm in enumerate(results)}
     for i, (arm, seeds) in enumerate(results.items()):
@@ -302,26 +310,31 @@ def picture(study: Study, results: "Results") -> "Figure":
     losses.axhline(goal, color=plots.INK, linestyle="--", linewidth=1, label=f"end of {baseline}")
     kind = f"finished; line: mean of {len(study.seeds)} seeds" if finished else f"seed {study.seeds[0]}"
     losses.set(xlabel="training FLOPs (model FLOPs)", ylabel=f"held-out text, bits per byte\n({kind})")
-    needed = {arm: figures(found[SHARE + arm]) for arm in results if arm != baseline}
-    for place, (arm, share) in enumerate(needed.items()):
-        low, high = share["interval"] or (share["mean"], share["mean"])
-        shares.barh(place, share["mean"], color=colors[arm], height=0.5)
-        shares.errorbar(
-            share["mean"], place, xerr=[[share["mean"] - low], [high - share["mean"]]], color=plots.INK, capsize=4
-        )
-        shares.annotate(shown(share), (0.01, place - 0.33), fontsize=8, va="bottom")
-    for criterion in study.criteria:
-        if criterion.estimate.startswith(SHARE):
-            label = f"{criterion.side} {criterion.threshold:.3g}: claimed"
-            shares.axvline(criterion.threshold, color=plots.INK, linestyle=":", linewidth=1.2, label=label)
-    shares.axvline(1, color=plots.INK, linestyle="--", linewidth=1)
-    shares.set_yticks(range(len(needed)), list(needed), fontsize=8)
-    shares.set(
-        ylim=(len(needed) - 0.4, -0.8),
-        xlabel=f"share of the FLOPs of {baseline}\nfor the loss of its end, 95% interval",
-    )
-    for axes in (losses, shares):
+    _compare(compared, study, results, colors)
+    for axes in (losses, compared):
         plots.add_grid(axes)
     figure.suptitle(study.title, fontsize="medium")
     figure.legend(**plots.LEGEND_BELOW)
     return figure
+
+
+def _compare(axes: Any, study: Study, results: "Results", colors: dict[str, str]) -> None:
+    """Draws a bar per arm but the baseline: its share of FLOPs or relative difference, with its interval."""
+    baseline, found = study.settings["baseline"], estimates(study, results)
+    kind = SHARE if any(criterion.estimate.startswith(SHARE) for criterion in study.criteria) else PERCENT
+    needed = {arm: figures(found[kind + arm]) for arm in results if arm != baseline}
+    for place, (arm, told) in enumerate(needed.items()):
+        low, high = told["interval"] or (told["mean"], told["mean"])
+        axes.barh(place, told["mean"], color=colors[arm], height=0.5)
+        axes.errorbar(
+            told["mean"], place, xerr=[[told["mean"] - low], [high - told["mean"]]], color=plots.INK, capsize=4
+        )
+        axes.annotate(shown(told), (0.01, place - 0.33), fontsize=8, va="bottom")
+    claims = {(one.side, one.threshold) for one in study.criteria if one.estimate.startswith(kind)}
+    for side, threshold in sorted(claims):
+        axes.axvline(threshold, color=plots.INK, linestyle=":", linewidth=1.2, label=f"{side} {threshold:.3g}: claimed")
+    axes.axvline(1 if kind == SHARE else 0, color=plots.INK, linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(needed)), list(needed), fontsize=8)
+    share = f"share of the FLOPs of {baseline}\nfor the loss of its end, 95% interval"
+    percent = f"difference to the end of {baseline},\npercent of its loss, 95% interval"
+    axes.set(ylim=(len(needed) - 0.4, -0.8), xlabel=share if kind == SHARE else percent)

@@ -18,7 +18,7 @@ from tele_jax.cli.pages import load_page
 from tele_jax.errors import UserError
 from tele_jax.lab import arms, exactness, paths, read_study, run, runner
 from tele_jax.lab import report as lab_report
-from tele_jax.lab.study import Criterion
+from tele_jax.lab.study import BUDGETS, Criterion
 from tele_jax.lab.verdict import Estimate, interval, judge, together
 from tele_jax.train import metrics
 from tele_jax.train.step import flops_per_token
@@ -189,6 +189,17 @@ def test_finished_branches_decide_and_rates_are_tuned_at_a_seed_apart(tmp_path, 
     needed = np.interp(-goal, -grown[:, 1], grown[:, 0])
     assert 50 < needed / step < 200
     assert np.allclose(lab_report(out)["criteria"][0]["values"], needed / flops, rtol=1e-12)
+    percent = Criterion(estimate="relative difference: our split", side="below", threshold=0.5, says="it ends lower")
+    run(dataclasses.replace(study, criteria=(percent,)), out)  # the jobs are done; the report is another
+    assert np.allclose(lab_report(out)["criteria"][0]["values"], 100 * (grown[-1, 1] - goal) / goal, rtol=1e-9)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/lab/[!_]*.py")), ids=lambda path: path.stem)
+def test_every_page_plans_its_arms_at_every_budget(path):
+    for budget in BUDGETS:
+        study = read_study(load_page(f"{path}:{budget}"))
+        assert (study.name, study.budget) == (path.stem, budget)
+    assert f"`tele lab run {path.stem} --budget cpu`" in (ROOT / "docs" / "lab" / "index.md").read_text()
 
 
 def test_whoever_finds_nothing_to_do_waits_for_the_others(tmp_path, monkeypatch):
