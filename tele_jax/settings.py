@@ -331,8 +331,7 @@ class TrainStage:
         length = self.steps * (1 if self.mask_unit == "steps" else self.tokens_per_step)
         require(
             end <= length,
-            f"the mask ramp ends after the last step: at {end} {self.mask_unit}, but the stage has {length}; give "
-            "more steps",
+            f"the mask ramp ends after the last step: at {end} {self.mask_unit}, but the stage has {length}; give more",
         )
 
     def model_after(self, before: ModelConfig | None) -> ModelConfig | None:
@@ -380,6 +379,7 @@ class GrowStage:
 
     kind: Literal["grow"]  # the file in stages/ that carries the stage out
     model: dict[str, Any]  # fields of the model that change
+    after: str | None = None  # earlier stage of the run whose model is grown; None: the one right before
     policy: str = "exact"  # how new entries are made, see docs/growth.md
     layers: str | tuple[int, ...] = "uniform"  # uniform, last, middle or distance; or the source of every layer
     epsilon: Literal["scale", "keep"] = "scale"  # what becomes of the norm's epsilon, see growth.plan

@@ -28,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "dst DST", "directory of the grown checkpoint; must not exist")
     flag(parser, "--config FILE", "page with a growth stage, or with a growth alone")
     flag(parser, "--stage NAME", "growth stage of the page; default: the only one")
-    flag(parser, "--policy", "policy: exact, msg, copy, stack, random; default: the page's")
+    flag(parser, "--policy", "policy: exact, msg, copy, stack, interleave, random; default: the page's")
     flag(parser, "--layers", "uniform, last, middle, distance, or ids such as 0,1,1,2; default: the page's")
     flag(parser, "--seed", "seed of the fresh values; default: the page's", int)
     switch(parser, "--opt", "grow the optimizer state as well; SRC must hold one")

@@ -205,8 +205,9 @@ def _from_page(args: argparse.Namespace) -> tuple[ModelConfig, Table, float | No
     models: dict[str, ModelConfig] = {}
     for before in config.run[: config.run.index(name) + 1]:
         stage = config.stages[before]
+        cfg = models[stage.after] if stage.after else cfg
         if isinstance(stage, TrainStage):
-            model = stage.model_after(models.get(stage.after) if stage.after else cfg)
+            model = stage.model_after(cfg)
             assert model is not None  # the first stage has one, or config.start
             cfg, optimizer = model_of(stage, model), stage.optimizer
         else:

@@ -45,8 +45,8 @@ def plan(
       policy: "exact" keeps the function for any ratio without masks; "msg" (Masked Structural Growth, arXiv
         2305.02869) keeps it behind masks that start at 0 and fills everything new with random values or copies;
         "copy" splits every unit into copies (Net2Net, HyperCloning) and keeps the function, but copies stay copies;
-        "stack" repeats the whole stack of layers (G_stack, arXiv 2405.15319) and "random" starts everything new at
-        random: both change the function, and are here to compare with.
+        "stack" repeats the whole stack of layers (G_stack, arXiv 2405.15319), "interleave" puts each copy after its
+        source, and "random" starts everything new at random: these change the function, and are here to compare with.
       layers: which layers are copied, see growth.layers.choose.
       seed: seed of the fresh values.
       scores: one per source layer, for layers="distance".
@@ -190,16 +190,20 @@ def _random(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: 
     return dataclasses.replace(base, policy="random", masked=False, preserving=False, notes=(note,))
 
 
-def _stack(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int, epsilon: str) -> Step:
-    stacked = [i % src.num_layers for i in range(dst.num_layers)]
-    base = _exact(src, dst, maps | {"layers": axis_map.repeat("layers", src.num_layers, stacked)}, seed, epsilon)
+def _interleave(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int, epsilon: str) -> Step:
+    base = _exact(src, dst, maps, seed, epsilon)
     leaves = {
         name: dataclasses.replace(leaf, zero=tuple(axis for axis in leaf.zero if axis != "layers"))
         for name, leaf in base.leaves.items()
     }
     deeper = dst.num_layers > src.num_layers
-    notes = ("the stack of layers is repeated and takes part at once: the function changes",) if deeper else ()
-    return dataclasses.replace(base, policy="stack", leaves=leaves, preserving=not deeper, notes=notes)
+    notes = ("copies of layers take part at once: the function changes",) if deeper else ()
+    return dataclasses.replace(base, policy="interleave", leaves=leaves, preserving=not deeper, notes=notes)
+
+
+def _stack(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int, epsilon: str) -> Step:
+    stacked = axis_map.repeat("layers", src.num_layers, [i % src.num_layers for i in range(dst.num_layers)])
+    return dataclasses.replace(_interleave(src, dst, maps | {"layers": stacked}, seed, epsilon), policy="stack")
 
 
 def _copy(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: int, epsilon: str) -> Step:
@@ -232,7 +236,14 @@ def _copy(src: ModelConfig, dst: ModelConfig, maps: dict[str, AxisMap], seed: in
     return Step(src, dst, "copy", maps, leaves, seed, lively=False, notes=(note,))
 
 
-POLICIES = {"exact": _exact, "msg": _msg, "copy": _copy, "stack": _stack, "random": _random}
+POLICIES = {
+    "exact": _exact,
+    "msg": _msg,
+    "copy": _copy,
+    "stack": _stack,
+    "interleave": _interleave,
+    "random": _random,
+}
 
 
 # ---- one axis at a time; growth.compose puts such plans together

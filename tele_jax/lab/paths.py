@@ -54,24 +54,30 @@ SEEDS_APART = 1000  # between the seeds of two jobs, so that no stage of one has
 
 def compute(study: Study) -> dict[str, float]:
     """The planned FLOPs of every arm up to its last branch. Raises UserError for an arm that is no run."""
-    baseline, data = study.settings.get("baseline"), study.settings.get("data")
-    for key in study.settings:
-        require_known(key, ("baseline", "data", "tuning_seed"), f"config.settings.{key}: unknown key")
+    baseline = study.settings.get("baseline")
+    check_keys(study, ("baseline", "data", "tuning_seed"), ("config", "learning_rates"))
     require(baseline in study.arms, f"config.settings.baseline={baseline!r} is no arm of the study")
+    planned = {}
+    for arm in study.arms:
+        with prefixed(f"config.arms.{arm}: "):
+            _rates(study, arm)
+            config = run_config(job_page(study, arm, study.seeds[0], Path("text")))
+            planned[arm] = sum(map(costs_of(config).__getitem__, list(branches_of(config).values())[-1]))
+    return planned
+
+
+def check_keys(study: Study, settings: Sequence[str], arms: Sequence[str]) -> None:
+    """Raises UserError for a key of settings or of an arm that is not among those, and for data that cannot be."""
+    data = study.settings.get("data")
+    for key in study.settings:
+        require_known(key, settings, f"config.settings.{key}: unknown key")
     if isinstance(data, dict):
         convert(int, data.get("vocab_size", 1), "config.settings.data.vocab_size")
     else:
         require(data == "synthetic", f"config.settings.data={data!r}: expected a table of data, or 'synthetic'")
     for arm, table in study.arms.items():
         for key in table:
-            require_known(key, ("config", "learning_rates"), f"config.arms.{arm}.{key}: unknown key")
-    planned = {}
-    for arm in study.arms:
-        with prefixed(f"config.arms.{arm}: "):
-            _rates(study, arm)
-            config = run_config(_page(study, arm, study.seeds[0], Path("text")))
-            planned[arm] = sum(map(_costs(config).__getitem__, list(_branches(config).values())[-1]))
-    return planned
+            require_known(key, arms, f"config.arms.{arm}.{key}: unknown key")
 
 
 def _rates(study: Study, arm: str) -> tuple[float, ...]:
@@ -83,12 +89,13 @@ def _rates(study: Study, arm: str) -> tuple[float, ...]:
     return rates
 
 
-def _costs(config: RunConfig) -> dict[str, float]:
+def costs_of(config: RunConfig) -> dict[str, float]:
     """Model FLOPs of every stage of a run."""
     cfg, models, costs = None, {}, {}
     for name, stage in config.stages.items():
+        cfg = models.get(stage.after, cfg)
         if isinstance(stage, TrainStage):
-            before = stage.model_after(models.get(stage.after, cfg))
+            before = stage.model_after(cfg)
             assert before is not None and stage.steps is not None  # run_config has seen to it
             cfg = stages.model_of(stage, trained_as(before))
             costs[name] = flops_per_token(cfg, stage.seq_len) * stage.steps * stage.tokens_per_step
@@ -99,17 +106,17 @@ def _costs(config: RunConfig) -> dict[str, float]:
     return costs
 
 
-def _branches(config: RunConfig) -> dict[str, list[str]]:
+def branches_of(config: RunConfig) -> dict[str, list[str]]:
     """The stages that lead to every finished branch, by its last stage, which no other continues."""
     chains, before = dict[str, list[str]](), ""
     for name, stage in config.stages.items():
-        parent = (stage.after if isinstance(stage, TrainStage) else None) or before
+        parent = stage.after or before
         chains[name], before = [*chains.get(parent, ()), name], name
     continued = {name for chain in chains.values() for name in chain[:-1]}
     return {name: chain for name, chain in chains.items() if name not in continued}
 
 
-def _page(study: Study, arm: str, seed: int, text: Path, rate: float | None = None, branches: bool = True) -> Table:
+def job_page(study: Study, arm: str, seed: int, text: Path, rate: float | None = None, branches: bool = True) -> Table:
     """The page of one job. rate: the learning rate of all stages, where it was tuned. branches: all, or the first."""
     page = study.arms[arm].get("config")
     require(isinstance(page, dict), "config: missing; it is the page of a run")
@@ -121,7 +128,7 @@ def _page(study: Study, arm: str, seed: int, text: Path, rate: float | None = No
                 require(isinstance(table.get("optimizer", {}), dict), f"config.{name}.optimizer is no table")
                 table["optimizer"] = table.get("optimizer", {}) | {"learning_rate": rate}
     if not branches:
-        page["run"] = next(iter(_branches(run_config(page)).values()))
+        page["run"] = next(iter(branches_of(run_config(page)).values()))
         page = {key: page[key] for key in page if key in ("run", *page["run"]) or key in ("mesh", "num_slices")}
     return page
 
@@ -129,28 +136,33 @@ def _page(study: Study, arm: str, seed: int, text: Path, rate: float | None = No
 def work(study: Study, arm: str, seed: int, directory: Path) -> Table:
     """Runs the stages of one arm, or what an earlier start has left of them, at the rate that did best."""
     text = directory.parents[1] / "text"
-    _make_text(study, text)
+    make_text(study, text)
     rates = _rates(study, arm)
     trials = {rate: directory.parent / "tuning" / f"{rate:g}" for rate in rates}
     for rate, wait in ((rate, wait) for wait in (False, True) for rate in rates):  # shared with jobs of other seeds
         with files.locked(trials[rate] / ".lock", wait) as free:
             if free and not (trials[rate] / TRIAL).exists():
-                page = _page(study, arm, study.settings["tuning_seed"], text, rate, branches=False)
+                page = job_page(study, arm, study.settings["tuning_seed"], text, rate, branches=False)
                 files.write_json(
                     trials[rate] / TRIAL, _carried_out(page, trials[rate], f"{study.name}: {arm}, {rate:g}")
                 )
     tuned = {f"{rate:g}": files.read_json(where / TRIAL)["branches"][-1][1] for rate, where in trials.items()}
     best = float(min(tuned, key=tuned.__getitem__)) if tuned else None
-    page = _page(study, arm, seed, text, best)
+    page = job_page(study, arm, seed, text, best)
     return _carried_out(page, directory, f"{study.name}: {arm}, seed {seed}") | {"learning_rate": best, "tuned": tuned}
+
+
+def run_page(page: Table, directory: Path, title: str) -> dict[str, Table]:
+    """Runs a page as `tele train` does, or what is left of it, and returns the summaries of its stages by name."""
+    files.write_file(directory / "page.py", PAGE.format(title=title, page=page))
+    return {summary["stage"]: summary for summary in runs.run(ConfigDict(page), directory / "run")}
 
 
 def _carried_out(page: Table, directory: Path, title: str) -> Table:
     """Runs a page as `tele train` does, and reads the held-out losses of its branches and of the path to the last."""
-    files.write_file(directory / "page.py", PAGE.format(title=title, page=page))
-    summaries = {summary["stage"]: summary for summary in runs.run(ConfigDict(page), directory / "run")}
+    summaries = run_page(page, directory, title)
     rates = {name: source.get("rate", 1.0) for name, source in _sources(page).items()}
-    branches, chains = [], _branches(run_config(page))
+    branches, chains = [], branches_of(run_config(page))
     curve, growths, told = [], [], []
     for chain in chains.values():
         curve, growths, told, spent = [], [], [], 0.0
@@ -182,7 +194,7 @@ def _data(study: Study, text: Path) -> Any:
     return {key: data[key] for key in data if key != "vocab_size"} | tokenizer if "vocab_size" in data else data
 
 
-def _make_text(study: Study, text: Path) -> None:
+def make_text(study: Study, text: Path) -> None:
     """Makes what settings.data leaves to the study: a tokenizer of the text with vocab_size ids, or all of the text."""
     data, made = study.settings["data"], text / "tokenizer.model"
     if made.exists() or (data != "synthetic" and "vocab_size" not in data):

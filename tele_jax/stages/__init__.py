@@ -163,10 +163,12 @@ def run_config(page: Mapping[str, Any] | ConfigDict) -> RunConfig:
         if before is not None or start is None or not isinstance(stages[name], TrainStage):
             _check_masks(before, stages.get(before), name, stages[name])
     _check_continued(stages)
+    trains = lambda name: isinstance(stages[name], TrainStage)  # noqa: E731
     adapters = ""  # the stage, if one has left adapters alone, which the next to train merges
     for place, (name, stage) in enumerate(stages.items()):
+        earlier = names[:place] if isinstance(stage, TrainStage) else tuple(n for n in names[:place] if trains(n))
+        _check_names(name, stage, earlier, names[place:])
         if isinstance(stage, TrainStage):
-            _check_names(name, stage, names[:place], names[place:])
             require(
                 not adapters or not stage.optimizer.new_warmup_steps,
                 f"config.{name}.optimizer.new_warmup_steps needs the moments of the stage before, and "
@@ -176,13 +178,13 @@ def run_config(page: Mapping[str, Any] | ConfigDict) -> RunConfig:
     return RunConfig(run=names, stages=stages, mesh=mesh, num_slices=num_slices, start=start)
 
 
-def _check_names(name: str, stage: TrainStage, earlier: tuple[str, ...], others: tuple[str, ...]) -> None:
+def _check_names(name: str, stage: Stage, earlier: tuple[str, ...], others: tuple[str, ...]) -> None:
     """Raises UserError where a stage continues, or reads the model of, a stage that does not come before it."""
     before, do = f"the stages before {name} are {', '.join(earlier)}", "name one of them"
     if not earlier:
         before, do = f"no stage comes before {name}", "leave it out"
     require(stage.after is None or stage.after in earlier, f"config.{name}.after={stage.after!r}: {before}; {do}")
-    for field, model in stage.models.items():
+    for field, model in stage.models.items() if isinstance(stage, TrainStage) else ():
         require(model not in others, f"config.{name}.{field}={model!r}: {before}; {do}, or name a checkpoint")
 
 
@@ -191,6 +193,7 @@ def _check_continued(stages: Mapping[str, Stage]) -> None:
     scorer, others = "", list[str]()  # the stage that left such a model, and those that left a language model
     for name, stage in stages.items():
         if not isinstance(stage, TrainStage):
+            scorer = scorer if stage.after is None else ""
             continue
         if getattr(find_kind(stage.kind), "SCORES", False):
             scorer = name

@@ -136,12 +136,13 @@ def run(
                 if stop():
                     raise Stopped(f"stopped before stage {name}; start again to go on", stop.interrupted())
                 _say(f"stage {name}: {stage.settings.kind}")
+                previous = previous if stage.settings.after is None else after[stage.settings.after]
                 if isinstance(stage.settings, TrainStage):
                     trainer = Trainer(
                         stage.settings,
                         directory,
                         batches=stage.batches,
-                        previous=previous if stage.settings.after is None else after[stage.settings.after],
+                        previous=previous,
                         plan=masks,
                         mesh=opened.mesh,
                         model=stage.model,
@@ -208,8 +209,9 @@ def open_run(config: RunConfig, index: sources.Indexes, open_tasks: "OpenTasks |
     settings = dict(config.stages)
     for name, stage in config.stages.items():
         where, kind = f"config.{name}", stages.find_kind(stage.kind)
+        cfg = cfg if stage.after is None else models[stage.after][0]
         if isinstance(stage, TrainStage):
-            model = stage.model_after(cfg if stage.after is None else models[stage.after][0])
+            model = stage.model_after(cfg)
             assert model is not None  # the first stage has one, or config.start
             cfg = stages.model_of(stage, trained_as(model) if stage.lora is None else model)
             if stage.steps is not None:  # before any text is read

@@ -259,6 +259,21 @@ def test_shrinking_ignores_what_became_of_the_new_parts():
         np.testing.assert_allclose(back[name], value, rtol=1e-15)
 
 
+@pytest.mark.parametrize(
+    ("policy", "layers", "ids"),
+    [("stack", "uniform", [0, 1, 2, 0, 1]), ("interleave", [0, 0, 1, 1, 2], [0, 0, 1, 1, 2])],
+)
+def test_copies_that_take_part_at_once_are_copies_of_every_leaf(policy, layers, ids):
+    src = tele.ModelConfig(**SMALL).replace(num_layers=3, param_dtype="float64")
+    params = reference.random_params(src, np.random.default_rng(0), 1.0)
+    with without_compiling():
+        plan = growth.plan(src, src.replace(num_layers=5), policy=policy, layers=layers)
+        grown = growth.apply(plan, params)
+    assert not plan.preserving
+    taken = {name: np.asarray(x)[ids] if name.startswith("layers.") else x for name, x in flatten(params).items()}
+    same_bits(grown, unflatten(taken))
+
+
 # ---- Bad input ----
 
 

@@ -13,7 +13,7 @@ from tele_jax.sharding import make_mesh
 from tests.growth.strategies import growths, without_compiling
 from tests.growth.test_verify import SCALES, both_sides_random_in_embed, configs, with_leaves
 
-POLICIES = ("exact", "msg", "copy", "stack", "random")
+POLICIES = ("exact", "msg", "copy", "stack", "interleave", "random")
 NOTHING = dict(fill="constant", value=0.0)
 
 

@@ -59,7 +59,7 @@ def grown_twice(first, then, params, **how):
     return oracle.grow(then, oracle.grow(first, params, **how), **how)
 
 
-POLICIES = ("exact", "msg", "copy", "stack", "random")
+POLICIES = ("exact", "msg", "copy", "stack", "interleave", "random")
 UNMASKED = [("exact", "exact"), ("exact", "copy"), ("copy", "exact"), ("copy", "copy")]
 
 

@@ -105,21 +105,25 @@ def test_a_run_from_python_needs_a_page(tmp_path):
 
 
 def test_a_stage_goes_on_from_the_earlier_stage_that_it_names(tmp_path):
-    """The third stage begins with the parameters of the first, not of the second, and both are saved."""
+    """The third stage begins with the parameters of the first, not of the second, as the growth of the first does."""
     config = page(tmp_path)
     more = {key: value for key, value in config["first"].items() if key != "model"}
-    config |= {"run": ["first", "second", "third"], "second": more, "third": more | {"after": "first"}}
-    config["third"]["optimizer"] = {"learning_rate": 1e-30}
+    grown = {"kind": "grow", "model": {"num_layers": 2}, "after": "first"}
+    config |= {"run": ["first", "second", "third", "grown"], "second": more, "third": more | {"after": "first"}}
+    config |= {"grown": grown, "third": config["third"] | {"optimizer": {"learning_rate": 1e-30}}}
     tele.run(config, tmp_path / "W")
     ends = {name: checkpoint.load(tmp_path / "W" / name).params for name in config["run"]}
     for name, same in (("second", False), ("first", True)):
-        equal = np.array_equal(ends[name]["lm_head"]["kernel"], ends["third"]["lm_head"]["kernel"])
-        assert equal is same, name
+        for later in ("third", "grown"):
+            equal = np.array_equal(ends[name]["lm_head"]["kernel"], ends[later]["lm_head"]["kernel"])
+            assert equal is same, (name, later)
 
 
+@pytest.mark.parametrize("grows", [False, True])
 @pytest.mark.parametrize("after", ["second", "third", "nowhere"])
-def test_a_stage_that_names_no_earlier_one_is_refused(tmp_path, after):
+def test_a_stage_that_names_no_earlier_one_is_refused(tmp_path, after, grows):
     config = page(tmp_path)
     config["second"] = {key: value for key, value in config["first"].items() if key != "model"} | {"after": after}
+    config["second"] = {"kind": "grow", "model": {}, "after": after} if grows else config["second"]
     with pytest.raises(UserError, match=rf"config.second.after='{after}': the stages before second are first; name"):
         run_config(config)
