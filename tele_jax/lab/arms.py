@@ -39,6 +39,7 @@ def path(
     cooled: float = 0.0,
     grow: Table | None = None,
     after_growth: Table | None = None,
+    rewarm: int = 0,
 ) -> Table:
     """The page of a path through models of some sizes, finished at each of `ends`, amounts of FLOPs that rise.
 
@@ -53,6 +54,7 @@ def path(
       warmup: steps of the rise at the start.
       cooled: share of the steps of the first size in which the rate falls before the growth, after which it is full.
       grow: settings of the growths. after_growth: those of the stages behind them, in the place of some of `stage`.
+      rewarm: steps behind every growth in which the rate of all parameters rises again.
     """
     models, page, done = [ModelConfig(**model, **size) for size in sizes], {}, 0
     rows = {"batch_size": stage["batch_size"], "seq_len": stage["seq_len"]}
@@ -75,7 +77,8 @@ def path(
         for place, size in enumerate(sizes[1:], start=2):
             page[f"grow_{number}_{place}"] = {"kind": "grow", "model": size} | (grow or {})
             if middle[place - 2 :]:
-                page[f"size_{number}_{place}"] = grown | constant(middle[place - 2])
-        page[f"end_{number}"] = grown | {"steps": last, "schedule": falling | {"decay": fall}}
+                page[f"size_{number}_{place}"] = grown | constant(middle[place - 2], rewarm)
+        rise = {"warmup": rewarm} if rewarm and sizes[1:] else {}
+        page[f"end_{number}"] = grown | {"steps": last, "schedule": falling | {"decay": fall} | rise}
         done = first
     return {"run": list(page)} | page

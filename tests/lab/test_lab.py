@@ -136,14 +136,23 @@ def test_e5_grows_at_equal_compute_and_reports_finished_branches(tmp_path, monke
     assert "ConfigDict(" in (out / "our split" / "0" / "page.py").read_text()
 
 
-def branched(ends, depths=(1, 4), rates=()):
+def branched(ends, depths=(1, 4), rates=(), rewarm=0):
     """An arm through models of some depths, finished at as many steps' worth of FLOPs of the last, and that step."""
     stage = dict(kind="pretrain", batch_size=2, seq_len=16, optimizer=dict(learning_rate=0.1), checkpoint_every=10)
     model = dict(vocab_size=64, embed_dim=16, num_heads=2, mlp_dim=24)
     step = 32 * flops_per_token(ModelConfig(num_layers=depths[-1], **model), 16)
-    how = dict(stage=stage, decay=0.25, warmup=3, ends=[steps * step for steps in ends])
+    how = dict(stage=stage, decay=0.25, warmup=3, ends=[steps * step for steps in ends], rewarm=rewarm)
     page = arms.path(model, [dict(num_layers=depth) for depth in depths], [1.0] * len(depths), **how)
     return dict(config=page) | (dict(learning_rates=rates) if rates else {}), step
+
+
+def test_the_rate_rises_again_behind_every_growth_and_nowhere_else():
+    page, _ = branched((200,), (1, 2, 4))
+    risen = branched((200,), (1, 2, 4), rewarm=5)[0]["config"]
+    changed = {name: stage["schedule"]["warmup"] for name, stage in risen.items() if stage != page["config"][name]}
+    assert changed == {"size_1_2": 5, "end_1": 5}
+    alone = [branched((200,), (4,), rewarm=rise)[0] for rise in (0, 5)]
+    assert alone[0] == alone[1]  # from scratch there is no growth
 
 
 def test_finished_branches_decide_and_rates_are_tuned_at_a_seed_apart(tmp_path, monkeypatch):
