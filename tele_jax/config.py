@@ -287,6 +287,7 @@ class ModelConfig:
     rope: Rope = Rope()  # rotary position embedding
     input_mult: float = 1.0  # factor on the output of the embedding
     output_mult: float = 1.0  # factor on the logits; with mup_base_width also times base width / embed_dim
+    residual_mult: float = 1.0  # factor on what attention and MLP add to the residual stream; see docs/mup.md
     mup_base_width: int | None = None  # width at which muP rates and initial values were found; None: no muP
     tie_embeddings: bool = False  # the head is the transposed embedding table
     scalar_head: bool = False  # a head with one output beside that of the vocabulary: a score, or a value
@@ -302,18 +303,17 @@ class ModelConfig:
     attention: typing.Literal["auto", "reference", "xla", "blocks", "splash"] = "auto"
 
     def __post_init__(self):
-        if self.num_kv_heads is None:
-            object.__setattr__(self, "num_kv_heads", self.num_heads)
-        if self.padded_vocab_size is None:
-            object.__setattr__(self, "padded_vocab_size", self.vocab_size)
-        if self.matrix_init_std is None:
-            object.__setattr__(self, "matrix_init_std", self.init_std)
+        derived = {"num_kv_heads": "num_heads", "padded_vocab_size": "vocab_size", "matrix_init_std": "init_std"}
+        for name, origin in derived.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(self, origin))
         for field in dataclasses.fields(self):
             if field.type is float or field.name == "matrix_init_std":
                 finite(getattr(self, field.name), field.name)
-        require_positive(self, "num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size")
-        require_positive(self, "max_seq_len", "rms_eps", "input_mult", "output_mult", "init_std", "matrix_init_std")
-        for name in ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size", "max_seq_len"):
+        sizes = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim", "vocab_size", "max_seq_len")
+        factors = ("rms_eps", "input_mult", "output_mult", "residual_mult", "init_std", "matrix_init_std")
+        require_positive(self, *sizes, *factors)
+        for name in sizes:
             require(getattr(self, name) < 2**31, f"{name}={getattr(self, name)} must be below 2^31")
         if self.head_dim is None:
             require(

@@ -98,9 +98,9 @@ def forward(cfg, params, tokens, positions=None, segment_ids=None, masks=None, n
         w = _layer(params["layers"], i)
         y = x
         normed = rms_norm(y, w["attn_norm"]["scale"], cfg.rms_eps, c_embed)
-        y = y + attention(cfg, w["attn"], normed, positions, segment_ids, c_heads)
+        y = y + cfg.residual_mult * attention(cfg, w["attn"], normed, positions, segment_ids, c_heads)
         normed = rms_norm(y, w["mlp_norm"]["scale"], cfg.rms_eps, c_embed)
-        y = y + mlp(w["mlp"], normed, c_mlp)
+        y = y + cfg.residual_mult * mlp(w["mlp"], normed, c_mlp)
         x = x + c_layers[i] * (y - x)
     x = rms_norm(x, params["final_norm"]["scale"], cfg.rms_eps, c_embed)
     logits = x @ (table.T if cfg.tie_embeddings else params["lm_head"]["kernel"])

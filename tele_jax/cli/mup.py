@@ -168,11 +168,13 @@ def _transfer_arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "searched DIR", "directory of `tele mup search`", Path)
     flag(parser, "--width N", "embed_dim of the model to make a page for", int, required=True)
     flag(parser, "--out FILE", "page to write, a .py file", Path, required=True)
+    depth = "another number of layers, with residual_mult by CompleteP's rule; default: that of the search"
+    flag(parser, "--layers N", depth, int)
     flag(parser, "--trial N", "trial to take; default: the best", int)
 
 
 def _transfer(args: argparse.Namespace) -> Outcome:
-    found = transfer.write_page(args.searched, args.width, args.out, args.trial)
+    found = transfer.write_page(args.searched, args.width, args.out, args.trial, args.layers)
     return Outcome(found, f"{args.out}: trial {found['number']} at width {args.width}")
 
 

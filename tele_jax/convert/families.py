@@ -213,6 +213,10 @@ def fold(cfg: ModelConfig, format: str) -> Folded:
 def require_expressible(cfg: ModelConfig, format: str) -> None:
     """Raises UserError for a model that the code which reads the format cannot run."""
     where = f"format {format}"
+    require(
+        cfg.residual_mult == 1,
+        f"{where}: has no factor on the residual branches, as this model does (residual_mult={cfg.residual_mult:g})",
+    )
     require(not cfg.embed_norm, f"{where}: has no norm after the embedding, as this model does (embed_norm)")
     require(
         cfg.rope.tables == "float32" or format == "telechat",

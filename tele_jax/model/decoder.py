@@ -148,8 +148,10 @@ class Block(nn.Module):
         y, cache = Attention(self.cfg, name="attn")(
             Norm(self.cfg, name="attn_norm")(x, ctx.embed_mask), cache, layer, ctx
         )
-        x = x + y
-        x = x + Mlp(self.cfg, name="mlp")(Norm(self.cfg, name="mlp_norm")(x, ctx.embed_mask), ctx)
+        factor = self.cfg.residual_mult
+        x = x + (y if factor == 1 else factor * y)
+        y = Mlp(self.cfg, name="mlp")(Norm(self.cfg, name="mlp_norm")(x, ctx.embed_mask), ctx)
+        x = x + (y if factor == 1 else factor * y)
         if layer_mask is not None:
             x = before + layer_mask.astype(x.dtype) * (x - before)
         return (constrain(x), cache), None

@@ -136,6 +136,7 @@ LONG = r"cannot express TeleChat's NTK scaling.*from 32 tokens on.*max_seq_len i
     "format, changes, message",
     [
         ("llama", dict(embed_norm=True), "has no norm after the embedding"),
+        ("llama", dict(residual_mult=0.5), "has no factor on the residual branches"),
         ("llama", dict(rope=tele.Rope(ntk=NTK)), LONG),
         ("llama", dict(rope=tele.Rope(tables="float16")), "rotary tables rounded to float16"),
         ("tele_flm", dict(output_biases=True), "has no biases, as this model does .*; llama can hold it"),

@@ -127,6 +127,7 @@ COMPILED = {
     "exact_tied_small_embedding": (dict(embed_dim=11), dict(tie_embeddings=True, mup_base_width=4), {}),
     "exact_split_to_multi_head": (dict(num_heads=5, num_kv_heads=5), {}, {}),
     "exact_multipliers": (dict(embed_dim=11, output_mult=0.3, input_mult=5.0), dict(mup_base_width=4), {}),
+    "exact_residual_mult": (dict(embed_dim=11, num_layers=3), dict(residual_mult=0.3), {}),
     "msg_all": (dict(num_layers=3, embed_dim=11, num_heads=6, mlp_dim=13), dict(output_biases=True), {}),
     "msg_tied": (dict(embed_dim=13, num_layers=3), dict(tie_embeddings=True, embed_norm=True), {}),
     "msg_new_groups": (dict(num_heads=9, num_kv_heads=3, output_mult=2.0), {}, {}),

@@ -329,6 +329,7 @@ def test_a_plan_without_a_field_or_with_an_unknown_one_is_refused():
         (dict(tie_embeddings=True), "tie_embeddings differs, False -> True"),
         (dict(output_biases=True), "output_biases differs"),
         (dict(embed_norm=True), "embed_norm differs"),
+        (dict(residual_mult=0.5), "residual_mult differs, 1.0 -> 0.5: growth cannot change it"),
         (dict(param_dtype="bfloat16"), "param_dtype differs, float32 -> bfloat16"),
         (dict(num_heads=6, num_kv_heads=6, head_dim=2), "head_dim differs"),
     ],

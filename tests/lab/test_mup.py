@@ -26,14 +26,14 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def test_activations_add_up_to_the_residual_stream(embed_norm):
     cfg = tele.ModelConfig(
         **dict(num_layers=3, embed_dim=8, num_heads=2, mlp_dim=12, vocab_size=16),
-        **dict(dtype="float32", embed_norm=embed_norm, output_biases=True),
+        **dict(dtype="float32", embed_norm=embed_norm, output_biases=True, residual_mult=0.5),
     )
     params = tele.init(cfg, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 5), 0, 16)
     found = activations(cfg, params, tokens)
     states = layer_states(cfg, params, tokens)
     np.testing.assert_array_equal(found["embed"], states[0])
-    np.testing.assert_allclose(found["attn"] + found["mlp"], np.diff(states, axis=0), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(0.5 * (found["attn"] + found["mlp"]), np.diff(states, axis=0), rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(found["hidden"], hidden(cfg, params, tokens), rtol=1e-5)
 
 

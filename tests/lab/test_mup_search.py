@@ -134,6 +134,10 @@ def test_a_found_setting_becomes_a_page_of_a_larger_width(page, tmp_path, capsys
     assert after.model == before.model.replace(embed_dim=32, num_heads=4, num_kv_heads=4, mlp_dim=48, input_mult=2.0)
     assert after.model.head_dim == 8 and after.model.width_ratio == 2
     assert after.optimizer.learning_rate == 4e-3 and after.data == before.data
+    deep = tmp_path / "deep.py"
+    assert main([*command[:-1], str(deep), "--layers", "4"]) == 0
+    model = run_config(load_page(str(deep))).stages["proxy"].model
+    assert model == after.model.replace(num_layers=4, residual_mult=0.25)
     for words, message in (
         (command, "exists, and would be overwritten"),
         ([*command[:-1], "page.txt"], "a page is a .py file"),

@@ -45,6 +45,7 @@ CASES = {
     "grouped_queries_of_three": {"num_heads": 6, "num_kv_heads": 2, "output_biases": True},
     "one_head": {"num_heads": 1},
     "multipliers": {"input_mult": 3.7, "output_mult": 0.5},
+    "residual_mult": {"residual_mult": 0.3},
     "mup": {"input_mult": 0.3, "output_mult": 1.7, "mup_base_width": 16},
     "large_epsilon": {"rms_eps": 0.3, "input_mult": 0.2},
     "other_theta": {"rope": Rope(theta=500.0), "length": 33},

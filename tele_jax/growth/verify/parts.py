@@ -142,8 +142,9 @@ def embed(side: Side, tokens: np.ndarray) -> np.ndarray:
 def block(side: Side, layer: int, x: np.ndarray) -> np.ndarray:
     """One layer on the residual stream x float64[B, S, D]."""
     before = x
-    x = x + attention(side, layer, norm(side, x, side.vector("layers.attn_norm.scale", layer)))
-    x = x + mlp(side, layer, norm(side, x, side.vector("layers.mlp_norm.scale", layer)))
+    factor = side.cfg.residual_mult
+    x = x + factor * attention(side, layer, norm(side, x, side.vector("layers.attn_norm.scale", layer)))
+    x = x + factor * mlp(side, layer, norm(side, x, side.vector("layers.mlp_norm.scale", layer)))
     return before + (x - before) * side.masks["layers"][layer] if "layers" in side.masks else x
 
 

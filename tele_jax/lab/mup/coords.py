@@ -154,6 +154,6 @@ def _trained_sizes(cfg: ModelConfig, rates: OptimizerConfig, key: jax.Array, tok
 
 def _looked_at(cfg: ModelConfig, params, tokens: jax.Array) -> dict[str, jax.Array]:
     found = activations(cfg, params, tokens)
-    stream = found["embed"] + (found["attn"] + found["mlp"]).sum(axis=0)
+    stream = found["embed"] + cfg.residual_mult * (found["attn"] + found["mlp"]).sum(axis=0)
     values = (found["embed"], found["attn"], found["mlp"], stream, logits_of(cfg, params, found["hidden"]))
     return dict(zip(KINDS, values, strict=True))

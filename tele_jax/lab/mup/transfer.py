@@ -21,10 +21,12 @@ def get_config():
 '''
 
 
-def write_page(searched: Path, width: int, path: Path, trial: int | None = None) -> Table:
+def write_page(searched: Path, width: int, path: Path, trial: int | None = None, layers: int | None = None) -> Table:
     """Writes the page of the best trial (or of one trial) of a search at another width, and returns that trial.
 
-    Widths, heads and mlp grow together; muP carries rates, initial values and multipliers over.
+    Widths, heads and mlp grow together; muP carries rates, initial values and multipliers over. layers: another number
+    of layers, with the factor on the residual branches divided by how many times as many they are (CompleteP, arXiv
+    2505.01618: branches by 1 / layers, and rates that stay).
 
     Raises:
       UserError: as search.found_page and widths.at_width; the file exists, or is no .py file.
@@ -40,6 +42,10 @@ def write_page(searched: Path, width: int, path: Path, trial: int | None = None)
     page[first]["model"] = given | {key: sizes[key] for key in ("embed_dim", "num_heads", "head_dim", "mlp_dim")}
     if "num_kv_heads" in given or cfg.num_kv_heads != cfg.num_heads:
         page[first]["model"]["num_kv_heads"] = cfg.num_kv_heads
+    if layers is not None:
+        require(layers > 0, f"--layers {layers}: must be above 0")
+        residual_mult = cfg.residual_mult * cfg.num_layers / layers
+        page[first]["model"] |= dict(num_layers=layers, residual_mult=residual_mult)
     run_config(page)
     values = ", ".join(f"{key} {value:g}" for key, value in found["values"].items())
     what = f"Trial {found['number']} of {searched.name} at width {width}: {values}"
