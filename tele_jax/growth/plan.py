@@ -112,9 +112,10 @@ class Step:
 
     def to_json(self) -> Table:
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        # scalar_head came later: without it, a plan of an earlier version keeps its digest, which receipts name.
+        # Fields that came later: without them, a plan of an earlier version keeps its digest, which receipts name.
+        later = {"scalar_head": False, "residual_mult": 1.0}
         cfgs = {name: to_dict(getattr(self, name)) for name in ("src_cfg", "dst_cfg")}
-        data |= {name: {k: v for k, v in cfg.items() if k != "scalar_head" or v} for name, cfg in cfgs.items()}
+        data |= {name: {k: v for k, v in cfg.items() if k not in later or v != later[k]} for name, cfg in cfgs.items()}
         data |= {"notes": list(self.notes)}
         data["maps"] = {axis: axis_map.to_json() for axis, axis_map in sorted(self.maps.items())}
         data["leaves"] = {name: dataclasses.asdict(leaf) for name, leaf in sorted(self.leaves.items())}
