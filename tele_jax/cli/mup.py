@@ -42,8 +42,10 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _coords_arguments(parser: argparse.ArgumentParser) -> None:
     page = "page of a run: model and rates of its first stage; default: two layers, rate 2^-6"
     flag(parser, "--config FILE", page)
-    widths = ",".join(map(str, coords.WIDTHS))
-    flag(parser, "--widths N,N,...", f"widths, at least four; default: {widths}", _numbers, default=coords.WIDTHS)
+    widths = ",".join(map(str, coords.WIDTH.sizes))
+    flag(parser, "--widths N,N,...", f"widths, at least four; default: {widths}", _numbers)
+    depths = "numbers of layers, at least four: checks CompleteP's rule of depth, and not muP"
+    flag(parser, "--depths N,N,...", depths, _numbers)
     flag(parser, "--seeds N,N,...", "seeds; default: 0,1,2,3,4", _numbers, default=(0, 1, 2, 3, 4))
     flag(parser, "--steps N", "steps of training, at most 10; default: 5", int, default=5)
     rate = "learning rate at the base width; default: that of the page"
@@ -61,22 +63,25 @@ def _coords(args: argparse.Namespace) -> Outcome:
     if args.config is not None:
         stage, cfg = first_stage(run_config(load_page(args.config, args.overrides)))
         rate, matrix_rate = stage.optimizer.learning_rate, stage.optimizer.matrix_learning_rate
+    require(args.widths is None or args.depths is None, "--widths and --depths are two checks; name one")
     if args.learning_rate is not None:
         rate, matrix_rate = args.learning_rate, None
     found = coords.check(
         cfg,
         learning_rate=rate,
         matrix_learning_rate=matrix_rate,
-        **pick(args, "widths", "seeds", "steps"),
+        axis=(axis := coords.WIDTH if args.depths is None else coords.DEPTH),
+        at=args.widths or args.depths,
+        **pick(args, "seeds", "steps"),
         say=lambda line: print(line, flush=True),
     )
     with files.writing(args.out):
         pictures.coordinates(found).savefig(args.out, dpi=120)
     rows = [
-        (kind, f"{slope:.3f}", f"{coords.LIMITS[kind]}", f"{found['slopes']['standard'][kind]:.3f}")
-        for kind, slope in found["slopes"]["muP"].items()
+        (kind, f"{slope:.3f}", f"{axis.limits.get(kind, 'not judged')}", f"{found['slopes']['standard'][kind]:.3f}")
+        for kind, slope in found["slopes"][axis.rule].items()
     ]
-    text = tables.text(rows, ("slope of log size over log width", "with muP", "at most", "without muP"))
+    text = tables.text(rows, (f"slope over log {axis.name}", f"with {axis.rule}", "at most", f"without {axis.rule}"))
     print(f"{text}\n\npicture: {args.out}")
     if found["problems"]:
         return Outcome(found, error=f"coordinate check failed: {'; '.join(found['problems'])}", code=1)
@@ -180,11 +185,11 @@ def _transfer(args: argparse.Namespace) -> Outcome:
 
 ACTIONS = {
     "coords": (
-        "check that activations keep their size when the width grows",
+        "check that activations keep their size when the width, or the depth, grows",
         _coords,
         _coords_arguments,
-        "Trains a model at several widths for a few steps, with muP and without, on random token ids. Exit codes: 0 "
-        "passed, 1 failed. example: tele mup coords --out coords.png",
+        "Trains a model at several widths (or depths) for a few steps, with muP (or CompleteP) and without, on random "
+        "ids. Exit codes: 0 passed, 1 failed. example: tele mup coords --out coords.png",
     ),
     "search": (
         "search rates, initial values and multipliers on a small model",

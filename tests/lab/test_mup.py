@@ -1,6 +1,7 @@
 """`tele mup`: the coordinate check, and predictions."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -49,14 +50,25 @@ def test_activations_of_trained_models_keep_their_size_with_mup_alone():
     assert (growth["standard"] > 4**0.4 * growth["base"])[1:].all()  # all but the embedding
 
 
+def test_the_stream_keeps_its_size_over_depth_with_completep_alone():
+    rates, growth = OptimizerConfig(learning_rate=2**-6), {}
+    for depth, ruled in ((2, True), (16, True), (16, False)):
+        model = coords.DEPTH.model(coords.MODEL.replace(embed_dim=32, num_heads=2, mlp_dim=80), depth, 2, ruled)
+        assert (model.num_layers, model.residual_mult) == (depth, 2 / depth if ruled else 1)
+        sizes = coords._sizes(model, rates, 2, 0)[:, coords.KINDS.index("stream")]  # value and change, [2, step]
+        growth[depth, ruled] = sizes
+    assert (growth[16, True] < 8**0.1 * growth[2, True]).all()
+    assert (growth[16, False] > 8**0.4 * growth[2, True]).all()
+
+
 @pytest.fixture
 def power_laws(monkeypatch):
-    """Makes sizes of the powers of the width that it returns, in the place of training."""
+    """Makes sizes of the powers of the width or depth that it returns, in the place of training."""
     powers = {"muP": dict.fromkeys(coords.KINDS, -0.5), "standard": dict.fromkeys(coords.KINDS, 0.5)}
 
     def sizes(cfg, rates, steps, seed):
-        power = powers["muP" if cfg.mup_base_width else "standard"]
-        values = [[(cfg.embed_dim / 16) ** power[kind]] * steps for kind in coords.KINDS]
+        power = powers["muP" if cfg.mup_base_width or cfg.residual_mult < 1 else "standard"]
+        values = [[(cfg.embed_dim / 16 * cfg.num_layers) ** power[kind]] * steps for kind in coords.KINDS]
         return np.array([values, values]) * (1 + seed)
 
     monkeypatch.setattr(coords, "_sizes", sizes)
@@ -83,7 +95,7 @@ def test_slopes_are_those_of_power_laws_and_decide_the_verdict(power_laws, capsy
     assert main([*command, "--json", str(figures)]) == 0
     assert "coordinate check passed" in capsys.readouterr().out and picture.stat().st_size > 5_000
     found = json.loads(figures.read_text())
-    assert found["passed"] and found["base_width"] == 16 and found["learning_rate"] == 3e-3
+    assert found["passed"] and found["base"] == 16 and found["learning_rate"] == 3e-3
     assert found["slopes"]["muP"]["mlp"] == pytest.approx(-0.5)
     power_laws["muP"]["attention"] = 0.3
     assert main(command) == 1
@@ -96,9 +108,28 @@ def test_slopes_are_those_of_power_laws_and_decide_the_verdict(power_laws, capsy
     assert "without muP, no slope reaches 0.4" in capsys.readouterr().err
 
 
+def test_over_depth_only_the_sums_of_blocks_are_judged(power_laws, capsys, tmp_path):
+    picture, page = tmp_path / "coords.png", tmp_path / "page.py"
+    page.write_text(PAGE)
+    command = ["mup", "coords", "--config", str(page), "--depths", "1,2,4,8", "--out", str(picture)]
+    power_laws["muP"] |= {"attention": 0.3}
+    assert main(command) == 0
+    assert re.search(r"attention +0\.300 +not judged +0\.500", capsys.readouterr().out)
+    assert picture.stat().st_size > 5_000
+    power_laws["muP"] |= {"stream": 0.2}
+    power_laws["standard"] |= {"stream": 0.3, "logits": 0.3}
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "with CompleteP, stream grows with slope 0.200, above 0.1" in error
+    assert "without CompleteP, no slope reaches 0.4" in error
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--depths", "2,4,8"], "depths=(2, 4, 8): a coordinate check needs at least four"),
+        (["--depths", "0,2,4,8"], "layers=0 must be above 0"),
+        (["--depths", "1,2,4,8", "--widths", "64,128,256,512"], "--widths and --depths are two checks; name one"),
         (["--widths", "64,128,256"], "needs at least four"),
         (["--widths", "64,100,128,256"], "width=100: num_heads=4 at width 64 would be no whole number there"),
         (["--widths", "64,"], "is no list of whole numbers"),

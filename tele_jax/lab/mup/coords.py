@@ -3,10 +3,12 @@
 A model is made at several widths, with muP and without, and trained for a few steps on sequences of a random Markov
 chain. muP holds where the change of every activation since the start, mean |x(t) - x(0)|, does not grow with width
 (arXiv 2203.03466, appendix D.1), nor does mean |x(t)|: slopes of straight lines through log size over log width.
+CompleteP's rule of depth (arXiv 2505.01618) is checked alike, over the number of layers.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import numpy as np
 
 from tele_jax.config import ModelConfig, check_seed, require
 from tele_jax.files import Table
-from tele_jax.lab.mup.widths import at_width
+from tele_jax.lab.mup.widths import at_depth, at_width
 from tele_jax.model.decoder import activations, init
 from tele_jax.model.heads import logits_of
 from tele_jax.model.loss import next_token_loss
@@ -22,13 +24,34 @@ from tele_jax.settings import OptimizerConfig
 from tele_jax.train.optimizer import optimizer
 
 KINDS = ("embedding", "attention", "mlp", "stream", "logits")
-LIMITS = dict.fromkeys(KINDS, 0.1) | {"logits": 0.15}  # largest slopes with muP
-CONTRAST = 0.4  # a slope that at least one kind reaches without muP: the check can tell the two apart
+CONTRAST = 0.4  # a slope that at least one kind reaches without the rule: the check can tell the two apart
 VOCAB, ROWS, LENGTH = 256, 8, 32  # ids, and sequences and tokens of a batch
-WIDTHS = (64, 128, 256, 512, 1024)
 MODEL = ModelConfig(
     num_layers=2, embed_dim=64, num_heads=4, head_dim=16, mlp_dim=160, vocab_size=VOCAB, max_seq_len=LENGTH,
     matrix_init_std=0.1, dtype="float32", remat="none",
+)  # fmt: skip
+
+
+class Axis(NamedTuple):
+    """A size of the model that grows in a check, and the rule that shall keep activations as they are."""
+
+    name: str
+    rule: str
+    sizes: tuple[int, ...]  # by default
+    limits: Mapping[str, float]  # largest slope with the rule, by kind; other kinds are shown and not judged
+    model: Callable[[ModelConfig, int, int, bool], ModelConfig]  # cfg, size, base size, does the rule hold?
+
+
+def _at_width(cfg: ModelConfig, width: int, base: int, ruled: bool) -> ModelConfig:
+    return at_width(cfg, width).replace(mup_base_width=base if ruled else None)
+
+
+WIDTH = Axis("width", "muP", (64, 128, 256, 512, 1024), dict.fromkeys(KINDS, 0.1) | {"logits": 0.15}, _at_width)
+# A block reads a normalised stream, so that its output has one size with the rule and without; its sum over layers
+# does not.
+DEPTH = Axis(
+    "depth", "CompleteP", (2, 4, 8, 16, 32), {"stream": 0.1, "logits": 0.15},
+    lambda cfg, depth, base, ruled: at_depth(cfg, depth if ruled else base).replace(num_layers=depth),
 )  # fmt: skip
 
 
@@ -37,83 +60,82 @@ def check(
     *,
     learning_rate: float = 2**-6,
     matrix_learning_rate: float | None = None,
-    widths: Sequence[int] = WIDTHS,
+    axis: Axis = WIDTH,
+    at: Sequence[int] | None = None,
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     steps: int = 5,
     say: Callable[[str], None] = lambda line: None,
 ) -> Table:
-    """Trains at every width with every seed, with muP and without, and returns sizes, slopes and the verdict.
+    """Trains at every size of an axis with every seed, with its rule and without, and returns sizes and the verdict.
 
-    cfg: the model at any width; its vocabulary is cut to VOCAB ids, dtypes are float32. Rates are those at the base
-      width, which is cfg.mup_base_width, or the smallest of the widths.
+    cfg: the model at any width and depth; its vocabulary is cut to VOCAB ids, dtypes are float32. Rates are those at
+      the base width, which is cfg.mup_base_width, or the smallest of the widths.
+    at: the widths or depths, four at least; default: those of the axis. At the smallest depth the factor on the
+      residual branches is one with the rule and without.
 
     Returns:
-      {"widths", "seeds", "steps", "sizes": {"muP" | "standard": {"value" | "change": {kind: [width][seed][step]}}},
-      "slopes": {"muP" | "standard": {kind: largest slope}}, "problems": [text], "passed": bool}
+      {"axis", "at", "seeds", "steps", "sizes": {RULE | "standard": {"value" | "change": {kind: [at][seed][step]}}},
+      "slopes": {RULE | "standard": {kind: largest slope}}, "problems": [text], "passed": bool}, with axis.rule as RULE
 
     Raises:
-      UserError: fewer than four widths, no seed, more than 10 steps, a width that the model cannot have.
+      UserError: fewer than four sizes, no seed, more than 10 steps, a width or depth that the model cannot have.
     """
-    require(len(set(widths)) >= 4, f"widths={tuple(widths)}: a coordinate check needs at least four")
+    at = sorted(set(axis.sizes if at is None else at))
+    require(len(at) >= 4, f"{axis.name}s={tuple(at)}: a coordinate check needs at least four")
     require(len(seeds) > 0, "seeds is empty; give one at least")
-    require(
-        1 <= steps <= 10, f"steps={steps} must be 1 to 10: later, models of different widths learn different things"
-    )
+    require(1 <= steps <= 10, f"steps={steps} must be 1 to 10: later, models of different sizes learn different things")
     for seed in seeds:
         check_seed(seed, "seeds")
-    widths = sorted(set(widths))
     rates = OptimizerConfig(learning_rate=learning_rate, matrix_learning_rate=matrix_learning_rate)
     cfg = cfg.replace(
         **dict(vocab_size=VOCAB, padded_vocab_size=VOCAB, max_seq_len=max(cfg.max_seq_len, LENGTH)),
         **dict(dtype="float32", param_dtype="float32", scalar_head=False),
     )
-    base = cfg.mup_base_width or widths[0]
-    for width in widths:
-        at_width(cfg, width)  # refuses what cannot be before the first is trained
+    base = (axis is WIDTH and cfg.mup_base_width) or at[0]
+    models = {name: [axis.model(cfg, size, base, name == axis.rule) for size in at] for name in (axis.rule, "standard")}
     sizes: Table = {}
-    found = np.empty((2, len(KINDS), len(widths), len(seeds), steps))
-    for name in ("muP", "standard"):
-        for i, width in enumerate(widths):
-            if name == "standard" and width == base:
-                continue  # the model is that of muP
-            say(f"{name}, width {width}")
-            model = at_width(cfg, width).replace(mup_base_width=base if name == "muP" else None)
+    found = np.empty((2, len(KINDS), len(at), len(seeds), steps))
+    for name, made in models.items():
+        for i, size in enumerate(at):
+            if name == "standard" and size == base:
+                continue  # the model is that of the rule
+            say(f"{name}, {axis.name} {size}")
             for j, seed in enumerate(seeds):
-                found[:, :, i, j] = _sizes(model, rates, steps, seed)
+                found[:, :, i, j] = _sizes(made[i], rates, steps, seed)
         sizes[name] = {
             what: {kind: sizes_of_kind.tolist() for kind, sizes_of_kind in zip(KINDS, by_kind)}
             for what, by_kind in zip(("value", "change"), found)
         }
     slopes = {
-        name: {kind: max(_slope(widths, both[what][kind]) for what in both) for kind in KINDS}
+        name: {kind: max(_slope(at, both[what][kind]) for what in both) for kind in KINDS}
         for name, both in sizes.items()
     }
-    problems = _problems(slopes)
+    problems = _problems(slopes, axis)
     return dict(
-        widths=widths, seeds=list(seeds), steps=steps, learning_rate=learning_rate, base_width=base,
+        axis=axis.name, at=at, seeds=list(seeds), steps=steps, learning_rate=learning_rate, base=base,
         sizes=sizes, slopes=slopes, problems=problems, passed=not problems,
     )  # fmt: skip
 
 
-def _problems(slopes: Table) -> list[str]:
+def _problems(slopes: Table, axis: Axis) -> list[str]:
     found = [
-        f"with muP, {kind} grows with slope {slope:.3f}, above {LIMITS[kind]}"
-        for kind, slope in slopes["muP"].items()
-        if not slope <= LIMITS[kind]
+        f"with {axis.rule}, {kind} grows with slope {slopes[axis.rule][kind]:.3f}, above {limit}"
+        for kind, limit in axis.limits.items()
+        if not slopes[axis.rule][kind] <= limit
     ]
-    steepest = max(slopes["standard"].values())
+    steepest = max(slopes["standard"][kind] for kind in axis.limits)
     if not steepest >= CONTRAST:
         found.append(
-            f"without muP, no slope reaches {CONTRAST} (the largest is {steepest:.3f}), so the check shows nothing; "
-            "raise the learning rate"
+            f"without {axis.rule}, no slope reaches {CONTRAST} (the largest is {steepest:.3f}), so the check shows "
+            "nothing; raise the learning rate"
         )
     return found
 
 
-def _slope(widths: Sequence[int], sizes: Sequence) -> float:
-    """The largest slope over steps of log size over log width, sizes [width][seed][step] averaged over seeds in log."""
+def _slope(at: Sequence[int], sizes: Sequence) -> float:
+    """The largest slope over steps of log size over log width or depth; sizes [at][seed][step], averaged over seeds."""
     means = np.log(np.asarray(sizes)).mean(axis=1)
-    return float(np.max(np.polyfit(np.log(widths), means, 1)[0]))
+    return float(np.max(np.polyfit(np.log(at), means, 1)[0]))
 
 
 def _sizes(cfg: ModelConfig, rates: OptimizerConfig, steps: int, seed: int) -> np.ndarray:

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 
 
 def coordinates(found: Table) -> "Figure":
-    """Draws how far activations have moved over the width, a column per kind, above with muP and below without.
+    """Draws how far activations moved over the width or depth, a column per kind, above with the rule, below without.
 
     found: what coords.check returns.
     """
-    kinds, rows = list(found["sizes"]["muP"]["change"]), {"muP": "with muP", "standard": "without muP"}
+    at, (rule, standard) = found["at"], found["sizes"]
+    kinds, rows = list(found["sizes"][rule]["change"]), {rule: f"with {rule}", standard: f"without {rule}"}
     figure = new_figure(5.4)
     grid = figure.subplots(2, len(kinds), sharex=True, sharey="col", squeeze=False)
     for axes_of_row, (name, words) in zip(grid, rows.items()):
@@ -27,19 +28,18 @@ def coordinates(found: Table) -> "Figure":
                 means = np.exp(np.log(sizes[:, :, step]).mean(axis=1))
                 late = 0.25 + 0.75 * (step + 1) / sizes.shape[-1]
                 label = f"after step {step + 1}" if axes is grid[0, 0] else None
-                axes.plot(
-                    found["widths"], means, "o-", color=BLUE, alpha=late, markersize=3, linewidth=1.2, label=label
-                )
+                axes.plot(at, means, "o-", color=BLUE, alpha=late, markersize=3, linewidth=1.2, label=label)
             axes.set(xscale="log", yscale="log")
-            axes.set_xticks(found["widths"], list(map(str, found["widths"])), fontsize=7, minor=False)
+            axes.set_xticks(at, list(map(str, at)), fontsize=7, minor=False)
             axes.minorticks_off()
             axes.set_title(f"{kind}: slope {found['slopes'][name][kind]:.2f}", fontsize="small")
             add_grid(axes)
         axes_of_row[0].set_ylabel(f"{words}\nmean |x(t) - x(0)|")
     for axes in grid[1]:
-        axes.set_xlabel("width")
+        axes.set_xlabel(found["axis"] if found["axis"] == "width" else "depth, layers")
     figure.suptitle(
-        "Change of activations over the width, geometric mean over seeds (slope: the largest)", fontsize="medium"
+        f"Change of activations over the {found['axis']}, geometric mean over seeds (slope: the largest)",
+        fontsize="medium",
     )
     figure.legend(loc="outside lower center", ncols=10, frameon=False, fontsize="small")
     return figure

@@ -8,7 +8,7 @@ from tele_jax import files
 from tele_jax.config import require, to_dict
 from tele_jax.files import Table
 from tele_jax.lab.mup.search import found_page
-from tele_jax.lab.mup.widths import at_width, first_stage
+from tele_jax.lab.mup.widths import at_depth, at_width, first_stage
 from tele_jax.stages import run_config
 
 PAGE = '''"""{what}, for `tele train`."""
@@ -19,17 +19,17 @@ from ml_collections import ConfigDict
 def get_config():
     return ConfigDict({page})
 '''
+ESCAPED = str.maketrans({"\\": "\\\\", '"': '\\"'})  # a directory may be called anything
 
 
 def write_page(searched: Path, width: int, path: Path, trial: int | None = None, layers: int | None = None) -> Table:
     """Writes the page of the best trial (or of one trial) of a search at another width, and returns that trial.
 
     Widths, heads and mlp grow together; muP carries rates, initial values and multipliers over. layers: another number
-    of layers, with the factor on the residual branches divided by how many times as many they are (CompleteP, arXiv
-    2505.01618: branches by 1 / layers, and rates that stay).
+    of layers, as widths.at_depth.
 
     Raises:
-      UserError: as search.found_page and widths.at_width; the file exists, or is no .py file.
+      UserError: as search.found_page and widths.at_width and at_depth; the file exists, or is no .py file.
     """
     require(path.suffix == ".py", f"--out {path}: a page is a .py file")
     require(not path.exists(), f"--out {path}: exists, and would be overwritten; choose another")
@@ -43,13 +43,14 @@ def write_page(searched: Path, width: int, path: Path, trial: int | None = None,
     if "num_kv_heads" in given or cfg.num_kv_heads != cfg.num_heads:
         page[first]["model"]["num_kv_heads"] = cfg.num_kv_heads
     if layers is not None:
-        require(layers > 0, f"--layers {layers}: must be above 0")
-        residual_mult = cfg.residual_mult * cfg.num_layers / layers
-        page[first]["model"] |= dict(num_layers=layers, residual_mult=residual_mult)
+        page[first]["model"] |= dict(num_layers=layers, residual_mult=at_depth(cfg, layers).residual_mult)
     run_config(page)
     values = ", ".join(f"{key} {value:g}" for key, value in found["values"].items())
     what = f"Trial {found['number']} of {searched.name} at width {width}: {values}"
     files.write_file(
-        path, PAGE.format(what=what, page=indent(pformat(page, width=115, sort_dicts=False), "    ").strip())
+        path,
+        PAGE.format(
+            what=what.translate(ESCAPED), page=indent(pformat(page, width=115, sort_dicts=False), "    ").strip()
+        ),
     )
     return found

@@ -1,4 +1,4 @@
-"""A model at other widths: the muP family that it belongs to."""
+"""A model at other widths and depths: the muP family that it belongs to."""
 
 from tele_jax.config import ModelConfig, require
 from tele_jax.errors import UserError
@@ -27,6 +27,20 @@ def at_width(cfg: ModelConfig, width: int) -> ModelConfig:
         )
         sizes[name] = size
     return cfg.replace(**sizes)
+
+
+def at_depth(cfg: ModelConfig, layers: int) -> ModelConfig:
+    """The config with another number of layers and residual_mult in inverse proportion (CompleteP, arXiv 2505.01618).
+
+    >>> cfg = ModelConfig(num_layers=2, embed_dim=64, num_heads=4, mlp_dim=160, vocab_size=256)
+    >>> at_depth(cfg, 8).residual_mult
+    0.25
+
+    Raises:
+      UserError: no layers.
+    """
+    require(layers > 0, f"layers={layers} must be above 0")
+    return cfg.replace(num_layers=layers, residual_mult=cfg.residual_mult * cfg.num_layers / layers)
 
 
 def first_stage(config: RunConfig) -> tuple[TrainStage, ModelConfig]:
