@@ -1,9 +1,10 @@
 """Training paths with finished branches: growth in stages against a baseline from scratch (studies E2, E5, E6).
 
-An arm is a table with `config`, the page of an ordinary run, whose training stages read settings.data. Every job runs
-it as `tele train` does, with the seed of the job added to that of each stage, and leaves it as page.py, so that anybody
-can run it by hand. A stage that no later one continues (`after`) is a finished branch: its loss is held against the
-FLOPs of all stages that lead to it. settings.baseline names the arm that others are compared with.
+An arm is a table with `config`, the page of an ordinary run, whose training stages read settings.data but for the keys
+of `data` that they have themselves. Every job runs it as `tele train` does, with the seed of the job added to that of
+each stage, and leaves it as page.py, so that anybody can run it by hand. A stage that no later one continues (`after`)
+is a finished branch: its loss is held against the FLOPs of all stages that lead to it. settings.baseline names the arm
+that others are compared with.
 
 learning_rates of an arm: each is tried at settings.tuning_seed on the path to the first branch, and the one with the
 least loss is taken for all seeds. settings.data is a table of data, with vocab_size in the place of the tokenizer where
@@ -12,7 +13,7 @@ one is to be trained on the text, or "synthetic"; what is made lies in OUT/text.
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 
 from tele_jax import files, plots, stages
 from tele_jax import report as runs
-from tele_jax.config import convert
+from tele_jax.config import ModelConfig, convert
 from tele_jax.data.vocabulary_training import sample_texts, train_vocabulary, write_vocabulary
 from tele_jax.errors import prefixed, require, require_known
 from tele_jax.files import Table
@@ -89,20 +90,27 @@ def _rates(study: Study, arm: str) -> tuple[float, ...]:
     return rates
 
 
-def costs_of(config: RunConfig) -> dict[str, float]:
-    """Model FLOPs of every stage of a run."""
-    cfg, models, costs = None, {}, {}
+def models_of(config: RunConfig) -> dict[str, ModelConfig]:
+    """The model that every stage of a run leaves."""
+    cfg, models = None, {}
     for name, stage in config.stages.items():
         cfg = models.get(stage.after, cfg)
         if isinstance(stage, TrainStage):
             before = stage.model_after(cfg)
             assert before is not None and stage.steps is not None  # run_config has seen to it
             cfg = stages.model_of(stage, trained_as(before))
-            costs[name] = flops_per_token(cfg, stage.seq_len) * stage.steps * stage.tokens_per_step
         else:
             cfg, _ = stages.find_kind(stage.kind).outline(stage, cfg, f"config.{name}")
-            costs[name] = 0.0
         models[name] = cfg
+    return models
+
+
+def costs_of(config: RunConfig) -> dict[str, float]:
+    """Model FLOPs of every stage of a run."""
+    costs, models = dict.fromkeys(config.stages, 0.0), models_of(config)
+    for name, stage in config.stages.items():
+        if isinstance(stage, TrainStage):
+            costs[name] = flops_per_token(models[name], stage.seq_len) * stage.steps * stage.tokens_per_step
     return costs
 
 
@@ -123,7 +131,9 @@ def job_page(study: Study, arm: str, seed: int, text: Path, rate: float | None =
     page = json.loads(json.dumps(page))  # a copy
     for name, table in page.items():
         if isinstance(table, dict) and table.get("kind") not in (None, "grow"):
-            table["data"], table["seed"] = _data(study, text), table.get("seed", 0) + SEEDS_APART * seed
+            require(isinstance(table.get("data", {}), dict), f"config.{name}.data is no table")
+            table["data"] = _data(study, text) | table.get("data", {})
+            table["seed"] = table.get("seed", 0) + SEEDS_APART * seed
             if rate is not None:
                 require(isinstance(table.get("optimizer", {}), dict), f"config.{name}.optimizer is no table")
                 table["optimizer"] = table.get("optimizer", {}) | {"learning_rate": rate}
@@ -161,7 +171,6 @@ def run_page(page: Table, directory: Path, title: str) -> dict[str, Table]:
 def _carried_out(page: Table, directory: Path, title: str) -> Table:
     """Runs a page as `tele train` does, and reads the held-out losses of its branches and of the path to the last."""
     summaries = run_page(page, directory, title)
-    rates = {name: source.get("rate", 1.0) for name, source in _sources(page).items()}
     branches, chains = [], branches_of(run_config(page))
     curve, growths, told = [], [], []
     for chain in chains.values():
@@ -170,18 +179,31 @@ def _carried_out(page: Table, directory: Path, title: str) -> Table:
             if "flops" not in summary:
                 growths.append(spent)
                 continue
-            for line in metrics.read(directory / "run" / summary["stage"] / "metrics" / "metrics.jsonl"):
-                known = {domain: rate for domain, rate in rates.items() if metrics.EVALUATION + domain in line}
-                if known:
-                    mean = sum(rate * line[metrics.EVALUATION + d] for d, rate in known.items()) / sum(known.values())
-                    curve.append([spent + summary["flops"] * line["step"] / summary["steps"], mean])
+            for step, found in evaluations(directory, summary["stage"]):
+                curve.append([spent + summary["flops"] * step / summary["steps"], mean_loss(found, sources_of(page))])
             spent += summary["flops"]
             told.append({key: summary[key] for key in ("stage", "parameters", "tokens", "flops")})
         branches.append([spent, curve[-1][1]])
     return {"flops": branches[-1][0], "branches": branches, "curve": curve, "growths": growths, "stages": told}
 
 
-def _sources(page: Table) -> Table:
+def evaluations(directory: Path, stage: str) -> list[tuple[int, dict[str, float]]]:
+    """(step, bits per byte of held-out text by domain) of every evaluation of a stage of a job."""
+    found, prefix = [], metrics.EVALUATION
+    for line in metrics.read(directory / "run" / stage / "metrics" / "metrics.jsonl"):
+        bits = {name.removeprefix(prefix): bits for name, bits in line.items() if name.startswith(prefix)}
+        found += [(int(line["step"]), bits)] if bits else []
+    return found
+
+
+def mean_loss(bits: Mapping[str, float], sources: Table) -> float:
+    """The mean of bits per byte over domains, weighted by their rates."""
+    rates = {name: sources[name].get("rate", 1.0) for name in bits}
+    return sum(rate * bits[name] for name, rate in rates.items()) / sum(rates.values())
+
+
+def sources_of(page: Table) -> Table:
+    """The domains that the first stage of a page reads."""
     return next(table["data"]["sources"] for table in page.values() if isinstance(table, dict) and "data" in table)
 
 
