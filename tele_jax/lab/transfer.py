@@ -2,8 +2,9 @@
 
 An arm is a table with `family`, the name of the arms that differ in width alone, `width`, `mup` (False: the standard
 parametrisation), `rates`, and where they are not those of settings: `model`, fields of ModelConfig that change;
-`matrix_rate`, the rate of matrix-like parameters in multiples of the rate; `weight_decay`. A job trains the model with
-every rate, on rows of bytes cut from the text at random places, and finds its loss on held-out text, in nats per byte.
+`matrix_rate`, the rate of matrix-like parameters in multiples of the rate; `weight_decay`; `repeats`. A job trains the
+model with every rate, `repeats` times, on rows of bytes cut from the text at random places, and finds its mean loss on
+held-out text, in nats per byte.
 
 settings: `model` (fields at settings.base_width), `base_width`, `steps`, `batch_size`, `seq_len`; `text` and
 `held_out`, files of JSON lines with `text`, or "synthetic"; `reference`, the family that others are compared with. A
@@ -58,6 +59,10 @@ class Arm:
     model: dict[str, Any] = dataclasses.field(default_factory=dict)  # fields of ModelConfig at the base width
     matrix_rate: float = 1.0  # rate of matrix-like parameters at the base width, in multiples of the rate
     weight_decay: float = 0.0  # decay of kernels and tables
+    repeats: int = 1  # runs of each rate, over which the loss is averaged
+
+    def __post_init__(self):
+        require_positive(self, "width", "repeats")
 
 
 @checked
@@ -115,14 +120,12 @@ def work(study: Study, arm: str, seed: int, directory: Path) -> Table:
     optimizer_config = OptimizerConfig(
         learning_rate=1.0, matrix_learning_rate=chosen.matrix_rate, weight_decay=chosen.weight_decay
     )
-    found = [
-        float(
-            _trained(
-                cfg, optimizer_config, settings.steps, settings.batch_size, rate, jax.random.key(seed), train, rows
-            )
-        )
-        for rate in chosen.rates
+    keys = jax.random.split(jax.random.key(seed), chosen.repeats)
+    sizes = settings.steps, settings.batch_size
+    losses = [
+        [_trained(cfg, optimizer_config, *sizes, rate, key, train, rows) for key in keys] for rate in chosen.rates
     ]
+    found = np.mean(np.array(losses, np.float64), axis=1).tolist()
     return {"rates": list(chosen.rates), "losses": found, "parameters": count_params(cfg)}
 
 

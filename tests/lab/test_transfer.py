@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -26,13 +27,29 @@ def test_a_job_trains_with_every_rate_and_repeats_itself(tmp_path):
     assert found["parameters"] == 2 * 256 * 8 + 3 * 8 + 4 * 8 * 8 + 3 * 8 * 16
 
 
+def test_the_loss_of_a_rate_is_the_mean_over_repeats_with_keys_of_their_own(tmp_path, monkeypatch):
+    page = load_page(f"{PAGE}:smoke")
+    page.arms["muP 8"].repeats = 3
+    keys = []
+
+    def trained(cfg, config, steps, batch_size, rate, key, train, rows):
+        keys.append((rate, tuple(jax.random.key_data(key).tolist())))
+        return rate * len(keys)
+
+    monkeypatch.setattr(transfer, "_trained", trained)
+    found = transfer.work(read_study(page), "muP 8", 0, tmp_path)
+    expected = [rate * np.mean([3 * n + 1, 3 * n + 2, 3 * n + 3]) for n, rate in enumerate(found["rates"])]
+    np.testing.assert_allclose(found["losses"], expected)
+    assert len({*keys}) == 9 and len({key for _, key in keys}) == 3  # the same three for every rate
+
+
 def test_estimates_find_the_best_rates_and_the_law_of_the_losses(tmp_path, monkeypatch, capsys):
     """Losses by formulas: parabolas in log2 of the rate, whose least moves by a known amount with the width."""
 
     def loss(cfg, config, steps, batch_size, rate, key, text, held_out):
         width = cfg.embed_dim
         moves = 0.2 if cfg.mup_base_width else 1.5  # per doubling of the width
-        best = -5.3 - moves * math.log2(width / 16)
+        best = -5.3 - moves * math.log2(width / 32)
         return 2 + transfer.count_params(cfg) ** -0.3 + 0.01 * (math.log2(rate) - best) ** 2
 
     monkeypatch.setattr(transfer, "_trained", loss)
@@ -47,14 +64,14 @@ def test_estimates_find_the_best_rates_and_the_law_of_the_losses(tmp_path, monke
     found = {name: estimate.values for name, estimate in transfer.estimates(study, results).items()}
     np.testing.assert_allclose(found["shift: muP"], 0.4)
     np.testing.assert_allclose(found["shift: standard"], 3.0)
-    # The grid's best rate is 2^-5 at width 16; at 64 muP's least lies at -5.7, and the nearest point at -6.
-    sizes = results["muP 64"][0]["parameters"]
+    # The grid's best rate is 2^-5 at width 32; at 128 muP's least lies at -5.7, and the nearest point at -6.
+    sizes = results["muP 128"][0]["parameters"]
     least = 2 + sizes**-0.3 + 0.01 * 0.3**2
     np.testing.assert_allclose(found["excess: muP"], 100 * 0.01 * (0.7**2 - 0.3**2) / least)
     np.testing.assert_allclose(found["difference: muP"], 0.01 * (0.3**2 - 0.3**2), atol=1e-12)
     assert max(found["prediction"]) < 0.5
     assert main(["lab", "report", str(out), "--page", str(page)]) == 0
-    assert "| muP | 64 |" in page.read_text() and page.with_suffix(".png").stat().st_size > 5_000
+    assert "| muP | 128 |" in page.read_text() and page.with_suffix(".png").stat().st_size > 5_000
 
 
 @pytest.mark.parametrize(
@@ -62,7 +79,7 @@ def test_estimates_find_the_best_rates_and_the_law_of_the_losses(tmp_path, monke
     [
         (
             "--config.arms={'a': {'family': 'standard', 'width': 12, 'rates': [0.1]}}",
-            "width=12: num_heads=2 at width 16",
+            "width=12: num_heads=4 at width 32",
         ),
         ("--config.arms={'a': {'family': 'standard', 'width': 8, 'rates': []}}", "config.arms.a.rates is empty"),
         ("--config.arms={'a': {'family': 'standard', 'width': 8, 'rates': [1, .5]}}", "give them in rising order"),
