@@ -16,13 +16,14 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import jax.numpy as jnp
 import numpy as np
 
 from tele_jax.axes import Leaf, Params, ParamSpec, check_tree, flatten, require_arrays, unflatten
 from tele_jax.config import ModelConfig, checked, differing_fields, finite, require, require_config, whole
+from tele_jax.errors import UserError
 from tele_jax.model.spec import flat_spec
 from tele_jax.sharding import tiles
 
@@ -220,6 +221,19 @@ class Merger:
             inside = tuple(slice(p.start + s, p.stop + s) for p, s in zip(part, start, strict=True))
             with np.errstate(over="ignore", invalid="ignore"):
                 out[part] = self._merged(name, index, inside, measured)
+            if self.recipe.method != "passthrough" and not np.isfinite(out[part]).all():
+                self._refuse(out.dtype, name, index, inside)
+
+    def _refuse(self, dtype: np.dtype, name: str, index: tuple[int, ...], part: tuple[slice, ...]) -> NoReturn:
+        """Says why merged values are not finite: those of a model are not, or the sum is too large for the dtype."""
+        where = f"{name}{list(index) or ''}"
+        reads = [*self._reads, *([self._base] if self._base else [])]
+        for number, read in enumerate(reads):
+            model = f"model {number}" if number < len(self._reads) else "the base"
+            require(
+                bool(np.isfinite(read(name, index, part)).all()), f"{where}: {model} holds values that are not finite"
+            )
+        raise UserError(f"{where}: merged values are too large for {dtype}; choose a smaller scale or weights")
 
     def _merged(self, name: str, index: tuple[int, ...], part: tuple[slice, ...], measured: Any) -> np.ndarray:
         if self.recipe.method == "passthrough":
@@ -239,14 +253,14 @@ class Merger:
 
     def _agreed(self, tasks: list[np.ndarray], thresholds: Sequence[np.float32]) -> np.ndarray:
         """The mean of trimmed task vectors over those of the elected sign (arXiv 2306.01708, algorithm 1)."""
-        kept = [np.where(_magnitude(task) >= least, task, 0) for task, least in zip(tasks, thresholds)]
+        kept = [np.where(_magnitude(task) < least, 0, task) for task, least in zip(tasks, thresholds)]  # keeps NaN
         elected = np.sign(_sum(zip(self._weights, kept)))
         total, weight = np.zeros_like(tasks[0]), np.zeros_like(tasks[0])
         for w, task in zip(self._weights, kept):
             agrees = (np.sign(task) == elected) & (elected != 0)
             total += np.where(agrees, w * task, 0)
             weight += np.where(agrees, w, 0)
-        return np.divide(total, weight, out=np.zeros_like(total), where=weight != 0)
+        return np.divide(total, weight, out=0 * elected, where=weight != 0)
 
     def _blocks(self, group: Sequence[Tensor], *reads: Read):
         for name, index in group:
@@ -261,7 +275,7 @@ class Merger:
             dot, first, second = dot + float((a * b).sum()), first + float((a * a).sum()), second + float((b * b).sum())
         norm = math.sqrt(first) * math.sqrt(second)
         cosine = dot / norm if norm else 1.0
-        if cosine > _STRAIGHT or t in (0, 1):
+        if cosine > _STRAIGHT or t in (0, 1) or math.isnan(cosine):  # values that are not finite are refused in fill
             return 1 - t, t
         opposite = (
             f"slerp: {group[0][0]} points in opposite directions in both models, and no arc leads from one to the"

@@ -172,6 +172,25 @@ def test_what_does_not_fit_is_refused_by_name(message):
         surgery.merge(CFG, how.pop("trees", [random_tree(0), random_tree(1)]), how.pop("method", "linear"), **how)
 
 
+@pytest.mark.parametrize(
+    "how",
+    [dict(weights=(2, 1)), dict(method="slerp", t=0.3), dict(method="task_arithmetic"), dict(method="ties")],
+)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_refused_with_leaf_and_model(how, value):
+    a, b, base = random_tree(0), random_tree(1), random_tree(2)
+    b["layers"]["mlp"]["up"][1, 2, 1] = value
+    base = dict(base=base) if how.get("method", "")[:1] == "t" else {}
+    with pytest.raises(UserError, match=r"layers\.mlp\.up\[1\]: model 1 holds values that are not finite"):
+        surgery.merge(CFG, [a, b], **how, **base)
+
+
+def test_sums_too_large_for_the_dtype_are_refused():
+    trees = [random_tree(seed, np.float16) for seed in range(3)]
+    with pytest.raises(UserError, match="merged values are too large for float16; choose a smaller scale"):
+        surgery.merge(CFG, trees[:2], "task_arithmetic", base=trees[2], scale=1e6)
+
+
 def test_slerp_of_models_that_are_close_is_the_arc_all_the_same():
     a = random_tree(0, np.float64)
     b = jax.tree.map(lambda x, noise: x + 1e-3 * noise, a, random_tree(1, np.float64))
