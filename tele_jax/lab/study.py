@@ -13,7 +13,7 @@ from tele_jax.config import check_seed, checked, from_dict, require
 from tele_jax.errors import require_known
 from tele_jax.files import is_plain_name
 
-KINDS = ("exactness", "layer_choice", "paths", "transfer", "units")
+KINDS = ("exactness", "forgetting", "layer_choice", "paths", "transfer", "units")
 BUDGETS = ("smoke", "cpu", "accelerator")
 
 
