@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 
 from tele_jax import checkpoint, growth
+from tele_jax.align.pairs import PairStage
 from tele_jax.aot import compile as compiling
 from tele_jax.aot import cost, topology
 from tele_jax.aot.jobs import DecodeJob, GrowJob, Job, RolloutJob, TrainJob
@@ -220,6 +221,11 @@ def _from_page(args: argparse.Namespace) -> tuple[ModelConfig, Table, float | No
         return cfg, values | ({"optimizer": optimizer} if optimizer else {}), None
     if stage.lora is not None:
         raise UserError(f"config.{name}.lora: tele plan compiles training of all parameters; name another --stage")
+    if args.batch_size not in (None, stage.batch_size) and isinstance(stage, PairStage) and stage.rows is not None:
+        raise UserError(
+            f"--batch-size {args.batch_size}: config.{name}.rows={stage.rows} is that of {stage.batch_size} pairs; "
+            f"give --config.{name}.batch_size={args.batch_size} and --config.{name}.rows=N instead"
+        )
     values = {key: getattr(stage, key) for key in ("batch_size", "seq_len", "microbatches", "optimizer")} | where
     values |= {} if args.decode else {"stage": stage}
     known = stage.steps is not None and not args.decode  # epochs become steps when the data is opened

@@ -368,7 +368,8 @@ class RecordBatches(Batches):
         """Returns at most int32[num_rows, num_tokens] of rows of the first pairs to train on."""
         name, count = next(iter(self.store.rows.items()))
         count = min(num_rows, count)
-        return self.store.read([name] * count, list(range(count)))["tokens"][:, :num_tokens]
+        # A pair may have a row for each of its two answers.
+        return self.store.read([name] * count, list(range(count)))["tokens"][:num_rows, :num_tokens]
 
     def held_out_store(self, domain: str) -> RecordRows:
         """The rows of a domain that is held out, with what rewards and references look up in them."""

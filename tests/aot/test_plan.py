@@ -100,6 +100,21 @@ def test_the_model_of_a_page_s_start_is_looked_for_there_or_named(going_on, page
     assert "has a model of its own" in capsys.readouterr().err
 
 
+def test_rows_of_pairs_are_those_of_the_page_s_batch(tmp_path, capsys):
+    """With another --batch-size they would be longer rows, or shorter ones: another program than the one that runs."""
+    file = tmp_path / "pairs.py"
+    file.write_text(PAGE.replace("second=stage", 'second=dict(stage, kind="reward", rows=2)'))
+    argv = ["plan", "--config", str(file), "--topology", "v5e:2x2"]
+    assert main([*argv, "--batch-size", "8"]) == 2
+    err = capsys.readouterr().err
+    assert "--batch-size 8: config.second.rows=2 is that of 4 pairs" in err and err.count("\n") == 1
+    assert "--config.second.batch_size=8 and --config.second.rows=N" in err
+    both = ["--config.second.batch_size=8", "--config.second.rows=4"]
+    for words in ([], ["--batch-size", "4"], both, [*both, "--batch-size", "8"]):
+        main([*argv, *words, "--mesh", "fsdp=3"])  # refused for its mesh, after the rows
+        assert "= 3 devices, but v5e:2x2 has 4" in capsys.readouterr().err
+
+
 def test_the_slices_are_those_of_the_page(page, capsys):
     two = ["--config.num_slices=2", "--config.mesh.data=2"]
     argv = ["plan", "--config", page, *two, "--topology", "v5e:2x2", "--mesh", "fsdp=8"]

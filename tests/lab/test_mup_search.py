@@ -1,5 +1,6 @@
 """`tele mup search` and `transfer`: trials that are done once, and settings that become pages of larger widths."""
 
+import ast
 import json
 import math
 
@@ -105,6 +106,16 @@ def test_trials_that_diverge_are_kept_as_failed(page, tmp_path, fake_runs, capsy
     assert "every trial diverged" in capsys.readouterr().err
 
 
+def test_a_figure_of_training_or_of_a_domain_is_minimised_by_its_name(page, tmp_path, fake_runs):
+    for figure, least in (("loss", 5 - math.log(8)), ("eval/bits_per_byte/words", 2.0)):
+        out = tmp_path / figure.replace("/", "_")
+        assert (
+            main(["mup", "search", "--config", str(page), "--out", str(out), f"--config.search.figure={figure}"]) == 0
+        )
+        found = json.loads((out / "results.json").read_text())
+        assert found["figure"] == figure and found["trials"][found["best"]]["value"] == pytest.approx(least)
+
+
 def test_tpe_draws_from_ranges_and_repeats_itself(page, tmp_path, fake_runs):
     space = {"learning_rate": {"low": 1e-4, "high": 1e-1}, "output_mult": [1.0, 2.0]}
     how = [f"--config.search.space={space}", "--config.search.sampler=tpe", "--config.search.trials=14"]
@@ -126,12 +137,14 @@ def test_a_found_setting_becomes_a_page_of_a_larger_width(page, tmp_path, capsys
     one = "--config.search.space={'learning_rate': [4e-3], 'input_mult': [2.0]}"
     assert main(["mup", "search", "--config", str(page), "--out", str(out), one]) == 0
     assert (out / "trials" / "0000" / "run" / "proxy" / "summary.json").exists()
+    out = out.rename(tmp_path / 'out\\U""" ')  # a name that a Python string has to escape
     command = ["mup", "transfer", str(out), "--width", "32", "--out", str(larger)]
     assert main(command) == 0
     before, after = (
         run_config(p).stages["proxy"] for p in (search.read_page(load_page(str(page)))[1], load_page(str(larger)))
     )
     assert after.model == before.model.replace(embed_dim=32, num_heads=4, num_kv_heads=4, mlp_dim=48, input_mult=2.0)
+    assert 'of out\\U"""  at width 32' in (ast.get_docstring(ast.parse(larger.read_text()), clean=False) or "")
     assert after.model.head_dim == 8 and after.model.width_ratio == 2
     assert after.optimizer.learning_rate == 4e-3 and after.data == before.data
     deep = tmp_path / "deep.py"
@@ -176,6 +189,8 @@ def test_a_found_setting_becomes_a_page_of_a_larger_width(page, tmp_path, capsys
         ("search.tirals=3", "did you mean 'trials'?"),
         ("proxy.model.mup_base_width=None", "mup_base_width: missing"),
         ("proxy.data.sources.words.validation_files=()", "name what to minimise"),
+        ("search.figure=los", "figure='los' is no figure of the run; it has loss, grad_norm, eval/bits_per_byte/words"),
+        ("search.figure=eval/bits_per_byte/word", "it has loss, grad_norm, eval/bits_per_byte/words"),
     ],
 )
 def test_a_search_that_cannot_be_is_refused_in_one_line(change, message, page, tmp_path, capsys):

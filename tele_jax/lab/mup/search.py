@@ -40,6 +40,7 @@ TABLES = {
     **dict.fromkeys(("init_std", "matrix_init_std", "input_mult", "output_mult"), "model"),
 }
 HELD_OUT = "held-out bits per byte"
+TRAINED, BITS = ("loss", "grad_norm"), "bits_per_byte"  # figures of training that can be minimised; of held-out text
 
 
 @checked
@@ -130,6 +131,16 @@ def read_page(page: Mapping[str, Any] | ConfigDict) -> tuple[SearchConfig, Table
         search.figure is not None or any(s.validation_files or s.validation_split for s in sources),
         "config.search.figure: missing; the run has no held-out text, so name what to minimise, such as 'loss'",
     )
+    if search.figure is not None and stage.measures == (BITS,):  # other kinds have figures of their own
+        held = [name for name, s in stage.data.sources.items() if s.validation_files or s.validation_split]
+        tasks = () if stage.tasks is None else stage.tasks.names
+        known = [
+            *TRAINED,
+            *(metrics.EVALUATION + name for name in held),
+            *(f"{metrics.TASKS}{t}/METRIC" for t in tasks),
+        ]
+        found = search.figure in known or search.figure.startswith(tuple(f"{metrics.TASKS}{task}/" for task in tasks))
+        require(found, f"config.search.figure={search.figure!r} is no figure of the run; it has {', '.join(known)}")
     for end in (min, max):
         run_config(with_values(run, {key: end(values) for key, values in search.grid.items()}))
     return search, run
