@@ -150,6 +150,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0  # decay of kernels and tables; nothing else decays
     clip_norm: float = 1.0  # largest global norm of the gradient
     new_warmup_steps: int = 0  # steps over which parameters that growth added warm up
+    bias_correction: Literal["entry", "state"] = "entry"  # counts steps of an entry since its growth, or of the state
     # What learns. new: only what the growth right before the stage added (as LLaMA-Pro trains its new blocks); all else
     # stays as it is, and neither decays nor counts in clip_norm.
     trained: Literal["all", "new"] = "all"
@@ -157,12 +158,11 @@ class OptimizerConfig:
 
     def __post_init__(self):
         require_positive(self, "learning_rate", "eps", "clip_norm")
-        for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be in [0, 1)")
         require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative")
         require(self.new_warmup_steps >= 0, f"new_warmup_steps={self.new_warmup_steps} must not be negative")
         # bfloat16 resolves 2^-8 of a value: a moment that moves by less a step would stick.
         for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be in [0, 1)")
             require(
                 self.moment_dtype == "float32" or 1 - getattr(self, name) >= 2**-6,
                 f"moment_dtype='bfloat16' needs {name} of at most 0.984, not {getattr(self, name)}",

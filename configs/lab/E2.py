@@ -1,56 +1,75 @@
-"""E2: a model of one layer becomes four layers deep, by every policy, against from scratch at equal FLOPs.
+"""E2: a model becomes ten layers deep, by every policy and from several depths, against from scratch at equal FLOPs.
 
 tele lab run E2 --budget cpu
 """
 
-from _paths import BATCH, SEQ_LEN, STAGE, data, model
+from _paths import data, model, stage_of
 from ml_collections import ConfigDict
 
-from tele_jax import ModelConfig
+from tele_jax import ModelConfig, count_params
 from tele_jax.lab import arms
 from tele_jax.train.step import flops_per_token
 
-WIDTH = {"smoke": 16, "cpu": 48, "accelerator": 512}
-STEPS = {"smoke": 12, "cpu": 1000, "accelerator": 40_000}  # from scratch
-POLICIES = ("exact", "msg", "stack", "random")
+WIDTH = {"smoke": 16, "cpu": 16, "accelerator": 128}
+DEPTH = {"smoke": 2, "cpu": 10, "accelerator": 20}
+TOKENS = {
+    "smoke": (0.3,),
+    "cpu": (5, 20),
+    "accelerator": (20, 5, 80),
+}  # per parameter, from scratch; the first: all arms
+FACTORS = (1.25, 10)  # of the depth, beside 2, by policy exact
 
 
 def get_config(budget: str = "cpu") -> ConfigDict:
-    smoke, width = budget == "smoke", WIDTH[budget]
-    depths = (1, 2) if smoke else (1, 4)
-    warmup = 2 if smoke else 100
+    smoke, width, depth = budget == "smoke", WIDTH[budget], DEPTH[budget]
+    stage, warmup = stage_of(budget), 2 if smoke else 50
     shared = model(budget) | dict(embed_dim=width, num_heads=width // 8, mlp_dim=8 * width // 3)
-    sizes = [dict(num_layers=depth) for depth in depths]
-    flops = flops_per_token(ModelConfig(**shared, **sizes[-1]), SEQ_LEN) * BATCH * SEQ_LEN * STEPS[budget]
-    made = dict(stage=STAGE, warmup=warmup, ends=[share * flops for share in ((1.0,) if smoke else (0.6, 1.0))])
-    deep = dict(num_layers=depths[-1])
-    new = dict(optimizer=STAGE["optimizer"] | dict(new_warmup_steps=warmup))
+    full = ModelConfig(**shared, num_layers=depth)
+    new = dict(optimizer=stage["optimizer"] | dict(new_warmup_steps=warmup))
 
-    def grown(policy: str, shares: tuple[float, float] = (75, 25), cooled: float = 0.0) -> dict:
-        after_growth = dict(mask_ramp=warmup) if policy == "msg" else new
-        how = dict(grow=dict(policy=policy), after_growth=after_growth, decay=0.6, cooled=cooled)
-        return arms.path(shared, [sizes[0], deep], shares, **how, **made)
+    def path(depths: tuple, shares: tuple, ends: tuple, tokens: float, decay: float, **how) -> dict:
+        flops = flops_per_token(full, stage["seq_len"]) * tokens * count_params(full)
+        sizes, ends = [dict(num_layers=layers) for layers in depths], (1.0,) if smoke else ends
+        how |= dict(stage=stage, warmup=warmup, decay=decay)
+        return arms.path(shared, sizes, shares, [end * flops for end in ends], **how)
 
-    paths = {"from scratch": arms.path(shared, sizes[-1:], (1,), decay=0.3, **made)}
-    paths |= {policy: grown(policy) for policy in (("exact",) if smoke else POLICIES)}
+    def scratch(tokens: float) -> dict:
+        return path((depth,), (1,), (0.6, 1.0), tokens, 0.3)
+
+    def grown(
+        policy: str = "exact", factor: float = 2, shares: tuple = (75, 25), ends: tuple = (0.4, 0.6, 1.0),
+        cooled: float = 0.0, tokens: float = TOKENS[budget][0],
+    ) -> dict:  # fmt: skip
+        how = dict(grow=dict(policy=policy), after_growth=dict(mask_ramp=warmup) if policy == "msg" else new)
+        return path((round(depth / factor), depth), shares, ends, tokens, 0.6, cooled=cooled, **how)
+
+    first, *others = TOKENS[budget]
+    paths = {"from scratch": scratch(first), "exact": grown()}
     if not smoke:
-        paths["exact, early"] = grown("exact", (40, 60))
-        paths["exact, after decay"] = grown("exact", cooled=0.2)
+        paths |= {policy: grown(policy, ends=(0.6, 1.0)) for policy in ("msg", "stack", "interleave", "random")}
+        paths["exact, early"] = grown(shares=(40, 60), ends=(0.6, 1.0))
+        paths["exact, after decay"] = grown(cooled=0.2, ends=(0.6, 1.0))
+        paths |= {f"exact from depth {round(depth / factor)}": grown(factor=factor) for factor in FACTORS}
+    tables = {name: dict(config=page) for name, page in paths.items()}
+    for tokens in others:
+        own = f"from scratch, {tokens} tokens"
+        tables |= {own: dict(config=scratch(tokens), baseline=own)}
+        tables |= {f"exact, {tokens} tokens": dict(config=grown(tokens=tokens), baseline=own)}
 
     config = ConfigDict()
     config.name, config.kind, config.budget = "E2", "paths", budget
     config.title = "What does growth in depth save, by policy?"
     config.hypothesis = (
-        "A model that is deepened fourfold in mid-training by policy exact reaches the held-out loss of the same model "
+        "A model that is deepened twofold in mid-training by policy exact reaches the held-out loss of the same model "
         "trained from scratch with at most 1/1.5 of its FLOPs, those of the small model included."
     )
     config.claim = "Stacking saves about half of the compute at equal loss, and identity blocks lose 2.5 points to it."
     config.source = "arXiv 2405.15319 (G_stack)"
-    config.seeds = (0,) if smoke else (0, 1, 2)
-    rates = {} if smoke else dict(learning_rates=(4e-3, 8e-3))
+    config.seeds = (0,) if smoke else (0, 1, 2, 3, 4)
+    rates = {} if smoke else dict(learning_rates=(6e-3, 1.2e-2))
     with config.unlocked():
         config.settings = dict(baseline="from scratch", data=data(budget), tuning_seed=100)
-        config.arms = {name: dict(config=page) | rates for name, page in paths.items()}
+        config.arms = {name: table | rates for name, table in tables.items()}
     config.equal_compute = 0.1 if smoke else 0.02
     config.criteria = (
         dict(
@@ -58,10 +77,15 @@ def get_config(budget: str = "cpu") -> ConfigDict:
             says="growth by policy exact needs at most 1/1.5 of the FLOPs from scratch",
         ),
     )  # fmt: skip
+    more = " and ".join(map(str, others)) or "no other number"
     config.notes = (
+        f"From scratch sees {first} tokens per parameter; the arms that name a number of tokens are of {more}, and are "
+        "compared with from scratch of that number.",
+        f"Models become {depth} layers deep: from {depth // 2} (twofold) where the arm does not name another depth. "
+        "stack repeats the whole stack, interleave puts each copy beside its source; both change the function.",
         "Tokens before and after the growth: 75 to 25, 40 to 60 where it is early. After decay: the rate falls to 0 in "
-        "the last fifth of the small model's steps, and starts at its peak again behind the growth.",
-        "From one layer, interleaving copies is the same as stacking them.",
-        "Moments are kept; new parameters warm up over 100 steps, or their masks rise (msg).",
+        "the last fifth of the small model's steps, and starts at its peak again behind the growth. In the large model "
+        "it falls over 60% of the steps, from scratch over 30%.",
+        f"Moments are kept; new parameters warm up over {warmup} steps, or their masks rise (msg).",
     )
     return config

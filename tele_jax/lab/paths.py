@@ -4,7 +4,7 @@ An arm is a table with `config`, the page of an ordinary run, whose training sta
 of `data` that they have themselves. Every job runs it as `tele train` does, with the seed of the job added to that of
 each stage, and leaves it as page.py, so that anybody can run it by hand. A stage that no later one continues (`after`)
 is a finished branch: its loss is held against the FLOPs of all stages that lead to it. settings.baseline names the arm
-that others are compared with.
+that others are compared with; `baseline` of an arm another one, which names itself.
 
 learning_rates of an arm: each is tried at settings.tuning_seed on the path to the first branch, and the one with the
 least loss is taken for all seeds. settings.data is a table of data, with vocab_size in the place of the tokenizer where
@@ -56,10 +56,13 @@ SEEDS_APART = 1000  # between the seeds of two jobs, so that no stage of one has
 def compute(study: Study) -> dict[str, float]:
     """The planned FLOPs of every arm up to its last branch. Raises UserError for an arm that is no run."""
     baseline = study.settings.get("baseline")
-    check_keys(study, ("baseline", "data", "tuning_seed"), ("config", "learning_rates"))
+    check_keys(study, ("baseline", "data", "tuning_seed"), ("config", "learning_rates", "baseline"))
     require(baseline in study.arms, f"config.settings.baseline={baseline!r} is no arm of the study")
     planned = {}
     for arm in study.arms:
+        other = _baseline(study, arm)
+        own = isinstance(other, str) and other in study.arms and _baseline(study, other) == other
+        require(own, f"config.arms.{arm}.baseline={other!r} is no arm of the study that is its own baseline")
         with prefixed(f"config.arms.{arm}: "):
             _rates(study, arm)
             config = run_config(job_page(study, arm, study.seeds[0], Path("text")))
@@ -79,6 +82,16 @@ def check_keys(study: Study, settings: Sequence[str], arms: Sequence[str]) -> No
     for arm, table in study.arms.items():
         for key in table:
             require_known(key, arms, f"config.arms.{arm}.{key}: unknown key")
+
+
+def _baseline(study: Study, arm: str) -> str:
+    """The arm that one is compared with; a baseline is compared with itself."""
+    return study.arms[arm].get("baseline", study.settings["baseline"])
+
+
+def _compared(study: Study) -> list[str]:
+    """The arms that are compared with another."""
+    return [arm for arm in study.arms if _baseline(study, arm) != arm]
 
 
 def _rates(study: Study, arm: str) -> tuple[float, ...]:
@@ -263,17 +276,15 @@ def _reached(curve: Sequence[Sequence[float]], goal: float) -> float | None:
 
 
 def estimates(study: Study, results: "Results") -> dict[str, Estimate]:
-    """For every arm but the baseline, its share of FLOPs, difference and relative difference, within each seed.
+    """For every arm that is no baseline, its share of FLOPs, difference and relative difference, within each seed.
 
     The share is that of the baseline's FLOPs at which the arm has the held-out loss of the finished baseline: between
     finished branches by a straight line, and no less than the FLOPs of the first branch. An arm that does not get there
     needs at least as much as it took. The differences are those of the losses of the last branches.
     """
-    baseline, found = study.settings["baseline"], {}
-    for arm in study.arms:
-        if arm == baseline:
-            continue
-        pairs = [(results[baseline][seed], results[arm][seed]) for seed in study.seeds]
+    found = {}
+    for arm in _compared(study):
+        pairs = [(results[_baseline(study, arm)][seed], results[arm][seed]) for seed in study.seeds]
         needed = [_reached(other["branches"], base["branches"][-1][1]) for base, other in pairs]
         shares = [(other["flops"] if at is None else at) / base["flops"] for at, (base, other) in zip(needed, pairs)]
         unit = "of the baseline's FLOPs"
@@ -288,14 +299,12 @@ def estimates(study: Study, results: "Results") -> dict[str, Estimate]:
 
 def names(study: Study) -> list[str]:
     """The names of the estimates."""
-    arms = [arm for arm in study.arms if arm != study.settings["baseline"]]
-    return [kind + arm for arm in arms for kind in (SHARE, DIFFERENCE, PERCENT)]
+    return [kind + arm for arm in _compared(study) for kind in (SHARE, DIFFERENCE, PERCENT)]
 
 
 def rows(study: Study, results: "Results") -> tuple[list[str], list[list[str]]]:
     """A row per arm: its longest path, its learning rates, FLOPs and loss, and how it compares with the baseline."""
     found, lines = estimates(study, results), []
-    whole = next(iter(results[study.settings["baseline"]].values()))["flops"]
     for arm, seeds in results.items():
         first = next(iter(seeds.values()))
         path = " -> ".join(f"{s['parameters'] / 1e3:,.0f}k: {s['tokens'] / 1e6:.2f}M" for s in _joined(first["stages"]))
@@ -304,6 +313,7 @@ def rows(study: Study, results: "Results") -> tuple[list[str], list[list[str]]]:
         final: Any = np.mean([result["branches"][-1][1] for result in seeds.values()])
         kinds = (DIFFERENCE, PERCENT, SHARE)
         compared = [shown(figures(found[kind + arm])) if kind + arm in found else "" for kind in kinds]
+        whole = next(iter(results[_baseline(study, arm)].values()))["flops"]
         flops = f"{first['flops']:.3e} ({first['flops'] / whole:.3g})"
         lines.append([arm, path, tuned, flops, f"{final:.4f}", *compared])
     header = ["arm", "parameters: tokens of each stage", "learning rate of those tried (loss at the seed apart)"]
@@ -329,7 +339,7 @@ def picture(study: Study, results: "Results") -> "Figure":
     The left has all finished branches, with their mean over seeds as a line; where no arm has more than one, the path
     of the first seed. The right has shares of FLOPs, or relative differences where no criterion asks for a share.
     """
-    figure, baseline = plots.new_figure(4.8), study.settings["baseline"]
+    figure = plots.new_figure(max(4.8, 0.5 * len(results)))
     losses, compared = figure.subplots(1, 2, width_ratios=(3, 2))
     finished = any(len(result["branches"]) > 1 for seeds in results.values() for result in seeds.values())
     colors = {arm: plots.CYCLE[i % len(plots.CYCLE)] for i, arm in enumerate(results)}
@@ -340,8 +350,9 @@ def picture(study: Study, results: "Results") -> "Figure":
         losses.plot(*ends.mean(0).T, label=arm, marker="o" if finished else None, **style)
         if finished:
             losses.plot(*ends.reshape(-1, 2).T, ".", color=colors[arm], markersize=4, alpha=0.5)
-    goal = np.mean([result["branches"][-1][1] for result in results[baseline].values()])
-    losses.axhline(goal, color=plots.INK, linestyle="--", linewidth=1, label=f"end of {baseline}")
+    for baseline in dict.fromkeys(_baseline(study, arm) for arm in results):
+        goal = np.mean([result["branches"][-1][1] for result in results[baseline].values()])
+        losses.axhline(goal, color=colors[baseline], linestyle="--", linewidth=1, label=f"end of {baseline}")
     kind = f"finished; line: mean of {len(study.seeds)} seeds" if finished else f"seed {study.seeds[0]}"
     losses.set(xlabel="training FLOPs (model FLOPs)", ylabel=f"held-out text, bits per byte\n({kind})")
     _compare(compared, study, results, colors)
@@ -353,10 +364,11 @@ def picture(study: Study, results: "Results") -> "Figure":
 
 
 def _compare(axes: Any, study: Study, results: "Results", colors: dict[str, str]) -> None:
-    """Draws a bar per arm but the baseline: its share of FLOPs or relative difference, with its interval."""
-    baseline, found = study.settings["baseline"], estimates(study, results)
+    """Draws a bar per arm that is no baseline: its share of FLOPs or relative difference, with its interval."""
+    found, bases = estimates(study, results), {_baseline(study, arm) for arm in results}
+    baseline = bases.pop() if len(bases) == 1 else "its baseline"
     kind = SHARE if any(criterion.estimate.startswith(SHARE) for criterion in study.criteria) else PERCENT
-    needed = {arm: figures(found[kind + arm]) for arm in results if arm != baseline}
+    needed = {arm: figures(found[kind + arm]) for arm in _compared(study)}
     for place, (arm, told) in enumerate(needed.items()):
         low, high = told["interval"] or (told["mean"], told["mean"])
         axes.barh(place, told["mean"], color=colors[arm], height=0.5)

@@ -42,7 +42,8 @@ class Study:
     arms: dict[str, dict[str, Any]]  # settings of each arm, as the kind reads them
     criteria: tuple[Criterion, ...]  # all have to hold for the verdict "confirmed"
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # those that all arms share
-    # Largest relative difference of the planned FLOPs of two arms; None: the study does not compare at equal compute.
+    # Largest relative difference of the planned FLOPs of two arms with one `baseline`; None: the study does not compare
+    # at equal compute.
     equal_compute: float | None = None
     overrides: tuple[str, ...] = ()  # changes to the page, as the command had them
     notes: tuple[str, ...] = ()  # what a reader of the report has to know, such as what was not tuned
@@ -82,11 +83,14 @@ def read_study(page: Mapping[str, Any] | ConfigDict) -> Study:
     for criterion in study.criteria:
         name = criterion.estimate
         require_known(name, study.module.names(study), f"config.criteria: there is no estimate {name!r}")
-    if study.equal_compute is not None and flops:
-        least, most = min(flops, key=flops.__getitem__), max(flops, key=flops.__getitem__)
+    compared: dict[str | None, dict[str, float]] = {}  # those with one baseline
+    for arm, spent in flops.items() if study.equal_compute is not None else ():
+        compared.setdefault(study.arms.get(arm, {}).get("baseline"), {})[arm] = spent
+    for group in compared.values():
+        least, most = min(group, key=group.__getitem__), max(group, key=group.__getitem__)
         require(
-            flops[most] <= flops[least] * (1 + study.equal_compute),
-            f"config.arms: {most} takes {flops[most]:.4g} FLOPs and {least} {flops[least]:.4g}, more than "
+            group[most] <= group[least] * (1 + (study.equal_compute or 0)),
+            f"config.arms: {most} takes {group[most]:.4g} FLOPs and {least} {group[least]:.4g}, more than "
             f"equal_compute={study.equal_compute:g} allows; change their steps",
         )
     return study

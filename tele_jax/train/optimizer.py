@@ -70,7 +70,7 @@ def _only(new: Mapping[str, Any], leaves: Mapping[str, ParamSpec], inner: Any) -
 
 
 def scale_by_adam(spec: Params, config: OptimizerConfig, unread: Collection[str] = ()) -> optax.GradientTransformation:
-    """Adam (arXiv 1412.6980) whose bias correction counts the steps of each entry since it was born.
+    """Adam (arXiv 1412.6980) whose bias correction counts the steps of each entry since it was born, or of all.
 
     An entry is as young as its youngest unit. 1 - beta^age and the warm-up both rise with age, so the smallest factor
     over the axes of a leaf is the entry's: vectors, broadcast, and nothing of the size of the parameters.
@@ -91,8 +91,10 @@ def scale_by_adam(spec: Params, config: OptimizerConfig, unread: Collection[str]
         count = state.count + 1
         # A unit that is not born yet has no gradient: any age above 0 gives it a step of 0.
         age = {axis: jnp.maximum(count - born, 1).astype(jnp.float32) for axis, born in state.born.items()}
-        first = {axis: 1 - config.beta1**a for axis, a in age.items()}
-        second = {axis: 1 - config.beta2**a for axis, a in age.items()}
+        whole = config.bias_correction == "state"
+        steps_of = {axis: count.astype(jnp.float32) if whole else a for axis, a in age.items()}
+        first = {axis: 1 - config.beta1**a for axis, a in steps_of.items()}
+        second = {axis: 1 - config.beta2**a for axis, a in steps_of.items()}
         if config.new_warmup_steps:
             # Units that were there from the start (born 0) follow the schedule's own warm-up alone.
             new = {axis: born > 0 for axis, born in state.born.items()}

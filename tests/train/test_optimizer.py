@@ -93,6 +93,22 @@ def test_units_born_by_growth_count_their_own_steps():
     np.testing.assert_allclose(step[old], expected, rtol=2e-4, atol=1e-5)
 
 
+def test_with_the_count_of_the_state_new_entries_are_as_in_optax():
+    config = OptimizerConfig(learning_rate=1.0, beta2=0.999, clip_norm=1e9, bias_correction="state")
+    large, params = CFG.replace(mlp_dim=15, num_layers=3), tele.init(CFG, jax.random.key(0))
+    plan, tx = growth.plan(CFG, large, layers="last"), optimizer(CFG, config, constant)
+    state = tx.init(params)
+    for i in range(50):
+        _, state = tx.update(gradients_like(params, i), state, params)
+    state, big = growth.apply_opt(plan, state), growth.apply(plan, params)
+    count, mu, nu, _ = adam_state(state)
+    gradients = gradients_like(big, 99)
+    updates, _ = optimizer(large, config, constant).update(gradients, state, big)
+    expected, _ = optax.scale_by_adam(b1=0.9, b2=0.999).update(gradients, optax.ScaleByAdamState(count, mu, nu))
+    for name, leaf in flatten(updates).items():
+        np.testing.assert_allclose(leaf, -flatten(expected)[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
 def test_new_units_warm_up_alone():
     config = OptimizerConfig(learning_rate=1.0, clip_norm=1e9, new_warmup_steps=4)
     large = CFG.replace(mlp_dim=15)
