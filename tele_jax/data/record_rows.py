@@ -368,7 +368,7 @@ class RecordBatches(Batches):
         """Returns at most int32[num_rows, num_tokens] of rows of the first pairs to train on."""
         name, count = next(iter(self.store.rows.items()))
         count = min(num_rows, count)
-        # A pair may have a row for each of its two answers.
+        # The answers of `count` pairs may stand in twice as many rows, see PairStage.rows.
         return self.store.read([name] * count, list(range(count)))["tokens"][:num_rows, :num_tokens]
 
     def held_out_store(self, domain: str) -> RecordRows:

@@ -324,7 +324,8 @@ def test_the_reference_is_computed_again_where_anything_in_its_key_changes(place
 
 
 def test_a_sample_has_at_most_the_rows_that_were_asked_for(place):
-    batches = RecordBatches(read_stage(stage(place, "reward"), "config.own"), "pairs", sources.Indexes())
+    made = read_stage(stage(place, "reward", rows=16), "config.own")  # of 8 pairs: every answer has a row of its own
+    batches = RecordBatches(made, "pairs", sources.Indexes())
     one, some, all_of_them = (batches.sample(rows, 6) for rows in (1, 3, 10**6))
     assert one.shape == (1, 6) and some.shape == (3, 6) and 3 < len(all_of_them) < 10**6
     np.testing.assert_array_equal(some[:1], one)
