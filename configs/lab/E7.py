@@ -83,6 +83,7 @@ def get_config(budget: str = "cpu") -> ConfigDict:
         "sampled: layers are drawn with a probability in proportion to 1 / distance; random: with equal ones. The "
         "distance is 1 - cosine on held-out text; the one that Tele-FLM used is not published.",
         "The finished loss is the mean of two ends, which part after the last probe and read the text in other orders. "
-        "The rank correlation of the two ends is the most that a probe could reach for one of them.",
+        "The rank correlation of the two ends says how much of a finished rank belongs to the choice and not to the "
+        "order of the text; where it is low, no probe can predict the rank.",
     )
     return config

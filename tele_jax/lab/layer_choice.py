@@ -10,8 +10,8 @@ choice of layers, as a branch that goes on `after` the source. Choices are
 
 Draws are made from the seed of the job, copy a layer at most once, and repeat no choice; choices by rule that name the
 same layers are carried out once. Held-out loss is read right after the growth, after every stage that another one
-continues (the probes), and after the last ones (the ends), whose mean is the finished loss of the choice. Ends that
-differ in the order of their data alone say how far a rank could be predicted at all.
+continues (the probes), and after the last ones (the ends), whose mean is the finished loss of the choice. Two ends that
+differ in the order of their data alone say how much of a finished rank belongs to the choice.
 """
 
 import dataclasses

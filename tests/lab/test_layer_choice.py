@@ -128,3 +128,6 @@ def test_e7_grows_one_source_by_every_choice(tmp_path, monkeypatch):
         assert receipt["source"]["path"] == str(job / "run" / "source" / "checkpoints" / "2")
     assert len({tuple(probes) for probes in found["probes"].values()}) == 3
     assert "**Verdict at the budget `smoke`: not confirmed.**" in (out / "page.md").read_text()
+    (job / "result.json").unlink()  # stopped before it was written: the stages are there, and the same is found again
+    assert main(["lab", "run", "E7", "--budget", "smoke", "--out", str(out)]) == 0
+    assert json.loads((job / "result.json").read_text())["found"] == found
