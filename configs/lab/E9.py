@@ -47,9 +47,11 @@ def get_config(budget: str = "cpu") -> ConfigDict:
         "from scratch": path([large], (1,), (1.0,) if smoke else (0.4, 1.0), 6e-3, decay=0.3),
         "grown on all axes": path([SMALL[budget], large], **grown),
     }
+    claimed = ["grown on all axes"] if smoke else ["grown on all axes", "stacked"]
     if not smoke:
         half = large | dict(num_layers=large["num_layers"] // 2)
         paths["stacked"] = path([half, large], **grown, grow=dict(policy="stack"))
+        paths["from scratch, rate of grown"] = path([large], (1,), (1.0,), grown["rate"], decay=0.3)
 
     config = ConfigDict()
     config.name, config.kind, config.budget = "E9", "forgetting", budget
@@ -63,7 +65,7 @@ def get_config(budget: str = "cpu") -> ConfigDict:
         "fine-tuning tasks than one without growth."
     )
     config.source = "arXiv 2509.01213 (Mitigating Catastrophic Forgetting in Continual Learning through Model Growth)"
-    config.seeds = (0,) if smoke else (0, 1, 2, 3, 4)
+    config.seeds = (0,) if smoke else (0, 1, 2, 3)
     tuning = {key: value for key, value in stage.items() if key != "optimizer"} | dict(
         steps=TUNING[budget], reset_optimizer=True, schedule=dict(kind="linear", warmup=warmup // 2, final=0.0)
     )
@@ -79,7 +81,7 @@ def get_config(budget: str = "cpu") -> ConfigDict:
     }
     config.criteria = tuple(
         dict(estimate=f"{how}: {arm}", side="below", threshold=0.0, says=f"{arm} forgets less than from scratch {says}")
-        for arm in list(paths)[1:]
+        for arm in claimed
         for how, says in compared.items()
     )
     config.notes = (
@@ -91,6 +93,7 @@ def get_config(budget: str = "cpu") -> ConfigDict:
         "a Chinese character is three bytes, whose tokens training has hardly seen: before, they cost more than 8 "
         "bits. Fine-tuning trains all parameters, with new moments; the rate falls to 0.",
         "The learning rates of training are those that E5 chose: 0.006 from scratch, 0.012 grown; stacked has that of "
-        "grown.",
+        "grown. A higher one leaves larger weights, which the same fine-tuning moves less: the arm from scratch at the "
+        "rate of grown says how much of a difference that is.",
     )
     return config

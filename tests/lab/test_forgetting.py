@@ -29,7 +29,7 @@ def branch(old, new, forgotten, gained):
 def test_arms_are_compared_at_equal_compute_gain_and_loss_within_a_seed():
     study = study_of("seeds=(0, 1)")
     gained, curve = np.array([0.5, 1.0, 2.0, 1.5]), lambda gain: 0.1 * gain**2
-    results = {"from scratch": {}, "grown on all axes": {}, "stacked": {}}
+    results = {arm: {} for arm in study.arms}
     for seed in (0, 1):
         # From scratch forgets 0.3 in the mean at a loss of 3, and 0.2 less for every bit that its loss is higher.
         early = branch(3.5, 6.0, [0.2] * 4, gained)
@@ -37,6 +37,7 @@ def test_arms_are_compared_at_equal_compute_gain_and_loss_within_a_seed():
         results["from scratch"][seed] = {"branches": [early, late]}
         results["grown on all axes"][seed] = {"branches": [branch(3.25, 5.9, curve(gained + seed), gained + seed)]}
         results["stacked"][seed] = {"branches": [branch(2.5, 5.9, [0.0] * 4, [0.1, 0.2, 0.3, 0.4])]}
+        results["from scratch, rate of grown"][seed] = {"branches": [late]}
     found = forgetting.estimates(study, results)
     assert sorted(found) == sorted(forgetting.names(study))
     mean = np.array([np.mean(curve(gained)), np.mean(curve(gained + 1))])
@@ -50,8 +51,10 @@ def test_arms_are_compared_at_equal_compute_gain_and_loss_within_a_seed():
     np.testing.assert_allclose(found["forgetting at equal gain: grown on all axes"].values, np.array(arm) - base)
     # 90% of 0.4: from scratch on the way from nothing to its first rate.
     np.testing.assert_allclose(found["forgetting at equal gain: stacked"].values, [-0.1 * 0.36 / 0.5] * 2)
+    for kind in ("forgetting", "gain", "forgetting at equal gain", "forgetting at equal loss"):
+        np.testing.assert_allclose(found[f"{kind}: from scratch, rate of grown"].values, [0, 0], atol=1e-12)
     header, rows = forgetting.rows(study, results)
-    assert [row[0] for row in rows] == ["from scratch", "from scratch", "grown on all axes", "stacked"]
+    assert [row[0] for row in rows] == ["from scratch", *study.arms]
     assert all(len(row) == len(header) for row in rows)
     assert len(forgetting.picture(study, results).axes) == 2
 
