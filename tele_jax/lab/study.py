@@ -85,7 +85,8 @@ def read_study(page: Mapping[str, Any] | ConfigDict) -> Study:
         require_known(name, study.module.names(study), f"config.criteria: there is no estimate {name!r}")
     compared: dict[str | None, dict[str, float]] = {}  # those with one baseline
     for arm, spent in flops.items() if study.equal_compute is not None else ():
-        compared.setdefault(study.arms.get(arm, {}).get("baseline"), {})[arm] = spent
+        baseline = study.arms.get(arm, {}).get("baseline", study.settings.get("baseline"))
+        compared.setdefault(baseline, {})[arm] = spent
     for group in compared.values():
         least, most = min(group, key=group.__getitem__), max(group, key=group.__getitem__)
         require(

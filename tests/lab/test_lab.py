@@ -156,6 +156,26 @@ def test_the_rate_rises_again_behind_every_growth_and_nowhere_else():
     assert alone[0] == alone[1]  # from scratch there is no growth
 
 
+def test_an_arm_is_compared_with_the_baseline_that_it_names():
+    page = load_page(f"{ROOT}/configs/lab/E5.py:smoke")
+    short, long, grown = (
+        branched(ends, depths)[0] for ends, depths in (((200,), (4,)), ((400,), (4,)), ((400,), (1, 4)))
+    )
+    own = dict(baseline="from scratch, long")
+    page.settings.baseline, page.equal_compute, page.seeds = "from scratch", 0.05, (0,)
+    page.arms = {"from scratch": short, "from scratch, long": long | own, "grown": grown | own}
+    page.criteria = (dict(estimate="share of FLOPs: grown", side="below", threshold=1.0, says="it holds"),)
+    study = read_study(page)  # the two baselines differ in compute, and those that are compared do not
+    ends = {"from scratch": (200, 3.0), "from scratch, long": (400, 2.5), "grown": (300, 2.0)}
+    results = {arm: {0: {"flops": end[0], "branches": [end]}} for arm, end in ends.items()}
+    found = {name: estimate.values for name, estimate in paths.estimates(study, results).items()}
+    grown = {"share of FLOPs: grown": [0.75], "difference: grown": [-0.5], "relative difference: grown": [-20.0]}
+    assert found == {name: pytest.approx(values) for name, values in grown.items()}
+    page.arms["grown"].baseline = "from scratch"
+    with pytest.raises(UserError, match=r"grown takes .* FLOPs and from scratch .*, more than equal_compute=0.05"):
+        read_study(page)
+
+
 def test_finished_branches_decide_and_rates_are_tuned_at_a_seed_apart(tmp_path, monkeypatch):
     """Training is stood in for: a loss falls with the steps before it, and is higher with the wrong rate."""
     (scratch, step), (grown, _) = branched((200,), (4,), (0.1, 0.3)), branched((50, 100, 200))
