@@ -123,4 +123,7 @@ def picture(study: Study, results: "Results") -> "Figure":
     seed, panels = study.seeds[0], {}
     for what, label in zip(COUNTED, ("dead: no gradient in a leaf", "locked: equal to another unit")):
         panels[f"units\n{label}"] = {arm: (seeds[seed]["steps"], seeds[seed][what]) for arm, seeds in results.items()}
-    return plots.loss(panels, x_label="steps after the growth", title=study.title)
+    figure = plots.loss(panels, x_label="steps after the growth (linear up to 1, then logarithmic)", title=study.title)
+    for axes in figure.axes:
+        axes.set_xscale("symlog", linthresh=1)
+    return figure
