@@ -22,7 +22,7 @@ FACTORS = (1.25, 10)  # of the depth, beside 2, by policy exact
 
 def get_config(budget: str = "cpu") -> ConfigDict:
     smoke, width, depth = budget == "smoke", WIDTH[budget], DEPTH[budget]
-    stage, warmup = stage_of(budget), 2 if smoke else 30
+    stage, warmup = stage_of(budget), 2 if smoke else 50
     shared = model(budget) | dict(embed_dim=width, num_heads=width // 8, mlp_dim=8 * width // 3)
     full = ModelConfig(**shared, num_layers=depth)
     new = dict(optimizer=stage["optimizer"] | dict(new_warmup_steps=warmup))
