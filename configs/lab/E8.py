@@ -64,9 +64,16 @@ def get_config(budget: str = "cpu") -> ConfigDict:
             says="at the rate that is best for the smallest width, the largest is within 0.5% of its best loss",
         ),
     )  # fmt: skip
-    predicts = dict(
-        estimate="prediction", side="below", threshold=0.5,
-        says="the loss at 4 times the largest fitted width is predicted within 0.5%",
+    predicts = tuple(
+        dict(
+            estimate="prediction", side=side, threshold=threshold,
+            says=f"the loss at 4 times the largest fitted width is predicted within 0.5%: {side} {threshold:g}%",
+        )
+        for side, threshold in (("below", 0.5), ("above", -0.5))
     )  # fmt: skip
-    config.criteria = transfers if smoke else (*transfers, predicts)
+    config.criteria = transfers if smoke else (*transfers, *predicts)
+    config.notes = (
+        "Until 2026-11-30 figures were taken within each seed, where the best of seven rates is partly the luckiest: "
+        "the excess of muP was then 1.4% and 1.7% in two seeds whose means have none.",
+    )
     return config

@@ -17,7 +17,7 @@ import functools
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -217,70 +217,105 @@ def names(study: Study) -> list[str]:
 
 
 def estimates(study: Study, results: "Results") -> dict[str, Estimate]:
-    """Per family "shift", "excess" and "difference", and "prediction" of a family with one rate, within each seed.
+    """Per family "shift", "excess" and "difference", and "prediction" of a family with one rate, of means over seeds.
 
     The shift is that of the best rate from the smallest width to the largest, in factors of 2 and without its sign. The
     excess is the loss of the largest width at the point of the grid that is best for the smallest, over its best.
-    The difference is the best loss of the largest width minus that of the reference.
+    The difference is the best loss of the largest width minus that of the reference. A prediction is off by its
+    distance to the loss found, with its sign.
+
+    All are functions of the losses' means over seeds: within one, the best of several rates is partly the luckiest.
+    The values are those of the jackknife, n f(all) - (n - 1) f(all but one), whose mean has an interval by Student's t.
     """
     found, families = {}, _families(study)
-    reference = study.settings["reference"]
     for family, arms in families.items():
-        runs = {width: [results[arm][seed] for seed in study.seeds] for width, arm in arms.items()}
-        small, large = runs[min(runs)], runs[max(runs)]
-        if len(small[0]["rates"]) == 1:
-            errors = [100 * _prediction({width: run[i] for width, run in runs.items()})[1] for i in range(len(small))]
-            found[family] = Estimate(errors, "percent of the loss")
+        first: Any = results[next(iter(arms.values()))]
+        if len(first[study.seeds[0]]["rates"]) == 1:
+            off = functools.partial(_off, arms, results)
+            found[family] = Estimate(_jackknife(off, study.seeds), "percent of the loss")
             continue
-        ends = [[_best(run["rates"], run["losses"]) for run in both] for both in zip(small, large)]
-        found[f"shift: {family}"] = Estimate([abs(b[0] - a[0]) for a, b in ends], "factors of 2")
-        excess = [
-            100 * (run["losses"][run["rates"].index(_grid_best(first))] / best[1] - 1)
-            for first, run, (_, best) in zip(small, large, ends)
-        ]
-        found[f"excess: {family}"] = Estimate(excess, "percent of the best loss")
-        other = results[families[reference][max(runs)]]
-        least = [_best(other[seed]["rates"], other[seed]["losses"])[1] for seed in study.seeds]
-        found[f"difference: {family}"] = Estimate([b[1] - at for (_, b), at in zip(ends, least)], "nats per byte")
+        reference = families[study.settings["reference"]]
+        for what, unit in UNITS.items():
+            measured = functools.partial(MEASURES[what], arms, reference, results)
+            found[f"{what}: {family}"] = Estimate(_jackknife(measured, study.seeds), unit)
     return found
 
 
+def _jackknife(measured: Callable[[Sequence[int]], float], seeds: Sequence[int]) -> list[float]:
+    """Values of the jackknife, whose mean estimates what is measured on all seeds.
+
+    >>> _jackknife(lambda seeds: sum(seeds) / len(seeds), [1, 2, 6])
+    [1.0, 2.0, 6.0]
+    """
+    number, whole = len(seeds), measured(seeds)
+    if number == 1:
+        return [whole]
+    return [number * whole - (number - 1) * measured([s for s in seeds if s != left_out]) for left_out in seeds]
+
+
+def _mean(results: "Results", arm: str, seeds: Sequence[int]) -> Table:
+    """The result of an arm with the means of its losses over seeds; a loss that is not finite stays so."""
+    runs = [results[arm][seed] for seed in seeds]
+    losses = [[math.inf if loss is None else loss for loss in run["losses"]] for run in runs]
+    return runs[0] | {"losses": np.mean(losses, axis=0).tolist()}
+
+
+def _ends(arms: dict[int, str], results: "Results", seeds: Sequence[int]) -> tuple[Table, Table]:
+    return _mean(results, arms[min(arms)], seeds), _mean(results, arms[max(arms)], seeds)
+
+
+def _shift(arms, reference, results: "Results", seeds: Sequence[int]) -> float:
+    del reference
+    small, large = (_best(run["rates"], run["losses"])[0] for run in _ends(arms, results, seeds))
+    return abs(large - small)
+
+
+def _excess(arms, reference, results: "Results", seeds: Sequence[int]) -> float:
+    del reference
+    small, large = _ends(arms, results, seeds)
+    return 100 * (large["losses"][large["rates"].index(_grid_best(small))] / min(large["losses"]) - 1)
+
+
+def _difference(arms, reference, results: "Results", seeds: Sequence[int]) -> float:
+    own, other = (_mean(results, of[max(of)], seeds)["losses"] for of in (arms, reference))
+    return min(own) - min(other)
+
+
+def _off(arms: dict[int, str], results: "Results", seeds: Sequence[int]) -> float:
+    fit, size, truth = _prediction({width: _mean(results, arm, seeds) for width, arm in arms.items()})
+    return 100 * (fit.at(size)[0] / truth - 1)
+
+
+UNITS = {"shift": "factors of 2", "excess": "percent of the best loss", "difference": "nats per byte"}
+MEASURES = {"shift": _shift, "excess": _excess, "difference": _difference}
+
+
 def _grid_best(run: Table) -> float:
-    losses = [math.inf if loss is None else loss for loss in run["losses"]]
-    return run["rates"][int(np.argmin(losses))]
+    return run["rates"][int(np.argmin(run["losses"]))]
 
 
-def _prediction(runs: dict[int, Table]) -> tuple[predict.Fit, float]:
-    """The fit over the small widths of one seed, and the relative error of what it says of the largest."""
+def _prediction(runs: dict[int, Table]) -> tuple[predict.Fit, float, float]:
+    """The fit over the small widths, the size of the largest, in millions of parameters, and the loss found there."""
     largest = max(runs)
     points = [(run["parameters"] / 1e6, run["losses"][0]) for width, run in runs.items() if 4 * width <= largest]
-    fit = predict.fit(points)
-    truth = runs[largest]["losses"][0]
-    return fit, abs(fit.at(runs[largest]["parameters"] / 1e6)[0] / truth - 1)
+    return predict.fit(points), runs[largest]["parameters"] / 1e6, runs[largest]["losses"][0]
 
 
 def rows(study: Study, results: "Results") -> tuple[list[str], list[list[str]]]:
     """A row per arm: its best rate, and its losses there and at the best rate of the family's smallest width."""
     lines = []
     for family, arms in _families(study).items():
-        first: Any = results[next(iter(arms.values()))]
+        kept = _grid_best(_mean(results, next(iter(arms.values())), study.seeds))
         for width, arm in arms.items():
-            runs = [results[arm][seed] for seed in study.seeds]
-            best = [_best(run["rates"], run["losses"]) for run in runs]
-            kept = [run["losses"][run["rates"].index(_grid_best(first[s]))] for s, run in zip(study.seeds, runs)]
-            log_rates = ", ".join(f"{rate:.2f}" for rate, _ in best)
-            lines.append(
-                [
-                    family,
-                    str(width),
-                    f"{runs[0]['parameters']:,}",
-                    log_rates if len(runs[0]["rates"]) > 1 else f"{math.log2(runs[0]['rates'][0]):g}, given",
-                    f"{np.mean([loss for _, loss in best]):.4f}",
-                    f"{np.mean(kept):.4f}",
-                ]
-            )
-    header = ["family", "width", "parameters", "log2 of the best rate, by seed", "best loss, nats per byte"]
-    return [*header, "loss at the best rate of the smallest width"], lines
+            mean = _mean(results, arm, study.seeds)
+            rates, losses = mean["rates"], mean["losses"]
+            by_seed = ", ".join(f"{_best(rates, results[arm][seed]['losses'])[0]:.2f}" for seed in study.seeds)
+            given = [f"{math.log2(rates[0]):g}, given", ""]
+            best = given if len(rates) == 1 else [f"{_best(rates, losses)[0]:.2f}", by_seed]
+            found = [f"{min(losses):.4f}", f"{losses[rates.index(kept)]:.4f}"]
+            lines.append([family, str(width), f"{mean['parameters']:,}", *best, *found])
+    header = ["family", "width", "parameters", "log2 of the best rate", "by seed", "best mean loss, nats per byte"]
+    return [*header, "mean loss at the best rate of the smallest width"], lines
 
 
 def picture(study: Study, results: "Results") -> "Figure":
