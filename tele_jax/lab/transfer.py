@@ -225,7 +225,7 @@ def estimates(study: Study, results: "Results") -> dict[str, Estimate]:
     distance to the loss found, with its sign.
 
     All are functions of the losses' means over seeds: within one, the best of several rates is partly the luckiest.
-    The values are those of the jackknife, n f(all) - (n - 1) f(all but one), whose mean has an interval by Student's t.
+    The interval is by the jackknife: a seed's value is f(all) + (n - 1) (mean of f(all but one) - f(all but this one)).
     """
     found, families = {}, _families(study)
     for family, arms in families.items():
@@ -242,15 +242,17 @@ def estimates(study: Study, results: "Results") -> dict[str, Estimate]:
 
 
 def _jackknife(measured: Callable[[Sequence[int]], float], seeds: Sequence[int]) -> list[float]:
-    """Values of the jackknife, whose mean estimates what is measured on all seeds.
+    """A value per seed whose mean is what is measured on all seeds, and whose spread is that of the jackknife.
 
     >>> _jackknife(lambda seeds: sum(seeds) / len(seeds), [1, 2, 6])
     [1.0, 2.0, 6.0]
     """
-    number, whole = len(seeds), measured(seeds)
+    whole, number = measured(seeds), len(seeds)
     if number == 1:
         return [whole]
-    return [number * whole - (number - 1) * measured([s for s in seeds if s != left_out]) for left_out in seeds]
+    without = [measured([s for s in seeds if s != left_out]) for left_out in seeds]
+    middle = sum(without) / number
+    return [whole + (number - 1) * (middle - one) for one in without]
 
 
 def _mean(results: "Results", arm: str, seeds: Sequence[int]) -> Table:
