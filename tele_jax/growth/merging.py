@@ -115,7 +115,7 @@ def merge(
       how: weights, t, density, scale, scope, slices: see `Recipe`.
 
     The result has the dtypes of the trees. After passthrough it has as many layers as the slices together; the
-    table is that of the first slice's model, the last norm and the head are those of the last slice's.
+    table, with its norm, is that of the first slice's model, the last norm and the head are those of the last slice's.
 
     >>> cfg = ModelConfig(num_layers=1, embed_dim=2, num_heads=1, mlp_dim=2, vocab_size=3)
     >>> trees = [unflatten({n: np.full(s.shape, x) for n, s in flat_spec(cfg).items()}) for x in (1.0, 5.0)]
@@ -226,22 +226,22 @@ class Merger:
 
     def _refuse(self, dtype: np.dtype, name: str, index: tuple[int, ...], part: tuple[slice, ...]) -> NoReturn:
         """Says why merged values are not finite: those of a model are not, or the sum is too large for the dtype."""
-        where = f"{name}{list(index) or ''}"
-        reads = [*self._reads, *([self._base] if self._base else [])]
-        for number, read in enumerate(reads):
+        for number, read in enumerate([*self._reads, *([self._base] if self._base else [])]):
             model = f"model {number}" if number < len(self._reads) else "the base"
-            require(
-                bool(np.isfinite(read(name, index, part)).all()), f"{where}: {model} holds values that are not finite"
-            )
-        raise UserError(f"{where}: merged values are too large for {dtype}; choose a smaller scale or weights")
+            known = bool(np.isfinite(read(name, index, part)).all())
+            require(known, f"{name}{list(index) or ''}: {model} (counted from 0) holds values that are not finite")
+        advice = "; choose weights of one sign" if self.recipe.method == "linear" else "; choose a smaller scale"
+        raise UserError(f"{name}{list(index) or ''}: merged values are too large for {dtype}{advice}")
 
     def _merged(self, name: str, index: tuple[int, ...], part: tuple[slice, ...], measured: Any) -> np.ndarray:
         if self.recipe.method == "passthrough":
             if index:
                 model, layer = self._sources[index[0]]
                 return self._reads[model](name, (layer,), part)
-            reads_stream = "embed" in self.spec[name].inputs  # the last norm and the head, which follow the last layer
-            return self._reads[self._sources[-1 if reads_stream else 0][0]](name, (), part)
+            enters = (
+                "embed" in self.spec[name].outputs
+            )  # the table and its norm; the last norm and the head follow layers
+            return self._reads[self._sources[0 if enters else -1][0]](name, (), part)
         if self._base is None:
             weights = self._weights if self.recipe.method == "linear" else measured
             return _sum((weight, read(name, index, part)) for weight, read in zip(weights, self._reads) if weight)
@@ -271,15 +271,17 @@ class Merger:
     def _arc(self, group: Sequence[Tensor]) -> tuple[float, float]:
         """The factors of slerp on both models: sin((1 - t) w) / sin(w) and sin(t w) / sin(w), w the angle between."""
         t, dot, first, second = float(self.recipe.t or 0), 0.0, 0.0, 0.0
-        for a, b in self._blocks(group, *self._reads):
-            dot, first, second = dot + float((a * b).sum()), first + float((a * a).sum()), second + float((b * b).sum())
+        with np.errstate(over="ignore", invalid="ignore"):
+            for a, b in self._blocks(group, *self._reads):
+                dot, first = dot + float((a * b).sum()), first + float((a * a).sum())
+                second += float((b * b).sum())
         norm = math.sqrt(first) * math.sqrt(second)
         cosine = dot / norm if norm else 1.0
-        if cosine > _STRAIGHT or t in (0, 1) or math.isnan(cosine):  # values that are not finite are refused in fill
+        name = f"slerp: {group[0][0]}{[*group[0][1]] or ''}"
+        require(math.isfinite(cosine), f"{name}: values or their squares are not finite, so that there is no angle")
+        if cosine > _STRAIGHT or t in (0, 1):
             return 1 - t, t
-        opposite = (
-            f"slerp: {group[0][0]} points in opposite directions in both models, and no arc leads from one to the"
-        )
+        opposite = f"{name} points in opposite directions in both models, and no arc leads from one to the"
         require(cosine > -_STRAIGHT, f"{opposite} other; merge them with linear")
         angle = math.acos(cosine)
         return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
@@ -298,7 +300,7 @@ class Merger:
             counts = np.zeros(2**16, np.int64)
             assert self._base is not None  # ties has one
             for values, base in self._blocks(group, read, self._base):
-                bits = _magnitude(values - base).view(np.uint32).ravel()
+                bits = _magnitude(values, base).view(np.uint32).ravel()
                 bits = bits if shift else bits[bits >> 16 == prefix >> 16]
                 counts += np.bincount((bits >> shift) & 0xFFFF, minlength=2**16)
             above = np.cumsum(counts[::-1])
@@ -308,9 +310,9 @@ class Merger:
         return np.uint32(prefix).view(np.float32)
 
 
-def _magnitude(task: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        return np.abs(task).astype(np.float32)
+def _magnitude(values: np.ndarray, base: np.ndarray | float = 0.0) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.abs(values - base).astype(np.float32)
 
 
 def _sum(terms: Any) -> np.ndarray:
