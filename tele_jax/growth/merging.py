@@ -226,7 +226,7 @@ class Merger:
 
     def _refuse(self, dtype: np.dtype, name: str, index: tuple[int, ...], part: tuple[slice, ...]) -> NoReturn:
         """Says why merged values are not finite: those of a model are not, or the sum is too large for the dtype."""
-        for number, read in enumerate([*self._reads, *([self._base] if self._base else [])]):
+        for number, read in enumerate([*self._reads, *filter(None, [self._base])]):
             model = f"model {number}" if number < len(self._reads) else "the base"
             known = bool(np.isfinite(read(name, index, part)).all())
             require(known, f"{name}{list(index) or ''}: {model} (counted from 0) holds values that are not finite")
