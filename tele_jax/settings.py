@@ -379,7 +379,7 @@ class GrowStage:
 
     kind: Literal["grow"]  # the file in stages/ that carries the stage out
     model: dict[str, Any]  # fields of the model that change
-    after: str | None = None  # earlier stage of the run whose model is grown; None: the one right before
+    after: str | None = None  # earlier training stage whose model is grown; None: the stage right before, of any kind
     policy: str = "exact"  # how new entries are made, see docs/growth.md
     layers: str | tuple[int, ...] = "uniform"  # uniform, last, middle or distance; or the source of every layer
     epsilon: Literal["scale", "keep"] = "scale"  # what becomes of the norm's epsilon, see growth.plan

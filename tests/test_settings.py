@@ -99,6 +99,28 @@ def test_a_mistake_is_named_with_its_path(path, value, match):
         run_config(config)
 
 
+def test_what_a_stage_continues_is_followed_where_the_page_has_branches():
+    """Adapters leave no moments to what goes on from them, and do not matter to a branch beside them."""
+    made = page().to_dict()
+    first = made["first"]
+    train = {key: value for key, value in first.items() if key != "model"}
+    lora, warm = train | {"lora": {"rank": 2}}, train | {"optimizer": {"learning_rate": 1e-3, "new_warmup_steps": 2}}
+    grow = made["grow"] | {"policy": "exact"}
+
+    def read(start=None, **stages):
+        return run_config({"run": [*stages], "start": start, **stages})
+
+    read(a=first, b=lora, g=grow | {"after": "a"}, c=warm)
+    read(a=first, b=lora, c=warm | {"after": "a"})
+    with pytest.raises(UserError, match=r"config\.d\.optimizer\.new_warmup_steps needs .* config\.b trains adapters"):
+        read(a=first, b=lora, c=train | {"after": "a"}, g=grow | {"after": "b"}, d=warm)
+    rule = r"config\.h\.after='g': a growth goes on after a training stage; "
+    with pytest.raises(UserError, match=rf"{rule}those before h are a; name one of them"):
+        read(a=first, g=grow, h=grow | {"after": "g"}, c=train)
+    with pytest.raises(UserError, match=rf"{rule}there is none before h; leave it out"):
+        read(g=grow, h=grow | {"after": "g"}, c=train, start="somewhere")
+
+
 def test_a_mask_ramp_in_tokens_has_to_end_within_the_tokens_of_the_stage():
     config = page()
     change(config, "second.mask_unit", "tokens")

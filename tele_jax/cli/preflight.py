@@ -23,6 +23,7 @@ from tele_jax.aot.topology import Slice, find_slice, libtpu_requirement, require
 from tele_jax.clean.settings import CleanConfig, clean_config
 from tele_jax.cli import Outcome, flag, grow, main, switch
 from tele_jax.cli.pages import load_page
+from tele_jax.config import ModelConfig
 from tele_jax.data.cache import MANIFEST
 from tele_jax.errors import UserError
 from tele_jax.files import Table
@@ -157,8 +158,9 @@ def _train(inner: argparse.Namespace, tpu: Slice | None) -> list[str]:
 
 def _fits(config: RunConfig, mesh: AbstractMesh) -> list[str]:
     """Checks models and batches against the mesh; returns the data of all stages."""
-    cfg, data = None, []
+    cfg, models, data = None, dict[str | None, ModelConfig | None](), []
     for name, stage in config.stages.items():
+        cfg = models.get(stage.after, cfg)
         try:
             if isinstance(stage, TrainStage):
                 cfg = stage.model_after(cfg)
@@ -172,6 +174,7 @@ def _fits(config: RunConfig, mesh: AbstractMesh) -> list[str]:
                     cfg.require_positions(stage.seq_len)
         except UserError as error:
             raise UserError(f"config.{name}: {error}") from None
+        models[name] = cfg
     return data
 
 

@@ -16,9 +16,11 @@ the fall on the new ones. Four comparisons within a seed:
     gain                the gains of the last branches, mean over the learning rates
 """
 
+import contextlib
 import itertools
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,14 +64,26 @@ def compute(study: Study) -> dict[str, float]:
     for arm in study.arms:
         with prefixed(f"config.arms.{arm}: "):
             page, ends = _page(study, arm, study.seeds[0], Path("text"))
-            config = run_config(page)
+            with _naming_settings():
+                config = run_config(page)
+                models, costs = paths.models_of(config), paths.costs_of(config)
             chain = next(chain for chain in paths.branches_of(config).values() if ends[-1] in chain)
-            planned[arm] = sum(paths.costs_of(config)[name] for name in chain[:-1])
-            last[arm] = paths.models_of(config)[ends[-1]]
+            planned[arm] = sum(costs[name] for name in chain[:-1])
+            last[arm] = models[ends[-1]]
     for arm, model in last.items():
         same = model.axis_sizes == last[baseline].axis_sizes
         require(same, f"config.arms.{arm}: its last branch has another size of model than that of {baseline}")
     return planned
+
+
+@contextlib.contextmanager
+def _naming_settings() -> Iterator[None]:
+    """Names, in a UserError about a stage that fine-tunes, the settings that the stage is made of."""
+    try:
+        yield
+    except UserError as error:
+        message = re.sub(r"config\.\w+_tune_\d+\b", "config.settings.tuning", str(error))
+        raise UserError(message.replace("config.settings.tuning.data.sources", "config.settings.new")) from None
 
 
 def _rates(study: Study) -> tuple[float, ...]:
@@ -80,7 +94,7 @@ def _page(study: Study, arm: str, seed: int, text: Path) -> tuple[Table, list[st
     """The page of one job, with the fine-tuning of every branch, and the last stages of the branches."""
     page, tuning = paths.job_page(study, arm, seed, text), study.settings.get("tuning")
     if not isinstance(tuning, dict) or not isinstance(tuning.get("optimizer", {}), dict):
-        raise UserError("settings.tuning: expected a table with the fields of the stages that fine-tune")
+        raise UserError("config.settings.tuning: expected a table with the fields of the stages that fine-tune")
     ends, old = list(paths.branches_of(run_config(page))), paths.sources_of(page)
     sources = _new(study, text) | {name: source | {"rate": SEEN} for name, source in old.items()}  # new ones first
     read = next(table["data"] for table in page.values() if isinstance(table, dict) and "data" in table)

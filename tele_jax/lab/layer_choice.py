@@ -73,10 +73,13 @@ def _arm(study: Study, arm: str, seed: int, text: Path) -> _Arm:
     place, growth = names.index(grows[0]), config.stages[grows[0]]
     require(place + 1 < len(names), f"config.run: no stage comes after {grows[0]}")
     assert isinstance(growth, GrowStage)
+    require("layers" not in page[grows[0]], f"config.{grows[0]}.layers: leave it out; the study chooses the layers")
     plan = plan_of(paths.models_of(config)[names[place - 1]], growth, f"config.{grows[0]}")
     layers = plan.src_cfg.num_layers, plan.dst_cfg.num_layers
     require(layers[0] < layers[1], f"config.{grows[0]}.model: num_layers does not grow; there is no layer to choose")
     chains = paths.branches_of(config)
+    for end, chain in chains.items():
+        require(grows[0] in chain, f"config.{end}: ends a branch without {grows[0]}; all have to go through the growth")
     probes = [name for name in next(iter(chains.values()))[:-1] if name in names[place + 1 :]]
     lengths = [stage.steps for stage in map(config.stages.__getitem__, probes) if isinstance(stage, TrainStage)]
     steps = [0, *itertools.accumulate(lengths)]

@@ -77,6 +77,8 @@ def check_keys(study: Study, settings: Sequence[str], arms: Sequence[str]) -> No
         require_known(key, settings, f"config.settings.{key}: unknown key")
     if isinstance(data, dict):
         convert(int, data.get("vocab_size", 1), "config.settings.data.vocab_size")
+        sources = data.get("sources", {})
+        require(isinstance(sources, dict), f"config.settings.data.sources={sources!r}: expected a table of sources")
     else:
         require(data == "synthetic", f"config.settings.data={data!r}: expected a table of data, or 'synthetic'")
     for arm, table in study.arms.items():
@@ -99,18 +101,22 @@ def _rates(study: Study, arm: str) -> tuple[float, ...]:
     rates = convert(tuple[float, ...], study.arms[arm].get("learning_rates", ()), "learning_rates")
     seed = study.settings.get("tuning_seed")
     apart = isinstance(seed, int) and seed not in study.seeds
-    require(not rates or apart, f"settings.tuning_seed={seed!r}: learning_rates are chosen at a seed apart; give one")
+    where = f"config.settings.tuning_seed={seed!r}"
+    require(not rates or apart, f"{where}: learning_rates are chosen at a seed apart; give one")
     return rates
 
 
 def models_of(config: RunConfig) -> dict[str, ModelConfig]:
-    """The model that every stage of a run leaves."""
+    """The model that every stage of a run leaves; raises UserError where the FLOPs of a stage cannot be planned."""
+    require(config.start is None, "config.start: leave it out; an arm begins with training, so that all of it counts")
     cfg, models = None, {}
     for name, stage in config.stages.items():
         cfg = models.get(stage.after, cfg)
         if isinstance(stage, TrainStage):
             before = stage.model_after(cfg)
-            assert before is not None and stage.steps is not None  # run_config has seen to it
+            assert before is not None  # run_config has seen to it
+            why = "FLOPs of a study are planned before any text is read"
+            require(stage.steps is not None, f"config.{name}.epochs: {why}; give steps in its place")
             cfg = stages.model_of(stage, trained_as(before))
         else:
             cfg, _ = stages.find_kind(stage.kind).outline(stage, cfg, f"config.{name}")

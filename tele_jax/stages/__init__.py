@@ -164,17 +164,19 @@ def run_config(page: Mapping[str, Any] | ConfigDict) -> RunConfig:
             _check_masks(before, stages.get(before), name, stages[name])
     _check_continued(stages)
     trains = lambda name: isinstance(stages[name], TrainStage)  # noqa: E731
-    adapters = ""  # the stage, if one has left adapters alone, which the next to train merges
+    adapters, before = dict[str | None, str](), None  # the stage that left adapters, which the next to train merges
     for place, (name, stage) in enumerate(stages.items()):
         earlier = names[:place] if isinstance(stage, TrainStage) else tuple(n for n in names[:place] if trains(n))
         _check_names(name, stage, earlier, names[place:])
+        left = adapters.get(stage.after or before, "")
         if isinstance(stage, TrainStage):
             require(
-                not adapters or not stage.optimizer.new_warmup_steps,
+                not left or not stage.optimizer.new_warmup_steps,
                 f"config.{name}.optimizer.new_warmup_steps needs the moments of the stage before, and "
-                f"config.{adapters} trains adapters (lora), which leave none",
+                f"config.{left} trains adapters (lora), which leave none",
             )
-            adapters = name if stage.lora is not None else ""
+            left = name if stage.lora is not None else ""
+        adapters[name], before = left, name
     return RunConfig(run=names, stages=stages, mesh=mesh, num_slices=num_slices, start=start)
 
 
@@ -183,6 +185,9 @@ def _check_names(name: str, stage: Stage, earlier: tuple[str, ...], others: tupl
     before, do = f"the stages before {name} are {', '.join(earlier)}", "name one of them"
     if not earlier:
         before, do = f"no stage comes before {name}", "leave it out"
+    if isinstance(stage, GrowStage):
+        before = f"those before {name} are {', '.join(earlier)}" if earlier else f"there is none before {name}"
+        before = f"a growth goes on after a training stage; {before}"
     require(stage.after is None or stage.after in earlier, f"config.{name}.after={stage.after!r}: {before}; {do}")
     for field, model in stage.models.items() if isinstance(stage, TrainStage) else ():
         require(model not in others, f"config.{name}.{field}={model!r}: {before}; {do}, or name a checkpoint")

@@ -24,6 +24,11 @@ from tele_jax.train import metrics
 from tele_jax.train.step import flops_per_token
 
 ROOT = Path(__file__).parents[2]
+# Stages of arms that are refused.
+SHAPE = {"batch_size": 2, "seq_len": 8, "optimizer": {"learning_rate": 0.1}}
+SHORT, EPOCHS = {"kind": "pretrain", "steps": 2} | SHAPE, {"kind": "sft", "epochs": 2} | SHAPE
+MODEL = {"model": {"num_layers": 1, "embed_dim": 8, "num_heads": 1, "mlp_dim": 8, "vocab_size": 500}}
+GROW = {"kind": "grow", "model": {"num_layers": 2}}
 
 
 def test_e0_is_confirmed_resumed_and_reported_from_its_results_alone(tmp_path, monkeypatch, capsys):
@@ -86,8 +91,14 @@ def test_a_page_that_cannot_be_is_refused_in_one_line(change, message, tmp_path,
         ("arms.a={'confg': {}}", "config.arms.a.confg: unknown key; did you mean 'config'?"),
         ("arms.a={'config': {}, 'baseline': 'b'}", "config.arms.a.baseline='b' is no arm of the study that is its own"),
         ("arms.a={'config': {}, 'learning_rates': 3}", "config.arms.a: learning_rates"),
-        ("settings.tuning_seed=0", "learning_rates are chosen at a seed apart"),
+        ("settings.tuning_seed=0", "config.settings.tuning_seed=0: learning_rates are chosen at a seed apart"),
         ("arms.a={'config': {'run': ['x'], 'x': {'kind': 'pretrain', 'optimizer': 3}}}", "config.arms.a: config.x"),
+        (
+            f"arms.a={{'config': {{'start': 'c', 'run': ['g', 'x'], 'g': {GROW}, 'x': {SHORT}}}}}",
+            "a: config.start: leave",
+        ),
+        (f"arms.a={{'config': {{'start': 'c', 'run': ['x'], 'x': {SHORT}}}}}", "config.arms.a: config.start: leave it"),
+        (f"arms.a={{'config': {{'run': ['x', 'y'], 'x': {SHORT | MODEL}, 'y': {EPOCHS}}}}}", "config.y.epochs: FLOPs"),
     ],
 )
 def test_paths_that_cannot_be_are_refused_in_one_line(change, message, monkeypatch):

@@ -99,7 +99,9 @@ def test_rank_correlations_and_differences_are_taken_within_a_seed():
         ("settings={'data': 'synthetic', 'named': ('distance', 'uniform')}", "2 choices of layers"),
         ("settings.random=14", "20 ways to copy layers at most once are too few for 21 choices"),
         ("arms.exact.config.grow.model={'embed_dim': 64}", "config.grow.model: num_layers does not grow"),
-        ("arms.exact.config.grow.after='probe_1'", "config.grow.after='probe_1': the stages before grow are source"),
+        ("arms.exact.config.grow.after='probe_1'", "config.grow.after='probe_1': a growth goes on after a training"),
+        ("arms.exact.config.grow.layers=(0, 1)", "config.grow.layers: leave it out; the study chooses the layers"),
+        ("arms.exact.config.end_2.after='source'", "config.end_2: ends a branch without grow; all have to go through"),
         ("arms.exact.config.run=('source', 'grow')", "config.end_1: unknown key"),
         ("arms.exact={'confg': {}}", "config.arms.exact.confg: unknown key; did you mean 'config'?"),
         ("arms.exact.config.end_1.data=3", "config.end_1.data is no table"),
@@ -109,6 +111,15 @@ def test_a_page_that_cannot_be_is_refused_in_one_line(change, message):
     with pytest.raises(UserError) as raised:
         study_of(change)
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_growth_does_not_pass_over_a_stage_of_the_source():
+    page = load_page(f"{PAGE}:cpu")
+    arm = page.arms.exact.config
+    arm.cool = {key: value for key, value in arm.source.items() if key != "model"}
+    arm.grow.after, arm.run = "source", ("source", "cool", *arm.run[1:])
+    with pytest.raises(UserError, match=r"^config\.arms\.exact: config\.cool: ends a branch without grow"):
+        read_study(page)
 
 
 def test_e7_grows_one_source_by_every_choice(tmp_path, monkeypatch):

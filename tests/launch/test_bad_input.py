@@ -3,8 +3,13 @@
 import os
 
 import pytest
+from jax.sharding import AbstractMesh
 
+from tele_jax.cli import preflight
 from tele_jax.cli.main import main
+from tele_jax.errors import UserError
+from tele_jax.sharding import MESH_AXES
+from tele_jax.stages import run_config
 from tests.launch.launchers import AT, PAGE, ROOT, TRAIN, calls, launch, stand_ins
 
 OPTIONS = ["--topology", "v5p:4x4x8", "--bucket", "gs://my-bucket", "--checkout", str(ROOT)]
@@ -54,6 +59,26 @@ def test_preflight_says_what_is_wrong(options, command, says, capsys):
     assert (code, out) == (2, "")
     assert says in err
     assert err.count("\n") == 1
+
+
+def test_a_branch_is_checked_on_the_stage_that_it_goes_on_from():
+    """10 heads divide over the 2 key-value heads of `small`, and not over the 4 of `other`, right before it."""
+    data = {"tokenizer": "t.model", "sources": {"en": {"files": ["en.jsonl"]}}}
+    stage = dict(kind="pretrain", data=data, steps=20, batch_size=2, seq_len=8, optimizer={"learning_rate": 0.1})
+    model, grow = dict(num_layers=2, embed_dim=8, num_heads=4, num_kv_heads=2, mlp_dim=12), dict(kind="grow")
+    page = {
+        "run": ["small", "grow", "other", "wide", "large"],
+        "small": stage | {"model": model | dict(vocab_size=32)},
+        "grow": grow | {"model": dict(num_heads=8, num_kv_heads=4)},
+        "other": stage,
+        "wide": grow | {"model": dict(num_heads=10), "after": "small"},
+        "large": stage,
+    }
+    mesh = AbstractMesh((1,) * len(MESH_AXES), MESH_AXES)
+    assert preflight._fits(run_config(page), mesh) == ["t.model", "en.jsonl"] * 3
+    del page["wide"]["after"]
+    with pytest.raises(UserError, match=r"config\.wide: .*num_kv_heads=4"):
+        preflight._fits(run_config(page), mesh)
 
 
 @pytest.mark.parametrize(
