@@ -27,7 +27,8 @@ from tele_jax.files import Table
 from tele_jax.growth import axis_map
 from tele_jax.growth.axis_map import AxisMap
 from tele_jax.growth.leaf import LeafPlan
-from tele_jax.growth.merging import add_tokens, merge, pool_kv_heads
+from tele_jax.growth.means import add_tokens, pool_kv_heads
+from tele_jax.growth.merging import merge
 from tele_jax.growth.plan import Plan, Step, compose
 from tele_jax.growth.policies import expand_blocks
 from tele_jax.model.spec import flat_spec

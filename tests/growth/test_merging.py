@@ -9,6 +9,7 @@ import tele_jax as tele
 from tele_jax import surgery
 from tele_jax.axes import flatten, unflatten
 from tele_jax.errors import UserError
+from tele_jax.growth import merging
 
 CFG = tele.ModelConfig(
     num_layers=3, embed_dim=12, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=20, vocab_size=24, output_biases=True
@@ -80,7 +81,9 @@ def test_each_method_is_its_formula_in_float64(dtype):
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("scope", ["tensor", "model"])
-def test_ties_is_its_formula_in_float64(dtype, scope):
+@pytest.mark.parametrize("held", [0, 2**22], ids=["counted", "sorted"])
+def test_ties_is_its_formula_in_float64(dtype, scope, held, monkeypatch):
+    monkeypatch.setattr(merging, "_SORTED", held)
     trees = [random_tree(seed, dtype) for seed in range(3)]
     how = {"density": 0.3, "scale": 0.7, "weights": (1.0, 2.0), "scope": scope}
     merged = surgery.merge(CFG, trees[:2], "ties", base=trees[2], **how)
