@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 
@@ -30,6 +31,7 @@ def workdir(tmp_path):
     for stage, lines in METRICS.items():
         (tmp_path / stage / "metrics").mkdir(parents=True)
         (tmp_path / stage / "metrics" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "config.json").write_text(json.dumps({summary["stage"]: {} for summary in SUMMARIES}))
     (tmp_path / "grow").mkdir()
     receipt = {"layer_scores": [0.5, 0.2, 0.1, 0.3], "layers": [0, 1, 2, 2, 3]}
     (tmp_path / "grow" / "growth_receipt.json").write_text(json.dumps(receipt))
@@ -43,6 +45,20 @@ def test_the_curves_of_all_stages_lie_on_one_axis_of_tokens(workdir):
         "training loss, nats per token": {"small, 1.50M": ([1.5, 3.0], [3.0, 2.5]), "large, 4.00M": ([5.0], [2.0])},
         "held-out text, bits per byte": {"en": ([0.0, 3.0, 5.0], [5.0, 3.5, 3.25]), "zh": ([0.0, 3.0], [4.0, 3.0])},
     }
+
+
+def test_a_branch_begins_where_the_stage_that_it_goes_on_from_ended(workdir):
+    page = {"small": {}, "large": {}, "grow": {"after": "small"}, "grown": {"after": None}}
+    (workdir / "config.json").write_text(json.dumps(page))
+    shutil.copytree(workdir / "large", workdir / "grown")
+    small, grow, large = SUMMARIES
+    panels, growths = report.curves(workdir, [small, large, grow, large | {"stage": "grown"}])
+    assert growths == [3.0]
+    assert (
+        panels["training loss, nats per token"]["grown, 4.00M"]
+        == panels["training loss, nats per token"]["large, 4.00M"]
+    )
+    assert panels["held-out text, bits per byte"]["en"] == ([0.0, 3.0, 5.0, 5.0], [5.0, 3.5, 3.25, 3.25])
 
 
 def test_pictures_are_written_and_named(workdir):

@@ -1,11 +1,13 @@
 """The HTML page about runs: what it shows in a real browser, and what it says of wrong input."""
 
+import dataclasses
 import html.parser
 import json
 import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 
 from tele_jax.cli.main import main
@@ -83,6 +85,18 @@ def test_curves_go_on_over_growths_in_tokens_and_in_flops(two):
     assert xs == pytest.approx([160e3, 320e3, 320e3 + 160 * 3 * FLOPS, 320e3 + 320 * 3 * FLOPS])
     xs, ys = over_flops["en: bits per byte"]["_other $\\frac$ <b>"]
     assert xs == pytest.approx([0, 320e3]) and ys == [4.0, 2.0]
+
+
+def test_a_branch_begins_where_the_stage_that_it_goes_on_from_ended(two):
+    run = page.read(two[0], "one")
+    run.stages[2].config["after"] = "small"
+    run.stages.append(dataclasses.replace(run.stages[2], name="beside"))
+    panels, _ = page.curves([run], "tokens")
+    loss = panels["training loss, nats per token"]
+    assert loss["beside"] == loss["large"] and loss["large"][0] == pytest.approx([480e-6, 640e-6])
+    several, _ = page.curves([run, run], "tokens")  # a curve per run has a gap, not a line back
+    xs = several["training loss, nats per token"]["one"][0][:7]
+    np.testing.assert_allclose(xs, np.array([160, 320, 480, 640, np.nan, 480, 640]) * 1e-6)
 
 
 def test_settings_that_differ_are_named_and_no_others(two):

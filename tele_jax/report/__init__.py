@@ -199,12 +199,16 @@ def _change(before: float | None, after: float | None) -> str:
 def curves(workdir: Path, summaries: Sequence[Table]) -> tuple[dict[str, Mapping[str, plots.Curve]], list[float]]:
     """(panels, growths) for plots.loss, over millions of tokens from the start of the run.
 
-    Training loss with a curve per stage, held-out bits per byte with a curve per domain.
+    Training loss with a curve per stage, held-out bits per byte with a curve per domain. A stage begins where the one
+    that it goes on from (`after`) ended.
     """
     training: dict[str, tuple[list[float], list[float]]] = {}
     held_out: dict[str, tuple[list[float], list[float]]] = {}
-    offset, growths = 0, []
+    offset, growths, ends = 0, [], dict[str | None, int]()
+    page = files.read_json(workdir / owned.CONFIG)
     for summary in summaries:
+        offset = ends.get(page[summary["stage"]].get("after"), offset)
+        ends[summary["stage"]] = offset + summary.get("tokens", 0)
         if "tokens" not in summary:
             growths.append(offset / 1e6)
             continue
@@ -218,12 +222,19 @@ def curves(workdir: Path, summaries: Sequence[Table]) -> tuple[dict[str, Mapping
                 for name, value in line.items()
                 if name.startswith(metrics.EVALUATION)
             ]
-            for (xs, ys), value in values:
-                xs.append((offset + seen) / 1e6)
-                ys.append(value)
+            for curve, value in values:
+                add_point(curve, (offset + seen) / 1e6, value)
         offset += summary["tokens"]
     panels = {"training loss, nats per token": training, "held-out text, bits per byte": dict(sorted(held_out.items()))}
     return {label: panel for label, panel in panels.items() if panel}, growths
+
+
+def add_point(curve: tuple[list[float], list[float]], x: float, y: float) -> None:
+    """Adds a point to a curve (xs, ys), behind a gap where a branch begins further to the left."""
+    xs, ys = curve
+    gap = [math.nan] if xs and x < xs[-1] else []
+    xs += [*gap, x]
+    ys += [*gap, y]
 
 
 def _receipt(directory: Path) -> Table:

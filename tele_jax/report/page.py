@@ -19,7 +19,7 @@ from tele_jax.extras import need
 from tele_jax.files import Table
 from tele_jax.growth import Plan
 from tele_jax.growth import receipt as receipts
-from tele_jax.report import read_config, read_samples, rollouts
+from tele_jax.report import add_point, read_config, read_samples, rollouts
 from tele_jax.settings import TrainStage
 from tele_jax.stages import RunConfig, run_config
 from tele_jax.train import metrics, workdir
@@ -132,8 +132,9 @@ def curves(runs: Sequence[Run], over: str) -> tuple[dict[str, dict[str, Series]]
     panels: dict[str, dict[str, Series]] = {}
     growths: list[float] = []
     for run in runs:
-        at = 0.0
+        at, ends = 0.0, dict[str | None, float]()
         for stage in run.stages:
+            at = ends[stage.name] = ends.get(stage.config.get("after"), at)
             unit = 1e-6 if over == "tokens" else stage.flops_per_token
             if stage.kind == "grow":
                 growths += [at] if stage.summary and at not in growths else []
@@ -144,10 +145,9 @@ def curves(runs: Sequence[Run], over: str) -> tuple[dict[str, dict[str, Series]]
                 for figure, value in line.items():
                     label, name = _panel(figure, run.name if len(runs) > 1 else None, stage)
                     if label:
-                        xs, ys = panels.setdefault(label, {}).setdefault(name, ([], []))
-                        xs.append(at + seen * unit if seen else at)
-                        ys.append(value)
-            at += stage.tokens * unit if stage.tokens else 0.0
+                        curve = panels.setdefault(label, {}).setdefault(name, ([], []))
+                        add_point(curve, at + seen * unit if seen else at, value)
+            at = ends[stage.name] = at + (stage.tokens * unit if stage.tokens else 0.0)
     return dict(sorted(panels.items(), key=lambda one: one[0] != _LOSS)), growths
 
 
