@@ -1,4 +1,4 @@
-"""Training paths with finished branches: growth in stages against a baseline from scratch (studies E2, E5, E6).
+"""Training paths with finished branches: growth in stages against a baseline from scratch (studies E2 to E6).
 
 An arm is a table with `config`, the page of an ordinary run, whose training stages read settings.data but for the keys
 of `data` that they have themselves. Every job runs it as `tele train` does, with the seed of the job added to that of
