@@ -341,7 +341,7 @@ def test_a_second_look_at_a_checkpoint_that_no_growth_made(place, grown, tmp_pat
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--policy", "exakt"], "policy 'exakt' is not one of exact, msg, copy, stack, random"),
+        (["--policy", "exakt"], "policy 'exakt' is not one of exact, msg, copy, stack, interleave, random"),
         (["--layers", "first"], "layers: 'first' is not one of uniform, last, middle, distance"),
         (["--layers", "0,1,2"], "layers: 3 ids given for 4 destination layers"),
         (["--policy", "stack", "--layers", "last"], "policy stack places the layers itself"),

@@ -83,7 +83,7 @@ def test_whatever_can_be_composed_is_sound_and_keeps_its_promise(policy):
     """Of any two policies: also masks and none, where what one of them grows needs none."""
     composed = 0
 
-    @settings(max_examples=40)
+    @settings(max_examples=60)
     @given(st.sampled_from(POLICIES).flatmap(lambda other: pairs((policy, other))))
     def check(pair):
         nonlocal composed

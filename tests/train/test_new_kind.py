@@ -125,5 +125,6 @@ def test_a_stage_that_names_no_earlier_one_is_refused(tmp_path, after, grows):
     config = page(tmp_path)
     config["second"] = {key: value for key, value in config["first"].items() if key != "model"} | {"after": after}
     config["second"] = {"kind": "grow", "model": {}, "after": after} if grows else config["second"]
-    with pytest.raises(UserError, match=rf"config.second.after='{after}': the stages before second are first; name"):
+    told = "a growth goes on after a training stage; those" if grows else "the stages"
+    with pytest.raises(UserError, match=rf"config.second.after='{after}': {told} before second are first; name"):
         run_config(config)
