@@ -121,6 +121,7 @@ class Generation:
     cores: int  # TensorCores a chip, by which Google's names of v4, v5p and tpu7x count
     devices: int  # JAX devices a chip: two cores are one device where they have their HBM in common (megacore)
     ring: int  # a dimension has wraparound links where its size is a multiple of this
+    matrix_unit: int  # rows and columns of a matrix unit: what is narrower leaves a part of it idle
     source: str
     published_mfu: tuple[tuple[float, str], ...] = ()  # model FLOPs over the peak, as measured by others, and on what
 
@@ -128,6 +129,7 @@ class Generation:
 # ICI: Google gives the sum over links of both directions, e.g. 1,200 GB/s for the six links of a v5p, 100 GB/s each
 # way; v4's from arXiv 2304.01433. DCN: v4's from jax-ml.github.io/scaling-book/tpus, 25 GB/s a host of four chips.
 # HBM: the compiler lets a program use another amount than the nominal capacity.
+# Matrix units: 128 x 128 to v5p, 256 x 256 from v6e on (cloud.google.com/tpu/docs/system-architecture-tpu-vm).
 # MFU: MaxText's table of optimized models (maxtext.readthedocs.io, reference/models/tiering): dense models in bfloat16.
 _MFU = {
     "v5p": ((0.654, "Llama 2 70B, 512 chips, sequences of 4,096"),),
@@ -152,12 +154,13 @@ GENERATIONS = {
         published_mfu=_MFU.get(name, ()),
     )
     for name, *figures in (
-        # name    FLOP/s   HBM        usable, a device HBM B/s   link   DCN      torus and largest; cores, devices, ring
-        ("v4",    275e12,  32 * GIB,  30.75 * GIB,     1.2e12,   50e9,  6.25e9,  3, (16, 16, 16), 2, 1, 4),
-        ("v5e",   197e12,  16 * GIB,  15.75 * GIB,     819e9,    50e9,  3.125e9, 2, (16, 16), 1, 1, 16),
-        ("v5p",   459e12,  95 * GIB,  95.74 * GIB,     2.765e12, 100e9, 6.25e9,  3, (16, 16, 24), 2, 1, 4),
-        ("v6e",   918e12,  32 * GIB,  31.25 * GIB,     1.638e12, 100e9, 12.5e9,  2, (16, 16), 1, 1, 16),
-        ("tpu7x", 2307e12, 192 * GIB, 94.75 * GIB,     7.38e12,  100e9, 12.5e9,  3, (16, 24, 24), 2, 2, 4),
+        # name    FLOP/s   HBM        usable, a device HBM B/s   link   DCN      torus and largest; cores, devices,
+        #                                                                        ring, matrix unit
+        ("v4",    275e12,  32 * GIB,  30.75 * GIB,     1.2e12,   50e9,  6.25e9,  3, (16, 16, 16), 2, 1, 4, 128),
+        ("v5e",   197e12,  16 * GIB,  15.75 * GIB,     819e9,    50e9,  3.125e9, 2, (16, 16), 1, 1, 16, 128),
+        ("v5p",   459e12,  95 * GIB,  95.74 * GIB,     2.765e12, 100e9, 6.25e9,  3, (16, 16, 24), 2, 1, 4, 128),
+        ("v6e",   918e12,  32 * GIB,  31.25 * GIB,     1.638e12, 100e9, 12.5e9,  2, (16, 16), 1, 1, 16, 256),
+        ("tpu7x", 2307e12, 192 * GIB, 94.75 * GIB,     7.38e12,  100e9, 12.5e9,  3, (16, 24, 24), 2, 2, 4, 256),
     )
 }  # fmt: skip
 

@@ -88,7 +88,8 @@ def compile_job(job: Job, cache: Path | None = None) -> Program:
     if not known:
         _store(directory, *_compile(job, mesh, lowered))
     values, text = _read(directory)
-    return Program(**values, key=key, counts=count(hlo.parse(text)) if text is not None else None, from_cache=known)
+    counts = None if text is None else count(hlo.parse(text), job.slice.generation.matrix_unit)
+    return Program(**values, key=key, counts=counts, from_cache=known)
 
 
 def program_key(job: Job) -> str:

@@ -37,7 +37,8 @@ def bounds(job: Job, program: Program) -> dict[str, float]:
         ici += over_ici
         dcn += over_dcn
         waiting += 0.0 if collective.overlapped else over_ici + over_dcn
-    by_resource = {"compute": counts.flops / flops, "hbm": counts.hbm_bytes / bandwidth, "ici": ici, "dcn": dcn}
+    compute = (counts.flops + counts.padding_flops) / flops
+    by_resource = {"compute": compute, "hbm": counts.hbm_bytes / bandwidth, "ici": ici, "dcn": dcn}
     work = sum(times * max(work / flops, size / bandwidth) for work, size, times in counts.work)
     step = max(by_resource.values())
     return {"step": step, **by_resource, "scheduled": max(work + waiting, step), "waiting": waiting}
@@ -52,7 +53,7 @@ def collective_seconds(collective: Collective, places: Places) -> tuple[float, f
     size = len(collective.group)
     if size < 2:
         return 0.0, 0.0
-    of, nbytes = places.of, received(collective) * collective.times
+    of, nbytes = places.of, collective.received_bytes * collective.times
     dcn_bandwidth = of.generation.dcn_bandwidth / of.generation.devices
     if collective.slices > 1:
         return 0.0, nbytes / dcn_bandwidth
@@ -73,18 +74,6 @@ def _links(of: Slice, axis: int, covered: int) -> int:
     if axis >= len(of.shape):
         return 1
     return 2 if of.rings[axis] and covered == of.shape[axis] and covered > 2 else 1
-
-
-def received(collective: Collective) -> float:
-    """Bytes that each device receives in one execution, by the bandwidth-optimal algorithm."""
-    n = len(collective.group)
-    if collective.kind == "collective-permute":
-        return collective.result_bytes
-    if collective.kind == "all-reduce":
-        return 2 * collective.result_bytes * (n - 1) / n
-    if collective.kind == "reduce-scatter":
-        return collective.operand_bytes * (n - 1) / n
-    return collective.result_bytes * (n - 1) / n
 
 
 def figures(job: Job, program: Program, tokens: float | None = None) -> Figures:
@@ -109,9 +98,15 @@ def figures(job: Job, program: Program, tokens: float | None = None) -> Figures:
         return result
     seconds, model_flops = bounds(job, program), job.model_flops / job.slice.num_devices
     result |= {
-        "flops": {"matmul": counts.matmul_flops, "attention": counts.kernel_flops, "model": model_flops},
+        "flops": {
+            "matmul": counts.matmul_flops,
+            "attention": counts.kernel_flops,
+            "padding": counts.padding_flops,
+            "model": model_flops,
+        },
         "hbm_bytes": counts.hbm_bytes,
         "collective_bytes": counts.collective_bytes,
+        "received_bytes": counts.received_bytes,
         "collectives": _by_kind(counts.collectives),
         "seconds": seconds,
         "limit": RESOURCES[max(RESOURCES, key=lambda name: seconds[name])],
@@ -163,7 +158,7 @@ def _by_kind(collectives: Sequence[Collective]) -> dict[str, dict[str, float]]:
         entry = found.setdefault(f"{c.kind} over {over}", {"times": 0, "result_bytes": 0.0, "received_bytes": 0.0})
         entry["times"] += c.times
         entry["result_bytes"] += c.times * c.result_bytes
-        entry["received_bytes"] += c.times * received(c)
+        entry["received_bytes"] += c.times * c.received_bytes
     return dict(sorted(found.items(), key=lambda item: -item[1]["received_bytes"]))
 
 
@@ -189,7 +184,8 @@ def table(f: Figures) -> str:
 _WORK = {
     "train": lambda f: (
         "batch",
-        f"{f['batch_size']:,} x {f['seq_len']:,} tokens in {f['microbatches']} parts; remat {f['remat']}",
+        f"{f['batch_size']:,} x {f['seq_len']:,} tokens in {f['microbatches']} parts; remat {f['remat']}"
+        + (f"; masks on {', '.join(f['masks'])}" if f["masks"] else ""),
     ),
     "decode": lambda f: ("decoding", f"one token for each of {f['batch_size']:,} rows of {f['seq_len']:,} tokens"),
     "grow": lambda f: (
@@ -212,10 +208,10 @@ def _bound_rows(f: Figures) -> list[tuple[str, str]]:
     flops, seconds = f["flops"], f["seconds"]
     by_resource = ", ".join(f"{text} {seconds[name]:.4g}" for name, text in RESOURCES.items())
     rows = [
-        ("FLOPs a device", f"{flops['matmul']:.4g} of matrix products, {flops['attention']:.3g} of attention; "
-                           f"model FLOPs {flops['model']:.4g}"),
-        ("traffic", f"HBM {f['hbm_bytes'] / 1e9:,.0f} GB; "
-                    f"results of collectives {f['collective_bytes'] / 1e9:,.1f} GB"),
+        ("FLOPs a device", f"{flops['matmul']:.4g} of matrix products, {flops['attention']:.3g} of attention, as many "
+                           f"as {flops['padding']:.3g} lost to padding; model FLOPs {flops['model']:.4g}"),
+        ("traffic", f"HBM {f['hbm_bytes'] / 1e9:,.0f} GB; collectives receive {f['received_bytes'] / 1e9:,.1f} GB, "
+                    f"with results of {f['collective_bytes'] / 1e9:,.1f} GB"),
         *((f"  {kind}", f"{c['times']:,.0f} times, {c['received_bytes'] / 1e9:,.1f} GB received")
           for kind, c in list(f["collectives"].items())[:6]),
         ("growth at least" if f["kind"] == "grow" else "step at least",

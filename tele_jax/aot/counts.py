@@ -7,14 +7,10 @@ XLA's own analysis counts the body of a loop once, and so takes a model of 64 la
 
 import dataclasses
 import functools
-import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 
-import numpy as np
-
-from tele_jax.aot import hlo
+from tele_jax.aot import flops, hlo
 from tele_jax.aot.hlo import Computation, Instruction, Module
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
@@ -48,6 +44,17 @@ class Collective:
     slices: int = 1
     overlapped: bool = False
 
+    @property
+    def received_bytes(self) -> float:
+        """Bytes that each device receives in one execution, by the algorithm that receives least (a ring)."""
+        n = max(len(self.group), 1)
+        if self.kind == "collective-permute":
+            return self.result_bytes if n > 1 else 0.0
+        if self.kind == "all-reduce":
+            return 2 * self.result_bytes * (n - 1) / n
+        of = self.operand_bytes if self.kind == "reduce-scatter" else self.result_bytes
+        return of * (n - 1) / n
+
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
@@ -65,6 +72,7 @@ class Counts:
     collectives: tuple[Collective, ...]
     loops: tuple[tuple[str, int], ...]
     work: tuple[tuple[float, float, float], ...] = ()
+    padding_flops: float = 0.0  # that the matrix units spend on the padding of dimensions narrower than they are
 
     @property
     def flops(self) -> float:
@@ -75,14 +83,19 @@ class Counts:
         """Sum of the results of all collectives, the measure by which programs are compared."""
         return sum(c.times * c.result_bytes for c in self.collectives)
 
+    @property
+    def received_bytes(self) -> float:
+        """Sum of what the device receives in all collectives."""
+        return sum(c.times * c.received_bytes for c in self.collectives)
 
-def count(module: Module) -> Counts:
-    """Counts a parsed program.
+
+def count(module: Module, matrix_unit: int = 1) -> Counts:
+    """Counts a parsed program. matrix_unit: rows and columns of a matrix unit, for the padding; 1: none is counted.
 
     Raises:
       ValueError: a loop whose length is not in the program.
     """
-    counter = _Counter(module)
+    counter = _Counter(module, matrix_unit)
     total = counter.computation(module.entry)
     return Counts(
         matmul_flops=total.matmul,
@@ -92,7 +105,8 @@ def count(module: Module) -> Counts:
         saved_bytes=_saved(module),
         collectives=tuple(sorted(total.collectives.values(), key=lambda c: -c.times * c.result_bytes)),
         loops=tuple(counter.loops),
-        work=tuple((flops, size, times) for (flops, size), times in total.work.items()),
+        work=tuple((done, size, times) for (done, size), times in total.work.items()),
+        padding_flops=total.padding,
     )
 
 
@@ -100,6 +114,7 @@ def count(module: Module) -> Counts:
 class _Sum:
     matmul: float = 0.0
     kernel: float = 0.0
+    padding: float = 0.0
     hbm: float = 0.0
     host: float = 0.0
     collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
@@ -107,7 +122,7 @@ class _Sum:
 
     def add(self, other: "_Sum", times: float = 1.0, *, own: str = "") -> None:
         """Adds `other`, executed `times` times. `own` is a prefix that keeps the names of its collectives apart."""
-        for name in ("matmul", "kernel", "hbm", "host"):
+        for name in ("matmul", "kernel", "padding", "hbm", "host"):
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
         for piece, count in other.work.items():
             self.work[piece] = self.work.get(piece, 0.0) + times * count
@@ -134,8 +149,8 @@ def _by_channel(collectives: Mapping[str, Collective]) -> dict[str, Collective]:
 class _Counter:
     """Walks the computations of a module; each is counted once and used wherever it is called."""
 
-    def __init__(self, module: Module):
-        self.module, self.loops = module, []
+    def __init__(self, module: Module, matrix_unit: int):
+        self.module, self.loops, self.matrix_unit = module, [], matrix_unit
         self.computation = functools.lru_cache(maxsize=None)(self._computation)
 
     def _computation(self, name: str) -> _Sum:
@@ -149,7 +164,7 @@ class _Counter:
                 # Where a device waits for a collective, the collective's own time stands for it.
                 waits = any(not collective.overlapped for collective in own.collectives.values())
                 if (own.matmul or own.kernel or own.hbm) and not waits and not _overlapped(instruction):
-                    own.work = {(own.matmul + own.kernel, own.hbm): 1.0}
+                    own.work = {(own.matmul + own.kernel + own.padding, own.hbm): 1.0}
                 total.add(own)
         return total
 
@@ -191,9 +206,15 @@ class _Counter:
     def _arithmetic(self, computation: Computation, i: Instruction, total: _Sum) -> None:
         if i.opcode in ("dot", "convolution"):
             left, right = (computation.instructions[name].shape[0] for name in i.operands[:2])
-            total.matmul += dot_flops(i, left) if i.opcode == "dot" else convolution_flops(i, left, right)
+            done = flops.dot_flops(i, left) if i.opcode == "dot" else flops.convolution_flops(i, left, right)
+            sizes = flops.dot_sizes(i, left, right) if i.opcode == "dot" else flops.convolution_sizes(i, left, right)
+            total.matmul += done
+            total.padding += done * (flops.padded(*sizes, self.matrix_unit) - 1) if sizes else 0.0
         elif i.opcode == "custom-call":
-            total.kernel += attention_flops(i, [computation.instructions[name] for name in i.operands])
+            done, head_dim = flops.attention_flops(i, [computation.instructions[name] for name in i.operands])
+            total.kernel += done
+            # Of each product the head size is the contracted dimension, or one side of the result.
+            total.padding += done * (-(-head_dim // self.matrix_unit) * self.matrix_unit / head_dim - 1)
 
     def _collective(self, computation: Computation, i: Instruction, kind: str) -> Collective:
         operand = sum(computation.instructions[name].bytes for name in i.operands)
@@ -331,67 +352,3 @@ def _reach(outer: Computation, i: Instruction) -> set[str]:
         elif user.opcode in ("tuple", "bitcast", "copy", "copy-start", "copy-done", "opt-barrier"):
             found |= _reach(outer, user)
     return found
-
-
-def dot_flops(i: Instruction, left: hlo.Array) -> float:
-    """FLOPs of a matrix product: two for every product that is summed."""
-    contracted = [int(d) for d in re.findall(r"\d+", i.attribute("lhs_contracting_dims") or "")]
-    return 2.0 * math.prod(i.shape[0].dims) * math.prod(left.dims[d] for d in contracted)
-
-
-def convolution_flops(i: Instruction, left: hlo.Array, right: hlo.Array) -> float:
-    """FLOPs of a convolution: two for every product of elements; padding and the holes of dilation do not count.
-
-    TPU programs write matrix products as convolutions, batch dimensions as spatial ones with padding or dilation.
-    """
-    inputs, kernel, outputs = re.split("_|->", i.attribute("dim_labels") or "")
-    window = _window(i, sum(c.isdigit() for c in kernel))
-    products = 1.0
-    for d, dimension in enumerate(window):
-        size_in, size_out = left.dims[inputs.index(str(d))], i.shape[0].dims[outputs.index(str(d))]
-        products *= _valid(size_in, size_out, *dimension)
-    features = right.dims[kernel.index("i")] * i.shape[0].dims[outputs.index("f")]
-    return 2.0 * products * features * i.shape[0].dims[outputs.index("b")]
-
-
-def _window(i: Instruction, dimensions: int) -> list[tuple[int, int, int, int, int]]:
-    """Returns (size, stride, padding before, dilation of input, dilation of kernel) of each spatial dimension."""
-    text = i.attribute("window") or "{}"
-    fields = dict(re.findall(r"(\w+)=([\w\-]+)", text))
-    split = lambda key, default: fields[key].split("x") if key in fields else [default] * dimensions  # noqa: E731
-    defaults = {"size": "1", "stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}
-    columns = [[int(n.partition("_")[0]) for n in split(key, default)] for key, default in defaults.items()]
-    return list(zip(*columns, strict=True))
-
-
-@functools.lru_cache(maxsize=4096)
-def _valid(size_in: int, size_out: int, size: int, stride: int, pad: int, dilate_in: int, dilate_kernel: int) -> int:
-    """Counts the (kernel, output) positions of one dimension that meet an element of the input."""
-    total, outputs = 0, np.arange(size_out) * stride - pad
-    for k in range(size):
-        at = outputs + k * dilate_kernel
-        total += int(np.sum((at >= 0) & (at <= (size_in - 1) * dilate_in) & (at % dilate_in == 0)))
-    return total
-
-
-def attention_flops(i: Instruction, operands: list[Instruction]) -> float:
-    """FLOPs of a splash attention kernel with a causal mask, by the blocks that it visits; 0 for any other call.
-
-    Two matrix products a block forward, three for the gradient of q alone, four for those of k and v, five for all.
-    """
-    match = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", i.name)
-    metadata = re.search(r'"xprof_metadata":"(\{.*?\})"', i.attributes)
-    if match is None or metadata is None:
-        return 0.0
-    blocks, phase = json.loads(metadata[1].replace('\\"', '"')), match[1]
-    single = [operand.shape[0] for operand in operands if len(operand.shape) == 1]
-    arrays = [a for a in single if len(a.dims) >= 3 and a.dtype in ("bf16", "f32", "f16")]
-    queries, keys = arrays[0].dims, arrays[1].dims  # [..., heads, S, head_dim] and [..., kv heads, T, head_dim]
-    suffix = {"fwd": "", "dq": "_dq", "dkv": "_dkv"}[phase]
-    block_q, block_kv = blocks[f"block_q{suffix}"], blocks[f"block_kv{suffix}"]
-    visited = sum(
-        min(math.ceil((row + 1) * block_q / block_kv), keys[-2] // block_kv) for row in range(queries[-2] // block_q)
-    )
-    fused = phase == "dkv" and any(len(a.dims) == len(queries) + 1 for a in i.shape)
-    products = {"fwd": 2, "dq": 3, "dkv": 5 if fused else 4}[phase]
-    return products * 2.0 * visited * block_q * block_kv * queries[-1] * math.prod(queries[:-2])

@@ -127,9 +127,10 @@ class TrainJob(ModelJob):
     microbatches: int = 1
     optimizer: OptimizerConfig = _OPTIMIZER
     stage: TrainStage | None = None  # whose loss and batches the step has; None: those of pretraining
+    masks: dict[str, int] = dataclasses.field(default_factory=dict)  # size of every axis that has a mask in the step
 
     kind = "train"
-    shown = ("batch_size", "seq_len", "microbatches", "remat")
+    shown = ("batch_size", "seq_len", "microbatches", "remat", "masks")
 
     @property
     def remat(self) -> str:
@@ -159,6 +160,8 @@ class TrainJob(ModelJob):
         if (shapes := self._own_shapes()) is not None:
             assert self.stage is not None
             how |= {"loss": functools.partial(find_kind(self.stage.kind).loss, self.stage), "batch": shapes}
+        if self.masks:
+            how["masks"] = {axis: jax.ShapeDtypeStruct((size,), jnp.float32) for axis, size in self.masks.items()}
         return lower_step(self.cfg, _transformation(self.cfg, self.optimizer), mesh, **how)
 
 

@@ -1,7 +1,7 @@
 """`tele plan`: compiles a step for a TPU slice that is not there, and says whether it fits and what it costs.
 
 The step is one of training or of growth, as `tele train` runs it, or one turn of the loop of `tele generate`. A stage
-that generates while it trains (ppo, grpo) is planned as both.
+that generates while it trains (ppo, grpo) is planned as both, and so is one that opens masks: with them and without.
 """
 
 import argparse
@@ -23,9 +23,12 @@ from tele_jax.cli.pages import load_page
 from tele_jax.config import ModelConfig, convert
 from tele_jax.errors import UserError
 from tele_jax.files import Table
+from tele_jax.growth.masks import vectors
+from tele_jax.growth.receipt import masked_plan
 from tele_jax.published import STAGE_TOKENS, get_model
 from tele_jax.settings import MeshConfig, TrainStage
 from tele_jax.stages import find_kind, model_of, run_config
+from tele_jax.train.trainer import mask_schedule
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,11 +66,25 @@ def run(args: argparse.Namespace) -> Outcome:
         job.check()
         topology.require_libtpu()
     found = _search(args, job, tokens) if args.search and isinstance(job, TrainJob) else _plan(args, job, tokens)
+    if isinstance(job, TrainJob) and job.masks and not args.search and found["fits"]:
+        print("\nand the plain step, once the masks are dropped:")
+        found = _with(found, plain=_plan(args, dataclasses.replace(job, masks={}), _rest(job, tokens)))
     if isinstance(job, TrainJob) and not args.search and found["fits"] and (rollout := _rollout(job)) is not None:
         print("\nand its rollout, one step of decoding:")
-        found = {**found, "rollout": (drawn := _plan(args, rollout, None)), "fits": drawn["fits"]}
-        found |= {"advice": drawn["advice"]} if "advice" in drawn else {}
+        found = _with(found, rollout=_plan(args, rollout, None))
     return Outcome(found) if found["fits"] else Outcome(found, error=found["advice"], code=2)
+
+
+def _with(found: Table, **further: Table) -> Table:
+    """The figures of a step with those of a further program of its stage, by a name; both have to fit."""
+    (more,) = further.values()
+    return {**found, **further, "fits": more["fits"], **({"advice": more["advice"]} if "advice" in more else {})}
+
+
+def _rest(job: TrainJob, masked: float | None) -> float | None:
+    """The tokens of a stage after those of its masked steps."""
+    assert job.stage is not None and masked is not None  # masks come with a stage
+    return None if job.stage.steps is None else float(job.stage.steps * job.stage.tokens_per_step) - masked
 
 
 def _plan(args: argparse.Namespace, job: Job, tokens: float | None) -> Table:
@@ -198,7 +215,7 @@ def _from_model(args: argparse.Namespace) -> tuple[ModelConfig, Table, float | N
 def _from_page(args: argparse.Namespace) -> tuple[ModelConfig, Table, float | None]:
     _refuse(args, "a page, whose stages name them", "grow_to", "policy")
     config = run_config(load_page(args.config, args.overrides))
-    cfg, optimizer = _start(args, config.start), None
+    (cfg, masks), optimizer = _start(args, config.start), None
     trained = [name for name in config.run if isinstance(config.stages[name], TrainStage)]
     name = args.stage or trained[-1]
     if name not in config.run:
@@ -211,8 +228,10 @@ def _from_page(args: argparse.Namespace) -> tuple[ModelConfig, Table, float | No
             model = stage.model_after(cfg)
             assert model is not None  # the first stage has one, or config.start
             cfg, optimizer = model_of(stage, model), stage.optimizer
+            masks = masks if before == name else None
         else:
             cfg, plan = find_kind(stage.kind).outline(stage, cfg, f"config.{before}")
+            masks = plan
         models[before] = cfg
     assert cfg is not None
     where: Table = {"mesh": config.mesh, "num_slices": config.num_slices}
@@ -228,20 +247,26 @@ def _from_page(args: argparse.Namespace) -> tuple[ModelConfig, Table, float | No
         )
     values = {key: getattr(stage, key) for key in ("batch_size", "seq_len", "microbatches", "optimizer")} | where
     values |= {} if args.decode else {"stage": stage}
+    if masks is not None and not args.decode and (opened := mask_schedule(stage, masks)).masked_steps:
+        values["masks"] = {axis: len(mask) for axis, mask in vectors(masks, 0.0).items()}
+        return cfg, values, float(opened.masked_steps * stage.tokens_per_step)
     known = stage.steps is not None and not args.decode  # epochs become steps when the data is opened
     tokens = float(stage.steps * stage.tokens_per_step) if known else None
     return cfg, values, tokens
 
 
-def _start(args: argparse.Namespace, start: str | None) -> ModelConfig | None:
-    """The model of the checkpoint that the first stage of a page starts from; None where the page has its own."""
+def _start(args: argparse.Namespace, start: str | None) -> tuple[ModelConfig | None, growth.Plan | None]:
+    """The model of the checkpoint that the first stage of a page starts from, None where the page has its own; and the
+    plan of the growth behind whose closed masks that model is, if one is.
+    """
     if start is None:
         if args.model is not None:
             raise UserError(f"--model {args.model}: {args.config} has a model of its own; leave one of the two out")
-        return None
+        return None, None
     if args.model is not None:
-        return get_model(args.model)
+        return get_model(args.model), None
     try:
-        return checkpoint.open_lazy(start).cfg
+        lazy = checkpoint.open_lazy(start)
+        return lazy.cfg, masked_plan(lazy, f"config.start={start}")
     except UserError as error:
         raise UserError(f"config.start: {error}; or --model NAME says which published model it holds") from None

@@ -112,11 +112,17 @@ class MaskSchedule:
 
     def __call__(self, step: int) -> dict[str, np.ndarray] | None:
         begins, elapsed, shape = self._begins(), whole(step, "step") * self._units_per_step, _SHAPES[self.shape]
-        if not begins or elapsed >= max(begins.values()) + self.ramp:
+        if step >= self.masked_steps:
             return None
         # All in integers up to one division: the same c in steps as in tokens.
         share = {axis: max(0, min(elapsed - begin, self.ramp)) / max(self.ramp, 1) for axis, begin in begins.items()}
         return vectors(self.plan, {axis: shape(x) for axis, x in share.items()})
+
+    @property
+    def masked_steps(self) -> int:
+        """The number of steps, from step 0 on, that have masks; the plain model follows."""
+        begins = self._begins()
+        return -(-(max(begins.values()) + self.ramp) // self._units_per_step) if begins else 0
 
     def closed_steps(self) -> dict[str, np.ndarray]:
         """The number of steps, from step 0 on, in which a unit's parameters have no gradient: {axis: int32[size]}.

@@ -104,10 +104,12 @@ def lower_step(
     microbatches: int = 1,
     loss: Loss = _next_token,
     batch: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+    masks: PyTree = None,
 ) -> jax.stages.Lowered:
     """The step of a stage for batches [batch_size, seq_len], by default that of pretraining, ready to be compiled.
 
     Nothing is allocated, and the devices of the mesh need not be there. batch: its arrays, where they are others.
+    masks: shapes of the masks {axis: float32[size]} of a growth; None: the plain model.
     """
     params = abstract_params(cfg)
     if batch is None:
@@ -116,7 +118,7 @@ def lower_step(
         batch = {name: jax.ShapeDtypeStruct(rows, dtype) for name, dtype in dtypes.items()}
     with jax.set_mesh(mesh):
         step = _jitted(cfg, tx, mesh, batch_size, microbatches, loss)
-        return step.lower(params, jax.eval_shape(tx.init, params), batch, None, None)
+        return step.lower(params, jax.eval_shape(tx.init, params), batch, masks, None)
 
 
 def _jitted(

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from tele_jax.aot import counts, hlo
+from tele_jax.aot import counts, flops, hlo
 
 
 def counted(function, *shapes):
@@ -101,7 +101,7 @@ def test_convolutions_count_the_products_that_exist(stride, pad, dilate, kernel_
     # With inputs of ones, every output is the number of products that were summed for it.
     expected = 2 * float(np.asarray(convolve(*ones)).sum())
     assert out == instruction.shape[0].dims
-    assert counts.convolution_flops(instruction, left, right) == expected
+    assert flops.convolution_flops(instruction, left, right) == expected
 
 
 def test_a_collective_written_in_several_fusions_counts_once():
@@ -171,6 +171,75 @@ def test_attention_kernels_count_the_blocks_they_visit(phase, products):
         f'"xprof_metadata":"{metadata}"\n}}}}'
     )
     assert found.kernel_flops == products * 2 * blocks * block_q * block_kv * width * batch * heads
+
+
+@pytest.mark.parametrize(
+    ("rows", "contracted", "columns", "unit", "share"),
+    [
+        (4096, 4096, 4096, 256, 1),
+        (4096, 128, 4096, 256, 2),  # q k^T with heads of 128: half of each unit is idle
+        (4096, 4096, 128, 256, 1),  # its columns stream through a unit that holds the rows
+        (128, 4096, 128, 256, 2),
+        (4096, 160, 4096, 128, 256 / 160),
+        (8, 4096, 12288, 128, 1),  # decoding: eight rows stream
+        (1, 4096, 128, 256, 1),  # a product with a vector
+        (10_912, 8192, 5460, 256, min(11_008 / 10_912, 5632 / 5460)),
+    ],
+)
+def test_a_product_pays_for_the_part_of_a_matrix_unit_that_it_leaves_idle(rows, contracted, columns, unit, share):
+    text = (
+        f"HloModule m\nENTRY %main (a: f32[8]) -> f32[8] {{\n  %a = bf16[3,{rows},{contracted}]{{2,1,0}} parameter(0)\n"
+        f"  %b = bf16[3,{contracted},{columns}]{{2,1,0}} parameter(1)\n  ROOT %d = bf16[3,{rows},{columns}]{{2,1,0}} "
+        "dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, rhs_contracting_dims={1}\n}\n"
+    )
+    found = counts.count(hlo.parse(text), unit)
+    assert found.matmul_flops == 3 * 2 * rows * contracted * columns
+    assert found.padding_flops == pytest.approx((share - 1) * found.matmul_flops)
+    assert found.work[0][0] == pytest.approx(share * found.matmul_flops)
+    assert counts.count(hlo.parse(text)).padding_flops == 0
+
+
+def test_a_product_as_a_convolution_pays_for_its_padding_where_its_sizes_are_clear():
+    plain = (
+        "  %x = bf16[512,96]{1,0} parameter(0)\n  %w = bf16[96,1024]{1,0} parameter(1)\n"
+        "  ROOT %c = bf16[512,1024]{1,0} convolution(%x, %w), dim_labels=bf_io->bf"
+    )
+    text = f"HloModule m\nENTRY %main (a: f32[8]) -> f32[8] {{\n{plain}\n}}\n"
+    assert counts.count(hlo.parse(text), 128).padding_flops == pytest.approx((128 / 96 - 1) * 2 * 512 * 96 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("kind", "operand", "result", "members", "receives"),
+    [
+        ("all-gather", 100, 800, 8, 700),  # the parts of the others
+        ("reduce-scatter", 800, 100, 8, 700),
+        ("all-reduce", 800, 800, 8, 1400),  # a reduce-scatter and an all-gather
+        ("all-to-all", 800, 800, 8, 700),
+        ("collective-permute", 800, 800, 2, 800),
+        ("all-reduce", 800, 800, 1, 0),
+    ],
+)
+def test_a_device_receives_what_the_others_have(kind, operand, result, members, receives):
+    one = counts.Collective(kind, 3.0, operand, result, tuple(range(members)), "", None)
+    assert one.received_bytes == receives
+    both = counts.Counts(0, 0, 0, 0, 0, (one, one), ())
+    assert both.received_bytes == 2 * 3 * receives and both.collective_bytes == 2 * 3 * result
+
+
+def test_a_ring_sends_as_many_bytes_as_are_counted():
+    """The algorithm itself, on numbers: what each device gets from its neighbour until every sum is complete."""
+    n, part = 5, 3
+    held = np.random.default_rng(0).integers(0, 9, (n, n, part))
+    sums, got = held.copy(), np.zeros(n)
+    for turn in range(2 * (n - 1)):  # reduce-scatter, then all-gather
+        sent = [(d, (d - turn) % n, sums[d, (d - turn) % n].copy()) for d in range(n)]
+        for device, piece, values in sent:
+            to = (device + 1) % n
+            sums[to, piece] = sums[to, piece] + values if turn < n - 1 else values
+            got[to] += values.size
+    assert (sums == held.sum(axis=0)).all()
+    one = counts.Collective("all-reduce", 1.0, n * part, n * part, tuple(range(n)), "", None)
+    assert (got == one.received_bytes).all()
 
 
 # ------------------------------------------------------------------------------------------------------- the schedule

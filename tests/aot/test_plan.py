@@ -202,3 +202,19 @@ def test_a_step_that_does_not_fit_says_by_how_much_and_what_would(page, tmp_path
     assert main(argv) == 2
     err = capsys.readouterr().err
     assert "does not fit v5e:2x2" in err and "more than there is" in err and "chips would do" in err
+
+
+@needs_libtpu
+def test_a_stage_that_opens_masks_is_planned_with_them_and_without(page, tmp_path, capsys):
+    masked = ["--config.grow.policy=msg", "--config.second.mask_start=2", "--config.second.mask_ramp=4"]
+    found = figures_of(["--config", page, "--topology", "v5e:2x2", *masked], tmp_path)
+    out = capsys.readouterr().out
+    assert "masks on layers" in out and "the plain step, once the masks are dropped" in out
+    assert found["masks"] == {"layers": 4} and found["plain"]["masks"] == {}
+    assert found["program"] != found["plain"]["program"]
+    # The masked step reads a number for every layer.
+    text = gzip.decompress((tmp_path / found["program"] / "program.hlo.gz").read_bytes()).decode()
+    entry = text[text.index("ENTRY") :]
+    assert [line for line in entry.splitlines() if "= f32[4]{" in line and " parameter(" in line and "masks" in line]
+    # Six of the ten steps have masks.
+    assert found["stage_tokens"] == 6 * 4 * 512 and found["plain"]["stage_tokens"] == 4 * 4 * 512

@@ -168,6 +168,7 @@ def test_tokens_are_steps_times_tokens_per_step(start, ramp, order, shape, token
 @given(schedule=schedules)
 def test_closed_steps_are_those_with_c_at_zero(schedule):
     closed = schedule.closed_steps()
+    assert schedule.masked_steps == next(step for step in itertools.count() if schedule(step) is None)
     for axis in AXES:
         expected = next(step for step in itertools.count() if (m := schedule(step)) is None or m[axis].min() > 0)
         assert closed[axis].dtype == np.int32
