@@ -10,6 +10,7 @@ extra [hf] and the package gguf, 5 GB of disk.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import pydoc_data.topics
@@ -88,7 +89,7 @@ def measure(work: Path, gguf: Path, rows: int, length: int) -> dict[str, Any]:
     figures["back"] = tele_command("import", work / "exported", work / "back")
     back = tele.checkpoint.load(work / "back")
     figures["same_bits_after_export_and_import"] = same(grown.params, back.params)
-    figures["same_bits_through_gguf"] = {dtype: through_gguf(work, dtype) for dtype in GGUF_DTYPES}
+    figures["same_bits_through_gguf"] = {dtype: through_gguf(work, grown.params, dtype) for dtype in GGUF_DTYPES}
 
     measured = ("imported", "gguf_without_transformers", "grown", "exported_in_transformers")
     perplexities = [figures[name]["perplexity"] for name in measured]
@@ -105,8 +106,11 @@ def measure(work: Path, gguf: Path, rows: int, length: int) -> dict[str, Any]:
     return figures
 
 
-def through_gguf(work: Path, dtype: str) -> bool:
-    """Whether `tele export --format gguf` keeps every bit: matrices are rounded to the dtype, vectors stay float32."""
+def through_gguf(work: Path, params: Any, dtype: str) -> bool:
+    """Whether `tele export --format gguf` keeps every bit: matrices are rounded to the dtype, vectors stay float32.
+
+    params: of the checkpoint work/grown.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -115,9 +119,9 @@ def through_gguf(work: Path, dtype: str) -> bool:
     directory = work / f"gguf_{dtype}"
     tele_command("export", "--format", "gguf", "--dtype", dtype, work / "grown", directory)
     tele_command("import", directory, work / f"back_{dtype}")
-    written, back = (tele.checkpoint.load(path).params for path in (work / "grown", work / f"back_{dtype}"))
-    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)).astype(leaf.dtype), written)
-    leaves = zip(*map(jax.tree.leaves, (written, rounded, back)), strict=True)
+    back = tele.checkpoint.load(work / f"back_{dtype}").params
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)).astype(leaf.dtype), params)
+    leaves = zip(*map(jax.tree.leaves, (params, rounded, back)), strict=True)
     return all(same(found, near) or same(found, exact) for exact, near, found in leaves)
 
 
@@ -196,10 +200,13 @@ def same(a: Any, b: Any) -> bool:
 
 
 def tele_command(*words: Any) -> dict[str, Any]:
-    """Runs `tele` and returns the figures that it writes."""
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [sys.executable, "-m", "tele_jax.cli.main", *map(str, words), "--json", file.name]
-        subprocess.run(command, check=True, stdout=sys.stderr)
+    """Runs `tele` in this process, where everything is imported already, and returns the figures that it writes."""
+    from tele_jax.cli.main import main as tele
+
+    with tempfile.NamedTemporaryFile(suffix=".json") as file, contextlib.redirect_stdout(sys.stderr):
+        code = tele([*map(str, words), "--json", file.name])
+        if code:
+            raise SystemExit(code)
         figures = json.loads(Path(file.name).read_text())
     return {key: figures[key] for key in ("seconds", "notes")}
 

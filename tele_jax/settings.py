@@ -150,9 +150,11 @@ class OptimizerConfig:
     weight_decay: float = 0.0  # decay of kernels and tables; nothing else decays
     clip_norm: float = 1.0  # largest global norm of the gradient
     new_warmup_steps: int = 0  # steps over which parameters that growth added warm up
-    bias_correction: Literal["entry", "state"] = "entry"  # counts steps of an entry since its growth, or of the state
-    # What learns. new: only what the growth right before the stage added (as LLaMA-Pro trains its new blocks); all else
-    # stays as it is, and neither decays nor counts in clip_norm.
+    # Steps that AdamW's bias correction counts for an entry that a growth added. entry: those since the growth; state:
+    # all steps of the optimizer state, those before the growth included.
+    bias_correction: Literal["entry", "state"] = "entry"
+    # What learns. new: only what the growth that the stage goes on from added (as LLaMA-Pro trains its new blocks); all
+    # else stays as it is, and neither decays nor counts in clip_norm.
     trained: Literal["all", "new"] = "all"
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  # stored dtype; computed in float32 or better
 
@@ -256,7 +258,7 @@ class TrainStage:
     steps: Filled[int] = FILLED  # length of the stage; None: as `epochs` says
     # Instead of steps, in fine-tuning: how often each dialogue is seen. The steps follow when the data is opened.
     epochs: float | None = None
-    model: ModelConfig | None = None  # config of the model; None: as the stage before left it
+    model: ModelConfig | None = None  # config of the model; None: as the stage that this one goes on from left it
     after: str | None = None  # earlier stage of the run whose model this one continues; None: the one right before
     # What the backward pass recomputes, from this stage on; None: as `model` says.
     remat: Literal["none", "full", "attention", "products", "offload"] | None = None
@@ -321,10 +323,8 @@ class TrainStage:
         )
         require(self.mask_start >= 0 and self.mask_ramp >= 0, "mask_start and mask_ramp must not be negative")
         together = isinstance(self.mask_order, str)
-        require(
-            not together or self.mask_order == "together",
-            f"mask_order={self.mask_order!r} is neither 'together' nor a list of axes",
-        )
+        other = f"mask_order={self.mask_order!r} is neither 'together' nor a list of axes"
+        require(not together or self.mask_order == "together", other)
         if self.steps is None:  # checked again when they are known
             return
         end = self.mask_start + self.mask_ramp * (1 if together else len(self.mask_order))

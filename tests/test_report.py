@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
-import shutil
 
 import pytest
 
 from tele_jax import report
 from tele_jax.cli.main import main
 from tele_jax.errors import DamageError
+from tele_jax.report import runs
 
 SUMMARIES = [
     {"stage": "small", "kind": "pretrain", "parameters": 1_500_000, "tokens": 3_000_000},
@@ -26,38 +26,44 @@ METRICS = {
 }
 
 
+def write_run(directory, page, metrics=METRICS, summaries=SUMMARIES):
+    """Writes config.json, the metrics and the summaries of a work directory."""
+    (directory / "config.json").write_text(json.dumps({"run": list(page), **page}))
+    for summary in summaries:
+        stage = directory / summary["stage"]
+        (stage / "metrics").mkdir(parents=True)
+        lines = "".join(json.dumps(line) + "\n" for line in metrics.get(summary["stage"], ()))
+        (stage / "metrics" / "metrics.jsonl").write_text(lines)
+        (stage / "summary.json").write_text(json.dumps(summary))
+
+
 @pytest.fixture
 def workdir(tmp_path):
-    for stage, lines in METRICS.items():
-        (tmp_path / stage / "metrics").mkdir(parents=True)
-        (tmp_path / stage / "metrics" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "config.json").write_text(json.dumps({summary["stage"]: {} for summary in SUMMARIES}))
-    (tmp_path / "grow").mkdir()
+    write_run(tmp_path, {summary["stage"]: {"kind": summary["kind"]} for summary in SUMMARIES})
     receipt = {"layer_scores": [0.5, 0.2, 0.1, 0.3], "layers": [0, 1, 2, 2, 3]}
     (tmp_path / "grow" / "growth_receipt.json").write_text(json.dumps(receipt))
     return tmp_path
 
 
 def test_the_curves_of_all_stages_lie_on_one_axis_of_tokens(workdir):
-    panels, growths = report.curves(workdir, SUMMARIES)
+    panels, growths = runs.curves([runs.read(workdir, "run")], "tokens")
     assert growths == [3.0]
     assert panels == {
-        "training loss, nats per token": {"small, 1.50M": ([1.5, 3.0], [3.0, 2.5]), "large, 4.00M": ([5.0], [2.0])},
+        "training loss, nats per token": {"small, 1.5M": ([1.5, 3.0], [3.0, 2.5]), "large, 4M": ([5.0], [2.0])},
         "held-out text, bits per byte": {"en": ([0.0, 3.0, 5.0], [5.0, 3.5, 3.25]), "zh": ([0.0, 3.0], [4.0, 3.0])},
     }
 
 
-def test_a_branch_begins_where_the_stage_that_it_goes_on_from_ended(workdir):
-    page = {"small": {}, "large": {}, "grow": {"after": "small"}, "grown": {"after": None}}
-    (workdir / "config.json").write_text(json.dumps(page))
-    shutil.copytree(workdir / "large", workdir / "grown")
-    small, grow, large = SUMMARIES
-    panels, growths = report.curves(workdir, [small, large, grow, large | {"stage": "grown"}])
+def test_a_branch_begins_where_the_stage_that_it_goes_on_from_ended(tmp_path):
+    train, grow = {"kind": "pretrain"}, {"kind": "grow"}
+    page = {"small": train, "large": train, "grow": grow | {"after": "small"}, "grown": train | {"after": None}}
+    small, growth, large = SUMMARIES
+    summaries = [small, large, growth, large | {"stage": "grown"}]
+    write_run(tmp_path, page, METRICS | {"grown": METRICS["large"]}, summaries)
+    panels, growths = runs.curves([runs.read(tmp_path, "run")], "tokens")
     assert growths == [3.0]
-    assert (
-        panels["training loss, nats per token"]["grown, 4.00M"]
-        == panels["training loss, nats per token"]["large, 4.00M"]
-    )
+    loss = panels["training loss, nats per token"]
+    assert loss["grown, 4M"] == loss["large, 4M"]
     assert panels["held-out text, bits per byte"]["en"] == ([0.0, 3.0, 5.0, 5.0], [5.0, 3.5, 3.25, 3.25])
 
 
@@ -95,7 +101,7 @@ ROLLOUTS = [{"step": step, "loss": 0.1, "tokens": step * 100, "reward": step / 1
 def aligned(tmp_path):
     """A complete stage with evaluations of its own, and one under way that has written down sampled replies."""
     (tmp_path / "config.json").write_text(
-        json.dumps({"run": ["dpo", "grpo", "later"], "dpo": {}, "grpo": {}, "later": {}})
+        json.dumps({"run": ["dpo", "grpo", "later"], **{kind: {"kind": "grpo"} for kind in ("dpo", "grpo", "later")}})
     )
     summary = {"stage": "dpo", "kind": "dpo", "parameters": 1_000_000, "tokens": 500, "flops": 1e9}
     summary |= {"figures_before": {"accuracy/pairs": 0.5}, "figures_after": {"accuracy/pairs": 0.75}}

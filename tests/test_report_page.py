@@ -13,6 +13,7 @@ import pytest
 from tele_jax.cli.main import main
 from tele_jax.config import to_dict
 from tele_jax.report import page
+from tele_jax.report import runs as reading
 from tele_jax.stages import run_config
 
 pytest.importorskip("matplotlib", reason="the extra [plots] is not installed")
@@ -74,12 +75,12 @@ def two(tmp_path_factory):
 
 
 def test_curves_go_on_over_growths_in_tokens_and_in_flops(two):
-    runs = [page.read(path, path.name) for path in two]
-    over_tokens, growths = page.curves(runs[:1], "tokens")
+    runs = [reading.read(path, path.name) for path in two]
+    over_tokens, growths = reading.curves(runs[:1], "tokens")
     assert growths == pytest.approx([320e-6])
-    xs, ys = over_tokens["training loss, nats per token"]["large"]
+    xs, ys = over_tokens["training loss, nats per token"]["large, 3k"]
     assert xs == pytest.approx([480e-6, 640e-6]) and ys == pytest.approx([2.3, 2.1])
-    over_flops, growths = page.curves(runs, "flops")
+    over_flops, growths = reading.curves(runs, "flops")
     assert growths == [320 * FLOPS]
     xs, _ = over_flops["training loss, nats per token"]["one"]
     assert xs == pytest.approx([160e3, 320e3, 320e3 + 160 * 3 * FLOPS, 320e3 + 320 * 3 * FLOPS])
@@ -88,19 +89,19 @@ def test_curves_go_on_over_growths_in_tokens_and_in_flops(two):
 
 
 def test_a_branch_begins_where_the_stage_that_it_goes_on_from_ended(two):
-    run = page.read(two[0], "one")
+    run = reading.read(two[0], "one")
     run.stages[2].config["after"] = "small"
     run.stages.append(dataclasses.replace(run.stages[2], name="beside"))
-    panels, _ = page.curves([run], "tokens")
+    panels, _ = reading.curves([run], "tokens")
     loss = panels["training loss, nats per token"]
-    assert loss["beside"] == loss["large"] and loss["large"][0] == pytest.approx([480e-6, 640e-6])
-    several, _ = page.curves([run, run], "tokens")  # a curve per run has a gap, not a line back
+    assert loss["beside, 3k"] == loss["large, 3k"] and loss["large, 3k"][0] == pytest.approx([480e-6, 640e-6])
+    several, _ = reading.curves([run, run], "tokens")  # a curve per run has a gap, not a line back
     xs = several["training loss, nats per token"]["one"][0][:7]
     np.testing.assert_allclose(xs, np.array([160, 320, 480, 640, np.nan, 480, 640]) * 1e-6)
 
 
 def test_settings_that_differ_are_named_and_no_others(two):
-    runs = [page.read(path, path.name) for path in two]
+    runs = [reading.read(path, path.name) for path in two]
     found = dict(page.differences(runs))
     assert found == {f"{stage}.optimizer.learning_rate": ["0.01", "0.02"] for stage in ("small", "large")}
 

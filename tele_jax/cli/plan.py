@@ -215,28 +215,25 @@ def _from_model(args: argparse.Namespace) -> tuple[ModelConfig, Table, float | N
 def _from_page(args: argparse.Namespace) -> tuple[ModelConfig, Table, float | None]:
     _refuse(args, "a page, whose stages name them", "grow_to", "policy")
     config = run_config(load_page(args.config, args.overrides))
-    (cfg, masks), optimizer = _start(args, config.start), None
+    (cfg, masks), optimizer, has_state = _start(args, config.start), None, True
     trained = [name for name in config.run if isinstance(config.stages[name], TrainStage)]
     name = args.stage or trained[-1]
     if name not in config.run:
         raise UserError(f"--stage {name}: no stage of {args.config}; it has {', '.join(config.run)}")
-    models: dict[str, ModelConfig] = {}
-    for before in config.run[: config.run.index(name) + 1]:
+    for before in config.lineage(name):
         stage = config.stages[before]
-        cfg = models[stage.after] if stage.after else cfg
         if isinstance(stage, TrainStage):
             model = stage.model_after(cfg)
             assert model is not None  # the first stage has one, or config.start
-            cfg, optimizer = model_of(stage, model), stage.optimizer
+            cfg, optimizer, has_state = model_of(stage, model), stage.optimizer, stage.lora is None
             masks = masks if before == name else None
         else:
             cfg, plan = find_kind(stage.kind).outline(stage, cfg, f"config.{before}")
-            masks = plan
-        models[before] = cfg
+            masks, has_state = plan, has_state and stage.optimizer_state
     assert cfg is not None
     where: Table = {"mesh": config.mesh, "num_slices": config.num_slices}
     if not isinstance(stage, TrainStage):
-        values: Table = {"plan": plan, "optimizer_state": stage.optimizer_state, **where}
+        values: Table = {"plan": plan, "optimizer_state": has_state, **where}
         return cfg, values | ({"optimizer": optimizer} if optimizer else {}), None
     if stage.lora is not None:
         raise UserError(f"config.{name}.lora: tele plan compiles training of all parameters; name another --stage")

@@ -158,9 +158,9 @@ def _train(inner: argparse.Namespace, tpu: Slice | None) -> list[str]:
 
 def _fits(config: RunConfig, mesh: AbstractMesh) -> list[str]:
     """Checks models and batches against the mesh; returns the data of all stages."""
-    cfg, models, data = None, dict[str | None, ModelConfig | None](), []
-    for name, stage in config.stages.items():
-        cfg = models.get(stage.after, cfg)
+    models, data = dict[str | None, ModelConfig | None](), []
+    for name, parent in config.parents.items():
+        stage, cfg = config.stages[name], models.get(parent)
         try:
             if isinstance(stage, TrainStage):
                 cfg = stage.model_after(cfg)

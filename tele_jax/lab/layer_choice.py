@@ -74,7 +74,8 @@ def _arm(study: Study, arm: str, seed: int, text: Path) -> _Arm:
     require(place + 1 < len(names), f"config.run: no stage comes after {grows[0]}")
     assert isinstance(growth, GrowStage)
     require("layers" not in page[grows[0]], f"config.{grows[0]}.layers: leave it out; the study chooses the layers")
-    plan = plan_of(paths.models_of(config)[names[place - 1]], growth, f"config.{grows[0]}")
+    source = config.lineage(grows[0])[:-1]
+    plan = plan_of(paths.models_of(config)[source[-1]], growth, f"config.{grows[0]}")
     layers = plan.src_cfg.num_layers, plan.dst_cfg.num_layers
     require(layers[0] < layers[1], f"config.{grows[0]}.model: num_layers does not grow; there is no layer to choose")
     chains = paths.branches_of(config)
@@ -83,7 +84,7 @@ def _arm(study: Study, arm: str, seed: int, text: Path) -> _Arm:
     probes = [name for name in next(iter(chains.values()))[:-1] if name in names[place + 1 :]]
     lengths = [stage.steps for stage in map(config.stages.__getitem__, probes) if isinstance(stage, TrainStage)]
     steps = [0, *itertools.accumulate(lengths)]
-    return _Arm(page, config, names[:place], names[place:], probes, list(chains), steps, *layers, plan.preserving)
+    return _Arm(page, config, source, names[place:], probes, list(chains), steps, *layers, plan.preserving)
 
 
 def compute(study: Study) -> dict[str, float]:

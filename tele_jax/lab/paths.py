@@ -109,9 +109,9 @@ def _rates(study: Study, arm: str) -> tuple[float, ...]:
 def models_of(config: RunConfig) -> dict[str, ModelConfig]:
     """The model that every stage of a run leaves; raises UserError where the FLOPs of a stage cannot be planned."""
     require(config.start is None, "config.start: leave it out; an arm begins with training, so that all of it counts")
-    cfg, models = None, {}
-    for name, stage in config.stages.items():
-        cfg = models.get(stage.after, cfg)
+    models: dict[str, ModelConfig] = {}
+    for name, parent in config.parents.items():
+        stage, cfg = config.stages[name], models.get(parent or "")
         if isinstance(stage, TrainStage):
             before = stage.model_after(cfg)
             assert before is not None  # run_config has seen to it
@@ -135,12 +135,8 @@ def costs_of(config: RunConfig) -> dict[str, float]:
 
 def branches_of(config: RunConfig) -> dict[str, list[str]]:
     """The stages that lead to every finished branch, by its last stage, which no other continues."""
-    chains, before = dict[str, list[str]](), ""
-    for name, stage in config.stages.items():
-        parent = stage.after or before
-        chains[name], before = [*chains.get(parent, ()), name], name
-    continued = {name for chain in chains.values() for name in chain[:-1]}
-    return {name: chain for name, chain in chains.items() if name not in continued}
+    continued = set(config.parents.values())
+    return {name: config.lineage(name) for name in config.run if name not in continued}
 
 
 def job_page(study: Study, arm: str, seed: int, text: Path, rate: float | None = None, branches: bool = True) -> Table:

@@ -1,6 +1,6 @@
 """A whole run and its report: one table, and pictures of the loss across growths and of the layers copied there.
 
-report.page makes one HTML file about one run or several.
+report.runs reads work directories and draws their curves; report.page makes one HTML file about one run or several.
 """
 
 import importlib.util
@@ -18,6 +18,7 @@ from tele_jax.eval import in_training
 from tele_jax.files import Table
 from tele_jax.growth import receipt as receipts
 from tele_jax.processes import is_first
+from tele_jax.report.runs import picture, read, read_config
 from tele_jax.stages import RunConfig, run_config
 from tele_jax.train import loop, metrics
 from tele_jax.train import workdir as owned
@@ -68,13 +69,13 @@ def write(workdir: Path, summaries: Sequence[Table]) -> str:
     (workdir / "summary.txt").write_text(text + "\n")
     if importlib.util.find_spec("matplotlib") is None:
         return f"{text}\n\nno pictures: matplotlib is missing; pip install 'tele_jax[plots]'"
-    panels, growths = curves(workdir, summaries)
-    pictures = [("loss curve", workdir / "loss.png", plots.loss(panels, growths=growths, x_label="tokens, millions"))]
+    curves = picture([read(workdir, workdir.name)], "tokens", "Loss across the growths")
+    pictures = [] if curves is None else [("loss curve", workdir / "loss.png", curves)]
     for summary in summaries:
         receipt = _receipt(workdir / summary["stage"]) if "receipt" in summary else {}
         if receipt.get("layer_scores") is not None:
-            picture = workdir / summary["stage"] / "layer_scores.png"
-            pictures.append((f"layers copied by {summary['stage']}", picture, plots.layer_scores(receipt)))
+            path = workdir / summary["stage"] / "layer_scores.png"
+            pictures.append((f"layers copied by {summary['stage']}", path, plots.layer_scores(receipt)))
     for stage in (summary["stage"] for summary in summaries):
         drawn = rollouts(stage, metrics.read(workdir / stage / "metrics" / "metrics.jsonl"))
         pictures += [] if drawn is None else [(f"rollouts of {stage}", workdir / stage / "rollouts.png", drawn)]
@@ -100,14 +101,6 @@ def show(workdir: Path, samples: int = 3) -> str:
             parts.append(f"stage {name}: {where}")
         parts += sampled(workdir / name, samples)
     return "\n".join(parts)
-
-
-def read_config(workdir: Path) -> Table:
-    """The config.json of a run; raises UserError where the directory holds none, DamageError where it is damaged."""
-    if not (workdir / owned.CONFIG).exists():
-        raise UserError(f"{workdir}: holds no run (no {owned.CONFIG}); name the work directory of `tele train`")
-    owned.require_own(workdir)
-    return files.read_json(workdir / owned.CONFIG)
 
 
 def sampled(directory: Path, most: int) -> list[str]:
@@ -194,47 +187,6 @@ def _change(before: float | None, after: float | None) -> str:
     if after is None:
         return ""
     return f"{after:.3f}" if before is None else f"{before:.3f} -> {after:.3f}"
-
-
-def curves(workdir: Path, summaries: Sequence[Table]) -> tuple[dict[str, Mapping[str, plots.Curve]], list[float]]:
-    """(panels, growths) for plots.loss, over millions of tokens from the start of the run.
-
-    Training loss with a curve per stage, held-out bits per byte with a curve per domain. A stage begins where the one
-    that it goes on from (`after`) ended.
-    """
-    training: dict[str, tuple[list[float], list[float]]] = {}
-    held_out: dict[str, tuple[list[float], list[float]]] = {}
-    offset, growths, ends = 0, [], dict[str | None, int]()
-    page = files.read_json(workdir / owned.CONFIG)
-    for summary in summaries:
-        offset = ends.get(page[summary["stage"]].get("after"), offset)
-        ends[summary["stage"]] = offset + summary.get("tokens", 0)
-        if "tokens" not in summary:
-            growths.append(offset / 1e6)
-            continue
-        stage = training.setdefault(f"{summary['stage']}, {summary['parameters'] / 1e6:.2f}M", ([], []))
-        seen = 0
-        for line in metrics.read(workdir / summary["stage"] / "metrics" / "metrics.jsonl"):
-            seen = line.get("tokens", seen)
-            values = [(stage, line["loss"])] if "loss" in line else []
-            values += [
-                (held_out.setdefault(name.removeprefix(metrics.EVALUATION), ([], [])), value)
-                for name, value in line.items()
-                if name.startswith(metrics.EVALUATION)
-            ]
-            for curve, value in values:
-                add_point(curve, (offset + seen) / 1e6, value)
-        offset += summary["tokens"]
-    panels = {"training loss, nats per token": training, "held-out text, bits per byte": dict(sorted(held_out.items()))}
-    return {label: panel for label, panel in panels.items() if panel}, growths
-
-
-def add_point(curve: tuple[list[float], list[float]], x: float, y: float) -> None:
-    """Adds a point to a curve (xs, ys), behind a gap where a branch begins further to the left."""
-    xs, ys = curve
-    gap = [math.nan] if xs and x < xs[-1] else []
-    xs += [*gap, x]
-    ys += [*gap, y]
 
 
 def _receipt(directory: Path) -> Table:

@@ -3,167 +3,26 @@
 The file needs nothing beside it: pictures are SVG inside it, and it asks no network for anything.
 """
 
-import dataclasses
 import io
 import json
-import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tele_jax import checkpoint, files, plots
-from tele_jax.errors import DamageError, UserError, require
+from tele_jax import files, plots
+from tele_jax.errors import require
 from tele_jax.extras import need
 from tele_jax.files import Table
 from tele_jax.growth import Plan
 from tele_jax.growth import receipt as receipts
-from tele_jax.report import add_point, read_config, read_samples, rollouts
+from tele_jax.report import read_samples, rollouts
+from tele_jax.report.runs import Run, Stage, names, picture, read
 from tele_jax.settings import TrainStage
-from tele_jax.stages import RunConfig, run_config
-from tele_jax.train import metrics, workdir
 from tele_jax.train.trainer import mask_schedule
 
 HOW = "pip install 'tele_jax[plots]'"
-Series = tuple[list[float], list[float]]
-
-
-@dataclasses.dataclass
-class Stage:
-    """A stage of a run, as far as it is.
-
-    lines: of its metrics.  summary: empty while it is under way.  receipt: of a growth, or empty.
-    """
-
-    name: str
-    config: Table
-    lines: list[Table]
-    summary: Table
-    receipt: Table
-    directory: Path
-
-    @property
-    def kind(self) -> str:
-        return self.config["kind"]
-
-    @property
-    def state(self) -> str:
-        if self.summary:
-            return "complete"
-        return f"at step {int(self.lines[-1]['step']):,}" if self.lines else "not begun"
-
-    @property
-    def tokens(self) -> float:
-        return max([line.get("tokens", 0) for line in self.lines], default=0)
-
-    @property
-    def flops_per_token(self) -> float:
-        """FLOPs of the model for one token of training, as the log has them; nan before the first line."""
-        for line in self.lines:
-            if line.get("tokens_per_second"):
-                return line["model_flops_per_second"] / line["tokens_per_second"]
-        return math.nan
-
-
-@dataclasses.dataclass
-class Run:
-    """A work directory.
-
-    name: short, and no two alike.  page: its config as JSON has it.  before: how the checkpoint that it starts from was
-    made, oldest first.
-    """
-
-    name: str
-    path: Path
-    page: Table
-    config: RunConfig
-    stages: list[Stage]
-    before: list[Table]
-
-
-def read(path: Path, name: str) -> Run:
-    """Reads a work directory.
-
-    Raises:
-      UserError: it holds no run.  DamageError: a document of it is damaged.
-    """
-    page = read_config(path)
-    stages = []
-    for stage in page["run"]:
-        at = path / stage
-        summary = workdir.read_summary(at) if (at / workdir.SUMMARY).exists() else {}
-        receipt = receipts.read_receipt(at) if "receipt" in summary else {}
-        lines = metrics.read(at / "metrics" / "metrics.jsonl")
-        stages.append(Stage(stage, page[stage], lines, summary, receipt, at))
-    return Run(name, path, page, run_config(page), stages, _before(page))
-
-
-def _before(page: Table) -> list[Table]:
-    """The history of the checkpoint that a run starts from; its path alone where it is no longer there."""
-    if page.get("start") is None:
-        return []
-    origin = [{"stage": str(page["start"]), "kind": "checkpoint"}]
-    try:
-        return [*checkpoint.open_lazy(page["start"]).provenance, *origin]
-    except (UserError, DamageError):
-        return origin
-
-
-def names(paths: Sequence[Path]) -> list[str]:
-    """Short names of directories: their last parts, as many as tell them apart.
-
-    >>> names([Path("runs/a/w"), Path("runs/b/w")])
-    ['a/w', 'b/w']
-    """
-    parts = [path.resolve().parts for path in paths]
-    for count in range(1, max(map(len, parts)) + 1):
-        found = ["/".join(one[-count:]) for one in parts]
-        if len(set(found)) == len(found):
-            return found
-    raise UserError(f"{', '.join(map(str, paths))}: a work directory is named twice")
-
-
-def curves(runs: Sequence[Run], over: str) -> tuple[dict[str, dict[str, Series]], list[float]]:
-    """Panels of curves over "tokens" in millions or "flops" since the start of each run, and where models grew.
-
-    One run: a curve per stage. Several: a curve per run, and a panel per held-out figure.
-    """
-    panels: dict[str, dict[str, Series]] = {}
-    growths: list[float] = []
-    for run in runs:
-        at, ends = 0.0, dict[str | None, float]()
-        for stage in run.stages:
-            at = ends[stage.name] = ends.get(stage.config.get("after"), at)
-            unit = 1e-6 if over == "tokens" else stage.flops_per_token
-            if stage.kind == "grow":
-                growths += [at] if stage.summary and at not in growths else []
-                continue
-            seen = 0.0
-            for line in stage.lines:
-                seen = line.get("tokens", seen)
-                for figure, value in line.items():
-                    label, name = _panel(figure, run.name if len(runs) > 1 else None, stage)
-                    if label:
-                        curve = panels.setdefault(label, {}).setdefault(name, ([], []))
-                        add_point(curve, at + seen * unit if seen else at, value)
-            at = ends[stage.name] = at + (stage.tokens * unit if stage.tokens else 0.0)
-    return dict(sorted(panels.items(), key=lambda one: one[0] != _LOSS)), growths
-
-
-_LOSS = "training loss, nats per token"
-_TRAINING = ("pretrain", "sft")  # kinds whose loss is that of the next token
-
-
-def _panel(figure: str, run: str | None, stage: Stage) -> tuple[str, str]:
-    """The panel and the curve of a figure of the log; "" where it is not drawn."""
-    if figure == "loss" and stage.kind in _TRAINING:
-        return _LOSS, run or stage.name
-    if not figure.startswith("eval/"):
-        return "", ""
-    name, _, domain = figure.removeprefix("eval/").partition("/")
-    label = "bits per byte" if figure.startswith(metrics.EVALUATION) else name
-    return (f"{domain}: {label}", run) if run else (f"held out: {label}", domain)
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -189,22 +48,23 @@ def growth_of(run: Run, stage: Stage) -> Table:
     pictures = []
     if receipt.get("layer_scores") is not None:
         pictures.append(svg(plots.layer_scores(receipt), f"layers copied by {stage.name} of {run.name}"))
-    after = run.stages[run.stages.index(stage) + 1 :][:1]
-    if receipt.get("masked") and after and plan_file.exists():
-        settings = run.config.stages[after[0].name]
-        assert isinstance(settings, TrainStage)
-        schedule = mask_schedule(settings, Plan.from_json(files.read_json(plan_file)))
-        steps = sorted({round(settings.steps * i / 200) for i in range(201)}) if settings.steps else []
-        if steps and any(schedule(step) is not None for step in steps):
-            picture = plots.mask_ramp(schedule, steps, x_label=f"step of stage {after[0].name}")
-            pictures.append(svg(picture, f"masks of {stage.name} of {run.name}"))
+    if receipt.get("masked") and plan_file.exists():
+        plan = Plan.from_json(files.read_json(plan_file))
+        pictures += [_masks(run, stage, name, plan) for name, parent in run.parents.items() if parent == stage.name]
     units = {kind: None if receipt.get(kind) is None else len(receipt[kind]) for kind in ("dead", "locked")}
-    return {"stage": stage, "grown": grown, "pictures": pictures, "units": units}
+    return {"stage": stage, "grown": grown, "pictures": list(filter(None, pictures)), "units": units}
 
 
-def _plain(name: str) -> str:
-    """A name as matplotlib shows it letter by letter: no mathematics, and in legends also where it begins with _."""
-    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
+def _masks(run: Run, growth: Stage, name: str, plan: Plan) -> str:
+    """The picture of the masks of a growth over the steps of a stage that opens them; "" where there is none."""
+    settings = run.config.stages[name]
+    if not isinstance(settings, TrainStage) or not settings.steps:
+        return ""
+    schedule, steps = mask_schedule(settings, plan), sorted({round(settings.steps * i / 200) for i in range(201)})
+    if all(schedule(step) is None for step in steps):
+        return ""
+    figure = plots.mask_ramp(schedule, steps, x_label=f"step of stage {name}")
+    return svg(figure, f"masks of {growth.name} of {run.name}, opened by {name}")
 
 
 def svg(figure: Any, label: str) -> str:
@@ -240,14 +100,9 @@ def write(paths: Sequence[Path], out: Path, *, samples: int = 3) -> None:
     require(out.parent.is_dir(), f"{out}: there is no directory {out.parent}")
     runs = [read(path, name) for path, name in zip(paths, names(paths), strict=True)]
     charts = []
-    for over, x_label in (("tokens", "tokens, millions"), ("flops", "FLOPs of training")):
-        panels, growths = curves(runs, over)
-        if panels:
-            panels = {
-                _plain(label): {_plain(name): xy for name, xy in found.items()} for label, found in panels.items()
-            }
-            title = f"Loss over {'tokens' if over == 'tokens' else 'FLOPs'}"
-            charts.append(svg(plots.loss(panels, growths=growths, x_label=x_label, title=title), title))
+    for over, title in (("tokens", "Loss over tokens"), ("flops", "Loss over FLOPs")):
+        if (figure := picture(runs, over, title)) is not None:
+            charts.append(svg(figure, title))
     growths = {run.name: [growth_of(run, s) for s in run.stages if s.receipt] for run in runs}
     drawn: dict[str, list[str]] = {run.name: [] for run in runs}
     for run in runs:

@@ -73,6 +73,29 @@ class RunConfig:
     num_slices: int = 1
     start: str | None = None  # checkpoint that the first stage starts from, such as an imported one
 
+    @property
+    def parents(self) -> dict[str, str | None]:
+        """The stage that each stage goes on from, see `parents_of`."""
+        return parents_of({name: self.stages[name].after for name in self.run})
+
+    def lineage(self, name: str) -> list[str]:
+        """The stages that lead to a stage, each going on from the one before it, with the stage itself at the end."""
+        found, parents = [name], self.parents
+        while (parent := parents[found[0]]) is not None:
+            found.insert(0, parent)
+        return found
+
+
+def parents_of(after: Mapping[str, str | None]) -> dict[str, str | None]:
+    """The stage that each stage goes on from: the one that its `after` names, else the one right before in the run.
+
+    after: of every stage, in the order of the run. The first stage has None: it begins anew, or with config.start.
+
+    >>> parents_of({"small": None, "grow_a": None, "a": None, "grow_b": "small", "b": None})
+    {'small': None, 'grow_a': 'small', 'a': 'grow_a', 'grow_b': 'small', 'b': 'grow_b'}
+    """
+    return {name: named or before for before, (name, named) in zip((None, *after), after.items())}
+
 
 def known_kinds() -> list[str]:
     """Names of the kinds: the modules of this folder."""
@@ -158,17 +181,27 @@ def run_config(page: Mapping[str, Any] | ConfigDict) -> RunConfig:
             f"config.{name}.model: only growth stages, and the first stage of a run without config.start, set a model; "
             "this one continues with what is there",
         )
-    for before, name in zip((None, *names), names):
-        # Whether the masks of config.start are closed is known when it is opened.
-        if before is not None or start is None or not isinstance(stages[name], TrainStage):
-            _check_masks(before, stages.get(before), name, stages[name])
-    _check_continued(stages)
     trains = lambda name: isinstance(stages[name], TrainStage)  # noqa: E731
-    adapters, before = dict[str | None, str](), None  # the stage that left adapters, which the next to train merges
-    for place, (name, stage) in enumerate(stages.items()):
-        earlier = names[:place] if isinstance(stage, TrainStage) else tuple(n for n in names[:place] if trains(n))
-        _check_names(name, stage, earlier, names[place:])
-        left = adapters.get(stage.after or before, "")
+    for place, name in enumerate(names):
+        earlier = names[:place] if trains(name) else tuple(filter(trains, names[:place]))
+        _check_names(name, stages[name], earlier, names[place:])
+    config = RunConfig(run=names, stages=stages, mesh=mesh, num_slices=num_slices, start=start)
+    for name, parent in config.parents.items():
+        # Whether the masks of config.start are closed is known when it is opened.
+        if parent is not None or start is None or not trains(name):
+            _check_masks(parent, stages.get(parent or ""), name, stages[name])
+    _check_continued(config)
+    for name, stage in stages.items():
+        for field, model in stage.models.items() if isinstance(stage, TrainStage) else ():
+            grown = stages.get(model)
+            require(
+                not isinstance(grown, GrowStage) or grown.policy != "msg",
+                f"config.{name}.{field}={model!r}: grows by policy 'msg', and its masks are closed; name the stage "
+                "that opens them",
+            )
+    adapters = dict[str | None, str]()  # the stage that left adapters, which the next to train merges
+    for name, parent in config.parents.items():
+        stage, left = stages[name], adapters.get(parent, "")
         if isinstance(stage, TrainStage):
             require(
                 not left or not stage.optimizer.new_warmup_steps,
@@ -176,8 +209,8 @@ def run_config(page: Mapping[str, Any] | ConfigDict) -> RunConfig:
                 f"config.{left} trains adapters (lora), which leave none",
             )
             left = name if stage.lora is not None else ""
-        adapters[name], before = left, name
-    return RunConfig(run=names, stages=stages, mesh=mesh, num_slices=num_slices, start=start)
+        adapters[name] = left
+    return config
 
 
 def _check_names(name: str, stage: Stage, earlier: tuple[str, ...], others: tuple[str, ...]) -> None:
@@ -193,42 +226,47 @@ def _check_names(name: str, stage: Stage, earlier: tuple[str, ...], others: tupl
         require(model not in others, f"config.{name}.{field}={model!r}: {before}; {do}, or name a checkpoint")
 
 
-def _check_continued(stages: Mapping[str, Stage]) -> None:
+def _check_continued(config: RunConfig) -> None:
     """Raises UserError where a stage would go on training a model that scores (SCORES) as a language model."""
-    scorer, others = "", list[str]()  # the stage that left such a model, and those that left a language model
-    for name, stage in stages.items():
+    scorers = dict[str | None, str]()  # the stage that made the model a scorer, by the stage that left it; "": none did
+    others = list[str]()  # stages that left a language model
+    for name, parent in config.parents.items():
+        stage, scorer = config.stages[name], scorers.get(parent, "")
         if not isinstance(stage, TrainStage):
-            scorer = scorer if stage.after is None else ""
+            scorers[name] = scorer
             continue
         if getattr(find_kind(stage.kind), "SCORES", False):
-            scorer = name
+            scorers[name] = name
             continue
         do = f"name the stage that it continues, such as after={others[-1]!r}" if others else "put it before that stage"
         require(
             stage.after is not None or not scorer,
             f"config.{name} would continue the model of config.{scorer}, which scores text; {do}",
         )
-        scorer = ""
+        scorers[name] = ""
         others.append(name)
 
 
-def _check_masks(before: str | None, growth: Stage | None, name: str, stage: Stage) -> None:
-    """Raises UserError where a growth by policy msg is not followed by a mask ramp, or a ramp has no such growth."""
+def _check_masks(parent: str | None, growth: Stage | None, name: str, stage: Stage) -> None:
+    """Raises UserError where a growth by policy msg is not followed by a mask ramp, or a ramp has no such growth.
+
+    parent: the stage that `name` goes on from, of which `growth` are the settings.
+    """
     growth = growth if isinstance(growth, GrowStage) else None
     masked = growth is not None and growth.policy == "msg"
     if masked and (not isinstance(stage, TrainStage) or stage.mask_ramp == 0):
         raise UserError(
-            f"config.{name}.mask_ramp: has to be above 0: config.{before} grows by policy 'msg', "
+            f"config.{name}.mask_ramp: has to be above 0: config.{parent} grows by policy 'msg', "
             "whose masks rise in the training stage that follows"
         )
     if not isinstance(stage, TrainStage):
         return
     if not masked and stage.mask_fields:
-        why = "no growth comes right before" if growth is None else f"config.{before} grows by policy {growth.policy!r}"
+        why = "no growth comes right before" if stage.after is None else f"after={parent!r} is no growth"
+        why = why if growth is None else f"config.{parent} grows by policy {growth.policy!r}"
         raise UserError(f"config.{name}.{stage.mask_fields[0]}: {why}, and only growth by policy 'msg' has masks")
-    if growth is None and stage.after is None and stage.optimizer.trained == "new":
-        raise UserError(
-            f"config.{name}.optimizer.trained='new' has to follow a growth, and the stage before is not one"
-        )
+    if growth is None and stage.optimizer.trained == "new":
+        what = "the stage before" if stage.after is None else f"config.{parent}"
+        raise UserError(f"config.{name}.optimizer.trained='new' has to follow a growth, and {what} is not one")
     if growth is not None and not growth.optimizer_state and stage.optimizer.new_warmup_steps:
-        raise UserError(f"config.{name}.optimizer.new_warmup_steps: config.{before} grows without optimizer_state")
+        raise UserError(f"config.{name}.optimizer.new_warmup_steps: config.{parent} grows without optimizer_state")

@@ -64,8 +64,8 @@ class OpenedStage:
       kind: the module of its kind, see stages/__init__.py.
       model: the config of the model that the stage leaves, as far as it is known before the first step.
       plan: the plan of a stage that grows the model, None of another.
-      batches: what a stage that trains reads; of another the text to verify it on, that of the training stage before
-        it or else after it.
+      batches: what a stage that trains reads; of another the text to verify it on, that of the last training stage
+        that led to it, or else of the next.
       tasks: evaluates the tasks of the harness that the stage names; None where it names none.
     """
 
@@ -128,29 +128,29 @@ def run(
             held.enter_context(own.locked(workdir))
         from_first(lambda: _claim(config, opened.tokenizer, workdir, from_step))
         index.keep_in(workdir / own.INDEXES)
-        previous: Path | None = None if config.start is None else Path(config.start)
-        masks, after = opened.masks, {name: workdir / name / "checkpoints" for name in opened.stages}
+        parents, left = config.parents, {name: workdir / name / "checkpoints" for name in opened.stages}
         for name, stage in opened.stages.items():
             directory = workdir / name
             if not from_first((directory / own.SUMMARY).exists):
                 if stop():
                     raise Stopped(f"stopped before stage {name}; start again to go on", stop.interrupted())
                 _say(f"stage {name}: {stage.settings.kind}")
-                previous = previous if stage.settings.after is None else after[stage.settings.after]
+                parent = parents[name]
+                previous = left[parent] if parent else None if config.start is None else Path(config.start)
                 if isinstance(stage.settings, TrainStage):
                     trainer = Trainer(
                         stage.settings,
                         directory,
                         batches=stage.batches,
                         previous=previous,
-                        plan=masks,
+                        plan=_masks_before(opened, workdir, parent),
                         mesh=opened.mesh,
                         model=stage.model,
                         tokenizer=opened.tokenizer["sha256"],
                         say=_say,
                         tasks=stage.tasks,
                         checkpoints={
-                            field: after.get(model, Path(model)) for field, model in stage.settings.models.items()
+                            field: left.get(model, Path(model)) for field, model in stage.settings.models.items()
                         },
                     )
                     summary = trainer.run(stop)
@@ -160,9 +160,18 @@ def run(
                     summary = stage.kind.carry_out(stage.settings, directory, **where, text=stage.batches, say=_say)
                 summary = {"stage": name, "kind": stage.settings.kind, **summary}
                 from_first(lambda: files.write_json(directory / own.SUMMARY, summary))  # noqa: B023 (called at once)
-            previous = after[name]
-            masks = None if isinstance(stage.settings, TrainStage) else stage.kind.read_plan(directory)
     return from_first(lambda: [own.read_summary(workdir / name) for name in config.run])
+
+
+def _masks_before(opened: OpenedRun, workdir: Path, parent: str | None) -> Plan | None:
+    """The plan of the growth that left what a stage goes on from; None where that stage trained, or there is none.
+
+    parent: that stage; None: config.start.
+    """
+    if parent is None:
+        return opened.masks
+    stage = opened.stages[parent]
+    return None if isinstance(stage.settings, TrainStage) else stage.kind.read_plan(workdir / parent)
 
 
 def _same_everywhere(config: RunConfig, from_step: int | None) -> None:
@@ -200,16 +209,15 @@ def open_run(config: RunConfig, index: sources.Indexes, open_tasks: "OpenTasks |
       UserError: a checkpoint, tokenizer, text, cache or growth that is missing or does not fit.
     """
     mesh = _open_mesh(config)
-    cfg, masks = _open_start(config)
-    started = masks
+    start = _open_start(config)
     batches: dict[str, Batches] = {}
     tokenizers: dict[Path, Table] = {}
     models: dict[str, tuple[ModelConfig, Plan | None]] = {}
     tasks: dict[str, Tasks] = {}
     settings = dict(config.stages)
-    for name, stage in config.stages.items():
+    for name, parent in config.parents.items():
+        stage, (cfg, masks) = config.stages[name], start if parent is None else models[parent]
         where, kind = f"config.{name}", stages.find_kind(stage.kind)
-        cfg = cfg if stage.after is None else models[stage.after][0]
         if isinstance(stage, TrainStage):
             model = stage.model_after(cfg)
             assert model is not None  # the first stage has one, or config.start
@@ -255,11 +263,11 @@ def open_run(config: RunConfig, index: sources.Indexes, open_tasks: "OpenTasks |
     config = dataclasses.replace(config, stages=settings)
     opened = {
         name: OpenedStage(
-            stage, stages.find_kind(stage.kind), *models[name], batches[_nearest(config, name)], tasks.get(name)
+            stage, stages.find_kind(stage.kind), *models[name], batches[_read_by(config, name)], tasks.get(name)
         )
         for name, stage in config.stages.items()
     }
-    return OpenedRun(mesh, opened, next(iter(tokenizers.values())), started)
+    return OpenedRun(mesh, opened, next(iter(tokenizers.values())), start[1])
 
 
 def _counted(stage: TrainStage, batches: Batches, where: str) -> TrainStage:
@@ -277,10 +285,12 @@ def _open_mesh(config: RunConfig) -> jax.sharding.Mesh:
     return make_mesh(config.mesh, devices, num_slices=config.num_slices)
 
 
-def _nearest(config: RunConfig, name: str) -> str:
-    """The stage itself where it trains, else the training stage before it, else the one after it."""
-    place = config.run.index(name)
-    order = (name, *reversed(config.run[:place]), *config.run[place:])
+def _read_by(config: RunConfig, name: str) -> str:
+    """The stage whose text a stage reads: itself or the last that led to it, where one trains, else the next to train.
+
+    A growth is verified on that text.
+    """
+    order = (*reversed(config.lineage(name)), *config.run[config.run.index(name) :], *config.run)
     return next(other for other in order if isinstance(config.stages[other], TrainStage))
 
 

@@ -51,7 +51,7 @@ class Stopped(Exception):
 
 
 def mask_schedule(stage: TrainStage, plan: Plan) -> MaskSchedule:
-    """The masks of the growth right before a stage; raises UserError for an order that is not of its axes."""
+    """The masks of the growth that a stage goes on from; raises UserError for an order that is not of its axes."""
     how = {"unit": stage.mask_unit, "order": stage.mask_order, "shape": stage.mask_shape}
     return MaskSchedule(plan, stage.mask_start, stage.mask_ramp, **how, tokens_per_step=stage.tokens_per_step)
 
@@ -80,7 +80,7 @@ class Trainer:
           directory: of the stage in the work directory.
           batches: the data of the stage, opened.
           previous: checkpoints of the stage before; None for the first.
-          plan: of the growth that came right before, whose masks rise in this stage.
+          plan: of the growth that the stage goes on from, whose masks rise in it.
           model: says how the model is computed (remat, attention), as the page has it; checkpoints say what it is.
           tokenizer: SHA-256 of the tokenizer, for the provenance.
           say: prints a line.
