@@ -39,6 +39,8 @@ _OPTIONAL = (
     ("rope.freq_base", "rope_theta"),
     ("vocab_size", "vocab_size"),
 )
+# Channels of a head: without them llama.cpp takes width / heads, and refuses a model of other heads.
+_HEAD_SIZES = ("attention.key_length", "attention.value_length")
 # Keys that may have one value only: with another, the model would be another function.
 _ONLY: Mapping[str, Any] = {
     "rope.scaling.type": "none",
@@ -164,7 +166,7 @@ def _config(path: Path, fields: Mapping[str, Any], stored: Mapping[str, Stored])
     if missing := [key for key, _ in _REQUIRED if key not in own]:
         raise UserError(f"{path}: llama.{missing[0]} is missing")
     config = {theirs: _shortest(own.pop(key)) for key, theirs in (*_REQUIRED, *_OPTIONAL) if key in own}
-    for key in ("attention.key_length", "attention.value_length"):
+    for key in _HEAD_SIZES:
         size = own.pop(key, None)
         if size is not None and size != config.setdefault("head_dim", size):
             raise UserError(
@@ -209,6 +211,8 @@ def create(
         writer = gguf.GGUFWriter(file, "llama")
         for key, theirs in (*_REQUIRED, *_OPTIONAL):
             _add(gguf, writer, f"llama.{key}", config[theirs])
+        for key in _HEAD_SIZES:
+            _add(gguf, writer, f"llama.{key}", config["head_dim"])
         for key, theirs in _IDS:
             i = config.get(theirs)
             if (i := i[0] if isinstance(i, list) else i) is not None:
