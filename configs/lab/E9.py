@@ -87,8 +87,9 @@ def get_config(budget: str = "cpu") -> ConfigDict:
     config.notes = (
         "Equal compute answers what a user sees who pays for training and fine-tuning. A model that is worse before "
         "has less to forget: equal loss holds an arm against the line of forgetting over loss of the branches from "
-        "scratch. A model that learns less of the new domain forgets less, too: equal gain holds both where they have "
-        "gained 90% of the smaller of their largest gains.",
+        "scratch, which is extrapolated where the arm's loss lies beyond them. A model that learns less of the new "
+        "domain forgets less, too: equal gain holds both where they have gained 90% of the smaller of their largest "
+        "gains.",
         "Old domains are English and code, the new one is Chinese. The tokenizer was trained on the old ones, so that "
         "a Chinese character is three bytes, whose tokens training has hardly seen: before, they cost more than 8 "
         "bits. Fine-tuning trains all parameters, with new moments; the rate falls to 0.",

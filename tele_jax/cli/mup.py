@@ -9,6 +9,7 @@ from tele_jax.cli import Outcome, flag, pick, refuse_flags
 from tele_jax.cli.pages import load_page
 from tele_jax.cli.train import set_up  # noqa: F401 - as `tele train`
 from tele_jax.config import require
+from tele_jax.errors import prefixed
 from tele_jax.lab.mup import coords, pictures, predict, search, transfer
 from tele_jax.lab.mup.widths import first_stage
 from tele_jax.stages import run_config
@@ -64,14 +65,18 @@ def _coords(args: argparse.Namespace) -> Outcome:
         stage, cfg = first_stage(run_config(load_page(args.config, args.overrides)))
         rate, matrix_rate = stage.optimizer.learning_rate, stage.optimizer.matrix_learning_rate
     require(args.widths is None or args.depths is None, "--widths and --depths are two checks; name one")
+    axis = coords.WIDTH if args.depths is None else coords.DEPTH
+    if (at := args.widths or args.depths) is not None:
+        with prefixed(f"--{axis.name}s {','.join(map(str, at))}: "):
+            coords.models_of(cfg, axis, at)
     if args.learning_rate is not None:
         rate, matrix_rate = args.learning_rate, None
     found = coords.check(
         cfg,
         learning_rate=rate,
         matrix_learning_rate=matrix_rate,
-        axis=(axis := coords.WIDTH if args.depths is None else coords.DEPTH),
-        at=args.widths or args.depths,
+        axis=axis,
+        at=at,
         **pick(args, "seeds", "steps"),
         say=lambda line: print(line, flush=True),
     )
@@ -180,7 +185,8 @@ def _transfer_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _transfer(args: argparse.Namespace) -> Outcome:
     found = transfer.write_page(args.searched, args.width, args.out, args.trial, args.layers)
-    return Outcome(found, f"{args.out}: trial {found['number']} at width {args.width}")
+    depth = "" if args.layers is None else f" and {args.layers} layers"
+    return Outcome(found, f"{args.out}: trial {found['number']} at width {args.width}{depth}")
 
 
 ACTIONS = {

@@ -10,9 +10,11 @@ Forgetting is the rise of bits per byte on held-out text of the old domains from
 the fall on the new ones. Four comparisons within a seed:
 
     equal compute       last branches of both arms, mean over the learning rates
-    equal gain          the same branches, where both have gained as much, between learning rates by a straight line
+    equal gain          the same branches, where both have gained as much, between learning rates by a straight line,
+                        which below the lowest rate begins at no fine-tuning: never beyond what was measured
     equal loss          the baseline as it would be at the loss that the arm had on the old domains before, by a
-                        straight line through the branches of the baseline
+                        straight line through the branches of the baseline; extrapolated where that loss lies beyond
+                        all of them, which tables say
     gain                the gains of the last branches, mean over the learning rates
 """
 
@@ -41,6 +43,13 @@ if TYPE_CHECKING:
     from tele_jax.lab.report import Results
 
 SEEN = 1e-7  # rate of the old domains in fine-tuning: they are evaluated, and never drawn
+# What a study of this kind sets in the stages that fine-tune, by key, and what says it.
+SET_BY_STUDY = {
+    "after": "every branch of an arm is fine-tuned",
+    "data": "settings.new names the domains",
+    "seed": "config.seeds gives those of the jobs",
+    "optimizer.learning_rate": "settings.learning_rates lists those that are tried",
+}
 SHARE = 0.9  # of the smaller of two largest gains, at which arms are compared
 # Names of estimates, before the name of an arm.
 COMPUTE, GAIN = "forgetting: ", "gain: "
@@ -95,6 +104,9 @@ def _page(study: Study, arm: str, seed: int, text: Path) -> tuple[Table, list[st
     page, tuning = paths.job_page(study, arm, seed, text), study.settings.get("tuning")
     if not isinstance(tuning, dict) or not isinstance(tuning.get("optimizer", {}), dict):
         raise UserError("config.settings.tuning: expected a table with the fields of the stages that fine-tune")
+    given = {**tuning, **{f"optimizer.{key}": value for key, value in tuning.get("optimizer", {}).items()}}
+    for key, instead in SET_BY_STUDY.items():
+        require(key not in given, f"config.settings.tuning.{key}: leave it out; {instead}")
     ends, old = list(paths.branches_of(run_config(page))), paths.sources_of(page)
     sources = _new(study, text) | {name: source | {"rate": SEEN} for name, source in old.items()}  # new ones first
     read = next(table["data"] for table in page.values() if isinstance(table, dict) and "data" in table)
@@ -184,6 +196,12 @@ def _at_loss(branches: Sequence[Table], loss: float) -> float:
     return float(slope * loss + level)
 
 
+def _is_beyond(branches: Sequence[Table], loss: float) -> bool:
+    """True where a loss lies outside those of the branches, so that the line through them is extrapolated."""
+    losses = [branch["before"]["old"] for branch in branches]
+    return not min(losses) <= loss <= max(losses)
+
+
 def _compared(base: Table, other: Table) -> dict[str, float]:
     """The differences of an arm from the baseline in one seed, by the beginnings of the names of estimates."""
     first, second = base["branches"][-1], other["branches"][-1]
@@ -206,8 +224,14 @@ def estimates(study: Study, results: "Results") -> dict[str, Estimate]:
     baseline, found = study.settings["baseline"], {}
     for arm in study.arms:
         if arm != baseline:
-            seeds = [_compared(results[baseline][seed], results[arm][seed]) for seed in study.seeds]
-            found |= {name + arm: Estimate([one[name] for one in seeds], "bits per byte") for name in seeds[0]}
+            pairs = [(results[baseline][seed], results[arm][seed]) for seed in study.seeds]
+            seeds = [_compared(*pair) for pair in pairs]
+            size = max(other["branches"][-1]["before"]["old"] for _, other in pairs)
+            beyond = [_is_beyond(base["branches"], other["branches"][-1]["before"]["old"]) for base, other in pairs]
+            for name in seeds[0]:
+                extrapolated = beyond if name == EQUAL_LOSS else ()
+                values = [one[name] for one in seeds]
+                found[name + arm] = Estimate(values, "bits per byte", extrapolated=extrapolated, size=size)
     return found
 
 
@@ -228,7 +252,7 @@ def rows(study: Study, results: "Results") -> tuple[list[str], list[list[str]]]:
             branches = [result["branches"][place] for result in seeds.values()]
             before = [float(np.mean([branch["before"][part] for branch in branches])) for part in ("old", "new")]
             both = [np.mean([of(branch) for branch in branches], axis=0) for of in (_forgetting, _gains)]
-            tuned = [f"{forgot:+.4f}, {gained:.4f}" for forgot, gained in zip(*both, strict=True)]
+            tuned = [f"{forgot:+z.4f}, {gained:z.4f}" for forgot, gained in zip(*both, strict=True)]
             is_last = place + 1 == len(next(iter(seeds.values()))["branches"])
             compared = [told(kind + arm) if is_last else "" for kind in (COMPUTE, EQUAL_GAIN, EQUAL_LOSS)]
             lines.append([arm, f"{first['flops']:.3e}", *(f"{loss:.4f}" for loss in before), *tuned, *compared])

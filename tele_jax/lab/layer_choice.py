@@ -227,7 +227,8 @@ def estimates(study: Study, results: "Results") -> dict[str, Estimate]:
         for reference, name in itertools.product(("uniform", "random"), groups):
             if reference in groups and name != reference:
                 values = [_finished(one, groups[name]) - _finished(one, groups[reference]) for one in told]
-                found[f"{name} against {reference}: {arm}"] = Estimate(values, "bits per byte")
+                size = max(_finished(one, groups[reference]) for one in told)
+                found[f"{name} against {reference}: {arm}"] = Estimate(values, "bits per byte", size=size)
     return found
 
 

@@ -2,9 +2,11 @@
 
 An arm is a table with `config`, the page of an ordinary run, whose training stages read settings.data but for the keys
 of `data` that they have themselves. Every job runs it as `tele train` does, with the seed of the job added to that of
-each stage, and leaves it as page.py, so that anybody can run it by hand. A stage that no later one continues (`after`)
-is a finished branch: its loss is held against the FLOPs of all stages that lead to it. settings.baseline names the arm
-that others are compared with; `baseline` of an arm another one, which names itself.
+each stage, and leaves it as page.py, so that anybody can run it by hand. A stage that no other stage goes on from is a
+finished branch: its loss is held against the FLOPs of all stages that lead to it.
+
+settings.baseline names the arm that all arms are compared with. Where a study has several baselines, such as models
+from scratch of several sizes, an arm names its own in its key `baseline`, and each of these arms names itself there.
 
 learning_rates of an arm: each is tried at settings.tuning_seed on the path to the first branch, and the one with the
 least loss is taken for all seeds. settings.data is a table of data, with vocab_size in the place of the tokenizer where
@@ -292,10 +294,10 @@ def estimates(study: Study, results: "Results") -> dict[str, Estimate]:
         unit = "of the baseline's FLOPs"
         found[SHARE + arm] = Estimate(shares, unit, [at is None for at in needed])
         ends = [(base["branches"][-1][1], other["branches"][-1][1]) for base, other in pairs]
-        found[DIFFERENCE + arm] = Estimate([end - base for base, end in ends], "bits per byte")
-        found[PERCENT + arm] = Estimate(
-            [100 * (end / base - 1) for base, end in ends], "percent of the baseline's loss"
-        )
+        differences = [end - base for base, end in ends]
+        found[DIFFERENCE + arm] = Estimate(differences, "bits per byte", size=max(base for base, _ in ends))
+        relative = [100 * (end / base - 1) for base, end in ends]
+        found[PERCENT + arm] = Estimate(relative, "percent of the baseline's loss", size=100.0)
     return found
 
 
@@ -341,7 +343,7 @@ def picture(study: Study, results: "Results") -> "Figure":
     The left has all finished branches, with their mean over seeds as a line; where no arm has more than one, the path
     of the first seed. The right has shares of FLOPs, or relative differences where no criterion asks for a share.
     """
-    figure = plots.new_figure(max(4.8, 0.5 * len(results)))
+    figure = plots.new_figure(max(4.8, 1.6 + 0.55 * len(results)))
     losses, compared = figure.subplots(1, 2, width_ratios=(3, 2))
     finished = any(len(result["branches"]) > 1 for seeds in results.values() for result in seeds.values())
     colors = {arm: plots.CYCLE[i % len(plots.CYCLE)] for i, arm in enumerate(results)}
@@ -371,18 +373,23 @@ def _compare(axes: Any, study: Study, results: "Results", colors: dict[str, str]
     baseline = bases.pop() if len(bases) == 1 else "its baseline"
     kind = SHARE if any(criterion.estimate.startswith(SHARE) for criterion in study.criteria) else PERCENT
     needed = {arm: figures(found[kind + arm]) for arm in _compared(study)}
+    small: Any = dict(fontsize=8, va="bottom", transform=axes.get_yaxis_transform(), zorder=5)
+    clear: Any = dict(facecolor="white", edgecolor="none", alpha=0.85, pad=0.6)  # no line goes through a text
     for place, (arm, told) in enumerate(needed.items()):
-        low, high = told["interval"] or (told["mean"], told["mean"])
-        axes.barh(place, told["mean"], color=colors[arm], height=0.5)
-        axes.errorbar(
-            told["mean"], place, xerr=[[told["mean"] - low], [high - told["mean"]]], color=plots.INK, capsize=4
-        )
-        axes.annotate(shown(told), (0.01, place - 0.33), fontsize=8, va="bottom")
+        bound, count = told["at_least"], len(told["values"])
+        hatch = "///" if bound else None
+        axes.barh(place, told["mean"], color=colors[arm], height=0.4, hatch=hatch, edgecolor="white", linewidth=0)
+        if told["interval"] is not None:
+            ends = [[abs(told["mean"] - end)] for end in told["interval"]]
+            axes.errorbar(told["mean"], place, xerr=ends, color=plots.INK, capsize=4)
+        text = f"at least {told['mean']:.3g} (bound in {bound} of {count})" if bound else shown(told)
+        axes.text(0.01, place - 0.24, text, bbox=clear, **small)
     claims = {(one.side, one.threshold) for one in study.criteria if one.estimate.startswith(kind)}
     for side, threshold in sorted(claims):
         axes.axvline(threshold, color=plots.INK, linestyle=":", linewidth=1.2, label=f"{side} {threshold:.3g}: claimed")
     axes.axvline(1 if kind == SHARE else 0, color=plots.INK, linestyle="--", linewidth=1)
     axes.set_yticks(range(len(needed)), list(needed), fontsize=8)
-    share = f"share of the FLOPs of {baseline}\nfor the loss of its end, 95% interval"
+    bounds = "\n(hatched: at least)" if any(told["at_least"] for told in needed.values()) else ""
+    share = f"share of the FLOPs of {baseline}\nfor the loss of its end, 95% interval{bounds}"
     percent = f"difference to the end of {baseline},\npercent of its loss, 95% interval"
     axes.set(ylim=(len(needed) - 0.4, -0.8), xlabel=share if kind == SHARE else percent)

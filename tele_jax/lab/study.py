@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -58,6 +59,10 @@ class Study:
         require(len(self.arms) > 0, "arms is empty: a study needs at least one")
         for arm in self.arms:
             require(is_plain_name(arm), f"arms: {arm!r} is no name for a directory")
+        equal = self.equal_compute
+        require(
+            equal is None or 0 <= equal < math.inf, f"equal_compute={equal} is a share, such as 0.02; 0 is the least"
+        )
         require(len(self.criteria) > 0, "criteria is empty: without one there is no verdict")
 
     @property

@@ -232,12 +232,12 @@ def estimates(study: Study, results: "Results") -> dict[str, Estimate]:
         first: Any = results[next(iter(arms.values()))]
         if len(first[study.seeds[0]]["rates"]) == 1:
             off = functools.partial(_off, arms, results)
-            found[family] = Estimate(_jackknife(off, study.seeds), "percent of the loss")
+            found[family] = Estimate(_jackknife(off, study.seeds), "percent of the loss", size=100.0)
             continue
         reference = families[study.settings["reference"]]
         for what, unit in UNITS.items():
             measured = functools.partial(MEASURES[what], arms, reference, results)
-            found[f"{what}: {family}"] = Estimate(_jackknife(measured, study.seeds), unit)
+            found[f"{what}: {family}"] = Estimate(_jackknife(measured, study.seeds), unit, size=SIZES[what])
     return found
 
 
@@ -289,6 +289,7 @@ def _off(arms: dict[int, str], results: "Results", seeds: Sequence[int]) -> floa
 
 
 UNITS = {"shift": "factors of 2", "excess": "percent of the best loss", "difference": "nats per byte"}
+SIZES = {"shift": 1.0, "excess": 100.0, "difference": 1.0}  # of the numbers that are compared
 MEASURES = {"shift": _shift, "excess": _excess, "difference": _difference}
 
 

@@ -11,6 +11,7 @@ from scipy import stats
 from tele_jax.files import Table
 from tele_jax.lab.study import Criterion
 
+ROUNDING = 1e-12  # relative size below which a difference of float64 numbers, or their mean, is rounding
 CONFIRMED, NOT_CONFIRMED, CONTRADICTED = "confirmed", "not confirmed", "contradicted"
 RULE = (
     "A criterion is confirmed where the whole 95% t interval of the mean over seeds lies on the claimed side of its "
@@ -28,11 +29,16 @@ class Estimate:
       values: one per seed.
       unit: the unit, in words.
       at_least: True where a value is only a lower bound, one per seed.
+      extrapolated: True where a value needs a curve beyond the points that it was fitted to, one per seed.
+      size: of the numbers whose differences the values are; 0 where they are no differences. Less than ROUNDING of it,
+        or of the largest value, is rounding and counts as 0.
     """
 
     values: Sequence[float]
     unit: str
     at_least: Sequence[bool] = ()
+    extrapolated: Sequence[bool] = ()
+    size: float = 0.0
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -49,11 +55,21 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def figures(estimate: Estimate) -> Table:
-    """The values of an estimate, how many are only lower bounds, mean and interval; bounds give no interval."""
-    ends, bounds = interval(estimate.values), sum(estimate.at_least)
+    """The values of an estimate, how many are lower bounds or extrapolated, mean and interval; bounds give no interval.
+
+    A mean, or an end of the interval, that is rounding of 0 is 0.0.
+    """
+    values, bounds, ends = list(estimate.values), sum(estimate.at_least), interval(estimate.values)
+    noise = ROUNDING * max(estimate.size, *map(abs, values))
+    clean = lambda value: 0.0 if abs(value) <= noise else float(value)  # noqa: E731
     known = ends is not None and all(map(math.isfinite, ends)) and not bounds
-    values, mean = list(estimate.values), float(np.mean(estimate.values))
-    return {"values": values, "at_least": bounds, "mean": mean, "interval": list(ends) if ends and known else None}
+    return {
+        "values": values,
+        "at_least": bounds,
+        "extrapolated": sum(estimate.extrapolated),
+        "mean": clean(np.mean(values)),
+        "interval": [clean(end) for end in ends] if ends and known else None,
+    }
 
 
 def judge(criterion: Criterion, estimate: Estimate) -> Table:
@@ -82,10 +98,17 @@ def together(verdicts: Sequence[str]) -> str:
 
 
 def shown(found: Mapping[str, Any]) -> str:
-    """Mean and interval for people, of `figures` or `judge`."""
+    """Mean and interval for people, of `figures` or `judge`.
+
+    >>> shown(figures(Estimate([1.0, -1.0], "nats", extrapolated=[True, False])))
+    '0 [-12.71, 12.71], extrapolated in 1 of 2 seeds'
+    """
     mean, ends, count = f"{found['mean']:.4g}", found["interval"], len(found["values"])
     if found["at_least"]:
-        return f"at least {mean} ({found['at_least']} of {count} seeds give only a bound)"
-    if ends is None:
-        return f"{mean}, {'one seed' if count == 1 else 'no interval'}"
-    return f"{mean} [{ends[0]:.4g}, {ends[1]:.4g}]"
+        text = f"at least {mean} ({found['at_least']} of {count} seeds give only a bound)"
+    elif ends is None:
+        text = f"{mean}, {'one seed' if count == 1 else 'no interval'}"
+    else:
+        text = f"{mean} [{ends[0]:.4g}, {ends[1]:.4g}]"
+    beyond = found["extrapolated"]
+    return text if not beyond else f"{text}, extrapolated in {beyond} of {count} seeds"

@@ -80,19 +80,12 @@ def check(
     Raises:
       UserError: fewer than four sizes, no seed, more than 10 steps, a width or depth that the model cannot have.
     """
-    at = sorted(set(axis.sizes if at is None else at))
-    require(len(at) >= 4, f"{axis.name}s={tuple(at)}: a coordinate check needs at least four")
+    at, base, models = models_of(cfg, axis, at)
     require(len(seeds) > 0, "seeds is empty; give one at least")
     require(1 <= steps <= 10, f"steps={steps} must be 1 to 10: later, models of different sizes learn different things")
     for seed in seeds:
         check_seed(seed, "seeds")
     rates = OptimizerConfig(learning_rate=learning_rate, matrix_learning_rate=matrix_learning_rate)
-    cfg = cfg.replace(
-        **dict(vocab_size=VOCAB, padded_vocab_size=VOCAB, max_seq_len=max(cfg.max_seq_len, LENGTH)),
-        **dict(dtype="float32", param_dtype="float32", scalar_head=False),
-    )
-    base = (axis is WIDTH and cfg.mup_base_width) or at[0]
-    models = {name: [axis.model(cfg, size, base, name == axis.rule) for size in at] for name in (axis.rule, "standard")}
     sizes: Table = {}
     found = np.empty((2, len(KINDS), len(at), len(seeds), steps))
     for name, made in models.items():
@@ -115,6 +108,25 @@ def check(
         axis=axis.name, at=at, seeds=list(seeds), steps=steps, learning_rate=learning_rate, base=base,
         sizes=sizes, slopes=slopes, problems=problems, passed=not problems,
     )  # fmt: skip
+
+
+def models_of(
+    cfg: ModelConfig, axis: Axis, at: Sequence[int] | None
+) -> tuple[list[int], int, dict[str, list[ModelConfig]]]:
+    """(sizes in rising order, base size, the models at every size by RULE and "standard") of a check.
+
+    Raises:
+      UserError: fewer than four sizes, a width or depth that the model cannot have.
+    """
+    at = sorted(set(axis.sizes if at is None else at))
+    require(len(at) >= 4, f"{axis.name}s={tuple(at)}: a coordinate check needs at least four")
+    cfg = cfg.replace(
+        **dict(vocab_size=VOCAB, padded_vocab_size=VOCAB, max_seq_len=max(cfg.max_seq_len, LENGTH)),
+        **dict(dtype="float32", param_dtype="float32", scalar_head=False),
+    )
+    base = (axis is WIDTH and cfg.mup_base_width) or at[0]
+    rules = (axis.rule, "standard")
+    return at, base, {name: [axis.model(cfg, size, base, name == axis.rule) for size in at] for name in rules}
 
 
 def _problems(slopes: Table, axis: Axis) -> list[str]:

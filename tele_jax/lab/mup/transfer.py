@@ -46,7 +46,8 @@ def write_page(searched: Path, width: int, path: Path, trial: int | None = None,
         page[first]["model"] |= dict(num_layers=layers, residual_mult=at_depth(cfg, layers).residual_mult)
     run_config(page)
     values = ", ".join(f"{key} {value:g}" for key, value in found["values"].items())
-    what = f"Trial {found['number']} of {searched.name} at width {width}: {values}"
+    depth = "" if layers is None else f" and {layers} layers"
+    what = f"Trial {found['number']} of {searched.name} at width {width}{depth}: {values}"
     files.write_file(
         path,
         PAGE.format(
