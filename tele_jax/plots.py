@@ -115,7 +115,7 @@ def plan(plan: "Plan") -> "Figure":
     total = {kind: sum(tally[kind] for tally in tallies.values()) for kind in KINDS}
     rows = {"all parameters": total, **tallies}
     shapes = {name: " x ".join(f"{size:,}" for size in spec.shape) for name, spec in plan.dst_spec.items()}
-    figure, axes = _single(1.8 + 0.32 * len(rows))
+    figure, axes = _single(2.2 + 0.32 * len(rows))
     places, sizes = np.arange(len(rows)), np.array([sum(tally.values()) for tally in rows.values()])
     left = np.zeros(len(rows))
     for kind, color in KINDS.items():
@@ -131,8 +131,9 @@ def plan(plan: "Plan") -> "Figure":
     axes.set_xlabel("share of the entries of each grown array, percent (right: how many entries)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(**LEGEND_BELOW | dict(ncols=len(KINDS)))
-    grown = ", ".join(f"{axis} {m.src_size} -> {m.dst_size}" for axis, m in plan.maps.items() if not m.is_identity)
-    axes.set_title(f"Growth by policy {plan.policy}\n{grown or 'no axis grows'}", fontsize="medium")
+    grown = [f"{axis} {m.src_size:,} -> {m.dst_size:,}" for axis, m in plan.maps.items() if not m.is_identity]
+    lines = [", ".join(grown[i : i + 3]) for i in range(0, len(grown), 3)] or ["no axis grows"]
+    axes.set_title(f"Growth by policy {plan.policy}\n" + ",\n".join(lines), fontsize="medium")
     return figure
 
 

@@ -1,0 +1,44 @@
+"""Texts of pictures lie inside them, and not on one another."""
+
+from pathlib import Path
+
+import pytest
+
+import tele_jax as tele
+from tele_jax import growth, plots
+from tele_jax.cli.pages import load_page
+from tele_jax.lab import paths, read_study
+
+pytest.importorskip("matplotlib", reason="the extra [plots] is not installed")
+
+
+def test_the_title_of_a_plan_that_grows_all_axes_lies_inside_the_picture():
+    src, dst = (tele.get_model(name) for name in ("tele_flm_52b", "tele_flm_1t"))
+    figure = plots.plan(growth.plan(src, dst, policy="msg"))
+    figure.draw_without_rendering()
+    title = figure.axes[0].title
+    box = title.get_window_extent()
+    assert "vocab 80384 -> 81920" in title.get_text().replace(",", "").replace("\n", " ")
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_what_is_said_of_arms_does_not_overlap_where_only_bounds_are_known(reached):
+    study = read_study(load_page(f"{Path(__file__).parents[1]}/configs/lab/E2.py:cpu"))
+    ends = [[1e10, 3.2], [1e11, 3.0]]
+    results = {}
+    for arm in study.arms:
+        last = 3.0 if study.arms[arm].get("baseline") == arm or reached else 3.1
+        last = 3.0 if arm == study.settings["baseline"] else last
+        done = {"flops": 1e11, "branches": [ends[0], [1e11, last]], "curve": ends, "tuned": {}, "learning_rate": None}
+        results[arm] = dict.fromkeys(study.seeds, done)
+    figure = paths.picture(study, results)
+    figure.draw_without_rendering()
+    right = figure.axes[1]
+    said = [text for text in right.texts if text.get_text()]
+    assert len(said) > 5 and all(("at least" in text.get_text()) is not reached for text in said)
+    boxes = [text.get_window_extent() for text in said]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(box.x1 <= figure.bbox.x1 for box in boxes)
+    label = right.xaxis.label.get_window_extent()
+    assert label.x0 >= 0 and label.x1 <= figure.bbox.x1
