@@ -1,6 +1,7 @@
 """The one writer of stored leaves: chunk by chunk, by any number of processes, each of which may be killed any time.
 
-    tiles = [tile for name, leaf in leaves.items() for tile in cut("params", name, leaf, tile_bytes)]
+    leaves = packed(leaves, chunk_bytes)
+    tiles = [tile for name, leaf in leaves.items() for tile in cut("params", name, leaf)]
     write_leaves(dst, meta, tiles, fill, header={"what": "is made of what"}, workers=4)
 
 `fill(tile, start, out)` computes the numbers of one chunk: growth on disk and imports give only that.
@@ -19,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tele_jax.checkpoint import layout
-from tele_jax.checkpoint.chunk_files import allocate, flush, write_chunk
+from tele_jax.checkpoint import chunk_files, layout
+from tele_jax.checkpoint.chunk_files import allocate, flush
 from tele_jax.checkpoint.unfinished import FLUSHING, Tile, Unfinished
 from tele_jax.config import require
 from tele_jax.errors import DamageError, UserError
@@ -146,17 +147,18 @@ def _part(tiles: Sequence[Tile], shard: tuple[int, int]) -> list[int]:
 
 
 def _write_tile(fill: Fill, tile: Tile, directory: Path, local: threading.local) -> None:
-    """Computes and writes the chunks of a tile."""
+    """Computes and writes the chunks of a tile, which are a file."""
     leaf, size = tile.leaf, tile.leaf.chunk_bytes
     if not hasattr(local, "buffer") or len(local.buffer) < size:
         local.buffer = allocate(size)  # kept for the next tile: fresh memory is slow to touch
     values = local.buffer[: size - layout.CRC_BYTES].view(leaf.spec.dtype).reshape(leaf.chunks)
-    for chunk, file in zip(tile.chunks, tile.files(), strict=True):
-        start = tuple(c * n for c, n in zip(chunk, leaf.chunks, strict=True))
-        if inside(leaf, start, values).shape != values.shape:
-            values.fill(0)  # a chunk at the edge is stored whole
-        fill(tile, start, values)
-        write_chunk(directory / file, local.buffer, size)
+    with chunk_files.FileWriter(directory / tile.file, leaf, tile.index) as file:
+        for chunk in tile.chunks:
+            start = tuple(c * n for c, n in zip(chunk, leaf.chunks, strict=True))
+            if inside(leaf, start, values).shape != values.shape:
+                values.fill(0)  # a chunk at the edge is stored whole
+            fill(tile, start, values)
+            file.write(chunk, local.buffer)
 
 
 def _finished_tiles(
@@ -177,8 +179,7 @@ def _finished_tiles(
 
     def finish(number: int) -> None:
         try:
-            for file in tiles[number].files():
-                flush(directory / file)
+            flush(directory / tiles[number].file)
             results.put(number)
         except BaseException as error:
             results.put(error)

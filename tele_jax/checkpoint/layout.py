@@ -1,6 +1,7 @@
 """The layout of a step directory, as pure functions that touch no file.
 
-    <step>/params/<leaf>/zarr.json, c/<i>/<j>/...     one zarr3 array per leaf, <leaf> its dotted name
+    <step>/params/<leaf>/zarr.json, c/<i>/<j>/...     one zarr3 array per leaf, <leaf> its dotted name; a file holds
+                                                      some chunks (packing.py)
     <step>/adapters/<leaf>/...                        instead of params: adapters of parameters that lie elsewhere
     <step>/opt_state/<leaf>/...                       the same; left out where nothing was given
     <step>/data/state/...                             the position of the data feed, as uint8[n]
@@ -31,7 +32,7 @@ from tele_jax.errors import DamageError, UserError
 from tele_jax.files import Table, is_plain_name, parse_json
 from tele_jax.settings import LoraConfig
 
-FORMAT = 1
+FORMATS = (1, 2)  # 1: a chunk a file; 2: leaves may have `files`
 ITEMS = ("params", "adapters", "opt_state", "data")
 META_FILE = "meta.json"  # in the item "meta"
 CHUNK_BYTES = 128 * 2**20  # largest chunk, before its checksum
@@ -44,11 +45,13 @@ class Leaf:
     """One stored array: its shape, dtype and axes, and the shape of its chunks.
 
     scalar: it was a Python bool, int or float, and comes back as one.
+    files: shape of the part of the array that one file holds, a multiple of chunks; None where a chunk is a file.
     """
 
     spec: ParamSpec
     chunks: tuple[int, ...]
     scalar: bool = False
+    files: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -56,13 +59,23 @@ class Leaf:
 
     @property
     def chunk_bytes(self) -> int:
-        """Size of every chunk file: chunks at the edge are stored whole."""
+        """Size of every chunk with its checksum: chunks at the edge are stored whole."""
         return math.prod(self.chunks) * self.spec.dtype.itemsize + CRC_BYTES
 
     @property
     def grid(self) -> tuple[int, ...]:
         """Number of chunks along each dimension."""
         return tuple(-(-size // chunk) for size, chunk in zip(self.spec.shape, self.chunks, strict=True))
+
+    @property
+    def file_grid(self) -> tuple[int, ...]:
+        """Number of files along each dimension."""
+        return tuple(-(-size // part) for size, part in zip(self.spec.shape, self.files or self.chunks, strict=True))
+
+    @property
+    def per_file(self) -> tuple[int, ...]:
+        """Number of chunks in a file along each dimension."""
+        return tuple(part // chunk for part, chunk in zip(self.files or self.chunks, self.chunks, strict=True))
 
     def __str__(self) -> str:
         return describe(self.spec.shape, self.spec.dtype)
@@ -197,13 +210,18 @@ def chunk_shape(
 
 def zarr_metadata(leaf: Leaf) -> Table:
     """The zarr3 metadata of an array, for TensorStore to create it by."""
-    order = {"configuration": {"endian": "little"}} if leaf.spec.dtype.itemsize > 1 else {}
+    little = {"configuration": {"endian": "little"}}
+    codecs = [{"name": "bytes", **(little if leaf.spec.dtype.itemsize > 1 else {})}, {"name": "crc32c"}]
+    if leaf.files is not None:  # zarr3 calls such a file a shard
+        of_index = [{"name": "bytes", **little}, {"name": "crc32c"}]
+        inside = {"chunk_shape": list(leaf.chunks), "codecs": codecs, "index_codecs": of_index}
+        codecs = [{"name": "sharding_indexed", "configuration": inside}]
     return {
         "shape": list(leaf.spec.shape),
         "data_type": leaf.spec.dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(leaf.chunks)}},
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(leaf.files or leaf.chunks)}},
         "chunk_key_encoding": {"name": "default"},
-        "codecs": [{"name": "bytes", **order}, {"name": "crc32c"}],
+        "codecs": codecs,
     }
 
 
@@ -227,8 +245,9 @@ def meta_to_json(meta: Meta) -> Table:
         for name in leaves:
             if problem := name_problem(name):
                 raise UserError(f"{item}: {name}: cannot be stored: {problem}")
+    has_files = any(leaf.files is not None for leaves in meta.items.values() for leaf in leaves.values())
     content = {
-        "format": FORMAT,
+        "format": 2 if has_files else 1,
         "step": meta.step,
         "config": to_dict(meta.cfg),
         "provenance": list(meta.provenance),
@@ -255,9 +274,9 @@ def meta_from_json(text: str | bytes, where: str) -> Meta:
     content = {key: value for key, value in document.items() if key != "sha256"}
     if document.get("sha256") != _digest(content):
         raise DamageError(f"{where}: damaged, its content does not have the checksum that was written with it")
-    if content.get("format") != FORMAT:
+    if content.get("format") not in FORMATS:
         raise UserError(
-            f"{where}: format {content.get('format')!r}, but this version of tele_jax reads format {FORMAT}"
+            f"{where}: format {content.get('format')!r}, but this version of tele_jax reads formats 1 and 2"
         )
     known = as_written(_Document, content, where)
     own = "params" if known.adapter is None else "adapters"
@@ -303,7 +322,8 @@ def _digest(content: Mapping[str, object]) -> str:
 
 
 def _leaf_to_json(leaf: Leaf) -> Table:
-    return {**leaf.spec.to_json(), "chunks": list(leaf.chunks), **({"scalar": True} if leaf.scalar else {})}
+    files = {} if leaf.files is None else {"files": list(leaf.files)}
+    return {**leaf.spec.to_json(), "chunks": list(leaf.chunks), **files, **({"scalar": True} if leaf.scalar else {})}
 
 
 def _leaves(item: str, leaves: Leaves, where: str) -> dict[str, Leaf]:
@@ -328,10 +348,14 @@ def name_problem(name: str) -> str | None:
 def _leaf_from_json(values: Mapping[str, object], where: str) -> Leaf:
     chunks = as_written(tuple[int, ...], values.get("chunks"), f"{where}.chunks")
     scalar = as_written(bool, values.get("scalar", False), f"{where}.scalar")
+    files = as_written(tuple[int, ...] | None, values.get("files"), f"{where}.files")
+    own = ("chunks", "scalar", "files")
     try:
-        spec = ParamSpec.from_json({key: value for key, value in values.items() if key not in ("chunks", "scalar")})
+        spec = ParamSpec.from_json({key: value for key, value in values.items() if key not in own})
     except UserError as error:
         raise DamageError(f"{where}: damaged, {error}") from None
     if len(chunks) != len(spec.shape) or min(chunks, default=1) < 1:
         raise DamageError(f"{where}.chunks: damaged, {list(chunks)} does not cut {list(spec.shape)}")
-    return Leaf(spec, chunks, scalar)
+    if files is not None and (len(files) != len(chunks) or any(f < c or f % c for f, c in zip(files, chunks))):
+        raise DamageError(f"{where}.files: damaged, {list(files)} does not hold whole chunks {list(chunks)}")
+    return Leaf(spec, chunks, scalar, files)

@@ -27,7 +27,7 @@ class LazyArray:
 
         q = open_lazy(path).params["layers"]["attn"]["q"]
         q.shape, q.chunks    # (80, 8192, 64, 128), (1, 4096, 64, 128)
-        q[3]                 # one layer, numpy [8192, 64, 128]: reads 2 files
+        q[3]                 # one layer, numpy [8192, 64, 128]: reads 2 chunks
 
     name: with the item, "params/layers.attn.q".  path: directory of its zarr3 array.
     """
@@ -61,6 +61,11 @@ class LazyArray:
     @property
     def nbytes(self) -> int:
         return self.leaf.nbytes
+
+    @functools.cached_property
+    def indexes(self) -> dict[str, np.ndarray]:
+        """The indexes of files that chunk_files has read, by path."""
+        return {}
 
     @functools.cached_property
     def tensorstore(self) -> Any:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from tele_jax import axes
 from tele_jax.axes import Leaf, Leaves, Params, ParamSpec, PyTree
-from tele_jax.checkpoint import layout
+from tele_jax.checkpoint import layout, packing
 from tele_jax.checkpoint.adapted import unfold
 from tele_jax.checkpoint.lazy import Lazy, LazyArray, Read, finish, open_lazy
 from tele_jax.config import ModelConfig, differing_fields, require, require_config, require_known
@@ -306,7 +307,7 @@ def _on_default_device(value: np.ndarray, scalar: bool) -> PyTree:
 
 @dataclasses.dataclass(frozen=True)
 class Damage:
-    """One chunk that differs from what was written. leaf: its name with the item, "params/layers.attn.q"."""
+    """A chunk, or a file, that differs from what was written. leaf: name with the item, "params/layers.attn.q"."""
 
     leaf: str
     file: epath.Path
@@ -327,31 +328,40 @@ def verify(lazy: Lazy) -> Iterator[Damage]:
 def _verify_array(array: LazyArray) -> Iterator[Damage]:
     pending: collections.deque = collections.deque()
     window = max(1, _CHECKED_BYTES // array.leaf.chunk_bytes)
-    for index in itertools.product(*(range(count) for count in array.leaf.grid)):
+    for index in itertools.product(*map(range, array.leaf.file_grid)):
         file = array.path / layout.chunk_key(index)
-        if problem := _size_problem(array, file):
+        if problem := _file_problem(array, file):
             yield Damage(array.name, file, problem)
             continue
-        if len(pending) == window:
-            yield from _checked(array, *pending.popleft())
-        part = tuple(
-            slice(i * c, min((i + 1) * c, n)) for i, c, n in zip(index, array.chunks, array.shape, strict=True)
-        )
-        pending.append((file, array.tensorstore[part].read()))
-    for file, future in pending:
-        yield from _checked(array, file, future)
+        for chunk in packing.chunks_of(array.leaf, index):
+            if len(pending) == window:
+                yield from _checked(array, *pending.popleft())
+            cuts = zip(chunk, array.chunks, array.shape, strict=True)
+            part = tuple(slice(i * c, min((i + 1) * c, n)) for i, c, n in cuts)
+            pending.append((file, chunk, array.tensorstore[part].read()))
+    for entry in pending:
+        yield from _checked(array, *entry)
 
 
-def _size_problem(array: LazyArray, file: epath.Path) -> str | None:
+def _file_problem(array: LazyArray, file: epath.Path) -> str | None:
+    """Says why no chunk of a file can be read; None where they can be looked at one by one."""
+    leaf = array.leaf
     try:
-        size = file.stat().length
+        if leaf.files is None:
+            size = file.stat().length
+            return None if size == leaf.chunk_bytes else f"{size:,} bytes, expected {leaf.chunk_bytes:,}"
+        with file.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - packing.index_bytes(leaf)))
+            entries = packing.parse_index(leaf, stream.read())
     except FileNotFoundError:
         return "missing"
-    return None if size == array.leaf.chunk_bytes else f"{size:,} bytes, expected {array.leaf.chunk_bytes:,}"
+    return f"{size:,} bytes, and no index with its checksum at their end" if entries is None else None
 
 
-def _checked(array: LazyArray, file: epath.Path, future: Read) -> Iterator[Damage]:
+def _checked(array: LazyArray, file: epath.Path, chunk: tuple[int, ...], future: Read) -> Iterator[Damage]:
     try:
         finish(future, array.name)
     except DamageError:
-        yield Damage(array.name, file, "its checksum is not that of its content")
+        which = "its checksum" if array.leaf.files is None else f"the checksum of chunk {list(chunk)}"
+        yield Damage(array.name, file, f"{which} is not that of its content")

@@ -1,31 +1,24 @@
 """Saving: one checkpoint by `save`, the checkpoints of a training run by `Manager`.
 
-Arrays are copied from the devices to the host at once, and written in the background. Orbax makes a save atomic (it
-writes into a temporary directory and renames it), asynchronous, and the same on one process and on many. The arrays
-themselves are written here, by a type handler of ours, because Orbax's own fixes the codecs of its zarr3 arrays, and
-those carry no checksum of the data.
+Arrays are copied from the devices to the host at once, and written in the background (host_leaves.py). Orbax makes a
+save atomic (it writes into a temporary directory and renames it), asynchronous, and the same on one process or many.
 """
 
-import asyncio
 import contextlib
-import dataclasses
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import absl.logging
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
 from etils import epath
-from orbax.checkpoint import future
 
 from tele_jax import axes
-from tele_jax.axes import Leaf, Leaves, Params, ParamSpec, PyTree, unflatten
+from tele_jax.axes import Params, PyTree, unflatten
 from tele_jax.checkpoint import adapted, layout, locate, read
-from tele_jax.checkpoint.lazy import kvstore
+from tele_jax.checkpoint.host_leaves import HostLeaf, HostLeafHandler, copy_to_host, describe_leaves
 from tele_jax.config import ModelConfig, require, whole
 from tele_jax.errors import DamageError, UserError, abridged
 from tele_jax.files import PathLike
@@ -203,7 +196,7 @@ def _prepare(
     provenance: Sequence[Mapping[str, object]],
     data_state: bytes | None,
     adapter: layout.Adapter | None,
-) -> tuple[layout.Meta, dict[str, dict[str, "HostLeaf"]]]:
+) -> tuple[layout.Meta, dict[str, dict[str, HostLeaf]]]:
     """The meta document, and the arrays copied to the host."""
     own = "params" if adapter is None else "adapters"
     if adapter is not None:
@@ -235,133 +228,10 @@ def _prepare(
     return meta, {item: copy_to_host(named, described[item]) for item, named in leaves.items()}
 
 
-# -------------------------------------------------------------- from arrays to files
-
-_CONTEXT = ts.Context({"file_io_concurrency": {"limit": 32}})
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class HostLeaf:
-    """A copy of a leaf on the host. pieces: the parts that this process writes, as (index, values)."""
-
-    leaf: layout.Leaf
-    pieces: tuple[tuple[tuple[slice, ...], np.ndarray], ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the pieces; Orbax reads this for its log."""
-        return sum(values.nbytes for _, values in self.pieces)
-
-
-def describe_leaves(leaves: Leaves, params: Mapping[str, ParamSpec], item: str) -> dict[str, layout.Leaf]:
-    """Decides how each leaf (jax or numpy array, or Python scalar) of an item is stored.
-
-    params: the parameters by name; a leaf that belongs to one (a moment of Adam) has its axes and is cut like it.
-
-    Raises:
-      UserError: a leaf that is not numeric, or a typed PRNG key.
-    """
-    return {name: _describe_leaf(f"{item}: {name}", name, value, params) for name, value in leaves.items()}
-
-
-def _describe_leaf(where: str, name: str, value: Leaf, params: Mapping[str, ParamSpec]) -> layout.Leaf:
-    scalar = _is_number(value)
-    array = np.asarray(value) if scalar else value
-    dtype = getattr(array, "dtype", None)
-    if dtype is not None and jax.numpy.issubdtype(dtype, jax.dtypes.prng_key):
-        raise UserError(f"{where}: a typed PRNG key cannot be stored; keep jax.random.key_data of it in the state")
-    if dtype is None or np.dtype(dtype).kind in "OSUMm":
-        raise UserError(f"{where}: {type(value).__name__} cannot be stored; leaves must be arrays or numbers")
-    owner = params.get(layout.matching_param(name, array.shape, params) or "")
-    spec = ParamSpec(
-        tuple(array.shape),
-        np.dtype(dtype),
-        *((owner.stack, owner.inputs, owner.outputs) if owner else ()),
-    )
-    shard = array.shape if _is_local(value) else value.sharding.shard_shape(array.shape)
-    chunks = layout.chunk_shape(spec.shape, spec.dtype.itemsize, stacked=len(spec.stack), shard=shard)
-    return layout.Leaf(spec, chunks, scalar)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (bool, int, float)) and not isinstance(value, np.generic)
-
-
-def _is_local(array: object) -> bool:
-    return not isinstance(array, jax.Array) or array.is_fully_addressable
-
-
-def copy_to_host(leaves: Leaves, described: Mapping[str, layout.Leaf]) -> dict[str, HostLeaf]:
-    """Copies what this process has to write. On return the arrays may be changed or donated."""
-    for value in leaves.values():
-        for _, data in _owned_shards(value):
-            data.copy_to_host_async()
-    return {name: HostLeaf(described[name], _pieces(value)) for name, value in leaves.items()}
-
-
-def _owned_shards(value: object) -> list[tuple[tuple[slice, ...], jax.Array]]:
-    """Lists (index, data) of what this process writes: one replica of every part of an array, in one process."""
-    shards = value.addressable_shards if isinstance(value, jax.Array) else []
-    return [(s.index, s.data) for s in shards if s.replica_id == 0 and s.data is not None]
-
-
-def _pieces(value: object) -> tuple[tuple[tuple[slice, ...], np.ndarray], ...]:
-    if not _is_local(value):
-        return tuple((index, np.array(data)) for index, data in _owned_shards(value))
-    if jax.process_index() != 0:
-        return ()  # the same on every process
-    if not isinstance(value, jax.Array):
-        return (((), np.array(value)),)
-    # One process has it all: one piece, so that shards that share a chunk do not rewrite each other's file.
-    whole = np.empty(value.shape, value.dtype)
-    for index, data in _owned_shards(value):
-        whole[index] = np.asarray(data)
-    return (((), whole),)
-
-
-class _HostLeafHandler(ocp.type_handlers.TypeHandler):
-    """Writes HostLeaf by TensorStore; Orbax notes them as numpy arrays, which it restores without further arguments."""
-
-    def typestr(self) -> str:
-        return "np.ndarray"
-
-    async def metadata(self, infos: Sequence[object]) -> Sequence[object]:
-        raise NotImplementedError("tele_jax reads arrays in lazy.py")
-
-    async def deserialize(self, infos: Sequence[object], args: Sequence[object] | None = None) -> Sequence[object]:
-        raise NotImplementedError("tele_jax reads arrays in lazy.py")
-
-    async def serialize(
-        self, values: Sequence[HostLeaf], infos: Sequence[object], args: object = None
-    ) -> Sequence[Any]:
-        async def write_all() -> None:
-            await asyncio.gather(*(_write(value, info) for value, info in zip(values, infos, strict=True)))
-
-        return [future.CommitFutureAwaitingContractedSignals(write_all(), name="tele_jax_arrays")]
-
-
-async def _write(value: HostLeaf, info: Any) -> None:
-    await info.await_path_creation()
-    first = jax.process_index() == 0
-    if not first and not value.pieces:
-        return
-    spec = {
-        "driver": "zarr3",
-        "kvstore": kvstore(info.parent_dir / info.name),
-        "metadata": layout.zarr_metadata(value.leaf),
-        # A chunk of zeros is a file like any other, so that a chunk that is not there is always damage.
-        "store_data_equal_to_fill_value": True,
-    }
-    # One process writes zarr.json; the others cannot know when it is there, nor need to.
-    store = await ts.open(spec, context=_CONTEXT, create=first, open=not first, assume_metadata=not first)
-    for index, values in value.pieces:
-        await store[index].write(values, can_reference_source_data_indefinitely=True)
-
-
 def make_checkpointer(items: Sequence[str]) -> ocp.AsyncCheckpointer:
     """Orbax's checkpointer for our items: `meta` is JSON, the others trees of HostLeaf."""
     _quiet_orbax()
-    registry = ocp.type_handlers.create_type_handler_registry((HostLeaf, _HostLeafHandler()))
+    registry = ocp.type_handlers.create_type_handler_registry((HostLeaf, HostLeafHandler()))
     handlers: dict[str, Any] = {
         item: ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
         for item in items

@@ -12,6 +12,7 @@ What Orbax and TensorStore know of a checkpoint is written by themselves, before
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import itertools
 import json
 import os
@@ -22,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tele_jax.checkpoint import layout, locate
+from tele_jax.checkpoint import layout, locate, packing
 from tele_jax.checkpoint.chunk_files import flush
 from tele_jax.errors import DamageError, UserError
 from tele_jax.files import PathLike, Table, parse_json
@@ -33,34 +34,29 @@ _BLOCK_BYTES = 4096  # of a file system: what the last part of a file, and its d
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Chunks of one leaf that are finished together. leaf name: item "params", name "layers.attn.q"."""
+    """The chunks of one file, in the order in which they are made. Leaf: item "params", name "layers.attn.q"."""
 
     item: str
     name: str
     leaf: layout.Leaf
+    index: tuple[int, ...]  # of the file, in leaf.file_grid
     chunks: tuple[tuple[int, ...], ...]
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
-        return len(self.chunks) * self.leaf.chunk_bytes
+        return packing.file_bytes(self.leaf, self.index)
 
-    def files(self) -> Iterator[str]:
-        """Paths of the chunks inside the checkpoint."""
-        for chunk in self.chunks:
-            yield f"{self.item}/{self.name}/{layout.chunk_key(chunk)}"
+    @property
+    def file(self) -> str:
+        """Path of the file inside the checkpoint."""
+        return f"{self.item}/{self.name}/{layout.chunk_key(self.index)}"
 
 
-def cut(
-    item: str,
-    name: str,
-    leaf: layout.Leaf,
-    tile_bytes: int,
-    order: Callable[[tuple[int, ...]], Any] | None = None,
-) -> list[Tile]:
-    """The chunks of a leaf, sorted by `order`, in tiles of at most tile_bytes (of one chunk where that is larger)."""
-    chunks = sorted(itertools.product(*map(range, leaf.grid)), key=order)
-    count = max(1, tile_bytes // leaf.chunk_bytes)
-    return [Tile(item, name, leaf, tuple(chunks[i : i + count])) for i in range(0, len(chunks), count)]
+def cut(item: str, name: str, leaf: layout.Leaf, order: Callable[[tuple[int, ...]], Any] | None = None) -> list[Tile]:
+    """The tiles of a leaf, and the chunks in each, sorted by `order` of the (first) chunk."""
+    files = itertools.product(*map(range, leaf.file_grid))
+    tiles = [Tile(item, name, leaf, file, tuple(sorted(packing.chunks_of(leaf, file), key=order))) for file in files]
+    return sorted(tiles, key=lambda tile: tile.chunks[0] if order is None else order(tile.chunks[0]))
 
 
 class Unfinished:
@@ -254,11 +250,7 @@ class Unfinished:
         noted: set[int] = set()
         for journal in (self.partial / "journal").iterdir():
             noted |= {int(line) for line in re.findall(rb"^\d{10}$", journal.read_bytes(), re.MULTILINE)}
-        return {
-            i
-            for i in noted
-            if all(_size(self.path / file) == self._tiles[i].leaf.chunk_bytes for file in self._tiles[i].files())
-        }
+        return {i for i in noted if _size(self.path / self._tiles[i].file) == self._tiles[i].nbytes}
 
     def _require_space(self, tiles: Sequence[Tile]) -> None:
         needed, free = disk_bytes(tiles), free_bytes(self.dst)
@@ -276,7 +268,7 @@ class Unfinished:
 
 def disk_bytes(tiles: Sequence[Tile]) -> int:
     """Counts the bytes of disk that the files of some tiles take, their directories included."""
-    return sum(tile.nbytes + 2 * _BLOCK_BYTES * len(tile.chunks) for tile in tiles)
+    return sum(tile.nbytes + 2 * _BLOCK_BYTES for tile in tiles)
 
 
 def free_bytes(path: Path) -> int:
@@ -309,10 +301,9 @@ def _size(file: Path) -> int | None:
 def _write_empty(path: Path, meta: layout.Meta) -> None:
     """Writes a checkpoint as saving.py does, with all arrays described, but without chunks."""
     from tele_jax.checkpoint import saving  # brings Orbax
+    from tele_jax.checkpoint.host_leaves import HostLeaf
 
-    empty = {
-        item: {name: saving.HostLeaf(leaf, ()) for name, leaf in leaves.items()} for item, leaves in meta.items.items()
-    }
+    empty = {item: {name: HostLeaf(leaf, ()) for name, leaf in leaves.items()} for item, leaves in meta.items.items()}
     checkpointer = saving.make_checkpointer(list(meta.items))
     with saving.in_one_line(path):
         try:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from tele_jax.axes import ParamSpec, unflatten
-from tele_jax.checkpoint import chunked, layout, locate, unfinished
+from tele_jax.checkpoint import chunked, layout, locate, packing, unfinished
 from tele_jax.config import ModelConfig, require, to_dict
 from tele_jax.convert import beside, region
 from tele_jax.convert.families import Part
@@ -25,7 +25,6 @@ from tele_jax.convert.release import Release, open_release
 from tele_jax.model.inputs import has_x64
 from tele_jax.model.spec import flat_spec
 
-_TILES_PER_CHUNK_LIMIT = 8  # small chunks are finished together
 _OVERHEAD_BYTES = 64 * 2**20  # names of files, and what Python and Orbax take beside what is counted
 
 
@@ -79,6 +78,7 @@ def import_checkpoint(
         name: _leaf(spec, release.parts[name, 0 if spec.stack else None][0], chunk_bytes)
         for name, spec in flat_spec(release.cfg).items()
     }
+    leaves = packing.packed(leaves, chunk_bytes)
     meta = layout.Meta(
         cfg=release.cfg,
         step=0,
@@ -98,7 +98,7 @@ def import_checkpoint(
         written = chunked.write_leaves(
             dst,
             meta,
-            _cut(release, leaves, chunk_bytes // _TILES_PER_CHUNK_LIMIT),
+            _cut(release, leaves),
             functools.partial(_fill, release, files),
             header={
                 "import": release.format,
@@ -139,9 +139,9 @@ def _leaf(spec: ParamSpec, part: Part, chunk_bytes: int) -> layout.Leaf:
     return layout.Leaf(spec, tuple(cut[order.index(i)] for i in range(len(order))))
 
 
-def _cut(release: Release, leaves: dict[str, layout.Leaf], tile_bytes: int) -> list[unfinished.Tile]:
+def _cut(release: Release, leaves: dict[str, layout.Leaf]) -> list[unfinished.Tile]:
     """All tiles, in the order in which what they need lies in the files."""
-    cut = [tile for name, leaf in leaves.items() for tile in unfinished.cut("params", name, leaf, tile_bytes)]
+    cut = [tile for name, leaf in leaves.items() for tile in unfinished.cut("params", name, leaf)]
 
     def place(tile: unfinished.Tile) -> tuple[str, int, tuple[int, ...]]:
         _, stored = _place(release, tile.name, tile.leaf, tile.chunks[0])

@@ -14,7 +14,7 @@ import numpy as np
 
 from tele_jax import checkpoint, files
 from tele_jax.axes import check_tree
-from tele_jax.checkpoint import chunk_files, chunked, layout, locate, unfinished
+from tele_jax.checkpoint import chunk_files, chunked, layout, locate, packing, unfinished
 from tele_jax.checkpoint.lazy import LazyArray
 from tele_jax.config import differing_fields, require, to_dict
 from tele_jax.files import PathLike, Table
@@ -23,7 +23,6 @@ from tele_jax.growth.merging import SCRATCH_BYTES, Merger, Recipe, check_dtypes,
 
 RECEIPT_FILE = "merge_receipt.json"
 _OVERHEAD_BYTES = 96 * 2**20  # names of files, and what Orbax takes to write an empty checkpoint
-_TILES_PER_CHUNK_LIMIT = 8  # small chunks are finished together, an eighth of the largest chunk at a time
 
 
 def merge_stored(
@@ -65,7 +64,7 @@ def merge_stored(
     sources = recipe.sources([lazy.cfg.num_layers for lazy in models[: len(srcs)]])
     first = _require_fit(models, len(srcs), depths=bool(recipe.slices))
     spec = result_spec({name: array.leaf.spec for name, array in first.items["params"].items()}, len(sources))
-    leaves = {name: _stored(leaf, chunk_bytes) for name, leaf in spec.items()}
+    leaves = packing.packed({name: _stored(leaf, chunk_bytes) for name, leaf in spec.items()}, chunk_bytes)
     workers = _threads(models, leaves, memory_gb, workers)
     readers = [_Reader(lazy.items["params"], workers) for lazy in models]
     known = [{"path": str(lazy.path), "step": lazy.step, "params": checkpoint.fingerprint(lazy)} for lazy in models]
@@ -97,8 +96,7 @@ def merge_stored(
         for file in copies:
             (directory / file.name).write_bytes(file.read_bytes())
 
-    tile_bytes = chunk_bytes // _TILES_PER_CHUNK_LIMIT
-    cut = [tile for name, leaf in leaves.items() for tile in unfinished.cut("params", name, leaf, tile_bytes)]
+    cut = [tile for name, leaf in leaves.items() for tile in unfinished.cut("params", name, leaf)]
     header = {"merge": entry | {"stage": ""}, "chunk_bytes": chunk_bytes}
     how = {"header": header, "workers": workers, "resume": resume, "progress": progress, "at_end": finish}
     return chunked.write_leaves(target, meta, cut, fill, **how), receipt

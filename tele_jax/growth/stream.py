@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from tele_jax.axes import ParamSpec, unflatten
-from tele_jax.checkpoint import chunk_files, chunked, layout, locate, unfinished
+from tele_jax.checkpoint import chunk_files, chunked, layout, locate, packing, unfinished
 from tele_jax.errors import UserError, abridged
 from tele_jax.files import PathLike, Table
 from tele_jax.growth import axis_map, kernel
@@ -32,7 +32,6 @@ from tele_jax.growth.plan import Plan, require_plan
 if TYPE_CHECKING:  # they import Orbax and TensorStore, which only the call needs
     from tele_jax.checkpoint import Lazy, LazyArray
 
-_TILES_PER_CHUNK_LIMIT = 8  # small chunks are finished together, an eighth of the largest chunk at a time
 _OVERHEAD_BYTES = 96 * 2**20  # XLA, its two programs, and the names of files, beside what is counted
 _SLOTS_PER_WORKER = 4  # chunks of the source that stay in memory for the next tiles
 
@@ -93,8 +92,7 @@ def stream(
     jobs = _jobs(plan, lazy, opt, chunk_bytes)
     meta = _meta(plan, lazy, jobs, dst.name, step, provenance)
     workers, slots = _divide_memory(jobs, memory_gb, workers)
-    tile_bytes = chunk_bytes // _TILES_PER_CHUNK_LIMIT
-    cut = [tile for job in jobs for tile in unfinished.cut(job.item, job.name, job.leaf, tile_bytes, job.order)]
+    cut = [tile for job in jobs for tile in unfinished.cut(job.item, job.name, job.leaf, job.order)]
     sources = [job.source for job in jobs if not isinstance(job.source, np.ndarray)]
     header = {
         "plan": plan.digest,
@@ -122,7 +120,7 @@ def stream(
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """The figures that `stream` would have. Bytes are those of chunk files.
+    """The figures that `stream` would have. Bytes are those of files of chunks.
 
     bytes_to_read: each chunk of the source once; with little memory some are read again. free_bytes: on the disk on
     which `dst` would lie.
@@ -145,7 +143,7 @@ def outline(
     jobs = _jobs(plan, lazy, opt, layout.CHUNK_BYTES)
     _meta(plan, lazy, jobs, dst.name, None, None)
     threads, slots = _divide_memory(jobs, memory_gb, workers)
-    cut = [tile for job in jobs for tile in unfinished.cut(job.item, job.name, job.leaf, layout.CHUNK_BYTES, job.order)]
+    cut = [tile for job in jobs for tile in unfinished.cut(job.item, job.name, job.leaf, job.order)]
     read = {job.source.name: job.source.leaf for job in jobs if not isinstance(job.source, np.ndarray)}
     of_chunks = max(job.leaf.chunk_bytes + job.bytes_between for job in jobs) + kernel.SCRATCH_BYTES
     return Outline(
@@ -231,6 +229,13 @@ def _open(plan: Plan, src: PathLike, opt: bool) -> "Lazy":
 
 def _jobs(plan: Plan, lazy: "Lazy", opt: bool, chunk_bytes: int) -> list[_Job]:
     """The jobs of all leaves of the destination: parameters, then optimizer state."""
+    jobs = {(job.item, job.name): job for job in _all_jobs(plan, lazy, opt, chunk_bytes)}
+    leaves = packing.packed({key: job.leaf for key, job in jobs.items()}, chunk_bytes)
+    return [dataclasses.replace(job, leaf=leaves[key]) for key, job in jobs.items()]
+
+
+def _all_jobs(plan: Plan, lazy: "Lazy", opt: bool, chunk_bytes: int) -> list[_Job]:
+    """The same, with a chunk a file."""
     stored = lazy.items["params"]
     leaves = {name: _Grown(stored[plan.sources[name]], plan.leaf_steps(name)) for name in plan.dst_spec}
     jobs = [_job("params", name, plan.dst_spec[name], grown, chunk_bytes) for name, grown in leaves.items()]

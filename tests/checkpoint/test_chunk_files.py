@@ -1,6 +1,10 @@
-"""Chunk files read and written without TensorStore: the same bytes, past the page cache or not; each read once."""
+"""Chunks read and written without TensorStore: past the page cache or not; each read once."""
 
+import dataclasses
 import errno
+import fcntl
+import itertools
+import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
 from tele_jax import checkpoint
 from tele_jax.axes import ParamSpec
-from tele_jax.checkpoint import chunk_files, layout
+from tele_jax.checkpoint import chunk_files, layout, lazy, packing, read
 from tele_jax.errors import DamageError
 from tests.checkpoint.trees import CFG
 
@@ -27,37 +32,59 @@ def array(tmp_path_factory):
     return checkpoint.open_lazy(path).params["w"]
 
 
-def refuse(monkeypatch, name, allowed):
-    """os.open or os.write fail on files opened with O_DIRECT, as on a file system that has none."""
-    original = getattr(os, name)
+def refuse(monkeypatch, where):
+    """O_DIRECT is refused when it is set, or when something is written, as on a file system that has none."""
+    control, write, state = fcntl.fcntl, os.pwrite, {"direct": False}
 
-    def refusing(first, *args):
-        if (name == "open" and args[0] & os.O_DIRECT) or (name == "write" and not allowed()):
+    def set_flags(descriptor, command, flags=0):
+        if command == fcntl.F_SETFL:
+            if where == "fcntl" and flags & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            state["direct"] = bool(flags & os.O_DIRECT)
+        return control(descriptor, command, flags)
+
+    def refusing(*args):
+        if where == "pwrite" and state["direct"]:
             raise OSError(errno.EINVAL, "Invalid argument")
-        return original(first, *args)
+        return write(*args)
 
-    monkeypatch.setattr(os, name, refusing)
+    monkeypatch.setattr(fcntl, "fcntl", set_flags)
+    monkeypatch.setattr(os, "pwrite", refusing)
 
 
-@pytest.mark.parametrize("refused", [None, "open", "write"])
-def test_a_chunk_is_written_as_tensorstore_writes_it(refused, array, tmp_path, monkeypatch):
-    size = array.leaf.chunk_bytes
+@pytest.mark.parametrize("refused", [None, "fcntl", "pwrite"])
+@pytest.mark.parametrize("files", [None, (2, 700, 500), (3, 700, 500)])
+def test_tensorstore_reads_what_is_written(refused, files, tmp_path, monkeypatch):
+    """Large chunks begin at a page; the last file of (2, 700, 500) has an entry for a chunk that does not exist."""
+    values = np.random.default_rng(0).standard_normal(SHAPE, np.float32)
+    leaf = layout.Leaf(ParamSpec(SHAPE, np.dtype(np.float32)), (1, 700, 500), files=files)
+    (tmp_path / "zarr.json").write_text(
+        json.dumps({"zarr_format": 3, "node_type": "array", "fill_value": 0, **layout.zarr_metadata(leaf)})
+    )
+    size = leaf.chunk_bytes
     assert size > 2**20 and size % 4096
-    buffer = chunk_files.allocate(size)
-    buffer[: size - 4] = array[1].reshape(-1).view(np.uint8)
     if refused:
-        answers = iter([False, True, True])
-        refuse(monkeypatch, refused, lambda: next(answers))
-    file = tmp_path / "deeper" / "c"
-    chunk_files.write_chunk(file, buffer, size)
-    assert file.read_bytes() == (array.path / layout.chunk_key((1, 0, 0))).read_bytes()
-    chunk_files.write_chunk(file, buffer, 16)
-    assert file.stat().st_size == 16
+        refuse(monkeypatch, refused)
+    buffer = chunk_files.allocate(size)
+    for index in itertools.product(*map(range, leaf.file_grid)):
+        path = tmp_path / layout.chunk_key(index)
+        with chunk_files.FileWriter(path, leaf, index) as file:
+            for chunk in reversed(packing.chunks_of(leaf, index)):  # in any order
+                buffer[: size - 4] = values[chunk[0]].reshape(-1).view(np.uint8)
+                file.write(chunk, buffer)
+        assert path.stat().st_size == packing.file_bytes(leaf, index)
+    array = lazy.LazyArray("params/w", epath.Path(tmp_path), leaf)
+    np.testing.assert_array_equal(array.read(), values)
+    assert not list(read._verify_array(array))
+    for chunk in range(3):
+        chunk_files.read_chunk(array, (chunk, 0, 0), buffer)
+        assert buffer[: size - 4].tobytes() == values[chunk].tobytes()
 
 
 def test_other_failures_are_not_hidden(tmp_path):
-    with pytest.raises(OSError, match="directory"):
-        chunk_files.write_chunk(tmp_path, chunk_files.allocate(2**21), 2**21)
+    leaf = layout.Leaf(ParamSpec((4,), np.dtype(np.float32)), (4,))
+    with pytest.raises(OSError, match="directory"), chunk_files.FileWriter(tmp_path, leaf, (0,)):
+        pass
 
 
 def test_each_chunk_is_read_once_by_all_threads(array):
@@ -85,13 +112,18 @@ def test_the_chunk_that_was_not_used_longest_makes_room(array):
 
 
 def test_a_damaged_chunk_is_refused_and_its_room_given_back(array):
-    file = Path(array.path) / layout.chunk_key((1, 0, 0))
+    file = Path(array.path) / layout.chunk_key((0, 0, 0))
     whole = file.read_bytes()
     cache = chunk_files.ChunkCache(1, array.leaf.chunk_bytes)
-    damages = [(whole[:-5] + b"x" + whole[-4:], "checksum"), (whole[:-1], "1,400,003 bytes, expected 1,400,004")]
+    middle = 2 * array.leaf.chunk_bytes - 5
+    damages = [
+        (whole[:-1], "4,200,063 bytes, and no index with its checksum at their end"),
+        (whole[:middle] + b"x" + whole[middle + 1 :], "its checksum is not that of its content"),
+    ]
     try:
         for damaged, message in damages:
             file.write_bytes(damaged)
+            array = dataclasses.replace(array)  # it remembers no index
             with (
                 pytest.raises(DamageError, match=f"params/w: damaged: {file}: .*{message}"),
                 cache.chunk(array, (1, 0, 0)),

@@ -75,12 +75,25 @@ def test_a_damaged_chunk_is_named(step, leaf, harm):
 
 @pytest.mark.parametrize("position", [0, 17, -1, -4])
 def test_any_byte_of_a_chunk_counts(step, position):
-    file = chunk_files(step, "params/layers.attn.v")[1]
-    flip(file, position % file.stat().st_size)
+    (file,) = chunk_files(step, "params/layers.attn.v")
     array = checkpoint.open_lazy(step).params["layers"]["attn"]["v"]
+    size = array.leaf.chunk_bytes
+    flip(file, size + position % size)  # of the second layer
     array[0]
-    with pytest.raises(DamageError, match=r"params/layers.attn.v: damaged: .*/c/1/0/0/0.*[dD]igest"):
+    with pytest.raises(DamageError, match=r"params/layers.attn.v: damaged: .*/c/0/0/0/0.*[dD]igest"):
         array[1]
+    (found,) = checkpoint.verify(checkpoint.open_lazy(step))
+    assert found.problem == "the checksum of chunk [1, 0, 0, 0] is not that of its content"
+
+
+@pytest.mark.parametrize("position", [-1, -4, -5, -52])
+def test_any_byte_of_an_index_counts(step, position):
+    (file,) = chunk_files(step, "params/layers.attn.v")
+    flip(file, position % file.stat().st_size)
+    with pytest.raises(DamageError, match=r"params/layers.attn.v: damaged: .*/c/0/0/0/0.*[dD]igest"):
+        checkpoint.open_lazy(step).params["layers"]["attn"]["v"][1]
+    (found,) = checkpoint.verify(checkpoint.open_lazy(step))
+    assert "no index with its checksum" in found.problem
 
 
 def test_what_is_not_read_is_not_in_the_way(step):
@@ -96,10 +109,16 @@ def test_verify_finds_all_of_it(step):
 
 
 def test_a_chunk_that_is_too_long_is_damage_too(step):
-    file = chunk_files(step, "params/layers.attn.q")[0]
-    file.write_bytes(file.read_bytes() + b"\0")
-    (found,) = checkpoint.verify(checkpoint.open_lazy(step))
-    assert found.problem == "1,029 bytes, expected 1,028"
+    for leaf, problem in [
+        ("params/layers.attn.q", "3,137 bytes, and no index with its checksum at their end"),
+        ("params/embed.table", "2,565 bytes, expected 2,564"),
+    ]:
+        (file,) = chunk_files(step, leaf)
+        whole = file.read_bytes()
+        file.write_bytes(whole + b"\0")
+        (found,) = checkpoint.verify(checkpoint.open_lazy(step))
+        assert found.problem == problem
+        file.write_bytes(whole)
 
 
 def edit_json(change):
@@ -201,7 +220,7 @@ def test_another_format_is_the_users_business(step):
     file = step / "meta" / "meta.json"
     document = json.loads(file.read_text())
     document.pop("sha256")
-    document["format"] = 2
+    document["format"] = 3
     file.write_text(json.dumps({"sha256": layout._digest(document), **document}))
-    with pytest.raises(UserError, match=r"meta.json: format 2, but this version of tele_jax reads format 1"):
+    with pytest.raises(UserError, match=r"meta.json: format 3, but this version of tele_jax reads formats 1 and 2"):
         checkpoint.load(step)

@@ -13,7 +13,7 @@ import pytest
 
 import tele_jax as tele
 from tele_jax import checkpoint
-from tele_jax.checkpoint import saving
+from tele_jax.checkpoint import host_leaves
 from tele_jax.errors import DamageError, UserError
 from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh, param_shardings
@@ -65,14 +65,14 @@ def test_arrays_may_be_donated_at_once(tmp_path):
 
 def test_the_loop_goes_on_while_files_are_written(tmp_path, monkeypatch):
     began, may_write = threading.Event(), threading.Event()
-    write = saving._write
+    write = host_leaves._write
 
-    async def held(value, info):
+    async def held(*what):
         began.set()
         assert may_write.wait(60)
-        await write(value, info)
+        await write(*what)
 
-    monkeypatch.setattr(saving, "_write", held)
+    monkeypatch.setattr(host_leaves, "_write", held)
     with checkpoint.Manager(tmp_path) as manager:
         manager.save(1, CFG, params())
         assert manager.latest_step() is None
@@ -103,11 +103,11 @@ def test_what_was_interrupted_is_removed_at_the_next_start(tmp_path):
 
 
 def test_a_failed_write_names_the_checkpoint(tmp_path, monkeypatch):
-    async def full(value, info):
+    async def full(*what):
         raise OSError("No space left on device")
 
     with checkpoint.Manager(tmp_path) as manager:
-        monkeypatch.setattr(saving, "_write", full)
+        monkeypatch.setattr(host_leaves, "_write", full)
         manager.save(1, CFG, params())
         with pytest.raises(DamageError, match=f"{tmp_path}/1: the checkpoint could not be written: .*No space left"):
             manager.wait()

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 import tele_jax as tele
 from tele_jax import checkpoint
 from tele_jax.axes import ParamSpec, flatten
-from tele_jax.checkpoint import read
+from tele_jax.checkpoint import packing, read
 from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh, param_shardings
 from tests.checkpoint.trees import CFG, all_bfloat16, assert_same, params
@@ -226,6 +226,8 @@ import tele_jax as tele
 from tele_jax import checkpoint
 from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh, param_shardings
+from tele_jax.checkpoint import host_leaves, layout
+from tele_jax.model.spec import flat_spec
 from tests.checkpoint.trees import CFG
 cfg = CFG
 host = jax.tree.map(lambda s: np.arange(s.size, dtype=np.float32).reshape(s.shape), tele.spec(cfg))
@@ -244,6 +246,11 @@ for saved_on, loaded_on in [(dict(fsdp=2, tensor=2), dict(fsdp=4)), (dict(data=2
             manager.save(step, cfg, tree, {"mu": tree, "count": 3}, data_state=b"abc")
         loaded = manager.load(mesh=make_mesh(MeshConfig(**loaded_on)))
         same(loaded.params); same(loaded.opt_state["mu"])
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+        described = host_leaves.describe_leaves(layout.named_leaves(abstract), flat_spec(cfg), "params")
+        stored = checkpoint.open_lazy(where)
+        assert described == {name: array.leaf for name, array in stored.items["params"].items()}
+        assert ('fsdp' in saved_on) == any(leaf.file_grid != (1,) * len(leaf.chunks) for leaf in described.values())
         assert loaded.opt_state["count"] == 3 and loaded.data_state == b"abc" and loaded.step == 2
 print("fine")
 """
@@ -270,3 +277,7 @@ def test_two_processes_write_one_checkpoint(tmp_path):
         assert_same(checkpoint.load(directory).params, expected)
         assert not list(checkpoint.verify(checkpoint.open_lazy(directory)))
         assert sorted(p.name for p in directory.iterdir()) == ["2"]
+        opened = checkpoint.open_lazy(directory).items
+        items = {item: {name: array.leaf for name, array in named.items()} for item, named in opened.items()}
+        files = {str(file.relative_to(directory / "2")) for file in directory.rglob("*") if file.is_file()}
+        assert set(packing.array_files(items)) == {file for file in files if file.count("/") > 1}

@@ -305,13 +305,15 @@ def test_a_second_look_at_the_receipt_of_another_growth(place, copied, by_parts,
 
 
 def test_a_second_look_at_a_chunk_that_was_rewritten(place, copied, by_parts, capsys):
-    file = chunk_files(copied, "params/layers.attn.q")[1]
-    data = np.frombuffer(file.read_bytes()[:-4], np.uint8).copy()
+    (file,) = chunk_files(copied, "params/layers.attn.q")
+    content = file.read_bytes()
+    size = checkpoint.open_lazy(copied).params["layers"]["attn"]["q"].leaf.chunk_bytes
+    data = np.frombuffer(content[: size - 4], np.uint8).copy()
     data[5] ^= 1
-    file.write_bytes(data.tobytes() + file.read_bytes()[-4:])
+    file.write_bytes(data.tobytes() + content[size - 4 :])
     err = grow(place, copied, "--check", page=None, code=1, capsys=capsys)
     assert "params/layers.attn.q" in err and "damaged" in err
-    file.write_bytes(data.tobytes() + crc32c(data).to_bytes(4, "little"))
+    file.write_bytes(data.tobytes() + crc32c(data).to_bytes(4, "little") + content[size:])
     err = grow(place, copied, "--check", page=None, code=2, capsys=capsys)
     assert f"{copied}: its params are not those of the destination in {copied / 'growth_receipt.json'}" in err
 
@@ -367,7 +369,7 @@ def test_wrong_arguments_are_one_line_and_nothing_is_written(place, tmp_path, mo
 
 
 def chunk_bytes(path):
-    """Of all chunk files of the arrays in a checkpoint."""
+    """Of all files with chunks of the arrays in a checkpoint."""
     arrays = [path / item for item in ("params", "opt_state")]
     files = [f for directory in arrays for f in directory.rglob("*") if f.is_file()]
     return sum(f.stat().st_size for f in files if "c" in f.relative_to(path).parts[2:])

@@ -86,13 +86,13 @@ def test_verify_reads_everything(saved, capsys, tmp_path):
 
 
 def test_verify_names_every_damaged_chunk_and_exits_1(step, capsys, tmp_path):
-    missing, flipped = chunk_files(step, "params/layers.attn.q")[:2]
+    (missing,), (flipped,) = chunk_files(step, "params/layers.attn.q"), chunk_files(step, "params/layers.attn.v")
     missing.unlink()
-    flipped.write_bytes(flipped.read_bytes()[:-1] + b"?")
+    flipped.write_bytes(b"?" + flipped.read_bytes()[1:])
     inspect(step, "--verify", tmp_path=tmp_path, code=1)
     out, err = capsys.readouterr()
     assert f"damaged: params/layers.attn.q: {missing}: missing" in out
-    assert f"damaged: params/layers.attn.q: {flipped}: its checksum is not that of its content" in out
+    assert f"damaged: params/layers.attn.v: {flipped}: the checksum of chunk [0, 0, 0, 0] is not that of its" in out
     assert err == f"tele: {step}: 2 damaged chunks, the first: params/layers.attn.q: {missing}: missing\n"
 
 

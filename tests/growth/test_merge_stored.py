@@ -140,7 +140,7 @@ def test_what_cannot_be_merged_is_one_line(message, stored, tmp_path, capsys):
 def test_a_damaged_source_is_named(stored, tmp_path):
     source = tmp_path / "damaged"
     checkpoint.save(source, CFG, random_tree(0))
-    file = next((source / "params" / "layers.mlp.up").rglob("1/0/0"))
+    file = next((source / "params" / "layers.mlp.up").rglob("0/0/0"))
     data = bytearray(file.read_bytes())
     data[5] ^= 1
     file.write_bytes(data)
