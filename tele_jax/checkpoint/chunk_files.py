@@ -40,7 +40,7 @@ class ChunkCache:
     """
 
     def __init__(self, slots: int, nbytes: int):
-        """Allocates `slots` buffers (at least one a thread) of `nbytes`, the size of the largest chunk with its checksum."""
+        """Allocates `slots` buffers (at least one a thread) of `nbytes`, the size of the largest chunk."""
         self.bytes_read = 0
         self._buffers = [allocate(nbytes) for _ in range(slots)]  # reused: fresh memory is slow to touch
         self._entries: collections.OrderedDict[Any, _Entry] = collections.OrderedDict()  # least recently used first
