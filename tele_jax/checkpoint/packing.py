@@ -1,4 +1,4 @@
-"""Where the chunks of a leaf lie in its files: pure functions of shapes, which saving, growth and counting share.
+"""The places of chunks in files: pure functions of shapes, which saving, growth and counting share.
 
 A file holds a rectangle of chunks and, at its end, their index: zarr3's codec sharding_indexed. Every chunk has its own
 checksum and is read alone. Millions of small files are what object stores and shared file systems are slowest at: on

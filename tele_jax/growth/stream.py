@@ -235,7 +235,7 @@ def _jobs(plan: Plan, lazy: "Lazy", opt: bool, chunk_bytes: int) -> list[_Job]:
 
 
 def _all_jobs(plan: Plan, lazy: "Lazy", opt: bool, chunk_bytes: int) -> list[_Job]:
-    """The same, with a chunk a file."""
+    """The jobs before chunks are put into files."""
     stored = lazy.items["params"]
     leaves = {name: _Grown(stored[plan.sources[name]], plan.leaf_steps(name)) for name in plan.dst_spec}
     jobs = [_job("params", name, plan.dst_spec[name], grown, chunk_bytes) for name, grown in leaves.items()]
