@@ -171,5 +171,10 @@ def peak_flops(device_kind: str) -> float | None:
     >>> peak_flops("TPU v5p")
     459000000000000.0
     """
-    found = (g.peak_flops / g.devices for g in GENERATIONS.values() if device_kind in g.device_kinds)
-    return next(found, None)
+    generation = find_generation(device_kind)
+    return None if generation is None else generation.peak_flops / generation.devices
+
+
+def find_generation(device_kind: str) -> Generation | None:
+    """The generation of a JAX device, by its device_kind; None where it is no known TPU."""
+    return next((g for g in GENERATIONS.values() if device_kind in g.device_kinds), None)

@@ -36,6 +36,7 @@ from tele_jax.model.spec import count_params
 from tele_jax.published import GIB as GIB
 from tele_jax.settings import MeshConfig
 from tele_jax.sharding import make_mesh
+from tele_jax.train.compiler_options import refused
 from tele_jax.train.step import flops_per_token
 
 FORMAT = 2  # version of the cache's files
@@ -103,6 +104,8 @@ def _lowered(job: Job) -> tuple[Mesh, jax.stages.Lowered, str]:
     versions = {"jax": jax.__version__, "libtpu": topology.require_libtpu()}
     digest = hashlib.sha256(json.dumps([FORMAT, job.slice.name, dataclasses.asdict(job.mesh), versions]).encode())
     digest.update(lowered.as_text().encode())
+    if isinstance(job, TrainJob) and job.compiled_with:  # they are not in the text
+        digest.update(json.dumps(job.compiled_with, sort_keys=True).encode())
     return mesh, lowered, digest.hexdigest()[:32]
 
 
@@ -135,7 +138,8 @@ def _compile(job: Job, mesh: Mesh, lowered: jax.stages.Lowered) -> tuple[Table, 
     }
     began = time.monotonic()
     try:
-        compiled = lowered.compile()
+        with refused():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:

@@ -176,9 +176,17 @@ def table(f: Figures) -> str:
         *_memory_rows(f),
         *(_bound_rows(f) if "flops" in f else []),
         *(_stage_rows(f) if "days" in f else []),
-        ("compiled", f"in {f['compile_seconds']:.0f} s{cached}"),
+        ("compiled", f"in {f['compile_seconds']:.0f} s{cached}{_options(f)}"),
     ]
     return tables.text(rows, align="ll")
+
+
+def _options(f: Figures) -> str:
+    if "compiled_with" not in f:
+        return ""
+    return (
+        f", with {len(f['compiled_with'])} options of the compiler" if f["compiled_with"] else ", with its own options"
+    )
 
 
 _WORK = {

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -28,6 +29,7 @@ from tele_jax.model.spec import abstract_params, spec
 from tele_jax.settings import MeshConfig, OptimizerConfig, TrainStage
 from tele_jax.sharding import MESH_AXES, batch_sharding, param_shardings
 from tele_jax.stages import find_kind
+from tele_jax.train.compiler_options import SETS, Options
 from tele_jax.train.optimizer import optimizer
 from tele_jax.train.step import flops_per_token, lower_step, state_shardings
 
@@ -128,13 +130,24 @@ class TrainJob(ModelJob):
     optimizer: OptimizerConfig = _OPTIMIZER
     stage: TrainStage | None = None  # whose loss and batches the step has; None: those of pretraining
     masks: dict[str, int] = dataclasses.field(default_factory=dict)  # size of every axis that has a mask in the step
+    # Options of the compiler; None: the first set of the generation (train/compiler_options.py), as training takes it.
+    compiler_options: dict[str, bool | int | str] | None = None
 
     kind = "train"
-    shown = ("batch_size", "seq_len", "microbatches", "remat", "masks")
+    shown = ("batch_size", "seq_len", "microbatches", "remat", "masks", "compiled_with")
 
     @property
     def remat(self) -> str:
         return self.cfg.remat
+
+    @property
+    def compiled_with(self) -> Options:
+        return next(iter(self.option_sets.values())) if self.compiler_options is None else self.compiler_options
+
+    @property
+    def option_sets(self) -> Mapping[str, Options]:
+        """The sets of compiler options of the generation, by name; the first is what training takes."""
+        return SETS[self.slice.generation.name]
 
     @property
     def tokens(self) -> int:
@@ -156,7 +169,8 @@ class TrainJob(ModelJob):
         return _state(self.cfg, self.optimizer, mesh)
 
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:
-        how: Table = {name: getattr(self, name) for name in ("batch_size", "seq_len", "microbatches")}
+        sizes = ("batch_size", "seq_len", "microbatches", "compiler_options")
+        how: Table = {name: getattr(self, name) for name in sizes}
         if (shapes := self._own_shapes()) is not None:
             assert self.stage is not None
             how |= {"loss": functools.partial(find_kind(self.stage.kind).loss, self.stage), "batch": shapes}

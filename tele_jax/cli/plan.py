@@ -21,13 +21,14 @@ from tele_jax.cli import Outcome, flag, switch
 from tele_jax.cli.generate import parse_mesh
 from tele_jax.cli.pages import load_page
 from tele_jax.config import ModelConfig, convert
-from tele_jax.errors import UserError
+from tele_jax.errors import UserError, prefixed
 from tele_jax.files import Table
 from tele_jax.growth.masks import vectors
 from tele_jax.growth.receipt import masked_plan
 from tele_jax.published import STAGE_TOKENS, get_model
 from tele_jax.settings import MeshConfig, TrainStage
 from tele_jax.stages import find_kind, model_of, run_config
+from tele_jax.train.compiler_options import options_of
 from tele_jax.train.trainer import mask_schedule
 
 
@@ -45,7 +46,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "--seq-len N", "tokens a sequence; default: the page's, or the model's", int)
     flag(parser, "--microbatches N", "parts that the batch is computed in; default: the page's, or 1", int)
     flag(parser, "--remat POLICY", "none, full, attention, products or offload; default: the model's")
-    switch(parser, "--search", "try meshes, remat policies and microbatches")
+    flag(
+        parser, "--compiler-options SET", "offload, or none for the compiler's own; default: the page's, or as training"
+    )
+    switch(parser, "--search", "try meshes, remat policies and microbatches, and compiler options on the best")
     flag(parser, "--tries N", "number of candidates to compile; default: 4", int, default=4)
     flag(parser, "--cache DIR", "directory of earlier results; default: $TELE_PLAN_CACHE", Path)
     parser.epilog = (
@@ -114,9 +118,9 @@ def _rollout(job: TrainJob) -> RolloutJob | None:
 def _search(args: argparse.Namespace, job: TrainJob, tokens: float | None) -> Table:
     ranked = compiling.candidates(job)
     topology.require_libtpu()
-    chosen, tried = ranked[: args.tries], []
-    print(f"{len(ranked)} candidates fit by estimate; compiling the first {len(chosen)}", file=sys.stderr)
-    for candidate in chosen:
+    candidates, tried = ranked[: args.tries], []
+    print(f"{len(ranked)} candidates fit by estimate; compiling the first {len(candidates)}", file=sys.stderr)
+    for candidate in candidates:
         program = compiling.compile_job(candidate, args.cache)
         figures = cost.figures(candidate, program, tokens)
         figures["estimate"] = dataclasses.asdict(compiling.estimate(candidate))
@@ -127,7 +131,16 @@ def _search(args: argparse.Namespace, job: TrainJob, tokens: float | None) -> Ta
         free = f"{compiling.MARGIN:.0%} of the HBM free (the best {max(figures['margin'] for figures in tried):.0%})"
         advice = f"none of the {len(tried)} tried leaves {free}; give more --tries, or a larger slice"
         return {"fits": False, "tried": tried, "advice": advice}
-    best = min(good, key=lambda f: (f["seconds"]["scheduled"], -f["margin"]))
+    fastest = lambda found: min(found, key=lambda f: (f["seconds"]["scheduled"], -f["margin"]))  # noqa: E731
+    best = fastest(good)
+    chosen = candidates[tried.index(best)]
+    for name, options in job.option_sets.items() if args.compiler_options is None else ():
+        if options != best["compiled_with"]:
+            candidate = dataclasses.replace(chosen, compiler_options=dict(options))
+            figures = cost.figures(candidate, compiling.compile_job(candidate, args.cache), tokens)
+            tried.append(figures)
+            print(f"{_line(figures)}; compiler options: {name}", flush=True)
+    best = fastest([best, *(f for f in tried[len(candidates) :] if f["fits"] and f["margin"] >= compiling.MARGIN)])
     print("\nthe best:\n" + cost.table(best))
     return {**best, "tried": tried}
 
@@ -162,18 +175,21 @@ def _job(args: argparse.Namespace) -> tuple[Job, float | None]:
     if args.decode:
         return _decoding(args, cfg, values, where), tokens
     if "plan" in values:
-        _refuse(args, "a growth", "search", "microbatches", "remat", "batch_size", "seq_len")
+        _refuse(args, "a growth", "search", "microbatches", "remat", "batch_size", "seq_len", "compiler_options")
         return GrowJob(**values, **where), tokens
     if args.remat is not None:
         cfg = cfg.replace(remat=convert(ModelConfig.__annotations__["remat"], args.remat, "--remat"))
     values |= _sizes(args, "batch_size", "seq_len", "microbatches")
     if "batch_size" not in values:
         raise UserError("--batch-size: missing; sequences a step over all devices")
+    if args.compiler_options is not None:
+        with prefixed("--compiler-options: "):
+            values["compiler_options"] = dict(options_of(tpu.generation.device_kinds[0], args.compiler_options))
     return TrainJob(cfg=cfg, **values, **where), tokens
 
 
 def _decoding(args: argparse.Namespace, cfg: ModelConfig, values: Table, where: Table) -> DecodeJob:
-    _refuse(args, "--decode", "grow_to", "policy", "search", "microbatches", "remat")
+    _refuse(args, "--decode", "grow_to", "policy", "search", "microbatches", "remat", "compiler_options")
     if "plan" in values:
         raise UserError(f"--stage {args.stage}: is a growth, which does not decode; name a stage that trains")
     sizes = {"seq_len": values["seq_len"], **_sizes(args, "batch_size", "seq_len")}
@@ -243,7 +259,7 @@ def _from_page(args: argparse.Namespace) -> tuple[ModelConfig, Table, float | No
             f"give --config.{name}.batch_size={args.batch_size} and --config.{name}.rows=N instead"
         )
     values = {key: getattr(stage, key) for key in ("batch_size", "seq_len", "microbatches", "optimizer")} | where
-    values |= {} if args.decode else {"stage": stage}
+    values |= {} if args.decode else {"stage": stage, "compiler_options": config.compiler_options}
     if masks is not None and not args.decode and (opened := mask_schedule(stage, masks)).masked_steps:
         values["masks"] = {axis: len(mask) for axis, mask in vectors(masks, 0.0).items()}
         return cfg, values, float(opened.masked_steps * stage.tokens_per_step)

@@ -21,6 +21,9 @@ from tele_jax.sharding import BATCH, mesh_of_step, platform, whole_rows
 
 # The largest chunk of logits on one device: in bytes, but always so many tokens; fewer would not feed a matrix unit.
 CHUNK_BYTES, CHUNK_TOKENS = 2**28, 1024
+# The largest gradient of the head, whole over fsdp, that a device sums over all chunks before it is reduced, once; a
+# larger one is reduced for every chunk. It is float32: 2.6e9 bytes for TeleChat-7B, 3.3e9 for Tele-FLM-102B uncut.
+WHOLE_GRADIENT_BYTES = 2**32
 CPU_CHUNK_BYTES, CPU_CHUNK_TOKENS = 2**24, 128  # smaller on CPUs, so that a chunk stays in the processor's cache
 
 
@@ -208,6 +211,8 @@ def _losses_and_gradients(x, kernel, targets, weights, *, mult, vocab_size, axes
     """Returns losses [B, S] and the gradients of their weighted sum: of x, of the kernel, each in its dtype."""
     whole = axes.gathered(kernel.astype(x.dtype))
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
+    once = accumulate.itemsize * whole.size <= WHOLE_GRADIENT_BYTES
+    scatter = functools.partial(axes.scattered, dtype=x.dtype)
 
     def step(kernel_gradient, part):
         x, targets, weights = part
@@ -215,10 +220,10 @@ def _losses_and_gradients(x, kernel, targets, weights, *, mult, vocab_size, axes
         of_logits = ((jnp.exp(logits - log_normalizer) - hit) * (weights * mult)[:, None]).astype(x.dtype)
         of_x = axes.sum(jnp.einsum("TV,DV->TD", of_logits, whole, preferred_element_type=accumulate))
         part = jnp.einsum("TD,TV->DV", x, of_logits, preferred_element_type=accumulate)
-        # Sums run chunk by chunk: no device of a mesh has room for the whole gradient, which is as large as the head.
-        return kernel_gradient + axes.scattered(part, x.dtype), (losses, of_x.astype(x.dtype))
+        return kernel_gradient + (part if once else scatter(part)), (losses, of_x.astype(x.dtype))
 
     parts = _by_chunk(_chunks(targets.size, whole.shape[1]), x, targets, weights)
-    kernel_gradient, (losses, of_x) = jax.lax.scan(step, jnp.zeros(kernel.shape, accumulate), parts)
-    kernel_gradient = axes.over_data(kernel_gradient).astype(kernel.dtype)
+    start = jnp.zeros((whole if once else kernel).shape, accumulate)
+    kernel_gradient, (losses, of_x) = jax.lax.scan(step, start, parts)
+    kernel_gradient = axes.over_data(scatter(kernel_gradient) if once else kernel_gradient).astype(kernel.dtype)
     return losses.reshape(targets.shape), of_x.reshape(x.shape), kernel_gradient

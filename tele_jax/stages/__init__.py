@@ -72,6 +72,9 @@ class RunConfig:
     # cross from one to another.
     num_slices: int = 1
     start: str | None = None  # checkpoint that the first stage starts from, such as an imported one
+    # Options of the compiler for the step of training, such as dict(xla_tpu_scoped_vmem_limit_kib=98304). None: those
+    # of the TPU generation (train/compiler_options.py); an empty table: the compiler's own, and LIBTPU_INIT_ARGS.
+    compiler_options: dict[str, bool | int | str] | None = None
 
     @property
     def parents(self) -> dict[str, str | None]:
@@ -149,11 +152,13 @@ def run_config(page: Mapping[str, Any] | ConfigDict) -> RunConfig:
         f"config.mesh.data={mesh.data}: only data crosses slices; make it a multiple of config.num_slices={num_slices}",
     )
     start = convert(str | None, page.pop("start", None), "config.start")
+    hint = dict[str, bool | int | str] | None
+    options = convert(hint, page.pop("compiler_options", None), "config.compiler_options")
     for name in names:
         require(name in page, f"config.run names the stage {name!r}, but config.{name} is missing")
     for key in page:
         if key not in names:
-            known = (*names, "mesh", "num_slices", "start")
+            known = (*names, "mesh", "num_slices", "start", "compiler_options")
             hint = nearest(key, known, "known keys")
             raise UserError(f"config.{key}: unknown key; {hint}; stages have to be named in config.run = {names}")
     stages = {name: read_stage(page[name], f"config.{name}") for name in names}
@@ -185,7 +190,8 @@ def run_config(page: Mapping[str, Any] | ConfigDict) -> RunConfig:
     for place, name in enumerate(names):
         earlier = names[:place] if trains(name) else tuple(filter(trains, names[:place]))
         _check_names(name, stages[name], earlier, names[place:])
-    config = RunConfig(run=names, stages=stages, mesh=mesh, num_slices=num_slices, start=start)
+    where = {"mesh": mesh, "num_slices": num_slices, "start": start, "compiler_options": options}
+    config = RunConfig(run=names, stages=stages, **where)
     for name, parent in config.parents.items():
         # Whether the masks of config.start are closed is known when it is opened.
         if parent is not None or start is None or not trains(name):

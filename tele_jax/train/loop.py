@@ -146,6 +146,7 @@ def run(
                         plan=_masks_before(opened, workdir, parent),
                         mesh=opened.mesh,
                         model=stage.model,
+                        compiler_options=config.compiler_options,
                         tokenizer=opened.tokenizer["sha256"],
                         say=_say,
                         tasks=stage.tasks,

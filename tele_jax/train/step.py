@@ -17,6 +17,7 @@ from tele_jax.config import ModelConfig
 from tele_jax.model.loss import next_token_loss
 from tele_jax.model.spec import abstract, abstract_params, spec
 from tele_jax.sharding import BATCH, batch_sharding, param_shardings, put_batch, replicated
+from tele_jax.train.compiler_options import Options, options_of, refused
 
 Step = Callable[..., tuple[PyTree, PyTree, dict[str, jax.Array]]]
 # loss(cfg, params, batch, masks, beside) -> (sum, weight, {name: sum}): that of a kind, given its stage
@@ -66,6 +67,7 @@ def make_step(
     microbatches: int = 1,
     loss: Loss = _next_token,
     trained: Params | None = None,
+    compiler_options: Options | None = None,
 ) -> Step:
     """step(params, opt_state, batch, masks=None, beside=None) -> (params, opt_state, figures).
 
@@ -76,7 +78,8 @@ def make_step(
     else it returns by name, is the mean over the weights of the whole batch, however many microbatches it is computed
     in; gradients are accumulated in float32 or better. masks (see growth.masks) and beside (arrays that the loss reads)
     may change without compiling again; masks=None is the plain model, compiled on its own. trained: tree of ParamSpec
-    of params, where they are not all of the model, and the loss finds the rest in beside. Warns of bfloat16 parameters,
+    of params, where they are not all of the model, and the loss finds the rest in beside. compiler_options: None takes
+    those of the mesh's TPU generation (train/compiler_options.py), {} the compiler's own. Warns of bfloat16 parameters,
     which lose small updates: see `trained_as`.
     """
     if trained is None and trained_as(cfg) != cfg:
@@ -85,10 +88,10 @@ def make_step(
             "to float32 and train with trained_as(cfg)",
             stacklevel=2,
         )
-    compiled = _jitted(cfg, tx, mesh, batch_size, microbatches, loss, trained)
+    compiled = _jitted(cfg, tx, mesh, batch_size, microbatches, loss, trained, compiler_options)
 
     def run(params, opt_state, batch, masks=None, beside=None):
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), refused():
             return compiled(params, opt_state, batch, masks, beside)
 
     return run
@@ -105,11 +108,13 @@ def lower_step(
     loss: Loss = _next_token,
     batch: Mapping[str, jax.ShapeDtypeStruct] | None = None,
     masks: PyTree = None,
+    compiler_options: Options | None = None,
 ) -> jax.stages.Lowered:
     """The step of a stage for batches [batch_size, seq_len], by default that of pretraining, ready to be compiled.
 
     Nothing is allocated, and the devices of the mesh need not be there. batch: its arrays, where they are others.
-    masks: shapes of the masks {axis: float32[size]} of a growth; None: the plain model.
+    masks: shapes of the masks {axis: float32[size]} of a growth; None: the plain model. compiler_options: as in
+    `make_step`.
     """
     params = abstract_params(cfg)
     if batch is None:
@@ -117,7 +122,7 @@ def lower_step(
         dtypes, rows = {**whole, "loss_weights": jnp.float32}, (batch_size, seq_len)
         batch = {name: jax.ShapeDtypeStruct(rows, dtype) for name, dtype in dtypes.items()}
     with jax.set_mesh(mesh):
-        step = _jitted(cfg, tx, mesh, batch_size, microbatches, loss)
+        step = _jitted(cfg, tx, mesh, batch_size, microbatches, loss, None, compiler_options)
         return step.lower(params, jax.eval_shape(tx.init, params), batch, masks, None)
 
 
@@ -128,8 +133,11 @@ def _jitted(
     batch_size: int,
     microbatches: int,
     loss: Loss,
-    trained: Params | None = None,
+    trained: Params | None,
+    compiler_options: Options | None,
 ):
+    if compiler_options is None:
+        compiler_options = options_of(mesh.devices.flat[0].device_kind)
     params_sharding, opt_sharding = state_shardings(cfg, tx, mesh, trained)
     rows = batch_sharding(mesh, batch_size // microbatches)
 
@@ -179,6 +187,7 @@ def _jitted(
         in_shardings=(params_sharding, opt_sharding, rows, replicated(mesh), None),
         out_shardings=(params_sharding, opt_sharding, replicated(mesh)),
         donate_argnums=(0, 1),
+        compiler_options=dict(compiler_options) or None,
     )
 
 

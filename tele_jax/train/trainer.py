@@ -30,6 +30,7 @@ from tele_jax.processes import StopSignal, from_first, is_first
 from tele_jax.settings import TrainStage
 from tele_jax.stages import find_kind, model_of
 from tele_jax.train import metrics, workdir
+from tele_jax.train.compiler_options import Options
 from tele_jax.train.evaluation import Evaluation, Tasks
 from tele_jax.train.frozen import Frozen
 from tele_jax.train.optimizer import delay_births, optimizer, restart_schedule, schedule
@@ -73,6 +74,7 @@ class Trainer:
         say: Callable[[str], None],
         tasks: "Tasks | None" = None,
         checkpoints: Mapping[str, Path] | None = None,
+        compiler_options: Options | None = None,
     ):
         """Restores or initialises everything; the step is compiled when it first runs.
 
@@ -86,8 +88,10 @@ class Trainer:
           say: prints a line.
           tasks: evaluates the tasks of the stage, if it has some.
           checkpoints: of the other models that the stage reads, by the names of its fields (TrainStage.models).
+          compiler_options: as make_step takes them.
         """
         self.stage, self.directory, self.mesh, self.batches, self.say = stage, directory, mesh, batches, say
+        self.compiler_options = compiler_options
         before = None if previous is None else checkpoint.open_lazy(previous)
         self.cfg: ModelConfig = model
         if before is not None:
@@ -251,12 +255,8 @@ class Trainer:
         beside = self.beside
         if self.frozen is not None:
             loss, beside = self.frozen.loss(loss), (self.frozen.params, beside)
-        how = {
-            "batch_size": stage.batch_size,
-            "microbatches": stage.microbatches,
-            "loss": loss,
-            "trained": self.trained,
-        }
+        how: Table = {name: getattr(stage, name) for name in ("batch_size", "microbatches")}
+        how |= {"loss": loss, "trained": self.trained, "compiler_options": self.compiler_options}
         step_function = make_step(self.cfg, self.tx, self.mesh, **how)
         quiet = not (is_first() and sys.stderr.isatty())
         bar = tqdm(total=stage.steps, initial=self.first_step, desc=self.directory.name, disable=quiet)

@@ -2,10 +2,10 @@
 
 What may change while a run is under way:
 
-    freely      mesh, slices, microbatches, rows of pairs, remat, attention, cadence, evaluation, how many processes
-                reward replies and for how long, and where data and tokenizer lie: none of these changes what is
-                computed, but for the order in which sums are added up and for what is held out; what is read is known
-                by its checksum
+    freely      mesh, slices, compiler options, microbatches, rows of pairs, remat, attention, cadence, evaluation, how
+                many processes reward replies and for how long, and where data and tokenizer lie: none of these changes
+                what is computed, but for the order in which sums are added up and for what is held out; what is read
+                is known by its checksum
     freely      everything of a stage that has not begun
     by itself   `steps` of the last stage, where its schedule stays the same: a schedule without `total` follows them
     --from STEP optimizer, schedule, steps, and rewards and limits of the policy's steps, of the last stage, from its
@@ -124,8 +124,8 @@ def as_json(config: RunConfig) -> Table:
     stages = {name: to_dict(stage) for name, stage in config.stages.items()}
     stages = {name: stage | ({"steps": None} if stage.get("epochs") else {}) for name, stage in stages.items()}
     page = {"run": list(config.run), **stages}
-    where = {"mesh": dataclasses.asdict(config.mesh), "num_slices": config.num_slices, "start": config.start}
-    return json.loads(json.dumps(page | where))
+    where = {name: getattr(config, name) for name in ("num_slices", "start", "compiler_options")}
+    return json.loads(json.dumps(page | where | {"mesh": dataclasses.asdict(config.mesh)}))
 
 
 def differences(before: object, now: object, path: str = "") -> Changed:

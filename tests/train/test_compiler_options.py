@@ -1,0 +1,103 @@
+"""Options of the compiler: where a step takes them from, and what becomes of one that the compiler does not know."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import tele_jax as tele
+from tele_jax.aot.jobs import TrainJob
+from tele_jax.aot.topology import find_slice
+from tele_jax.errors import UserError
+from tele_jax.published import GENERATIONS
+from tele_jax.settings import MeshConfig, OptimizerConfig
+from tele_jax.sharding import make_mesh
+from tele_jax.stages import run_config
+from tele_jax.train import step as steps
+from tele_jax.train import workdir
+from tele_jax.train.compiler_options import SETS, options_of
+from tele_jax.train.optimizer import optimizer
+
+CFG = tele.ModelConfig(num_layers=1, embed_dim=16, num_heads=2, mlp_dim=24, vocab_size=32, max_seq_len=8)
+ROWS = 2
+PAGE = {
+    "run": ("first",),
+    "first": {
+        "kind": "pretrain",
+        "model": {"num_layers": 1, "embed_dim": 16, "num_heads": 2, "mlp_dim": 24, "vocab_size": 32, "max_seq_len": 8},
+        "data": {"tokenizer": "t.model", "sources": {"en": {"files": ("t.txt",)}}},
+        "optimizer": {"learning_rate": 1e-3},
+        **{"steps": 1, "batch_size": ROWS, "seq_len": 8},
+    },
+}
+
+
+def page(**more):
+    return run_config(ConfigDict(PAGE | more))
+
+
+def made(compiler_options):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    tx = optimizer(CFG, OptimizerConfig(learning_rate=1e-3), lambda step: jnp.float32(1.0))
+    step = steps.make_step(CFG, tx, mesh, batch_size=ROWS, compiler_options=compiler_options)
+    params = tele.init(CFG, jax.random.key(0))
+    batch = {"tokens": np.ones((ROWS, 8), np.int32), "targets": np.ones((ROWS, 8), np.int32)}
+    batch |= {"loss_weights": np.ones((ROWS, 8), np.float32)}
+    return lambda: step(params, tx.init(params), batch)
+
+
+def test_every_generation_has_options_and_the_compiler_s_own():
+    assert set(SETS) == set(GENERATIONS)
+    for generation in GENERATIONS.values():
+        sets = SETS[generation.name]
+        assert sets["none"] == {}
+        for kind in generation.device_kinds:
+            assert options_of(kind) == next(iter(sets.values()))
+            assert options_of(kind, "none") == {}
+    assert options_of("TPU v6 lite")["xla_tpu_enable_sparse_core_collective_offload_all_gather"] is True
+    assert options_of("cpu") == options_of("NVIDIA H100 80GB HBM3") == {}
+    with pytest.raises(UserError, match="compiler options 'ofload': did you mean 'offload'"):
+        options_of("TPU v5p", "ofload")
+
+
+def test_the_step_is_compiled_with_the_options_that_are_given():
+    loss = made({"xla_backend_optimization_level": 0})()[2]["loss"]
+    assert loss == pytest.approx(made(None)()[2]["loss"], rel=1e-5)
+    with pytest.raises(UserError, match=r"^compiler_options\.xla_tpu_nothing: this compiler does not take it \(cpu"):
+        made({"xla_tpu_nothing": True})()
+
+
+def test_a_mesh_of_tpus_takes_the_options_of_its_generation(monkeypatch):
+    asked = []
+    monkeypatch.setattr(steps, "options_of", lambda kind: asked.append(kind) or {"xla_backend_optimization_level": 0})
+    made(None)()
+    assert asked == [jax.devices()[0].device_kind]
+    asked.clear()
+    made({})()
+    assert asked == []
+
+
+def test_a_page_names_options_and_a_run_may_go_on_with_others():
+    options = {"xla_tpu_scoped_vmem_limit_kib": 65536, "xla_enable_async_all_gather": True, "xla_x": "ENABLED"}
+    config = page(compiler_options=options)
+    assert config.compiler_options == options and page().compiler_options is None
+    assert page(compiler_options={}).compiler_options == {}
+    stored = workdir.as_json(config)
+    assert stored["compiler_options"] == options
+    assert run_config(stored) == config
+    assert set(workdir.differences(workdir.as_json(page()), stored)) == {"compiler_options"}
+    with pytest.raises(UserError, match=r"config\.compiler_options: expected a table, got 'fast'"):
+        page(compiler_options="fast")
+    with pytest.raises(UserError, match=r"config\.compiler_options\.xla_x: expected str"):
+        page(compiler_options={"xla_x": [1]})
+
+
+def test_a_plan_is_made_with_the_options_that_training_takes():
+    sizes = dict(batch_size=8, seq_len=8, mesh=MeshConfig(fsdp=8), slice=find_slice("v6e:2x4"))
+    job = TrainJob(cfg=CFG, **sizes)
+    assert job.compiled_with == options_of("TPU v6 lite") == job.option_sets["offload"]
+    assert dataclasses.replace(job, compiler_options={}).compiled_with == {}
+    assert job.settings["compiled_with"] == job.compiled_with
