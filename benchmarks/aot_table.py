@@ -146,8 +146,9 @@ TRAIN_HEAD = (
     "model FLOPs over peak at most: all overlapped, as scheduled"
 )
 TIME_HEAD = (
-    "model | slice (chips) | tokens a day at most, as scheduled | stage: tokens | days at least | "
-    "chip-hours at least | published utilisation of comparable runs | days at it | chip-hours at it"
+    "model | slice (chips) | stage: tokens | all overlapped: model FLOPs over peak, days at least | "
+    "as scheduled: waits, share of the step | model FLOPs over peak, days at least | chip-hours at least | "
+    "published utilisation of comparable runs | days at it | chip-hours at it"
 )
 
 
@@ -160,15 +161,28 @@ def train_line(f: dict) -> str:
 
 
 def time_line(f: dict) -> str:
-    """Days and chip-hours of a stage: by the schedule's bound, and at the utilisation that others have published."""
+    """Days and chip-hours of a stage: all overlapped, as scheduled, at the utilisation that others have published."""
     spans = lambda form: " to ".join(form(one) for one in reversed(f.get("published", ())))  # noqa: E731
     days, hours = spans(lambda one: f"{one['days']:.1f}"), spans(lambda one: f"{one['chip_hours']:,.0f}")
     shares = " to ".join(f"{share:.1%}" for share in reversed(f.get("published_mfu", ())))
-    bound = f"{f['stage_tokens'] / 1e12:.4g}e12 | {f['days']:.1f} | {f['chip_hours']:,.0f}"
+    seconds = f["seconds"]
+    overlapped = f"{f['compute_bound']:.1%}, {f['days'] * seconds['step'] / seconds['scheduled']:.1f}"
+    waits = f"{seconds['waiting']:.3g} s, {seconds['waiting'] / seconds['scheduled']:.1%}"
+    scheduled = f"{waits} | {f['scheduled_bound']:.1%}, {f['days']:.1f} | {f['chip_hours']:,.0f}"
     return (
-        f"{title(f)} | {f['topology']} ({f['chips']:,}) | {f['tokens_per_day'] / 1e9:.1f}e9 | {bound} | "
-        f"{shares or 'none published'} | {days or '-'} | {hours or '-'}"
+        f"{title(f)} | {f['topology']} ({f['chips']:,}) | {f['stage_tokens'] / 1e12:.4g}e12 | {overlapped} | "
+        f"{scheduled} | {shares or 'none published'} | {days or '-'} | {hours or '-'}"
     )
+
+
+def waiting(rows: list[dict]) -> str:
+    """Of every generation, the part of the time on links in which the device waits, from the least row to the most."""
+    found: dict[str, list[float]] = {}
+    for f in rows:
+        if f["fits"] and f["seconds"]["ici"]:
+            share = f["seconds"]["waiting"] / f["seconds"]["ici"]
+            found.setdefault(f["topology"].partition(":")[0], []).append(share)
+    return ", ".join(f"{name} {min(shares):.0%} to {max(shares):.0%}" for name, shares in found.items())
 
 
 GROW_HEAD = (
@@ -279,7 +293,8 @@ def page(store: dict[str, dict]) -> str:
     compilers = sorted({f["versions"] for rows in found.values() for f in rows})
     stale = any(f.get("stale") for rows in found.values() for f in rows)
     marked = (
-        "\n- Rows with * are of the program as it was before its last change, not compiled again since."
+        "\n- Rows with * are of the program as it was before its last change, not compiled again since: before the\n"
+        "  options of the compiler, the gradient of the head that is reduced once, and the padding in the bound."
         if stale
         else ""
     )
@@ -300,16 +315,19 @@ batches, where their shapes divide.
   out, at the peak figures of the chip (tele_jax/published.py). *All overlapped*: the largest of compute, HBM and
   ICI, as if all three were busy from the first to the last moment. *As scheduled*: the instructions one after another,
   as the compiler has ordered them, each at the peak of the resource that it needs most; for a collective that no other
-  work overlaps the device waits. In the programs for v5p and v6e that is every large collective but those that the
-  compiler has merged with a matrix product, in those for tpu7x hardly any.
+  work overlaps the device waits. Of the time on ICI it waits: {waiting(found["train"])}.
+- A product whose sizes are no multiples of a matrix unit (128 wide to v5p, 256 on v6e and tpu7x) takes the time of
+  those that are: attention with heads of 128 takes twice its FLOPs on v6e and tpu7x, with heads of 160 everywhere 1.6
+  times.
+- Steps of training are compiled with the options of their generation, as runs are (tele_jax/train/compiler_options.py).
 - Neither is a forecast: a real step of that program takes longer than both, as far as what is counted is right, and
   nothing here has run on a TPU. All figures of steps are compiled or derived, none is measured. Model FLOPs over peak
   counts model FLOPs; what is computed again does not count.
-- Days and chip-hours stand twice: by the bound as scheduled, and at the utilisation that MaxText publishes of dense
+- Days stand three times: with all overlapped, as scheduled, and at the utilisation that MaxText publishes of dense
   models of this size on the same chip (65.4% on v5p, 43.8% to 50.3% on v6e: maxtext.readthedocs.io, "Optimized models
-  tiering"; none is published for tpu7x). The second is the better guess of a budget, and where its days are fewer than
-  those of the bound, the program of that row cannot reach the published utilisation. The tokens of the stages are those
-  published.{marked}
+  tiering"; none is published for tpu7x); chip-hours by the last two. The third is the better guess of a budget, and
+  where its days are fewer than those as scheduled, the program of that row cannot reach the published utilisation. The
+  tokens of the stages are those published.{marked}
 
 ## Training
 

@@ -135,6 +135,7 @@ def summary(counts, temporary_bytes: int, allocated_temporary_bytes: int) -> dic
         "attention_flops": counts.kernel_flops,
         "hbm_bytes": counts.hbm_bytes,
         "collective_bytes": counts.collective_bytes,
+        "received_bytes": counts.received_bytes,
         "collectives": kinds,
     }
 
