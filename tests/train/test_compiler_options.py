@@ -18,7 +18,7 @@ from tele_jax.sharding import make_mesh
 from tele_jax.stages import run_config
 from tele_jax.train import step as steps
 from tele_jax.train import workdir
-from tele_jax.train.compiler_options import SETS, options_of
+from tele_jax.train.compiler_options import SETS, options_of, refused
 from tele_jax.train.optimizer import optimizer
 
 CFG = tele.ModelConfig(num_layers=1, embed_dim=16, num_heads=2, mlp_dim=24, vocab_size=32, max_seq_len=8)
@@ -39,14 +39,9 @@ def page(**more):
     return run_config(ConfigDict(PAGE | more))
 
 
-def made(compiler_options):
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+def one_device():
     tx = optimizer(CFG, OptimizerConfig(learning_rate=1e-3), lambda step: jnp.float32(1.0))
-    step = steps.make_step(CFG, tx, mesh, batch_size=ROWS, compiler_options=compiler_options)
-    params = tele.init(CFG, jax.random.key(0))
-    batch = {"tokens": np.ones((ROWS, 8), np.int32), "targets": np.ones((ROWS, 8), np.int32)}
-    batch |= {"loss_weights": np.ones((ROWS, 8), np.float32)}
-    return lambda: step(params, tx.init(params), batch)
+    return CFG, tx, make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 def test_every_generation_has_options_and_the_compiler_s_own():
@@ -63,21 +58,28 @@ def test_every_generation_has_options_and_the_compiler_s_own():
         options_of("TPU v5p", "ofload")
 
 
-def test_the_step_is_compiled_with_the_options_that_are_given():
-    loss = made({"xla_backend_optimization_level": 0})()[2]["loss"]
-    assert loss == pytest.approx(made(None)()[2]["loss"], rel=1e-5)
-    with pytest.raises(UserError, match=r"^compiler_options\.xla_tpu_nothing: this compiler does not take it \(cpu"):
-        made({"xla_tpu_nothing": True})()
+def test_a_step_that_runs_and_one_that_is_planned_are_compiled_with_the_options_given():
+    unknown = {"xla_tpu_nothing": True}
+    refusal = r"^compiler_options\.xla_tpu_nothing: this compiler does not take it \(cpu"
+    cfg, tx, mesh = one_device()
+    params = tele.init(cfg, jax.random.key(0))
+    batch = {name: np.ones((ROWS, 8), np.int32) for name in ("tokens", "targets")}
+    batch["loss_weights"] = np.ones((ROWS, 8), np.float32)
+    step = steps.make_step(cfg, tx, mesh, batch_size=ROWS, compiler_options=unknown)
+    with pytest.raises(UserError, match=refusal):
+        step(params, tx.init(params), batch)
+    lowered = steps.lower_step(cfg, tx, mesh, batch_size=ROWS, seq_len=8, compiler_options=unknown)
+    with pytest.raises(UserError, match=refusal), refused():
+        lowered.compile()
 
 
 def test_a_mesh_of_tpus_takes_the_options_of_its_generation(monkeypatch):
     asked = []
-    monkeypatch.setattr(steps, "options_of", lambda kind: asked.append(kind) or {"xla_backend_optimization_level": 0})
-    made(None)()
+    monkeypatch.setattr(steps, "options_of", lambda kind: asked.append(kind) or {})
+    steps.make_step(*one_device(), batch_size=ROWS)
     assert asked == [jax.devices()[0].device_kind]
-    asked.clear()
-    made({})()
-    assert asked == []
+    steps.make_step(*one_device(), batch_size=ROWS, compiler_options={})
+    assert len(asked) == 1
 
 
 def test_a_page_names_options_and_a_run_may_go_on_with_others():
