@@ -20,7 +20,7 @@ from tele_jax.published import find_generation
 Options = Mapping[str, bool | int | str]
 
 # Collectives run on the SparseCores, beside the matrix units, and not merged with products on the TensorCore. Names as
-# in MaxText's flags for it (benchmarks/xla_flags_library.py, ENABLE_SPARSECORE_OFFLOADING_FOR_RS_AG_AR), but for those
+# in MaxText's flags for it (its xla_flags_library, ENABLE_SPARSECORE_OFFLOADING_FOR_RS_AG_AR), but for those
 # that only write traces, and for two that libtpu 0.0.42.1 takes for a whole process alone.
 _SPARSE_CORES: Options = {
     **{
