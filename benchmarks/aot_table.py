@@ -319,7 +319,7 @@ batches, where their shapes divide.
 - A product whose sizes are no multiples of a matrix unit (128 wide to v5p, 256 on v6e and tpu7x) takes the time of
   those that are: attention with heads of 128 takes twice its FLOPs on v6e and tpu7x, with heads of 160 everywhere 1.6
   times.
-- Steps of training are compiled with the options of their generation, as runs are (tele_jax/train/compiler_options.py).
+- Steps of training are compiled with the compiler's own options, as runs are (tele_jax/train/compiler_options.py).
 - Neither is a forecast: a real step of that program takes longer than both, as far as what is counted is right, and
   nothing here has run on a TPU. All figures of steps are compiled or derived, none is measured. Model FLOPs over peak
   counts model FLOPs; what is computed again does not count.

@@ -46,9 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "--seq-len N", "tokens a sequence; default: the page's, or the model's", int)
     flag(parser, "--microbatches N", "parts that the batch is computed in; default: the page's, or 1", int)
     flag(parser, "--remat POLICY", "none, full, attention, products or offload; default: the model's")
-    flag(
-        parser, "--compiler-options SET", "offload, or none for the compiler's own; default: the page's, or as training"
-    )
+    flag(parser, "--compiler-options SET", "offload, or none; default: the page's, or the compiler's own")
     switch(parser, "--search", "try meshes, remat policies and microbatches, and compiler options on the best")
     flag(parser, "--tries N", "number of candidates to compile; default: 4", int, default=4)
     flag(parser, "--cache DIR", "directory of earlier results; default: $TELE_PLAN_CACHE", Path)

@@ -73,7 +73,7 @@ class RunConfig:
     num_slices: int = 1
     start: str | None = None  # checkpoint that the first stage starts from, such as an imported one
     # Options of the compiler for the step of training, such as dict(xla_tpu_scoped_vmem_limit_kib=98304). None: those
-    # of the TPU generation (train/compiler_options.py); an empty table: the compiler's own, and LIBTPU_INIT_ARGS.
+    # of the TPU generation (train/compiler_options.py), now the compiler's own; an empty table: the compiler's own.
     compiler_options: dict[str, bool | int | str] | None = None
 
     @property

@@ -52,7 +52,7 @@ def test_every_generation_has_options_and_the_compiler_s_own():
         for kind in generation.device_kinds:
             assert options_of(kind) == next(iter(sets.values()))
             assert options_of(kind, "none") == {}
-    assert options_of("TPU v6 lite")["xla_tpu_enable_sparse_core_collective_offload_all_gather"] is True
+    assert options_of("TPU v6 lite", "offload")["xla_tpu_enable_sparse_core_collective_offload_all_gather"] is True
     assert options_of("cpu") == options_of("NVIDIA H100 80GB HBM3") == {}
     with pytest.raises(UserError, match="compiler options 'ofload': did you mean 'offload'"):
         options_of("TPU v5p", "ofload")
@@ -100,6 +100,6 @@ def test_a_page_names_options_and_a_run_may_go_on_with_others():
 def test_a_plan_is_made_with_the_options_that_training_takes():
     sizes = dict(batch_size=8, seq_len=8, mesh=MeshConfig(fsdp=8), slice=find_slice("v6e:2x4"))
     job = TrainJob(cfg=CFG, **sizes)
-    assert job.compiled_with == options_of("TPU v6 lite") == job.option_sets["offload"]
-    assert dataclasses.replace(job, compiler_options={}).compiled_with == {}
-    assert job.settings["compiled_with"] == job.compiled_with
+    assert job.compiled_with == options_of("TPU v6 lite") == job.option_sets["none"] == {}
+    offload = dataclasses.replace(job, compiler_options=dict(options_of("TPU v6 lite", "offload")))
+    assert offload.settings["compiled_with"] == offload.compiled_with == job.option_sets["offload"] != {}
