@@ -287,7 +287,10 @@ def picture(study: Study, results: "Results") -> "Figure":
             for (group, choices), one in itertools.product(_groups(study).items(), seeds.values()):
                 every = one["layers"]
                 middle = np.mean([one["probes"][name][place] for name in every]), _finished(one, every)
-                dots = [(one["probes"][c][place] - middle[0], _finished(one, [c]) - middle[1]) for c in choices]
+                # Choices that begin alike differ by rounding: 9 decimals of a loss are none of it.
+                dots = [
+                    (round(one["probes"][c][place] - middle[0], 9), _finished(one, [c]) - middle[1]) for c in choices
+                ]
                 color = COLORS[group]
                 label = group if one is seeds[study.seeds[0]] else None
                 axes.plot(*zip(*dots, strict=True), "o", color=color, markersize=4, alpha=0.8, label=label)
@@ -297,6 +300,8 @@ def picture(study: Study, results: "Results") -> "Figure":
             axes.set_xlabel(f"loss {step} steps after, bits per byte", fontsize="small")
             axes.tick_params(labelsize=7)
             axes.locator_params(nbins=4)
+            if rank not in found:
+                axes.set_xlim(-0.001, 0.001)
             plots.add_grid(axes)
         row[0].set_ylabel("finished loss, bits per byte\n(both relative to the seed's mean)", fontsize="small")
     handles = grid[0][0].get_legend_handles_labels()
