@@ -15,6 +15,7 @@ one is to be trained on the text, or "synthetic"; what is made lies in OUT/text.
 
 import json
 import random
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -389,7 +390,9 @@ def _compare(axes: Any, study: Study, results: "Results", colors: dict[str, str]
         axes.axvline(threshold, color=plots.INK, linestyle=":", linewidth=1.2, label=f"{side} {threshold:.3g}: claimed")
     axes.axvline(1 if kind == SHARE else 0, color=plots.INK, linestyle="--", linewidth=1)
     axes.set_yticks(range(len(needed)), list(needed), fontsize=8)
-    bounds = "\n(hatched: at least)" if any(told["at_least"] for told in needed.values()) else ""
-    share = f"share of the FLOPs of {baseline}\nfor the loss of its end, 95% interval{bounds}"
-    percent = f"difference to the end of {baseline},\npercent of its loss, 95% interval"
-    axes.set(ylim=(len(needed) - 0.4, -0.8), xlabel=share if kind == SHARE else percent)
+    share = f"share of the FLOPs of {baseline} for the loss of its end, 95% interval"
+    percent = f"difference to the end of {baseline}, percent of its loss, 95% interval"
+    label = textwrap.wrap(share if kind == SHARE else percent, 38)
+    if kind == SHARE and any(told["at_least"] for told in needed.values()):
+        label.append("(hatched: at least)")
+    axes.set(ylim=(len(needed) - 0.4, -0.8), xlabel="\n".join(label))
