@@ -22,9 +22,9 @@ def test_the_title_of_a_plan_that_grows_all_axes_lies_inside_the_picture():
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
 
 
-@pytest.mark.parametrize("reached", [True, False])
-def test_what_is_said_of_arms_does_not_overlap_where_only_bounds_are_known(reached):
-    study = read_study(load_page(f"{Path(__file__).parents[1]}/configs/lab/E2.py:cpu"))
+def drawn(name, reached):
+    """The picture of a study of paths whose arms reach the baseline's loss, or do not."""
+    study = read_study(load_page(f"{Path(__file__).parents[1]}/configs/lab/{name}.py:cpu"))
     ends = [[1e10, 3.2], [1e11, 3.0]]
     results = {}
     for arm in study.arms:
@@ -34,11 +34,25 @@ def test_what_is_said_of_arms_does_not_overlap_where_only_bounds_are_known(reach
         results[arm] = dict.fromkeys(study.seeds, done)
     figure = paths.picture(study, results)
     figure.draw_without_rendering()
-    right = figure.axes[1]
-    said = [text for text in right.texts if text.get_text()]
-    assert len(said) > 5 and all(("at least" in text.get_text()) is not reached for text in said)
-    boxes = [text.get_window_extent() for text in said]
+    return figure
+
+
+def said_of_arms(figure):
+    return [text for text in figure.axes[1].texts if text.get_text()]
+
+
+@pytest.mark.parametrize("name", ["E2", "E3", "E4", "E5", "E6"])
+@pytest.mark.parametrize("reached", [True, False])
+def test_what_a_picture_of_paths_says_lies_inside_it_and_not_on_one_another(reached, name):
+    figure = drawn(name, reached)
+    boxes = [text.get_window_extent() for text in said_of_arms(figure)]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    assert all(box.x1 <= figure.bbox.x1 for box in boxes)
-    label = right.xaxis.label.get_window_extent()
-    assert label.x0 >= 0 and label.x1 <= figure.bbox.x1
+    boxes += [axes.xaxis.label.get_window_extent() for axes in figure.axes]
+    boxes += [legend.get_window_extent() for legend in figure.legends]
+    assert len(boxes) > 5 and all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_bound_is_called_one(reached):
+    said = said_of_arms(drawn("E2", reached))
+    assert len(said) > 5 and all(("at least" in text.get_text()) is not reached for text in said)

@@ -364,7 +364,8 @@ def picture(study: Study, results: "Results") -> "Figure":
     for axes in (losses, compared):
         plots.add_grid(axes)
     figure.suptitle(study.title, fontsize="medium")
-    figure.legend(**plots.LEGEND_BELOW)
+    longest = max(len(str(label)) for axes in figure.axes for label in axes.get_legend_handles_labels()[1])
+    figure.legend(**plots.LEGEND_BELOW | dict(ncols=3 if longest < 30 else 2))
     return figure
 
 
@@ -392,7 +393,7 @@ def _compare(axes: Any, study: Study, results: "Results", colors: dict[str, str]
     axes.set_yticks(range(len(needed)), list(needed), fontsize=8)
     share = f"share of the FLOPs of {baseline} for the loss of its end, 95% interval"
     percent = f"difference to the end of {baseline}, percent of its loss, 95% interval"
-    label = textwrap.wrap(share if kind == SHARE else percent, 38)
+    label = textwrap.wrap(share if kind == SHARE else percent, 30)
     if kind == SHARE and any(told["at_least"] for told in needed.values()):
         label.append("(hatched: at least)")
     axes.set(ylim=(len(needed) - 0.4, -0.8), xlabel="\n".join(label))
