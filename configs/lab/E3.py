@@ -80,9 +80,10 @@ def get_config(budget: str = "cpu") -> ConfigDict:
     config.notes = (
         f"All arms see the same tokens, {seen:.1f} per parameter of the full depth, and their rate falls to 0 over "
         f"the last {FALL:.0%} of the steps. New parameters warm up over {warmup} steps.",
-        f"One layer costs {cost[1] / cost[depth]:.2f} of {depth}, so that an expansion after 75% of the steps takes "
+        f"A model of one layer costs {cost[1] / cost[depth]:.2f} of what one of {depth} does, so that an expansion "
+        "after 75% of the steps takes "
         f"{least:.2f} of the FLOPs: {1 / least:.1f}x, and not the published 5x, can be had at this depth and width.",
         "From one layer, stack is the same as interleaving copies. One layer alone, for all tokens, says what depth is "
-        "worth here at all: what is lost by late expansion lies between it and 0.",
+        "worth here at all: no expansion should lose more.",
     )
     return config

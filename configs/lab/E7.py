@@ -84,6 +84,6 @@ def get_config(budget: str = "cpu") -> ConfigDict:
         "distance is 1 - cosine on held-out text; the one that Tele-FLM used is not published.",
         "The finished loss is the mean of two ends, which part after the last probe and read the text in other orders. "
         "The rank correlation of the two ends says how much of a finished rank belongs to the choice and not to the "
-        "order of the text; where it is low, no probe can predict the rank.",
+        "order of the text; where it is low, the finished ranks themselves are uncertain.",
     )
     return config

@@ -61,7 +61,8 @@ class Study:
             require(is_plain_name(arm), f"arms: {arm!r} is no name for a directory")
         equal = self.equal_compute
         require(
-            equal is None or 0 <= equal < math.inf, f"equal_compute={equal} is a share, such as 0.02; 0 is the least"
+            equal is None or 0 <= equal < math.inf,
+            f"equal_compute={equal}: has to be a share of 0 or more, such as 0.02",
         )
         require(len(self.criteria) > 0, "criteria is empty: without one there is no verdict")
 

@@ -59,16 +59,16 @@ def figures(estimate: Estimate) -> Table:
 
     A mean, or an end of the interval, that is rounding of 0 is 0.0.
     """
-    values, bounds, ends = list(estimate.values), sum(estimate.at_least), interval(estimate.values)
-    noise = ROUNDING * max(estimate.size, *map(abs, values))
+    values, bounds = list(estimate.values), sum(estimate.at_least)
+    ends = interval(values) if all(map(math.isfinite, values)) else None
+    noise = ROUNDING * max([estimate.size, *(abs(value) for value in values if math.isfinite(value))])
     clean = lambda value: 0.0 if abs(value) <= noise else float(value)  # noqa: E731
-    known = ends is not None and all(map(math.isfinite, ends)) and not bounds
     return {
         "values": values,
         "at_least": bounds,
         "extrapolated": sum(estimate.extrapolated),
         "mean": clean(np.mean(values)),
-        "interval": [clean(end) for end in ends] if ends and known else None,
+        "interval": [clean(end) for end in ends] if ends is not None and not bounds else None,
     }
 
 

@@ -260,7 +260,12 @@ def _check_masks(parent: str | None, growth: Stage | None, name: str, stage: Sta
     """
     growth = growth if isinstance(growth, GrowStage) else None
     masked = growth is not None and growth.policy == "msg"
-    if masked and (not isinstance(stage, TrainStage) or stage.mask_ramp == 0):
+    if masked and not isinstance(stage, TrainStage):
+        raise UserError(
+            f"config.{name}: cannot grow while the masks of config.{parent} are closed (policy 'msg'); put a training "
+            "stage with mask_ramp between them"
+        )
+    if masked and stage.mask_ramp == 0:
         raise UserError(
             f"config.{name}.mask_ramp: has to be above 0: config.{parent} grows by policy 'msg', "
             "whose masks rise in the training stage that follows"

@@ -81,14 +81,18 @@ def options_of(device_kind: str, name: str | None = None) -> Options:
 
 @contextlib.contextmanager
 def refused() -> Iterator[None]:
-    """Turns the compiler's refusal of an option into a UserError that names it."""
+    """Turns the compiler's refusal of an option, or of its value, into a UserError that names it."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        match = re.search(r"No such compile option: '([^']*)'|(?:parse|convert|value)[^\n]*(xla_\w+)[^\n]*", str(error))
-        if match is None:
-            raise
-        raise UserError(
-            f"compiler_options.{match[1] or match[2]}: this compiler does not take it ({jax.default_backend()}, jax "
-            f"{jax.__version__}); leave it out, or give the option in LIBTPU_INIT_ARGS"
-        ) from None
+        unknown = re.search(r"No such compile option: '([^']*)'", str(error))
+        value = re.search(r"While setting option (\w+), ([^\n]*)", str(error))
+        if unknown is not None:
+            raise UserError(
+                f"compiler_options.{unknown[1]}: this compiler does not take it ({jax.default_backend()}, jax "
+                f"{jax.__version__}); leave it out, or give the option in LIBTPU_INIT_ARGS"
+            ) from None
+        if value is not None:
+            reason = value[2].rstrip(".")
+            raise UserError(f"compiler_options.{value[1]}: {reason} for this compiler; correct the value") from None
+        raise

@@ -1,5 +1,6 @@
 """What the laboratory says and refuses: rounding, extrapolation, settings that a study makes itself, flags."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def test_rounding_is_shown_as_0_and_small_figures_as_they_are():
 def test_an_equal_compute_that_is_no_share_is_refused(share):
     page = load_page(f"{ROOT}/configs/lab/E5.py:smoke")
     page.equal_compute = share
-    with pytest.raises(UserError, match=r"config: equal_compute=.* is a share, such as 0\.02; 0 is the least"):
+    with pytest.raises(UserError, match=r"config: equal_compute=.*: has to be a share of 0 or more, such as 0\.02"):
         read_study(page)
 
 
@@ -102,3 +103,9 @@ def test_the_page_of_a_transferred_setting_says_its_depth(tmp_path):
     write_page(tmp_path / "search", 32, tmp_path / "deep.py", layers=6)
     lines = [(tmp_path / name).read_text().splitlines()[0] for name in ("wide.py", "deep.py")]
     assert "at width 32: output_mult 2" in lines[0] and "at width 32 and 6 layers: output_mult 2" in lines[1]
+
+
+def test_a_value_that_is_not_finite_is_not_shown_as_rounding():
+    assert figures(Estimate([math.inf], "percent"))["mean"] == math.inf
+    assert figures(Estimate([math.inf, 1.0, 2.0], "percent"))["mean"] == math.inf
+    assert figures(Estimate([1e-18, -2e-18], "percent", size=1.0))["mean"] == 0

@@ -103,3 +103,16 @@ def test_a_plan_is_made_with_the_options_that_training_takes():
     assert job.compiled_with == options_of("TPU v6 lite") == job.option_sets["none"] == {}
     offload = dataclasses.replace(job, compiler_options=dict(options_of("TPU v6 lite", "offload")))
     assert offload.settings["compiled_with"] == offload.compiled_with == job.option_sets["offload"] != {}
+
+
+@pytest.mark.parametrize("value", ["abc", 2**70])
+def test_a_value_that_the_compiler_cannot_read_is_named(value):
+    lowered = jax.jit(lambda x: x + 1).lower(1.0)
+    told = r"^compiler_options\.xla_cpu_prefer_vector_width: .*; correct the value$"
+    with pytest.raises(UserError, match=told), refused():
+        lowered.compile(compiler_options={"xla_cpu_prefer_vector_width": value})
+
+
+def test_an_error_that_is_about_no_option_is_left_as_it_is():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="cannot convert"), refused():
+        raise jax.errors.JaxRuntimeError("INTERNAL: ValueError: cannot convert in xla_client thing")
