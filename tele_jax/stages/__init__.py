@@ -260,18 +260,18 @@ def _check_masks(parent: str | None, growth: Stage | None, name: str, stage: Sta
     """
     growth = growth if isinstance(growth, GrowStage) else None
     masked = growth is not None and growth.policy == "msg"
-    if masked and not isinstance(stage, TrainStage):
-        raise UserError(
+    if not isinstance(stage, TrainStage):
+        require(
+            not masked,
             f"config.{name}: cannot grow while the masks of config.{parent} are closed (policy 'msg'); put a training "
-            "stage with mask_ramp between them"
+            "stage with mask_ramp between them",
         )
+        return
     if masked and stage.mask_ramp == 0:
         raise UserError(
             f"config.{name}.mask_ramp: has to be above 0: config.{parent} grows by policy 'msg', "
             "whose masks rise in the training stage that follows"
         )
-    if not isinstance(stage, TrainStage):
-        return
     if not masked and stage.mask_fields:
         why = "no growth comes right before" if stage.after is None else f"after={parent!r} is no growth"
         why = why if growth is None else f"config.{parent} grows by policy {growth.policy!r}"

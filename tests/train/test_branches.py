@@ -92,6 +92,14 @@ def test_masks_and_moments_of_a_page_are_checked_along_its_branches(tmp_path, ch
         run_config(config)
 
 
+def test_a_growth_right_behind_closed_masks_is_refused(tmp_path):
+    config = branched(tmp_path)
+    config = {name: config[name] for name in ("small", "grow_a", "grow_b", "b")}
+    del config["grow_b"]["after"]
+    with pytest.raises(UserError, match=r"config\.grow_b: cannot grow while the masks of config\.grow_a are closed"):
+        run_config({"run": list(config), **config})
+
+
 def test_growths_that_no_stage_goes_on_from_and_orders_of_branches_are_free(tmp_path):
     config = branched(tmp_path)
     config["b"]["after"] = "grow_b"
