@@ -417,11 +417,11 @@ def test_an_export_from_behind_growth_masks_is_refused(release, tmp_path):
 
 def test_an_export_of_a_damaged_chunk_names_it_and_leaves_nothing(release, tmp_path):
     convert.import_checkpoint(release(), tmp_path / "ck")
-    chunk = tmp_path / "ck" / "params" / "layers.mlp.up" / "c" / "1" / "0" / "0"
+    chunk = tmp_path / "ck" / "params" / "layers.mlp.up" / "c" / "0" / "0" / "0"  # all layers
     data = bytearray(chunk.read_bytes())
     data[7] ^= 1
     chunk.write_bytes(bytes(data))
-    with pytest.raises(DamageError, match=r"params/layers.mlp.up: damaged: .*c/1/0/0: its checksum"):
+    with pytest.raises(DamageError, match=r"params/layers.mlp.up: damaged: .*c/0/0/0: its checksum"):
         convert.export_checkpoint(tmp_path / "ck", tmp_path / "out", format="llama")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ck", "release"]
 
